@@ -1,0 +1,78 @@
+"""Typed configuration: a YAML file and `key=value` overrides into a frozen dataclass, on OmegaConf.
+
+Unknown keys and wrong types are errors that name the file and the key; what was resolved is saved beside the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from agentic_r_plugin.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], file: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Defaults of `cls`, then the YAML file, then the overrides (`a.b=value`), the later winning.
+
+    Raises:
+        ConfigError: no such file, broken YAML, unknown key, wrong type, or a value the dataclass refuses.
+    """
+    merged: Any = OmegaConf.structured(cls)
+    if file is not None:
+        merged = _merge(merged, _read(Path(file)), str(file))
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r}: expected key=value")
+        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return OmegaConf.load(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+
+
+def _merge(base: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except OmegaConfBaseException as error:
+        reason = str(error).partition("\n")[0]
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain types, for saving and hashing."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, file: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short stable hash of plain values (16 hex digits): the key of work that may be resumed.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

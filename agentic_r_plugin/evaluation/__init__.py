@@ -1,0 +1,1 @@
+"""Evaluation in FlashRAG: adapters, metrics, statistics, report."""

@@ -1,0 +1,60 @@
+"""What the stages ask of a language model. Backends are registered components of kind `llm_backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agentic_r_plugin.protocol import Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; one value for a whole batch."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Generation ends after any of these; the string stays in the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how many tokens may follow it."""
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the model wrote: at least one id, at most the request's `max_tokens`."""
+
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens the engine took from its prefix cache, where it says so."""
+
+
+class LLMBackend(Protocol):
+    """A model that continues prompts."""
+
+    codec: Codec
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Continue every prompt; the i-th completion belongs to the i-th request.
+
+        Raises:
+            BackendError: the model or its server failed after its retries. Never a shorter list.
+        """
+
+    def fingerprint(self) -> str:
+        """Changes when the weights, the model's name or the tokenizer change."""
+
+    def close(self) -> None:
+        """Free what it holds; safe to call twice."""

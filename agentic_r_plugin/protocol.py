@@ -1,0 +1,381 @@
+"""The agent protocol (method section 2): the only place that knows the tags, the limits and the mask.
+
+`AgentProtocol` holds the words: instruction, tags, how passages are rendered, what a malformed turn is told.
+`Session` is one trajectory as a state machine without I/O. Whoever drives it (verl's agent loop, the data stages, the
+FlashRAG pipeline) follows the same four steps:
+
+    session = Session(protocol, codec, limits, question)
+    while session.finished is None:
+        action = session.model_wrote(generate(session.ids, session.budget))      # token ids, exactly as produced
+        if isinstance(action, Search):
+            session.found(retrieve(action.query))                                # or session.search_failed()
+
+Token ids go in and stay as they are; the mask is made from who wrote them, never by tokenising text again. Every
+finished trajectory ends with a token of the model, so that verl's GAE does not lose the reward on a masked one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
+
+_TAG_OPENING = re.compile(r"<(?=\s*[/|!]?\s*[A-Za-z|_])")
+"""A `<` that could open or close a tag, or start a special token such as `<|im_end|>`."""
+
+
+class Codec(Protocol):
+    """Text to token ids and back (`llm.codec.TokenizerCodec` wraps a Hugging Face tokenizer)."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of the prompt, in the tokenizer's chat template if it has one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, no special tokens added."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far one trajectory may go. All token counts are exact."""
+
+    max_searches: int = 5
+    max_malformed: int = 2
+    """Malformed turns that are answered with a correction; one more ends the trajectory."""
+    max_tokens: int = 4096
+    """Prompt and response together."""
+    max_response_tokens: int = 500
+    """Tokens the model may write in one turn."""
+    max_observation_tokens: int = 500
+    """Tokens of one information block."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_searches", "max_malformed", "max_tokens", "max_response_tokens", "max_observation_tokens"):
+            least = 0 if name in ("max_malformed", "max_searches") else 1
+            if getattr(self, name) < least:
+                raise ConfigError(f"limits.{name}: expected at least {least}, found {getattr(self, name)}")
+
+
+# --- What the model's turn asks for -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """The model asks for passages; the driver answers with `found` or `search_failed`."""
+
+    query: str
+    reasoning: str
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The turn was malformed; a correction has been appended and the model may go on."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The trajectory is over."""
+
+    stop_reason: StopReason
+    answer: str | None = None
+
+
+Action = Search | Retry | Finished
+
+
+# --- The words --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentProtocol:
+    """Instruction, tags and rendering of one family of agents; defaults are Search-R1's tags."""
+
+    name: str
+    instruction: str
+    """Prompt with one `{question}`."""
+    description: str = ""
+    think_tag: str = "think"
+    search_tag: str = "search"
+    answer_tag: str = "answer"
+    information_tag: str = "information"
+    correction: str = (
+        "\n\nThat was neither a search nor an answer. Write <search> query </search> to look something up, "
+        "or <answer> answer </answer> to finish.\n\n"
+    )
+
+    def __post_init__(self) -> None:
+        if self.instruction.count("{question}") != 1:
+            raise ConfigError(f"agent protocol {self.name!r}: the instruction must hold '{{question}}' exactly once")
+
+    def prompt(self, question: str) -> str:
+        """The text that is put before the agent."""
+        return self.instruction.replace("{question}", question)
+
+    @property
+    def stop(self) -> tuple[str, str]:
+        """Strings after which generation stops (they stay in the output)."""
+        return f"</{self.search_tag}>", f"</{self.answer_tag}>"
+
+    @cached_property
+    def _block(self) -> re.Pattern[str]:
+        tags = f"{re.escape(self.search_tag)}|{re.escape(self.answer_tag)}"
+        return re.compile(rf"<({tags})>(.*?)</\1>", re.DOTALL)
+
+    def parse(self, text: str) -> Search | Finished | None:
+        """What one turn of the model asks for: its first complete block decides; None when there is none.
+
+        A search needs a query. Where the text goes on and answers more than once, the last complete answer counts.
+        """
+        match = self._block.search(text)
+        if match is None:
+            return None
+        tag, body = match.groups()
+        body = body.rpartition(f"<{tag}>")[2].strip()
+        if tag == self.answer_tag:
+            answers = [found.group(2) for found in self._block.finditer(text) if found.group(1) == tag]
+            return Finished(StopReason.ANSWERED, answers[-1].rpartition(f"<{tag}>")[2].strip())
+        return Search(body, self._reasoning(text[: match.start()])) if body else None
+
+    def _reasoning(self, text: str) -> str:
+        inner = text.rpartition(f"<{self.think_tag}>")[2]
+        return inner.partition(f"</{self.think_tag}>")[0].strip()
+
+    def through_search(self, text: str) -> str:
+        """A turn's text up to and with its closing search tag."""
+        head, closing, _ = text.partition(self.stop[0])
+        return head + closing
+
+    def render(self, passages: Sequence[Passage]) -> str:
+        """The information block. Nothing inside can open or close a tag of the protocol."""
+        docs = "\n".join(
+            f'Doc {rank}(Title: "{disarm(passage.title)}") {disarm(passage.text)}'
+            for rank, passage in enumerate(passages, start=1)
+        )
+        return f"\n\n<{self.information_tag}>{docs}</{self.information_tag}>\n\n"
+
+
+def disarm(text: str) -> str:
+    """Passage text with every `<` that could begin a tag or a special token made a harmless `‹`.
+
+    >>> disarm("a < b, </answer> <|im_end|>")
+    'a < b, ‹/answer> ‹|im_end|>'
+    """
+    return _TAG_OPENING.sub("‹", text)
+
+
+# --- One trajectory ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Segment:
+    """A run of tokens by one writer."""
+
+    ids: list[int]
+    text: str
+    by_model: bool
+
+
+@dataclass
+class Session:
+    """One trajectory: what was written, by whom, and what comes next.
+
+    Args:
+        protocol: tags and words.
+        codec: tokenizer of the agent.
+        limits: how far it may go.
+        question: the user's question.
+        prefix: text of a trajectory that this one continues, up to a closing search tag (correctness stage); it counts
+            as written by the environment. The passages for that search come next, through `found`.
+        searches: searches already made in the prefix, its last one included.
+
+    Raises:
+        ConfigError: the prompt alone leaves no room for the model.
+    """
+
+    protocol: AgentProtocol
+    codec: Codec
+    limits: Limits
+    question: str
+    prefix: str = ""
+    searches: int = 0
+
+    prompt_ids: list[int] = field(init=False)
+    segments: list[Segment] = field(init=False, default_factory=list)
+    turns: list[Turn] = field(init=False, default_factory=list)
+    malformed: int = field(init=False, default=0)
+    finished: Finished | None = field(init=False, default=None)
+    _pending: Search | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.prompt_ids = self.codec.encode_prompt(self.protocol.prompt(self.question))
+        if self.prefix:
+            self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
+            self._pending = Search("", "")
+        if self._room < 1:
+            raise ConfigError(
+                f"limits.max_tokens={self.limits.max_tokens}: prompt and prefix of {self.question[:60]!r} take "
+                f"{len(self.ids)} tokens and leave none for the model"
+            )
+
+    # What was written
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and response so far: what the model is given next."""
+        return self.prompt_ids + self.response_ids
+
+    @property
+    def response_ids(self) -> list[int]:
+        """All ids after the prompt."""
+        return [token for segment in self.segments for token in segment.ids]
+
+    @property
+    def response_mask(self) -> list[int]:
+        """1 for each id the model wrote, 0 for each the environment wrote; as long as `response_ids`."""
+        return [int(segment.by_model) for segment in self.segments for _ in segment.ids]
+
+    @property
+    def text(self) -> str:
+        """All that was written after the prompt."""
+        return "".join(segment.text for segment in self.segments)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens the model wrote."""
+        return sum(len(segment.ids) for segment in self.segments if segment.by_model)
+
+    @property
+    def budget(self) -> int:
+        """Tokens the model may write now; at least 1 while the session is not finished."""
+        return min(self.limits.max_response_tokens, self._room)
+
+    @property
+    def _room(self) -> int:
+        return self.limits.max_tokens - len(self.prompt_ids) - sum(len(segment.ids) for segment in self.segments)
+
+    # What happens
+
+    def model_wrote(self, ids: Sequence[int]) -> Action:
+        """Take the model's turn, exactly the ids it produced, and say what it asks for.
+
+        Raises:
+            ValueError: called out of turn, with no ids, or with more than `budget`.
+        """
+        self._expect(pending=False)
+        if not 0 < len(ids) <= self.budget:
+            raise ValueError(f"expected 1..{self.budget} ids from the model, found {len(ids)}")
+        text = self.codec.decode(ids)
+        self._append(list(ids), text, by_model=True)
+        action = self.protocol.parse(text)
+        if isinstance(action, Finished):
+            return self._finish(action)
+        if action is None:
+            return self._malformed()
+        if self.searches >= self.limits.max_searches:
+            return self._finish(Finished(StopReason.MAX_TURNS))
+        self.searches += 1
+        self._pending = action
+        return action
+
+    def found(self, passages: Sequence[Passage], scores: Sequence[float] | None = None) -> Finished | None:
+        """Append the information block for the pending search; whole passages only, as many as fit.
+
+        Returns:
+            Finished when the block leaves the model no room (nothing is appended then), else None.
+        """
+        self._expect(pending=True)
+        shown, block, block_ids = self._fit(passages)
+        scores = list(scores) if scores is not None else [0.0] * len(passages)
+        if self.turns_counted:
+            self.turns.append(
+                Turn(
+                    turn=self.searches,
+                    reasoning=self._pending.reasoning,  # type: ignore[union-attr]
+                    query=self._pending.query,  # type: ignore[union-attr]
+                    passages=tuple(ScoredPassage(id=p.id, score=s) for p, s in zip(shown, scores, strict=False)),
+                )
+            )
+        self._pending = None
+        if len(block_ids) >= self._room:
+            return self._finish(Finished(StopReason.MAX_TOKENS))
+        self._append(block_ids, block, by_model=False)
+        return None
+
+    def search_failed(self) -> Finished:
+        """End here: the search could not be carried out. Never rendered as an empty result."""
+        self._expect(pending=True)
+        self._pending = None
+        return self._finish(Finished(StopReason.SEARCH_FAILED))
+
+    @property
+    def turns_counted(self) -> bool:
+        """False while the passages of a prefix's search are awaited: that turn is not this session's own."""
+        return self._pending is not None and bool(self._pending.query)
+
+    # Inside
+
+    def _expect(self, *, pending: bool) -> None:
+        if self.finished is not None:
+            raise ValueError(f"the session is finished ({self.finished.stop_reason.value})")
+        if (self._pending is not None) != pending:
+            raise ValueError("a search awaits its passages" if self._pending is not None else "no search is pending")
+
+    def _append(self, ids: list[int], text: str, *, by_model: bool) -> None:
+        self.segments.append(Segment(ids=ids, text=text, by_model=by_model))
+
+    def _finish(self, outcome: Finished) -> Finished:
+        self.finished = outcome
+        return outcome
+
+    def _malformed(self) -> Retry | Finished:
+        self.malformed += 1
+        correction = self.codec.encode(self.protocol.correction)
+        if len(correction) >= self._room:
+            return self._finish(Finished(StopReason.MAX_TOKENS))
+        if self.malformed > self.limits.max_malformed:
+            return self._finish(Finished(StopReason.MALFORMED))
+        self._append(correction, self.protocol.correction, by_model=False)
+        return Retry()
+
+    def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
+        """As many leading passages as the observation limit holds; a first one that is too long loses its last words."""
+        shown = list(passages)
+        while True:
+            block = self.protocol.render(shown)
+            ids = self.codec.encode(block)
+            if len(ids) <= self.limits.max_observation_tokens or not shown:
+                return shown, block, ids
+            if len(shown) > 1:
+                shown.pop()
+                continue
+            words = shown[0].text.split(" ")
+            keep = min(len(words) - 1, len(words) * self.limits.max_observation_tokens // len(ids))
+            shown = [Passage(id=shown[0].id, title=shown[0].title, text=" ".join(words[:keep]))] if keep > 0 else []
+
+
+# --- Registered protocols ---------------------------------------------------------------------------------------------
+
+search_r1 = AgentProtocol(
+    name="search_r1",
+    description="Search-R1's tags; the instruction of released agents is read from FlashRAG (evaluation.prompts).",
+    instruction=(
+        "Answer the question below. Think inside <think> and </think> whenever you learn something new. When you miss "
+        "a fact, write <search> query </search>; the passages found are shown between <information> and "
+        "</information>. Search as often as you need. When you know the answer, give it alone inside <answer> and "
+        "</answer>, for example <answer> Beijing </answer>.\nQuestion: {question}\n"
+    ),
+)
+
+compact = AgentProtocol(
+    name="compact",
+    description="Search-R1's tags with the bare question as prompt: for small agents trained on the form itself.",
+    instruction="Question: {question}\n",
+    correction="\n\nInvalid.\n\n",
+)

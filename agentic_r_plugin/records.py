@@ -1,0 +1,294 @@
+"""The vocabulary as data: one frozen type per line of a data file (contract, section Files).
+
+Every record is checked when it is read: its schema tag, its fields and their types. An unknown field is kept out and
+reported, because a misspelt name is the commonest way to lose data.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from agentic_r_plugin.errors import RecordError
+
+RecordType = TypeVar("RecordType", bound="Record")
+
+
+class StopReason(str, Enum):
+    """Why a trajectory ended."""
+
+    ANSWERED = "answered"
+    MAX_TURNS = "max_turns"
+    MALFORMED = "malformed"
+    SEARCH_FAILED = "search_failed"
+    MAX_TOKENS = "max_tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base: turns itself into a plain dict and back, with checks."""
+
+    schema: ClassVar[str | None] = None
+    """Schema tag written to and required from files; None for FlashRAG's own formats."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, schema tag first, fields in declaration order."""
+        tag = {} if self.schema is None else {"schema": self.schema}
+        return tag | {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_dict(cls: type[RecordType], data: Any) -> RecordType:
+        """Build from a parsed line.
+
+        Raises:
+            RecordError: not an object, another schema, a missing or unknown field, a wrong type or value. The caller
+                adds file and line.
+        """
+        if not isinstance(data, Mapping):
+            raise RecordError(f"expected a JSON object, found {type(data).__name__}")
+        data = dict(data)
+        if cls.schema is not None:
+            found = data.pop("schema", None)
+            if found != cls.schema:
+                raise RecordError(f"expected schema {cls.schema!r}, found {found!r}")
+        return _build(cls, data, "")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _build(cls: type[RecordType], data: dict[str, Any], where: str) -> RecordType:
+    declared = {item.name: item for item in fields(cls)}
+    unknown = sorted(set(data) - set(declared))
+    if unknown:
+        raise RecordError(f"unknown field {where}{unknown[0]!r}; {cls.__name__} has {', '.join(declared)}")
+    values = {}
+    for name, item in declared.items():
+        if name in data:
+            values[name] = _checked(_hints(cls)[name], data[name], f"{where}{name}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise RecordError(f"missing field {where + name!r} of {cls.__name__}")
+    return cls(**values)
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type, or a RecordError naming the field."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None else _checked(options[0], value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_checked(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {key: _checked(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    elif is_dataclass(hint) and isinstance(value, Mapping):
+        return _build(hint, dict(value), f"{where}.")
+    elif isinstance(hint, type) and issubclass(hint, Enum):
+        if value in {option.value for option in hint}:
+            return hint(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise RecordError(f"field {where!r}: expected {_name(hint)}, found {type(value).__name__} {str(value)[:80]!r}")
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(option.value for option in hint)
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+
+
+# --- FlashRAG's formats -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Record):
+    """A question with its gold answers (FlashRAG data set line)."""
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.golden_answers:
+            raise RecordError(f"question {self.id!r} has no golden answers; expected at least one in 'golden_answers'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusLine(Record):
+    """A corpus line as FlashRAG keeps it: the first line of `contents` is the quoted title."""
+
+    id: str
+    contents: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A unit of the corpus."""
+
+    id: str
+    title: str
+    text: str
+
+    @classmethod
+    def from_contents(cls, id: str, contents: str) -> Passage:
+        """From FlashRAG's `"Title"\\ntext`; contents of one line have no title."""
+        title, newline, text = contents.partition("\n")
+        return cls(id=id, title=title.strip().strip('"'), text=text) if newline else cls(id=id, title="", text=title)
+
+    @property
+    def contents(self) -> str:
+        """FlashRAG's form, `"Title"\\ntext`: also the string that is encoded."""
+        return f'"{self.title}"\n{self.text}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredPassage(Record):
+    """A passage's id and the retriever's score for it."""
+
+    id: str
+    score: float
+
+
+# --- Our formats ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(Record):
+    """One search of a trajectory."""
+
+    turn: int
+    """Counted from 1."""
+    reasoning: str
+    query: str
+    passages: tuple[ScoredPassage, ...]
+    """What the agent was shown, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory(Record):
+    """One answered (or given up) question."""
+
+    schema: ClassVar[str | None] = "trajectory/1"
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    answer: str | None
+    stop_reason: StopReason
+    em: int
+    f1: float
+    text: str
+    """All that model and environment wrote after the prompt."""
+    malformed_turns: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(Record):
+    """A query with the passages the previous retriever found for it, in retrieval order."""
+
+    schema: ClassVar[str | None] = "candidates/1"
+
+    id: str
+    turn: int
+    question: str
+    golden_answers: tuple[str, ...]
+    query: str
+    history: tuple[str, ...]
+    prefix: str
+    """The trajectory's text up to and with this turn's closing search tag."""
+    passages: tuple[ScoredPassage, ...]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(question id, turn): names a query everywhere."""
+        return self.id, self.turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubAnswer(Record):
+    """What a query was after, as the judge sees it; None means "Not Sure"."""
+
+    schema: ClassVar[str | None] = "sub_answer/1"
+
+    id: str
+    turn: int
+    query: str
+    sub_answer: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relevance(Record):
+    """Listwise relevance (LR) of one query's candidates."""
+
+    schema: ClassVar[str | None] = "relevance/1"
+
+    id: str
+    turn: int
+    scores: dict[str, int]
+    """Passage id -> 0..100."""
+
+    def __post_init__(self) -> None:
+        for passage, score in self.scores.items():
+            if not 0 <= score <= 100:
+                raise RecordError(f"relevance of passage {passage!r}: expected 0..100, found {score}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correctness(Record):
+    """Outcome of going on from a query with one candidate alone (GAC). A pruned candidate has no record."""
+
+    schema: ClassVar[str | None] = "correctness/1"
+
+    id: str
+    turn: int
+    passage_id: str
+    em: int
+    answer: str | None
+    searches: int
+    """Searches made after the candidate was shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Record):
+    """A training group: what the retriever learns from one query."""
+
+    schema: ClassVar[str | None] = "group/1"
+
+    id: str
+    turn: int
+    question: str
+    query: str
+    history: tuple[str, ...]
+    positive: str
+    """Passage id."""
+    negatives: tuple[str, ...]
+    """Passage ids, in sampled order."""

@@ -1,0 +1,1 @@
+"""The retriever: checkpoint and contrastive training (paper section 3.3)."""

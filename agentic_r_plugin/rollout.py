@@ -1,0 +1,118 @@
+"""Drives many sessions at once with one language model and one retriever (data stages and FlashRAG pipeline).
+
+A turn of all unfinished sessions is one batch for the model, then one batch for the retriever. verl's agent loop drives
+the same `Session` one trajectory at a time (`agent.agent_loop`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from agentic_r_plugin.answers import exact_match, f1
+from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling
+from agentic_r_plugin.protocol import Search, Session
+from agentic_r_plugin.records import Question, Trajectory
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+
+
+@dataclass
+class RolloutCost:
+    """What a number of rollouts took."""
+
+    rollouts: int = 0
+    searches: int = 0
+    prompt_tokens: int = 0
+    """Tokens given to the model, each turn's whole prompt counted."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+def run_sessions(
+    sessions: Sequence[Session],
+    llm: LLMBackend,
+    search: SearchBackend,
+    *,
+    topk: int,
+    sampling: Sampling,
+    cost: RolloutCost | None = None,
+    on_search: Callable[[Session, list[Hit]], None] | None = None,
+) -> None:
+    """Drive every session to its end, in place.
+
+    Args:
+        sessions: fresh sessions, or sessions that have just been shown a passage; all of one protocol.
+        topk: passages the agent is shown for a search.
+        sampling: how the model draws; the protocol's stop strings are added.
+        cost: added to, when given.
+        on_search: called with each session and what its search found.
+
+    Raises:
+        BackendError: the model failed.
+        SearchError: the retriever failed; no session takes that for an empty result.
+    """
+    cost = cost if cost is not None else RolloutCost()
+    cost.rollouts += len(sessions)
+    active = [session for session in sessions if session.finished is None]
+    while active:
+        sampling = replace(sampling, stop=active[0].protocol.stop)
+        requests = [Request(prompt_ids=tuple(s.ids), max_tokens=s.budget) for s in active]
+        completions = llm.generate(requests, sampling)
+        waiting: list[tuple[Session, Search]] = []
+        for session, completion in zip(active, completions, strict=True):
+            cost.prompt_tokens += completion.prompt_tokens
+            cost.cached_tokens += completion.cached_tokens
+            cost.generated_tokens += len(completion.token_ids)
+            action = session.model_wrote(completion.token_ids)
+            if isinstance(action, Search):
+                waiting.append((session, action))
+        _answer_searches(waiting, search, topk, cost, on_search)
+        active = [session for session in active if session.finished is None]
+
+
+def _answer_searches(
+    waiting: Sequence[tuple[Session, Search]],
+    search: SearchBackend,
+    topk: int,
+    cost: RolloutCost,
+    on_search: Callable[[Session, list[Hit]], None] | None,
+) -> None:
+    if not waiting:
+        return
+    requests = [search_request(session, action) for session, action in waiting]
+    cost.searches += len(requests)
+    for (session, _), hits in zip(waiting, search.search(requests, topk), strict=True):
+        if on_search is not None:
+            on_search(session, hits)
+        session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+
+def search_request(session: Session, action: Search) -> SearchRequest:
+    """The request for a session's pending search, with the question and the earlier queries."""
+    history = tuple(turn.query for turn in session.turns)
+    return SearchRequest(query=action.query, question=session.question, history=history)
+
+
+def to_trajectory(session: Session, question: Question) -> Trajectory:
+    """The record of a finished session.
+
+    Raises:
+        ValueError: the session is not finished.
+    """
+    if session.finished is None:
+        raise ValueError("the session is not finished")
+    answer = session.finished.answer
+    return Trajectory(
+        id=question.id,
+        question=question.question,
+        golden_answers=question.golden_answers,
+        turns=tuple(session.turns),
+        answer=answer,
+        stop_reason=session.finished.stop_reason,
+        em=int(exact_match(answer, question.golden_answers)),
+        f1=f1(answer, question.golden_answers),
+        text=session.text,
+        malformed_turns=session.malformed,
+        prompt_tokens=len(session.prompt_ids),
+        generated_tokens=session.generated_tokens,
+    )

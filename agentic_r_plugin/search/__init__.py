@@ -1,0 +1,1 @@
+"""Retrieval: corpus, index, backends, service and client."""
