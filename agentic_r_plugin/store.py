@@ -1,0 +1,187 @@
+"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by the file's name.
+
+Reading checks every record and names file and line; writing goes to a temporary file beside the target and is renamed
+at the end, so a file that exists is whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from agentic_r_plugin.errors import OutputExistsError, RecordError
+from agentic_r_plugin.records import Record
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+_PARQUET_BATCH = 1024
+
+
+def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType]:
+    """Records of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in order, one at a time.
+
+    Raises:
+        RecordError: no such file, a broken line, or a record that is not a `cls`; file and line (Parquet: row).
+    """
+    for number, data in read_lines(path):
+        try:
+            yield cls.from_dict(data)
+        except RecordError as error:
+            raise RecordError(str(error), path=path, line=number) from error
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, parsed JSON) of each non-empty line, or Parquet row as a dict.
+
+    Raises:
+        RecordError: no such file, or a line that is not JSON in UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecordError("no such file", path=path)
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, parse_line(line, path, number)
+
+
+def parse_line(line: bytes, path: str | Path, number: int) -> Any:
+    """One JSON value.
+
+    Raises:
+        RecordError: bad UTF-8 or bad JSON.
+    """
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {key: json.loads(value) if key in _JSON_COLUMNS else value for key, value in row.items()}
+    except pyarrow.ArrowInvalid as error:
+        raise RecordError(f"not a Parquet file: {error}", path=path) from error
+
+
+_JSON_COLUMNS = frozenset({"scores", "metadata"})
+"""Fields whose keys are data; Parquet would make every key a column, so they are kept as JSON text."""
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write all records atomically; returns how many. The format follows the file's name, as in `read_records`."""
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".parquet":
+            return _write_parquet(temporary, records)
+        opener = gzip.open if path.suffix == ".gz" else open
+        count = 0
+        with opener(temporary, "wb") as stream:
+            for record in records:
+                stream.write(dump_line(record.to_dict()))
+                count += 1
+        return count
+
+
+def dump_line(data: Any) -> bytes:
+    """One JSON line in UTF-8, newline included."""
+    return (json.dumps(data, ensure_ascii=False) + "\n").encode()
+
+
+def _write_parquet(path: Path, records: Iterable[Record]) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    writer, count, iterator = None, 0, iter(records)
+    try:
+        while rows := [_parquet_row(record) for record in islice(iterator, _PARQUET_BATCH)]:
+            table = pyarrow.Table.from_pylist(rows, schema=writer.schema if writer else None)
+            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+            count += len(rows)
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        pyarrow.parquet.write_table(pyarrow.table({}), path)
+    return count
+
+
+def _parquet_row(record: Record) -> dict[str, Any]:
+    return {
+        key: json.dumps(value, ensure_ascii=False) if key in _JSON_COLUMNS else value
+        for key, value in record.to_dict().items()
+    }
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write one JSON document atomically, indented."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """One JSON document.
+
+    Raises:
+        RecordError: no such file or not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecordError("no such file", path=path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"expected JSON: {error}", path=path) from error
+
+
+def require_absent(path: str | Path) -> None:
+    """Refuse to overwrite.
+
+    Raises:
+        OutputExistsError: the path exists.
+    """
+    if Path(path).exists():
+        raise OutputExistsError(
+            f"{path} already exists; choose another path, remove it, or pass --resume to continue it"
+        )
