@@ -1,0 +1,90 @@
+"""Opens language models and retrievers by name: the typed settings of the two backend kinds, shared by all commands.
+
+A backend class (component kinds `llm_backend` and `search_backend`) has a class method `from_spec(spec)`; settings that
+only one backend knows go into `options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentic_r_plugin import components
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.llm.base import LLMBackend
+from agentic_r_plugin.search.base import SearchBackend
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMSpec:
+    """Which language model, and how to reach it."""
+
+    backend: str = field(default="hf", metadata={"help": "registered llm_backend"})
+    model: str = field(default="", metadata={"help": "model directory, or the name a server knows"})
+    tokenizer: str = field(default="", metadata={"help": "tokenizer directory where it is not the model's"})
+    url: str = field(default="", metadata={"help": "base URL of an OpenAI-compatible server, with /v1"})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the key"})
+    dtype: str = field(default="auto", metadata={"help": "weights' type: auto (as saved), float32, bfloat16, float16"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch"})
+    prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept"})
+    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time"})
+    timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server"})
+    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """Which retriever, and how to reach it."""
+
+    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
+    index: str = field(default="", metadata={"help": "index directory (faiss)"})
+    corpus: str = field(default="", metadata={"help": "corpus file, where the backend needs one (bm25)"})
+    retriever: str = field(default="", metadata={"help": "retriever checkpoint, where it is not the index's own"})
+    url: str = field(default="", metadata={"help": "base URL of a running retrieval service"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
+    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service"})
+    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+
+
+@contextmanager
+def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
+    """The language model that `spec` names; closed when the block ends.
+
+    Raises:
+        UnknownComponentError: no such backend.
+        ConfigError: the backend cannot be built from these settings.
+    """
+    backend: LLMBackend = _build("llm_backend", spec.backend, spec)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+@contextmanager
+def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
+    """The retriever that `spec` names; closed when the block ends.
+
+    Raises:
+        UnknownComponentError: no such backend.
+        ConfigError: the backend cannot be built from these settings.
+        IndexMismatchError: the index does not belong to its corpus or retriever.
+    """
+    backend: SearchBackend = _build("search_backend", spec.backend, spec)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _build(kind: str, name: str, spec: LLMSpec | SearchSpec) -> Any:
+    build = getattr(components.load(kind, name), "from_spec", None)
+    if build is None:
+        raise ConfigError(f"{kind} {name!r} has no class method from_spec({type(spec).__name__}); it cannot be opened")
+    return build(spec)
