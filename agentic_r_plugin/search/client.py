@@ -1,0 +1,303 @@
+"""Client of the retrieval service (or of any server that speaks the same wire format, such as Search-R1's).
+
+One object serves threads, event loops and processes: connections are kept per event loop and per process, and pickling
+carries only the settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import httpx
+
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.search.wire import decode_hits, encode_requests
+
+_RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_FIRST_DELAY_S = 0.2
+_MAX_DELAY_S = 10.0
+_MAX_RETRY_AFTER_S = 60.0
+_MAX_ANSWER_BYTES = 512 * 1024 * 1024
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class RetrievalClient:
+    """Asks a retrieval service, retrying what may pass.
+
+    Connection faults, time-outs and the statuses 408, 425, 429 and 5xx are retried with jittered, doubling pauses (or
+    as long as `Retry-After` says); then `SearchUnavailableError`. Other refusals and malformed answers are
+    `SearchError` at once. Neither is ever an empty result.
+
+    Args:
+        url: base address, such as `http://127.0.0.1:8000`; a trailing `/retrieve` is taken off.
+        timeout_s: limit of one attempt, from connecting to the last byte.
+        retries: attempts after the first.
+        max_connections: per event loop (or, for `search`, per process).
+        token: sent as `Authorization: Bearer`.
+        max_batch: more requests than this are sent in several calls, in turn.
+
+    Raises:
+        ConfigError: not an http(s) address, or an impossible number.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 60.0,
+        retries: int = 5,
+        max_connections: int = 32,
+        token: str | None = None,
+        max_batch: int = 256,
+    ) -> None:
+        if timeout_s <= 0 or retries < 0 or max_connections < 1 or max_batch < 1:
+            raise ConfigError("timeout_s must be above 0, retries at least 0, max_connections and max_batch at least 1")
+        self.url = _base_url(url)
+        self.timeout_s, self.retries, self.max_connections = timeout_s, retries, max_connections
+        self.token, self.max_batch = token, max_batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._sync: httpx.Client | None = None
+        self._async: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {
+            "timeout_s": self.timeout_s,
+            "retries": self.retries,
+            "max_connections": self.max_connections,
+            "token": self.token,
+            "max_batch": self.max_batch,
+        }
+        return _rebuild, (self.url, settings)
+
+    # --- searching ----------------------------------------------------------------------------------------------------
+
+    async def asearch(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        """Best `topk` passages of each request, in the order of the requests.
+
+        Raises:
+            SearchUnavailableError: no good answer within the retries; names address, attempts and the last fault.
+            SearchError: the service refused the request or its answer is malformed.
+        """
+        found: list[list[Hit]] = []
+        for batch in self._batches(requests, topk):
+            answer = await self._acall("POST", "/retrieve", encode_requests(batch, topk))
+            found += self._decode(answer, len(batch), topk)
+        return found
+
+    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        """As `asearch`, blocking; safe from several threads."""
+        found: list[list[Hit]] = []
+        for batch in self._batches(requests, topk):
+            answer = self._call("POST", "/retrieve", encode_requests(batch, topk))
+            found += self._decode(answer, len(batch), topk)
+        return found
+
+    def health(self) -> dict[str, Any]:
+        """What `GET /health` says: at least `status` and `fingerprint` from our service.
+
+        Raises:
+            SearchError: as for `search`.
+        """
+        answer = self._call("GET", "/health", None)
+        if not isinstance(answer, dict):
+            raise SearchError(f"{self.url}/health: expected a JSON object, found {type(answer).__name__}")
+        return answer
+
+    def close(self) -> None:
+        """Close the blocking connections; those of event loops end with `aclose` or with their loop."""
+        if self._sync is not None and self._pid == os.getpid():
+            self._sync.close()
+        self._sync = None
+
+    async def aclose(self) -> None:
+        """Close the running event loop's connections."""
+        client = self._async.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+
+    # --- one call with retries ----------------------------------------------------------------------------------------
+
+    async def _acall(self, method: str, path: str, body: Any) -> Any:
+        attempts = _Attempts(self, path)
+        while True:
+            try:
+                status, headers, content = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
+            except (httpx.TransportError, asyncio.TimeoutError, TimeoutError) as error:
+                delay_s = attempts.failed(_describe(error, self.timeout_s))
+            else:
+                pause_s = attempts.judge(status, headers, content)
+                if pause_s is None:
+                    return attempts.parse(content)
+                delay_s = pause_s
+            await asyncio.sleep(delay_s)
+
+    def _call(self, method: str, path: str, body: Any) -> Any:
+        attempts = _Attempts(self, path)
+        while True:
+            try:
+                status, headers, content = self._fetch(method, path, body)
+            except (httpx.TransportError, TimeoutError) as error:
+                delay_s = attempts.failed(_describe(error, self.timeout_s))
+            else:
+                pause_s = attempts.judge(status, headers, content)
+                if pause_s is None:
+                    return attempts.parse(content)
+                delay_s = pause_s
+            time.sleep(delay_s)
+
+    async def _afetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
+        content = bytearray()
+        async with self._async_client().stream(method, self.url + path, json=body) as response:
+            async for chunk in response.aiter_raw():
+                content += chunk
+                self._check_size(content)
+        return response.status_code, response.headers, bytes(content)
+
+    def _fetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
+        content, deadline = bytearray(), time.monotonic() + self.timeout_s
+        with self._sync_client().stream(method, self.url + path, json=body) as response:
+            for chunk in response.iter_raw():
+                content += chunk
+                self._check_size(content)
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        return response.status_code, response.headers, bytes(content)
+
+    # --- pieces -------------------------------------------------------------------------------------------------------
+
+    def _batches(self, requests: Sequence[SearchRequest], topk: int) -> list[Sequence[SearchRequest]]:
+        if topk < 1:
+            raise SearchError(f"expected topk of at least 1, found {topk}")
+        return [requests[start : start + self.max_batch] for start in range(0, len(requests), self.max_batch)]
+
+    def _decode(self, answer: Any, num_requests: int, topk: int) -> list[list[Hit]]:
+        try:
+            return decode_hits(answer, num_requests=num_requests, topk=topk)
+        except SearchError as error:
+            raise SearchError(f"{self.url}/retrieve: {error}") from error
+
+    def _check_size(self, content: bytearray) -> None:
+        if len(content) > _MAX_ANSWER_BYTES:
+            raise SearchError(f"{self.url}: answer larger than {_MAX_ANSWER_BYTES} bytes; ask for fewer passages")
+
+    def _settings(self) -> dict[str, Any]:
+        headers = {"Accept-Encoding": "identity"}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        limits = httpx.Limits(max_connections=self.max_connections, max_keepalive_connections=self.max_connections)
+        local = httpx.URL(self.url).host in _LOOPBACK
+        return {"headers": headers, "limits": limits, "timeout": self.timeout_s, "trust_env": not local}
+
+    def _sync_client(self) -> httpx.Client:
+        if self._pid != os.getpid():
+            self._reset()
+        if self._sync is None:
+            self._sync = httpx.Client(**self._settings())
+        return self._sync
+
+    def _async_client(self) -> httpx.AsyncClient:
+        if self._pid != os.getpid():
+            self._reset()
+        loop = asyncio.get_running_loop()
+        if loop not in self._async:
+            self._async[loop] = httpx.AsyncClient(**self._settings())
+        return self._async[loop]
+
+
+class _Attempts:
+    """Counts the attempts of one call and says how long to pause before the next."""
+
+    def __init__(self, client: RetrievalClient, path: str) -> None:
+        self.where, self.allowed, self.made = client.url + path, client.retries + 1, 0
+
+    def failed(self, reason: str, retry_after_s: float | None = None) -> float:
+        """Pause before the next attempt, in seconds.
+
+        Raises:
+            SearchUnavailableError: no attempt is left.
+        """
+        self.made += 1
+        if self.made >= self.allowed:
+            attempts = f"{self.made} attempt{'s' if self.made > 1 else ''}"
+            raise SearchUnavailableError(
+                f"{self.where}: no answer after {attempts}; last fault: {reason}. "
+                "Is the retrieval service running (agentic-r serve)?"
+            )
+        if retry_after_s is not None:
+            return min(retry_after_s, _MAX_RETRY_AFTER_S)
+        return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (self.made - 1)) * random.uniform(0.5, 1.0)
+
+    def judge(self, status: int, headers: httpx.Headers, content: bytes) -> float | None:
+        """None for an answer to read, else the pause before the next attempt.
+
+        Raises:
+            SearchUnavailableError: no attempt is left.
+            SearchError: the service refuses this request for good.
+        """
+        if status == 200:
+            return None
+        reason = f"HTTP {status}: {_error_message(content)}"
+        if status in _RETRIED_STATUS:
+            return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
+        raise SearchError(f"{self.where}: the service refused the request: {reason}")
+
+    def parse(self, content: bytes) -> Any:
+        """The JSON document of an answer."""
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            found = content[:80]
+            raise SearchError(f"{self.where}: malformed answer: expected JSON, found {found!r} ({error})") from error
+
+
+def _rebuild(url: str, settings: dict[str, Any]) -> RetrievalClient:
+    return RetrievalClient(url, **settings)
+
+
+def _base_url(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"retrieval service {url!r}: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ConfigError(f"retrieval service {url!r}: expected an address such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/retrieve")
+
+
+def _describe(error: Exception, timeout_s: float) -> str:
+    if isinstance(error, TimeoutError | asyncio.TimeoutError | httpx.TimeoutException):
+        return f"no whole answer within {timeout_s:g} s"
+    return f"{type(error).__name__}: {error}"
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds of a `Retry-After` header, which holds a number or a date; None when it holds neither."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _error_message(content: bytes) -> str:
+    """The `message` of our error body, or the start of whatever was sent."""
+    try:
+        error = json.loads(content)["error"]
+        return f"{error['type']}: {error['message']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return content[:200].decode("utf-8", "replace") or "(empty body)"
