@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -21,23 +21,49 @@ from agentic_r_plugin.errors import ConfigError
 T = TypeVar("T")
 
 
-def load_config(cls: type[T], file: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Defaults of `cls`, then the YAML file, then the overrides (`a.b=value`), the later winning.
+def load_config(
+    cls: type[T],
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    values: Mapping[str, Any] | None = None,
+    append: Mapping[str, Sequence[Any]] | None = None,
+) -> T:
+    """Defaults of `cls`, then the YAML file, then `values`, then the overrides (`a.b=value`), the later winning.
+
+    Args:
+        cls: a dataclass; a field without a default must be given.
+        values: fields by name, as plain Python values (flags of a command, paths a caller fills in).
+        append: items added to list fields, after everything else.
 
     Raises:
         ConfigError: no such file, broken YAML, unknown key, wrong type, or a value the dataclass refuses.
     """
-    merged: Any = OmegaConf.structured(cls)
+    merged: Any = _writable(OmegaConf.structured(cls))
     if file is not None:
         merged = _merge(merged, _read(Path(file)), str(file))
+    for name, value in (values or {}).items():
+        merged = _merge(merged, {name: value}, cls.__name__)
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value")
         merged = _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    for name, items in (append or {}).items():
+        merged[name] = [*merged[name], *items]
     missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def _writable(node: Any) -> Any:
+    """OmegaConf makes the nodes of frozen dataclasses read-only; until they are objects they must take values."""
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, False)
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                _writable(node[key])
+    return node
 
 
 def _read(file: Path) -> Any:

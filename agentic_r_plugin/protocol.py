@@ -25,7 +25,7 @@ from typing import Protocol
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
 
-_TAG_OPENING = re.compile(r"<(?=\s*[/|!]?\s*[A-Za-z|_])")
+_TAG_OPENING = re.compile(r"<(?=[/|!A-Za-z_])")
 """A `<` that could open or close a tag, or start a special token such as `<|im_end|>`."""
 
 

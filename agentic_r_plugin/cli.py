@@ -1,0 +1,178 @@
+"""`agentic-r COMMAND [--config FILE] [key=value ...] [--resume]`: every step of the method as one command.
+
+A command is a typed configuration and a function; its flags are the configuration's fields. Nothing heavy is imported
+before the command is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from agentic_r_plugin import __version__, components
+from agentic_r_plugin.errors import AgenticRError, ConfigError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's configuration and function live, `module:Config` with `run` in the same module."""
+
+    help: str
+    config: str
+
+    def load(self) -> tuple[type, Any]:
+        """(configuration class, run function)."""
+        module_name, _, config_name = self.config.partition(":")
+        module = importlib.import_module(f"agentic_r_plugin.{module_name}")
+        return getattr(module, config_name), module.run
+
+
+COMMANDS = {
+    "world": Command("write the generated benchmark in FlashRAG layout", "world.generate:WorldConfig"),
+    "warm-start": Command("train the small agent on scripted trajectories", "world.warm_start:WarmStartConfig"),
+    "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
+    "serve": Command("run the retrieval service", "search.server:ServeConfig"),
+    "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
+    "trajectories": Command("the agent answers every question", "data.trajectories:TrajectoriesConfig"),
+    "candidates": Command("top-20 passages of every query", "data.candidates:CandidatesConfig"),
+    "sub-answers": Command("the judge names what each query was after", "data.sub_answers:SubAnswersConfig"),
+    "relevance": Command("score the candidates against the query", "data.relevance:RelevanceConfig"),
+    "correctness": Command("go on from single candidates; exact match", "data.correctness:CorrectnessConfig"),
+    "groups": Command("select positives and negatives", "data.groups:GroupsConfig"),
+    "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
+    "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
+    "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
+    "report": Command("report.html and report.md of a run", "evaluation.report:ReportConfig"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code, 0 only when the work is done and whole."""
+    parser = build_parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = next((item for item in arguments if not item.startswith("-")), None)
+    debug = "--debug" in arguments
+    try:
+        if name not in COMMANDS:
+            options = parser.parse_args(arguments)
+            list_components(as_json=options.json)
+            return 0
+        config_class, run = COMMANDS[name].load()
+        options, overrides = parse_command(name, config_class, arguments[arguments.index(name) + 1 :])
+        run(build_config(config_class, options, overrides), resume=options.resume)
+        return 0
+    except KeyboardInterrupt:
+        print(f"agentic-r {name}: interrupted; finished work is kept, go on with --resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, AgenticRError):
+            print(f"agentic-r {name}: {error}", file=sys.stderr)
+        else:
+            print(
+                f"agentic-r {name}: unexpected {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr
+            )
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The outer parser: help, version and `components`; the other commands parse themselves."""
+    parser = argparse.ArgumentParser(
+        prog="agentic-r", description="Agentic-R: learning to retrieve for agentic search."
+    )
+    parser.add_argument("--version", action="version", version=f"agentic-r {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    listing = commands.add_parser("components", help="list registered components")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
+    return parser
+
+
+def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Flags of one command (from its configuration's fields) and `key=value` overrides."""
+    parser = argparse.ArgumentParser(
+        prog=f"agentic-r {name}",
+        description=(config_class.__doc__ or "").strip().partition("\n")[0] or COMMANDS[name].help,
+        epilog="Every field, nested ones too, can also be given as key=value (a.b=value).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with these fields")
+    parser.add_argument("--resume", action="store_true", help="go on with an output that is already there")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for field in dataclasses.fields(config_class):
+        _add_flag(parser, config_class, field)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides")
+    options, rest = parser.parse_known_intermixed_args(arguments)
+    unknown = [item for item in rest if item.startswith("--")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, [*options.overrides, *rest]
+
+
+def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: dataclasses.Field[Any]) -> None:
+    hint = get_type_hints(config_class)[field.name]
+    kind = next((item for item in get_args(hint) if item is not type(None)), hint) if get_args(hint) else hint
+    if kind not in (str, int, float, bool):
+        return
+    flag = field.metadata.get("flag") or "--" + field.name.strip("_").replace("_", "-")
+    shown = "" if field.default in (dataclasses.MISSING, None, "", "???") else f" (default: {field.default})"
+    options: dict[str, Any] = {
+        "dest": f"field:{field.name}",
+        "default": None,
+        "help": (str(field.metadata.get("help", "")) + shown).replace("%", "%%"),
+    }
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    else:
+        parser.add_argument(flag, metavar=kind.__name__.upper(), **options)
+
+
+def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
+    """Defaults, then the file, then flags, then overrides.
+
+    A configuration with a list field `verl` takes overrides that are not its own fields as verl's.
+    """
+    from agentic_r_plugin.config import load_config
+
+    own = {field.name for field in dataclasses.fields(config_class)}
+    flags = {
+        key.removeprefix("field:"): value
+        for key, value in vars(options).items()
+        if key.startswith("field:") and value is not None
+    }
+    ours = [item for item in overrides if item.partition("=")[0].split(".")[0] in own or "verl" not in own]
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"argument {item!r}: expected key=value")
+    passed_on = [item for item in overrides if item not in ours]
+    return load_config(
+        config_class, options.config, ours, values=flags, append={"verl": passed_on} if passed_on else {}
+    )
+
+
+def list_components(*, as_json: bool) -> None:
+    """Print what is registered: kind, name, package, one line."""
+    rows = [
+        {"kind": item.kind, "name": item.name, "package": item.package, "description": components.describe(item)}
+        for item in components.components()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    widths = {key: max(len(row[key]) for row in rows) for key in ("kind", "name", "package")} if rows else {}
+    for row in rows:
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()) + "  " + row["description"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

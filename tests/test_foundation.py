@@ -1,0 +1,201 @@
+"""The bottom of the package: light imports, records, answers, query formulation, components, configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentic_r_plugin import components
+from agentic_r_plugin.answers import contains_answer, exact_match, f1, normalize
+from agentic_r_plugin.config import fingerprint, load_config, save_config
+from agentic_r_plugin.errors import ConfigError, RecordError, UnknownComponentError
+from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.records import (
+    Candidates,
+    Passage,
+    Question,
+    Relevance,
+    ScoredPassage,
+    StopReason,
+    Trajectory,
+    Turn,
+)
+
+
+@pytest.mark.parametrize("module", ["query", "answers", "protocol", "records", "errors"])
+def test_the_bottom_imports_without_a_framework_and_quickly(module):
+    code = (
+        f"import time; start = time.perf_counter(); import agentic_r_plugin.{module}, sys\n"
+        "taken = time.perf_counter() - start\n"
+        "print(taken, [m for m in ('torch', 'verl', 'ray', 'flashrag', 'transformers') if m in sys.modules])"
+    )
+    tries = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    results = [out.stdout.split(maxsplit=1) for out in tries]
+    assert {loaded.strip() for _, loaded in results} == {"[]"}
+    assert min(float(taken) for taken, _ in results) < 0.3
+
+
+# --- answers
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=30))
+def test_normalisation_equals_verls_and_flashrags(text):
+    from flashrag.evaluator.utils import normalize_answer as flashrags
+    from verl.utils.reward_score.search_r1_like_qa_em import normalize_answer as verls
+
+    assert normalize(text) == verls(text) == flashrags(text)
+
+
+def test_no_prediction_is_not_the_string_none():
+    assert not exact_match(None, ["None"]) and exact_match("None", ["None"]) and f1(None, ["None"]) == 0.0
+
+
+def test_f1_counts_shared_tokens_and_closes_yes_and_no():
+    assert f1("the big red house", ["red house"]) == pytest.approx(0.8)
+    assert f1("no way", ["no"]) == 0.0 and f1("no", ["No."]) == 1.0
+
+
+def test_an_answer_is_contained_as_whole_words_only():
+    assert contains_answer("In 1912, Vienna fell.", ["1912"]) and not contains_answer("In 19123", ["1912"])
+    assert not contains_answer("anything", ["the"])
+
+
+# --- query formulation
+
+
+def test_the_three_formulations():
+    assert retrieval_query("Q", "q2", ["q1"]) == "Q [SEP] q2"
+    assert retrieval_query("Q", "q2", ["q1"], "query") == "q2"
+    assert retrieval_query("Q", "q2", ["q1"], "question_history_query") == "Q [SEP] q1 [SEP] q2"
+
+
+def test_an_unknown_formulation_lists_the_known_ones():
+    with pytest.raises(UnknownComponentError, match="question_history_query, question_query"):
+        retrieval_query("Q", "q", formulation="nope")
+
+
+# --- records
+
+TRAJECTORY = Trajectory(
+    id="q1",
+    question="Q?",
+    golden_answers=("a",),
+    turns=(Turn(turn=1, reasoning="r", query="q", passages=(ScoredPassage(id="p", score=0.5),)),),
+    answer=None,
+    stop_reason=StopReason.MAX_TURNS,
+    em=0,
+    f1=0.0,
+    text="…",
+)
+
+
+def test_a_trajectory_round_trips_with_its_schema_first():
+    data = TRAJECTORY.to_dict()
+    assert next(iter(data.items())) == ("schema", "trajectory/1") and data["stop_reason"] == "max_turns"
+    assert Trajectory.from_dict(data) == TRAJECTORY
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "trajectory/2"}, "expected schema 'trajectory/1', found 'trajectory/2'"),
+        ({"em": "1"}, "field 'em': expected int, found str '1'"),
+        ({"em": True}, "field 'em': expected int, found bool"),
+        ({"stop_reason": "bored"}, "expected one of answered"),
+        ({"turns": [{"turn": 1}]}, "missing field 'turns[0].reasoning'"),
+        ({"turns": [{"turn": 1, "reasoning": "", "query": "", "passages": [{"id": 3, "score": 1}]}]}, "passages[0].id"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"golden_answers": "a"}, "field 'golden_answers'"),
+    ],
+)
+def test_a_wrong_record_names_the_field(change, message):
+    with pytest.raises(RecordError) as error:
+        Trajectory.from_dict(TRAJECTORY.to_dict() | change)
+    assert message in str(error.value)
+
+
+def test_a_question_without_gold_answers_is_refused():
+    with pytest.raises(RecordError, match="has no golden answers"):
+        Question.from_dict({"id": "1", "question": "Q", "golden_answers": []})
+
+
+def test_relevance_outside_its_range_is_refused():
+    with pytest.raises(RecordError, match=r"expected 0\.\.100, found 101"):
+        Relevance(id="q", turn=1, scores={"p": 101})
+
+
+def test_a_passage_keeps_flashrags_contents():
+    one = Passage.from_contents("7", '"Emma"\nA novel.\nBy Austen.')
+    assert (one.title, one.text, one.contents) == ("Emma", "A novel.\nBy Austen.", '"Emma"\nA novel.\nBy Austen.')
+    assert Passage.from_contents("8", "only text").text == "only text"
+
+
+def test_a_query_is_named_by_question_and_turn():
+    fields = {"question": "Q", "golden_answers": ["a"], "query": "q", "history": [], "prefix": "", "passages": []}
+    assert Candidates.from_dict({"schema": "candidates/1", "id": "q", "turn": 2} | fields).key == ("q", 2)
+
+
+# --- components
+
+
+def test_every_registered_component_can_be_loaded_and_says_what_it_is():
+    found = list(components.components())
+    assert {item.kind for item in found} == set(components.KINDS)
+    for item in found:
+        assert components.describe(item), f"{item.kind}.{item.name} has no description"
+
+
+# --- configuration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    path: str
+    count: int = 3
+    inner: Inner = field(default_factory=Inner)
+    verl: list[str] = field(default_factory=list)
+
+
+def test_file_values_and_overrides_win_in_that_order(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("path: a\ncount: 4\ninner: {rate: 1}\n")
+    config = load_config(Outer, file, ["inner.rate=2"], values={"count": "5"})
+    assert config == Outer(path="a", count=5, inner=Inner(rate=2.0))
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(Outer, tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("path: a\ncuont: 4\n", [], "cuont"),
+        ("path: a\ninner: {rat: 4}\n", [], "rat"),
+        ("path: a\ncount: many\n", [], "count"),
+        ("count: 1\n", [], "no value for path"),
+        ("path: [a\n", [], "not valid YAML"),
+        ("path: a\n", ["count"], "expected key=value"),
+        ("path: a\n", ["inner.x=1"], "inner.x"),
+    ],
+)
+def test_a_wrong_configuration_names_file_or_override_and_key(tmp_path, text, overrides, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, file, overrides)
+
+
+def test_a_fingerprint_depends_on_values_not_on_order():
+    assert (
+        fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1}) != fingerprint({"a": 1, "b": [2, 1]})
+    )
