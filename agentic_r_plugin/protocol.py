@@ -28,6 +28,9 @@ from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
 _TAG_OPENING = re.compile(r"<(?=[/|!A-Za-z_])")
 """A `<` that could open or close a tag, or start a special token such as `<|im_end|>`."""
 
+_SPILL = 16
+"""Characters that the token completing a stop string may hold after it."""
+
 
 class Codec(Protocol):
     """Text to token ids and back (`llm.codec.TokenizerCodec` wraps a Hugging Face tokenizer)."""
@@ -152,6 +155,17 @@ class AgentProtocol:
         head, closing, _ = text.partition(self.stop[0])
         return head + closing
 
+    def searches(self, text: str) -> list[tuple[str, str]]:
+        """Of a whole trajectory's text: (query, text up to and with its closing tag) of each search, in order.
+
+        Searches that were carried out are the closing search tags right before an information block; a last one may end
+        the text. Tags in passages are disarmed, and a correction's tags are not followed by a block.
+        """
+        opening, closing = f"<{self.search_tag}>", re.escape(self.stop[0])
+        block = re.escape(f"\n\n<{self.information_tag}>")
+        ends = re.finditer(f"{closing}(?=[^<]{{0,{_SPILL}}}?(?:{block}|\\Z))", text)
+        return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
+
     def render(self, passages: Sequence[Passage]) -> str:
         """The information block. Nothing inside can open or close a tag of the protocol."""
         docs = "\n".join(
@@ -194,6 +208,9 @@ class Session:
         prefix: text of a trajectory that this one continues, up to a closing search tag (correctness stage); it counts
             as written by the environment. The passages for that search come next, through `found`.
         searches: searches already made in the prefix, its last one included.
+        history: the queries of the prefix, its last one included; later searches are made with them.
+
+    A prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`).
 
     Raises:
         ConfigError: the prompt alone leaves no room for the model.
@@ -205,6 +222,7 @@ class Session:
     question: str
     prefix: str = ""
     searches: int = 0
+    history: tuple[str, ...] = ()
 
     prompt_ids: list[int] = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)
@@ -215,14 +233,16 @@ class Session:
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.codec.encode_prompt(self.protocol.prompt(self.question))
+        if self._room < 1:
+            raise ConfigError(
+                f"limits.max_tokens={self.limits.max_tokens}: the prompt of {self.question[:60]!r} takes "
+                f"{len(self.ids)} tokens and leaves none for the model"
+            )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
             self._pending = Search("", "")
-        if self._room < 1:
-            raise ConfigError(
-                f"limits.max_tokens={self.limits.max_tokens}: prompt and prefix of {self.question[:60]!r} take "
-                f"{len(self.ids)} tokens and leave none for the model"
-            )
+            if self._room < 1:
+                self._finish(Finished(StopReason.MAX_TOKENS))
 
     # What was written
 

@@ -18,7 +18,7 @@ from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
 
 @dataclass
 class RolloutCost:
-    """What a number of rollouts took."""
+    """What a stage spent; added to as it runs."""
 
     rollouts: int = 0
     searches: int = 0
@@ -26,6 +26,10 @@ class RolloutCost:
     """Tokens given to the model, each turn's whole prompt counted."""
     cached_tokens: int = 0
     generated_tokens: int = 0
+    reused: int = 0
+    """Rollouts that were looked up, not run: their prompt had been run before."""
+    judge_requests: int = 0
+    """Prompts sent to a judge, repeated ones included."""
 
 
 def run_sessions(
@@ -89,7 +93,7 @@ def _answer_searches(
 
 def search_request(session: Session, action: Search) -> SearchRequest:
     """The request for a session's pending search, with the question and the earlier queries."""
-    history = tuple(turn.query for turn in session.turns)
+    history = (*session.history, *(turn.query for turn in session.turns))
     return SearchRequest(query=action.query, question=session.question, history=history)
 
 

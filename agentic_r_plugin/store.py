@@ -7,6 +7,7 @@ at the end, so a file that exists is whole.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import tempfile
@@ -173,6 +174,22 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecordError(f"expected JSON: {error}", path=path) from error
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """Hash of a file's bytes (16 hex digits).
+
+    Raises:
+        RecordError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecordError("no such file", path=path)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def require_absent(path: str | Path) -> None:
