@@ -235,8 +235,8 @@ class Session:
         self.prompt_ids = self.codec.encode_prompt(self.protocol.prompt(self.question))
         if self._room < 1:
             raise ConfigError(
-                f"limits.max_tokens={self.limits.max_tokens}: the prompt of {self.question[:60]!r} takes "
-                f"{len(self.ids)} tokens and leaves none for the model"
+                f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
+                f"{self.question[:60]!r} leave none for the model"
             )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)

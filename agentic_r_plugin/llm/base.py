@@ -58,3 +58,25 @@ class LLMBackend(Protocol):
 
     def close(self) -> None:
         """Free what it holds; safe to call twice."""
+
+
+class ChatBackend(Protocol):
+    """A model that answers a message: what judges ask of it. Our backends do both."""
+
+    def chat(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> list[str]:
+        """The reply to each prompt, sent as the only user message of its own conversation.
+
+        Args:
+            prompts: messages.
+            max_tokens: longest reply.
+            temperature: 0 is greedy.
+            seed: of the draw, where the temperature is not 0.
+
+        Raises:
+            BackendError: the model or its server failed after its retries. Never a shorter list.
+        """
+
+    def fingerprint(self) -> str:
+        """Changes when the weights or the model's name change."""

@@ -1,0 +1,128 @@
+"""Candidates: the passages that the previous retriever finds for every query (method section 4, step 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agentic_r_plugin import components
+from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.search.base import SearchBackend, SearchRequest
+from agentic_r_plugin.store import read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesConfig:
+    """Retrieve the candidate passages of every query of every trajectory."""
+
+    in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
+    out: str = field(metadata={"help": "candidates file to write", **UNRECORDED})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever", **UNRECORDED})
+    protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
+    topk: int = field(default=20, metadata={"help": "candidates a query"})
+    max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
+    batch_size: int = field(default=64, metadata={"help": "trajectories at once", **UNRECORDED})
+
+
+def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:
+    """Every query of a trajectory, still without passages.
+
+    Raises:
+        RecordError: text and turns disagree.
+    """
+    searches = protocol.searches(trajectory.text)[: len(trajectory.turns)]
+    written, told = [query for query, _ in searches], [turn.query for turn in trajectory.turns]
+    if written != told:
+        raise RecordError(
+            f"trajectory {trajectory.id!r}: its turns hold the queries {told}, its text {written}; was it written with "
+            f"another agent protocol than {protocol.name!r}?"
+        )
+    return [
+        Candidates(
+            id=trajectory.id,
+            turn=turn.turn,
+            question=trajectory.question,
+            golden_answers=trajectory.golden_answers,
+            query=turn.query,
+            history=tuple(told[:position]),
+            prefix=prefix,
+            passages=(),
+        )
+        for position, (turn, (_, prefix)) in enumerate(zip(trajectory.turns, searches, strict=True))
+    ]
+
+
+def find_candidates(
+    trajectories: Iterable[Trajectory],
+    search: SearchBackend,
+    *,
+    protocol: AgentProtocol,
+    topk: int = 20,
+    max_turn: int = 0,
+    cost: RolloutCost | None = None,
+) -> Iterator[list[Candidates]]:
+    """The queries of each trajectory with their candidates; all trajectories given are searched for at once.
+
+    Args:
+        trajectories: one batch.
+        search: the previous retriever; it is given the question and the earlier queries too.
+        protocol: what the trajectories were written with.
+        topk: candidates a query.
+        max_turn: later turns are left out; 0 keeps all.
+        cost: added to, when given.
+
+    Raises:
+        SearchError: the retriever failed.
+        RecordError: a trajectory's text and turns disagree.
+    """
+    queries = [
+        [query for query in queries_of(trajectory, protocol) if not max_turn or query.turn <= max_turn]
+        for trajectory in trajectories
+    ]
+    requests = [
+        SearchRequest(query=query.query, question=query.question, history=query.history)
+        for of_trajectory in queries
+        for query in of_trajectory
+    ]
+    if cost is not None:
+        cost.searches += len(requests)
+    found = iter(search.search(requests, topk) if requests else [])
+    for of_trajectory in queries:
+        yield [
+            replace(query, passages=tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in next(found)))
+            for query in of_trajectory
+        ]
+
+
+def run(config: CandidatesConfig, *, resume: bool = False) -> None:
+    """The command `candidates`."""
+    with open_search(config.search) as search:
+        protocol, cost = components.load("agent_protocol", config.protocol), RolloutCost()
+
+        def work(batch: Iterable[Trajectory]) -> Iterator[Outcome]:
+            found = find_candidates(
+                batch, search, protocol=protocol, topk=config.topk, max_turn=config.max_turn, cost=cost
+            )
+            for queries in found:
+                yield Outcome(records=tuple(queries), dropped=None if queries else "no_search")
+
+        stage = Stage(
+            name="candidates",
+            config=config,
+            out=Path(config.out),
+            inputs={"trajectories": Path(config.in_)},
+            models={"retriever": search.fingerprint()},
+            record=Candidates,
+            units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+            work=work,
+            batch_size=config.batch_size,
+            cost=cost,
+        )
+        run_stage(stage, resume=resume)

@@ -1,0 +1,102 @@
+"""Trajectories: the agent answers every training question (method section 4, step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from agentic_r_plugin import components
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.llm.base import LLMBackend, Sampling
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.records import Question, Trajectory
+from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.store import read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesConfig:
+    """Let the agent answer every question, and write what it did."""
+
+    in_: str = field(metadata={"help": "questions file", **UNRECORDED})
+    out: str = field(metadata={"help": "trajectories file to write", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent", **UNRECORDED})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever", **UNRECORDED})
+    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
+    topk: int = field(default=3, metadata={"help": "passages shown for a search"})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
+    seed: int = field(default=0, metadata={"help": "of the draw, where the temperature is not 0"})
+    num_questions: int = field(default=0, metadata={"help": "only so many, from the start of the file; 0: all"})
+    batch_size: int = field(default=64, metadata={"help": "questions answered at once", **UNRECORDED})
+
+
+def answer_questions(
+    questions: Iterable[Question],
+    llm: LLMBackend,
+    search: SearchBackend,
+    *,
+    protocol: AgentProtocol,
+    limits: Limits,
+    topk: int = 3,
+    sampling: Sampling | None = None,
+    cost: RolloutCost | None = None,
+) -> Iterator[Trajectory]:
+    """One trajectory a question, in order; all questions given are answered at once.
+
+    Args:
+        questions: one batch.
+        llm: the agent.
+        search: its retriever.
+        protocol: the agent's tags and words.
+        limits: how far a trajectory may go.
+        topk: passages shown for a search.
+        sampling: greedy when None.
+        cost: added to, when given.
+
+    Raises:
+        BackendError: the agent's backend failed.
+        SearchError: the retriever failed.
+        ConfigError: a prompt leaves the model no room.
+    """
+    questions = list(questions)
+    sessions = [
+        Session(protocol=protocol, codec=llm.codec, limits=limits, question=question.question) for question in questions
+    ]
+    run_sessions(sessions, llm, search, topk=topk, sampling=sampling or Sampling(), cost=cost)
+    for session, question in zip(sessions, questions, strict=True):
+        yield to_trajectory(session, question)
+
+
+def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
+    """The command `trajectories`."""
+    with open_llm(config.llm) as llm, open_search(config.search) as search:
+        protocol = components.load("agent_protocol", config.protocol)
+        sampling, cost = Sampling(temperature=config.temperature, seed=config.seed), RolloutCost()
+        stage = Stage(
+            name="trajectories",
+            config=config,
+            out=Path(config.out),
+            inputs={"questions": Path(config.in_)},
+            models={"agent": llm.fingerprint(), "retriever": search.fingerprint()},
+            record=Trajectory,
+            units=lambda: (
+                (question.id, question)
+                for question in islice(read_records(config.in_, Question), config.num_questions or None)
+            ),
+            work=lambda batch: (
+                Outcome(records=(trajectory,))
+                for trajectory in answer_questions(
+                    batch, llm, search, protocol=protocol, limits=config.limits, topk=config.topk, sampling=sampling,
+                    cost=cost,
+                )
+            ),
+            batch_size=config.batch_size,
+            cost=cost,
+        )  # fmt: skip
+        run_stage(stage, resume=resume)

@@ -1,0 +1,140 @@
+"""A Hugging Face causal language model in this process, as a backend of the data stages and of evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.llm.base import Completion, Request, Sampling
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.store import file_fingerprint
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.backends import LLMSpec
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "*.model")
+
+
+class HFBackend:
+    """Hugging Face model in this process, batched; made for small models.
+
+    Args:
+        model: directory of a checkpoint with its tokenizer.
+        tokenizer: directory of the tokenizer, where it is not the model's.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device: `auto` (cuda where there is one) or a torch device.
+        max_batch_tokens: rows of a batch times their longest possible length stay within this.
+        prefix_cache_tokens: tokens whose keys and values are kept between calls.
+
+    Raises:
+        ConfigError: no such directory, or no model or tokenizer in it.
+        BackendError: the architecture is not one this generator serves.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path = "",
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_tokens: int = 32_768,
+        prefix_cache_tokens: int = 65_536,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from agentic_r_plugin.llm.hf_generate import HFGenerator
+
+        self.path, tokenizer_path = Path(model), Path(tokenizer or model)
+        for path in (self.path, tokenizer_path):
+            if not (str(model) and path.is_dir()):
+                raise ConfigError(f"llm.model={str(path)!r}: expected the directory of a Hugging Face checkpoint")
+        if dtype not in _DTYPES:
+            raise ConfigError(f"llm.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(tokenizer_path)
+            weights: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path}: not a checkpoint that transformers can load: {error}") from error
+        self.codec = TokenizerCodec(loaded)
+        self._generator = HFGenerator(
+            weights.to(device),
+            loaded,
+            max_batch_tokens=max_batch_tokens,
+            prefix_cache_tokens=prefix_cache_tokens,
+        )
+        self._fingerprint = checkpoint_fingerprint(self.path, tokenizer_path)
+
+    @classmethod
+    def from_spec(cls, spec: LLMSpec) -> HFBackend:
+        """From the settings of a command."""
+        return cls(
+            spec.model,
+            tokenizer=spec.tokenizer,
+            dtype=spec.dtype,
+            device=spec.device,
+            max_batch_tokens=spec.max_batch_tokens,
+            prefix_cache_tokens=spec.prefix_cache_tokens,
+            **spec.options,
+        )
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Continue every prompt.
+
+        A draw depends on the seed and on its own prompt, not on the other requests: the same prompt drawn twice with
+        one seed gives the same text, in whatever batch.
+        """
+        prompts = [request.prompt_ids for request in requests]
+        rows = self._generator.generate(
+            prompts,
+            max_tokens=[request.max_tokens for request in requests],
+            stop=sampling.stop,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            seed=None if sampling.seed is None else [_row_seed(sampling.seed, prompt) for prompt in prompts],
+        )
+        return [
+            Completion(token_ids=row.token_ids, prompt_tokens=len(prompt))
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
+    def chat(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> list[str]:
+        """The reply to each message, special tokens left out."""
+        requests = [
+            Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
+        ]
+        completions = self.generate(requests, Sampling(temperature=temperature, seed=seed))
+        tokenizer = self.codec.tokenizer
+        return [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
+
+    def fingerprint(self) -> str:
+        """Hash of weights, configuration and tokenizer files."""
+        return self._fingerprint
+
+    def close(self) -> None:
+        """Free the model."""
+        self._generator = None  # type: ignore[assignment]
+
+
+def checkpoint_fingerprint(model: Path, tokenizer: Path) -> str:
+    """Hash of a checkpoint's weights and configuration, and of its tokenizer's files."""
+    files = [path for pattern in (*_WEIGHTS, "config.json") for path in sorted(model.glob(pattern))]
+    files += [path for pattern in _TOKENIZER for path in sorted(tokenizer.glob(pattern))]
+    return fingerprint([(path.name, file_fingerprint(path)) for path in files if path.is_file()])
+
+
+def _row_seed(seed: int, prompt: Sequence[int]) -> int:
+    digest = hashlib.blake2b(f"{seed} {list(prompt)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
