@@ -1,0 +1,178 @@
+"""Requests of concurrent agent loops, gathered into batches for one generator."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from agentic_r_plugin.errors import BackendError
+from agentic_r_plugin.llm.hf_generate import Generated, HFGenerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What one request asks for; requests that differ in more than `max_tokens` go in different batches."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: tuple[str, ...]
+    with_logprobs: bool
+    ignore_eos: bool
+
+    @property
+    def batch_key(self) -> tuple[Any, ...]:
+        """Equal for requests that can share a call."""
+        return self.temperature, self.top_p, self.top_k, self.stop, self.with_logprobs, self.ignore_eos
+
+
+# Parameters that must have the value under which they change nothing, and parameters that concern text, not tokens.
+_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "n": 1}
+_TEXT_ONLY = {"include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "detokenize"}
+
+
+def parse_sampling(
+    params: dict[str, Any], *, num_prompt_tokens: int, max_length: int, response_length: int, total_length: int
+) -> Sampling:
+    """Read vLLM-style sampling parameters; the limits are those of verl's vLLM server.
+
+    Args:
+        params: left as it is.
+        max_length: longest prompt and answer together that the model takes, in tokens.
+        response_length, total_length: from the rollout configuration, for requests without `max_tokens`.
+
+    Raises:
+        BackendError: the prompt leaves no room, or a parameter this engine does not have.
+    """
+    params = dict(params)
+    room = max_length - num_prompt_tokens
+    if room < 1:
+        raise BackendError(
+            f"a prompt of {num_prompt_tokens} tokens leaves no room to generate within {max_length}; raise "
+            "actor_rollout_ref.rollout.max_model_len or shorten the prompt"
+        )
+    limit = params.pop("max_tokens", params.pop("max_new_tokens", None))
+    if limit is None:
+        limit = min(response_length, total_length - num_prompt_tokens)
+    stop = params.pop("stop", None) or ()
+    logprobs = params.pop("logprobs", None)
+    sampling = Sampling(
+        max_tokens=max(1, min(int(limit), room)),
+        temperature=float(params.pop("temperature", 1.0)),
+        top_p=float(params.pop("top_p", 1.0)),
+        top_k=int(params.pop("top_k", -1)),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        with_logprobs=logprobs is not None and logprobs is not False,
+        ignore_eos=bool(params.pop("ignore_eos", False)),
+    )
+    left = {
+        name: value
+        for name, value in params.items()
+        if name not in _TEXT_ONLY and not (name in _NEUTRAL and value == _NEUTRAL[name])
+    }
+    if left:
+        raise BackendError(f"the hf rollout engine does not know these sampling parameters: {left}")
+    return sampling
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: list[int]
+    sampling: Sampling
+    seed: int
+    answer: asyncio.Future[Generated]
+
+
+class RequestBatcher:
+    """Collects requests until none has come for `quiet_s`, at most `max_wait_s`, and generates for all of them at once.
+
+    A request's random draws depend on the seed, the version of the weights, its prompt, and how often that prompt was
+    asked before with these weights: not on when it came or with which others.
+    """
+
+    def __init__(self, generator: HFGenerator, *, seed: int, quiet_s: float, max_wait_s: float) -> None:
+        self.generator, self.seed, self.quiet_s, self.max_wait_s = generator, seed, quiet_s, max_wait_s
+        self._version: int | None = None
+        self._asked: Counter[int] = Counter()
+        self._waiting: list[_Request] = []
+        self._arrived = asyncio.Event()
+        self._busy = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._loop_task: asyncio.Task[None] | None = None
+
+    def new_weights(self, version: int | None) -> None:
+        """Draws begin anew with each version of the weights."""
+        self._version = version
+        self._asked.clear()
+
+    async def submit(self, prompt: list[int], sampling: Sampling) -> Generated:
+        """One request's answer; raises whatever its batch raised."""
+        if self._loop_task is None:
+            self._loop_task = asyncio.create_task(self._serve())
+        prompt_hash = hash(tuple(prompt))
+        seed = hash((self.seed, self._version or 0, prompt_hash, self._asked[prompt_hash]))
+        self._asked[prompt_hash] += 1
+        request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
+        self._waiting.append(request)
+        self._arrived.set()
+        return await request.answer
+
+    @asynccontextmanager
+    async def idle(self) -> AsyncIterator[None]:
+        """Hold back further batches while the block runs, once the present one is done."""
+        async with self._busy:
+            yield
+
+    async def _serve(self) -> None:
+        while True:
+            await self._arrived.wait()
+            await self._gather()
+            async with self._busy:
+                requests, self._waiting = self._waiting, []
+                self._arrived.clear()
+                groups: dict[tuple[Any, ...], list[_Request]] = defaultdict(list)
+                for request in requests:
+                    groups[request.sampling.batch_key].append(request)
+                for group in groups.values():
+                    await self._answer(group)
+
+    async def _gather(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.max_wait_s
+        seen = -1
+        while len(self._waiting) != seen and loop.time() < end:
+            seen = len(self._waiting)
+            await asyncio.sleep(self.quiet_s)
+
+    async def _answer(self, group: list[_Request]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._thread, self._generate, group)
+        except Exception as error:  # it belongs to the callers, who wait for it
+            for request in group:
+                if not request.answer.done():
+                    request.answer.set_exception(error)
+            return
+        for request, answer in zip(group, answers, strict=True):
+            if not request.answer.done():
+                request.answer.set_result(answer)
+
+    def _generate(self, group: list[_Request]) -> list[Generated]:
+        first = group[0].sampling
+        return self.generator.generate(
+            [request.prompt for request in group],
+            max_tokens=[request.sampling.max_tokens for request in group],
+            stop=first.stop,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            top_k=first.top_k,
+            seed=[request.seed for request in group],
+            with_logprobs=first.with_logprobs,
+            ignore_eos=first.ignore_eos,
+        )

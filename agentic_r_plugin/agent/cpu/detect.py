@@ -1,0 +1,35 @@
+"""Whether verl should run on the CPU here."""
+
+from __future__ import annotations
+
+import os
+
+from agentic_r_plugin.errors import ConfigError
+
+SWITCH = "AGENTIC_R_CPU"
+
+
+def cpu_wanted() -> bool:
+    """True where no accelerator is found; the environment variable `AGENTIC_R_CPU` (1, 0, auto) overrides.
+
+    Asks verl's own platforms, with their look at the host: a Ray actor without a GPU of its own, on a machine that has
+    one, must not be taken for a machine without.
+
+    Raises:
+        ConfigError: `AGENTIC_R_CPU` holds something else.
+    """
+    choice = os.environ.get(SWITCH, "auto").strip().lower()
+    if choice in ("1", "0"):
+        return choice == "1"
+    if choice != "auto":
+        raise ConfigError(f"{SWITCH}={choice}: expected 1 (use the CPU), 0 (never), or auto (where no accelerator is found)")
+    named = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    if named:
+        return named == "cpu"
+    from verl.plugin.platform import PlatformRegistry
+
+    for name in PlatformRegistry.registered_names():
+        platform_cls = PlatformRegistry.get(name)
+        if name != "cpu" and platform_cls is not None and platform_cls().is_platform_available(use_smi_check=True):
+            return False
+    return True

@@ -1,0 +1,75 @@
+"""What a run of verl on the CPU must be told: Hydra overrides and environment variables, each with its reason."""
+
+from __future__ import annotations
+
+import os
+
+
+def cpu_overrides(*, num_workers: int = 1, rollout_dtype: str = "float32") -> list[str]:
+    """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
+
+    They hold nothing about model, data or algorithm, and come before the user's own, which may change any of them.
+
+    Args:
+        num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
+        rollout_dtype: of the rollout engine's weights and computation.
+    """
+    overrides = [
+        "trainer.device=cpu",
+        "trainer.nnodes=1",
+        f"trainer.n_gpus_per_node={num_workers}",
+        # verl counts GPUs and NPUs only; Ray is told of as many logical ones as there are workers.
+        f"+ray_kwargs.ray_init.num_gpus={num_workers}",
+        # More logical cores than real ones: verl's many small actors each reserve one and mostly sleep.
+        f"ray_kwargs.ray_init.num_cpus={16 + 4 * num_workers}",
+        "+ray_kwargs.ray_init.include_dashboard=False",
+        "actor_rollout_ref.rollout.name=hf",
+        f"actor_rollout_ref.rollout.dtype={rollout_dtype}",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+        "actor_rollout_ref.rollout.free_cache_engine=False",
+        "actor_rollout_ref.rollout.agent.num_workers=1",
+        "reward.num_workers=1",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+        "data.dataloader_num_workers=0",
+        "trainer.v1.sampler.custom_sampler.path=pkg://agentic_r_plugin.agent.cpu.replay",
+        "trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer",
+    ]
+    for engine in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"):
+        fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
+        overrides += [
+            f"{engine}.strategy=fsdp2",  # FSDP1 synchronises module states on an accelerator
+            f"{fsdp}.strategy=fsdp2",
+            f"{fsdp}.use_torch_compile=False",
+            f"+{fsdp}.mixed_precision.param_dtype=fp32",
+            f"+{fsdp}.mixed_precision.reduce_dtype=fp32",
+            f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
+        ]
+    overrides += ["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.ref.use_torch_compile=False"]
+    for model in ("actor_rollout_ref.model", "critic.model"):
+        overrides += [
+            f"{model}.use_remove_padding=False",  # needs flash attention
+            f"+{model}.override_config.attn_implementation=sdpa",
+            f"{model}.enable_gradient_checkpointing=False",
+        ]
+    return overrides
+
+
+def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
+    """Environment variables for the process that starts the training; Ray hands them on to its workers.
+
+    Args:
+        num_threads: of each training and rollout process, which take turns; by default all cores.
+    """
+    threads = num_threads or len(os.sched_getaffinity(0))
+    return {
+        "AGENTIC_R_CPU": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "VERL_ENGINE_DEVICE": "cuda",  # verl's FSDP engines are registered under this name only
+    }
+
+
+UNSET = ("CUDA_VISIBLE_DEVICES",)
+"""Variables to remove: an empty list of visible devices makes `ray.init(num_gpus=1)` fail."""

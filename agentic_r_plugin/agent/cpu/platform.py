@@ -1,0 +1,138 @@
+"""The CPU as a verl platform: what verl asks of an accelerator, answered for a machine that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import psutil
+import torch
+from verl.plugin.platform import PlatformBase
+
+
+def _cpu_device_module() -> ModuleType:
+    """`torch.cpu` with what verl uses of `torch.cuda` and `torch.cpu` lacks."""
+    module = ModuleType("agentic_r_plugin.agent.cpu.device_module")
+    module.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    def resident_bytes(*args: object) -> int:
+        return psutil.Process().memory_info().rss
+
+    def mem_get_info(*args: object) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    module.__dict__.update(
+        manual_seed=torch.manual_seed,
+        manual_seed_all=torch.manual_seed,
+        get_rng_state=lambda *args: torch.get_rng_state(),
+        set_rng_state=lambda state, *args: torch.set_rng_state(state),
+        memory_allocated=resident_bytes,
+        memory_reserved=resident_bytes,
+        max_memory_allocated=resident_bytes,
+        max_memory_reserved=resident_bytes,
+        mem_get_info=mem_get_info,
+        get_device_name=lambda *args: "cpu",
+        empty_cache=nothing,
+        ipc_collect=nothing,
+        reset_peak_memory_stats=nothing,
+        set_per_process_memory_fraction=nothing,
+    )
+    return module
+
+
+class CPUPlatform(PlatformBase):
+    """One device, named `cpu`; collectives by gloo.
+
+    Ray is told of logical GPUs (`ray_kwargs.ray_init.num_gpus`), because verl's placement groups and resource check
+    count nothing else: one logical GPU is one worker process.
+    """
+
+    _module = _cpu_device_module()
+
+    @property
+    def device_name(self) -> str:
+        return "cpu"
+
+    @property
+    def vendor_name(self) -> str:
+        return "cpu"
+
+    @property
+    def device_module(self) -> ModuleType:
+        return self._module
+
+    def is_available(self) -> bool:
+        return True
+
+    def current_device(self) -> str:  # type: ignore[override]
+        return "cpu"  # what `tensor.to` takes; an index would mean an accelerator
+
+    def device_count(self) -> int:
+        return 1
+
+    def set_device(self, device_index: int) -> None:
+        return None
+
+    def synchronize(self, device_index: int | None = None) -> None:
+        return None
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def manual_seed_all(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def set_allocator_settings(self, settings: str) -> None:
+        return None
+
+    def empty_cache(self) -> None:
+        return None
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    @contextmanager
+    def nvtx_range(self, msg: str) -> Iterator[None]:
+        yield
+
+    def profiler_start(self) -> None:
+        return None
+
+    def profiler_stop(self) -> None:
+        return None
+
+    def ray_resource_name(self) -> str:
+        return "GPU"
+
+    def ray_noset_envvars(self) -> list[str]:
+        return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    def cudart(self) -> Any:
+        return None
+
+
+def register() -> None:
+    """Make the CPU this process's platform.
+
+    verl picks a platform the first time one is asked for; set here, it holds whatever was asked before.
+    """
+    from verl.plugin.platform import PlatformRegistry, platform_manager
+
+    PlatformRegistry.register("cpu")(CPUPlatform)
+    if not isinstance(platform_manager._current_platform, CPUPlatform):
+        platform_manager._current_platform = CPUPlatform()

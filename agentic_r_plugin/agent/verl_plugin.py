@@ -1,0 +1,73 @@
+"""What verl imports in every process (entry point `verl.plugins`): importing this registers all we add to verl.
+
+verl swallows an error raised here (it logs it at DEBUG), so whoever starts a training calls `assert_registered()`, in
+each kind of process it can reach: a registration that did not happen must not pass for a training that runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+
+from agentic_r_plugin.agent.cpu.detect import cpu_wanted
+from agentic_r_plugin.errors import UpstreamError
+
+AGENT_LOOP_MODULE = "agentic_r_plugin.agent.agent_loop"
+registered: tuple[str, ...] = ()
+"""What was registered in this process; the last step of the import, so its being set means that all went well."""
+
+
+def check() -> list[str]:
+    """What is missing in this process, in words; empty when all is well."""
+    import verl.plugin.platform as platform
+
+    missing = []
+    if not registered:
+        missing.append("the plugin module was not imported to its end")
+    if cpu_wanted():
+        from agentic_r_plugin.agent.cpu import hooks
+        from agentic_r_plugin.upstream import is_applied
+
+        if platform.get_platform().device_name != "cpu":
+            missing.append(f"verl's platform is {platform.get_platform().device_name!r}, not 'cpu'")
+        missing += [f"hook {hook.name} ({hook.symbol}) is not applied" for hook in hooks.HOOKS if not is_applied(hook)]
+        from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+        if hooks.ROLLOUT_NAME not in RolloutReplicaRegistry._registry:
+            missing.append(f"rollout engine {hooks.ROLLOUT_NAME!r} is not registered")
+    return missing
+
+
+def assert_registered() -> None:
+    """Refuse to go on without our registrations.
+
+    Raises:
+        UpstreamError: says what is missing and why verl may not have loaded the plugin.
+    """
+    missing = check()
+    if missing:
+        raise UpstreamError(
+            "the verl plugin of agentic-r is not in place: " + "; ".join(missing) + ". Is the package installed "
+            "(`pip install -e .` makes the entry point), and does VERL_USE_EXTERNAL_PLUGINS exclude 'agentic_r'?"
+        )
+
+
+def _register() -> tuple[str, ...]:
+    done = []
+    if cpu_wanted():
+        from agentic_r_plugin.agent.cpu import hooks, platform
+
+        platform.register()
+        done += ["platform cpu", *hooks.install(), f"rollout {hooks.ROLLOUT_NAME}"]
+    if importlib.util.find_spec(AGENT_LOOP_MODULE) is not None:
+        importlib.import_module(AGENT_LOOP_MODULE)
+        done.append("agent loop")
+    return (*done, "verl plugin")
+
+
+try:
+    registered = _register()
+except Exception:
+    logging.getLogger(__name__).exception("the verl plugin of agentic-r could not register; verl hides this error")
+    raise

@@ -1,0 +1,308 @@
+"""Batched generation with a Hugging Face causal language model, exact per row, fast for small models on a CPU.
+
+Used by verl's CPU rollout engine and by the data stages. It drives the model's own forward pass with a cache that is
+written in place and shrinks as rows finish; `model.generate` copies all keys and values at every token and goes on
+computing finished rows, which costs three to five times as much for a model of some million parameters.
+
+Legend: B rows of a batch, P padded prompt length, R prompt tokens to compute, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from agentic_r_plugin.errors import BackendError
+from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore
+from agentic_r_plugin.llm.sampling import StopStrings, sample
+
+FinishReason = Literal["stop", "length", "eos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What was generated for one prompt."""
+
+    token_ids: tuple[int, ...]
+    """Generated ids; the one that ended the row (end-of-sequence, or the one completing a stop string) included."""
+    logprobs: tuple[float, ...] | None
+    """Of each id, under the distribution it was drawn from; None unless asked for."""
+    finish_reason: FinishReason
+    stop_string: str | None
+    """The stop string that ended the row, for finish reason `stop`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    index: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    uniform: torch.Tensor
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sampling:
+    temperature: float
+    top_p: float
+    top_k: int
+    with_logprobs: bool
+    eos_ids: frozenset[int]
+    stop: StopStrings
+
+
+class HFGenerator:
+    """Generates for many prompts at once. Not thread-safe.
+
+    Args:
+        model: a Hugging Face causal language model with full attention in every layer, on its device.
+        tokenizer: its tokenizer; used to find stop strings.
+        max_batch_tokens: rows of a batch times their longest possible length stay within this.
+        prefix_cache_tokens: how many tokens' keys and values to keep between calls (0: none).
+
+    Raises:
+        BackendError: the model has layers with other than full attention.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_batch_tokens: int = 32_768, prefix_cache_tokens: int = 0
+    ) -> None:
+        self.model, self.tokenizer, self.max_batch_tokens = model.eval(), tokenizer, max_batch_tokens
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise BackendError(
+                f"{type(model).__name__} has layers of kind {sorted(kinds)}; this generator serves models with full "
+                "attention only: use another backend"
+            )
+        self.prefixes = PrefixStore(prefix_cache_tokens)
+        self._cache = BatchCache(model.config.num_hidden_layers)
+        self.eos_ids = _eos_ids(model, tokenizer)
+
+    def weights_changed(self) -> None:
+        """Forget everything computed with the old weights."""
+        self.prefixes.clear()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: Sequence[int],
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        seed: int | Sequence[int] | None = None,
+        with_logprobs: bool = False,
+        ignore_eos: bool = False,
+    ) -> list[Generated]:
+        """Continue every prompt until end-of-sequence, a stop string or its number of tokens.
+
+        Args:
+            prompts: token ids, each at least one.
+            max_tokens: how many tokens each prompt may get at most.
+            stop: a row ends with the token that completes one of these; the text of the prompt does not count.
+            temperature: 0 is greedy. top_p, top_k: 1.0 and -1 keep everything.
+            seed: one for all (rows then differ by their position), or one per row, or None for a fresh draw. What a
+                row draws depends on its own seed only, not on the other rows.
+
+        Raises:
+            BackendError: an empty prompt, or lists of different lengths.
+        """
+        rows = _rows(prompts, max_tokens, seed)
+        eos_ids = frozenset() if ignore_eos else self.eos_ids
+        sampling = _Sampling(
+            temperature=temperature, top_p=top_p, top_k=top_k, with_logprobs=with_logprobs, eos_ids=eos_ids,
+            stop=StopStrings(self.tokenizer, stop),
+        )  # fmt: skip
+        if self.prefixes.max_tokens:
+            self._prefill_shared([row.prompt for row in rows])
+        for batch in self._batches([row for row in rows if row.max_tokens > 0]):
+            self._run(batch, sampling)
+        return [
+            Generated(
+                token_ids=tuple(row.token_ids),
+                logprobs=tuple(row.logprobs) if with_logprobs else None,
+                finish_reason=row.finish_reason or "length",
+                stop_string=row.stop_string,
+            )
+            for row in rows
+        ]
+
+    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Rows with about the same work together, each batch within the token budget."""
+        work = {row.index: len(row.prompt) - self.prefixes.find(row.prompt)[0] for row in rows}
+        batch: list[_Row] = []
+        longest = 0
+        for row in sorted(rows, key=lambda row: (work[row.index], len(row.prompt), row.index)):
+            length = max(longest, len(row.prompt) + row.max_tokens)
+            if batch and length * (len(batch) + 1) > self.max_batch_tokens:
+                yield batch
+                batch, length = [], len(row.prompt) + row.max_tokens
+            batch.append(row)
+            longest = length
+        if batch:
+            yield batch
+
+    def _prefill_shared(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute once, and keep, the beginnings that several prompts share and that are not kept yet."""
+        block_size = self.prefixes.block_size
+        blocks = [self.prefixes.blocks(prompt) for prompt in prompts]
+        count = Counter(key for keys in blocks for key in keys)
+        shared: dict[int, tuple[int, ...]] = {}
+        for prompt, keys in zip(prompts, blocks, strict=True):
+            depth = sum(1 for key in keys if count[key] > 1)
+            if depth * block_size - self.prefixes.find(prompt)[0] >= 2 * block_size:
+                shared[keys[depth - 1]] = tuple(prompt[: depth * block_size])
+        none = torch.empty(0)
+        rows = [
+            _Row(index=index, prompt=prefix, max_tokens=0, uniform=none) for index, prefix in enumerate(shared.values())
+        ]
+        for batch in self._batches(rows):
+            padded = max(len(row.prompt) for row in batch)
+            self._prefill(batch, padded, padded)
+            for slot, row in enumerate(batch):
+                self._keep(slot, row, padded)
+
+    def _run(self, rows: list[_Row], sampling: _Sampling) -> None:
+        """Prefill one batch and decode it to the end, dropping rows as they finish."""
+        padded = max(len(row.prompt) for row in rows)
+        capacity = padded + max(row.max_tokens for row in rows)
+        logits_BV = self._prefill(rows, padded, capacity)
+        device = logits_BV.device
+        start_B = torch.tensor([padded - len(row.prompt) for row in rows], device=device)
+        valid_BC = torch.arange(capacity, device=device) >= start_B[:, None]
+        active, end = list(rows), padded
+        while True:
+            step = end - padded
+            uniform_B = torch.stack([row.uniform[step] for row in active]).to(device)
+            token_B, logprob_B = sample(
+                logits_BV, uniform_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+                with_logprobs=sampling.with_logprobs,
+            )  # fmt: skip
+            logprobs = logprob_B.tolist() if logprob_B is not None else [0.0] * len(active)
+            for row, token_id, logprob in zip(active, token_B.tolist(), logprobs, strict=True):
+                _append(row, token_id, logprob, sampling)
+            keep = self._drop_finished(active, end)
+            if not keep:
+                return
+            if len(keep) < len(active):
+                order = torch.tensor(keep, device=device)
+                active = [active[slot] for slot in keep]
+                token_B, start_B, valid_BC = token_B[order], start_B[order], valid_BC[order]
+            end += 1
+            self._cache.seek(end - 1)
+            logits_BV = self.model(
+                input_ids=token_B[:, None],
+                attention_mask=self._mask(valid_BC[:, None, None, :end]),
+                position_ids=(end - 1 - start_B)[:, None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+    def _prefill(self, rows: list[_Row], padded: int, capacity: int) -> torch.Tensor:
+        """Compute the prompts, right-aligned, from where their kept beginnings end; logits `[B, V]` of the last token.
+
+        Every row computes the same number R of last tokens, so that nothing kept is overwritten by padding.
+        """
+        self._cache.reserve(len(rows), capacity)
+        kept = [self.prefixes.find(row.prompt[:-1]) for row in rows]
+        num_new = max(len(row.prompt) - length for row, (length, _) in zip(rows, kept, strict=True))
+        device = self.model.device
+        ids_BR = torch.zeros((len(rows), num_new), dtype=torch.long)
+        start_B = torch.tensor([padded - len(row.prompt) for row in rows], device=device)
+        for slot, (row, (_, states)) in enumerate(zip(rows, kept, strict=True)):
+            new = row.prompt[-num_new:]
+            ids_BR[slot, num_new - len(new) :] = torch.tensor(new)
+            if len(row.prompt) > num_new:
+                self._cache.copy_in(slot, padded - len(row.prompt), states, len(row.prompt) - num_new)
+            if padded > num_new:  # what lies before a row is masked, but must be finite
+                self._cache.blank(slot, min(padded - len(row.prompt), padded - num_new))
+        self._cache.seek(padded - num_new)
+        query_R, key_P = torch.arange(padded - num_new, padded, device=device), torch.arange(padded, device=device)
+        causal_RP = key_P <= query_R[:, None]
+        allowed_BRP = causal_RP & (key_P >= start_B[:, None, None])
+        allowed_BRP = allowed_BRP | (key_P == query_R[:, None])  # padding attends to itself: no empty softmax
+        return self.model(
+            input_ids=ids_BR.to(device),
+            attention_mask=self._mask(allowed_BRP[:, None]),
+            position_ids=(query_R - start_B[:, None]).clamp(min=0),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        """What the model's attention takes: a boolean mask for SDPA, an additive one otherwise."""
+        if self.model.config._attn_implementation == "sdpa":
+            return allowed
+        return torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(self.model.dtype).min
+        )
+
+    def _drop_finished(self, active: list[_Row], end: int) -> list[int]:
+        """The slots that go on, in their new order; their keys and values are moved to the front."""
+        keep = list(range(len(active)))
+        for slot in [slot for slot, row in enumerate(active) if row.finish_reason is not None]:
+            self._keep(slot, active[slot], end)
+        last = len(keep) - 1
+        for slot in reversed(range(len(active))):
+            if active[slot].finish_reason is None:
+                continue
+            if slot != last:
+                self._cache.move_row(last, slot, end)
+                keep[slot] = keep[last]
+            keep.pop()
+            last -= 1
+        return keep
+
+    def _keep(self, slot: int, row: _Row, end: int) -> None:
+        """Keep a finished row's keys and values; its last generated token has none yet."""
+        if self.prefixes.max_tokens:
+            tokens = (*row.prompt, *row.token_ids[:-1])
+            self.prefixes.add(tokens, self._cache.copy_out(slot, end - len(tokens), end))
+
+
+def _append(row: _Row, token_id: int, logprob: float, sampling: _Sampling) -> None:
+    row.token_ids.append(token_id)
+    row.logprobs.append(logprob)
+    if token_id in sampling.eos_ids:
+        row.finish_reason = "eos"
+    elif (stop_string := sampling.stop.completed_by_last(row.token_ids)) is not None:
+        row.finish_reason, row.stop_string = "stop", stop_string
+    elif len(row.token_ids) >= row.max_tokens:
+        row.finish_reason = "length"
+
+
+def _rows(
+    prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int | Sequence[int] | None
+) -> list[_Row]:
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    seeds = [seed * 1_000_003 + index for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    if not len(prompts) == len(max_tokens) == len(seeds):
+        raise BackendError(
+            f"{len(prompts)} prompts, {len(max_tokens)} token limits, {len(seeds)} seeds: must be equally many"
+        )
+    rows = []
+    for index, (prompt, limit, row_seed) in enumerate(zip(prompts, max_tokens, seeds, strict=True)):
+        if not len(prompt):
+            raise BackendError(f"prompt {index} is empty; a model needs at least one token to go on from")
+        uniform = torch.rand(max(limit, 0), generator=torch.Generator().manual_seed(row_seed % 2**63))
+        rows.append(_Row(index=index, prompt=tuple(prompt), max_tokens=limit, uniform=uniform))
+    return rows
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """End-of-sequence ids of the generation config and of the tokenizer."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = list(configured) if isinstance(configured, (list, tuple)) else [configured]
+    return frozenset(int(token_id) for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)

@@ -1,0 +1,189 @@
+"""Keys and values of a batch that shrinks as rows finish, and of finished rows whose tokens may come again.
+
+Legend: B rows, H key-value heads, C capacity in tokens, D head size, L layers.
+
+`BatchCache` is a Hugging Face `Cache` whose layers are written in place: growing `DynamicCache` copies every key and
+value at every token, which is most of the time of a small model on a CPU. Rows are right-aligned: all rows end at the
+same write position, and row `r` begins at `write position - length of r`.
+
+`PrefixStore` keeps the keys and values of finished rows, found again by blocks of tokens, so that the next turn of the
+same trajectory (or another candidate with the same prefix) computes only what is new.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class BatchLayer(CacheLayerMixin):
+    """One layer's keys and values, `[B, H, C, D]`, preallocated; `update` writes at the owner's position."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.capacity, self.position = 0, 0, 0
+        self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Lay out room for `rows` x `capacity` tokens, reusing the memory of earlier batches where it suffices."""
+        self.rows, self.capacity, self.position = rows, capacity, 0
+        if self._storage is not None:
+            self._lay_out()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._shapes = [(states.shape[1], states.shape[3]) for states in (key_states, value_states)]
+        self._storage = (key_states.new_empty(0), value_states.new_empty(0))
+        self._lay_out()
+        self.is_initialized = True
+
+    def _lay_out(self) -> None:
+        assert self._storage is not None
+        views, storage = [], []
+        for flat, (heads, size) in zip(self._storage, self._shapes, strict=True):
+            needed = self.rows * heads * self.capacity * size
+            flat = flat if flat.numel() >= needed else flat.new_empty(needed)
+            storage.append(flat)
+            views.append(flat[:needed].view(self.rows, heads, self.capacity, size))
+        self._storage = (storage[0], storage[1])
+        self.keys, self.values = views
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new `[b, H, q, D]` at the position and return everything up to and with them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        rows, end = key_states.shape[0], self.position + key_states.shape[2]
+        self.keys[:rows, :, self.position : end] = key_states
+        self.values[:rows, :, self.position : end] = value_states
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.position + query_length, 0
+
+    def get_max_cache_shape(self) -> int:
+        return self.capacity
+
+
+class BatchCache(Cache):
+    """The layers of one batch; the caller moves the write position after each forward pass."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[BatchLayer() for _ in range(num_layers)])
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Begin a batch of `rows`, each of at most `capacity` tokens, padding included."""
+        for layer in self.layers:
+            layer.reserve(rows, capacity)
+
+    def seek(self, position: int) -> None:
+        """Set where the next forward pass writes."""
+        for layer in self.layers:
+            layer.position = position
+
+    def blank(self, row: int, end: int) -> None:
+        """Zero the first `end` tokens of a row: masked positions must still be finite."""
+        for layer in self.layers:
+            layer.keys[row, :, :end] = 0
+            layer.values[row, :, :end] = 0
+
+    def move_row(self, source: int, target: int, end: int) -> None:
+        """Copy row `source` over row `target`, up to `end` tokens."""
+        for layer in self.layers:
+            layer.keys[target, :, :end] = layer.keys[source, :, :end]
+            layer.values[target, :, :end] = layer.values[source, :, :end]
+
+    def copy_out(self, row: int, start: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values `[H, end - start, D]` of one row, per layer, as copies."""
+        return [
+            (layer.keys[row, :, start:end].clone(), layer.values[row, :, start:end].clone()) for layer in self.layers
+        ]
+
+    def copy_in(self, row: int, start: int, states: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
+        """Put the first `length` tokens of `states` at `start` of a row."""
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer.keys[row, :, start : start + length] = keys[:, :length]
+            layer.values[row, :, start : start + length] = values[:, :length]
+
+
+@dataclass(eq=False)
+class _Entry:
+    tokens: tuple[int, ...]
+    blocks: list[int]
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class PrefixStore:
+    """Keys and values of finished rows, least recently used first out.
+
+    Args:
+        max_tokens: how many tokens to keep in all; 0 keeps nothing.
+        block_size: prefixes are found in whole blocks of this many tokens.
+    """
+
+    def __init__(self, max_tokens: int, block_size: int = 16) -> None:
+        self.max_tokens, self.block_size = max_tokens, block_size
+        self.num_tokens = 0
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._by_block: dict[int, _Entry] = {}
+
+    def blocks(self, tokens: Sequence[int]) -> list[int]:
+        """One key for each whole block, which stands for all tokens up to that block's end."""
+        keys: list[int] = []
+        key = 0
+        for end in range(self.block_size, len(tokens) + 1, self.block_size):
+            key = hash((key, tuple(tokens[end - self.block_size : end])))
+            keys.append(key)
+        return keys
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """How many first tokens are stored, and the states that begin with them (empty when none are)."""
+        if not self._entries:
+            return 0, []
+        for index, key in reversed(list(enumerate(self.blocks(tokens)))):
+            entry = self._by_block.get(key)
+            length = (index + 1) * self.block_size
+            if entry is not None and entry.tokens[:length] == tuple(tokens[:length]):
+                self._entries.move_to_end(id(entry))
+                return length, entry.states
+        return 0, []
+
+    def add(self, tokens: Sequence[int], states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Keep a row; stored rows that are a beginning of it are dropped."""
+        if len(tokens) < self.block_size or len(tokens) > self.max_tokens:
+            return
+        entry = _Entry(tokens=tuple(tokens), blocks=self.blocks(tokens), states=states)
+        for key in entry.blocks:
+            older = self._by_block.get(key)
+            if older is not None and entry.tokens[: len(older.tokens)] == older.tokens:
+                self._remove(older)
+            self._by_block[key] = entry
+        self._entries[id(entry)] = entry
+        self.num_tokens += len(tokens)
+        while self.num_tokens > self.max_tokens:
+            self._remove(next(iter(self._entries.values())))
+
+    def clear(self) -> None:
+        """Forget everything: the weights have changed."""
+        self._entries.clear()
+        self._by_block.clear()
+        self.num_tokens = 0
+
+    def _remove(self, entry: _Entry) -> None:
+        if self._entries.pop(id(entry), None) is None:
+            return
+        self.num_tokens -= len(entry.tokens)
+        for key in entry.blocks:
+            if self._by_block.get(key) is entry:
+                del self._by_block[key]

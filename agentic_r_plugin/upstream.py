@@ -1,0 +1,97 @@
+"""Run-time changes to verl, vLLM and FlashRAG: each one small, named, and bound to the release it was written for.
+
+A hook is a function that changes one symbol of an upstream module. It is applied through `apply`, which first checks
+that the distribution is the pinned release and that the symbol is there; anything else is an error, never a silent
+change of something that has moved. Each hook names the file in `patches/` that makes the same change to the sources.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentic_r_plugin.errors import UpstreamError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook:
+    """One run-time change of an upstream package."""
+
+    name: str
+    distribution: str
+    """Name on PyPI, such as `verl`."""
+    versions: tuple[str, ...]
+    """The releases it was written and tested for; a local part such as `+cpu` does not count."""
+    symbol: str
+    """`package.module:Name.attribute`: what is changed, which must exist."""
+    patch: str
+    """File in `patches/` that makes the same change to the sources."""
+    install: Callable[[Any, str, Any], None]
+    """Given the object that holds the symbol, the symbol's name there, and its present value, changes it."""
+
+
+def apply(hooks: Sequence[Hook]) -> list[str]:
+    """Apply every hook once, in order; a second call does nothing. Returns the names of those applied now.
+
+    Raises:
+        UpstreamError: another release, or a symbol that is not where it was.
+    """
+    applied = []
+    for hook in hooks:
+        owner, attribute, value = resolve(hook)
+        if hook.name in getattr(owner, _MARK, ()):
+            continue
+        hook.install(owner, attribute, value)
+        setattr(owner, _MARK, (*getattr(owner, _MARK, ()), hook.name))
+        applied.append(hook.name)
+    return applied
+
+
+def is_applied(hook: Hook) -> bool:
+    """Whether this process runs with the hook's change."""
+    return hook.name in getattr(resolve(hook)[0], _MARK, ())
+
+
+def resolve(hook: Hook) -> tuple[Any, str, Any]:
+    """The object that holds the hook's symbol, the symbol's name there, and its value.
+
+    Raises:
+        UpstreamError: another release, or a symbol that is not where it was.
+    """
+    check_version(hook.distribution, hook.versions, needed_by=f"hook {hook.name!r} ({hook.patch})")
+    module_name, _, path = hook.symbol.partition(":")
+    try:
+        owner: Any = importlib.import_module(module_name)
+        *parents, attribute = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        return owner, attribute, getattr(owner, attribute)
+    except (ImportError, AttributeError) as error:
+        raise UpstreamError(
+            f"hook {hook.name!r}: {hook.symbol} is not in {hook.distribution} {hook.versions[0]} as expected ({error}); "
+            f"{hook.patch} has to be reviewed against the installed sources"
+        ) from error
+
+
+def check_version(distribution: str, versions: Sequence[str], *, needed_by: str) -> str:
+    """The installed version of a distribution.
+
+    Raises:
+        UpstreamError: it is not installed, or not one of `versions`.
+    """
+    try:
+        installed = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UpstreamError(f"{needed_by} needs {distribution} {' or '.join(versions)}, which is not installed") from error
+    if installed.partition("+")[0] not in versions:
+        raise UpstreamError(
+            f"{needed_by} was written for {distribution} {' or '.join(versions)}, installed is {installed}: install the "
+            "pinned release, or review the hook and its patch against the new sources"
+        )
+    return installed
+
+
+_MARK = "_agentic_r_hooks"
