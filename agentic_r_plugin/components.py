@@ -11,9 +11,9 @@ What the object behind a name must be depends on its kind:
 |---|---|
 | query_formulation | `f(question: str, query: str, history: Sequence[str]) -> str` |
 | agent_protocol | a `protocol.AgentProtocol` |
-| relevance_scorer | a class built from options, with `score(candidates) -> dict` (`data.relevance`) |
-| llm_backend | a class built from options, with `generate(requests) -> completions` (`llm.base`) |
-| search_backend | a class built from options, with `search(requests, topk) -> hits` (`search.base`) |
+| relevance_scorer | a class with `build(options, resources)` and `score(tasks)` (`data.scorers.base`) |
+| llm_backend | a class with `from_spec(spec)` (`backends`) and `generate(requests, sampling)` (`llm.base`) |
+| search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
 """
 

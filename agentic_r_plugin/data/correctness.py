@@ -1,0 +1,257 @@
+"""Correctness: does the agent answer rightly when it goes on from one candidate alone? (method sections 4 and 4a)
+
+Rolling out every candidate is what makes the method dear. With the relevance at hand only candidates that can become a
+positive are rolled out: of relevance at least the threshold, in falling relevance, a tie level at a time, up to the
+first level with a correct one. The training groups are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from agentic_r_plugin import components
+from agentic_r_plugin.answers import exact_match
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.data.groups import Key, query_units, read_relevance
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.llm.base import LLMBackend, Sampling
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.records import Candidates, Correctness, Passage
+from agentic_r_plugin.rollout import RolloutCost, run_sessions
+from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.search.corpus import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectnessConfig:
+    """Let the agent go on from single candidates, and compare its answers with the gold ones."""
+
+    candidates: str = field(metadata={"help": "candidates file", **UNRECORDED})
+    out: str = field(metadata={"help": "correctness file to write", **UNRECORDED})
+    corpus: str = field(metadata={"help": "corpus of the candidates", **UNRECORDED})
+    relevance: str = field(default="", metadata={"help": "relevance file, for exact pruning", **UNRECORDED})
+    exhaustive: bool = field(default=False, metadata={"help": "roll out every candidate; needs no relevance"})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent", **UNRECORDED})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever", **UNRECORDED})
+    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
+    topk: int = field(default=3, metadata={"help": "passages shown for a later search"})
+    threshold: int = field(default=60, metadata={"help": "candidates of less relevance are not rolled out"})
+    max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
+    num_candidates: int = field(
+        default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
+    )
+    batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **UNRECORDED})
+
+
+@dataclass
+class CorrectnessCost(RolloutCost):
+    """What the stage spent, and what pruning saved: candidates = rollouts + reused + pruned."""
+
+    candidates: int = 0
+    pruned: int = 0
+
+
+class PassageStore(Protocol):
+    """Passages by id (`search.corpus.Corpus`)."""
+
+    def by_id(self, identifier: str) -> Passage:
+        """The passage; RecordError when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What came of going on from one candidate."""
+
+    answer: str | None
+    searches: int
+
+
+class Continuations:
+    """Goes on from (query, candidate) pairs, greedily, many at once; a prompt that was run before is looked up.
+
+    Args:
+        llm: the agent.
+        search: its retriever, for the searches after the candidate.
+        passages: the corpus.
+        protocol: the agent's tags and words.
+        limits: how far a trajectory may go, its prefix included.
+        topk: passages shown for a later search.
+        cost: added to.
+        max_kept: outcomes kept for looking up.
+    """
+
+    def __init__(
+        self,
+        llm: LLMBackend,
+        search: SearchBackend,
+        passages: PassageStore,
+        *,
+        protocol: AgentProtocol,
+        limits: Limits,
+        topk: int = 3,
+        cost: RolloutCost | None = None,
+        max_kept: int = 200_000,
+    ) -> None:
+        self.llm, self.search, self.passages, self.protocol, self.limits = llm, search, passages, protocol, limits
+        self.topk, self.cost, self.max_kept = topk, cost if cost is not None else RolloutCost(), max_kept
+        self._kept: dict[bytes, Continuation] = {}
+
+    def run(self, pairs: Sequence[tuple[Candidates, str]]) -> list[Continuation]:
+        """One outcome a pair.
+
+        Raises:
+            BackendError, SearchError: the agent or the retriever failed.
+            RecordError: the corpus does not hold a candidate.
+        """
+        sessions = [self._session(query, passage) for query, passage in pairs]
+        keys = [_key(session) for session in sessions]
+        fresh = {key: session for key, session in zip(keys, sessions, strict=True) if key not in self._kept}
+        self.cost.reused += len(pairs) - len(fresh)
+        run_sessions(list(fresh.values()), self.llm, self.search, topk=self.topk, sampling=Sampling(), cost=self.cost)
+        done = {key: self._kept[key] for key in keys if key in self._kept}
+        for key, session in fresh.items():
+            done[key] = self._kept[key] = _outcome(session)
+        while len(self._kept) > self.max_kept:
+            self._kept.pop(next(iter(self._kept)))
+        return [done[key] for key in keys]
+
+    def _session(self, query: Candidates, passage: str) -> Session:
+        session = Session(
+            protocol=self.protocol,
+            codec=self.llm.codec,
+            limits=self.limits,
+            question=query.question,
+            prefix=query.prefix,
+            searches=query.turn,
+            history=(*query.history, query.query),
+        )
+        if session.finished is None:
+            session.found([self.passages.by_id(passage)])
+        return session
+
+
+def _key(session: Session) -> bytes:
+    """Names all that a greedy continuation depends on: what the model is given and what a search is given."""
+    given = (session.ids, session.searches, session.question, session.history)
+    return hashlib.blake2b(repr(given).encode(), digest_size=16).digest()
+
+
+def _outcome(session: Session) -> Continuation:
+    assert session.finished is not None
+    return Continuation(answer=session.finished.answer, searches=len(session.turns))
+
+
+def judge_candidates(
+    queries: Iterable[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
+) -> Iterator[list[Correctness]]:
+    """Correctness of each query's candidates, in retrieval order; those that were not needed are left out.
+
+    All queries go through their levels together, so that the model is given large batches.
+
+    Args:
+        queries: each with its levels of candidates (passage ids): after a level with a correct one the rest is left.
+        continuations: who goes on.
+
+    Raises:
+        BackendError, SearchError, RecordError: as `Continuations.run`.
+    """
+    queries = list(queries)
+    found: list[dict[str, Correctness]] = [{} for _ in queries]
+    depth, active = 0, [index for index, (_, levels) in enumerate(queries) if levels]
+    while active:
+        places = [(index, passage) for index in active for passage in queries[index][1][depth]]
+        outcomes = continuations.run([(queries[index][0], passage) for index, passage in places])
+        correct: set[int] = set()
+        for (index, passage), outcome in zip(places, outcomes, strict=True):
+            query = queries[index][0]
+            em = int(exact_match(outcome.answer, query.golden_answers))
+            if em:
+                correct.add(index)
+            found[index][passage] = Correctness(
+                id=query.id,
+                turn=query.turn,
+                passage_id=passage,
+                em=em,
+                answer=outcome.answer,
+                searches=outcome.searches,
+            )
+        depth += 1
+        active = [index for index in active if index not in correct and len(queries[index][1]) > depth]
+    for (query, _), records in zip(queries, found, strict=True):
+        yield [records[passage.id] for passage in query.passages if passage.id in records]
+
+
+def levels_of(
+    query: Candidates, config: CorrectnessConfig, relevance: Mapping[Key, Mapping[str, int]]
+) -> list[list[str]] | str:
+    """Which candidates of a query to roll out, level by level, or why none.
+
+    Raises:
+        RecordError: the relevance is of other candidates.
+    """
+    passages = [passage.id for passage in query.passages]
+    if config.max_turn and query.turn > config.max_turn:
+        return "turn_left_out"
+    if not passages or (config.num_candidates and len(passages) != config.num_candidates):
+        return "other_number_of_candidates"
+    if config.exhaustive:
+        return [passages]
+    if query.key not in relevance:
+        return NO_RELEVANCE
+    return tie_levels(passages, relevance[query.key], config.threshold) or BELOW_THRESHOLD
+
+
+def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
+    """The command `correctness`."""
+    if config.exhaustive == bool(config.relevance):
+        raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+    inputs = {"candidates": Path(config.candidates)}
+    if config.relevance:
+        inputs["relevance"] = Path(config.relevance)
+    relevance = read_relevance(config.relevance) if config.relevance else {}
+    with open_llm(config.llm) as llm, open_search(config.search) as search, Corpus(config.corpus) as corpus:
+        cost = CorrectnessCost()
+        continuations = Continuations(
+            llm,
+            search,
+            corpus,
+            protocol=components.load("agent_protocol", config.protocol),
+            limits=config.limits,
+            topk=config.topk,
+            cost=cost,
+        )
+
+        def work(batch: Iterable[Candidates]) -> Iterator[Outcome]:
+            batch = list(batch)
+            levels = [levels_of(query, config, relevance) for query in batch]
+            todo = [(query, [] if isinstance(plan, str) else plan) for query, plan in zip(batch, levels, strict=True)]
+            for (query, _), plan, records in zip(todo, levels, judge_candidates(todo, continuations), strict=True):
+                cost.candidates += len(query.passages)
+                cost.pruned += len(query.passages) - len(records)
+                yield Outcome(records=tuple(records), dropped=plan if isinstance(plan, str) else None)
+
+        stage = Stage(
+            name="correctness",
+            config=config,
+            out=Path(config.out),
+            inputs=inputs,
+            models={
+                "agent": llm.fingerprint(),
+                "retriever": search.fingerprint(),
+                "corpus": corpus.fingerprint(),
+            },
+            record=Correctness,
+            units=lambda: query_units(config.candidates),
+            work=work,
+            batch_size=config.batch_size,
+            cost=cost,
+        )
+        run_stage(stage, resume=resume)

@@ -1,0 +1,98 @@
+"""The paper's relevance: a language model scores all candidates of a query together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_scores
+from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
+from agentic_r_plugin.errors import ConfigError, JudgeError
+from agentic_r_plugin.llm.base import ChatBackend
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.rollout import RolloutCost
+
+
+class ListwiseJudge:
+    """An LLM scores the candidates of a query together, in five bands of 0..100 (the paper's scorer).
+
+    Args:
+        judge: the model.
+        window: passages scored in one prompt: 20 in the paper, 10 in the released code.
+        max_retries: further attempts after a reply that does not hold exactly the scores asked for.
+        max_tokens: longest reply.
+        cost: added to.
+    """
+
+    needs_questions = False
+
+    def __init__(
+        self,
+        judge: ChatBackend,
+        *,
+        window: int = 20,
+        max_retries: int = 3,
+        max_tokens: int = 256,
+        cost: RolloutCost | None = None,
+    ) -> None:
+        if window < 1 or max_retries < 0:
+            raise ConfigError(f"listwise_judge: window={window}, max_retries={max_retries}: expected at least 1 and 0")
+        self.judge, self.window, self.max_retries, self.max_tokens = judge, window, max_retries, max_tokens
+        self.cost = cost if cost is not None else RolloutCost()
+        self.prompt = load_prompt("listwise_relevance")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], resources: Resources) -> ListwiseJudge:
+        """From `window`, `max_retries` and `max_tokens`.
+
+        Raises:
+            ConfigError: another option.
+        """
+        known = {"window", "max_retries", "max_tokens"}
+        if unknown := sorted(set(options) - known):
+            raise ConfigError(f"listwise_judge has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        return cls(resources.open_judge(), cost=resources.cost, **options)
+
+    def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
+        """Scores of every task; a query one of whose windows failed gives that window's JudgeError."""
+        windows = [
+            (index, task.passages[start : start + self.window])
+            for index, task in enumerate(tasks)
+            for start in range(0, len(task.passages), self.window)
+        ]
+        replies = ask(
+            self.judge,
+            [self.render(tasks[index], passages) for index, passages in windows],
+            [partial(parse_scores, length=len(passages)) for _, passages in windows],
+            max_tokens=self.max_tokens,
+            max_retries=self.max_retries,
+            cost=self.cost,
+        )
+        results: list[dict[str, int] | JudgeError] = [{} for _ in tasks]
+        for (index, passages), scores in zip(windows, replies, strict=True):
+            result = results[index]
+            if isinstance(scores, JudgeError):
+                results[index] = scores
+            elif isinstance(result, dict):
+                result.update(zip((passage.id for passage in passages), scores, strict=True))
+        return results
+
+    def render(self, task: ScoringTask, passages: Sequence[Passage]) -> str:
+        """The prompt for one window of a query's passages."""
+        reference = f"Reference answer to the query: {task.sub_answer}\n" if task.sub_answer else ""
+        return fill(
+            self.prompt,
+            question=task.query.question,
+            query=task.query.query,
+            reference=reference,
+            passages="\n".join(
+                f"[{rank}] {passage.title}: {passage.text}" for rank, passage in enumerate(passages, start=1)
+            ),
+            num_passages=len(passages),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of the model's, the prompt and the options."""
+        return fingerprint(self.judge.fingerprint(), self.prompt, self.window, self.max_retries, self.max_tokens)

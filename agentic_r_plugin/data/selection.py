@@ -1,0 +1,135 @@
+"""The rule that turns a query's candidates into training groups (method sections 4 and 4a). No I/O.
+
+Candidates are ordered by (correctness, relevance), both falling. Correctness is needed only to find the first level of
+equal relevance that holds a correct candidate: that is why the correctness stage may stop there, and why negatives are
+sampled from retrieval order, which no score changes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.records import Candidates, Group
+
+NO_RELEVANCE = "no_relevance"
+BELOW_THRESHOLD = "relevance_below_threshold"
+NOT_ROLLED_OUT = "not_rolled_out"
+NO_CORRECT = "no_correct_candidate"
+TOO_FEW_NEGATIVES = "too_few_negatives"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRule:
+    """How groups are picked; the defaults are the paper's."""
+
+    threshold: int = 60
+    """A positive's least relevance."""
+    num_negatives: int = 15
+    max_positives: int = 1
+    """Candidates tied for the first place that are taken, one group each; further ties are negatives."""
+    use_relevance: bool = True
+    """False: ablation without relevance; all candidates are one level."""
+    use_correctness: bool = True
+    """False: ablation without correctness; the level of highest relevance wins."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.use_relevance or self.use_correctness):
+            raise ConfigError("use_relevance and use_correctness are both off; a positive needs one of them")
+        if self.num_negatives < 0 or self.max_positives < 1:
+            raise ConfigError(
+                f"num_negatives={self.num_negatives}, max_positives={self.max_positives}: expected at least 0 and 1"
+            )
+
+
+PRESETS = {"paper": {"max_positives": 1}, "released_code": {"max_positives": 3}}
+"""What each preset sets."""
+
+
+def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold: int) -> list[list[str]]:
+    """Passages of relevance at least `threshold`, best first, equals together; retrieval order within a level.
+
+    Raises:
+        RecordError: a passage has no relevance.
+
+    >>> tie_levels(["a", "b", "c", "d"], {"a": 70, "b": 90, "c": 70, "d": 10}, 60)
+    [['b'], ['a', 'c']]
+    """
+    unscored = [passage for passage in passages if passage not in relevance]
+    if unscored:
+        raise RecordError(f"no relevance for passage {unscored[0]!r}; the relevance file is of other candidates")
+    scores = sorted({relevance[passage] for passage in passages if relevance[passage] >= threshold}, reverse=True)
+    return [[passage for passage in passages if relevance[passage] == score] for score in scores]
+
+
+def select(
+    candidates: Candidates,
+    relevance: Mapping[str, int] | None,
+    correctness: Mapping[str, int] | None,
+    rule: SelectionRule,
+) -> list[Group] | str:
+    """The training groups of one query, or why it has none.
+
+    Args:
+        candidates: in retrieval order.
+        relevance: passage id -> 0..100; None when the query has none.
+        correctness: passage id -> 0 or 1, of those rolled out; None when the query has none.
+        rule: how to pick.
+
+    Raises:
+        RecordError: scores are missing that the decision needs.
+    """
+    passages = [passage.id for passage in candidates.passages]
+    if len(set(passages)) != len(passages):
+        raise RecordError(f"query {candidates.key}: a passage occurs twice among its candidates")
+    levels = [passages]
+    if rule.use_relevance:
+        if relevance is None:
+            return NO_RELEVANCE
+        levels = tie_levels(passages, relevance, rule.threshold)
+        if not levels:
+            return BELOW_THRESHOLD
+    if rule.use_correctness and not correctness:
+        return NOT_ROLLED_OUT
+    winners = _winners(candidates, levels, correctness if rule.use_correctness else None)
+    positives = winners[: rule.max_positives]
+    if not positives:
+        return NO_CORRECT
+    others = [passage for passage in passages if passage not in positives]
+    if len(others) < rule.num_negatives:
+        return TOO_FEW_NEGATIVES
+    negatives = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}").sample(others, rule.num_negatives)
+    return [
+        Group(
+            id=candidates.id,
+            turn=candidates.turn,
+            question=candidates.question,
+            query=candidates.query,
+            history=candidates.history,
+            positive=positive,
+            negatives=tuple(negatives),
+        )
+        for positive in positives
+    ]
+
+
+def _winners(
+    candidates: Candidates, levels: Sequence[Sequence[str]], correctness: Mapping[str, int] | None
+) -> list[str]:
+    """Candidates that tie for the first place, in retrieval order; none when no candidate is correct."""
+    if correctness is None:
+        return list(levels[0])
+    for level in levels:
+        unknown = [passage for passage in level if passage not in correctness]
+        if unknown:
+            raise RecordError(
+                f"query {candidates.key}: the correctness of passage {unknown[0]!r} is needed and unknown; the "
+                "correctness file was made with other relevance scores or a higher threshold, make it again"
+            )
+        winners = [passage for passage in level if correctness[passage]]
+        if winners:
+            return winners
+    return []

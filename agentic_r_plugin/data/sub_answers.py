@@ -1,0 +1,149 @@
+"""Sub-answers: a judge names what each query of a trajectory was after (method section 4, step 3).
+
+Only the listwise judge uses them; the embedded default goes without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from agentic_r_plugin.backends import LLMSpec, open_llm
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.errors import JudgeError
+from agentic_r_plugin.llm.base import ChatBackend
+from agentic_r_plugin.records import SubAnswer, Trajectory
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.store import read_records
+
+_PROMPT = "sub_answers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubAnswersConfig:
+    """Let a judge name what each query was after."""
+
+    in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
+    out: str = field(metadata={"help": "sub-answers file to write", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge", **UNRECORDED})
+    max_retries: int = field(default=3, metadata={"help": "further attempts after a reply that is not as asked"})
+    max_tokens: int = field(default=512, metadata={"help": "longest reply"})
+    max_error_share: float = field(
+        default=0.1, metadata={"help": "largest share of trajectories the judge may fail on", **UNRECORDED}
+    )
+    batch_size: int = field(default=64, metadata={"help": "trajectories judged at once", **UNRECORDED})
+
+
+def name_sub_answers(
+    trajectories: Iterable[Trajectory],
+    judge: ChatBackend,
+    *,
+    max_retries: int = 3,
+    max_tokens: int = 512,
+    cost: RolloutCost | None = None,
+) -> Iterator[list[SubAnswer] | JudgeError]:
+    """The sub-answers of each trajectory's queries, or what the judge did wrong; all trajectories are judged at once.
+
+    Args:
+        trajectories: one batch.
+        judge: the model; it sees question, gold answers and the whole trajectory.
+        max_retries: further attempts after a reply without exactly one sub-answer a query.
+        max_tokens: longest reply.
+        cost: added to, when given.
+
+    Raises:
+        BackendError: the judge's backend failed.
+    """
+    trajectories = list(trajectories)
+    searching = [trajectory for trajectory in trajectories if trajectory.turns]
+    prompt = load_prompt(_PROMPT)
+    replies = iter(
+        ask(
+            judge,
+            [render(trajectory, prompt) for trajectory in searching],
+            [partial(parse_sub_answers, num_queries=len(trajectory.turns)) for trajectory in searching],
+            max_tokens=max_tokens,
+            max_retries=max_retries,
+            cost=cost if cost is not None else RolloutCost(),
+        )
+        if searching
+        else []
+    )
+    for trajectory in trajectories:
+        reply = next(replies) if trajectory.turns else []
+        yield reply if isinstance(reply, JudgeError) else _records(trajectory, reply)
+
+
+def _records(trajectory: Trajectory, sub_answers: Sequence[str | None]) -> list[SubAnswer]:
+    return [
+        SubAnswer(id=trajectory.id, turn=turn.turn, query=turn.query, sub_answer=sub_answer)
+        for turn, sub_answer in zip(trajectory.turns, sub_answers, strict=True)
+    ]
+
+
+def render(trajectory: Trajectory, prompt: str) -> str:
+    """The prompt for one trajectory."""
+    return fill(
+        prompt,
+        question=trajectory.question,
+        golden_answers="; ".join(trajectory.golden_answers),
+        queries="\n".join(f"{number}. {turn.query}" for number, turn in enumerate(trajectory.turns, start=1)),
+        trajectory=trajectory.text,
+        num_queries=len(trajectory.turns),
+    )
+
+
+def parse_sub_answers(reply: str, num_queries: int) -> list[str | None]:
+    """One sub-answer a query; "Not Sure" and an empty one are None.
+
+    Raises:
+        JudgeError: no JSON list of exactly `num_queries` strings.
+
+    >>> parse_sub_answers('["Jane Austen", "Not Sure"]', 2)
+    ['Jane Austen', None]
+    """
+    found = parse_list(reply, num_queries)
+    for item in found:
+        if not isinstance(item, str):
+            raise JudgeError(f"expected strings, found {item!r}: {reply[:200]!r}")
+    return [None if item.strip().rstrip(".").lower() in ("not sure", "") else item.strip() for item in found]
+
+
+def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
+    """The command `sub-answers`."""
+    with open_llm(config.llm) as judge:
+        cost = RolloutCost()
+
+        def work(batch: Iterable[Trajectory]) -> Iterator[Outcome]:
+            named = name_sub_answers(
+                batch,
+                judge,  # type: ignore[arg-type]
+                max_retries=config.max_retries,
+                max_tokens=config.max_tokens,
+                cost=cost,
+            )
+            for result in named:
+                if isinstance(result, JudgeError):
+                    yield Outcome(error=str(result))
+                else:
+                    yield Outcome(records=tuple(result), dropped=None if result else "no_search")
+
+        stage = Stage(
+            name="sub-answers",
+            config=config,
+            out=Path(config.out),
+            inputs={"trajectories": Path(config.in_)},
+            models={"judge": judge.fingerprint(), "prompt": fingerprint(load_prompt(_PROMPT))},
+            record=SubAnswer,
+            units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+            work=work,
+            batch_size=config.batch_size,
+            cost=cost,
+            max_error_share=config.max_error_share,
+        )
+        run_stage(stage, resume=resume)
