@@ -1,0 +1,229 @@
+"""Metrics of an agent and its searches, as FlashRAG metrics: name them under `metrics:` of a FlashRAG configuration.
+
+FlashRAG finds a metric through the subclasses of its `BaseMetric`, so this module must be imported before an
+`Evaluator` is built (`evaluation.pipeline` does). A question for which a metric says nothing (no gold documents in its
+metadata, a yes/no answer) scores None and does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flashrag.evaluator.metrics import BaseMetric
+
+from agentic_r_plugin.answers import contains_answer, exact_match, f1, normalize
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import StopReason
+
+SHOWN_TOPK = 3
+"""The paper's agents are shown three passages a search; `answer_recall_at_3` is named after it."""
+
+
+def mean(scores: Iterable[float | None]) -> float | None:
+    """Mean of the scores that are there; None when there is none.
+
+    >>> mean([1.0, None, 0.0])
+    0.5
+    """
+    present = [score for score in scores if score is not None]
+    return sum(present) / len(present) if present else None
+
+
+def prediction(item: Any) -> str | None:
+    """The agent's answer; None where it gave none (`pred` is then an empty string, for FlashRAG's own metrics)."""
+    return item.output["answer"] if "answer" in item.output else item.output.get("pred")
+
+
+def trajectory(item: Any) -> dict[str, Any]:
+    """The item's trajectory record.
+
+    Raises:
+        ConfigError: the item was not answered by `AgenticSearchPipeline`.
+    """
+    if "trajectory" not in item.output:
+        raise ConfigError(f"question {item.id!r} has no trajectory; this metric needs AgenticSearchPipeline's output")
+    return item.output["trajectory"]
+
+
+class QuestionMetric(BaseMetric):
+    """A metric that is the mean of one score per question."""
+
+    metric_name = "agentic_base"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        """Score of one question; None where the metric says nothing about it."""
+        raise NotImplementedError
+
+    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+        """FlashRAG's interface: `({name: mean}, one score per question)`."""
+        scores = [self.score(item, gold) for item, gold in zip(data, self.get_dataset_answer(data), strict=True)]
+        return {self.metric_name: mean(scores)}, scores
+
+
+class AgenticExactMatch(QuestionMetric):
+    """Exact match; FlashRAG's `em`, but a missing answer never matches."""
+
+    metric_name = "agentic_em"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return float(exact_match(prediction(item), golden_answers))
+
+
+class AgenticF1(QuestionMetric):
+    """Token F1; FlashRAG's `f1`, but a missing answer scores 0."""
+
+    metric_name = "agentic_f1"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return f1(prediction(item), golden_answers)
+
+
+class SearchTurns(QuestionMetric):
+    """Searches per question."""
+
+    metric_name = "search_turns"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return float(len(trajectory(item)["turns"]))
+
+
+def _is_closed(golden_answers: Sequence[str]) -> bool:
+    return all(normalize(gold) in {"yes", "no"} for gold in golden_answers)
+
+
+class AnswerRecall(QuestionMetric):
+    """Share of questions with a gold answer in any passage that the agent was shown; also per search.
+
+    Yes/no questions do not count: their answer is found everywhere.
+    """
+
+    metric_name = "answer_recall_at_3"
+    depth: int | None = None
+    """Ranks looked at; None: the passages that were shown."""
+
+    def _ranks(self, item: Any, golden_answers: Sequence[str]) -> list[int | None]:
+        """For each search, the first rank (from 1) with a gold answer among the passages shown."""
+        return answer_ranks(
+            [row["docs"][:SHOWN_TOPK] for row in item.output["retrieval_results"].values()], golden_answers
+        )
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        trajectory(item)
+        if _is_closed(golden_answers):
+            return None
+        return float(any(rank is not None for rank in self._ranks(item, golden_answers)))
+
+    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+        result, scores = super().calculate_metric(data)
+        per_turn = [
+            float(rank is not None)
+            for item, gold in zip(data, self.get_dataset_answer(data), strict=True)
+            if not _is_closed(gold)
+            for rank in self._ranks(item, gold)
+        ]
+        return result | {f"{self.metric_name}_per_turn": mean(per_turn)}, scores
+
+
+class AnswerRecallAtDepth(AnswerRecall):
+    """The same among the first 20 passages that the retriever finds for the agent's queries (the settings' `depth`)."""
+
+    metric_name = "answer_recall_at_20"
+
+    def _ranks(self, item: Any, golden_answers: Sequence[str]) -> list[int | None]:
+        return [row["answer_rank"] for row in item.output["retrieved"]]
+
+
+def answer_ranks(rows: Iterable[Sequence[dict[str, str]]], golden_answers: Sequence[str]) -> list[int | None]:
+    """For each list of FlashRAG docs, the first rank (from 1) of one that holds a gold answer."""
+    return [
+        next((rank for rank, doc in enumerate(docs, start=1) if contains_answer(doc["contents"], golden_answers)), None)
+        for docs in rows
+    ]
+
+
+class GoldDocumentRecall(QuestionMetric):
+    """Share of a question's gold documents (`metadata.gold_doc_ids`) that the agent was shown in any of its searches.
+
+    Multi-hop questions have several; `gold_documents_complete` is the share of questions with all of them shown.
+    """
+
+    metric_name = "gold_document_recall"
+    complete_name = "gold_documents_complete"
+
+    def _found(self, item: Any) -> set[str]:
+        return {passage["id"] for turn in trajectory(item)["turns"] for passage in turn["passages"]}
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        gold = {str(name) for name in (item.metadata or {}).get("gold_doc_ids", ())}
+        return len(gold & self._found(item)) / len(gold) if gold else None
+
+    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+        result, scores = super().calculate_metric(data)
+        return result | {self.complete_name: mean(None if s is None else float(s == 1.0) for s in scores)}, scores
+
+
+class GoldDocumentRecallAtDepth(GoldDocumentRecall):
+    """The same among the first 20 passages that the retriever finds for the agent's queries."""
+
+    metric_name = "gold_document_recall_at_20"
+    complete_name = "gold_documents_complete_at_20"
+
+    def _found(self, item: Any) -> set[str]:
+        return {name for row in item.output["retrieved"] for name in row["ids"]}
+
+
+class MalformedShare(QuestionMetric):
+    """Share of the agent's turns that were neither a search nor an answer, over all questions together."""
+
+    metric_name = "malformed_share"
+
+    @staticmethod
+    def _counts(item: Any) -> tuple[int, int]:
+        """(malformed turns, all turns of the model)."""
+        record = trajectory(item)
+        malformed = record["malformed_turns"]
+        return malformed, malformed + len(record["turns"]) + int(record["answer"] is not None)
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        malformed, turns = self._counts(item)
+        return malformed / max(turns, 1)
+
+    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+        _, scores = super().calculate_metric(data)
+        counts = [self._counts(item) for item in data]
+        turns = sum(all_turns for _, all_turns in counts)
+        return {self.metric_name: sum(bad for bad, _ in counts) / max(turns, 1)}, scores
+
+
+class FailedSearches(QuestionMetric):
+    """Share of questions that ended because a search could not be carried out."""
+
+    metric_name = "failed_searches"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return float(trajectory(item)["stop_reason"] == StopReason.SEARCH_FAILED.value)
+
+
+class GeneratedTokens(QuestionMetric):
+    """Tokens the agent wrote per question."""
+
+    metric_name = "generated_tokens"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return float(trajectory(item)["generated_tokens"])
+
+
+METRICS: tuple[type[QuestionMetric], ...] = (
+    AgenticExactMatch,
+    AgenticF1,
+    SearchTurns,
+    AnswerRecall,
+    AnswerRecallAtDepth,
+    GoldDocumentRecall,
+    GoldDocumentRecallAtDepth,
+    MalformedShare,
+    FailedSearches,
+    GeneratedTokens,
+)
+METRIC_NAMES: tuple[str, ...] = tuple(metric.metric_name for metric in METRICS)

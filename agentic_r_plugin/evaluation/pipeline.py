@@ -1,0 +1,275 @@
+"""The agent inside FlashRAG: `Config` + `get_dataset` + this pipeline, driven by the one protocol (method section 2).
+
+config = Config("recipes/evaluation/flashrag.yaml", {"agentic_r": {...}})
+pipeline = AgenticSearchPipeline(config)
+pipeline.run(load_split(config, "test"))
+print(pipeline.evaluator.result)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from flashrag.evaluator import Evaluator
+from flashrag.pipeline import SearchR1Pipeline
+from flashrag.utils import get_dataset
+
+from agentic_r_plugin.backends import open_llm, open_search
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.evaluation.generator import AgenticGenerator
+from agentic_r_plugin.evaluation.metrics import answer_ranks
+from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
+from agentic_r_plugin.evaluation.settings import read_agent_card, read_settings, resolve_agent
+from agentic_r_plugin.protocol import AgentProtocol, Session
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.store import read_records
+
+_SUFFIXES = ("jsonl", "json", "parquet")
+"""FlashRAG's order of preference."""
+
+
+class StrictEvaluator(Evaluator):
+    """FlashRAG's evaluator that lets errors through (FlashRAG prints one line and drops the metric)."""
+
+    result: dict[str, float | None]
+    """What the last `evaluate` found."""
+
+    def __init__(self, config: Any) -> None:
+        known = self._collect_metrics()
+        unknown = sorted({name.lower() for name in config["metrics"]} - set(known))
+        if unknown:
+            raise ConfigError(f"metrics: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        super().__init__(config)
+        self.result = {}
+
+    def evaluate(self, data: Any) -> dict[str, float | None]:
+        """All configured metrics; each item gets its scores under `metric_score`."""
+        self.result = {}
+        for name in self.metrics:
+            summary, scores = self.metric_class[name].calculate_metric(data)
+            self.result.update(summary)
+            for score, item in zip(scores, data, strict=True):
+                item.update_evaluation_score(name, score)
+        if self.save_metric_flag:
+            self.save_metric_score(self.result)
+        if self.save_data_flag:
+            self.save_data(data)
+        return self.result
+
+
+class ProtocolPrompt:
+    """The protocol's instruction where FlashRAG expects a prompt template."""
+
+    def __init__(self, protocol: AgentProtocol) -> None:
+        self.protocol = protocol
+
+    def get_string(self, question: str, **_: Any) -> str:
+        """The prompt's text, before any chat template."""
+        return self.protocol.prompt(question)
+
+
+class AgenticSearchPipeline(SearchR1Pipeline):
+    """FlashRAG pipeline whose every trajectory is a `protocol.Session`.
+
+    Each item gets `pred` (empty where the agent gave no answer), `answer` (None there), `trajectory` (the record),
+    `retrieval_result` (all passages shown, in order), `retrieval_results` (per search, as FlashRAG's reasoning
+    pipelines write it), `retrieved` (per search: ids to the settings' depth, and the first rank with a gold answer),
+    `prompt`, `retrieved_times`, `finish_flag`, `finish_reason`.
+
+    Args:
+        config: FlashRAG's `Config`; our settings under `agentic_r`.
+        prompt_template: must stay None, since the instruction is the protocol's.
+        retriever: an `AgenticRetriever`, or any FlashRAG retriever; opened from the settings where None.
+        generator: an `AgenticGenerator`; opened from the settings where None.
+
+    Raises:
+        ConfigError: unknown keys or metrics, a generator or template that cannot carry the protocol.
+    """
+
+    def __init__(self, config: Any, prompt_template: Any = None, retriever: Any = None, generator: Any = None) -> None:
+        self.settings = read_settings(config)
+        card = read_agent_card(self.settings.agent.model)
+        self.protocol, self.limits, self.topk = resolve_agent(self.settings, card)
+        _refuse(config, prompt_template, generator)
+        evaluator = StrictEvaluator(config)
+        self._opened = ExitStack()
+        with ExitStack() as opening:
+            if generator is None:
+                generator = AgenticGenerator(opening.enter_context(open_llm(self.settings.agent)))
+            if retriever is None:
+                retriever = AgenticRetriever(opening.enter_context(open_search(self.settings.search)), topk=self.topk)
+            super().__init__(
+                config,
+                prompt_template=ProtocolPrompt(self.protocol),
+                max_retrieval_num=self.limits.max_searches,
+                begin_of_query_token=f"<{self.protocol.search_tag}>",
+                end_of_query_token=f"</{self.protocol.search_tag}>",
+                begin_of_documents_token=f"<{self.protocol.information_tag}>",
+                end_of_documents_token=f"</{self.protocol.information_tag}>",
+                begin_of_answer_token=f"<{self.protocol.answer_tag}>",
+                end_of_answer_token=f"</{self.protocol.answer_tag}>",
+                retriever=retriever,
+                generator=generator,
+            )
+            self._opened = opening.pop_all()
+        self.evaluator = evaluator
+        self.backend = retriever.backend if isinstance(retriever, AgenticRetriever) else FlashRAGBackend(retriever)
+        self.cost = RolloutCost()
+
+    def close(self) -> None:
+        """Free the model and the retriever that this pipeline opened itself."""
+        self._opened.close()
+
+    def run(
+        self,
+        dataset: Any,
+        do_eval: bool = True,
+        pred_process_fun: Callable[[Any], Any] | None = None,
+        *,
+        finished: Mapping[str, dict[str, Any]] | None = None,
+        on_batch: Callable[[Sequence[Any]], None] | None = None,
+    ) -> Any:
+        """Answer every question of a FlashRAG `Dataset` and evaluate.
+
+        Args:
+            dataset: its items are written to, in place.
+            do_eval: whether the metrics are computed (`self.evaluator.result`).
+            pred_process_fun: applied to the data set before.
+            finished: outputs of an earlier, interrupted run by question id; these are not answered again.
+            on_batch: called with the items that have just been answered.
+
+        Raises:
+            SearchError, BackendError: a part failed; what `on_batch` was given is whole.
+        """
+        finished = finished or {}
+        waiting = []
+        for item in dataset:
+            if str(item.id) in finished:
+                item.output = dict(finished[str(item.id)])
+            else:
+                waiting.append(item)
+        for start in range(0, len(waiting), self.settings.batch_size):
+            batch = waiting[start : start + self.settings.batch_size]
+            self._answer(batch)
+            if on_batch is not None:
+                on_batch(batch)
+        return self.evaluate(dataset, do_eval=do_eval, pred_process_fun=pred_process_fun)
+
+    def _answer(self, items: Sequence[Any]) -> None:
+        codec = self.generator.llm.codec
+        sessions = [Session(self.protocol, codec, self.limits, item.question) for item in items]
+        seen: dict[int, dict[str, Hit]] = {id(session): {} for session in sessions}
+
+        def remember(session: Session, hits: list[Hit]) -> None:
+            seen[id(session)].update({hit.passage.id: hit for hit in hits})
+
+        run_sessions(
+            sessions,
+            self.generator.llm,
+            self.backend,
+            topk=self.topk,
+            sampling=self.settings.sampling(),
+            cost=self.cost,
+            on_search=remember,
+        )
+        for item, session, deep in zip(items, sessions, self._look_deeper(sessions), strict=True):
+            self._write(item, session, seen[id(session)], deep)
+
+    def _look_deeper(self, sessions: Sequence[Session]) -> list[list[list[Hit]]]:
+        """For each session and search, the passages down to the settings' depth; not counted as searches."""
+        requests = [
+            SearchRequest(
+                query=turn.query,
+                question=session.question,
+                history=tuple(earlier.query for earlier in session.turns[:position]),
+            )
+            for session in sessions
+            for position, turn in enumerate(session.turns)
+        ]
+        depth = self.settings.depth
+        found = iter(self.backend.search(requests, depth) if requests and depth else [[] for _ in requests])
+        return [[next(found) for _ in session.turns] for session in sessions]
+
+    def _write(self, item: Any, session: Session, seen: Mapping[str, Hit], deep: Sequence[Sequence[Hit]]) -> None:
+        question = Question(id=str(item.id), question=item.question, golden_answers=tuple(item.golden_answers))
+        record = to_trajectory(session, question)
+        shown = [[to_doc(seen[passage.id].passage) for passage in turn.passages] for turn in record.turns]
+        ranks = answer_ranks([[to_doc(hit.passage) for hit in hits] for hits in deep], question.golden_answers)
+        outputs = {
+            "prompt": self.prompt_template.get_string(question=item.question),
+            "pred": record.answer if record.answer is not None else "",
+            "answer": record.answer,
+            "trajectory": record.to_dict(),
+            "retrieval_result": list({doc["id"]: doc for docs in shown for doc in docs}.values()),
+            "retrieval_results": {
+                str(i): {"query": turn.query, "docs": docs}
+                for i, (turn, docs) in enumerate(zip(record.turns, shown, strict=True))
+            },
+            "retrieved": [
+                {"ids": [hit.passage.id for hit in hits], "answer_rank": rank}
+                for hits, rank in zip(deep, ranks, strict=True)
+            ],
+            "retrieved_times": len(record.turns),
+            "finish_flag": True,
+            "finish_reason": record.stop_reason.value,
+        }
+        for key, value in outputs.items():
+            item.update_output(key, value)
+
+
+def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
+    if prompt_template is not None:
+        raise ConfigError(
+            "prompt_template: the agent's instruction belongs to its protocol; register an agent_protocol and name it "
+            "in agentic_r.protocol"
+        )
+    if generator is not None and not isinstance(generator, AgenticGenerator):
+        raise ConfigError(
+            f"generator: expected an AgenticGenerator, found {type(generator).__name__}; the protocol needs token ids"
+        )
+    if config["save_retrieval_cache"] or config["use_retrieval_cache"]:
+        raise ConfigError("save_retrieval_cache, use_retrieval_cache: not available with this pipeline; set both False")
+
+
+def load_split(config: Any, split: str) -> Any:
+    """One split through FlashRAG's `get_dataset`, checked line by line first.
+
+    Raises:
+        ConfigError: the split has no file (FlashRAG gives None), or fewer questions than the sample asked for.
+        RecordError: a broken line, a question without gold answers, an id that occurs twice; file and line.
+    """
+    folder = Path(config["dataset_path"])
+    file = next((path for suffix in _SUFFIXES if (path := folder / f"{split}.{suffix}").is_file()), None)
+    if file is None:
+        there = sorted(path.name for path in folder.glob("*.*")) if folder.is_dir() else []
+        raise ConfigError(
+            f"split {split!r}: no {folder / split}.jsonl; "
+            + (f"{folder} holds {', '.join(there)}" if there else f"there is no data set at {folder}")
+        )
+    if file.suffix == ".jsonl":
+        _check_questions(file, config["test_sample_num"])
+    config["split"] = [split]
+    random.seed(config["seed"])
+    try:
+        dataset = get_dataset(config)[split]
+    except ValueError as error:
+        raise RecordError(f"FlashRAG cannot read it: {error} (it takes no empty lines)", path=file) from error
+    if dataset is None or len(dataset) == 0:
+        raise ConfigError(f"{file}: FlashRAG loaded no question from it")
+    return dataset
+
+
+def _check_questions(file: Path, sample: int | None) -> None:
+    seen: set[str] = set()
+    for question in read_records(file, Question):
+        if question.id in seen:
+            raise RecordError(f"question id {question.id!r} occurs twice; every question needs its own", path=file)
+        seen.add(question.id)
+    if sample is not None and sample > len(seen):
+        raise ConfigError(f"{file}: {sample} questions were asked for, it holds {len(seen)}")

@@ -1,0 +1,25 @@
+"""The instruction that released Search-R1 and Agentic-R agents were trained with, read from FlashRAG at run time."""
+
+from __future__ import annotations
+
+from flashrag.pipeline import SearchR1Pipeline
+
+from agentic_r_plugin.errors import UpstreamError
+from agentic_r_plugin.protocol import AgentProtocol
+
+
+def _released() -> AgentProtocol:
+    instruction = getattr(SearchR1Pipeline, "user_prompt", "")
+    if instruction.count("{question}") != 1:
+        raise UpstreamError(
+            "expected flashrag.pipeline.SearchR1Pipeline.user_prompt with one '{question}'; install flashrag-dev "
+            "0.3.0.dev20260919, or evaluate with protocol=search_r1"
+        )
+    return AgentProtocol(
+        name="search_r1_released",
+        description="Search-R1's tags with the instruction of the released agents, read from FlashRAG.",
+        instruction=instruction,
+    )
+
+
+search_r1_released: AgentProtocol = _released()

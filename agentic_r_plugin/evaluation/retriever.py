@@ -1,0 +1,114 @@
+"""Our retriever as FlashRAG's, and FlashRAG's as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+
+FlashRAGDoc = dict[str, str]
+"""FlashRAG's passage: id, title, text, contents."""
+
+
+def to_doc(passage: Passage) -> FlashRAGDoc:
+    """A passage as FlashRAG's pipelines and metrics read it."""
+    return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
+
+
+class AgenticRetriever:
+    """Any search backend behind FlashRAG's retriever interface: pass it to a pipeline as `retriever=`.
+
+    FlashRAG's own pipelines give the query alone, so a retriever that wants `Question [SEP] query` gets only the query
+    from them; `AgenticSearchPipeline`, or the keyword `questions`, gives it both.
+
+    Args:
+        backend: finds the passages.
+        topk: passages per query where the caller names no number (FlashRAG's `retrieval_topk`).
+    """
+
+    def __init__(self, backend: SearchBackend, *, topk: int = 3) -> None:
+        self.backend = backend
+        self.topk = topk
+
+    def search(
+        self, query: str, num: int | None = None, return_score: bool = False, *, question: str | None = None
+    ) -> Any:
+        """Passages of one query: `docs`, or `(docs, scores)` with `return_score`."""
+        found = self.batch_search([query], num, return_score, questions=None if question is None else [question])
+        return (found[0][0], found[1][0]) if return_score else found[0]
+
+    def batch_search(
+        self,
+        query: Sequence[str],
+        num: int | None = None,
+        return_score: bool = False,
+        *,
+        questions: Sequence[str] | None = None,
+    ) -> Any:
+        """Passages of each query, best first: `[docs]`, or `([docs], [scores])` with `return_score`.
+
+        Never more than the corpus holds, and never one twice (FlashRAG repeats the last one instead).
+
+        Raises:
+            SearchError: the search could not be carried out.
+        """
+        queries = [query] if isinstance(query, str) else list(query)
+        if questions is not None and len(questions) != len(queries):
+            raise ConfigError(f"expected one question a query, found {len(questions)} for {len(queries)}")
+        requests = [
+            SearchRequest(query=text, question=questions[i] if questions is not None else None)
+            for i, text in enumerate(queries)
+        ]
+        hits = self.backend.search(requests, self.topk if num is None else num) if requests else []
+        docs = [[to_doc(hit.passage) for hit in row] for row in hits]
+        scores = [[hit.score for hit in row] for row in hits]
+        return (docs, scores) if return_score else docs
+
+
+class FlashRAGBackend:
+    """A retriever of FlashRAG as our search backend, so that the agent protocol can run on its indexes.
+
+    Args:
+        retriever: an object with FlashRAG's `batch_search(queries, num, return_score)`.
+        formulation: registered query formulation that builds the retriever's input.
+    """
+
+    def __init__(self, retriever: Any, *, formulation: str = "query") -> None:
+        self.retriever = retriever
+        self.formulation = formulation
+
+    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        """Best `topk` passages of each request; a passage that FlashRAG repeats is kept once.
+
+        Raises:
+            SearchError: the retriever gave another number of results than queries.
+        """
+        inputs = [
+            request.query
+            if request.question is None
+            else retrieval_query(request.question, request.query, request.history, self.formulation)
+            for request in requests
+        ]
+        docs, scores = self.retriever.batch_search(inputs, num=topk, return_score=True)
+        if len(docs) != len(inputs) or len(scores) != len(inputs):
+            raise SearchError(f"expected {len(inputs)} results from {type(self.retriever).__name__}, found {len(docs)}")
+        return [self._hits(*row) for row in zip(docs, scores, strict=True)]
+
+    @staticmethod
+    def _hits(docs: Sequence[FlashRAGDoc], scores: Sequence[float]) -> list[Hit]:
+        hits: dict[str, Hit] = {}
+        for doc, score in zip(docs, scores, strict=True):
+            passage = Passage.from_contents(str(doc["id"]), doc["contents"])
+            hits.setdefault(passage.id, Hit(passage=passage, score=float(score)))
+        return list(hits.values())
+
+    def fingerprint(self) -> str:
+        """The retriever's class and its formulation: FlashRAG names nothing better."""
+        return f"flashrag:{type(self.retriever).__name__}:{self.formulation}"
+
+    def close(self) -> None:
+        """Nothing to free."""

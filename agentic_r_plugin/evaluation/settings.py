@@ -1,0 +1,118 @@
+"""Our settings inside a FlashRAG configuration, `config["agentic_r"]`, typed; and what an agent says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin import components
+from agentic_r_plugin.backends import LLMSpec, SearchSpec
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.llm.base import Sampling
+from agentic_r_plugin.protocol import AgentProtocol, Limits
+from agentic_r_plugin.store import read_json
+
+KEY = "agentic_r"
+AGENT_FILE = "agent.json"
+DEFAULT_PROTOCOL = "search_r1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOverrides:
+    """Limits of a trajectory (`protocol.Limits`), each only where it differs from the agent folder's."""
+
+    max_searches: int | None = field(default=None, metadata={"help": "searches a question"})
+    max_malformed: int | None = field(default=None, metadata={"help": "malformed turns that are corrected"})
+    max_tokens: int | None = field(default=None, metadata={"help": "prompt and response together"})
+    max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})
+    max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
+
+    def over(self, limits: Limits) -> Limits:
+        """`limits` with what is set here."""
+        return replace(limits, **{name: value for name, value in asdict(self).items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgenticRSettings:
+    """How the agent searches and how much of it is measured."""
+
+    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as the agent folder says"})
+    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ from it"})
+    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as the agent folder"})
+    depth: int = field(default=20, metadata={"help": "passages looked at for recall at depth; 0 switches it off"})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
+    top_p: float = field(default=1.0, metadata={"help": "nucleus of the sampled tokens"})
+    seed: int | None = field(default=None, metadata={"help": "seed of sampling"})
+    batch_size: int = field(default=64, metadata={"help": "questions that are answered together"})
+    agent: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent's language model"})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("topk", 1), ("depth", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{KEY}.{name}: expected at least {least}, found {value}")
+
+    def sampling(self) -> Sampling:
+        """How the agent's tokens are drawn."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentCard:
+    """What an agent was trained with: `agent.json` of its folder."""
+
+    protocol: str = DEFAULT_PROTOCOL
+    limits: Limits = field(default_factory=Limits)
+    topk: int = 3
+
+
+def read_settings(config: Any) -> AgenticRSettings:
+    """Our part of a FlashRAG `Config`; everything default where it has none.
+
+    Raises:
+        ConfigError: an unknown key or a wrong type below `agentic_r`.
+    """
+    data = config[KEY]
+    if data is None:
+        return AgenticRSettings()
+    if isinstance(data, AgenticRSettings):
+        return data
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{KEY}: expected a mapping, found {type(data).__name__}")
+    return load_config(AgenticRSettings, values=data)
+
+
+def read_agent_card(folder: str | Path) -> AgentCard | None:
+    """The folder's `agent.json`, or None where it has none (any Hugging Face folder).
+
+    Raises:
+        ConfigError: a key or value of the file is wrong.
+        RecordError: the file is not JSON.
+    """
+    file = Path(folder) / AGENT_FILE
+    if not str(folder) or not file.is_file():
+        return None
+    data = read_json(file)
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{file}: expected an object with protocol, limits and topk, found {type(data).__name__}")
+    known = {name: data[name] for name in ("protocol", "limits", "topk") if name in data}
+    try:
+        return load_config(AgentCard, values=known)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def resolve_agent(settings: AgenticRSettings, card: AgentCard | None) -> tuple[AgentProtocol, Limits, int]:
+    """Protocol, limits and topk: the settings where they say, else the agent's card, else the defaults.
+
+    Raises:
+        UnknownComponentError: no such protocol.
+    """
+    card = card or AgentCard()
+    name = settings.protocol or card.protocol
+    protocol: AgentProtocol = components.load("agent_protocol", name)
+    return protocol, settings.limits.over(card.limits), settings.topk or card.topk
