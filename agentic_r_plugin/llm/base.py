@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,3 +81,9 @@ class ChatBackend(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when the weights or the model's name change."""
+
+
+def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
+    """Seed of one prompt's draw (31 bits): the same for the same prompt, whatever is drawn beside it."""
+    digest = hashlib.blake2b(f"{seed} {list(prompt_ids)}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling
+from agentic_r_plugin.llm.base import Completion, Request, Sampling, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.store import file_fingerprint
 
@@ -101,7 +100,7 @@ class HFBackend:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
-            seed=None if sampling.seed is None else [_row_seed(sampling.seed, prompt) for prompt in prompts],
+            seed=None if sampling.seed is None else [row_seed(sampling.seed, prompt) for prompt in prompts],
         )
         return [
             Completion(token_ids=row.token_ids, prompt_tokens=len(prompt))
@@ -133,8 +132,3 @@ def checkpoint_fingerprint(model: Path, tokenizer: Path) -> str:
     files = [path for pattern in (*_WEIGHTS, "config.json") for path in sorted(model.glob(pattern))]
     files += [path for pattern in _TOKENIZER for path in sorted(tokenizer.glob(pattern))]
     return fingerprint([(path.name, file_fingerprint(path)) for path in files if path.is_file()])
-
-
-def _row_seed(seed: int, prompt: Sequence[int]) -> int:
-    digest = hashlib.blake2b(f"{seed} {list(prompt)}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -15,11 +15,12 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Passage
 
 _QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$")
-_STOPWORDS = frozenset(  # noqa: SIM905
-    "about after also and are as at be been before but by can did do does during for from had has have he her his how "
-    "in into is it its me name of on or over she than that their them they this to under was were what when where "
-    "which while who whom whose why will with would".split()
-)
+_FUNCTION_WORDS = """
+    about after also and are as at be been before but by can did do does during for from had has have he her his how in
+    into is it its me name of on or over she than that their them they this to under was were what when where which
+    while who whom whose why will with would
+"""
+_STOPWORDS = frozenset(_FUNCTION_WORDS.split())
 _TITLE_NAMED = 0.5
 """Share of a title's words that a query must hold to name it."""
 _SHARES_WORDS = 0.25

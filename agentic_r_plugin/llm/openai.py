@@ -1,0 +1,226 @@
+"""A model behind an OpenAI-compatible server (vLLM, SGLang, a hosted API): `/completions` and `/chat/completions`."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.llm.base import Completion, Request, Sampling, row_seed
+from agentic_r_plugin.protocol import Codec
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.backends import LLMSpec
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+
+class OpenAIBackend:
+    """OpenAI-compatible server: vLLM or SGLang for agents, any for judges.
+
+    Prompts are sent as token ids. Continuations are taken as token ids where the server gives them (vLLM's
+    `return_token_ids`), else its text is tokenised, which is exact in text but may differ in ids: good for the data
+    stages, not for training. The server must keep stop strings in its output (`include_stop_str_in_output`, vLLM and
+    SGLang) or name the one it met (`stop_reason`).
+
+    Args:
+        url: base URL, with `/v1`.
+        model: the name the server knows.
+        tokenizer: directory or name of the model's tokenizer; not needed for `chat` alone.
+        api_key: sent as bearer token when given.
+        concurrency: requests at the same time.
+        timeout_s: for one request.
+        max_retries: further attempts after 429, 5xx, a timeout or a broken connection; waits double from 0.5 s to 30 s,
+            or are as long as the server's `Retry-After`.
+
+    Raises:
+        ConfigError: no url or no model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        tokenizer: str | Path = "",
+        api_key: str | None = None,
+        concurrency: int = 16,
+        timeout_s: float = 120.0,
+        max_retries: int = 5,
+    ) -> None:
+        if not url or not model:
+            raise ConfigError(
+                "llm: the openai backend needs llm.url (with /v1) and llm.model (the name the server knows)"
+            )
+        self.model, self._tokenizer, self._max_retries = model, str(tokenizer), max_retries
+        self._concurrency = max(1, concurrency)
+        self._codec: Codec | None = None
+        self._client = httpx.Client(
+            base_url=url.rstrip("/") + "/",
+            timeout=timeout_s,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            limits=httpx.Limits(max_connections=self._concurrency),
+        )
+
+    @classmethod
+    def from_spec(cls, spec: LLMSpec) -> OpenAIBackend:
+        """From the settings of a command; the key is read from the environment variable they name."""
+        return cls(
+            spec.url,
+            spec.model,
+            tokenizer=spec.tokenizer,
+            api_key=os.environ.get(spec.api_key_env),
+            concurrency=spec.concurrency,
+            timeout_s=spec.timeout_s,
+            max_retries=spec.max_retries,
+            **spec.options,
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """The model's tokenizer, loaded when first needed.
+
+        Raises:
+            ConfigError: none was named, or it cannot be loaded.
+        """
+        if self._codec is None:
+            from transformers import AutoTokenizer
+
+            from agentic_r_plugin.llm.codec import TokenizerCodec
+
+            if not self._tokenizer:
+                raise ConfigError("llm.tokenizer: the openai backend needs the agent's tokenizer directory")
+            try:
+                self._codec = TokenizerCodec(AutoTokenizer.from_pretrained(self._tokenizer))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"llm.tokenizer={self._tokenizer!r}: cannot be loaded: {error}") from error
+        return self._codec
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Continue every prompt."""
+        codec = self.codec  # loaded here, before the threads need it
+        return self._all(lambda request: self._complete(request, sampling, codec), requests)
+
+    def chat(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> list[str]:
+        """The reply to each message."""
+        settings = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
+        if seed is not None and temperature > 0:
+            settings["seed"] = seed
+
+        def reply(prompt: str) -> str:
+            answer = self._post("chat/completions", settings | {"messages": [{"role": "user", "content": prompt}]})
+            content = _choice(answer).get("message", {}).get("content")
+            if not isinstance(content, str):
+                raise BackendError(f"{self.model}: expected a message with text, found {str(answer)[:300]}")
+            return content
+
+        return self._all(reply, prompts)
+
+    def fingerprint(self) -> str:
+        """Hash of the model's name; a server does not tell its weights."""
+        return fingerprint("openai", self.model, self._tokenizer)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _all(self, function: Callable[[Input], Output], inputs: Sequence[Input]) -> list[Output]:
+        """`function` of each input, `concurrency` at a time; the first error ends it all."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            futures = [pool.submit(function, item) for item in inputs]
+            try:
+                return [future.result() for future in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _complete(self, request: Request, sampling: Sampling, codec: Codec) -> Completion:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": list(request.prompt_ids),
+            "max_tokens": request.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+        }
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+        if sampling.seed is not None and sampling.temperature > 0:
+            body["seed"] = row_seed(sampling.seed, request.prompt_ids)
+        answer = self._post("completions", body)
+        choice = _choice(answer)
+        ids = choice.get("token_ids")
+        text = choice.get("text")
+        if not isinstance(text, str):
+            raise BackendError(f"{self.model}: expected a choice with text, found {str(answer)[:300]}")
+        if not ids:
+            met = choice.get("stop_reason")
+            if met in sampling.stop and not text.endswith(met):
+                text += met
+            ids = codec.encode(text) or codec.encode("\n")
+        usage = answer.get("usage") or {}
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return Completion(
+            token_ids=tuple(ids[: request.max_tokens]), prompt_tokens=len(request.prompt_ids), cached_tokens=int(cached)
+        )
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One request with its retries.
+
+        Raises:
+            BackendError: refused, or still failing after the last retry.
+        """
+        problem = ""
+        for attempt in range(self._max_retries + 1):
+            wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.75, 1.25)
+            try:
+                response = self._client.post(path, json=body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code == 200:
+                    return _json(response)
+                problem = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code != 429 and response.status_code < 500:
+                    raise BackendError(f"{response.url}: {problem}")
+                wait = _retry_after(response, wait)
+            if attempt < self._max_retries:
+                time.sleep(wait)
+        raise BackendError(f"{self._client.base_url}{path}: {problem} (tried {self._max_retries + 1} times)")
+
+
+def _json(response: httpx.Response) -> dict[str, Any]:
+    try:
+        answer = response.json()
+    except ValueError as error:
+        raise BackendError(f"{response.url}: expected JSON, found {response.text[:300]!r}") from error
+    if not isinstance(answer, dict):
+        raise BackendError(f"{response.url}: expected a JSON object, found {response.text[:300]!r}")
+    return answer
+
+
+def _choice(answer: dict[str, Any]) -> dict[str, Any]:
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise BackendError(f"expected one choice in the server's answer, found {str(answer)[:300]}")
+    return choices[0]
+
+
+def _retry_after(response: httpx.Response, otherwise: float) -> float:
+    text = response.headers.get("Retry-After", "")
+    return min(_LONGEST_WAIT_S, float(text)) if text.isdigit() else otherwise
