@@ -1,0 +1,228 @@
+"""verl's agent loop for Agentic-R: one trajectory, driven by the protocol's `Session` (method section 2).
+
+Registered through the YAML file of `rollout.agent.agent_loop_config_path` only (`launch` writes it). verl's decorator
+`@register` would put an entry without arguments under the same name, and the two overwrite each other.
+
+Ids in, ids out: what the engine wrote is passed on as it is; the mask says who wrote each id; log-probabilities of ids
+that the environment wrote are 0.0. The answer, and so the reward, comes from the model's own ids only.
+
+A trajectory whose search failed must not teach the agent anything. Its mask is all zeros, so it adds nothing to sum and
+count of any masked mean over tokens (policy loss, value loss, KL, entropy, whitening of advantages): with GAE and
+`loss_agg_mode=token-mean` that is exact in every trainer of verl. Two things a mask cannot do are left to our trainer
+(`agent.trainer`), which takes such trajectories out of the batch: a mini-batch of masked trajectories only would divide
+by zero, and group baselines or sequence means would count them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
+
+from agentic_r_plugin import components
+from agentic_r_plugin.errors import BackendError, SearchError
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Limits, Search, Session
+from agentic_r_plugin.records import Question, StopReason
+from agentic_r_plugin.rollout import search_request, to_trajectory
+from agentic_r_plugin.search.client import RetrievalClient
+
+NAME = "agentic_r"
+"""Name of the loop in the YAML file and in `rollout.agent.default_agent_loop`."""
+
+
+class SearchAgentLoop(AgentLoopBase):
+    """Think, search, read, answer. verl makes one instance per trajectory.
+
+    Args:
+        protocol: name of a registered agent protocol.
+        limits: fields of `protocol.Limits`.
+        retrieval_url: the retrieval service.
+        topk: passages shown for a search.
+        max_concurrent_searches: searches under way at once in one agent-loop worker.
+        seed: base of each request's own sampling seed; None leaves the draw to the engine. With a seed, a step that is
+            done again after a resume draws the same tokens.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        protocol: str,
+        limits: Mapping[str, int],
+        retrieval_url: str,
+        topk: int = 3,
+        max_concurrent_searches: int = 64,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.protocol = components.load("agent_protocol", protocol)
+        self.limits = Limits(**limits)
+        self.codec = TokenizerCodec(self.tokenizer)
+        self.topk, self.seed = topk, seed
+        self.client, self.searching = _shared_client(retrieval_url, max_concurrent_searches)
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
+        """One trajectory.
+
+        Args:
+            sampling_params: verl's sampling parameters; shared between trajectories, never changed here.
+            kwargs: the data set's fields; `extra_info` holds `id`, `question` and `golden_answers`.
+
+        Raises:
+            BackendError: the engine returned no tokens, or log-probabilities that do not match them.
+            ConfigError: the prompt alone leaves no room for the model.
+        """
+        question = _question(kwargs["extra_info"])
+        session = Session(self.protocol, self.codec, self.limits, question.question)
+        log = _EngineLog()
+        request_id = uuid4().hex
+        while session.finished is None:
+            params = self._turn_params(sampling_params, session, kwargs)
+            started = perf_counter()
+            output = await self.server_manager.generate(
+                request_id=request_id, prompt_ids=session.ids, sampling_params=params
+            )
+            log.took(output, perf_counter() - started)
+            action = session.model_wrote(output.token_ids)
+            if isinstance(action, Search):
+                started = perf_counter()
+                await self._search(session, action)
+                log.search_s += perf_counter() - started
+            log.pad(len(session.response_ids))
+        return _output(session, question, log, _place(kwargs))
+
+    def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
+        params = {
+            **shared,
+            "stop": list(self.protocol.stop),
+            "include_stop_str_in_output": True,
+            "max_tokens": session.budget,
+        }
+        if self.seed is not None and "global_steps" in fields:
+            params["seed"] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
+        return params
+
+    async def _search(self, session: Session, action: Search) -> None:
+        request = search_request(session, action)
+        try:
+            async with self.searching:
+                (hits,) = await self.client.asearch([request], self.topk)
+        except SearchError:
+            session.search_failed()
+            return
+        session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+
+def request_seed(*parts: int) -> int:
+    """A 31-bit seed for one request, the same for the same place in a run.
+
+    >>> request_seed(0, 1, 2, 0, 0) == request_seed(0, 1, 2, 0, 0) != request_seed(0, 1, 2, 0, 1)
+    True
+    """
+    digest = hashlib.sha256(",".join(str(int(part)) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+_clients: dict[tuple[str, int, int], tuple[RetrievalClient, asyncio.Semaphore]] = {}
+
+
+def _shared_client(url: str, concurrency: int) -> tuple[RetrievalClient, asyncio.Semaphore]:
+    """One connection pool and one limit per worker process and event loop, for all its trajectories."""
+    key = (url, concurrency, id(asyncio.get_running_loop()))
+    if key not in _clients:
+        _clients[key] = (RetrievalClient(url), asyncio.Semaphore(concurrency))
+    return _clients[key]
+
+
+def _place(fields: Mapping[str, Any]) -> tuple[int, int]:
+    """(row of the data set, number of the sample): names a trajectory within a step."""
+    return int(fields["extra_info"]["index"]), int(fields.get("session_id", 0))
+
+
+def _question(extra_info: Mapping[str, Any]) -> Question:
+    return Question(
+        id=str(extra_info["id"]),
+        question=str(extra_info["question"]),
+        golden_answers=tuple(str(answer) for answer in extra_info["golden_answers"]),
+    )
+
+
+@dataclass
+class _EngineLog:
+    """What the engine said along the way, aligned with the response ids."""
+
+    logprobs: list[float] | None = field(default_factory=list)
+    generate_s: float = 0.0
+    search_s: float = 0.0
+    num_preempted: int = -1
+    """-1: the engine does not say."""
+    min_global_steps: int | None = None
+    max_global_steps: int | None = None
+
+    def took(self, output: Any, seconds: float) -> None:
+        """Add one turn of the model."""
+        if not output.token_ids:
+            raise BackendError(f"the rollout engine returned no tokens (stop reason {output.stop_reason!r})")
+        if output.log_probs and len(output.log_probs) != len(output.token_ids):
+            raise BackendError(
+                f"the rollout engine returned {len(output.token_ids)} ids and {len(output.log_probs)} log-probabilities"
+            )
+        if not output.log_probs:
+            self.logprobs = None
+        elif self.logprobs is not None:
+            self.logprobs += output.log_probs
+        self.generate_s += seconds
+        if output.num_preempted is not None and output.num_preempted >= 0:
+            self.num_preempted = max(self.num_preempted, 0) + output.num_preempted
+        first, last = output.extra_fields.get("min_global_steps"), output.extra_fields.get("max_global_steps")
+        if first is not None:
+            self.min_global_steps = first if self.min_global_steps is None else min(self.min_global_steps, first)
+        if last is not None:
+            self.max_global_steps = last if self.max_global_steps is None else max(self.max_global_steps, last)
+
+    def pad(self, length: int) -> None:
+        """0.0 for the ids that the environment has written since."""
+        if self.logprobs is not None:
+            self.logprobs += [0.0] * (length - len(self.logprobs))
+
+
+def _output(session: Session, question: Question, log: _EngineLog, place: tuple[int, int]) -> AgentLoopOutput:
+    assert session.finished is not None
+    failed = session.finished.stop_reason is StopReason.SEARCH_FAILED
+    mask = session.response_mask
+    trajectory = to_trajectory(session, question).to_dict()
+    extra_fields = {
+        "min_global_steps": log.min_global_steps,
+        "max_global_steps": log.max_global_steps,
+        "turn_scores": [],
+        "tool_rewards": [],
+        "place": list(place),
+        "answer": session.finished.answer,
+        "em": trajectory["em"],
+        "f1": trajectory["f1"],
+        "searches": session.searches,
+        "malformed_turns": session.malformed,
+        "search_failed": int(failed),
+        "stop_reason": session.finished.stop_reason.value,
+        "masked_token_share": 1 - sum(mask) / len(mask),
+        "generated_tokens": session.generated_tokens,
+        "trajectory": trajectory,
+    }
+    return AgentLoopOutput(
+        prompt_ids=session.prompt_ids,
+        response_ids=session.response_ids,
+        response_mask=[0] * len(mask) if failed else mask,
+        response_logprobs=log.logprobs,
+        num_turns=1 + len(session.segments),
+        metrics=AgentLoopMetrics(
+            generate_sequences=log.generate_s, tool_calls=log.search_s, num_preempted=log.num_preempted
+        ),
+        extra_fields=extra_fields,
+    )

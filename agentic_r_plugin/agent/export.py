@@ -1,0 +1,84 @@
+"""A checkpoint of verl's FSDP engine as a plain Hugging Face folder, bit for bit.
+
+verl's own merger turns every weight into bfloat16, which would lose the small steps of a training kept in float32.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.errors import TrainingError
+from agentic_r_plugin.store import read_json
+
+
+def export_model(checkpoint: Path, folder: Path) -> None:
+    """Write `folder` (weights, configuration, tokenizer) from a checkpoint's `actor` or `critic` folder.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        TrainingError: the checkpoint is not whole, or its weights are not those of its model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+    source = checkpoint / "huggingface"
+    if not source.is_dir():
+        raise TrainingError(f"{checkpoint}: expected verl's checkpoint with a folder 'huggingface', found none")
+    model_config = AutoConfig.from_pretrained(source)
+    architecture = (model_config.architectures or [""])[0]
+    auto = AutoModelForTokenClassification if "TokenClassification" in architecture else AutoModelForCausalLM
+    weights = merged_weights(checkpoint)
+    model_config.dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = auto.from_config(model_config)
+    outcome = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if unfilled or outcome.unexpected_keys:
+        raise TrainingError(
+            f"{checkpoint}: weights do not fit {architecture}: missing {unfilled[:5]}, "
+            f"unknown {outcome.unexpected_keys[:5]}"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    model.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def merged_weights(checkpoint: Path) -> dict[str, Any]:
+    """All weights of a sharded checkpoint, whole, in their own precision.
+
+    Raises:
+        TrainingError: a shard is missing, or sharded along more than one dimension.
+    """
+    import torch
+
+    world_size = int(read_json(checkpoint / "fsdp_config.json")["world_size"])
+    shards = []
+    for rank in range(world_size):
+        file = checkpoint / f"model_world_size_{world_size}_rank_{rank}.pt"
+        if not file.is_file():
+            raise TrainingError(f"{checkpoint}: shard {file.name} is missing; the checkpoint is not whole")
+        shards.append(torch.load(file, map_location="cpu", weights_only=False))
+    return {name: _whole(name, [shard[name] for shard in shards]) for name in shards[0]}
+
+
+def _whole(name: str, parts: list[Any]) -> Any:
+    """One tensor from its parts, in order of rank; plain tensors are the same on every rank."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parts[0], DTensor):
+        return parts[0]
+    placements = parts[0].placements
+    local = [part._local_tensor for part in parts]
+    if all(placement.is_replicate() for placement in placements):
+        return local[0]
+    if len(placements) != 1 or not placements[0].is_shard():
+        raise TrainingError(f"{name}: expected sharding along one dimension, found {placements}")
+    return torch.cat(local, dim=placements[0].dim).contiguous()

@@ -1,0 +1,309 @@
+"""`agentic-r train-agent`: PPO of the agent in verl, in a process of its own (method section 6).
+
+A run folder holds `config.yaml` and `verl.yaml` (as resolved), `data/`, `train.log`, `metrics.jsonl` (a line a step,
+line 0 the validation before the first), `rollouts.jsonl` (sampled trajectories), `checkpoints/`, and when it is done
+`agent/` (a plain Hugging Face folder with `agent.json`), `critic/`, and, written last, `done.json`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent.metrics import StepLog
+from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.agent.worker import FAULT
+from agentic_r_plugin.config import fingerprint, save_config, to_dict
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
+from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.store import read_json, require_absent, write_json
+
+__all__ = ["TrainAgentConfig", "latest_step", "run"]
+
+_FREE = ("out", "retrieval_url", "steps", "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step",
+         "threads", "max_concurrent_searches", "max_failed_search_share")  # fmt: skip
+"""Fields that may change between a run and its resumption."""
+
+_LOG_TAIL_LINES = 25
+
+
+def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
+    """Train, or go on training, and export the agent.
+
+    Raises:
+        ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
+        SearchUnavailableError: the retrieval service does not answer; nothing is written then.
+        OutputExistsError: the run folder exists, without `resume`.
+        ManifestMismatchError: the run folder is another run's, or another process is writing it.
+        TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
+    """
+    run_dir = Path(config.out).resolve()
+    if not resume:
+        require_absent(run_dir)
+    key = _fingerprint(config)
+    if (run_dir / "run.json").is_file():
+        _check_same(run_dir, key)
+        if (run_dir / "done.json").is_file() and latest_step(run_dir) >= config.steps:
+            print(f"train-agent: {run_dir} is done", file=sys.stderr)
+            return
+    prepared = _prepare(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir) as lock:
+        _write_inputs(run_dir, config, prepared, key)
+        seconds = _train(run_dir, config, prepared["environment"], lock)
+    _finish(run_dir, config, seconds)
+
+
+def latest_step(run_dir: Path) -> int:
+    """Step of the newest whole checkpoint; 0 without one. verl writes this file after everything else."""
+    file = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(file.read_text()) if file.is_file() else 0
+
+
+# --- before -----------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(config: TrainAgentConfig) -> str:
+    values = {name: value for name, value in to_dict(config).items() if name not in _FREE}
+    for name in ("model", "critic", "questions", "validation"):
+        if values[name] is not None and not Path(values[name]).exists():
+            raise ConfigError(f"{name}: {values[name]} does not exist")
+        values[name] = values[name] and _content_key(Path(values[name]))
+    return fingerprint(values)
+
+
+def _content_key(path: Path) -> str:
+    """Hash of a file, or of a model folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode() if path.is_dir() else b"")
+            with file.open("rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_same(run_dir: Path, key: str) -> None:
+    found = read_json(run_dir / "run.json")["fingerprint"]
+    if found != key:
+        raise ManifestMismatchError(
+            f"{run_dir} belongs to a run with other settings, questions or models (see its config.yaml); choose "
+            f"another folder, or give the same settings. May change: {', '.join(_FREE[1:])}"
+        )
+
+
+def _prepare(config: TrainAgentConfig) -> dict[str, Any]:
+    """Everything that can fail without anything having been written."""
+    protocol = components.load("agent_protocol", config.protocol)
+    questions = dataset.read_questions(config.questions)
+    if len(questions) < config.batch_size:
+        raise ConfigError(
+            f"{config.questions}: {len(questions)} questions are fewer than batch_size={config.batch_size}"
+        )
+    validation = None
+    if config.validation is not None:
+        validation = dataset.read_questions(config.validation, limit=config.validation_questions or None)
+    _check_model(Path(config.model))
+    RetrievalClient(config.retrieval_url, retries=1, timeout_s=10).health()
+    codec = _codec(config.model)
+    lengths = dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec, config.limits)
+    on_cpu = _on_cpu(config)
+    environment: dict[str, str | None] = {"HF_DATASETS_CACHE": str(Path(config.out).resolve() / "data" / "cache")}
+    machine = [f"actor_rollout_ref.rollout.name={config.engine}"]
+    if on_cpu:
+        from agentic_r_plugin.agent.cpu.overrides import UNSET, cpu_environment, cpu_overrides
+
+        machine = cpu_overrides(num_workers=config.devices)
+        environment |= cpu_environment(num_threads=config.threads)
+        environment |= dict.fromkeys(UNSET)
+    composed = verl_config.compose(
+        config,
+        machine=machine,
+        num_questions=len(questions),
+        prompt_lengths=lengths,
+        fresh=latest_step(Path(config.out)) == 0,
+    )
+    return {
+        "protocol": protocol,
+        "questions": questions,
+        "validation": validation,
+        "verl": composed,
+        "environment": environment,
+        "loop": verl_config.agent_loop_yaml(config, seeded=not on_cpu),
+    }
+
+
+def _check_model(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model: {folder} is not a Hugging Face model folder (it has no config.json)")
+
+
+def _codec(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from agentic_r_plugin.llm.codec import TokenizerCodec
+
+    try:
+        return TokenizerCodec(AutoTokenizer.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: the tokenizer of {model} cannot be loaded: {error}") from error
+
+
+def _on_cpu(config: TrainAgentConfig) -> bool:
+    if config.cpu is not None:
+        return config.cpu
+    from agentic_r_plugin.agent.cpu.detect import cpu_wanted
+
+    return cpu_wanted()
+
+
+def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: dict[str, Any], key: str) -> None:
+    protocol = prepared["protocol"]
+    data = run_dir / "data"
+    for name, file, questions in (
+        ("train", config.questions, prepared["questions"]),
+        ("validation", config.validation, prepared["validation"]),
+    ):
+        if file is not None and not (data / f"{name}.parquet").is_file():
+            dataset.write_parquet(data / f"{name}.parquet", questions, protocol, dataset.data_source_name(file))
+    (run_dir / "agent_loop.yaml").write_text(prepared["loop"], encoding="utf-8")
+    OmegaConf.save(prepared["verl"], run_dir / "verl.yaml")
+    save_config(config, run_dir / "config.yaml")
+    write_json(run_dir / "run.json", {"fingerprint": key})
+    for stale in (FAULT, "done.json"):
+        (run_dir / stale).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[IO[bytes]]:
+    """One writer a run folder. The training process inherits the lock, so it holds as long as that lives."""
+    with (run_dir / ".lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ManifestMismatchError(
+                f"{run_dir}: another process is training here; wait for it or end it"
+            ) from error
+        yield lock
+
+
+# --- while ------------------------------------------------------------------------------------------------------------
+
+
+def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str | None], lock: IO[bytes]) -> float:
+    """Run the training process and report each step; returns seconds."""
+    variables = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
+    for name, value in environment.items():
+        if value is None:
+            variables.pop(name, None)
+    debug = "--debug" in sys.argv
+    started = time.monotonic()
+    with (run_dir / "train.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "agentic_r_plugin.agent.worker", str(run_dir)],
+            stdout=None if debug else log,
+            stderr=subprocess.STDOUT if not debug else None,
+            env=variables,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+        try:
+            _follow(run_dir, config, process)
+        finally:
+            _end(process)
+    if process.returncode:
+        raise TrainingError(_why(run_dir, process.returncode))
+    return time.monotonic() - started
+
+
+def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[bytes]) -> None:
+    """Print a line for each new step until the process ends."""
+    log = StepLog(run_dir / "metrics.jsonl")
+    shown = max((record["step"] for record in log.read()), default=-1)
+    while True:
+        ended = process.poll() is not None
+        for record in log.read():
+            if record["step"] > shown:
+                shown = record["step"]
+                print(progress_line(record, config.steps), file=sys.stderr, flush=True)
+        if ended:
+            return
+        time.sleep(0.5)
+
+
+def progress_line(record: dict[str, Any], steps: int) -> str:
+    """One step in words.
+
+    >>> progress_line({"step": 2, "agentic_r/em": 0.25, "agentic_r/search_turns": 1.5, "timing_s/step": 8.04}, 10)
+    'step 2/10  EM 0.250  searches 1.50  8.0 s'
+    """
+    named = (("EM", "agentic_r/em", ".3f"), ("searches", "agentic_r/search_turns", ".2f"))
+    parts = [f"step {record['step']}/{steps}"]
+    parts += [f"{name} {record[key]:{form}}" for name, key, form in named if record.get(key) is not None]
+    validated = next((key for key in record if key.startswith("val-core/") and "/acc/" in key), None)
+    if validated is not None and record[validated] is not None:
+        parts.append(f"validation EM {record[validated]:.3f}")
+    if record.get("timing_s/step") is not None:
+        parts.append(f"{record['timing_s/step']:.1f} s")
+    return "  ".join(parts)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process, if it lives, and what it left in its session."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _why(run_dir: Path, code: int) -> str:
+    if (run_dir / FAULT).is_file():
+        return str(read_json(run_dir / FAULT)["message"])
+    log = run_dir / "train.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    return f"the training process ended with code {code}; the end of {log}:\n" + "\n".join(lines)
+
+
+# --- after ------------------------------------------------------------------------------------------------------------
+
+
+def _finish(run_dir: Path, config: TrainAgentConfig, seconds: float) -> None:
+    agent = {
+        "schema": "agent/1",
+        "protocol": config.protocol,
+        "limits": asdict(config.limits),
+        "topk": config.topk,
+        "step": config.steps,
+        "parent": str(Path(config.model).resolve()),
+        "checkpoint": "last",  # a rule for the last stable checkpoint would choose here (method section 6)
+    }
+    write_json(run_dir / "agent" / "agent.json", agent)
+    metrics = StepLog(run_dir / "metrics.jsonl").read()
+    done = {
+        "step": config.steps,
+        "seconds": round(seconds, 1),
+        "step_seconds": round(sum(record.get("timing_s/step") or 0 for record in metrics), 1),
+        "agent": "agent",
+        "critic": "critic" if (run_dir / "critic").is_dir() else None,
+    }
+    write_json(run_dir / "done.json", done)
+    print(f"train-agent: {json.dumps(done)}", file=sys.stderr)

@@ -1,0 +1,49 @@
+"""The outcome reward: exact match of the model's own answer (method sections 2 and 6).
+
+verl calls `compute_score` with the whole response as text, passages included. That text is not looked at: the answer is
+the one the agent loop took from the model's own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agentic_r_plugin.answers import exact_match, f1
+from agentic_r_plugin.errors import TrainingError
+
+NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share", "generated_tokens")
+"""Fields of the loop that are passed on, so that validation reports them as `val-aux/<data source>/<field>/mean@1`."""
+
+
+def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Iterable[str],
+    extra_info: Mapping[str, Any],
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Score one trajectory.
+
+    Args:
+        data_source: name of the benchmark.
+        solution_str: the response as text; not used.
+        ground_truth: gold answers.
+        extra_info: the agent loop's `extra_fields`.
+
+    Returns:
+        `score`, the reward (0 or 1); `acc` and `em`, the same number under the names that verl and we report; `f1`;
+        and the loop's `NUMBERS`.
+
+    Raises:
+        TrainingError: the trajectory does not come from our agent loop.
+    """
+    if "stop_reason" not in extra_info:
+        raise TrainingError(
+            "the reward is read from the agent loop's own record, and this trajectory has none; set "
+            "actor_rollout_ref.rollout.agent.default_agent_loop=agentic_r"
+        )
+    answer, gold = extra_info["answer"], [str(item) for item in ground_truth]
+    correct = float(exact_match(answer, gold))
+    scores = {"score": correct, "acc": correct, "em": correct, "f1": float(f1(answer, gold))}
+    return scores | {name: float(extra_info[name]) for name in NUMBERS}

@@ -1,0 +1,185 @@
+"""From our settings to verl's whole configuration, as Hydra overrides on verl's `ppo_trainer`.
+
+Order, the later winning: `config/ppo.yaml`, the machine's overrides, the settings, the user's own overrides.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf, open_dict
+
+from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.errors import ConfigError, UpstreamError
+
+_PPO_YAML = Path(__file__).parent / "config" / "ppo.yaml"
+LOOP_NAME = "agentic_r"
+"""Name under which verl finds our agent loop."""
+
+
+def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
+    """Content of the file that `rollout.agent.agent_loop_config_path` names."""
+    loop = {
+        "name": LOOP_NAME,
+        "_target_": "agentic_r_plugin.agent.agent_loop.SearchAgentLoop",
+        "protocol": config.protocol,
+        "limits": asdict(config.limits),
+        "retrieval_url": config.retrieval_url,
+        "topk": config.topk,
+        "max_concurrent_searches": config.max_concurrent_searches,
+        "seed": config.seed if seeded else None,
+    }
+    return OmegaConf.to_yaml(OmegaConf.create([loop]))
+
+
+def compose(
+    config: TrainAgentConfig,
+    *,
+    machine: Sequence[str],
+    num_questions: int,
+    prompt_lengths: Sequence[int],
+    fresh: bool,
+) -> Any:
+    """verl's configuration of a run.
+
+    Args:
+        machine: overrides for the machine, such as `cpu.overrides.cpu_overrides()`.
+        num_questions: of the training set.
+        prompt_lengths: tokens of every prompt, training and validation; verl's two length limits follow from them
+            and from `limits.max_tokens`, so that verl never cuts anything.
+        fresh: the run has no checkpoint yet: validate before the first step.
+
+    Raises:
+        ConfigError: an override verl's configuration does not take.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    settings = _settings(config, num_questions=num_questions, prompt_lengths=prompt_lengths, fresh=fresh)
+    overrides = [
+        *to_overrides(OmegaConf.to_container(OmegaConf.load(_PPO_YAML))),  # type: ignore[arg-type]
+        *machine,
+        *to_overrides(settings),
+        *config.verl,
+    ]
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(_verl_config_dir()), version_base=None):
+            composed = hydra.compose("ppo_trainer", overrides)
+        with open_dict(composed):
+            OmegaConf.resolve(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"verl's configuration: {str(error).strip()}") from error
+    return composed
+
+
+def _verl_config_dir() -> Path:
+    spec = importlib.util.find_spec("verl")
+    locations = list(spec.submodule_search_locations or []) if spec is not None else []
+    folder = Path(locations[0]) / "trainer" / "config" if locations else None
+    if folder is None or not (folder / "ppo_trainer.yaml").is_file():
+        raise UpstreamError(f"verl's configuration ppo_trainer.yaml was not found (looked in {folder}); install verl")
+    return folder
+
+
+def _settings(
+    config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int], fresh: bool
+) -> dict[str, Any]:
+    """Our settings under verl's names."""
+    run_dir = Path(config.out).resolve()
+    validated = config.validation is not None
+    data = run_dir / "data"
+    micro = {"log_prob_micro_batch_size_per_gpu": config.micro_batch_size}
+    return {
+        "data": {
+            "train_files": str(data / "train.parquet"),
+            "val_files": str(data / ("validation.parquet" if validated else "train.parquet")),
+            "train_batch_size": config.batch_size,
+            "max_prompt_length": max(prompt_lengths),
+            "max_response_length": config.limits.max_tokens - min(prompt_lengths),
+            "seed": config.seed,
+        },
+        "actor_rollout_ref": {
+            "model": {"path": str(Path(config.model).resolve())},
+            "actor": {
+                "ppo_mini_batch_size": config.mini_batch_size,
+                "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
+                "use_kl_loss": config.kl_loss,
+                "kl_loss_coef": config.kl_coef,
+                "data_loader_seed": config.seed,
+                "optim": {"lr": config.actor_lr, "lr_warmup_steps_ratio": config.actor_warmup},
+            },
+            "ref": dict(micro),
+            "rollout": {
+                **micro,
+                "n": config.samples,
+                "temperature": config.temperature,
+                "seed": config.seed,
+                "max_model_len": config.limits.max_tokens,
+                "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
+            },
+        },
+        "critic": {
+            "model": {"path": str(Path(config.critic or config.model).resolve())},
+            "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
+            "data_loader_seed": config.seed,
+            "optim": {"lr": config.critic_lr, "lr_warmup_steps_ratio": config.critic_warmup},
+        },
+        "algorithm": {"use_kl_in_reward": not config.kl_loss, "kl_ctrl": {"kl_coef": config.kl_coef}},
+        "trainer": {
+            "n_gpus_per_node": config.devices,
+            "nnodes": 1,
+            "experiment_name": run_dir.name,
+            "default_local_dir": str(run_dir / "checkpoints"),
+            "total_training_steps": config.steps,
+            "total_epochs": math.ceil(config.steps / max(1, num_questions // config.batch_size)) + 1,
+            "save_freq": config.save_every,
+            "test_freq": (config.validate_every or config.steps) if validated else -1,
+            "val_before_train": validated and fresh,
+            "critic_warmup": config.critic_only_steps,
+        },
+        "agentic_r": {
+            "run_dir": str(run_dir),
+            "max_failed_search_share": config.max_failed_search_share,
+            "rollouts_per_step": config.rollouts_per_step,
+            "keep_checkpoints": config.keep_checkpoints,
+            "poll_interval_s": 0.05,
+        },
+    }
+
+
+def to_overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A nested mapping as Hydra overrides that set or add each leaf.
+
+    >>> to_overrides({"a": {"b": 1, "c": [True, None]}, "d": "x y"})
+    ['++a.b=1', '++a.c=[true,null]', "++d='x y'"]
+    """
+    return list(_leaves(tree, prefix))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"++{prefix}{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_literal(item) for item in value) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

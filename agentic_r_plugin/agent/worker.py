@@ -1,0 +1,95 @@
+"""The process that trains: `python -m agentic_r_plugin.agent.worker RUN_DIR`, started by `launch` and by nobody else.
+
+It reads `RUN_DIR/verl.yaml`, runs verl, and exports the last checkpoint; a fault of ours is left in
+`RUN_DIR/fault.json` for the process that waits. It ends when that process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.errors import AgenticRError
+from agentic_r_plugin.store import write_json
+
+FAULT = "fault.json"
+
+
+def main(run_dir: Path) -> int:
+    """Train from the newest checkpoint to the last step, then export."""
+    _die_with_parent()
+    try:
+        train(run_dir)
+        return 0
+    except BaseException as error:
+        traceback.print_exc()
+        fault = our_fault(error)
+        if fault is not None:
+            write_json(run_dir / FAULT, {"type": type(fault).__name__, "message": str(fault)})
+        return 1
+
+
+def train(run_dir: Path) -> None:
+    """Run verl where steps are left to do, and write `agent/` and `critic/`."""
+    from omegaconf import OmegaConf
+
+    from agentic_r_plugin.agent.export import export_model
+    from agentic_r_plugin.agent.launch import latest_step
+
+    config: Any = OmegaConf.load(run_dir / "verl.yaml")
+    steps = int(config.trainer.total_training_steps)
+    if latest_step(run_dir) < steps:
+        _run_verl(config)
+    checkpoint = run_dir / "checkpoints" / f"global_step_{steps}"
+    if (checkpoint / "critic").is_dir():
+        export_model(checkpoint / "critic", run_dir / "critic")
+    export_model(checkpoint / "actor", run_dir / "agent")
+
+
+def _run_verl(config: Any) -> None:
+    import ray
+    from verl.trainer.main_ppo import run_ppo
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    from agentic_r_plugin.agent.trainer import AgenticTaskRunner
+    from agentic_r_plugin.agent.verl_plugin import assert_registered
+
+    assert_registered()
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    try:
+        run_ppo(config, task_runner_class=AgenticTaskRunner)
+    finally:
+        ray.shutdown()
+
+
+def our_fault(error: BaseException | None) -> AgenticRError | None:
+    """The fault of this package behind an error that may have travelled through Ray."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, AgenticRError):
+            return error
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        print("the process that started this training is gone; ending", flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
