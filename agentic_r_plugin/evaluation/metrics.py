@@ -99,8 +99,6 @@ class AnswerRecall(QuestionMetric):
     """
 
     metric_name = "answer_recall_at_3"
-    depth: int | None = None
-    """Ranks looked at; None: the passages that were shown."""
 
     def _ranks(self, item: Any, golden_answers: Sequence[str]) -> list[int | None]:
         """For each search, the first rank (from 1) with a gold answer among the passages shown."""

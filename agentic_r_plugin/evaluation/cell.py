@@ -1,0 +1,210 @@
+"""One cell of the matrix: one agent with one retriever on one benchmark, through FlashRAG, resumable by question.
+
+| in the cell's folder | holds |
+|---|---|
+| `progress.journal` | answered questions so far; removed at the end |
+| `per_question.jsonl` | trajectory records, in the order of the questions |
+| `scores.json` | every metric's score of every question: `{"id": [...], METRIC: [...]}` |
+| `result.json` | means, intervals, cost, what it was made from; written last, so its existence means done |
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashrag.config import Config
+
+from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.evaluation.generator import AgenticGenerator
+from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
+from agentic_r_plugin.evaluation.retriever import AgenticRetriever
+from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
+from agentic_r_plugin.evaluation.statistics import bootstrap_interval
+from agentic_r_plugin.llm.base import LLMBackend
+from agentic_r_plugin.records import Record, Trajectory
+from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.store import write_json, write_records
+
+RESULT = "result.json"
+SCORES = "scores.json"
+PER_QUESTION = "per_question.jsonl"
+JOURNAL = "progress.journal"
+
+BREAKDOWNS = ("hops", "type", "level")
+"""Question metadata by which exact match is broken down, where the benchmark has it."""
+
+_RATIOS = frozenset({"malformed_share"})
+"""Metrics that are a ratio of sums: a bootstrap of per-question scores would be of something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is evaluated, and on how many questions."""
+
+    agent: str
+    retriever: str
+    benchmark: str
+    data_dir: str
+    split: str
+    num_questions: int | None
+    """None: all."""
+    random_sample: bool
+    seed: int
+    level: float
+    resamples: int
+    metrics: tuple[str, ...]
+    settings: AgenticRSettings
+    """With the agent's and the retriever's own paths in it."""
+    made_from: Mapping[str, Any] = field(default_factory=dict)
+    """What the result depends on; a resume with another is refused."""
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.agent}-{self.retriever}-{self.benchmark}"
+
+    def flashrag_config(self) -> Config:
+        """FlashRAG's configuration: nothing saved by it, no GPU variable touched, no model loaded by it."""
+        settings = {
+            "data_dir": self.data_dir,
+            "dataset_name": self.benchmark,
+            "split": [self.split],
+            "test_sample_num": self.num_questions,
+            "random_sample": self.random_sample,
+            "seed": self.seed,
+            "metrics": list(self.metrics),
+            "gpu_id": None,
+            "disable_save": True,
+            "save_metric_score": False,
+            "save_intermediate_data": False,
+            KEY: asdict(self.settings),
+        }
+        return Config(config_dict=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answered(Record):
+    """A finished question in the journal: what the pipeline wrote to its item."""
+
+    id: str
+    output: dict[str, Any]
+
+
+def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -> dict[str, Any]:
+    """Answer all questions, or those that are left, and write the cell's files; returns the result.
+
+    Raises:
+        ConfigError, RecordError: no such split, a broken question file.
+        SearchError, BackendError: a part failed; answered questions are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with redirect_stdout(sys.stderr):
+        config = cell.flashrag_config()
+        pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
+        dataset = load_split(config, cell.split)
+        with Journal(folder / JOURNAL) as journal:
+            _answer(pipeline, dataset, journal)
+            cost = {name: round(value, 3) for name, value in sorted(journal.cost.items())}
+            records = [Trajectory.from_dict(item.trajectory) for item in dataset]
+            write_records(folder / PER_QUESTION, records)
+            scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
+            write_json(folder / SCORES, {"id": [str(item.id) for item in dataset], **scores})
+            result = _result(cell, pipeline, dataset, records, scores) | {
+                "cost": cost,
+                "agent_fingerprint": llm.fingerprint(),
+                "search_fingerprint": search.fingerprint(),
+            }
+            write_json(folder / RESULT, result)
+            journal.path.unlink()
+    return result
+
+
+def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> None:
+    from tqdm import tqdm
+
+    finished = {
+        str(item.id): journal.read(str(item.id))["records"][0]["output"]
+        for item in dataset
+        if journal.done(str(item.id))
+    }
+    before, since = asdict(pipeline.cost), time.monotonic()
+
+    with tqdm(total=len(dataset), initial=len(finished), desc="evaluate", unit="question", disable=None) as progress:
+
+        def keep(items: Sequence[Any]) -> None:
+            nonlocal before, since
+            now, clock = asdict(pipeline.cost), time.monotonic()
+            spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
+            journal.append(
+                [(str(item.id), Outcome(records=(_Answered(id=str(item.id), output=item.output),))) for item in items],
+                spent,
+            )
+            before, since = now, clock
+            progress.update(len(items))
+
+        pipeline.run(dataset, finished=finished, on_batch=keep)
+
+
+def _result(
+    cell: Cell, pipeline: Any, dataset: Any, records: Sequence[Trajectory], scores: Mapping[str, Sequence[float | None]]
+) -> dict[str, Any]:
+    return {
+        "schema": "evaluation/1",
+        "agent": cell.agent,
+        "retriever": cell.retriever,
+        "benchmark": cell.benchmark,
+        "split": cell.split,
+        "num_questions": len(records),
+        "sample": "all" if cell.num_questions is None else ("random" if cell.random_sample else "first"),
+        "seed": cell.seed,
+        "protocol": pipeline.protocol.name,
+        "limits": asdict(pipeline.limits),
+        "topk": pipeline.topk,
+        "metrics": _intervals(cell, pipeline.evaluator.result, scores),
+        "stop_reasons": dict(sorted(Counter(record.stop_reason.value for record in records).items())),
+        "breakdown": _breakdown(dataset, records),
+        "made_from": dict(cell.made_from),
+    }
+
+
+def _intervals(
+    cell: Cell, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
+) -> dict[str, Any]:
+    """Each metric's mean, with an interval where it is a mean of per-question scores."""
+    table: dict[str, Any] = {}
+    for name, mean in means.items():
+        present = [score for score in scores.get(name, ()) if score is not None]
+        if name in _RATIOS or not present:
+            table[name] = {"mean": mean}
+        else:
+            table[name] = asdict(
+                bootstrap_interval(present, level=cell.level, resamples=cell.resamples, seed=cell.seed)
+            )
+    return table
+
+
+def _breakdown(dataset: Any, records: Sequence[Trajectory]) -> dict[str, Any]:
+    """Exact match and searches by kind of question."""
+    table: dict[str, dict[str, Any]] = {}
+    for key in BREAKDOWNS:
+        groups: dict[str, list[Trajectory]] = {}
+        for item, record in zip(dataset, records, strict=True):
+            if key in (item.metadata or {}):
+                groups.setdefault(str(item.metadata[key]), []).append(record)
+        if len(groups) > 1:
+            table[key] = {
+                value: {
+                    "num_questions": len(rows),
+                    "em": sum(row.em for row in rows) / len(rows),
+                    "search_turns": sum(len(row.turns) for row in rows) / len(rows),
+                }
+                for value, rows in sorted(groups.items())
+            }
+    return table

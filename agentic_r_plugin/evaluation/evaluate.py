@@ -1,0 +1,275 @@
+"""`agentic-r evaluate`: agent x retriever x benchmark through FlashRAG.
+
+`OUT/<agent>-<retriever>-<benchmark>/` holds a cell each (`evaluation.cell`); `OUT/matrix.json` and `OUT/matrix.md` hold
+them together. A cell that is done is not run again by a resume, and one that was interrupted goes on by question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.config import save_config, to_dict
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.evaluation.settings import AgenticRSettings
+from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, require_absent, write_json
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.evaluation.cell import Cell
+
+_SAMPLED_BYTES = 1 << 16
+_WHOLE_BYTES = 1 << 20
+
+
+def _metrics() -> list[str]:
+    return [
+        "agentic_em",
+        "agentic_f1",
+        "search_turns",
+        "answer_recall_at_3",
+        "answer_recall_at_20",
+        "gold_document_recall",
+        "gold_document_recall_at_20",
+        "malformed_share",
+        "failed_searches",
+        "generated_tokens",
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate agents with retrievers on benchmarks through FlashRAG."""
+
+    out: str = field(metadata={"help": "folder for the cells and the matrix"})
+    data_dir: str = field(metadata={"help": "folder that holds the benchmarks in FlashRAG layout"})
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "names of folders in data_dir"})
+    agents: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "name -> model directory, or URL of an OpenAI-compatible server"}
+    )
+    searches: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS"},
+    )
+    cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})
+    split: str = field(default="test", metadata={"help": "split of every benchmark"})
+    splits: dict[str, str] = field(default_factory=dict, metadata={"help": "benchmark -> split, where it differs"})
+    first: int | None = field(default=None, metadata={"help": "only the first N questions"})
+    random: int | None = field(default=None, metadata={"help": "only N questions drawn with the seed"})
+    seed: int = field(default=0, metadata={"help": "of the random sample and of the intervals"})
+    level: float = field(default=0.95, metadata={"help": "of the intervals"})
+    resamples: int = field(default=10_000, metadata={"help": "of the bootstrap and the permutation test"})
+    metrics: list[str] = field(default_factory=_metrics, metadata={"help": "FlashRAG's metrics can be added"})
+    settings: AgenticRSettings = field(
+        default_factory=AgenticRSettings, metadata={"help": "protocol, limits, backends"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("benchmarks", "agents", "searches"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: expected at least one")
+        if self.first is not None and self.random is not None:
+            raise ConfigError("first, random: give at most one of the two")
+        if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
+            raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
+        for cell in self.cells:
+            agent, _, search = cell.partition(":")
+            if agent not in self.agents or search not in self.searches:
+                raise ConfigError(
+                    f"cells: {cell!r} is not AGENT:SEARCH; agents: {', '.join(self.agents)}; "
+                    f"searches: {', '.join(self.searches)}"
+                )
+        for benchmark in self.splits:
+            if benchmark not in self.benchmarks:
+                raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
+
+
+def run(config: EvaluateConfig, *, resume: bool = False) -> None:
+    """Evaluate every cell that is not done yet, then write the matrix.
+
+    Raises:
+        OutputExistsError: the output is there and `resume` was not asked for.
+        ManifestMismatchError: a cell that is there was made from something else.
+    """
+    out = Path(config.out)
+    if not resume:
+        require_absent(out)
+    cells = list(_cells(config))
+    done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
+    out.mkdir(parents=True, exist_ok=True)
+    save_config(config, out / "config.yaml")
+    _run_missing(config, [cell for cell in cells if cell.name not in done], done, out)
+    write_matrix(config, [done[cell.name] for cell in cells], out)
+
+
+def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
+    """Each agent is loaded once; a retriever stays open while the next cell wants the same."""
+    from agentic_r_plugin.evaluation.cell import run_cell
+
+    for agent in dict.fromkeys(cell.agent for cell in missing):
+        mine = [cell for cell in missing if cell.agent == agent]
+        with ExitStack() as agent_stack:
+            llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
+            for retriever in dict.fromkeys(cell.retriever for cell in mine):
+                with open_search(_search_spec(config, retriever)) as search:
+                    for cell in (cell for cell in mine if cell.retriever == retriever):
+                        result = run_cell(cell, llm, search, out / cell.name)
+                        done[cell.name] = result
+                        print(_one_line(result), flush=True)
+
+
+def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
+    """`matrix.json` and `matrix.md` from the cells' results; prints the table."""
+    from agentic_r_plugin.evaluation.matrix import cell_name, compare, hardware, markdown_table, versions
+
+    folders = {cell_name(result): out / cell_name(result) for result in results}
+    comparisons = compare(results, folders, level=config.level, resamples=config.resamples, seed=config.seed)
+    matrix = {
+        "schema": "evaluation_matrix/1",
+        "cells": results,
+        "comparisons": comparisons,
+        "config": to_dict(config),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    table = markdown_table(results)
+    with atomic_path(out / "matrix.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    write_json(out / "matrix.json", matrix)
+    print(table, flush=True)
+
+
+# --- Cells ------------------------------------------------------------------------------------------------------------
+
+
+def _cells(config: EvaluateConfig) -> Iterator[Cell]:
+    from agentic_r_plugin.evaluation.cell import Cell
+
+    pairs = [tuple(cell.split(":", 1)) for cell in config.cells] or [
+        (agent, search) for agent in config.agents for search in config.searches
+    ]
+    names: set[str] = set()
+    identities = {path: identity(path) for path in {*config.agents.values(), *config.searches.values()}}
+    for benchmark in config.benchmarks:
+        split = config.splits.get(benchmark, config.split)
+        for agent, search in pairs:
+            settings = replace(config.settings, agent=_llm_spec(config, agent), search=_search_spec(config, search))
+            cell = Cell(
+                agent=agent,
+                retriever=search,
+                benchmark=benchmark,
+                data_dir=config.data_dir,
+                split=split,
+                num_questions=config.first if config.first is not None else config.random,
+                random_sample=config.random is not None,
+                seed=config.seed,
+                level=config.level,
+                resamples=config.resamples,
+                metrics=tuple(dict.fromkeys(config.metrics)),
+                settings=settings,
+                made_from=_made_from(config, settings, benchmark, split, identities, agent, search),
+            )
+            if cell.name in names:
+                raise ConfigError(f"two cells would be called {cell.name!r}; rename an agent, retriever or benchmark")
+            names.add(cell.name)
+            yield cell
+
+
+def _made_from(
+    config: EvaluateConfig,
+    settings: AgenticRSettings,
+    benchmark: str,
+    split: str,
+    identities: Mapping[str, str],
+    agent: str,
+    search: str,
+) -> dict[str, Any]:
+    """All that decides a cell's figures; paths and batch sizes do not."""
+    questions = Path(config.data_dir) / benchmark / f"{split}.jsonl"
+    own = asdict(settings)
+    return {
+        "questions": file_fingerprint(questions) if questions.is_file() else str(questions),
+        "agent": identities[config.agents[agent]],
+        "retriever": identities[config.searches[search]],
+        "first": config.first,
+        "random": config.random,
+        "seed": config.seed,
+        "metrics": sorted(set(config.metrics)),
+        "agent_backend": settings.agent.backend,
+        "search_backend": settings.search.backend,
+    } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p", "seed")}
+
+
+def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """The cell's result where it is done.
+
+    Raises:
+        ManifestMismatchError: it, or the work on it, was made from something else.
+    """
+    manifest, made_from = folder / "made_from.json", dict(cell.made_from)
+    if manifest.is_file():
+        before = read_json(manifest)
+        changed = sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
+        if changed:
+            raise ManifestMismatchError(
+                f"{folder}: begun with another {', '.join(changed)} than now; evaluate into another --out, "
+                "or remove that folder"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(manifest, made_from)
+    result = folder / "result.json"
+    return dict(read_json(result)) if result.is_file() else None
+
+
+def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
+    where = config.agents[name]
+    if where.startswith(("http://", "https://")):
+        return replace(config.settings.agent, backend="openai", url=where)
+    return replace(config.settings.agent, model=where)
+
+
+def _search_spec(config: EvaluateConfig, name: str) -> SearchSpec:
+    where = config.searches[name]
+    if where.startswith(("http://", "https://")):
+        return replace(config.settings.search, backend="service", url=where)
+    if where.startswith("bm25:"):
+        return replace(config.settings.search, backend="bm25", corpus=where.removeprefix("bm25:"))
+    return replace(config.settings.search, index=where)
+
+
+def identity(where: str) -> str:
+    """What a directory holds, without reading large files whole: sizes, and bytes from begin, middle and end.
+
+    Anything that is no file or directory here (a URL, a model's name) is its own identity.
+    """
+    path = Path(where.removeprefix("bm25:"))
+    if path.is_file():
+        return file_fingerprint(path)
+    if not path.is_dir():
+        return where
+    digest = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= _WHOLE_BYTES:
+                digest.update(stream.read())
+                continue
+            for offset in (0, size // 2, size - _SAMPLED_BYTES):
+                stream.seek(offset)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _one_line(result: Mapping[str, Any]) -> str:
+    em, turns = result["metrics"]["agentic_em"], result["metrics"].get("search_turns", {"mean": float("nan")})
+    return (
+        f"{result['agent']} + {result['retriever']} on {result['benchmark']} {result['split']}: "
+        f"EM {em['mean'] * 100:.1f} [{em['low'] * 100:.1f}, {em['high'] * 100:.1f}], "
+        f"{turns['mean']:.2f} searches, {result['num_questions']} questions"
+    )

@@ -1,0 +1,138 @@
+"""Metrics: equal to FlashRAG's where it has them, exact on hand-made trajectories where it has not."""
+
+from __future__ import annotations
+
+import random
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flashrag.dataset import Dataset
+from flashrag.evaluator import Evaluator
+from flashrag.evaluator.metrics import BaseMetric, ExactMatch, F1_Score
+
+from agentic_r_plugin.evaluation.metrics import METRIC_NAMES, METRICS
+from tests.evaluation.toy import flashrag_config
+
+WORDS = ["the", "a", "an", "yes", "no", "noanswer", "None", "Paris", "paris.", "café", "CAFÉ", "İstanbul", "ǅ", "ﬁn"]
+WORDS += ["東京", "Übermut", "o'Neil", "3,000", "3000", "–", "A.D.", "\u00a0", "\u2028", "naïve", "naïve"]
+
+
+def dataset(config: Any, rows: list[dict[str, Any]]) -> Dataset:
+    return Dataset(config, data=[{"id": str(i), "question": "?"} | row for i, row in enumerate(rows)])
+
+
+def calculate(config: Any, name: str, data: Dataset) -> tuple[dict[str, Any], list[Any]]:
+    metric = next(metric for metric in METRICS if metric.metric_name == name)
+    return metric(config).calculate_metric(data)
+
+
+def random_text(rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        alphabet = string.printable + "äöüßéñçøÅİıςΣ東京—“”"
+        return "".join(rng.choice(alphabet) for _ in range(rng.randrange(12)))
+    return rng.choice([" ", "  ", "\t"]).join(rng.choice(WORDS) for _ in range(rng.randrange(5)))
+
+
+def test_exact_match_and_f1_equal_flashrags_on_ten_thousand_random_pairs(tmp_path: Path) -> None:
+    rng, config = random.Random(0), flashrag_config(tmp_path)
+    rows = [
+        {"golden_answers": [random_text(rng) for _ in range(rng.randrange(1, 4))], "output": {"pred": random_text(rng)}}
+        for _ in range(10_000)
+    ]
+    data = dataset(config, rows)
+    ours_em, ours_f1 = (calculate(config, name, data)[1] for name in ("agentic_em", "agentic_f1"))
+    assert ours_em == ExactMatch(config).calculate_metric(data)[1]
+    assert ours_f1 == F1_Score(config).calculate_metric(data)[1]
+    assert sum(ours_em) > 500 and sum(score not in (0, 1) for score in ours_f1) > 500
+
+
+def test_a_missing_answer_scores_nothing_even_where_gold_is_none(tmp_path: Path) -> None:
+    config = flashrag_config(tmp_path)
+    data = dataset(config, [{"golden_answers": ["None"], "output": {"pred": pred}} for pred in (None, "None")])
+    assert calculate(config, "agentic_em", data) == ({"agentic_em": 0.5}, [0.0, 1.0])
+    assert calculate(config, "agentic_f1", data) == ({"agentic_f1": 0.5}, [0.0, 1.0])
+    with pytest.raises(AttributeError):
+        ExactMatch(config).calculate_metric(data)
+
+
+def test_flashrags_evaluator_finds_every_metric_and_no_name_is_taken(tmp_path: Path) -> None:
+    config = flashrag_config(tmp_path, metrics=list(METRIC_NAMES))
+    evaluator = Evaluator(config)
+    assert {name: type(evaluator.metric_class[name]) for name in METRIC_NAMES} == {m.metric_name: m for m in METRICS}
+    theirs = {cls.metric_name for cls in BaseMetric.__subclasses__() if cls.__module__.startswith("flashrag")}
+    assert not theirs & set(METRIC_NAMES)
+
+
+def answered(turns: list[list[str]], texts: list[list[str]], **extra: Any) -> dict[str, Any]:
+    """Output of a question whose searches showed passages with these ids and texts."""
+    record = {
+        "turns": [
+            {"turn": i + 1, "passages": [{"id": name, "score": 1.0} for name in row]} for i, row in enumerate(turns)
+        ],
+        "answer": "x",
+        "malformed_turns": 0,
+        "stop_reason": "answered",
+        "generated_tokens": 10,
+    } | extra
+    docs = {str(i): {"query": "q", "docs": [{"contents": text} for text in row]} for i, row in enumerate(texts)}
+    retrieved = [{"ids": [*row, "deep"], "answer_rank": 4 if "deep" in row else None} for row in turns]
+    return {"pred": "x", "trajectory": record, "retrieval_results": docs, "retrieved": retrieved}
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "golden_answers": ["Rome"],
+            "metadata": {"gold_doc_ids": ["1", "2"]},
+            "output": answered([["1", "7", "8"], ["2", "7", "9"]], [["no", "no", "no"], ["no", "In Rome.", "no"]]),
+        },
+        {
+            "golden_answers": ["Oslo"],
+            "metadata": {"gold_doc_ids": ["3", "deep"]},
+            "output": answered(
+                [["3", "4", "5"]], [["Romeo", "no", "no"]], answer=None, malformed_turns=3, stop_reason="malformed"
+            ),
+        },
+        {
+            "golden_answers": ["yes"],
+            "output": answered([], [], answer=None, stop_reason="search_failed", generated_tokens=40),
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "scores"),
+    [
+        ("search_turns", {"search_turns": 1.0}, [2.0, 1.0, 0.0]),
+        (
+            "answer_recall_at_3",
+            {"answer_recall_at_3": 0.5, "answer_recall_at_3_per_turn": 1 / 3},
+            [1.0, 0.0, None],
+        ),
+        (
+            "gold_document_recall",
+            {"gold_document_recall": 0.75, "gold_documents_complete": 0.5},
+            [1.0, 0.5, None],
+        ),
+        (
+            "gold_document_recall_at_20",
+            {"gold_document_recall_at_20": 1.0, "gold_documents_complete_at_20": 1.0},
+            [1.0, 1.0, None],
+        ),
+        ("malformed_share", {"malformed_share": 3 / 7}, [0.0, 0.75, 0.0]),
+        ("failed_searches", {"failed_searches": 1 / 3}, [0.0, 0.0, 1.0]),
+        ("generated_tokens", {"generated_tokens": 20.0}, [10.0, 10.0, 40.0]),
+    ],
+)
+def test_metrics_of_hand_made_trajectories_are_exact(
+    tmp_path: Path, name: str, result: dict[str, float], scores: list[float | None]
+) -> None:
+    config = flashrag_config(tmp_path)
+    assert calculate(config, name, dataset(config, rows())) == (result, scores)
+
+
+def test_a_metric_without_any_question_to_speak_of_is_none(tmp_path: Path) -> None:
+    config = flashrag_config(tmp_path)
+    assert calculate(config, "gold_document_recall", dataset(config, rows()[2:]))[0]["gold_document_recall"] is None
