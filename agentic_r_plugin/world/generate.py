@@ -1,0 +1,133 @@
+"""The generated benchmark: a fictional world, so that nothing can be known by heart (command `world`).
+
+Written in FlashRAG's layout. Entities of the train, dev and test questions are disjoint, and no fact joins two splits. What makes
+retrieval hard: every entity has several passages under one title; other passages mention it with the very words of a
+relation and a wrong object; people and works have namesakes whom only the question tells apart; test entities are
+partly described, and asked about, in wordings that training never shows.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import CorpusLine, Passage, Question
+from agentic_r_plugin.store import require_absent, write_records
+from agentic_r_plugin.world.facts import SPLITS, Population, build_facts
+from agentic_r_plugin.world.prose import ProseConfig, write_passages
+from agentic_r_plugin.world.questions import QuestionConfig, write_questions
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """A world's sizes; the same values always give the same bytes."""
+
+    out: str = field(default="", metadata={"help": "folder in which the benchmark's folder is made"})
+    name: str = field(default="fictional_world", metadata={"help": "name of the benchmark, and of its folder"})
+    seed: int = field(default=0, metadata={"help": "another seed gives another world"})
+    train_questions: int = field(default=600, metadata={"help": "questions in train.jsonl"})
+    dev_questions: int = field(default=100, metadata={"help": "questions in dev.jsonl"})
+    test_questions: int = field(default=300, metadata={"help": "questions in test.jsonl"})
+    share_one_hop: float = field(default=0.30, metadata={"help": "share of one-hop questions"})
+    share_two_hops: float = field(default=0.45, metadata={"help": "share of two-hop questions; the rest has three"})
+    people: int = field(default=170, metadata={"help": "people, over all splits"})
+    works: int = field(default=120, metadata={"help": "novels, operas, paintings and films"})
+    companies: int = field(default=36, metadata={"help": "companies"})
+    schools: int = field(default=30, metadata={"help": "schools"})
+    prizes: int = field(default=24, metadata={"help": "prizes"})
+    towns: int = field(default=50, metadata={"help": "towns"})
+    rivers: int = field(default=24, metadata={"help": "rivers"})
+    newspapers: int = field(default=80, metadata={"help": "pages that only mention things"})
+    namesake_share: float = field(default=0.4, metadata={"help": "share of people and works with the same, or nearly the same, name"})
+    mention_share: float = field(default=0.6, metadata={"help": "share of passages that also mention what they do not state"})
+    talk_passages: int = field(default=3, metadata={"help": "passages per entity that mention much and state nothing"})
+    reserved_share: float = field(default=0.5, metadata={"help": "share of wordings kept for the test split, there"})
+
+    def __post_init__(self) -> None:
+        if self.share_one_hop < 0 or self.share_two_hops < 0 or self.share_one_hop + self.share_two_hops > 1:
+            raise ConfigError("share_one_hop and share_two_hops: expected two shares that add up to at most 1")
+        for name in ("train_questions", "dev_questions", "test_questions", "newspapers", "talk_passages"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("namesake_share", "mention_share", "reserved_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected 0 or more and less than 1, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Passages and questions."""
+
+    passages: tuple[Passage, ...]
+    questions: dict[str, tuple[Question, ...]]
+    """Split -> questions; `metadata` holds hops, gold_doc_ids, hop_answers and relations, in hop order."""
+
+
+def build_world(config: WorldConfig) -> World:
+    """The world in memory.
+
+    Raises:
+        ConfigError: too small for the questions asked for.
+    """
+    rng = random.Random(f"world {config.seed}")
+    counts = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
+    facts = build_facts(
+        rng,
+        Population(
+            people=config.people,
+            works=config.works,
+            companies=config.companies,
+            schools=config.schools,
+            prizes=config.prizes,
+            towns=config.towns,
+            rivers=config.rivers,
+            namesake_share=config.namesake_share,
+        ),
+        {"train": 0.5, "dev": 0.12, "test": 0.38},
+    )
+    prose = ProseConfig(
+        reserved_share=config.reserved_share,
+        mention_share=config.mention_share,
+        talk_passages=config.talk_passages,
+        newspapers=config.newspapers,
+    )
+    passages, stated = write_passages(rng, facts, prose)
+    wording = QuestionConfig(
+        share_one_hop=config.share_one_hop, share_two_hops=config.share_two_hops, reserved_share=config.reserved_share
+    )
+    questions = {
+        split: tuple(write_questions(rng, facts, stated, split, counts[split], wording)) for split in SPLITS
+    }
+    return World(passages=tuple(passages), questions=questions)
+
+
+def run(config: WorldConfig, *, resume: bool = False) -> None:
+    """Write `OUT/NAME/` with corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; the folder appears whole or not at all.
+
+    Raises:
+        ConfigError: no `out`, or a world too small for its questions.
+        OutputExistsError: the folder exists; with `resume` a folder that exists is whole, and nothing is done.
+    """
+    if not config.out:
+        raise ConfigError("world: expected --out DIR")
+    folder = Path(config.out) / config.name
+    if resume and folder.exists():
+        return
+    require_absent(folder)
+    world = build_world(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{config.name}.", suffix=".tmp"))
+    try:
+        write_records(
+            temporary / "corpus.jsonl", (CorpusLine(id=p.id, contents=p.contents) for p in world.passages)
+        )
+        for split in SPLITS:
+            write_records(temporary / f"{split}.jsonl", world.questions[split])
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

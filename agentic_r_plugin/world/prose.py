@@ -1,0 +1,141 @@
+"""Passages: an entity's description in several parts, parts that only talk around it, and newspaper pages."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.world import names
+from agentic_r_plugin.world.facts import Entity, Fact, Facts
+from agentic_r_plugin.world.grammar import Relation, Wordings, grammar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProseConfig:
+    """How passages are filled."""
+
+    min_words: int = 42
+    max_words: int = 58
+    reserved_share: float = 0.5
+    """How often an entity of the test split is described in a reserved wording."""
+    mention_share: float = 0.6
+    """How often a describing passage also talks about a relation that it does not state."""
+    talk_passages: int = 2
+    """Passages per entity that state nothing and mention much."""
+    newspapers: int = 100
+    """Pages that mention several entities."""
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """A passage before it has an id."""
+
+    title: str
+    text: str
+    states: list[tuple[int, str]] = field(default_factory=list)
+    """(subject key, relation name) of each fact stated."""
+
+
+def write_passages(rng: random.Random, facts: Facts, config: ProseConfig) -> tuple[list[Passage], dict[tuple[int, str], str]]:
+    """All passages in random order, and for each fact the id of the passage that states it."""
+    writer = _Writer(rng, facts, config)
+    drafts = [draft for entity in facts.entities for draft in writer.entity(entity)]
+    drafts += [writer.newspaper() for _ in range(config.newspapers)]
+    rng.shuffle(drafts)
+    passages = [Passage(id=str(index), title=draft.title, text=draft.text) for index, draft in enumerate(drafts)]
+    stated = {fact: str(index) for index, draft in enumerate(drafts) for fact in draft.states}
+    return passages, stated
+
+
+def choose(rng: random.Random, wordings: Wordings, split: str, reserved_share: float) -> str:
+    """A wording that this split may use."""
+    reserved = split == "test" and wordings.reserved and rng.random() < reserved_share
+    return rng.choice(wordings.reserved if reserved else wordings.common)
+
+
+def kind_words(entity_type: str, kind: str) -> dict[str, str]:
+    """Slots that depend on the kind of a work, or on a profession."""
+    return {"kind": kind, **names.WORK_KINDS[kind]} if entity_type == "work" else {"job": kind}
+
+
+class _Writer:
+    def __init__(self, rng: random.Random, facts: Facts, config: ProseConfig) -> None:
+        self.rng, self.facts, self.config = rng, facts, config
+
+    def entity(self, entity: Entity) -> list[Draft]:
+        facts = list(self.facts.of(entity))
+        drafts = []
+        for slot in grammar().types[entity.type].slots:
+            here = [fact for fact in facts if fact.relation.slot == slot]
+            elsewhere = [fact for fact in facts if fact.relation.slot != slot]
+            body = [self._state(fact) for fact in here]
+            if elsewhere and self.rng.random() < self.config.mention_share:
+                body.append(self._mention(self.rng.choice(elsewhere)))
+            drafts.append(self._draft(entity, body, [(entity.key, fact.relation.name) for fact in here]))
+        for _ in range(self.config.talk_passages):
+            picked = self.rng.sample(facts, min(len(facts), 3))
+            drafts.append(self._draft(entity, [self._mention(fact) for fact in picked], []))
+        return drafts
+
+    def newspaper(self) -> Draft:
+        """A page under another title."""
+        place, year = self.rng.choice(self.facts.names["town"]), self._year()
+        form = self.rng.choice(("{} Gazette, {}", "{} Chronicle, {}", "Walks around {}, {}", "{} Almanac, {}"))
+        subjects = self.rng.sample(self.facts.entities, 4)
+        body = [self._mention(self.rng.choice(list(self.facts.of(entity)))) for entity in subjects]
+        return Draft(title=form.format(place, year), text=" ".join(body))
+
+    def _draft(self, entity: Entity, body: list[str], states: list[tuple[int, str]]) -> Draft:
+        kind = grammar().types[entity.type]
+        intro = self._fill(choose(self.rng, kind.intro, entity.split, self.config.reserved_share), entity, first=True)
+        fillers = self.rng.sample(kind.filler, len(kind.filler))
+        wanted = self.rng.randint(self.config.min_words, self.config.max_words)
+        while fillers and len(" ".join([intro, *body]).split()) < wanted:
+            body.append(self._fill(fillers.pop(), entity))
+        self.rng.shuffle(body)
+        return Draft(title=entity.name, text=" ".join([intro, *body]), states=states)
+
+    def _state(self, fact: Fact) -> str:
+        template = choose(self.rng, fact.relation.state, fact.subject.split, self.config.reserved_share)
+        shown = fact.object.shown if fact.object is not None else fact.value
+        return self._fill(template, fact.subject, o=shown)
+
+    def _mention(self, fact: Fact) -> str:
+        decoy = self._other(fact.relation, fact)
+        return self._fill(self.rng.choice(fact.relation.mention), fact.subject, x=decoy)
+
+    def _other(self, relation: Relation, fact: Fact) -> str:
+        if relation.object == "year":
+            return self._year()
+        pool = self.facts.names[relation.object]
+        while True:
+            name = self.rng.choice(pool)
+            if fact.value not in name and fact.subject.name not in name:
+                return name
+
+    def _year(self) -> str:
+        return str(self.rng.randrange(1730, 1930))
+
+    def _fill(self, template: str, entity: Entity, *, first: bool = False, **slots: str) -> str:
+        if entity.type == "person":
+            possessive = "his" if entity.pronoun == "he" else "her"
+            surname = entity.name.split()[-1]
+            form = "pronoun" if "{n}" in template else self.rng.choice(("pronoun", "surname", "surname", "name"))
+            subject = {"pronoun": entity.pronoun, "surname": surname, "name": entity.name}[form]
+            template = template.replace("{s}'s", possessive if form == "pronoun" else f"{subject}'s")
+            slots["a_job"] = self.rng.choice(names.JOBS[entity.kind])
+        else:
+            subject = entity.shown
+        shown = entity.alias if entity.alias and not first and self.rng.random() < 0.3 else entity.shown
+        values = {
+            **kind_words(entity.type, entity.kind),
+            "s": subject,
+            "n": shown,
+            "town": self.rng.choice(self.facts.names["town"]),
+            "person": self.rng.choice(self.facts.names["person"]),
+            "year": self._year(),
+            **slots,
+        }
+        text = template.format(**values)
+        return text[0].upper() + text[1:]

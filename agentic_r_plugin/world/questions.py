@@ -1,0 +1,142 @@
+"""One-, two- and three-hop questions: a chain of facts, told as one sentence."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.world.facts import Entity, Fact, Facts
+from agentic_r_plugin.world.grammar import grammar
+from agentic_r_plugin.world.prose import choose, kind_words
+
+_STARTS = {
+    1: {"person": 0.46, "work": 0.22, "company": 0.1, "school": 0.08, "town": 0.08, "prize": 0.03, "river": 0.03},
+    2: {"person": 0.36, "work": 0.36, "company": 0.12, "school": 0.07, "town": 0.05, "prize": 0.04},
+    3: {"person": 0.3, "work": 0.44, "company": 0.12, "school": 0.06, "town": 0.03, "prize": 0.05},
+}
+"""Hops -> how often a question starts at each type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionConfig:
+    """How questions are drawn and worded."""
+
+    share_one_hop: float
+    share_two_hops: float
+    reserved_share: float
+
+
+def write_questions(
+    rng: random.Random, facts: Facts, stated: dict[tuple[int, str], str], split: str, count: int, config: QuestionConfig
+) -> list[Question]:
+    """`count` different questions about the entities of one split, hops mixed in random order.
+
+    Raises:
+        ConfigError: the split's entities do not give so many questions.
+    """
+    ones, twos = round(count * config.share_one_hop), round(count * config.share_two_hops)
+    lengths = [1] * ones + [2] * twos + [3] * (count - ones - twos)
+    rng.shuffle(lengths)
+    members: dict[str, list[Entity]] = {}
+    for entity in facts.entities:
+        if entity.split == split:
+            members.setdefault(entity.type, []).append(entity)
+    made: list[Question] = []
+    seen: set[tuple[int, ...] | str] = set()
+    attempts = 0
+    while len(made) < count:
+        attempts += 1
+        if attempts > 200 * count + 2000:
+            raise ConfigError(f"{split}: expected {count} questions, the world gives about {len(made)}; make it larger")
+        chain = _chain(rng, facts, members, lengths[len(made)])
+        if chain is None:
+            continue
+        text, name = _word(rng, chain, split, config.reserved_share)
+        key = "/".join([str(chain[0].subject.key), *(fact.relation.name for fact in chain)])
+        if key in seen or text in seen:
+            continue
+        seen |= {key, text}
+        made.append(_record(f"{split}_{len(made)}", text, name, chain, facts, stated))
+    return made
+
+
+def _chain(rng: random.Random, facts: Facts, members: dict[str, list[Entity]], hops: int) -> list[Fact] | None:
+    """A walk over facts that visits no name twice; None when it gets stuck."""
+    kinds = [kind for kind in _STARTS[hops] if members.get(kind)]
+    entity = rng.choice(members[rng.choices(kinds, [_STARTS[hops][kind] for kind in kinds])[0]])
+    chain: list[Fact] = []
+    visited = {entity.name}
+    for hop in range(1, hops + 1):
+        options = [fact for fact in facts.of(entity) if fact.value not in visited]
+        if hop < hops:
+            options = [fact for fact in options if fact.object is not None and fact.relation.noun.common]
+        if not options:
+            return None
+        fact = rng.choice(options)
+        chain.append(fact)
+        visited.add(fact.value)
+        if fact.object is not None:
+            entity = fact.object
+    return chain
+
+
+def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: float) -> tuple[str, str]:
+    """The question, and the name under which it knows the first entity."""
+    subject = chain[0].subject
+    phrase, name = _mention(rng, subject)
+    for fact in chain[:-1]:
+        form = choose(rng, fact.relation.noun, split, reserved_share)
+        phrase = form.format(s=phrase, **kind_words(fact.subject.type, fact.subject.kind))
+    last = chain[-1]
+    ask = choose(rng, last.relation.ask, split, reserved_share)
+    return ask.format(s=phrase, **kind_words(last.subject.type, last.subject.kind)), name
+
+
+def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
+    """The chain's first entity in the question, and its bare name or alias; one with a namesake is always told apart by its profession or kind."""
+    forms = grammar().types[entity.type].mention
+    name = entity.alias if entity.alias and rng.random() < 0.3 else entity.shown
+    if entity.type == "person":
+        form = forms[0] if not entity.unique or rng.random() < 0.4 else "{n}"
+    elif entity.type == "river":
+        form = rng.choice(forms)
+    else:
+        form = forms[0] if not name.startswith("the ") or entity.type == "prize" else "{n}"
+    return form.format(n=name, **kind_words(entity.type, entity.kind)), name.removeprefix("the ")
+
+
+def _record(id: str, text: str, name: str, chain: list[Fact], facts: Facts, stated: dict[tuple[int, str], str]) -> Question:
+    last = chain[-1]
+    golden = [last.value] + ([last.object.alias] if last.object is not None and last.object.alias else [])
+    metadata = {
+        "hops": len(chain),
+        "gold_doc_ids": [stated[fact.subject.key, fact.relation.name] for fact in chain],
+        "hop_answers": [fact.value for fact in chain],
+        "relations": [fact.relation.name for fact in chain],
+        "hop_subjects": [fact.subject.name for fact in chain],
+        "hop_mentions": [name, *(fact.subject.name for fact in chain[1:])],
+        "hop_kinds": [fact.subject.kind for fact in chain],
+        "namesake_doc_ids": [_namesakes(fact, facts, stated) for fact in chain],
+    }
+    return Question(id=id, question=text, golden_answers=tuple(golden), metadata=metadata)
+
+
+def _namesakes(fact: Fact, facts: Facts, stated: dict[tuple[int, str], str]) -> list[str]:
+    """Passages that state the same relation of another bearer of the name: they fit the query, not the question."""
+    if fact.subject.unique:
+        return []
+    return [
+        stated[other.key, fact.relation.name]
+        for other in facts.entities
+        if other.name == fact.subject.name and other.key != fact.subject.key
+    ]
+
+
+def hop_query(question: Question, hop: int, form: int = 0) -> str:
+    """The search query for one hop (from 0) when the hops before it are known; `form` picks the wording."""
+    relation = grammar().relations[question.metadata["relations"][hop]]
+    subject = question.metadata["hop_mentions"][hop]
+    words = kind_words(relation.subject, question.metadata["hop_kinds"][hop])
+    return relation.query[form % len(relation.query)].format(s=subject, **words)
