@@ -1,0 +1,222 @@
+"""The HTTP face of the retrieval service: limits, checks of what strangers send, typed errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from agentic_r_plugin import __version__
+from agentic_r_plugin.errors import SearchError
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.service import OverloadedError, SearchService
+from agentic_r_plugin.search.wire import encode_hits
+
+log = logging.getLogger(__name__)
+
+_FIELDS = frozenset({"queries", "topk", "return_scores", "questions", "histories"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one HTTP request may ask for."""
+
+    max_queries: int
+    max_topk: int
+    max_query_chars: int
+    """Of a query, a question, or an earlier query."""
+    max_history: int
+    max_body_bytes: int
+    timeout_s: float
+    default_topk: int
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, type: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.type, self.message = status, type, message
+
+    def response(self) -> JSONResponse:
+        """`{"error": {"type", "message"}}`."""
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
+        return JSONResponse({"error": {"type": self.type, "message": self.message}}, self.status, headers=headers)
+
+
+def build_app(service: SearchService, limits: Limits, *, token: str | None) -> FastAPI:
+    """The application: `/retrieve`, `/health`, `/ready`, `/metrics`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(title="Agentic-R retrieval", version=__version__, lifespan=lifespan, openapi_url=None)
+
+    def authorize(request: Request) -> None:
+        expected = f"Bearer {token}".encode()
+        if token is not None and not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
+            raise RefusedError(401, "unauthorized", "expected the header 'Authorization: Bearer TOKEN'")
+
+    @app.post("/retrieve")
+    async def retrieve(request: Request) -> Response:
+        started, response = time.perf_counter(), None
+        try:
+            authorize(request)
+            response = await _retrieve(request, service, limits)
+        except RefusedError as error:
+            response = error.response()
+        finally:
+            service.metrics.answered(response.status_code if response else 500, time.perf_counter() - started)
+        return response
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "version": __version__, "fingerprint": service.backend.fingerprint()}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        authorize(request)
+        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return RefusedError(error.status_code, kind, str(error.detail)).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        log.error("unexpected fault", exc_info=error)
+        return RefusedError(500, "internal", f"unexpected {type(error).__name__}").response()
+
+    return app
+
+
+async def _retrieve(request: Request, service: SearchService, limits: Limits) -> Response:
+    try:
+        return await asyncio.wait_for(_answer(request, service, limits), limits.timeout_s)
+    except asyncio.TimeoutError:
+        raise RefusedError(504, "timeout", f"no answer within {limits.timeout_s:g} s") from None
+    except OverloadedError as error:
+        raise RefusedError(503, "overloaded", str(error)) from error
+    except SearchError as error:
+        log.error("%s", error)
+        raise RefusedError(500, "search_failed", str(error)) from error
+
+
+async def _answer(request: Request, service: SearchService, limits: Limits) -> Response:
+    requests, topk, with_scores = parse_body(await _read_body(request, limits.max_body_bytes), limits)
+    return JSONResponse(encode_hits(await service.search(requests, topk), with_scores=with_scores))
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise RefusedError(413, "too_large", f"the body is larger than {max_bytes} bytes")
+    return bytes(body)
+
+
+def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, bool]:
+    """(searches, topk, with scores) of a `/retrieve` body.
+
+    Raises:
+        RefusedError: not JSON, a field that is unknown or of a wrong type, or more than the limits allow.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"expected a JSON object in UTF-8: {error}") from error
+    if not isinstance(data, dict):
+        raise _invalid(f"expected a JSON object, found {type(data).__name__}")
+    if unknown := sorted(set(data) - _FIELDS):
+        raise _invalid(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}")
+    queries = data.get("queries")
+    if not isinstance(queries, list):
+        raise _invalid("expected a list of strings in 'queries'")
+    if len(queries) > limits.max_queries:
+        raise RefusedError(413, "too_large", f"{len(queries)} queries; at most {limits.max_queries} are allowed")
+    questions = _parallel(data, "questions", len(queries), None)
+    histories = _parallel(data, "histories", len(queries), [])
+    requests = [
+        SearchRequest(
+            query=_text(query, f"queries[{i}]", limits),
+            question=None if question is None else _text(question, f"questions[{i}]", limits),
+            history=_history(history, f"histories[{i}]", limits),
+        )
+        for i, (query, question, history) in enumerate(zip(queries, questions, histories, strict=True))
+    ]
+    return requests, _topk(data.get("topk"), limits), _flag(data.get("return_scores"))
+
+
+def _parallel(data: dict[str, Any], name: str, length: int, default: Any) -> list[Any]:
+    """An optional list as long as `queries`."""
+    values = data.get(name)
+    if values is None:
+        return [default] * length
+    if not isinstance(values, list) or len(values) != length:
+        raise _invalid(f"expected a list as long as 'queries' ({length}) in {name!r}")
+    return values
+
+
+def _text(value: Any, where: str, limits: Limits) -> str:
+    if not isinstance(value, str):
+        raise _invalid(f"{where}: expected a string, found {type(value).__name__}")
+    if len(value) > limits.max_query_chars:
+        raise RefusedError(
+            413, "too_large", f"{where}: {len(value)} characters; at most {limits.max_query_chars} are allowed"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _invalid(f"{where}: not valid Unicode: {error.reason}") from error
+    return value
+
+
+def _history(value: Any, where: str, limits: Limits) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _invalid(f"{where}: expected a list of strings, found {type(value).__name__}")
+    if len(value) > limits.max_history:
+        raise RefusedError(413, "too_large", f"{where}: more than {limits.max_history} earlier queries")
+    return tuple(_text(item, f"{where}[{i}]", limits) for i, item in enumerate(value))
+
+
+def _topk(value: Any, limits: Limits) -> int:
+    if value is None:
+        return limits.default_topk
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _invalid(f"expected a whole number of at least 1 in 'topk', found {str(value)[:40]!r}")
+    if value > limits.max_topk:
+        raise RefusedError(413, "too_large", f"topk {value if value < 10**9 else 'too large'}: max {limits.max_topk}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise _invalid("expected true or false in 'return_scores'")
+    return bool(value)
+
+
+def _invalid(message: str) -> RefusedError:
+    return RefusedError(400, "invalid_request", message)

@@ -1,0 +1,221 @@
+"""`agentic-r serve`: the retrieval service, and how a parent starts it as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import save_config
+from agentic_r_plugin.errors import ConfigError, SearchUnavailableError
+from agentic_r_plugin.search.backends import token_from_env
+from agentic_r_plugin.store import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Settings of `agentic-r serve`."""
+
+    index: str = field(default="", metadata={"help": "index folder built by agentic-r index (backend faiss)"})
+    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
+    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
+    retriever: str = field(default="", metadata={"help": "retriever folder, where it is not the index's own"})
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    host: str = field(default="127.0.0.1", metadata={"help": "address; one that is not loopback needs token_env"})
+    port: int = field(default=8000, metadata={"help": "0: a free one"})
+    token_env: str = field(default="", metadata={"help": "environment variable that holds the token clients must send"})
+    ready_file: str = field(default="", metadata={"help": "gets JSON {url, pid, fingerprint} when the service answers"})
+    exit_with_parent: bool = field(default=False, metadata={"help": "end when the process that started it ends"})
+    default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say"})
+    max_queries: int = field(default=1024, metadata={"help": "queries of one request"})
+    max_topk: int = field(default=1000, metadata={"help": "passages for one query"})
+    max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question"})
+    max_history: int = field(default=64, metadata={"help": "earlier queries of one query"})
+    max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request"})
+    max_waiting: int = field(default=8192, metadata={"help": "queries waiting before new ones are refused (503)"})
+    timeout_s: float = field(default=60.0, metadata={"help": "for one request"})
+    batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
+    window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company"})
+    cache_size: int = field(default=10_000, metadata={"help": "query results remembered; 0: none"})
+
+    def __post_init__(self) -> None:
+        positive = ("default_topk", "max_queries", "max_topk", "max_query_chars", "max_body_bytes", "max_waiting")
+        for name in (*positive, "timeout_s", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port {self.port}: expected 0 to 65535")
+        if not self.token_env and not _is_loopback(self.host):
+            raise ConfigError(
+                f"host {self.host!r} can be reached from outside; set token_env, or serve on 127.0.0.1 only"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(config: ServeConfig, *, resume: bool = False) -> None:
+    """Serve until interrupted or terminated; requests in hand are finished. `resume` means nothing here.
+
+    Raises:
+        ConfigError, IndexMismatchError, RecordError: the backend cannot be opened, or the port is taken.
+    """
+    import uvicorn
+
+    from agentic_r_plugin.search.app import Limits, build_app
+    from agentic_r_plugin.search.service import SearchService
+
+    token = token_from_env(config.token_env)
+    limits = Limits(
+        max_queries=config.max_queries,
+        max_topk=config.max_topk,
+        max_query_chars=config.max_query_chars,
+        max_history=config.max_history,
+        max_body_bytes=config.max_body_bytes,
+        timeout_s=config.timeout_s,
+        default_topk=config.default_topk,
+    )
+    if config.exit_with_parent:
+        _exit_with_parent()
+    with _bound_socket(config) as listener, open_search(_spec(config)) as backend:
+        service = SearchService(
+            backend,
+            max_batch=config.batch_size,
+            window_ms=config.window_ms,
+            cache_size=config.cache_size,
+            max_waiting=config.max_waiting,
+        )
+        server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(service, limits, token=token),
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=10,
+            )
+        )
+        ready = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": backend.fingerprint()}
+        listener.listen(1024)
+        with _announced(ready, config.ready_file):
+            server.run(sockets=[listener])
+
+
+def _spec(config: ServeConfig) -> SearchSpec:
+    return SearchSpec(
+        backend=config.backend,
+        index=config.index,
+        corpus=config.corpus,
+        retriever=config.retriever,
+        device=config.device,
+        batch_size=config.batch_size,
+        options=config.options,
+    )
+
+
+def _bound_socket(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}") from error
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _announced(ready: dict[str, Any], file: str) -> Iterator[None]:
+    """Say where the service is; connections made from now on are answered as soon as the loop runs."""
+    print(f"serving on {ready['url']}", file=sys.stderr, flush=True)
+    if file:
+        write_json(file, ready)
+    try:
+        yield
+    finally:
+        if file:
+            Path(file).unlink(missing_ok=True)
+
+
+def _exit_with_parent() -> None:
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextmanager
+def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) -> Iterator[str]:
+    """Run the service as a process of its own while the block lasts; yields its address.
+
+    The process is always ended, also when this process dies without a word.
+
+    Raises:
+        SearchUnavailableError: it ended, or was not ready in time; quotes the end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="agentic-r-serve-") as name:
+        folder = Path(name)
+        ready = folder / "ready.json"
+        save_config(replace(config, ready_file=str(ready), exit_with_parent=True), folder / "config.yaml")
+        command = [sys.executable, "-m", "agentic_r_plugin.cli", "serve", "--config", str(folder / "config.yaml")]
+        with (folder / "log.txt").open("wb") as output:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield _wait_ready(process, ready, folder / "log.txt", startup_timeout_s)
+        finally:
+            _end(process)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], ready: Path, logfile: Path, timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not ready.is_file():
+        if (code := process.poll()) is not None:
+            raise SearchUnavailableError(f"the retrieval service ended with code {code} at start; {_tail(logfile)}")
+        if time.monotonic() > deadline:
+            raise SearchUnavailableError(f"the retrieval service was not ready in {timeout_s:g} s; {_tail(logfile)}")
+        time.sleep(0.05)
+    return str(read_json(ready)["url"])
+
+
+def _tail(logfile: Path, lines: int = 15) -> str:
+    text = logfile.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
+    return "its log ends:\n" + "\n".join(text) if text else "its log is empty"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
+    if process.poll() is None:
+        process.kill()
+    process.wait()
