@@ -11,11 +11,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import types
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.records import Record
@@ -51,10 +55,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
         yield from _read_parquet(path)
         return
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, parse_line(line, path, number)
+    number = 0
+    try:
+        with opener(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, parse_line(line, path, number)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"not a whole gzip file: {error}", path=path, line=number + 1) from error
 
 
 def parse_line(line: bytes, path: str | Path, number: int) -> Any:
@@ -77,12 +85,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_PARQUET_BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, {key: json.loads(value) if key in _JSON_COLUMNS else value for key, value in row.items()}
-    except pyarrow.ArrowInvalid as error:
-        raise RecordError(f"not a Parquet file: {error}", path=path) from error
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(_PARQUET_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _from_parquet_row(row, path, number)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise RecordError(f"not a whole Parquet file: {error}", path=path) from error
+
+
+def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+    for key in _JSON_COLUMNS & row.keys():
+        if isinstance(row[key], str):
+            row[key] = parse_line(row[key].encode(), path, number)
+    return row
 
 
 _JSON_COLUMNS = frozenset({"scores", "metadata"})
@@ -113,19 +129,45 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> int:
     import pyarrow
     import pyarrow.parquet
 
-    writer, count, iterator = None, 0, iter(records)
-    try:
-        while rows := [_parquet_row(record) for record in islice(iterator, _PARQUET_BATCH)]:
-            table = pyarrow.Table.from_pylist(rows, schema=writer.schema if writer else None)
-            writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-            count += len(rows)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
+    iterator = iter(records)
+    first = next(iterator, None)
+    if first is None:
         pyarrow.parquet.write_table(pyarrow.table({}), path)
+        return 0
+    schema, iterator, count = _parquet_schema(type(first)), chain([first], iterator), 0
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        while rows := [_parquet_row(record) for record in islice(iterator, _PARQUET_BATCH)]:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
     return count
+
+
+def _parquet_schema(cls: type[Record]) -> Any:
+    """Columns from the record's annotations: a column that is empty in the first rows still has its type."""
+    import pyarrow
+
+    tag = [] if cls.schema is None else [("schema", pyarrow.string())]
+    return pyarrow.schema(tag + _parquet_fields(cls))
+
+
+def _parquet_fields(cls: type) -> list[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    return [(item.name, _parquet_type(hints[item.name])) for item in fields(cls)]
+
+
+def _parquet_type(hint: Any) -> Any:
+    import pyarrow
+
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _parquet_type(next(option for option in arguments if option is not type(None)))
+    if origin is tuple:
+        return pyarrow.list_(_parquet_type(arguments[0]))
+    if (isinstance(origin, type) and issubclass(origin, Mapping)) or issubclass(hint, Enum):
+        return pyarrow.string()
+    if is_dataclass(hint):
+        return pyarrow.struct(_parquet_fields(hint))
+    return {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}[hint]
 
 
 def _parquet_row(record: Record) -> dict[str, Any]:

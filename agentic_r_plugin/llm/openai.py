@@ -15,7 +15,7 @@ import httpx
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, row_seed
-from agentic_r_plugin.protocol import Codec
+from agentic_r_plugin.llm.codec import TokenizerCodec
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -65,7 +65,7 @@ class OpenAIBackend:
             )
         self.model, self._tokenizer, self._max_retries = model, str(tokenizer), max_retries
         self._concurrency = max(1, concurrency)
-        self._codec: Codec | None = None
+        self._codec: TokenizerCodec | None = None
         self._client = httpx.Client(
             base_url=url.rstrip("/") + "/",
             timeout=timeout_s,
@@ -88,7 +88,7 @@ class OpenAIBackend:
         )
 
     @property
-    def codec(self) -> Codec:
+    def codec(self) -> TokenizerCodec:
         """The model's tokenizer, loaded when first needed.
 
         Raises:
@@ -96,8 +96,6 @@ class OpenAIBackend:
         """
         if self._codec is None:
             from transformers import AutoTokenizer
-
-            from agentic_r_plugin.llm.codec import TokenizerCodec
 
             if not self._tokenizer:
                 raise ConfigError("llm.tokenizer: the openai backend needs the agent's tokenizer directory")
@@ -146,7 +144,7 @@ class OpenAIBackend:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _complete(self, request: Request, sampling: Sampling, codec: Codec) -> Completion:
+    def _complete(self, request: Request, sampling: Sampling, codec: TokenizerCodec) -> Completion:
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": list(request.prompt_ids),
@@ -172,12 +170,18 @@ class OpenAIBackend:
             met = choice.get("stop_reason")
             if met in sampling.stop and not text.endswith(met):
                 text += met
-            ids = codec.encode(text) or codec.encode("\n")
+            ids = codec.encode(text) or self._end_of_sequence(codec)
         usage = answer.get("usage") or {}
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]), prompt_tokens=len(request.prompt_ids), cached_tokens=int(cached)
         )
+
+    def _end_of_sequence(self, codec: TokenizerCodec) -> list[int]:
+        """What a model wrote that wrote nothing."""
+        if codec.tokenizer.eos_token_id is None:
+            raise BackendError(f"{self.model}: an empty continuation, and its tokenizer has no end-of-sequence token")
+        return [int(codec.tokenizer.eos_token_id)]
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One request with its retries.

@@ -1,0 +1,192 @@
+"""Record files: formats, checks with file and line, atomic writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.errors import OutputExistsError, RecordError
+from agentic_r_plugin.records import (
+    Candidates,
+    Group,
+    Question,
+    Record,
+    Relevance,
+    ScoredPassage,
+    StopReason,
+    SubAnswer,
+    Trajectory,
+    Turn,
+)
+from agentic_r_plugin.store import (
+    atomic_path,
+    file_fingerprint,
+    read_json,
+    read_lines,
+    read_records,
+    require_absent,
+    write_json,
+    write_records,
+)
+
+QUESTION = Question(id="q1", question="Où?", golden_answers=("là", "ici"), metadata={"hops": 2, "gold": ["a"]})
+TRAJECTORY = Trajectory(
+    id="q1",
+    question="Who?",
+    golden_answers=("x",),
+    turns=(Turn(turn=1, reasoning="r", query="q", passages=(ScoredPassage(id="p", score=0.5),)),),
+    answer="x",
+    stop_reason=StopReason.ANSWERED,
+    em=1,
+    f1=1.0,
+    text="…",
+)
+SILENT = replace(TRAJECTORY, turns=(), answer=None, stop_reason=StopReason.MALFORMED, em=0, f1=0.0)
+CANDIDATES = Candidates(
+    id="q", turn=2, question="Q", golden_answers=("x",), query="q", history=("p",), prefix="…</search>",
+    passages=(ScoredPassage(id="a", score=1.0),),
+)  # fmt: skip
+GROUP = Group(id="q", turn=1, question="Q", query="q", history=(), positive="a", negatives=("b", "c"))
+RECORDS = [QUESTION, TRAJECTORY, CANDIDATES, GROUP, Relevance(id="q", turn=1, scores={"a": 3, "b": 100}),
+           SubAnswer(id="q", turn=1, query="q", sub_answer=None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path, suffix: str, record: Record):
+    path = tmp_path / f"records{suffix}"
+    assert write_records(path, [record, record]) == 2
+    assert list(read_records(path, type(record))) == [record, record]
+
+
+@pytest.mark.parametrize("empty", [SILENT, TRAJECTORY], ids=["first rows empty", "first rows full"])
+def test_parquet_columns_keep_their_type_when_the_first_batch_is_empty(tmp_path: Path, empty: Trajectory):
+    other = TRAJECTORY if empty is SILENT else SILENT
+    records = [empty] * 1500 + [other] * 3
+    write_records(tmp_path / "t.parquet", records)
+    assert list(read_records(tmp_path / "t.parquet", Trajectory)) == records
+
+
+def test_a_file_without_records_is_read_as_such_in_every_format(tmp_path: Path):
+    for name in ("e.jsonl", "e.jsonl.gz", "e.parquet"):
+        assert write_records(tmp_path / name, []) == 0
+        assert list(read_records(tmp_path / name, Question)) == []
+
+
+def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('\n{"id": "a"}\n\n{"id": "b"}\n', encoding="utf-8")
+    assert [number for number, _ in read_lines(path)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"id": "b", "question": ', "expected one JSON object a line"),
+        (b'{"id": "b", "question": "\xff"}', "expected UTF-8"),
+        (b"[1]", "expected a JSON object, found list"),
+        (b'{"id": "b", "question": "Q", "golden_answers": []}', "no golden answers"),
+        (b'{"id": "b", "question": "Q"}', "missing field 'golden_answers'"),
+        (b'{"id": "b", "question": "Q", "golden_answers": ["x"], "answrs": 1}', "unknown field 'answrs'"),
+        (b'{"id": 7, "question": "Q", "golden_answers": ["x"]}', "field 'id': expected str, found int '7'"),
+        (b"[" * 100_000, "expected one JSON object a line"),
+    ],
+)
+def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: bytes, message: str):
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b'{"id": "a", "question": "Q", "golden_answers": ["x"]}\n' + line + b"\n")
+    with pytest.raises(RecordError) as caught:
+        list(read_records(path, Question))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+    assert caught.value.line == 2
+
+
+def test_a_record_of_another_schema_is_refused(tmp_path: Path):
+    write_records(tmp_path / "r.jsonl", [GROUP])
+    with pytest.raises(RecordError, match="expected schema 'relevance/1', found 'group/1'"):
+        list(read_records(tmp_path / "r.jsonl", Relevance))
+
+
+def test_a_cut_gzip_file_is_an_error_not_a_shorter_file(tmp_path: Path):
+    path = tmp_path / "q.jsonl.gz"
+    write_records(path, [replace(QUESTION, id=str(number)) for number in range(2000)])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RecordError, match="not a whole gzip file"):
+        list(read_records(path, Question))
+
+
+def test_a_cut_parquet_file_is_an_error(tmp_path: Path):
+    path = tmp_path / "q.parquet"
+    write_records(path, [QUESTION])
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(RecordError, match="not a whole Parquet file"):
+        list(read_records(path, Question))
+
+
+def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path):
+    for read in (lambda path: list(read_lines(path)), read_json, file_fingerprint):
+        with pytest.raises(RecordError, match=r"nowhere\.jsonl: no such file"):
+            read(tmp_path / "nowhere.jsonl")
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "q.jsonl"
+    write_records(path, [QUESTION])
+
+    def failing():
+        yield QUESTION
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_records(path, failing())
+    assert [item.name for item in tmp_path.iterdir()] == ["q.jsonl"]
+    assert list(read_records(path, Question)) == [QUESTION]
+
+
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic_path(tmp_path / "atomic") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
+
+
+def test_jsonl_is_utf8_with_the_schema_tag_first(tmp_path: Path):
+    write_records(tmp_path / "r.jsonl", [SubAnswer(id="ü", turn=1, query="q", sub_answer=None)])
+    text = (tmp_path / "r.jsonl").read_text(encoding="utf-8")
+    assert text == '{"schema": "sub_answer/1", "id": "ü", "turn": 1, "query": "q", "sub_answer": null}\n'
+
+
+def test_gzipped_and_plain_files_hold_the_same_lines(tmp_path: Path):
+    write_records(tmp_path / "a.jsonl", RECORDS[:1])
+    write_records(tmp_path / "a.jsonl.gz", RECORDS[:1])
+    assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_json_documents_come_back_and_broken_ones_are_errors(tmp_path: Path):
+    write_json(tmp_path / "m.json", {"ü": [1, None]})
+    assert read_json(tmp_path / "m.json") == {"ü": [1, None]}
+    assert json.loads((tmp_path / "m.json").read_text(encoding="utf-8")) == {"ü": [1, None]}
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(RecordError, match="expected JSON"):
+        read_json(tmp_path / "m.json")
+
+
+def test_a_fingerprint_follows_the_bytes(tmp_path: Path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"1")
+    second.write_bytes(b"1")
+    assert file_fingerprint(first) == file_fingerprint(second)
+    second.write_bytes(b"2")
+    assert file_fingerprint(first) != file_fingerprint(second)
+
+
+def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path):
+    require_absent(tmp_path / "new")
+    with pytest.raises(OutputExistsError, match="--resume"):
+        require_absent(tmp_path)
