@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, require_absent, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
 
+_MADE_FROM = "made_from.json"
 _SAMPLED_BYTES = 1 << 16
 _WHOLE_BYTES = 1 << 20
 
@@ -98,12 +100,29 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     out = Path(config.out)
     if not resume:
         require_absent(out)
+    _check_inputs(config)
     cells = list(_cells(config))
     done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
     _run_missing(config, [cell for cell in cells if cell.name not in done], done, out)
     write_matrix(config, [done[cell.name] for cell in cells], out)
+
+
+def _check_inputs(config: EvaluateConfig) -> None:
+    """Find what cannot work before a model is loaded or a folder made."""
+    for benchmark in config.benchmarks:
+        file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
+        check_questions(file, config.first if config.first is not None else config.random)
+    for name in config.agents:
+        spec = _llm_spec(config, name)
+        if spec.backend == "hf" and not Path(spec.model).is_dir():
+            raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
+    for name in config.searches:
+        searching = _search_spec(config, name)
+        where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
+        if where is not None and not Path(where).exists():
+            raise ConfigError(f"searches.{name}: {where!r} does not exist")
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
@@ -117,6 +136,7 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
             for retriever in dict.fromkeys(cell.retriever for cell in mine):
                 with open_search(_search_spec(config, retriever)) as search:
                     for cell in (cell for cell in mine if cell.retriever == retriever):
+                        write_json(out / cell.name / _MADE_FROM, dict(cell.made_from))
                         result = run_cell(cell, llm, search, out / cell.name)
                         done[cell.name] = result
                         print(_one_line(result), flush=True)
@@ -201,7 +221,10 @@ def _made_from(
         "metrics": sorted(set(config.metrics)),
         "agent_backend": settings.agent.backend,
         "search_backend": settings.search.backend,
-    } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p", "seed")}
+        "level": config.level,
+        "resamples": config.resamples,
+        "sampling_seed": settings.seed,
+    } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p")}
 
 
 def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
@@ -210,7 +233,7 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     Raises:
         ManifestMismatchError: it, or the work on it, was made from something else.
     """
-    manifest, made_from = folder / "made_from.json", dict(cell.made_from)
+    manifest, made_from = folder / _MADE_FROM, dict(cell.made_from)
     if manifest.is_file():
         before = read_json(manifest)
         changed = sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
@@ -219,9 +242,6 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
                 f"{folder}: begun with another {', '.join(changed)} than now; evaluate into another --out, "
                 "or remove that folder"
             )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, made_from)
     result = folder / "result.json"
     return dict(read_json(result)) if result.is_file() else None
 

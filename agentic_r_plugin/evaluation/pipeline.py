@@ -20,6 +20,7 @@ from flashrag.utils import get_dataset
 
 from agentic_r_plugin.backends import open_llm, open_search
 from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
@@ -28,10 +29,6 @@ from agentic_r_plugin.protocol import AgentProtocol, Session
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.store import read_records
-
-_SUFFIXES = ("jsonl", "json", "parquet")
-"""FlashRAG's order of preference."""
 
 
 class StrictEvaluator(Evaluator):
@@ -244,16 +241,8 @@ def load_split(config: Any, split: str) -> Any:
         ConfigError: the split has no file (FlashRAG gives None), or fewer questions than the sample asked for.
         RecordError: a broken line, a question without gold answers, an id that occurs twice; file and line.
     """
-    folder = Path(config["dataset_path"])
-    file = next((path for suffix in _SUFFIXES if (path := folder / f"{split}.{suffix}").is_file()), None)
-    if file is None:
-        there = sorted(path.name for path in folder.glob("*.*")) if folder.is_dir() else []
-        raise ConfigError(
-            f"split {split!r}: no {folder / split}.jsonl; "
-            + (f"{folder} holds {', '.join(there)}" if there else f"there is no data set at {folder}")
-        )
-    if file.suffix == ".jsonl":
-        _check_questions(file, config["test_sample_num"])
+    file = split_file(Path(config["dataset_path"]), split)
+    check_questions(file, config["test_sample_num"])
     config["split"] = [split]
     random.seed(config["seed"])
     try:
@@ -263,13 +252,3 @@ def load_split(config: Any, split: str) -> Any:
     if dataset is None or len(dataset) == 0:
         raise ConfigError(f"{file}: FlashRAG loaded no question from it")
     return dataset
-
-
-def _check_questions(file: Path, sample: int | None) -> None:
-    seen: set[str] = set()
-    for question in read_records(file, Question):
-        if question.id in seen:
-            raise RecordError(f"question id {question.id!r} occurs twice; every question needs its own", path=file)
-        seen.add(question.id)
-    if sample is not None and sample > len(seen):
-        raise ConfigError(f"{file}: {sample} questions were asked for, it holds {len(seen)}")

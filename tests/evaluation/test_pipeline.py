@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flashrag.config import Config
 from flashrag.dataset import Dataset
 from flashrag.pipeline import SearchR1Pipeline
 from flashrag.utils import get_dataset
@@ -16,11 +17,14 @@ from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend
+from agentic_r_plugin.evaluation.settings import read_settings
 from agentic_r_plugin.protocol import Limits, Session, search_r1
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.store import read_records
 from tests.evaluation.toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark, write_lines
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "evaluation" / "flashrag.yaml"
 
 
 def build(folder: Path, agent: RuleAgent | None = None, **extra: Any) -> AgenticSearchPipeline:
@@ -260,3 +264,8 @@ def test_a_data_set_can_be_given_directly(tmp_path: Path) -> None:
     data = [{"id": 1, "question": "Which river runs through the town where Ed Pohl lives?", "golden_answers": ["exe"]}]
     pipeline.run(Dataset(pipeline.config, data=data))
     assert pipeline.evaluator.result == {"agentic_em": 1.0}
+
+
+def test_the_recipe_is_a_flashrag_configuration_that_our_settings_accept() -> None:
+    config = Config(str(RECIPE), {"disable_save": True})
+    assert read_settings(config).search.index == "outputs/index"

@@ -1,0 +1,229 @@
+"""The evaluate command: a tiny real model, the real BM25 retriever, real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation.cell import Cell, run_cell
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
+from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
+from agentic_r_plugin.evaluation.settings import AgenticRSettings
+from agentic_r_plugin.records import Trajectory
+from agentic_r_plugin.store import read_json, read_records
+from tests.evaluation.toy import PEOPLE, RuleAgent, write_benchmark
+
+
+@pytest.fixture(scope="module")
+def tiny_agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of a few thousand parameters with a byte-level tokenizer and an agent card."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+
+    folder = tmp_path_factory.mktemp("agent")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "<end>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    set_seed(0)
+    config = Qwen2Config(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    limits = {"max_searches": 2, "max_malformed": 1, "max_tokens": 256, "max_response_tokens": 8}
+    (folder / "agent.json").write_text(json.dumps({"protocol": "compact", "limits": limits, "topk": 2}))
+    return folder
+
+
+def config(tmp_path: Path, agent: Path, **extra: Any) -> EvaluateConfig:
+    home = tmp_path / "toy"
+    if not home.exists():
+        write_benchmark(tmp_path)
+    values = {
+        "out": str(tmp_path / "out"),
+        "data_dir": str(tmp_path),
+        "benchmarks": ["toy"],
+        "agents": {"tiny": str(agent)},
+        "searches": {"bm25": f"bm25:{home / 'corpus.jsonl'}"},
+        "resamples": 200,
+        "settings": {"agent": {"device": "cpu"}},
+    }
+    return load_config(EvaluateConfig, values=values | extra)
+
+
+def test_the_command_writes_cells_and_matrix_with_all_they_were_made_from(
+    tmp_path: Path, tiny_agent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(config(tmp_path, tiny_agent, first=4))
+    matrix = read_json(tmp_path / "out" / "matrix.json")
+    (cell,) = matrix["cells"]
+    assert cell == read_json(tmp_path / "out" / "tiny-bm25-toy" / "result.json")
+    assert (cell["num_questions"], cell["sample"], cell["seed"]) == (4, "first", 0)
+    assert (cell["protocol"], cell["topk"], cell["limits"]["max_tokens"]) == ("compact", 2, 256)
+    assert cell["stop_reasons"] == {"malformed": 4}
+    assert cell["metrics"]["agentic_em"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "num_questions": 4}
+    assert cell["metrics"]["malformed_share"] == {"mean": 1.0}
+    assert cell["cost"]["rollouts"] == 4 and cell["cost"]["generated_tokens"] == 4 * 2 * 8
+    assert {"torch", "flashrag-dev", "agentic-r-plugin", "python"} <= set(matrix["versions"])
+    assert matrix["hardware"]["cpus"] >= 1 and matrix["config"]["first"] == 4
+    table = (tmp_path / "out" / "matrix.md").read_text()
+    assert "| toy       | tiny  | bm25      | 4         | 0.0 [0.0, 0.0] |" in table
+    assert table in capsys.readouterr().out
+
+
+def test_finished_cells_are_not_run_again_and_new_ones_are_added(
+    tmp_path: Path, tiny_agent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = config(tmp_path, tiny_agent)
+    run(first)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        run(first)
+    result = tmp_path / "out" / "tiny-bm25-toy" / "result.json"
+    before = result.stat().st_mtime_ns
+    searches = dict.fromkeys(("bm25", "again"), first.searches["bm25"])
+    run(config(tmp_path, tiny_agent, searches=searches), resume=True)
+    assert result.stat().st_mtime_ns == before
+    matrix = read_json(tmp_path / "out" / "matrix.json")
+    assert [cell["retriever"] for cell in matrix["cells"]] == ["bm25", "again"]
+    assert matrix["comparisons"][0]["metrics"]["agentic_em"]["p_value"] == 1.0
+    monkeypatch.setattr(evaluate, "open_llm", None)
+    run(config(tmp_path, tiny_agent, searches=searches), resume=True)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"first": 3}, {"settings": {"limits": {"max_searches": 1}}}])
+def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
+    tmp_path: Path, tiny_agent: Path, change: dict[str, Any]
+) -> None:
+    run(config(tmp_path, tiny_agent))
+    with pytest.raises(ManifestMismatchError, match=next(iter(change)) if "settings" not in change else "limits"):
+        run(config(tmp_path, tiny_agent, **change), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"benchmarks": []}, "benchmarks: expected at least one"),
+        ({"first": 1, "random": 1}, "at most one of the two"),
+        ({"cells": ["tiny:bm52"]}, "'tiny:bm52' is not AGENT:SEARCH"),
+        ({"split": "dev"}, "split 'dev'"),
+        ({"agents": {"tiny": "nowhere"}}, "agents.tiny: no directory 'nowhere'"),
+        ({"searches": {"r0": "nowhere"}}, "searches.r0: 'nowhere' does not exist"),
+        ({"first": 99}, "99 questions were asked for"),
+        ({"topk": 3}, "topk"),
+    ],
+)
+def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(
+    tmp_path: Path, tiny_agent: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config(tmp_path, tiny_agent, **change))
+    assert not (tmp_path / "out").exists()
+
+
+# --- One cell, with an agent that follows a rule ----------------------------------------------------------------------
+
+
+def rule_cell(tmp_path: Path, name: str, **settings: Any) -> Cell:
+    if not (tmp_path / "toy").exists():
+        write_benchmark(tmp_path)
+    return Cell(
+        agent="rule",
+        retriever=name,
+        benchmark="toy",
+        data_dir=str(tmp_path),
+        split="test",
+        num_questions=None,
+        random_sample=False,
+        seed=0,
+        level=0.95,
+        resamples=500,
+        metrics=METRIC_NAMES,
+        settings=AgenticRSettings(**settings),
+    )
+
+
+def run_rule(tmp_path: Path, cell: Cell, agent: RuleAgent) -> dict[str, Any]:
+    with open_search(SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))) as search:
+        return run_cell(cell, agent, search, tmp_path / "out" / cell.name)
+
+
+def test_a_cell_holds_trajectories_scores_and_result(tmp_path: Path) -> None:
+    cell = rule_cell(tmp_path, "bm25")
+    result = run_rule(tmp_path, cell, RuleAgent())
+    folder = tmp_path / "out" / "rule-bm25-toy"
+    assert sorted(path.name for path in folder.iterdir()) == ["per_question.jsonl", "result.json", "scores.json"]
+    records = list(read_records(folder / "per_question.jsonl", Trajectory))
+    assert [record.answer for record in records] == ["Awe", "Bure", "Cam", "Dee", "Exe", "Fal"]
+    assert read_json(folder / "scores.json")["search_turns"] == [2.0] * 6
+    assert result["metrics"]["agentic_em"]["mean"] == 1.0
+    assert result["cost"]["searches"] == 12
+
+
+def test_an_interrupted_cell_goes_on_by_question_and_counts_its_cost_once(tmp_path: Path) -> None:
+    whole = run_rule(tmp_path, rule_cell(tmp_path, "whole", batch_size=2), RuleAgent())
+    cell = rule_cell(tmp_path, "cut", batch_size=2)
+    with pytest.raises(_Killed):
+        run_rule(tmp_path, cell, _DyingAgent(calls=7))
+    journal = tmp_path / "out" / cell.name / "progress.journal"
+    assert [json.loads(line).get("unit") for line in journal.read_text().splitlines()] == [
+        *("q0", "q1", None),
+        *("q2", "q3", None),
+    ]
+    agent = RuleAgent()
+    result = run_rule(tmp_path, cell, agent)
+    assert agent.calls == 3
+    assert {key: result["cost"][key] for key in ("rollouts", "searches", "generated_tokens")} == {
+        key: whole["cost"][key] for key in ("rollouts", "searches", "generated_tokens")
+    }
+    assert result["metrics"] == whole["metrics"]
+    for name in ("per_question.jsonl", "scores.json"):
+        cut, uncut = (tmp_path / "out" / f"rule-{which}-toy" / name for which in ("cut", "whole"))
+        assert cut.read_bytes() == uncut.read_bytes()
+
+
+class _Killed(AgenticRError):
+    pass
+
+
+class _DyingAgent(RuleAgent):
+    def __init__(self, *, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def generate(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise _Killed("out of power")
+        return super().generate(*args)
+
+
+def test_the_matrix_compares_cells_question_by_question(tmp_path: Path, tiny_agent: Path) -> None:
+    good = run_rule(tmp_path, rule_cell(tmp_path, "good"), RuleAgent())
+    silent = RuleAgent({(person, 0): "<answer> Nile </answer>" for person in PEOPLE})
+    bad = run_rule(tmp_path, rule_cell(tmp_path, "bad"), silent)
+    write_matrix(config(tmp_path, tiny_agent), [bad, good], tmp_path / "out")
+    (comparison,) = read_json(tmp_path / "out" / "matrix.json")["comparisons"]
+    assert (comparison["fixed"], comparison["first"]["retriever"], comparison["second"]["retriever"]) == (
+        "agent",
+        "bad",
+        "good",
+    )
+    em = comparison["metrics"]["agentic_em"]
+    assert (em["difference"], em["beyond_chance"], em["num_questions"]) == (1.0, True, 6)
+    assert em["p_value"] == pytest.approx(2 / 64, abs=0.02)
+    assert comparison["metrics"]["search_turns"]["difference"] == 2.0
