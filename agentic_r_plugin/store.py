@@ -165,7 +165,7 @@ def _parquet_type(hint: Any) -> Any:
         return pyarrow.list_(_parquet_type(arguments[0]))
     if (isinstance(origin, type) and issubclass(origin, Mapping)) or issubclass(hint, Enum):
         return pyarrow.string()
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return pyarrow.struct(_parquet_fields(hint))
     return {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}[hint]
 

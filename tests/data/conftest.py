@@ -1,0 +1,26 @@
+"""The tests of this folder share small helpers; a trained agent is made once a session."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `corpus.jsonl`, `train.jsonl` and a trained agent in `agent/`."""
+    import torch
+    import tiny_world as tiny
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny.write_files(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loss = tiny.train_agent(folder / "agent")
+    torch.set_num_threads(threads)
+    assert loss < 0.2, "the agent has learnt its demonstrations"
+    return folder

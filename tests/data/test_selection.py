@@ -1,0 +1,227 @@
+"""How groups are picked, and that pruned correctness picks the same ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import ListedSearch, Passages, ScriptedAgent, passage
+
+from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
+from agentic_r_plugin.data.selection import PRESETS, SelectionRule, select, tie_levels
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.records import Candidates, Group, ScoredPassage
+from agentic_r_plugin.store import dump_line
+
+LETTERS = "abcdefghijklmnopqrst"
+
+
+def query(size: int, turn: int = 1) -> Candidates:
+    return Candidates(
+        id="q",
+        turn=turn,
+        question="Q?",
+        golden_answers=("yes",),
+        query="find it",
+        history=(),
+        prefix="<search> find it </search>",
+        passages=tuple(ScoredPassage(id=letter, score=1.0 - rank / 100) for rank, letter in enumerate(LETTERS[:size])),
+    )
+
+
+def scores(**given: int) -> dict[str, int]:
+    return dict.fromkeys(LETTERS, 10) | given
+
+
+RULE = SelectionRule(num_negatives=3)
+
+
+def positives(picked: list[Group] | str) -> list[str]:
+    assert not isinstance(picked, str), picked
+    return [group.positive for group in picked]
+
+
+def test_the_positive_is_the_correct_candidate_of_highest_relevance():
+    picked = select(query(8), scores(a=95, b=90, c=70), {"a": 0, "b": 1, "c": 1}, RULE)
+    assert positives(picked) == ["b"]
+
+
+def test_of_tied_candidates_the_earlier_in_retrieval_order_is_the_positive():
+    picked = select(query(8), scores(c=80, b=80, d=80), {"b": 0, "c": 1, "d": 1}, RULE)
+    assert positives(picked) == ["c"]
+
+
+def test_the_released_code_takes_up_to_three_ties_which_share_their_negatives():
+    rule = replace(RULE, **PRESETS["released_code"])
+    picked = select(query(9), scores(a=80, b=80, c=80, d=80, e=79), dict.fromkeys("abcd", 1), rule)
+    assert positives(picked) == ["a", "b", "c"]
+    assert isinstance(picked, list) and len({group.negatives for group in picked}) == 1
+    assert not set(picked[0].negatives) & set("abc")
+
+
+def test_negatives_are_all_other_candidates_sampled_without_replacement():
+    rule = replace(RULE, num_negatives=7)
+    picked = select(query(8), scores(a=80), {"a": 1}, rule)
+    assert isinstance(picked, list) and sorted(picked[0].negatives) == list("bcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("relevance", "correctness", "size", "reason"),
+    [
+        (None, {"a": 1}, 8, "no_relevance"),
+        (scores(a=59), {}, 8, "relevance_below_threshold"),
+        (scores(a=60), None, 8, "not_rolled_out"),
+        (scores(a=60, b=90), {"a": 0, "b": 0}, 8, "no_correct_candidate"),
+        (scores(a=60), {"a": 1}, 3, "too_few_negatives"),
+    ],
+)
+def test_a_query_without_a_group_says_why(relevance, correctness, size: int, reason: str):
+    assert select(query(size), relevance, correctness, RULE) == reason
+
+
+def test_relevance_of_exactly_the_threshold_is_enough():
+    assert positives(select(query(8), scores(a=60), {"a": 1}, RULE)) == ["a"]
+
+
+def test_correctness_that_is_needed_and_unknown_is_an_error():
+    with pytest.raises(RecordError, match=r"correctness of passage 'b' is needed and unknown.*make it again"):
+        select(query(8), scores(a=90, b=80), {"a": 0}, RULE)
+
+
+def test_relevance_of_other_candidates_is_an_error():
+    with pytest.raises(RecordError, match="no relevance for passage 'a'"):
+        select(query(8), {"z": 90}, {"z": 1}, RULE)
+
+
+def test_a_passage_that_occurs_twice_is_an_error():
+    twice = replace(query(4), passages=query(4).passages + query(1).passages)
+    with pytest.raises(RecordError, match="occurs twice"):
+        select(twice, scores(a=90), {"a": 1}, RULE)
+
+
+def test_without_relevance_the_first_correct_candidate_is_the_positive():
+    rule = replace(RULE, use_relevance=False)
+    assert positives(select(query(5), None, dict(zip("abcde", (0, 0, 1, 1, 0), strict=True)), rule)) == ["c"]
+
+
+def test_without_correctness_the_most_relevant_candidate_is_the_positive():
+    rule = replace(RULE, use_correctness=False)
+    assert positives(select(query(5), scores(d=70, b=65), None, rule)) == ["d"]
+    assert select(query(5), scores(d=59), None, rule) == "relevance_below_threshold"
+
+
+def test_both_ablations_at_once_are_refused():
+    with pytest.raises(ConfigError, match="both off"):
+        SelectionRule(use_relevance=False, use_correctness=False)
+
+
+def test_the_sample_depends_on_seed_id_and_turn_alone():
+    rule = replace(RULE, num_negatives=6)
+
+    def negatives(seed: int = 0, turn: int = 1) -> tuple[str, ...]:
+        picked = select(query(20, turn), scores(a=80), {"a": 1}, replace(rule, seed=seed))
+        assert isinstance(picked, list)
+        return picked[0].negatives
+
+    assert negatives() == negatives() == ("i", "n", "g", "q", "o", "h")
+    assert negatives(seed=1) != negatives() != negatives(turn=2)
+
+
+# --- Exact pruning ----------------------------------------------------------------------------------------------------
+
+
+def naive_groups(
+    candidates: Candidates, relevance: Mapping[str, int], correctness: Mapping[str, int], rule: SelectionRule
+) -> list[Group] | str:
+    """The method's section 4, step 6, written out with every score known."""
+    order = [item.id for item in candidates.passages]
+    ranked = sorted(order, key=lambda item: (-correctness[item], -relevance[item], order.index(item)))
+    if max(relevance[item] for item in order) < rule.threshold:
+        return "relevance_below_threshold"
+    eligible = [item for item in ranked if correctness[item] == 1 and relevance[item] >= rule.threshold]
+    if not eligible or ranked[0] != eligible[0]:
+        return "no_correct_candidate"
+    best = ranked[0]
+    ties = [item for item in ranked if (correctness[item], relevance[item]) == (1, relevance[best])]
+    chosen = ties[: rule.max_positives]
+    rest = [item for item in order if item not in chosen]
+    if len(rest) < rule.num_negatives:
+        return "too_few_negatives"
+    sampled = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}").sample(rest, rule.num_negatives)
+    return [
+        Group(
+            id=candidates.id, turn=candidates.turn, question=candidates.question, query=candidates.query,
+            history=candidates.history, positive=item, negatives=tuple(sampled),
+        )
+        for item in chosen
+    ]  # fmt: skip
+
+
+def continuations(correct: Mapping[int, Mapping[str, int]], cost: CorrectnessCost) -> Continuations:
+    """An agent that answers rightly from the candidates that are correct in a turn (which the prefix tells)."""
+
+    def policy(prompt: str) -> str:
+        turn, shown = prompt.count("</search>"), prompt.rpartition("text of ")[2][0]
+        return f"<answer> {'yes' if correct[turn][shown] else 'no'} </answer>"
+
+    store = Passages({letter: passage(letter) for letter in LETTERS})
+    return Continuations(ScriptedAgent(policy), ListedSearch({}), store, protocol=compact, limits=Limits(), cost=cost)
+
+
+query_scores = st.lists(
+    st.tuples(st.sampled_from([0, 20, 59, 60, 61, 80, 80, 100]), st.booleans()), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(query_scores, min_size=1, max_size=4), st.sampled_from(sorted(PRESETS)), st.integers(0, 5))
+def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(drawn, preset: str, num_negatives: int):
+    rule = SelectionRule(num_negatives=num_negatives, seed=3, **PRESETS[preset])
+    queries = [
+        replace(query(len(of_query), turn), prefix="<search> find it </search>" * turn)
+        for turn, of_query in enumerate(drawn, start=1)
+    ]
+    relevance = [{LETTERS[rank]: lr for rank, (lr, _) in enumerate(of_query)} for of_query in drawn]
+    correct = {
+        turn: {LETTERS[rank]: int(gac) for rank, (_, gac) in enumerate(of_query)}
+        for turn, of_query in enumerate(drawn, start=1)
+    }
+    written, rollouts = [], []
+    for exhaustive in (False, True):
+        cost = CorrectnessCost()
+        levels = [
+            [[item.id for item in q.passages]]
+            if exhaustive
+            else tie_levels([item.id for item in q.passages], scored, rule.threshold)
+            for q, scored in zip(queries, relevance, strict=True)
+        ]
+        judged = judge_candidates(zip(queries, levels, strict=True), continuations(correct, cost))
+        picked = [
+            select(q, scored, {record.passage_id: record.em for record in records}, rule)
+            for q, scored, records in zip(queries, relevance, judged, strict=True)
+        ]
+        written.append(
+            b"".join(
+                dump_line([group.to_dict() for group in groups] if isinstance(groups, list) else groups)
+                for groups in picked
+            )
+        )
+        rollouts.append(cost.rollouts)
+        assert picked == [
+            naive_groups(q, scored, correct[q.turn], rule) for q, scored in zip(queries, relevance, strict=True)
+        ]
+    assert written[0] == written[1]
+    assert rollouts[1] == sum(map(len, drawn))
+    assert rollouts[0] == sum(least_rollouts(of_query, rule.threshold) for of_query in drawn)
+
+
+def least_rollouts(drawn: list[tuple[int, bool]], threshold: int) -> int:
+    """Candidates in the levels down to the first with a correct one, or of all levels above the threshold."""
+    correct = [lr for lr, gac in drawn if gac and lr >= threshold]
+    lowest = max(correct, default=threshold)
+    return sum(lr >= lowest for lr, _ in drawn)

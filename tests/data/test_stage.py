@@ -1,0 +1,266 @@
+"""The shell around a stage: output, report, resume, refusal, and what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
+from agentic_r_plugin.records import Question, SubAnswer
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.store import read_json, read_records, write_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperConfig:
+    in_: str = field(metadata=UNRECORDED)
+    out: str = field(metadata=UNRECORDED)
+    suffix: str = "!"
+
+
+@dataclass
+class Shouter:
+    """A stage that writes each question's id in capitals; drops those with `d`, fails on those with `e`."""
+
+    config: UpperConfig
+    fail: bool = True
+    stop_after: int | None = None
+    seen: list[str] = field(default_factory=list)
+    cost: RolloutCost = field(default_factory=RolloutCost)
+
+    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+        outcomes = []
+        for question in batch:
+            if self.stop_after is not None and len(self.seen) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.seen.append(question.id)
+            self.cost.searches += 1
+            if "d" in question.id:
+                outcomes.append(Outcome(dropped="has_d"))
+            elif "e" in question.id and self.fail:
+                outcomes.append(Outcome(error="cannot spell e"))
+            else:
+                text = question.id.upper() + self.config.suffix
+                outcomes.append(Outcome(records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer=text),)))
+        return outcomes
+
+    def run(self, *, resume: bool = False, models: dict[str, str] | None = None) -> dict:
+        stage = Stage(
+            name="shout",
+            config=self.config,
+            out=Path(self.config.out),
+            inputs={"questions": Path(self.config.in_)},
+            models=models or {},
+            record=SubAnswer,
+            units=lambda: ((question.id, question) for question in read_records(self.config.in_, Question)),
+            work=self.work,
+            batch_size=3,
+            cost=self.cost,
+            max_error_share=0.25,
+        )
+        return run_stage(stage, resume=resume)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> UpperConfig:
+    write_questions(tmp_path / "in.jsonl", list("abcdefgh"))
+    return UpperConfig(in_=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out" / "o.jsonl"))
+
+
+def write_questions(path: Path, ids: list[str]) -> None:
+    write_records(path, [Question(id=identifier, question="Q", golden_answers=("x",)) for identifier in ids])
+
+
+def files(config: UpperConfig) -> list[str]:
+    return sorted(item.name for item in Path(config.out).parent.iterdir())
+
+
+def test_a_stage_writes_records_in_input_order_and_a_report_of_all_units(config: UpperConfig):
+    report = Shouter(config).run()
+    assert [record.sub_answer for record in read_records(config.out, SubAnswer)] == ["A!", "B!", "C!", "F!", "G!", "H!"]
+    assert {key: report[key] for key in ("read", "kept", "records", "dropped", "errors", "searches")} == {
+        "read": 8, "kept": 6, "records": 6, "dropped": {"has_d": 1}, "errors": 1, "searches": 8,
+    }  # fmt: skip
+    assert read_json(config.out + ".report.json") == report
+    assert Path(config.out + ".errors.jsonl").read_text() == '{"unit": "e", "error": "cannot spell e"}\n'
+    assert files(config) == ["o.jsonl", "o.jsonl.errors.jsonl", "o.jsonl.manifest.json", "o.jsonl.report.json"]
+    assert read_json(config.out + ".manifest.json")["config"]["suffix"] == "!"
+
+
+def test_an_existing_output_is_refused_without_resume(config: UpperConfig):
+    Shouter(config).run()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        Shouter(config).run()
+
+
+def test_a_finished_output_is_left_alone_by_resume(config: UpperConfig):
+    first = Shouter(config).run()
+    before = Path(config.out).stat().st_mtime_ns
+    again = Shouter(config)
+    assert again.run(resume=True) == first
+    assert again.seen == [] and Path(config.out).stat().st_mtime_ns == before
+
+
+def test_interrupted_work_goes_on_and_repeats_at_most_one_batch(config: UpperConfig, tmp_path: Path):
+    first = Shouter(config, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert not Path(config.out).exists()
+    with pytest.raises(OutputExistsError, match=r"work on .* was begun"):
+        Shouter(config).run()
+    second = Shouter(config)
+    report = second.run(resume=True)
+    assert first.seen == list("abcde") and second.seen == list("defgh")
+    assert report["searches"] == 3 + 5, "the cost of finished batches is kept, that of the lost batch is not known"
+    whole = Shouter(replace(config, out=str(tmp_path / "whole.jsonl")))
+    whole.run()
+    assert Path(whole.config.out).read_bytes() == Path(config.out).read_bytes()
+
+
+def test_a_torn_last_line_is_dropped_and_its_unit_done_again(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=6).run()
+    journal = Path(config.out + ".journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8, "two batches of three units and their cost"
+    journal.write_bytes(b"".join(lines[:6]) + lines[6][:9])
+    second = Shouter(config)
+    second.run(resume=True)
+    assert second.seen == list("efgh"), "e failed before, f was torn"
+    assert [record.id for record in read_records(config.out, SubAnswer)] == list("abcfgh")
+
+
+def test_a_journal_damaged_in_the_middle_is_an_error(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=6).run()
+    journal = Path(config.out + ".journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b'{"unit": \n' + b"".join(lines[2:]))
+    with pytest.raises(RecordError, match=r"journal:2: expected one JSON object"):
+        Shouter(config).run(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"suffix": "?"}}, r'suffix was "!", now "\?"'),
+        ({"models": {"agent": "other"}}, 'fingerprint of agent was absent, now "other"'),
+        ({"input": True}, "input questions was"),
+    ],
+)
+def test_a_resume_with_something_else_is_refused_and_says_what_differs(config: UpperConfig, change: dict, message: str):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    if "input" in change:
+        write_questions(Path(config.in_), list("abcdefghi"))
+    with pytest.raises(ManifestMismatchError, match=message):
+        Shouter(replace(config, **change.get("config", {}))).run(resume=True, models=change.get("models"))
+
+
+def test_moved_files_do_not_prevent_a_resume(config: UpperConfig, tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    moved = Path(config.in_).rename(tmp_path / "moved.jsonl")
+    Shouter(replace(config, in_=str(moved))).run(resume=True)
+    assert Path(config.out).exists()
+
+
+def test_an_output_of_unknown_origin_is_not_resumed(config: UpperConfig):
+    Path(config.out).parent.mkdir()
+    Path(config.out).write_text("mine\n")
+    with pytest.raises(ManifestMismatchError, match="what it was made from is unknown"):
+        Shouter(config).run(resume=True)
+    assert Path(config.out).read_text() == "mine\n"
+
+
+def test_too_many_judge_errors_end_the_stage_and_only_they_are_tried_again(config: UpperConfig):
+    write_questions(Path(config.in_), ["a", "e1", "b", "e2"])
+    with pytest.raises(JudgeError, match=r"failed on 2 of 4 units.*first, e1: cannot spell e.*--resume"):
+        Shouter(config).run()
+    assert not Path(config.out).exists()
+    second = Shouter(config, fail=False)
+    report = second.run(resume=True)
+    assert second.seen == ["e1", "e2"] and report["errors"] == 0
+    assert [record.id for record in read_records(config.out, SubAnswer)] == ["a", "e1", "b", "e2"]
+    assert "o.jsonl.errors.jsonl" not in files(config)
+
+
+def test_a_broken_input_line_is_found_before_any_work_and_leaves_nothing_behind(config: UpperConfig):
+    with Path(config.in_).open("a") as stream:
+        stream.write("{broken\n")
+    stage = Shouter(config)
+    with pytest.raises(RecordError, match=r"in\.jsonl:9"):
+        stage.run()
+    assert stage.seen == [] and files(config) == []
+
+
+def test_a_unit_that_occurs_twice_is_an_error(config: UpperConfig):
+    write_questions(Path(config.in_), ["a", "b", "a"])
+    with pytest.raises(RecordError, match="'a' occurs twice in the input of shout"):
+        Shouter(config).run()
+
+
+def test_two_processes_cannot_work_on_one_output(config: UpperConfig):
+    Path(config.out).parent.mkdir()
+    with (
+        Journal(Path(config.out + ".journal")),
+        pytest.raises(OutputExistsError, match="another process is working on it"),
+    ):
+        Shouter(config).run(resume=True)
+
+
+def test_a_stage_without_units_writes_an_empty_output(config: UpperConfig):
+    write_questions(Path(config.in_), [])
+    report = Shouter(config).run()
+    assert Path(config.out).read_bytes() == b"" and report["read"] == 0
+
+
+_KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from test_stage import Shouter, UpperConfig
+
+class Slow(Shouter):
+    def work(self, batch):
+        time.sleep(0.02)
+        return super().work(batch)
+
+Slow(UpperConfig(in_=sys.argv[1], out=sys.argv[2])).run(resume=True)
+"""
+
+
+def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(config: UpperConfig, tmp_path: Path):
+    write_questions(Path(config.in_), [f"a{number:03}" for number in range(150)])
+    whole = replace(config, out=str(tmp_path / "whole.jsonl"))
+    Shouter(whole).run()
+    command = [sys.executable, "-c", _KILLED, config.in_, config.out, str(Path(__file__).parent)]
+    chance, journal, sizes = random.Random(7), Path(config.out + ".journal"), []
+    for _ in range(4):
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while (not journal.exists() or journal.stat().st_size <= before) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+        if Path(config.out).exists():
+            break
+        sizes.append(journal.stat().st_size)
+    assert sizes and sizes == sorted(sizes) and sizes[0] > 0, "work went on from kill to kill"
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert Path(config.out).read_bytes() == Path(whole.out).read_bytes()
+    report = json.loads(Path(config.out + ".report.json").read_text())
+    assert report["read"] == report["kept"] == 150
+    assert not journal.exists()
