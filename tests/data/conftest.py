@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `corpus.jsonl`, `train.jsonl` and a trained agent in `agent/`."""
-    import torch
     import tiny_world as tiny
+    import torch
 
     folder = tmp_path_factory.mktemp("world")
     tiny.write_files(folder)

@@ -1,0 +1,126 @@
+"""Going on from single candidates: what the agent is shown, what is run, what is looked up, what is left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from scripted import ListedSearch, Passages, ScriptedAgent, passage
+
+from agentic_r_plugin.data.correctness import (
+    Continuations,
+    CorrectnessConfig,
+    CorrectnessCost,
+    judge_candidates,
+    levels_of,
+    run,
+)
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
+
+PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"
+PASSAGES = Passages({letter: passage(letter) for letter in "abcdefgh"})
+
+
+def query(*passages: str, **changes) -> Candidates:
+    base = Candidates(
+        id="q", turn=2, question="Who?", golden_answers=("Ann",), query="second", history=("first",), prefix=PREFIX,
+        passages=tuple(ScoredPassage(id=identifier, score=1.0) for identifier in passages),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def continuations(policy, **changes) -> Continuations:
+    settings = {"protocol": compact, "limits": Limits(), "cost": CorrectnessCost()} | changes
+    return Continuations(ScriptedAgent(policy), ListedSearch({"third": [PASSAGES["h"]]}), PASSAGES, **settings)
+
+
+def judge(found: Continuations, *queries: tuple[Candidates, list[list[str]]]):
+    return [
+        [(record.passage_id, record.em, record.answer, record.searches) for record in records]
+        for records in judge_candidates(queries, found)
+    ]
+
+
+def test_the_agent_goes_on_from_the_prefix_with_the_one_candidate():
+    found = continuations(lambda prompt: "<answer> Ann </answer>")
+    assert judge(found, (query("a"), [["a"]])) == [[("a", 1, "Ann", 0)]]
+    assert found.llm.prompts == [compact.prompt("Who?") + PREFIX + compact.render([PASSAGES["a"]])]
+
+
+def test_later_searches_are_normal_ones_with_the_earlier_queries_and_are_counted():
+    def policy(prompt: str) -> str:
+        return "<answer> Bob </answer>" if "text of h" in prompt else "<search> third </search>"
+
+    found = continuations(policy)
+    assert judge(found, (query("a"), [["a"]])) == [[("a", 0, "Bob", 1)]]
+    (request,) = found.search.requests
+    assert (request.query, request.question, request.history) == ("third", "Who?", ("first", "second"))
+
+
+def test_searches_of_the_prefix_count_against_the_limit():
+    found = continuations(lambda prompt: "<search> third </search>", limits=Limits(max_searches=3))
+    assert judge(found, (query("a"), [["a"]])) == [[("a", 0, None, 1)]]
+
+
+def test_levels_are_rolled_out_until_one_holds_a_correct_candidate_and_all_queries_share_a_batch():
+    def policy(prompt: str) -> str:
+        right = "text of c" in prompt or "text of e" in prompt
+        return f"<answer> {'Ann' if right else 'Bob'} </answer>"
+
+    found = continuations(policy)
+    first, second = query("a", "b", "c", "d"), query("e", "f", question="Whom?")
+    records = judge(found, (first, [["b"], ["a", "c"], ["d"]]), (second, [["f", "e"]]))
+    assert [[item[:2] for item in of_query] for of_query in records] == [
+        [("a", 0), ("b", 0), ("c", 1)],
+        [("e", 1), ("f", 0)],
+    ]
+    assert found.llm.batches == [3, 2], "a level of every query at once; d is never rolled out"
+
+
+def test_a_prompt_that_was_run_before_is_looked_up():
+    same = Passages({letter: Passage(id=letter, title="T", text="the same") for letter in "ab"})
+    found = continuations(lambda prompt: "<answer> Ann </answer>")
+    found.passages = same
+    both = [[("a", 1, "Ann", 0), ("b", 1, "Ann", 0)]]
+    assert judge(found, (query("a", "b"), [["a", "b"]])) == both
+    assert judge(found, (query("a", "b"), [["a", "b"]])) == both
+    assert (found.cost.rollouts, found.cost.reused, len(found.llm.prompts)) == (1, 3, 1)
+
+
+def test_the_same_text_for_another_question_is_run_again():
+    found = continuations(lambda prompt: "<answer> Ann </answer>")
+    judge(found, (query("a"), [["a"]]), (query("a", question="Whom?"), [["a"]]))
+    assert found.cost.rollouts == 2
+
+
+def test_a_prefix_that_leaves_no_room_is_a_wrong_answer_not_an_error():
+    found = continuations(lambda prompt: "<answer> Ann </answer>", limits=Limits(max_tokens=60))
+    assert judge(found, (query("a"), [["a"]])) == [[("a", 0, None, 0)]]
+    assert found.llm.prompts == []
+
+
+def settings(**changes) -> CorrectnessConfig:
+    return CorrectnessConfig(candidates="c", out="o", corpus="p", **{"relevance": "r", **changes})
+
+
+def test_without_exhaustive_only_candidates_above_the_threshold_are_rolled_out():
+    scores = {("q", 2): {"a": 59, "b": 60, "c": 90}}
+    assert levels_of(query("a", "b", "c"), settings(), scores) == [["c"], ["b"]]
+    assert levels_of(query("a"), settings(), scores) == "relevance_below_threshold"
+    assert levels_of(query("a"), settings(), {}) == "no_relevance"
+    assert levels_of(query("a", "b"), settings(exhaustive=True, relevance=""), {}) == [["a", "b"]]
+
+
+def test_the_released_codes_omissions_are_options():
+    scores = {("q", 2): {"a": 90}}
+    assert levels_of(query("a"), settings(max_turn=1), scores) == "turn_left_out"
+    assert levels_of(query("a"), settings(num_candidates=20), scores) == "other_number_of_candidates"
+    assert levels_of(query("a"), settings(max_turn=2, num_candidates=1), scores) == [["a"]]
+
+
+@pytest.mark.parametrize("changes", [{"relevance": ""}, {"exhaustive": True}])
+def test_either_relevance_or_exhaustive_must_be_given(changes: dict):
+    with pytest.raises(ConfigError, match="either --relevance FILE, for exact pruning, or --exhaustive"):
+        run(settings(**changes))
