@@ -1,0 +1,188 @@
+"""`agentic-r warm-start-sft`: teach a Hugging Face causal language model the agent protocol on scripted trajectories.
+
+A model that has never searched earns no reward, so PPO has nothing to start from. This makes demonstrations from
+training questions with known supporting passages (`agent.demonstrations`) and fine-tunes on the agent's own tokens
+(`agent.supervised`). Each epoch has its own demonstrations of the same questions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
+from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
+from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import fingerprint, save_config, to_dict
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import file_fingerprint, read_json, read_records, require_absent, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartSFTConfig:
+    """Supervised warm start of a causal language model on scripted search trajectories."""
+
+    model: str = field(default="???", metadata={"help": "folder of a Hugging Face causal language model"})
+    questions: str = field(default="???", metadata={"help": "questions whose metadata names supporting passages"})
+    corpus: str = field(default="???", metadata={"help": "corpus file"})
+    out: str = field(default="???", metadata={"help": "folder of the trained model"})
+    protocol: str = field(default="compact", metadata={"help": "registered agent_protocol"})
+    supporting_field: str = field(default="gold_doc_ids", metadata={"help": "field of metadata with the passage ids"})
+    skip: int = field(default=0, metadata={"help": "questions left out at the start of the file"})
+    limit: int = field(default=0, metadata={"help": "questions used after that (0: all)"})
+    seed: int = field(default=0, metadata={"help": "of the demonstrations and the order of training"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    limits: Limits = field(default_factory=Limits)
+    search: SearchSpec = field(default_factory=lambda: SearchSpec(backend="bm25"))
+    demonstrations: DemonstrationSettings = field(default_factory=DemonstrationSettings)
+    training: FineTuneSettings = field(default_factory=FineTuneSettings)
+
+
+def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
+    """Make the demonstrations, train, and write the model with `warm_start.json` and `config.yaml` beside it.
+
+    Args:
+        resume: leave a finished output alone, and go on from the last checkpoint of an unfinished one.
+
+    Raises:
+        OutputExistsError: the output, or work on it, is there and `resume` was not asked for.
+        ManifestMismatchError: resumed with another configuration or other inputs.
+        RecordError: a broken question or corpus file, or unknown supporting passages.
+        ConfigError: no such model.
+    """
+    out, work = Path(config.out), Path(f"{config.out}.partial")
+    if not resume:
+        require_absent(out)
+        require_absent(work)
+    identity = _identity(config)
+    for folder in (out, work):
+        _check_identity(folder, identity)
+    if out.exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(work / "identity.json", identity)
+    started = time.monotonic()
+    model, tokenizer = _load(config)
+    epochs = _demonstrations(config, tokenizer)
+    log = work / "steps.jsonl"
+    log.unlink(missing_ok=True)
+
+    def report(record: StepRecord, total: int) -> None:
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(record)) + "\n")
+        print(
+            f"step {record.step}/{total}  loss {record.loss:.3f}  {record.tokens / record.seconds:.0f} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    records = fine_tune(
+        model,
+        [[Example.from_session(session) for session in sessions] for sessions in epochs],
+        config.training,
+        seed=config.seed,
+        checkpoint=work / "checkpoint.pt",
+        on_step=report,
+    )
+    _finish(config, work, out, model, tokenizer, records, epochs, time.monotonic() - started)
+
+
+def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
+    settings = {key: value for key, value in to_dict(config).items() if key not in ("out", "device")}
+    weights = sorted(Path(config.model).glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
+    return {
+        "config": fingerprint(settings),
+        "questions": file_fingerprint(config.questions),
+        "corpus": file_fingerprint(config.corpus),
+        "model": fingerprint([(file.name, file.stat().st_size) for file in weights]),
+    }
+
+
+def _check_identity(folder: Path, identity: dict[str, str]) -> None:
+    if not (folder / "identity.json").exists():
+        return
+    found = read_json(folder / "identity.json")
+    changed = [name for name, value in identity.items() if found.get(name) != value]
+    if changed:
+        raise ManifestMismatchError(
+            f"{folder} was begun with another {', '.join(changed)}; remove it or choose another path"
+        )
+
+
+def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(config.seed)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    return model.to(device), AutoTokenizer.from_pretrained(config.model)
+
+
+def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Session]]:
+    """The sessions of each epoch."""
+    last = config.skip + config.limit if config.limit else None
+    questions = list(islice(read_records(config.questions, Question), config.skip, last))
+    spec = config.search
+    if spec.backend == "bm25" and not spec.corpus:
+        spec = SearchSpec(**(to_dict(spec) | {"corpus": config.corpus}))
+    protocol = components.load("agent_protocol", config.protocol)
+    with Corpus(config.corpus) as corpus, open_search(spec) as search:
+        return [
+            demonstrate(
+                questions, search, corpus, protocol, TokenizerCodec(tokenizer), config.limits, config.demonstrations,
+                seed=config.seed + epoch, supporting_field=config.supporting_field,
+            )
+            for epoch in range(config.training.epochs)
+        ]  # fmt: skip
+
+
+def _finish(
+    config: WarmStartSFTConfig,
+    work: Path,
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    records: list[StepRecord],
+    epochs: list[list[Session]],
+    seconds: float,
+) -> None:
+    """Write everything beside, then give it its name: an output that exists is whole."""
+    final = work / "model"
+    shutil.rmtree(final, ignore_errors=True)
+    model.save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    save_config(config, final / "config.yaml")
+    shutil.copy(work / "identity.json", final)
+    last = records[-min(len(records), 5) :]
+    write_json(
+        final / "warm_start.json",
+        {
+            **describe([session for sessions in epochs for session in sessions]),
+            "steps": len(records),
+            "tokens": sum(record.tokens for record in records),
+            "model_tokens": sum(record.model_tokens for record in records),
+            "first_loss": records[0].loss,
+            "last_loss": sum(record.loss for record in last) / len(last),
+            "training_seconds": sum(record.seconds for record in records),
+            "seconds": seconds,
+            "losses": [round(record.loss, 4) for record in records],
+        },
+    )
+    final.rename(out)
+    shutil.rmtree(work)
