@@ -1,0 +1,63 @@
+"""A real HTTP server on the loopback interface that speaks as much of OpenAI's protocol as a test says."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
+
+
+@dataclass
+class Loopback:
+    """The running server: where it is and what it was asked."""
+
+    url: str
+    requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
+    """(path, body, headers)."""
+
+
+@contextmanager
+def serve(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[Loopback]:
+    """Answer every POST with `answer(path, body)`: (status, JSON or text) or (status, JSON or text, headers)."""
+    server: Loopback
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.requests.append((self.path, body, dict(self.headers)))
+            status, content, *headers = answer(self.path, body)
+            data = (content if isinstance(content, str) else json.dumps(content)).encode()
+            self.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    server = Loopback(url=f"http://127.0.0.1:{httpd.server_address[1]}/v1")
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+
+def chat(reply: str) -> Answer:
+    """A chat completion."""
+    return 200, {"choices": [{"message": {"role": "assistant", "content": reply}}]}

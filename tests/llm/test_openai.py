@@ -1,0 +1,169 @@
+"""The OpenAI-compatible backend against a real server on the loopback interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import chat, serve
+from scripted import CharCodec
+
+from agentic_r_plugin.backends import LLMSpec, open_llm
+from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.llm import openai
+from agentic_r_plugin.llm.base import Request, Sampling
+from agentic_r_plugin.llm.openai import OpenAIBackend
+
+CODEC = CharCodec()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "_FIRST_WAIT_S", 0.01)
+
+
+def backend(url: str, **settings) -> OpenAIBackend:
+    made = OpenAIBackend(url, "the-model", **{"timeout_s": 5.0, **settings})
+    made._codec = CODEC  # one id a character; a real tokenizer is used below
+    return made
+
+
+def request(text: str, max_tokens: int = 50) -> Request:
+    return Request(prompt_ids=tuple(CODEC.encode(text)), max_tokens=max_tokens)
+
+
+def completion(text: str, **fields) -> tuple[int, dict]:
+    return 200, {"choices": [{"text": text, **fields}], "usage": {"prompt_tokens_details": {"cached_tokens": 2}}}
+
+
+def test_prompts_are_sent_as_token_ids_and_continuations_come_back_in_order():
+    def answer(path: str, body: dict) -> tuple[int, dict]:
+        prompt = CODEC.decode(body["prompt"])
+        time.sleep(0.2 if prompt == "a" else 0.0)
+        return completion(f"{prompt}!")
+
+    with serve(answer) as server:
+        done = backend(server.url).generate([request(letter) for letter in "abc"], Sampling(stop=("</s>",)))
+    assert [CODEC.decode(one.token_ids) for one in done] == ["a!", "b!", "c!"]
+    assert [(one.prompt_tokens, one.cached_tokens) for one in done] == [(1, 2)] * 3
+    path, body, _ = server.requests[0]
+    assert path == "/v1/completions"
+    assert body | {"prompt": None} == {
+        "model": "the-model", "prompt": None, "max_tokens": 50, "temperature": 0.0, "top_p": 1.0, "stop": ["</s>"],
+        "include_stop_str_in_output": True, "skip_special_tokens": False, "return_token_ids": True,
+    }  # fmt: skip
+
+
+def test_token_ids_of_the_server_are_taken_as_they_are():
+    with serve(lambda path, body: completion("xyz", token_ids=[7, 8])) as server:
+        (done,) = backend(server.url).generate([request("a")], Sampling())
+    assert done.token_ids == (7, 8)
+
+
+def test_a_stop_string_that_the_server_left_out_is_put_back():
+    stop = ("</search>", "</answer>")
+    with serve(lambda path, body: completion("<search> q ", stop_reason="</search>")) as server:
+        (done,) = backend(server.url).generate([request("a")], Sampling(stop=stop))
+    assert CODEC.decode(done.token_ids) == "<search> q </search>"
+
+
+def test_no_continuation_is_longer_than_was_asked_for():
+    with serve(lambda path, body: completion("long text")) as server:
+        (done,) = backend(server.url).generate([request("a", max_tokens=4)], Sampling())
+    assert CODEC.decode(done.token_ids) == "long"
+
+
+def test_sampling_sends_a_seed_that_depends_on_the_prompt_alone():
+    with serve(lambda path, body: completion("x")) as server:
+        made = backend(server.url)
+        sampling = Sampling(temperature=0.7, top_p=0.9, top_k=5, seed=1)
+        made.generate([request("a"), request("b")], sampling)
+        made.generate([request("b")], sampling)
+    seeds = {CODEC.decode(body["prompt"]): body["seed"] for _, body, _ in server.requests[:2]}
+    assert server.requests[2][1]["seed"] == seeds["b"] != seeds["a"]
+    assert (server.requests[0][1]["temperature"], server.requests[0][1]["top_k"]) == (0.7, 5)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_failure_is_tried_again(status: int):
+    answers = iter([(status, "busy"), (status, "busy", {"Retry-After": "0"}), chat("fine")])
+    with serve(lambda path, body: next(answers)) as server:
+        assert backend(server.url).chat(["hello"], max_tokens=5) == ["fine"]
+    assert len(server.requests) == 3
+
+
+def test_a_failure_that_stays_is_an_error_that_says_what_the_server_said():
+    with (
+        serve(lambda path, body: (503, "out of memory")) as server,
+        pytest.raises(BackendError, match=r"HTTP 503: out of memory \(tried 3 times\)"),
+    ):
+        backend(server.url, max_retries=2).chat(["hello"], max_tokens=5)
+
+
+def test_a_refused_request_is_not_tried_again():
+    with (
+        serve(lambda path, body: (404, "no such model")) as server,
+        pytest.raises(BackendError, match=r"/v1/chat/completions: HTTP 404: no such model"),
+    ):
+        backend(server.url).chat(["hello"], max_tokens=5)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_does_not_answer_in_time_is_an_error():
+    def slow(path: str, body: dict) -> tuple[int, dict]:
+        time.sleep(0.5)
+        return completion("late")
+
+    with serve(slow) as server, pytest.raises(BackendError, match=r"ReadTimeout.*tried 2 times"):
+        backend(server.url, timeout_s=0.1, max_retries=1).chat(["hello"], max_tokens=5)
+
+
+def test_no_server_at_all_is_an_error_that_names_the_address():
+    with serve(lambda path, body: chat("x")) as server:
+        gone = server.url
+    with pytest.raises(BackendError, match=r"127\.0\.0\.1.*ConnectError"):
+        backend(gone, max_retries=0).chat(["hello"], max_tokens=5)
+
+
+@pytest.mark.parametrize("content", ["not json", [], {}, {"choices": []}, {"choices": [{"message": {}}]}])
+def test_an_answer_of_another_form_is_an_error(content):
+    with serve(lambda path, body: (200, content)) as server, pytest.raises(BackendError, match="expected"):
+        backend(server.url).chat(["hello"], max_tokens=5)
+
+
+def test_the_key_is_read_from_the_named_environment_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    spec = LLMSpec(backend="openai", model="m", api_key_env="MY_KEY")
+    with serve(lambda path, body: chat("hi")) as server:
+        with open_llm(LLMSpec(**{**vars(spec), "url": server.url})) as made:
+            assert made.chat(["hello"], max_tokens=5) == ["hi"]
+        assert server.requests[0][2]["Authorization"] == "Bearer secret"
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ConfigError, match=r"llm\.url .* llm\.model"):
+        OpenAIBackend("", "m")
+    with pytest.raises(ConfigError, match=r"llm\.tokenizer"):
+        OpenAIBackend("http://127.0.0.1:1/v1", "m").generate([request("a")], Sampling())
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Iterator[Path]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|end|>"])
+    raw.train_from_iterator(["some words"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>").save_pretrained(tmp_path / "t")
+    yield tmp_path / "t"
+
+
+def test_a_model_that_writes_nothing_wrote_its_end_of_sequence_token(tokenizer_dir: Path):
+    with serve(lambda path, body: completion("")) as server:
+        made = OpenAIBackend(server.url, "m", tokenizer=tokenizer_dir)
+        (done,) = made.generate([request("a")], Sampling())
+        assert made.codec.decode(done.token_ids) == "<|end|>"
