@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from agentic_r_plugin.errors import ConfigError
@@ -11,6 +11,9 @@ from agentic_r_plugin.world import names
 from agentic_r_plugin.world.grammar import Relation, grammar
 
 SPLITS = ("train", "dev", "test")
+
+_LEAST = {"person": 8, "work": 4}
+"""Smallest number in any split, so that every relation finds an object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +92,10 @@ def build_facts(rng: random.Random, population: Population, split_shares: dict[s
         members: list[Entity] = []
         for kind, total in _counts(population).items():
             last = position == len(SPLITS) - 1
-            count = total - used[kind] if last else max(2, round(total * split_shares[split]))
+            count = total - used[kind] if last else round(total * split_shares[split])
+            count = max(count, _LEAST.get(kind, 2))
             used[kind] += count
-            members += _entities(rng, maker, kind, max(2, count), split, population.namesake_share, facts)
+            members += _entities(rng, maker, kind, count, split, population.namesake_share, facts)
         facts.entities += members
         _relate(rng, maker, members, facts)
     for entity in facts.entities:
@@ -117,9 +121,25 @@ def _entities(
     """`count` entities of one type; keys go on from those already there."""
     start = len(facts.entities) + 1_000_000 * (1 + SPLITS.index(split)) + 10_000 * list(grammar().types).index(kind)
     if kind == "person":
-        return _with_namesakes(rng, maker.person, maker.near_person, list(names.JOBS), kind, count, split, namesakes, start)
-    if kind == "work":
-        return _with_namesakes(rng, maker.title, None, list(names.WORK_KINDS), kind, count, split, namesakes, start)
+        drafts = _with_namesakes(rng, maker.person, maker.near_person, list(names.JOBS), count, namesakes)
+    elif kind == "work":
+        drafts = _with_namesakes(rng, maker.title, None, list(names.WORK_KINDS), count, namesakes)
+    else:
+        drafts = []
+    if drafts:
+        bearers = [name for name, _ in drafts]
+        return [
+            Entity(
+                key=start + index,
+                type=kind,
+                name=name,
+                kind=trade,
+                split=split,
+                pronoun=rng.choice(("he", "she")) if kind == "person" else "it",
+                unique=bearers.count(name) == 1,
+            )
+            for index, (name, trade) in enumerate(drafts)
+        ]
     made: list[Entity] = []
     for index in range(count):
         name, alias = _name_of(maker, kind)
@@ -138,42 +158,27 @@ def _name_of(maker: names.NameMaker, kind: str) -> tuple[str, str]:
 
 def _with_namesakes(
     rng: random.Random,
-    fresh: object,
-    near: object,
+    fresh: Callable[[], str],
+    near: Callable[[str], str] | None,
     kinds: list[str],
-    entity_type: str,
     count: int,
-    split: str,
     namesakes: float,
-    start: int,
-) -> list[Entity]:
-    """People or works, some of which share a name with one of another kind, and some of whose names are nearly the same."""
+) -> list[tuple[str, str]]:
+    """(name, kind) pairs: some share a name with one of another kind, some names are nearly the same."""
     drafts: list[tuple[str, str]] = []
     while len(drafts) < count:
         kind = rng.choice(kinds)
         draw = rng.random()
-        if drafts and draw < namesakes / 2:
-            name = rng.choice(drafts)[0]
+        if len(drafts) > 4 and draw < namesakes / 2:
+            name = rng.choice(drafts[4:])[0]  # The first four keep their names to themselves.
             if kind in {other for taken, other in drafts if taken == name}:
                 continue
         elif drafts and near is not None and draw < namesakes:
-            name = near(rng.choice(drafts)[0])  # type: ignore[operator]
+            name = near(rng.choice(drafts)[0])
         else:
-            name = fresh()  # type: ignore[operator]
+            name = fresh()
         drafts.append((name, kind))
-    bearers = [name for name, _ in drafts]
-    return [
-        Entity(
-            key=start + index,
-            type=entity_type,
-            name=name,
-            kind=kind,
-            split=split,
-            pronoun=rng.choice(("he", "she")) if entity_type == "person" else "it",
-            unique=bearers.count(name) == 1,
-        )
-        for index, (name, kind) in enumerate(drafts)
-    ]
+    return drafts
 
 
 def _relate(rng: random.Random, maker: names.NameMaker, members: list[Entity], facts: Facts) -> None:
@@ -195,8 +200,8 @@ def _object(
         choices = [other for other in members if other.type == kind and other.name != entity.name]
         if relation.name == "creator":
             job = names.WORK_KINDS[entity.kind]["job"]
-            choices = [other for other in choices if other.kind == job] or [other for other in choices if other.unique]
-        elif kind == "person":  # Only a maker's profession follows from the question, so only makers may have namesakes.
+            choices = [other for other in choices if other.kind == job] or [o for o in choices if o.unique]
+        elif kind == "person":  # Only a maker's profession follows from the question: only makers may have namesakes.
             choices = [other for other in choices if other.unique]
         if not choices:
             raise ConfigError(f"the world is too small: no {kind} can be the {relation.name} of {entity.name}")

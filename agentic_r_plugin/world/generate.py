@@ -1,9 +1,9 @@
 """The generated benchmark: a fictional world, so that nothing can be known by heart (command `world`).
 
-Written in FlashRAG's layout. Entities of the train, dev and test questions are disjoint, and no fact joins two splits. What makes
-retrieval hard: every entity has several passages under one title; other passages mention it with the very words of a
-relation and a wrong object; people and works have namesakes whom only the question tells apart; test entities are
-partly described, and asked about, in wordings that training never shows.
+Written in FlashRAG's layout. Entities of the train, dev and test questions are disjoint, and no fact joins two splits.
+What makes retrieval hard: every entity has several passages under one title; other passages mention it with the very
+words of a relation and a wrong object; people and works have namesakes whom only the question tells apart; test
+entities are partly described, and asked about, in wordings that training never shows.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ class WorldConfig:
     towns: int = field(default=50, metadata={"help": "towns"})
     rivers: int = field(default=24, metadata={"help": "rivers"})
     newspapers: int = field(default=80, metadata={"help": "pages that only mention things"})
-    namesake_share: float = field(default=0.4, metadata={"help": "share of people and works with the same, or nearly the same, name"})
-    mention_share: float = field(default=0.6, metadata={"help": "share of passages that also mention what they do not state"})
+    namesake_share: float = field(
+        default=0.4, metadata={"help": "share of people and works whose name is (nearly) another's"}
+    )
+    mention_share: float = field(
+        default=0.6, metadata={"help": "share of passages that mention what they do not state"}
+    )
     talk_passages: int = field(default=3, metadata={"help": "passages per entity that mention much and state nothing"})
     reserved_share: float = field(default=0.5, metadata={"help": "share of wordings kept for the test split, there"})
 
@@ -99,14 +103,12 @@ def build_world(config: WorldConfig) -> World:
     wording = QuestionConfig(
         share_one_hop=config.share_one_hop, share_two_hops=config.share_two_hops, reserved_share=config.reserved_share
     )
-    questions = {
-        split: tuple(write_questions(rng, facts, stated, split, counts[split], wording)) for split in SPLITS
-    }
+    questions = {split: tuple(write_questions(rng, facts, stated, split, counts[split], wording)) for split in SPLITS}
     return World(passages=tuple(passages), questions=questions)
 
 
 def run(config: WorldConfig, *, resume: bool = False) -> None:
-    """Write `OUT/NAME/` with corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl; the folder appears whole or not at all.
+    """Write `OUT/NAME/` with corpus, train, dev and test `.jsonl`; the folder appears whole or not at all.
 
     Raises:
         ConfigError: no `out`, or a world too small for its questions.
@@ -122,9 +124,7 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{config.name}.", suffix=".tmp"))
     try:
-        write_records(
-            temporary / "corpus.jsonl", (CorpusLine(id=p.id, contents=p.contents) for p in world.passages)
-        )
+        write_records(temporary / "corpus.jsonl", (CorpusLine(id=p.id, contents=p.contents) for p in world.passages))
         for split in SPLITS:
             write_records(temporary / f"{split}.jsonl", world.questions[split])
         temporary.chmod(0o755)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
+# ruff: noqa: SIM905 - word lists read better as one string
 _ONSETS = "b br d dr f g gl h j k kr l m n p pr r s sk st t tr v w z".split()
 _NUCLEI = "a e i o u ae ia ei".split()
 _CODAS = "n r l s m rn st th nd ck v x".split()
@@ -11,12 +13,12 @@ _FIRST_ENDS = "a o i e en is or el an ia us eth".split()
 _TOWN_ENDS = "ford mar wick stad holm by gard minster dale burg ness haven".split()
 _RIVER_ENDS = "a e u ona era ila und isk orra".split()
 _TITLE_WORDS = (
-    "Glass Silent Winter Hollow Crimson Paper Iron Distant Broken Golden Salt Wooden Blind Burning Little Last Northern "
-    "Velvet Restless Painted Borrowed Frozen Hidden Green Copper"
+    "Glass Silent Winter Hollow Crimson Paper Iron Distant Broken Golden Salt Wooden Blind Burning Little Last "
+    "Northern Velvet Restless Painted Borrowed Frozen Hidden Green Copper"
 ).split()
 _TITLE_NOUNS = (
-    "Harbor Orchard Lantern Mirror Garden Bridge Shepherd Clock Window Island Feather Tower Letter Stair Meadow Raven "
-    "Sister Carriage Furnace Well Bell Crossing Tailor Ladder Anchor Kingdom"
+    "Harbor Orchard Lantern Mirror Garden Bridge Shepherd Clock Window Island Feather Tower Letter Stair Meadow "
+    "Raven Sister Carriage Furnace Well Bell Crossing Tailor Ladder Anchor Kingdom"
 ).split()
 COMPANY_NOUNS = "Glassworks Foundry Brewery Shipyard Printworks Mills Tannery Instruments Railways Lamps".split()
 SCHOOL_NOUNS = "Academy College Institute Lyceum Seminary Conservatory".split()
@@ -95,20 +97,18 @@ class NameMaker:
         name = self._fresh(lambda: f"{self._stem(2)} {noun}")
         return name, f"the {noun} of {name.rpartition(' ')[0]}"
 
-    def _fresh(self, draw: object) -> str:
+    def _fresh(self, draw: Callable[[], str]) -> str:
         for _ in range(1000):
-            name = draw()  # type: ignore[operator]
+            name = draw()
             if name not in self._taken:
                 self._taken.add(name)
-                return str(name)
+                return name
         raise ValueError("the name space is exhausted; ask for a smaller world")
 
     def _first(self) -> str:
-        return (self._rng.choice(_ONSETS) + self._rng.choice(_NUCLEI[:5]) + self._rng.choice("lmnrstv")).capitalize() + (
-            self._rng.choice(_FIRST_ENDS)
-        )
+        draw = self._rng.choice
+        return (draw(_ONSETS) + draw(_NUCLEI[:5]) + draw("lmnrstv") + draw(_FIRST_ENDS)).capitalize()
 
     def _stem(self, syllables: int) -> str:
         draw = self._rng.choice
-        text = "".join(draw(_ONSETS) + draw(_NUCLEI) + (draw(_CODAS) if i == syllables - 1 else "") for i in range(syllables))
-        return text.capitalize()
+        return ("".join(draw(_ONSETS) + draw(_NUCLEI) for _ in range(syllables)) + draw(_CODAS)).capitalize()

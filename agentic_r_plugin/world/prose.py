@@ -37,7 +37,9 @@ class Draft:
     """(subject key, relation name) of each fact stated."""
 
 
-def write_passages(rng: random.Random, facts: Facts, config: ProseConfig) -> tuple[list[Passage], dict[tuple[int, str], str]]:
+def write_passages(
+    rng: random.Random, facts: Facts, config: ProseConfig
+) -> tuple[list[Passage], dict[tuple[int, str], str]]:
     """All passages in random order, and for each fact the id of the passage that states it."""
     writer = _Writer(rng, facts, config)
     drafts = [draft for entity in facts.entities for draft in writer.entity(entity)]

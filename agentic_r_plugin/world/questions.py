@@ -95,7 +95,10 @@ def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: flo
 
 
 def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
-    """The chain's first entity in the question, and its bare name or alias; one with a namesake is always told apart by its profession or kind."""
+    """The chain's first entity in the question, and its bare name or alias.
+
+    One with a namesake is always told apart by its profession or kind.
+    """
     forms = grammar().types[entity.type].mention
     name = entity.alias if entity.alias and rng.random() < 0.3 else entity.shown
     if entity.type == "person":
@@ -107,7 +110,9 @@ def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
     return form.format(n=name, **kind_words(entity.type, entity.kind)), name.removeprefix("the ")
 
 
-def _record(id: str, text: str, name: str, chain: list[Fact], facts: Facts, stated: dict[tuple[int, str], str]) -> Question:
+def _record(
+    id: str, text: str, name: str, chain: list[Fact], facts: Facts, stated: dict[tuple[int, str], str]
+) -> Question:
     last = chain[-1]
     golden = [last.value] + ([last.object.alias] if last.object is not None and last.object.alias else [])
     metadata = {

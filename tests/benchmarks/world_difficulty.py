@@ -1,7 +1,7 @@
 """How hard the generated benchmark is for a retriever: `python tests/benchmarks/world_difficulty.py [--steps 40]`.
 
-Prints recall@3 and @20 of each hop's gold passage, per hop, with the queries of an agent that knows the hops before: BM25, MiniLM
-zero-shot (query alone, and question with query), and MiniLM after a short contrastive training on a world of another seed.
+Prints recall@3 and @20 of the gold passage, per hop, with the queries of an agent that knows the hops before: BM25,
+MiniLM zero-shot (query alone, question with query), and MiniLM after a short contrastive training on another world.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.query import query_only, question_query
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
 from agentic_r_plugin.world.questions import hop_query
 
+FORMULATIONS = {"query": query_only, "question_query": question_query}
 Search = Callable[[Sequence[tuple[str, str]]], list[list[str]]]
 """(question, query) pairs -> passage ids, best first."""
 
@@ -39,8 +40,6 @@ def report(name: str, search: Search, questions: Sequence[Question]) -> None:
         hits = [q.metadata["gold_doc_ids"][hop] in ids[:depth] for (q, hop), ids in zip(pairs, found, strict=True)]
         by_hop = [np.mean([hit for hit, (_, hop) in zip(hits, pairs, strict=True) if hop == at]) for at in range(3)]
         cells.append(f"@{depth}: {np.mean(hits):.3f} (hop 1/2/3 {' / '.join(f'{value:.2f}' for value in by_hop)})")
-    rank = {id: at for ids in found[:0] for at, id in enumerate(ids)}
-    del rank
     print(f"{name:34s} {'   '.join(cells)}", flush=True)
 
 
@@ -64,7 +63,7 @@ def dense(model: SentenceTransformer, world: World, formulation: str) -> Search:
     passages_PD = encode([p.contents for p in world.passages])
 
     def search(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-        queries_QD = encode([retrieval_query(question, query, (), formulation) for question, query in pairs])
+        queries_QD = encode([FORMULATIONS[formulation](question, query) for question, query in pairs])
         rows = (queries_QD @ passages_PD.T).topk(20, dim=1).indices.tolist()
         return [[world.passages[row].id for row in line] for line in rows]
 
@@ -89,7 +88,7 @@ def train(model: SentenceTransformer, world: World, steps: int, batch: int, nega
             rng.shuffle(near)
             near += rng.sample(world.passages, negatives)
             form = rng.choice((0, 0, 1))
-            queries.append(retrieval_query(question.question, hop_query(question, hop, form), (), formulation))
+            queries.append(FORMULATIONS[formulation](question.question, hop_query(question, hop, form)))
             texts.append([gold.contents, *(p.contents for p in near[:negatives])])
         flat = [text[0] for text in texts] + [text for group in texts for text in group[1:]]
         device = model.device

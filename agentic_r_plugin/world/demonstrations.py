@@ -1,0 +1,213 @@
+"""Scripted trajectories: how the small agent is shown to search, read, go on and answer.
+
+The demonstrators can read and copy, but they are *hasty* on purpose, so that reinforcement learning has something to
+teach: where a question needs another hop they often give the fact just found as the answer; where the passages do not
+hold the fact they often take some other name of the right type instead of searching again; and now and then they search
+once more for what they already know. A hasty and a careful demonstration differ from one token on (`Done`, `Next`,
+`not`), so a policy trained on them mostly takes the hasty way when greedy and often the careful one when sampling.
+
+Every trajectory is replayed through `protocol.Session`: its ids are those the runtime would produce.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from agentic_r_plugin.protocol import Codec, Limits, Session, compact
+from agentic_r_plugin.records import Passage, Question
+from agentic_r_plugin.world.generate import World, WorldConfig, build_world
+from agentic_r_plugin.world.grammar import grammar
+from agentic_r_plugin.world.prose import kind_words
+from agentic_r_plugin.world.questions import hop_query
+
+
+@dataclass(frozen=True, kw_only=True)
+class Haste:
+    """How often the demonstrators do the wrong thing at a decision."""
+
+    stop_at_person: float = 0.62
+    """Give a person found on the way as the answer (a person looks like an answer)."""
+    stop_at_other: float = 0.36
+    """Give another thing found on the way as the answer."""
+    guess: float = 0.6
+    """Take another name when the passages do not hold the fact."""
+    repeat: float = 0.12
+    """Search once more for a fact already read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What the searches of the demonstrations find."""
+
+    gold: float = 0.7
+    """How often the passage that states the fact is among those shown."""
+    most_passages: int = 3
+    fewer: float = 0.2
+    """How often fewer than `most_passages` are shown (the correctness stage shows one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One trajectory with the mask that training needs."""
+
+    question: Question
+    session: Session
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and response."""
+        return self.session.ids
+
+    @property
+    def mask(self) -> list[int]:
+        """1 on tokens of the model, as long as `ids`."""
+        return [0] * len(self.session.prompt_ids) + self.session.response_mask
+
+
+class Demonstrator:
+    """Writes demonstrations for the questions of one world."""
+
+    def __init__(self, world: World, codec: Codec, haste: Haste, shown: Shown, limits: Limits, seed: str) -> None:
+        self.world, self.codec, self.haste, self.shown, self.limits = world, codec, haste, shown, limits
+        self._rng = random.Random(seed)
+        self._by_id = {passage.id: passage for passage in world.passages}
+        self._by_title: dict[str, list[Passage]] = {}
+        for passage in world.passages:
+            self._by_title.setdefault(passage.title, []).append(passage)
+        self._names = _names(world)
+
+    def demonstrate(self, question: Question) -> Demonstration:
+        """One trajectory, always answered."""
+        session = Session(protocol=compact, codec=self.codec, limits=self.limits, question=question.question)
+        labels = [_label(question, hop) for hop in range(question.metadata["hops"])]
+        thought = f"Find {', then '.join(labels)}."
+        for hop, label in enumerate(labels):
+            value, certain = self._look_up(session, question, hop, thought)
+            thought = f"{label}: {value}."
+            if not certain or hop == len(labels) - 1 or self._stops(question, hop):
+                break
+            thought += f" Next {labels[hop + 1]}."
+        self._write(session, f"<think> {thought} Done. </think><answer> {value} </answer>")
+        return Demonstration(question=question, session=session)
+
+    def _look_up(self, session: Session, question: Question, hop: int, thought: str) -> tuple[str, bool]:
+        """Search until the fact is seen, or taken for seen; the value, and whether the gold passage gave it."""
+        label, forms = _label(question, hop), _forms(question, hop)
+        for attempt, query in enumerate(forms):
+            seen = self._search(session, question, hop, thought, query)
+            out_of_searches = session.searches >= self.limits.max_searches
+            if seen is None:
+                value = question.metadata["hop_answers"][hop]
+                if attempt + 1 < len(forms) and not out_of_searches and self._rng.random() < self.haste.repeat:
+                    thought = f"{label}: {value}. Check."
+                    self._search(session, question, hop, thought, forms[attempt + 1])
+                return value, True
+            if attempt + 1 == len(forms) or out_of_searches or self._rng.random() < self.haste.guess:
+                return self._guess(question, hop, seen), False
+            thought = f"{label}: not found. Again."
+        raise AssertionError("a relation has at least one query")
+
+    def _search(self, session: Session, question: Question, hop: int, thought: str, query: str) -> list[Passage] | None:
+        """Write the search and show passages; None when the gold passage is among them, else those shown."""
+        self._write(session, f"<think> {thought} </think><search> {query} </search>")
+        gold = self._by_id[question.metadata["gold_doc_ids"][hop]]
+        count = self.shown.most_passages
+        if self._rng.random() < self.shown.fewer:
+            count = self._rng.randint(1, count)
+        with_gold = self._rng.random() < self.shown.gold
+        passages = self._distractors(question, hop, gold, count - with_gold) + [gold] * with_gold
+        self._rng.shuffle(passages)
+        session.found(passages)
+        return None if with_gold else passages
+
+    def _distractors(self, question: Question, hop: int, gold: Passage, count: int) -> list[Passage]:
+        """Passages like those that a retriever takes for the gold one."""
+        name = question.metadata["hop_subjects"][hop]
+        same = [passage for passage in self._by_title[name] if passage.id != gold.id]
+        namesakes = [self._by_id[id] for id in question.metadata["namesake_doc_ids"][hop]]
+        chosen: dict[str, Passage] = {}
+        for _ in range(20):
+            if len(chosen) >= count:
+                break
+            draw = self._rng.random()
+            pool: Sequence[Passage] = namesakes if namesakes and draw < 0.35 else same if draw < 0.85 else ()
+            passage = self._rng.choice(pool or self.world.passages)
+            if passage.id != gold.id:
+                chosen[passage.id] = passage
+        return list(chosen.values())[:count]
+
+    def _stops(self, question: Question, hop: int) -> bool:
+        relation = grammar().relations[question.metadata["relations"][hop]]
+        share = self.haste.stop_at_person if relation.object == "person" else self.haste.stop_at_other
+        return self._rng.random() < share
+
+    def _guess(self, question: Question, hop: int, seen: Sequence[Passage]) -> str:
+        """A name of the right type from the passages, else any name of it."""
+        relation = grammar().relations[question.metadata["relations"][hop]]
+        text = " ".join(passage.text for passage in seen)
+        subject = question.metadata["hop_subjects"][hop]
+        if relation.object == "year":
+            found = re.findall(r"\b1[789]\d\d\b", text)
+        else:
+            found = [name for name in self._names.get(relation.object, ()) if name != subject and name in text]
+        return self._rng.choice(found or [seen[0].title if seen else subject])
+
+    def _write(self, session: Session, text: str) -> None:
+        session.model_wrote(self.codec.encode(text))
+
+
+def _label(question: Question, hop: int) -> str:
+    relation = grammar().relations[question.metadata["relations"][hop]]
+    return relation.label.format(**kind_words(relation.subject, question.metadata["hop_kinds"][hop]))
+
+
+def _forms(question: Question, hop: int) -> list[str]:
+    """Queries in the order in which they are tried: the usual one, another, and one with what the question calls it."""
+    kind = question.metadata["hop_kinds"][hop]
+    forms = [hop_query(question, hop, 0), hop_query(question, hop, 1)]
+    if hop == 0 and kind and f"{kind} {question.metadata['hop_mentions'][0]}" in question.question:
+        return [forms[0], f"{kind} {forms[1]}", forms[1]]
+    return [*forms, hop_query(question, hop, 2)]
+
+
+def _names(world: World) -> dict[str, list[str]]:
+    """Object type -> names that some question of the world asks for or passes through."""
+    found: dict[str, set[str]] = {}
+    for questions in world.questions.values():
+        for question in questions:
+            for name, value in zip(question.metadata["relations"], question.metadata["hop_answers"], strict=True):
+                found.setdefault(grammar().relations[name].object, set()).add(value)
+    return {kind: sorted(names) for kind, names in found.items()}
+
+
+def small_world(seed: int, questions: int) -> WorldConfig:
+    """A world just large enough for some demonstrations; questions of all splits, so every wording occurs."""
+    return WorldConfig(
+        seed=seed,
+        train_questions=questions // 3,
+        dev_questions=0,
+        test_questions=questions - questions // 3,
+        people=24,
+        works=16,
+        companies=6,
+        schools=6,
+        prizes=6,
+        towns=8,
+        rivers=6,
+        newspapers=6,
+    )
+
+
+def demonstrations(
+    codec: Codec, *, first_seed: int, worlds: int, per_world: int, haste: Haste, shown: Shown, limits: Limits
+) -> Iterator[Demonstration]:
+    """`per_world` demonstrations from each of `worlds` worlds with seeds from `first_seed` on."""
+    for seed in range(first_seed, first_seed + worlds):
+        world = build_world(small_world(seed, per_world))
+        writer = Demonstrator(world, codec, haste, shown, limits, seed=f"demonstrations {seed}")
+        for split in ("train", "test"):
+            for question in world.questions[split]:
+                yield writer.demonstrate(question)

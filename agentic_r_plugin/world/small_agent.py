@@ -1,0 +1,127 @@
+"""The small agent: a byte-level tokenizer and a Qwen2 model of a few million parameters, from scratch.
+
+Attention starts with hand-built copy heads (ordinary Qwen2 weights). In layer 0 two heads look one and two tokens back
+through query and key biases under RoPE, and put those tokens into their own parts of the residual stream; in the next
+layers one head looks for earlier places that follow the current token, one for places that follow the current pair,
+and both write the token found there. Copying names then works within some 100,000 training tokens instead of many
+millions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
+END, PAD = "<|end|>", "<|pad|>"
+
+HIDDEN, HEAD_DIM, HEADS, LAYERS, FEED_FORWARD = 256, 64, 4, 4, 576
+ROPE_THETA = 1e6
+_TOKEN, _BEFORE, _TWO_BEFORE = slice(0, 128), slice(128, 192), slice(192, 256)
+"""Parts of the residual stream at the start of training: the token, the one before it, the one before that."""
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; digits stand alone, each tag of the protocol is one ordinary (not special) token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(TAGS) - 2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([END, PAD])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """A fresh model with copy heads, in float32."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config).float()
+    with torch.no_grad():
+        _copy_heads(model)
+    return model
+
+
+def _copy_heads(model: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    code_DT = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0][:64]
+    """Projection of a token's 128 numbers to the 64 by which it is remembered as an earlier one."""
+    embedding = model.model.embed_tokens.weight
+    embedding.zero_()
+    embedding[:, _TOKEN] = 0.04 * torch.randn(embedding.shape[0], 128, generator=generator)
+    first = model.model.layers[0].self_attn
+    for head, (offset, part) in enumerate(((1, _BEFORE), (2, _TWO_BEFORE))):
+        _look_back(first, head, offset)
+        rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        first.v_proj.weight[rows] = 0
+        first.v_proj.weight[rows, _TOKEN] = code_DT
+        first.o_proj.weight[:, rows] = 0
+        first.o_proj.weight[part, rows] = 0.04 * torch.eye(HEAD_DIM)
+    for layer in model.model.layers[1:3]:
+        _match(layer.self_attn, 0, [(_TOKEN, _BEFORE, 32)], code_DT)
+        _match(layer.self_attn, 1, [(_TOKEN, _BEFORE, 16), (_BEFORE, _TWO_BEFORE, 16)], code_DT)
+        for head in (0, 1):
+            rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            part = slice(head * 64, head * 64 + 64)
+            layer.self_attn.v_proj.weight[rows] = 0
+            layer.self_attn.v_proj.weight[rows, part] = torch.eye(64)
+            layer.self_attn.o_proj.weight[:, rows] = 0
+            layer.self_attn.o_proj.weight[part, rows] = 0.1 * torch.eye(64)
+
+
+def _look_back(attention: Any, head: int, offset: int, strength: float = 7.5) -> None:
+    """A head that attends `offset` tokens back, whatever the tokens are."""
+    frequency_P = ROPE_THETA ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
+    strength_P = strength * (frequency_P > 0.05)
+    rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    attention.q_proj.weight[rows] *= 0.1
+    attention.k_proj.weight[rows] *= 0.1
+    turned = offset * frequency_P
+    attention.q_proj.bias[rows] = torch.cat([strength_P * turned.cos(), -strength_P * turned.sin()])
+    attention.k_proj.bias[rows] = torch.cat([strength_P, torch.zeros_like(strength_P)])
+
+
+def _match(attention: Any, head: int, parts: list[tuple[slice, slice, int]], code_DT: torch.Tensor) -> None:
+    """A head that attends to places whose `seen` part equals this place's `own` part.
+
+    It uses the slowly turning pairs of RoPE only, so that distance hardly matters.
+    """
+    slow = [*range(16, 32), *range(48, 64)]
+    query, key = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)
+    at = 0
+    for own, seen, count in parts:
+        used = slice(at, at + count) if len(parts) > 1 else slice(0, count)
+        rows = slow[at : at + count]
+        query[rows, own] = code_DT[used] if own == _TOKEN else torch.eye(64)[used]
+        key[rows, seen] = torch.eye(64)[used]
+        at += count
+    rows_all = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    attention.q_proj.weight[rows_all] = 1.8 * query
+    attention.k_proj.weight[rows_all] = 1.8 * key

@@ -1,0 +1,254 @@
+"""Supervised warm start of the small agent on scripted trajectories (command `warm-start`).
+
+Every few trajectories come from another fictional world, so there is nothing to remember: what can be learned is to
+plan the hops, to copy names into queries, to read passages and to answer. The demonstrators are hasty on purpose
+(`demonstrations.Haste`); PPO is meant to cure that. Runs on one CPU or a GPU; the shipped weights took some minutes of
+a GPU with 14 workers writing demonstrations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentic_r_plugin.errors import ConfigError, TrainingError
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.store import require_absent
+from agentic_r_plugin.world.demonstrations import Haste, Shown, demonstrations, small_world
+from agentic_r_plugin.world.generate import build_world
+from agentic_r_plugin.world.small_agent import build_model, train_tokenizer
+
+FIRST_WORLD = 1_000_000
+"""Seeds of the demonstrations' worlds start here; benchmarks use smaller ones."""
+
+Example = tuple[list[int], list[int]]
+"""Ids of prompt and response, and a mask of equal length: 1 where the model wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Data, schedule and haste of one warm start."""
+
+    out: str = field(default="", metadata={"help": "folder for weights and tokenizer"})
+    seed: int = field(default=0, metadata={"help": "seed of weights and order; also shifts the worlds"})
+    worlds: int = field(default=400, metadata={"help": "worlds that demonstrations come from"})
+    per_world: int = field(default=24, metadata={"help": "demonstrations from each world"})
+    vocabulary: int = field(default=2560, metadata={"help": "tokens"})
+    tokenizer_worlds: int = field(default=60, metadata={"help": "worlds whose text trains the tokenizer"})
+    batch_tokens: int = field(default=4096, metadata={"help": "tokens of one step, padding included"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
+    warm_up: float = field(default=0.03, metadata={"help": "share of the demonstrations with a rising learning rate"})
+    weight_decay: float = field(default=0.1, metadata={"help": "of matrices"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one"})
+    stop_at_person: float = field(default=Haste.stop_at_person, metadata={"help": "see demonstrations.Haste"})
+    stop_at_other: float = field(default=Haste.stop_at_other, metadata={"help": "see demonstrations.Haste"})
+    guess: float = field(default=Haste.guess, metadata={"help": "see demonstrations.Haste"})
+    repeat: float = field(default=Haste.repeat, metadata={"help": "see demonstrations.Haste"})
+    gold: float = field(default=Shown.gold, metadata={"help": "how often a search shows the passage it is after"})
+    one_passage_first: float = field(default=0.1, metadata={"help": "share of the worlds with one passage a search"})
+
+    def __post_init__(self) -> None:
+        for name in ("worlds", "per_world", "batch_tokens", "tokenizer_worlds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.vocabulary < 300:
+            raise ConfigError(f"vocabulary: expected at least 300, found {self.vocabulary}")
+
+    @property
+    def haste(self) -> Haste:
+        """The demonstrators' faults."""
+        return Haste(
+            stop_at_person=self.stop_at_person,
+            stop_at_other=self.stop_at_other,
+            guess=self.guess,
+            repeat=self.repeat,
+        )
+
+
+def run(config: WarmStartConfig, *, resume: bool = False) -> None:
+    """Train and write `OUT` (weights in bfloat16, tokenizer, warm_start.json); the folder appears whole or not at all.
+
+    Raises:
+        ConfigError: no `out`.
+        OutputExistsError: the folder exists; with `resume` a folder that exists is whole, and nothing is done.
+        TrainingError: the loss is not finite.
+    """
+    if not config.out:
+        raise ConfigError("warm-start: expected --out DIR")
+    out = Path(config.out)
+    if resume and out.exists():
+        return
+    require_absent(out)
+    started = time.monotonic()
+    tokenizer = train_tokenizer(_texts(config), config.vocabulary)
+    model, curve = train(config, tokenizer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+    try:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        record = {"config": asdict(config) | {"out": out.name}, "loss": curve, "seconds": time.monotonic() - started}
+        (temporary / "warm_start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int, float]]]:
+    """The trained model in float32, and (step, mean loss per model token) points.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted if config.device == "auto" else config.device)
+    model = build_model(tokenizer, config.seed).to(device).train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    total = config.worlds * config.per_world
+    seen, recent, curve, started = 0, [], [], time.monotonic()
+    for step, batch in enumerate(_batches(config, tokenizer)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * _schedule(seen / total, config.warm_up)
+        loss = loss_of(model, batch, tokenizer.pad_token_id)
+        if not torch.isfinite(loss):
+            raise TrainingError(f"warm start: the loss at step {step} is {loss.item()}; lower learning_rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen += len(batch)
+        recent.append(loss.detach())
+        if len(recent) == 50 or seen == total:
+            curve.append((step + 1, round(torch.stack(recent).mean().item(), 4)))
+            print(
+                f"step {step + 1}  {seen}/{total}  loss {curve[-1][1]:.4f}  {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+            recent = []
+    return model.cpu(), curve
+
+
+def loss_of(model: Any, batch: list[Example], pad: int) -> torch.Tensor:
+    """Mean cross-entropy over the tokens that the model has to write.
+
+    B sequences, T positions, N predicted tokens. Sequences are padded on the right, which causal attention never sees.
+    """
+    length = max(len(ids) for ids, _ in batch)
+    ids_BT = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in batch]).to(model.device)
+    mask_BT = torch.tensor([mask + [0] * (length - len(mask)) for _, mask in batch], dtype=torch.bool).to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
+        logits_NV = model.lm_head(hidden_ND)
+    return torch.nn.functional.cross_entropy(logits_NV.float(), ids_BT[:, 1:][mask_BT[:, 1:]])
+
+
+def _schedule(progress: float, warm_up: float) -> float:
+    """Linear rise, then half a cosine down to 2 %."""
+    if progress < warm_up:
+        return max(progress, 1e-3) / warm_up
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def _batches(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]]:
+    """Batches of similar lengths in random order, the same for any number of workers."""
+    rng = random.Random(f"batches {config.seed}")
+    pool: list[Example] = []
+    for examples in _by_world(config, tokenizer):
+        pool += examples
+        if sum(len(ids) for ids, _ in pool) > 16 * config.batch_tokens:
+            yield from _cut(pool, config.batch_tokens, rng)
+            pool = []
+    yield from _cut(pool, config.batch_tokens, rng)
+
+
+def _cut(pool: list[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
+    batches: list[list[Example]] = []
+    for example in sorted(pool, key=lambda pair: len(pair[0])):
+        if batches and (len(batches[-1]) + 1) * len(example[0]) <= batch_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    rng.shuffle(batches)
+    return batches
+
+
+def _by_world(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]]:
+    write = partial(_write_world, config=config, tokenizer=tokenizer)
+    if config.workers == 0:
+        yield from map(write, range(config.worlds))
+        return
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
+        yield from pool.imap(write, range(config.worlds), chunksize=4)
+
+
+def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list[Example]:
+    """All demonstrations of one world."""
+    shown = Shown(gold=config.gold, most_passages=1 if index < config.one_passage_first * config.worlds else 3)
+    made = demonstrations(
+        TokenizerCodec(tokenizer),
+        first_seed=FIRST_WORLD * (1 + config.seed) + index,
+        worlds=1,
+        per_world=config.per_world,
+        haste=config.haste,
+        shown=shown,
+        limits=Limits(),
+    )
+    return [(one.ids, one.mask) for one in made]
+
+
+def _texts(config: WarmStartConfig) -> Iterator[str]:
+    """What the tokenizer learns from: passages, questions, and the words of the protocol and of the demonstrations."""
+    for index in range(config.tokenizer_worlds):
+        world = build_world(small_world(FIRST_WORLD * (1 + config.seed) - 1 - index, config.per_world))
+        for passage in world.passages:
+            yield passage.text
+        for passage in world.passages[:9]:
+            yield compact.render([passage] * 3)
+        for split in ("train", "test"):
+            for question in world.questions[split]:
+                yield compact.prompt(question.question)
+                yield f" Find {', then '.join(question.metadata['relations'])}."
+                yield from (f" {name}: not found. Again." for name in question.metadata["relations"])
+                yield " Next author. Next composer. Next painter. Next director. Done. Check."
+
+
+def main() -> None:
+    """`python -m agentic_r_plugin.world.warm_start --out DIR [--worlds N ...]`, where the package is not installed."""
+    import argparse
+    from dataclasses import fields
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for item in fields(WarmStartConfig):
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=type(item.default),
+            default=item.default,
+            help=item.metadata["help"],
+        )
+    run(WarmStartConfig(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
