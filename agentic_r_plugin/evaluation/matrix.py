@@ -61,6 +61,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Every pair of cells of one benchmark that share the agent or the retriever, metric by metric.
 
+    The benchmark's first cell is compared with its last, too: what the whole run gave.
+
     Args:
         results: the cells.
         folders: each cell's folder, by `cell_name`.
@@ -68,7 +70,9 @@ def compare(
     comparisons = []
     for first, second in combinations(results, 2):
         same = [key for key in ("agent", "retriever") if first[key] == second[key]]
-        if first["benchmark"] != second["benchmark"] or first["split"] != second["split"] or not same:
+        of_benchmark = [result for result in results if result["benchmark"] == first["benchmark"]]
+        corners = first is of_benchmark[0] and second is of_benchmark[-1]
+        if first["benchmark"] != second["benchmark"] or not (same or corners):
             continue
         tables = [read_json(folders[cell_name(result)] / "scores.json") for result in (first, second)]
         metrics = {
@@ -79,7 +83,7 @@ def compare(
         comparisons.append(
             {
                 "benchmark": first["benchmark"],
-                "fixed": same[0],
+                "fixed": same[0] if same else None,
                 "first": {key: first[key] for key in ("agent", "retriever")},
                 "second": {key: second[key] for key in ("agent", "retriever")},
                 "metrics": {name: found for name, found in metrics.items() if found is not None},

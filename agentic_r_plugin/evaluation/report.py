@@ -1,0 +1,195 @@
+"""`agentic-r report`: one self-contained page, and the same in Markdown, from what a run folder holds.
+
+The page asks nothing of the network: style, script and charts are inside it. What the run folder lacks is left out and
+named at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin import __version__
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation import report_parts as parts
+from agentic_r_plugin.evaluation.matrix import markdown_table
+from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
+from agentic_r_plugin.store import atomic_path, require_absent
+
+PAPER_AVERAGES = (
+    ("agent 1 + E5", "39.64"),
+    ("agent 1 + R1", "42.26"),
+    ("agent 2 + R1", "44.14"),
+    ("agent 2 + R2", "45.00"),
+    ("agent 3 + R3", "44.10"),
+)
+"""Average EM by iteration, as the paper reports it (method section 7)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Make report.html and report.md of a run."""
+
+    run: str = field(metadata={"help": "run folder of iterate, or output folder of evaluate"})
+    out: str = field(default="", metadata={"help": "folder for the report; empty: the run folder"})
+    title: str = field(default="", metadata={"help": "heading; empty: the run folder's name"})
+    num_better: int = field(
+        default=4, metadata={"help": "sample questions that the last retriever answers, the first not"}
+    )
+    num_worse: int = field(default=2, metadata={"help": "sample questions the other way round"})
+
+    def __post_init__(self) -> None:
+        if self.num_better < 0 or self.num_worse < 0:
+            raise ConfigError("num_better, num_worse: expected at least 0")
+
+
+def run(config: ReportConfig, *, resume: bool = False) -> None:
+    """Write both files; with `resume` an earlier report is replaced.
+
+    Raises:
+        RecordError: no such run folder, nothing in it to report, or a damaged file.
+        OutputExistsError: there is a report already, and `resume` was not asked for.
+    """
+    folder = Path(config.run)
+    out = Path(config.out) if config.out else folder
+    if not resume:
+        require_absent(out / "report.html")
+        require_absent(out / "report.md")
+    content = context(read_run(folder), config)
+    for name in ("report.html", "report.md"):
+        text = render(f"{name}.jinja", content)
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(out / "report.html", flush=True)
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """A template of this package with its values; HTML is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("agentic_r_plugin.evaluation", "templates"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template(template).render(content)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> [duration(value) for value in (0.4, 12, 75, 3720)]
+    ['0.4 s', '12 s', '1 min 15 s', '1 h 2 min']
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
+    """Everything the templates use."""
+    cells = run.matrix["cells"] if run.matrix else []
+    costs, cost_columns = parts.cost_rows(run)
+    content: dict[str, Any] = {
+        "title": config.title or f"Agentic-R: {run.path.resolve().name}",
+        "version": __version__,
+        "facts": _facts(run),
+        "matrix": run.matrix,
+        "best": max(cells, key=lambda cell: cell["metrics"]["agentic_em"]["mean"], default=None),
+        "many_benchmarks": len({cell["benchmark"] for cell in cells}) > 1,
+        "tiles": parts.headlines(run.matrix) if run.matrix else [],
+        "heatmaps": parts.heatmaps(run.matrix) if run.matrix else [],
+        "breakdowns": _breakdowns(cells),
+        "iterations": run.iterations,
+        "agent_charts": parts.agent_charts(run.iterations),
+        "retriever_charts": parts.retriever_charts(run.iterations),
+        "positives": parts.positives_chart(run.iterations),
+        "has_data": any(iteration.stages for iteration in run.iterations),
+        "costs": costs,
+        "cost_columns": cost_columns,
+        "total_time": duration(sum(line.get("seconds", 0.0) for line in run.costs)),
+        "samples": parts.samples(run, num_better=config.num_better, num_worse=config.num_worse),
+        "provenance": _provenance(run),
+        "config": run.config,
+        "paper": PAPER_AVERAGES,
+        "notes": run.notes,
+        "table": markdown_table(cells),
+        "css": _asset("report.css"),
+        "js": _asset("report.js"),
+    }
+    return content | {"sections": _sections(content)}
+
+
+def _asset(name: str) -> str:
+    return (files("agentic_r_plugin.evaluation") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
+    facts = []
+    if run.matrix:
+        cells = run.matrix["cells"]
+        facts.append(("benchmark", ", ".join(dict.fromkeys(f"{cell['benchmark']} {cell['split']}" for cell in cells))))
+        facts.append(("questions", f"{max(cell['num_questions'] for cell in cells):,}"))
+        machine = run.matrix["hardware"]
+        accelerators = ", ".join(machine["accelerators"]) or f"{machine['cpus']} CPU cores, no accelerator"
+        facts.append(("on", accelerators))
+    if run.iterations:
+        facts.append(("iterations", str(max(iteration.number for iteration in run.iterations))))
+    if run.costs:
+        facts.append(("time", duration(sum(line.get("seconds", 0.0) for line in run.costs))))
+    return facts
+
+
+def _breakdowns(cells: list[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """For each kind of breakdown, its values with their number of questions."""
+    counts: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        for key, groups in cell.get("breakdown", {}).items():
+            for value, group in groups.items():
+                counts.setdefault(key, {}).setdefault(value, group["num_questions"])
+    return [(key, sorted(values.items())) for key, values in counts.items()]
+
+
+def _provenance(run: RunFolder) -> list[tuple[str, str]]:
+    if run.matrix is None:
+        return []
+    machine, cell = run.matrix["hardware"], run.matrix["cells"][0]
+    rows = [
+        ("protocol", f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"),
+        ("questions", f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"),
+        ("hardware", f"{machine['cpu']}, {machine['cpus']} cores, {machine['memory_gib']} GiB"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in run.matrix["versions"].items())),
+    ]
+    for key, label in (("agent", "agents"), ("retriever", "retrievers")):
+        names = {
+            item[key]: item.get(f"{'search' if key == 'retriever' else key}_fingerprint", "")
+            for item in run.matrix["cells"]
+        }
+        rows.append((label, ", ".join(f"{name} {print_}" for name, print_ in names.items())))
+    return rows
+
+
+def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    present = (
+        ("results", "Results", content["matrix"]),
+        ("matrix", "Matrix", content["heatmaps"]),
+        ("comparisons", "Comparisons", content["matrix"] and content["matrix"]["comparisons"]),
+        ("breakdown", "By kind", content["breakdowns"]),
+        ("agent", "Agent", content["agent_charts"]),
+        ("data", "Data", content["has_data"]),
+        ("retriever", "Retriever", content["retriever_charts"]),
+        ("cost", "Cost", content["costs"]),
+        ("samples", "Trajectories", content["samples"]),
+        ("provenance", "Made from", True),
+    )
+    return [(anchor, name) for anchor, name, there in present if there]

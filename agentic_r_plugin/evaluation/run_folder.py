@@ -1,0 +1,160 @@
+"""Reads what a run folder holds for its report; what is missing is noted, never invented.
+
+The folder is one of the loop (`iterate`) or one of `evaluate` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.records import Correctness, Relevance, Trajectory
+from agentic_r_plugin.store import read_json, read_records
+
+BANDS = ((81, 100), (61, 80), (41, 60), (21, 40), (0, 20))
+"""The judge's five bands of relevance (method section 4, step 4)."""
+
+
+@dataclass(kw_only=True)
+class Iteration:
+    """What one iteration left behind."""
+
+    number: int
+    agent_steps: list[dict[str, Any]] = field(default_factory=list)
+    retriever_steps: list[dict[str, Any]] = field(default_factory=list)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stage report by stage, in the order of the method."""
+    agreement: list[dict[str, Any]] = field(default_factory=list)
+    """For each band of relevance, how many candidates were rolled out and how many were correct."""
+
+
+@dataclass(kw_only=True)
+class RunFolder:
+    """All that the report shows."""
+
+    path: Path
+    config: str | None = None
+    """The resolved configuration, as YAML."""
+    matrix: dict[str, Any] | None = None
+    matrix_dir: Path | None = None
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    iterations: list[Iteration] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is missing, one sentence each."""
+
+    def trajectories(self, cell: Mapping[str, Any]) -> dict[str, Trajectory]:
+        """A cell's trajectories by question id; empty where its file is missing."""
+        if self.matrix_dir is None:
+            return {}
+        file = self.matrix_dir / f"{cell['agent']}-{cell['retriever']}-{cell['benchmark']}" / "per_question.jsonl"
+        return {record.id: record for record in read_records(file, Trajectory)} if file.is_file() else {}
+
+
+_STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
+
+
+def read_run(path: Path) -> RunFolder:
+    """Everything there is in a run folder.
+
+    Raises:
+        RecordError: there is no such folder, nothing in it to report, or a file in it is damaged.
+    """
+    if not path.is_dir():
+        raise RecordError("no such run folder", path=path)
+    run = RunFolder(path=path)
+    run.matrix_dir = next(
+        (folder for folder in (path / "evaluation", path) if (folder / "matrix.json").is_file()), None
+    )
+    if run.matrix_dir is not None:
+        run.matrix = read_json(run.matrix_dir / "matrix.json")
+    else:
+        run.notes.append(
+            "No evaluation yet (evaluation/matrix.json): no results, no comparison, no sample trajectories."
+        )
+    config = path / "config.yaml"
+    run.config = config.read_text(encoding="utf-8") if config.is_file() else None
+    run.costs = list(_steps(path / "costs.jsonl"))
+    numbered = [
+        (int(match[1]), folder) for folder in path.glob("iteration-*") if (match := re.search(r"-(\d+)$", folder.name))
+    ]
+    run.iterations = [iteration for number, folder in sorted(numbered) if (iteration := _iteration(number, folder))]
+    if run.matrix is None and not run.iterations and not run.costs:
+        raise RecordError("nothing to report: no matrix.json, iteration-* or costs.jsonl", path=path)
+    _note_missing(run)
+    return run
+
+
+def _note_missing(run: RunFolder) -> None:
+    if not run.costs:
+        run.notes.append("No costs.jsonl: the cost of the phases is left out.")
+    if not run.iterations:
+        run.notes.append("No iteration-* folders: training curves and data construction are left out.")
+    for iteration in run.iterations:
+        parts = (
+            ("agent/metrics.jsonl", iteration.agent_steps),
+            ("data/*.report.json", iteration.stages),
+            ("retriever/metrics.jsonl", iteration.retriever_steps),
+        )
+        for name, content in parts:
+            if not content:
+                run.notes.append(f"Iteration {iteration.number}: no {name}.")
+
+
+def _iteration(number: int, folder: Path) -> Iteration | None:
+    """None where the folder holds nothing that is shown (iteration 0 holds only an index)."""
+    stages = {}
+    for name in _STAGES:
+        file = folder / "data" / f"{name}.jsonl.report.json"
+        if file.is_file():
+            stages[name] = read_json(file)
+    iteration = Iteration(
+        number=number,
+        agent_steps=list(_steps(folder / "agent" / "metrics.jsonl")),
+        retriever_steps=list(_steps(folder / "retriever" / "metrics.jsonl")),
+        stages=stages,
+        agreement=_agreement(folder / "data"),
+    )
+    return iteration if iteration.agent_steps or iteration.retriever_steps or stages else None
+
+
+def _steps(file: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a log that may still be written: a last line that is cut off is left out.
+
+    Raises:
+        RecordError: any other line is damaged.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"expected one JSON object a line: {error}", path=file, line=number) from error
+
+
+def _agreement(folder: Path) -> list[dict[str, Any]]:
+    """How often a candidate of each band of relevance led to the right answer, over the candidates rolled out."""
+    relevance, correctness = folder / "relevance.jsonl", folder / "correctness.jsonl"
+    if not (relevance.is_file() and correctness.is_file()):
+        return []
+    scores = {(record.id, record.turn): record.scores for record in read_records(relevance, Relevance)}
+    counts = {band: [0, 0] for band in BANDS}
+    for record in read_records(correctness, Correctness):
+        score = scores.get((record.id, record.turn), {}).get(record.passage_id)
+        band = next((band for band in BANDS if score is not None and band[0] <= score <= band[1]), None)
+        if band is not None:
+            counts[band][0] += 1
+            counts[band][1] += record.em
+    return [
+        {"low": low, "high": high, "rollouts": total, "correct": right}
+        for (low, high), (total, right) in counts.items()
+        if total
+    ]

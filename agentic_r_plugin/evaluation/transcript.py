@@ -1,0 +1,77 @@
+"""A trajectory's text cut into pieces to be coloured: who wrote what, and what it was for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agentic_r_plugin.protocol import AgentProtocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A run of text of one kind."""
+
+    kind: str
+    """think, search, answer or other (the model's); information or correction (the environment's)."""
+    text: str
+    """Without the tags."""
+
+    @property
+    def by_model(self) -> bool:
+        """Whether the model wrote it."""
+        return self.kind not in ("information", "correction")
+
+
+def pieces(text: str, protocol: AgentProtocol) -> list[Piece]:
+    """Cut a trajectory's text.
+
+    An information block is the environment's where it follows a search at once; one that a model made up is its own.
+
+    >>> from agentic_r_plugin.protocol import compact
+    >>> [(piece.kind, piece.text) for piece in pieces("<think>Hm.</think><search> Nile </search>", compact)]
+    [('think', 'Hm.'), ('search', 'Nile')]
+    """
+    found: list[Piece] = []
+    information = re.compile(rf"\s*<{protocol.information_tag}>(.*?)</{protocol.information_tag}>\s*", re.DOTALL)
+    tags = {protocol.think_tag: "think", protocol.search_tag: "search", protocol.answer_tag: "answer"}
+    block = re.compile(rf"<({'|'.join(map(re.escape, tags))})>(.*?)(?:</\1>|\Z)", re.DOTALL)
+    correction = protocol.correction.strip()
+    position = 0
+    while position < len(text):
+        if found and found[-1].kind == "search" and (match := information.match(text, position)):
+            found.append(Piece(kind="information", text=match[1].strip()))
+            position = match.end()
+            continue
+        candidates = [match for match in (block.search(text, position),) if match]
+        at = text.find(correction, position) if correction else -1
+        start = min([match.start() for match in candidates] + ([at] if at >= 0 else []), default=len(text))
+        if text[position:start].strip():
+            found.append(Piece(kind="other", text=text[position:start].strip()))
+        if start == len(text):
+            break
+        if start == at:
+            found.append(Piece(kind="correction", text=correction))
+            position = at + len(correction)
+        else:
+            match = candidates[0]
+            found.append(Piece(kind=tags[match[1]], text=match[2].strip()))
+            position = match.end()
+    return found
+
+
+def highlight(text: str, golden_answers: Sequence[str]) -> list[tuple[str, bool]]:
+    """`text` in runs, True where a run is a gold answer (whole words, any case).
+
+    >>> highlight("Born in Rome.", ["rome"])
+    [('Born in ', False), ('Rome', True), ('.', False)]
+    """
+    wanted = [re.escape(gold) for gold in sorted(golden_answers, key=len, reverse=True) if gold.strip()]
+    if not wanted:
+        return [(text, False)]
+    runs, end = [], 0
+    for match in re.finditer(rf"(?<!\w)(?:{'|'.join(wanted)})(?!\w)", text, re.IGNORECASE):
+        runs += [(text[end : match.start()], False), (match[0], True)]
+        end = match.end()
+    return [(part, is_gold) for part, is_gold in [*runs, (text[end:], False)] if part]
