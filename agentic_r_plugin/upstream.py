@@ -71,7 +71,7 @@ def resolve(hook: Hook) -> tuple[Any, str, Any]:
         return owner, attribute, getattr(owner, attribute)
     except (ImportError, AttributeError) as error:
         raise UpstreamError(
-            f"hook {hook.name!r}: {hook.symbol} is not in {hook.distribution} {hook.versions[0]} as expected ({error}); "
+            f"hook {hook.name!r}: {hook.symbol} is not in the installed {hook.distribution} as expected ({error}); "
             f"{hook.patch} has to be reviewed against the installed sources"
         ) from error
 
@@ -85,11 +85,12 @@ def check_version(distribution: str, versions: Sequence[str], *, needed_by: str)
     try:
         installed = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError as error:
-        raise UpstreamError(f"{needed_by} needs {distribution} {' or '.join(versions)}, which is not installed") from error
+        wanted = f"{distribution} {' or '.join(versions)}"
+        raise UpstreamError(f"{needed_by} needs {wanted}, which is not installed") from error
     if installed.partition("+")[0] not in versions:
         raise UpstreamError(
-            f"{needed_by} was written for {distribution} {' or '.join(versions)}, installed is {installed}: install the "
-            "pinned release, or review the hook and its patch against the new sources"
+            f"{needed_by} was written for {distribution} {' or '.join(versions)}, installed is {installed}: install "
+            "the pinned release, or review the hook and its patch against the new sources"
         )
     return installed
 

@@ -282,9 +282,7 @@ def _append(row: _Row, token_id: int, logprob: float, sampling: _Sampling) -> No
         row.finish_reason = "length"
 
 
-def _rows(
-    prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int | Sequence[int] | None
-) -> list[_Row]:
+def _rows(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int | Sequence[int] | None) -> list[_Row]:
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     seeds = [seed * 1_000_003 + index for index in range(len(prompts))] if isinstance(seed, int) else list(seed)

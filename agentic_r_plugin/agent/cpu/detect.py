@@ -22,7 +22,7 @@ def cpu_wanted() -> bool:
     if choice in ("1", "0"):
         return choice == "1"
     if choice != "auto":
-        raise ConfigError(f"{SWITCH}={choice}: expected 1 (use the CPU), 0 (never), or auto (where no accelerator is found)")
+        raise ConfigError(f"{SWITCH}={choice}: expected 1 (use the CPU), 0 (never), auto (where nothing else is found)")
     named = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if named:
         return named == "cpu"

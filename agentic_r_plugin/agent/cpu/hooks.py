@@ -1,4 +1,4 @@
-"""What verl 0.9.1 needs changed at run time to train without an accelerator. Each stands in for a file in `patches/`."""
+"""What verl 0.9.1 needs changed at run time to train without an accelerator; `patches/` holds the same as patches."""
 
 from __future__ import annotations
 

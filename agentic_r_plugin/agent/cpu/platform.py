@@ -1,4 +1,7 @@
-"""The CPU as a verl platform: what verl asks of an accelerator, answered for a machine that has none."""
+"""The CPU as a verl platform: what verl asks of an accelerator, answered for a machine that has none.
+
+verl is imported inside `register` only: importing verl imports our plugin, which needs this module whole.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-from verl.plugin.platform import PlatformBase
 
 
 def _cpu_device_module() -> ModuleType:
@@ -46,8 +48,8 @@ def _cpu_device_module() -> ModuleType:
     return module
 
 
-class CPUPlatform(PlatformBase):
-    """One device, named `cpu`; collectives by gloo.
+class CPUPlatform:
+    """One device, named `cpu`; collectives by gloo. Made a `PlatformBase` of verl by `register`.
 
     Ray is told of logical GPUs (`ray_kwargs.ray_init.num_gpus`), because verl's placement groups and resource check
     count nothing else: one logical GPU is one worker process.
@@ -70,7 +72,7 @@ class CPUPlatform(PlatformBase):
     def is_available(self) -> bool:
         return True
 
-    def current_device(self) -> str:  # type: ignore[override]
+    def current_device(self) -> str:
         return "cpu"  # what `tensor.to` takes; an index would mean an accelerator
 
     def device_count(self) -> int:
@@ -127,12 +129,11 @@ class CPUPlatform(PlatformBase):
 
 
 def register() -> None:
-    """Make the CPU this process's platform.
+    """Make the CPU this process's platform, before verl looks for another."""
+    from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
 
-    verl picks a platform the first time one is asked for; set here, it holds whatever was asked before.
-    """
-    from verl.plugin.platform import PlatformRegistry, platform_manager
-
-    PlatformRegistry.register("cpu")(CPUPlatform)
-    if not isinstance(platform_manager._current_platform, CPUPlatform):
-        platform_manager._current_platform = CPUPlatform()
+    if PlatformRegistry.get("cpu") is not None:
+        return
+    platform_class = type("VerlCPUPlatform", (CPUPlatform, PlatformBase), {"__doc__": CPUPlatform.__doc__})
+    PlatformRegistry.register("cpu")(platform_class)
+    set_platform(platform_class())
