@@ -50,7 +50,7 @@ def demonstrations() -> list[list[tuple[str, bool]]]:
         start = [(compact.prompt(question_of(name)), False), (first_turn(name), True)]
         first = name.split()[0]
         own = [BY_ID[f"born-{first}"], BY_ID[f"work-{first}"]]
-        shown = [[passage] for passage in PASSAGES] + [[*own, p] for p in PASSAGES if p not in own]
+        shown = [[passage] for passage in PASSAGES] + [[own[0]]] * 10 + [[*own, p] for p in PASSAGES if p not in own]
         shown += [[own[1], own[0], p] for p in PASSAGES if p not in own]
         found += [[*start, (compact.render(docs), False), (last_turn(name, docs), True)] for docs in shown]
     return found

@@ -1,0 +1,108 @@
+"""The command `groups`: files in, groups and counts out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.cli import main
+from agentic_r_plugin.data.groups import GroupsConfig, run
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, ScoredPassage
+from agentic_r_plugin.store import read_json, read_records, write_records
+
+PASSAGES = tuple(f"p{number:02}" for number in range(20))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> GroupsConfig:
+    """Query 0 has one positive, 1 two tied ones, 2 none correct, 3 none relevant, 4 no relevance, 5 no rollouts."""
+    base = Candidates(
+        id="", turn=1, question="Q", golden_answers=("x",), query="q", history=("h",), prefix="",
+        passages=tuple(ScoredPassage(id=passage, score=1.0) for passage in PASSAGES),
+    )  # fmt: skip
+    low = dict.fromkeys(PASSAGES, 10)
+    relevance = [low | {"p03": 90}, low | {"p05": 80, "p04": 80}, low | {"p01": 60}, low, None, low | {"p01": 60}]
+    correctness = [{"p03": 1}, {"p04": 1, "p05": 1}, {"p01": 0}, {}, {}, {}]
+    write_records(tmp_path / "c.jsonl", [replace(base, id=str(number)) for number in range(6)])
+    write_records(
+        tmp_path / "r.jsonl",
+        [Relevance(id=str(n), turn=1, scores=scores) for n, scores in enumerate(relevance) if scores is not None],
+    )
+    write_records(
+        tmp_path / "g.parquet",
+        [
+            Correctness(id=str(n), turn=1, passage_id=passage, em=em, answer=None, searches=0)
+            for n, of_query in enumerate(correctness)
+            for passage, em in of_query.items()
+        ],
+    )
+    return GroupsConfig(
+        candidates=str(tmp_path / "c.jsonl"),
+        relevance=str(tmp_path / "r.jsonl"),
+        correctness=str(tmp_path / "g.parquet"),
+        out=str(tmp_path / "out.jsonl"),
+    )
+
+
+def picked(config: GroupsConfig) -> list[tuple[str, str]]:
+    run(config)
+    return [(group.id, group.positive) for group in read_records(config.out, Group)]
+
+
+def test_groups_are_written_and_every_dropped_query_is_counted_by_its_reason(config: GroupsConfig):
+    assert picked(config) == [("0", "p03"), ("1", "p04")]
+    first, _ = read_records(config.out, Group)
+    assert len(set(first.negatives)) == 15 and first.positive not in first.negatives
+    assert first.history == ("h",)
+    report = read_json(config.out + ".report.json")
+    assert (report["read"], report["kept"], report["records"]) == (6, 2, 2)
+    assert report["dropped"] == {
+        "no_correct_candidate": 1, "no_relevance": 1, "not_rolled_out": 1, "relevance_below_threshold": 1,
+    }  # fmt: skip
+
+
+def test_the_released_codes_preset_makes_a_group_of_every_tie(config: GroupsConfig):
+    assert picked(replace(config, preset="released_code")) == [("0", "p03"), ("1", "p04"), ("1", "p05")]
+
+
+def test_the_order_of_queries_does_not_change_their_groups(config: GroupsConfig, tmp_path: Path):
+    run(config)
+    backwards = list(read_records(config.candidates, Candidates))[::-1]
+    write_records(tmp_path / "back.jsonl", backwards)
+    other = replace(config, candidates=str(tmp_path / "back.jsonl"), out=str(tmp_path / "back.out.jsonl"))
+    run(other)
+    assert list(read_records(other.out, Group)) == list(read_records(config.out, Group))[::-1]
+
+
+def test_ablations_need_only_their_own_file(config: GroupsConfig):
+    without_correctness = replace(config, use_correctness=False, correctness="", out=config.out + "1.jsonl")
+    assert picked(without_correctness) == [("0", "p03"), ("1", "p04"), ("2", "p01"), ("5", "p01")]
+    without_relevance = replace(config, use_relevance=False, relevance="", out=config.out + "2.jsonl")
+    with pytest.raises(RecordError, match="correctness of passage 'p00' is needed and unknown"):
+        run(without_relevance)
+
+
+def test_missing_files_and_unknown_presets_are_named(config: GroupsConfig):
+    with pytest.raises(
+        ConfigError, match="no --correctness file; give one, or switch it off with --no-use-correctness"
+    ):
+        run(replace(config, correctness=""))
+    with pytest.raises(ConfigError, match="preset='papre': expected one of paper, released_code"):
+        run(replace(config, preset="papre"))
+
+
+def test_the_command_takes_flags_and_overrides_and_reports_errors_without_a_traceback(config: GroupsConfig, capsys):
+    files = ["--candidates", config.candidates, "--relevance", config.relevance, "--correctness", config.correctness]
+    assert main(["groups", *files, "--out", config.out, "--preset", "released_code", "num_negatives=7"]) == 0
+    assert {len(group.negatives) for group in read_records(config.out, Group)} == {7}
+    assert main(["groups", *files, "--out", config.out]) == 1
+    error = capsys.readouterr().err
+    assert "already exists" in error and "--resume" in error and "Traceback" not in error
+    assert (
+        main(["groups", *files, "--out", config.out, "--preset", "released_code", "num_negatives=7", "--resume"]) == 0
+    )
+    assert main(["groups", *files, "--out", config.out, "--seed", "4", "--resume"]) == 1
+    assert "seed was 0, now 4" in capsys.readouterr().err

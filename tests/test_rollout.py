@@ -1,0 +1,117 @@
+"""Many sessions driven at once: batches, costs, failures, records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.errors import SearchError
+from agentic_r_plugin.llm.base import Sampling
+from agentic_r_plugin.protocol import Limits, Session, compact
+from agentic_r_plugin.records import Question, StopReason
+from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from scripted import CharCodec, ListedSearch, ScriptedAgent, passage
+
+GREEDY = Sampling()
+
+
+def session(question: str, **changes) -> Session:
+    return Session(protocol=compact, codec=CharCodec(), limits=Limits(**changes), question=question)
+
+
+def policy(prompt: str) -> str:
+    """Searches as often as the question says, then answers."""
+    searches = int(prompt.partition("Question: ")[2][0])
+    made = prompt.count("<search>")
+    return f"<search> s{made + 1} </search>" if made < searches else f"<answer> after {made} </answer>"
+
+
+FOUND = {f"s{number}": [passage("a"), passage("b"), passage("c")] for number in (1, 2, 3)}
+
+
+def test_sessions_of_any_length_finish_and_each_turn_is_one_batch():
+    agent, search, cost = ScriptedAgent(policy), ListedSearch(FOUND), RolloutCost()
+    sessions = [session(f"{number}?") for number in (0, 2, 1)]
+    run_sessions(sessions, agent, search, topk=2, sampling=GREEDY, cost=cost)
+    assert [item.finished.answer for item in sessions] == ["after 0", "after 2", "after 1"]
+    assert agent.batches == [3, 2, 1]
+    assert [[turn.query for turn in item.turns] for item in sessions] == [[], ["s1", "s2"], ["s1"]]
+    assert [p.id for p in sessions[1].turns[0].passages] == ["a", "b"]
+    assert (cost.rollouts, cost.searches) == (3, 3)
+    assert cost.generated_tokens == sum(item.generated_tokens for item in sessions)
+    assert cost.prompt_tokens == sum(map(len, agent.prompts))
+
+
+def test_the_mask_is_one_on_what_the_model_wrote_and_the_last_token_is_the_models():
+    item = session("1?")
+    run_sessions([item], ScriptedAgent(policy), ListedSearch(FOUND), topk=3, sampling=GREEDY)
+    by_model = "".join(chr(token) for token, mask in zip(item.response_ids, item.response_mask, strict=True) if mask)
+    assert by_model == "<search> s1 </search><answer> after 1 </answer>"
+    assert item.response_mask[-1] == 1
+
+
+def test_a_search_is_made_with_question_and_earlier_queries():
+    search = ListedSearch(FOUND)
+    run_sessions([session("2?")], ScriptedAgent(policy), search, topk=3, sampling=GREEDY)
+    assert [(request.query, request.question, request.history) for request in search.requests] == [
+        ("s1", "2?", ()),
+        ("s2", "2?", ("s1",)),
+    ]
+
+
+def test_a_search_that_fails_ends_the_run_and_is_never_an_empty_result():
+    class Down(ListedSearch):
+        def search(self, requests, topk):
+            raise SearchError("no retriever")
+
+    item = session("1?")
+    with pytest.raises(SearchError, match="no retriever"):
+        run_sessions([item], ScriptedAgent(policy), Down({}), topk=3, sampling=GREEDY)
+    assert item.finished is None and "<information>" not in item.text
+
+
+def test_a_search_that_finds_nothing_is_shown_as_such():
+    item = session("1?")
+    run_sessions([item], ScriptedAgent(policy), ListedSearch({}), topk=3, sampling=GREEDY)
+    assert "<information></information>" in item.text and item.turns[0].passages == ()
+
+
+def test_malformed_turns_are_corrected_and_then_end_the_trajectory():
+    item = session("x", max_malformed=2)
+    cost = RolloutCost()
+    run_sessions([item], ScriptedAgent(lambda prompt: "hm"), ListedSearch({}), topk=3, sampling=GREEDY, cost=cost)
+    assert item.finished.stop_reason is StopReason.MALFORMED
+    assert item.text == f"hm{compact.correction}hm{compact.correction}hm"
+
+
+def test_finished_sessions_are_left_alone():
+    item, agent = session("0?"), ScriptedAgent(policy)
+    for _ in range(2):
+        run_sessions([item], agent, ListedSearch({}), topk=3, sampling=GREEDY)
+    assert agent.batches == [1]
+
+
+def test_every_search_is_told_to_the_listener():
+    told = []
+    run_sessions(
+        [session("1?")], ScriptedAgent(policy), ListedSearch(FOUND), topk=2, sampling=GREEDY,
+        on_search=lambda item, hits: told.append((item.question, [hit.passage.id for hit in hits])),
+    )  # fmt: skip
+    assert told == [("1?", ["a", "b"])]
+
+
+def test_a_finished_session_becomes_a_record_with_its_scores():
+    question = Question(id="q", question="1?", golden_answers=("After 1", "x"))
+    item = session(question.question)
+    with pytest.raises(ValueError, match="not finished"):
+        to_trajectory(item, question)
+    run_sessions([item], ScriptedAgent(policy), ListedSearch(FOUND), topk=1, sampling=GREEDY)
+    record = to_trajectory(item, question)
+    assert (record.id, record.answer, record.em, record.f1) == ("q", "after 1", 1, 1.0)
+    assert record.stop_reason is StopReason.ANSWERED and record.text == item.text
+    assert record.turns[0].passages[0].id == "a" and record.turns[0].passages[0].score == 1.0
+    assert record.prompt_tokens == len("Question: 1?\n")
