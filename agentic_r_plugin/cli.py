@@ -36,7 +36,11 @@ class Command:
 
 COMMANDS = {
     "world": Command("write the generated benchmark in FlashRAG layout", "world.generate:WorldConfig"),
-    "warm-start": Command("train the small agent on scripted trajectories", "world.warm_start:WarmStartConfig"),
+    "warm-start": Command("make the small agent from generated worlds", "world.warm_start:WarmStartConfig"),
+    "warm-start-sft": Command(
+        "teach a Hugging Face model the protocol on scripted trajectories", "agent.warm_start_sft:WarmStartSFTConfig"
+    ),
+    "warm-start-sft": Command("teach a language model the form on real questions", "agent.warm_start_sft:WarmStartSFTConfig"),
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),

@@ -1,0 +1,360 @@
+"""The loop (paper section 3.4, Algorithm 1): agent and retriever train each other, K times.
+
+    agent, retriever = warm-started agent, off-the-shelf retriever
+    for k in 1..K:
+        agent     = PPO(agent, searching with retriever)
+        groups    = construct(agent, retriever)
+        retriever = contrastive training(retriever, groups)
+        index     = encode(corpus, retriever)
+
+Every phase is one of the package's commands on files in the run folder, so each can be run and looked at by hand:
+
+| in RUN | holds |
+|---|---|
+| `config.yaml` | the resolved configuration; another one cannot go on here |
+| `benchmark/` | the generated benchmark, where none was given |
+| `iteration-0/index/` | the corpus under the first retriever |
+| `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
+| `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups |
+| `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
+| `evaluation/` | agents x retrievers on the test split |
+| `costs.jsonl` | one line a finished phase: seconds, searches, rollouts, tokens; its line means done |
+| `report.html`, `report.md` | the result |
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.agent import launch
+from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.data import candidates, correctness, groups, relevance, sub_answers, trajectories
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.retriever import training
+from agentic_r_plugin.search import index, server
+from agentic_r_plugin.store import dump_line, read_json, read_lines
+from agentic_r_plugin.world import generate
+
+_CHOICES = ("previous", "first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterateConfig:
+    """Agent and retriever train each other, K times.
+
+    The sections named after commands hold that command's own fields; the loop fills in paths, protocol and limits.
+    """
+
+    out: str = field(metadata={"help": "run folder"})
+    agent: str = field(metadata={"help": "folder of the agent to start from"})
+    retriever: str = field(metadata={"help": "retriever to start from: folder, or builtin:NAME"})
+    benchmark: str = field(default="", metadata={"help": "benchmark in FlashRAG layout; empty: generate one (world)"})
+    iterations: int = field(default=2, metadata={"help": "K"})
+    seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
+    agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
+    retriever_from: str = field(default="previous", metadata={"help": "retriever k starts from: previous, first"})
+    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
+    topk: int = field(default=3, metadata={"help": "passages shown for a search"})
+    train_split: str = field(default="train", metadata={"help": "questions of PPO and of data construction"})
+    dev_split: str = field(default="dev", metadata={"help": "questions PPO is validated on; empty: none"})
+    test_split: str = field(default="test", metadata={"help": "questions of the evaluation"})
+    judge: bool = field(default=False, metadata={"help": "ask a judge for sub-answers (needs a sub_answers section)"})
+    llm: dict[str, Any] = field(default_factory=dict, metadata={"help": "how the agent is run outside PPO (LLMSpec)"})
+    world: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, Any] = field(default_factory=dict)
+    serve: dict[str, Any] = field(default_factory=dict)
+    train_agent: dict[str, Any] = field(default_factory=dict)
+    train_agent_later: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on"}
+    )
+    trajectories: dict[str, Any] = field(default_factory=dict)
+    candidates: dict[str, Any] = field(default_factory=dict)
+    sub_answers: dict[str, Any] = field(default_factory=dict)
+    relevance: dict[str, Any] = field(default_factory=dict)
+    correctness: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    train_retriever: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ConfigError(f"iterations: expected at least 1, found {self.iterations}")
+        for name in ("agent_from", "retriever_from"):
+            if getattr(self, name) not in _CHOICES:
+                raise ConfigError(f"{name}: expected one of {', '.join(_CHOICES)}, found {getattr(self, name)!r}")
+
+
+def run(config: IterateConfig, *, resume: bool = False) -> None:
+    """The command `iterate`: start the loop, or go on where it stopped.
+
+    Raises:
+        ConfigError: a section holds an unknown key or a wrong value; found before anything runs.
+        OutputExistsError: the run folder exists, without `resume`.
+        ManifestMismatchError: the run folder belongs to another configuration.
+        AgenticRError: whatever a phase raises; what is finished stays.
+    """
+    loop = Loop(config)
+    loop.check()
+    loop.open(resume=resume)
+    agent, retriever = config.agent, config.retriever
+    agents, indexes = {"agent-0": agent}, {"retriever-0": loop.build_index(0, retriever)}
+    for k in range(1, config.iterations + 1):
+        previous_index = indexes[f"retriever-{k - 1}"]
+        with loop.search_service(k, previous_index) as url:
+            agent = loop.train_agent(k, agent if config.agent_from == "previous" else config.agent, url)
+            training_groups = loop.construct(k, agent, url)
+        start = retriever if config.retriever_from == "previous" else config.retriever
+        retriever = loop.train_retriever(k, start, training_groups)
+        agents[f"agent-{k}"], indexes[f"retriever-{k}"] = agent, loop.build_index(k, retriever)
+    loop.evaluate(agents, indexes)
+    loop.report()
+
+
+class Loop:
+    """The phases of the loop, each a command on files of the run folder, each run once."""
+
+    def __init__(self, config: IterateConfig) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        self.benchmark = Path(config.benchmark) if config.benchmark else self.folder / "benchmark" / "fictional_world"
+        self.corpus = self.benchmark / "corpus.jsonl"
+        self._done: dict[tuple[int, str], Any] = {}
+
+    # --- before
+
+    def check(self) -> None:
+        """Build every phase's configuration once, with placeholder paths, so that a wrong key is found now."""
+        self._index_config(0, "x")
+        self._serve_config(0, "x")
+        self._train_agent_config(1, "x", "http://127.0.0.1:1")
+        self._train_agent_config(2, "x", "http://127.0.0.1:1")
+        for name in self._data_stages():
+            self._stage_config(1, name, "x", "http://127.0.0.1:1")
+        self._train_retriever_config(1, "x", Path("x"))
+        self._evaluate_config({"agent-0": "x"}, {"retriever-0": Path("x")})
+        for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
+            if self.config.benchmark and name and not (self.benchmark / f"{name}.jsonl").is_file():
+                raise ConfigError(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
+        if not Path(self.config.agent).is_dir():
+            raise ConfigError(f"agent: {self.config.agent} is not a folder")
+
+    def open(self, *, resume: bool) -> None:
+        """Create the run folder, or check that it is this run's and read what is done."""
+        saved = self.folder / "config.yaml"
+        if self.folder.exists() and not resume:
+            raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
+        if saved.exists():
+            before, now = to_dict(load_config(IterateConfig, saved)), to_dict(self.config)
+            changed = [key for key in now if before[key] != now[key]]
+            if changed:
+                raise ManifestMismatchError(
+                    f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
+                    "choose another out="
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, saved)
+        costs = self.folder / "costs.jsonl"
+        if costs.exists():
+            self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
+        if not self.config.benchmark:
+            self._phase(0, "world", lambda: generate.run(self._world_config(), resume=True))
+
+    def _phase(
+        self, iteration: int, name: str, work: Callable[[], None], cost: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        """Do a phase unless it is done; its line in costs.jsonl is written last."""
+        if (iteration, name) in self._done:
+            return
+        print(f"[iteration {iteration}] {name}", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        work()
+        line = {"iteration": iteration, "phase": name, "seconds": round(time.monotonic() - started, 1)} | dict(cost())
+        with (self.folder / "costs.jsonl").open("ab") as stream:
+            stream.write(dump_line(line))
+        self._done[iteration, name] = line
+
+    # --- the phases
+
+    def build_index(self, k: int, retriever: str) -> Path:
+        """Encode the corpus with retriever k."""
+        out = self.folder / f"iteration-{k}" / "index"
+        self._phase(k, "index", lambda: index.run(self._index_config(k, retriever), resume=True))
+        return out
+
+    @contextmanager
+    def search_service(self, k: int, index_dir: Path) -> Iterator[str]:
+        """The retrieval service of iteration k; not started where all that needs it is done."""
+        if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
+            yield ""
+            return
+        with server.running_service(self._serve_config(k, str(index_dir))) as url:
+            yield url
+
+    def train_agent(self, k: int, agent: str, url: str) -> str:
+        """PPO with the frozen retriever k-1; returns the trained agent's folder."""
+        out = self.folder / f"iteration-{k}" / "agent"
+        self._phase(
+            k,
+            "train-agent",
+            lambda: launch.run(self._train_agent_config(k, agent, url), resume=True),
+            lambda: _agent_cost(out),
+        )
+        return str(out / "agent")
+
+    def construct(self, k: int, agent: str, url: str) -> Path:
+        """Data construction with agent k and retriever k-1; returns the training groups."""
+        for name, module in self._data_stages().items():
+            out = self._data(k, name)
+            self._phase(
+                k,
+                name,
+                lambda name=name, module=module: module.run(self._stage_config(k, name, agent, url), resume=True),
+                lambda out=out: read_json(out.with_name(out.name + ".report.json")),
+            )
+        return self._data(k, "groups")
+
+    def train_retriever(self, k: int, start: str, training_groups: Path) -> str:
+        """Contrastive training on iteration k's groups; returns the checkpoint's folder."""
+        config = self._train_retriever_config(k, start, training_groups)
+        self._phase(k, "train-retriever", lambda: training.run(config, resume=True))
+        return config.out
+
+    def evaluate(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> None:
+        """Agents x retrievers on the test split, through FlashRAG."""
+        config = self._evaluate_config(agents, indexes)
+        self._phase(self.config.iterations, "evaluate", lambda: evaluate.run(config, resume=True))
+
+    def report(self) -> None:
+        """Made anew each time: it costs little and shows what is there."""
+        report.run(load_config(report.ReportConfig, values={"run": str(self.folder)} | self.config.report), resume=True)
+
+    # --- what the phases are told
+
+    def _data_stages(self) -> dict[str, Any]:
+        judge = {"sub-answers": sub_answers} if self.config.judge else {}
+        first, last = (
+            {"trajectories": trajectories, "candidates": candidates},
+            {
+                "relevance": relevance,
+                "correctness": correctness,
+                "groups": groups,
+            },
+        )
+        return first | judge | last
+
+    def _data(self, k: int, name: str) -> Path:
+        return self.folder / f"iteration-{k}" / "data" / f"{name.replace('-', '_')}.jsonl"
+
+    def _questions(self, split: str) -> str:
+        return str(self.benchmark / f"{split}.jsonl")
+
+    def _world_config(self) -> generate.WorldConfig:
+        parent = {"out": str(self.benchmark.parent), "name": self.benchmark.name}
+        return load_config(generate.WorldConfig, values=parent | self.config.world)
+
+    def _index_config(self, k: int, retriever: str) -> index.IndexConfig:
+        out = str(self.folder / f"iteration-{k}" / "index")
+        values = {"corpus": str(self.corpus), "retriever": retriever, "out": out}
+        return load_config(index.IndexConfig, values=self.config.index | values)
+
+    def _serve_config(self, k: int, index_dir: str) -> server.ServeConfig:
+        return load_config(server.ServeConfig, values={"port": 0} | self.config.serve | {"index": index_dir})
+
+    def _train_agent_config(self, k: int, agent: str, url: str) -> launch.TrainAgentConfig:
+        values = self.config.train_agent | (self.config.train_agent_later if k > 1 else {})
+        dev = {"validation": self._questions(self.config.dev_split)} if self.config.dev_split else {}
+        paths = {
+            "model": agent,
+            "questions": self._questions(self.config.train_split),
+            "retrieval_url": url,
+            "out": str(self.folder / f"iteration-{k}" / "agent"),
+        }
+        values = {"seed": self.config.seed + k - 1} | values | self._protocol() | dev | paths
+        return load_config(launch.TrainAgentConfig, values=values)
+
+    def _protocol(self) -> dict[str, Any]:
+        return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
+
+    def _stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
+        """A data stage's configuration: its own section, and the files and models that the loop knows."""
+        section = getattr(self.config, name.replace("-", "_"))
+        cls = _CONFIG_OF[name]
+        llm = self.config.llm | {"model": agent}
+        search = {"backend": "service", "url": url}
+        files = {item: str(self._data(k, item)) for item in ("candidates", "relevance", "correctness", "groups")}
+        in_ = self._questions(self.config.train_split) if name == "trajectories" else str(self._data(k, "trajectories"))
+        known: dict[str, Any] = {
+            "in_": in_,
+            "out": str(self._data(k, name)),
+            "candidates": files["candidates"],
+            "relevance": files["relevance"],
+            "correctness": files["correctness"],
+            "corpus": str(self.corpus),
+            "questions": self._questions(self.config.train_split),
+            "sub_answers": str(self._data(k, "sub-answers")) if self.config.judge else "",
+            "search": search,
+            "seed": self.config.seed,
+            "protocol": self.config.protocol,
+        }
+        if name in ("trajectories", "correctness"):
+            known |= self._protocol() | {"llm": llm}
+        own = {field.name for field in fields(cls)}
+        return load_config(cls, values={key: value for key, value in known.items() if key in own} | section)
+
+    def _train_retriever_config(self, k: int, start: str, training_groups: Path) -> training.TrainRetrieverConfig:
+        values = {
+            "groups": str(training_groups),
+            "corpus": str(self.corpus),
+            "retriever": start,
+            "out": str(self.folder / f"iteration-{k}" / "retriever"),
+        }
+        return load_config(
+            training.TrainRetrieverConfig, values={"seed": self.config.seed} | self.config.train_retriever | values
+        )
+
+    def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> evaluate.EvaluateConfig:
+        values = {
+            "out": str(self.folder / "evaluation"),
+            "data_dir": str(self.benchmark.parent),
+            "benchmarks": [self.benchmark.name],
+            "split": self.config.test_split,
+            "agents": dict(agents),
+            "searches": {name: str(folder) for name, folder in indexes.items()},
+            "settings": self._protocol() | {"agent": self.config.llm},
+        }
+        return load_config(evaluate.EvaluateConfig, values=values | self.config.evaluate)
+
+
+_CONFIG_OF: dict[str, type] = {
+    "trajectories": trajectories.TrajectoriesConfig,
+    "candidates": candidates.CandidatesConfig,
+    "sub-answers": sub_answers.SubAnswersConfig,
+    "relevance": relevance.RelevanceConfig,
+    "correctness": correctness.CorrectnessConfig,
+    "groups": groups.GroupsConfig,
+}
+
+
+def _agent_cost(out: Path) -> dict[str, Any]:
+    """What PPO did, from its log of steps (which holds means over a step's trajectories)."""
+    steps = [line for _, line in read_lines(out / "metrics.jsonl") if line.get("agentic_r/trajectories")]
+
+    def total(name: str) -> int:
+        return round(sum(line[f"agentic_r/{name}"] * line["agentic_r/trajectories"] for line in steps))
+
+    return {
+        "steps": len(steps),
+        "rollouts": round(sum(line["agentic_r/trajectories"] for line in steps)),
+        "searches": total("search_turns"),
+        "generated_tokens": total("generated_tokens"),
+    }
