@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
@@ -130,15 +131,17 @@ def request_seed(*parts: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-_clients: dict[tuple[str, int, int], tuple[RetrievalClient, asyncio.Semaphore]] = {}
+_clients: WeakKeyDictionary[
+    asyncio.AbstractEventLoop, dict[tuple[str, int], tuple[RetrievalClient, asyncio.Semaphore]]
+] = WeakKeyDictionary()
 
 
 def _shared_client(url: str, concurrency: int) -> tuple[RetrievalClient, asyncio.Semaphore]:
-    """One connection pool and one limit per worker process and event loop, for all its trajectories."""
-    key = (url, concurrency, id(asyncio.get_running_loop()))
-    if key not in _clients:
-        _clients[key] = (RetrievalClient(url), asyncio.Semaphore(concurrency))
-    return _clients[key]
+    """One connection pool and one limit per worker process (event loop), for all its trajectories."""
+    clients = _clients.setdefault(asyncio.get_running_loop(), {})
+    if (url, concurrency) not in clients:
+        clients[url, concurrency] = (RetrievalClient(url), asyncio.Semaphore(concurrency))
+    return clients[url, concurrency]
 
 
 def _place(fields: Mapping[str, Any]) -> tuple[int, int]:

@@ -28,9 +28,12 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     if not source.is_dir():
         raise TrainingError(f"{checkpoint}: expected verl's checkpoint with a folder 'huggingface', found none")
     model_config = AutoConfig.from_pretrained(source)
-    architecture = (model_config.architectures or [""])[0]
-    auto = AutoModelForTokenClassification if "TokenClassification" in architecture else AutoModelForCausalLM
     weights = merged_weights(checkpoint)
+    # A critic's checkpoint carries the architecture of the agent it was made from; its value head tells it apart.
+    is_critic = "score.weight" in weights
+    auto = AutoModelForTokenClassification if is_critic else AutoModelForCausalLM
+    if is_critic:
+        model_config.num_labels = weights["score.weight"].shape[0]
     model_config.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model = auto.from_config(model_config)
@@ -39,7 +42,7 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if unfilled or outcome.unexpected_keys:
         raise TrainingError(
-            f"{checkpoint}: weights do not fit {architecture}: missing {unfilled[:5]}, "
+            f"{checkpoint}: weights do not fit {type(model).__name__}: missing {unfilled[:5]}, "
             f"unknown {outcome.unexpected_keys[:5]}"
         )
     partial = folder.with_name(f".{folder.name}.partial")
@@ -54,7 +57,7 @@ def merged_weights(checkpoint: Path) -> dict[str, Any]:
     """All weights of a sharded checkpoint, whole, in their own precision.
 
     Raises:
-        TrainingError: a shard is missing, or sharded along more than one dimension.
+        TrainingError: a shard is missing, or `join_shards`.
     """
     import torch
 
@@ -65,13 +68,17 @@ def merged_weights(checkpoint: Path) -> dict[str, Any]:
         if not file.is_file():
             raise TrainingError(f"{checkpoint}: shard {file.name} is missing; the checkpoint is not whole")
         shards.append(torch.load(file, map_location="cpu", weights_only=False))
-    return {name: _whole(name, [shard[name] for shard in shards]) for name in shards[0]}
+    return {name: join_shards(name, [shard[name] for shard in shards]) for name in shards[0]}
 
 
-def _whole(name: str, parts: list[Any]) -> Any:
-    """One tensor from its parts, in order of rank; plain tensors are the same on every rank."""
+def join_shards(name: str, parts: list[Any]) -> Any:
+    """One tensor from its parts, in order of rank; plain tensors are the same on every rank.
+
+    Raises:
+        TrainingError: sharded along more than one dimension.
+    """
     import torch
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
     if not isinstance(parts[0], DTensor):
         return parts[0]
@@ -79,6 +86,6 @@ def _whole(name: str, parts: list[Any]) -> Any:
     local = [part._local_tensor for part in parts]
     if all(placement.is_replicate() for placement in placements):
         return local[0]
-    if len(placements) != 1 or not placements[0].is_shard():
+    if len(placements) != 1 or not isinstance(placements[0], Shard):
         raise TrainingError(f"{name}: expected sharding along one dimension, found {placements}")
     return torch.cat(local, dim=placements[0].dim).contiguous()

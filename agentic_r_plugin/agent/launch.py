@@ -65,8 +65,8 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir) as lock:
         _write_inputs(run_dir, config, prepared, key)
-        seconds = _train(run_dir, config, prepared["environment"], lock)
-    _finish(run_dir, config, seconds)
+        _train(run_dir, config, prepared["environment"], lock)
+        _finish(run_dir, config)
 
 
 def latest_step(run_dir: Path) -> int:
@@ -185,7 +185,8 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: dict[str, A
     (run_dir / "agent_loop.yaml").write_text(prepared["loop"], encoding="utf-8")
     OmegaConf.save(prepared["verl"], run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
-    write_json(run_dir / "run.json", {"fingerprint": key})
+    if not (run_dir / "run.json").is_file():
+        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
     for stale in (FAULT, "done.json"):
         (run_dir / stale).unlink(missing_ok=True)
 
@@ -206,8 +207,8 @@ def _locked(run_dir: Path) -> Iterator[IO[bytes]]:
 # --- while ------------------------------------------------------------------------------------------------------------
 
 
-def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str | None], lock: IO[bytes]) -> float:
-    """Run the training process and report each step; returns seconds."""
+def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str | None], lock: IO[bytes]) -> None:
+    """Run the training process and report each step; what it took is added to `run.json`."""
     variables = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
     for name, value in environment.items():
         if value is None:
@@ -216,7 +217,7 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
     started = time.monotonic()
     with (run_dir / "train.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "agentic_r_plugin.agent.worker", str(run_dir)],
+            [sys.executable, "-u", "-m", "agentic_r_plugin.agent.worker", str(run_dir), str(os.getpid())],
             stdout=None if debug else log,
             stderr=subprocess.STDOUT if not debug else None,
             env=variables,
@@ -227,9 +228,10 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
             _follow(run_dir, config, process)
         finally:
             _end(process)
+            record = read_json(run_dir / "run.json")
+            write_json(run_dir / "run.json", record | {"seconds": record["seconds"] + time.monotonic() - started})
     if process.returncode:
         raise TrainingError(_why(run_dir, process.returncode))
-    return time.monotonic() - started
 
 
 def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[bytes]) -> None:
@@ -286,7 +288,7 @@ def _why(run_dir: Path, code: int) -> str:
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def _finish(run_dir: Path, config: TrainAgentConfig, seconds: float) -> None:
+def _finish(run_dir: Path, config: TrainAgentConfig) -> None:
     agent = {
         "schema": "agent/1",
         "protocol": config.protocol,
@@ -300,7 +302,7 @@ def _finish(run_dir: Path, config: TrainAgentConfig, seconds: float) -> None:
     metrics = StepLog(run_dir / "metrics.jsonl").read()
     done = {
         "step": config.steps,
-        "seconds": round(seconds, 1),
+        "seconds": round(read_json(run_dir / "run.json")["seconds"], 1),
         "step_seconds": round(sum(record.get("timing_s/step") or 0 for record in metrics), 1),
         "agent": "agent",
         "critic": "critic" if (run_dir / "critic").is_dir() else None,

@@ -76,10 +76,13 @@ class AgenticPPOTrainer(PPOTrainerSync):
         verl then fills the batch up to whole mini-batches with its own padding, which its losses and metrics skip; so
         every mini-batch holds at least one real trajectory.
         """
-        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
+        wanted = ["extra_fields", "response_mask"]
+        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
         extra = [dict(item) for item in list(fields["extra_fields"])]
+        trained = [int(mask.sum()) for mask in fields["response_mask"].unbind()]
         expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
+        check_masks(extra, trained, self.global_steps)
         self.trajectories = sorted(extra, key=_place)
         failed = [key for key, item in zip(batch.keys, extra, strict=True) if item["search_failed"]]
         if failed:
@@ -162,6 +165,24 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
     share = sum(item["search_failed"] for item in trajectories) / len(trajectories)
     if share > max_share or share == 1:
         raise TrainingError(_too_many(f"step {step}", share, max_share))
+
+
+def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:
+    """The tokens verl is about to train on are those the model wrote, trajectory by trajectory.
+
+    Args:
+        trained: sum of each trajectory's mask, as it stands in verl's batch.
+
+    Raises:
+        TrainingError: a number differs.
+    """
+    for item, found in zip(trajectories, trained, strict=True):
+        written = 0 if item["search_failed"] else item["generated_tokens"]
+        if found != written:
+            raise TrainingError(
+                f"step {step}: the model wrote {written} tokens of trajectory {item['trajectory']['id']!r}, and verl "
+                f"would train on {found}; the response mask was changed on the way"
+            )
 
 
 def _too_many(where: str, share: float, max_share: float) -> str:

@@ -1,4 +1,4 @@
-"""The process that trains: `python -m agentic_r_plugin.agent.worker RUN_DIR`, started by `launch` and by nobody else.
+"""The process that trains: `python -m agentic_r_plugin.agent.worker RUN_DIR PARENT_PID`, started by `launch` only.
 
 It reads `RUN_DIR/verl.yaml`, runs verl, and exports the last checkpoint; a fault of ours is left in
 `RUN_DIR/fault.json` for the process that waits. It ends when that process dies.
@@ -20,9 +20,9 @@ from agentic_r_plugin.store import write_json
 FAULT = "fault.json"
 
 
-def main(run_dir: Path) -> int:
+def main(run_dir: Path, parent: int) -> int:
     """Train from the newest checkpoint to the last step, then export."""
-    _die_with_parent()
+    die_with(parent)
     try:
         train(run_dir)
         return 0
@@ -79,17 +79,20 @@ def our_fault(error: BaseException | None) -> AgenticRError | None:
     return None
 
 
-def _die_with_parent() -> None:
-    parent = os.getppid()
+def die_with(parent: int) -> None:
+    """End this process soon after its parent, process `parent`, is gone, however that ended.
+
+    Two trainings would otherwise write one run folder once the command is given again. Ray's processes end with the
+    process that started them.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        print("the process that started this training is gone; ending", flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

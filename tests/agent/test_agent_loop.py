@@ -1,0 +1,180 @@
+"""The agent loop with a real model, tokenizer and retrieval service; only verl's Ray client is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from tiny_world import LIMITS, Service, find, questions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.workers.rollout.replica import TokenOutput
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent.agent_loop import SearchAgentLoop, request_seed
+from agentic_r_plugin.agent.dataset import verl_row
+from agentic_r_plugin.errors import BackendError
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.llm.hf_generate import HFGenerator
+
+PROTOCOL = components.load("agent_protocol", "compact")
+ROW = verl_row(questions()[0], 0, PROTOCOL, "towns")
+
+
+class Engine:
+    """verl's client, answering in this process: with a model, or with given turns."""
+
+    def __init__(self, generator: HFGenerator | None = None, turns: list[list[int]] | None = None) -> None:
+        self.generator, self.turns = generator, list(turns or [])
+        self.asked: list[dict[str, Any]] = []
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
+        self.asked.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
+        if self.generator is None:
+            ids = self.turns.pop(0)
+            logprobs = [-float(index + 1) for index in range(len(ids))]
+        else:
+            (made,) = self.generator.generate(
+                [prompt_ids], max_tokens=[sampling_params["max_tokens"]], stop=sampling_params["stop"],
+                temperature=sampling_params["temperature"], seed=[len(prompt_ids)], with_logprobs=True,
+            )  # fmt: skip
+            ids, logprobs = list(made.token_ids), list(made.logprobs or ())
+        version = 4 + len(self.asked)
+        return TokenOutput(
+            token_ids=ids, log_probs=logprobs, extra_fields={"min_global_steps": version, "max_global_steps": version}
+        )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(agent_dir: Path) -> Any:
+    return AutoTokenizer.from_pretrained(agent_dir)
+
+
+def make_loop(tokenizer: Any, engine: Engine, url: str, **options: Any) -> SearchAgentLoop:
+    """The loop as verl makes it: from the YAML entry, by Hydra."""
+    entry = OmegaConf.create(
+        {
+            "_target_": "agentic_r_plugin.agent.agent_loop.SearchAgentLoop",
+            "protocol": "compact",
+            "limits": {"max_searches": 2, "max_malformed": 1, "max_tokens": 160, "max_response_tokens": 24,
+                       "max_observation_tokens": 48},
+            "retrieval_url": url,
+            "topk": 1,
+            **options,
+        }
+    )  # fmt: skip
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"prompt_length": 64}}, "data": {}})
+    return hydra.utils.instantiate(
+        entry,
+        trainer_config=DictConfigWrap(config),
+        server_manager=engine,
+        tokenizer=tokenizer,
+        processor=None,
+        dataset_cls=RLHFDataset,
+        data_config=DictConfigWrap(config.data),
+        hf_model_type="qwen2",
+    )
+
+
+def run(tokenizer: Any, engine: Engine, url: str, row: dict[str, Any] = ROW, **options: Any) -> AgentLoopOutput:
+    async def main() -> AgentLoopOutput:
+        shared = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "logprobs": True}
+        before = dict(shared)
+        output = await make_loop(tokenizer, engine, url, **options).run(
+            shared, **row, raw_prompt=row["prompt"], uid="u", global_steps=5, session_id=1
+        )
+        assert shared == before
+        return output
+
+    return asyncio.run(main())
+
+
+def test_ids_mask_and_logprobs_are_those_of_each_writer(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    first = codec.encode("<think> find Ada </think><search> Ada </search>")
+    last = codec.encode("<answer> Arn </answer>")
+    engine = Engine(turns=[first, last])
+    output = run(tokenizer, engine, service.url)
+    block = codec.encode(PROTOCOL.render([find("Ada", 1)[0].passage]))
+    if len(block) > LIMITS.max_observation_tokens:
+        block = output.response_ids[len(first) : -len(last)]
+        assert len(block) <= LIMITS.max_observation_tokens
+    assert output.prompt_ids == codec.encode("Question: Where was Ada born?\n")
+    assert output.response_ids == first + block + last
+    assert output.response_mask == [1] * len(first) + [0] * len(block) + [1] * len(last)
+    assert output.response_logprobs == (
+        [-float(i + 1) for i in range(len(first))] + [0.0] * len(block) + [-float(i + 1) for i in range(len(last))]
+    )
+    assert engine.asked[1]["prompt_ids"] == output.prompt_ids + first + block
+    assert output.extra_fields["answer"] == "Arn"
+    assert output.extra_fields["em"] == 1
+    assert output.extra_fields["masked_token_share"] == len(block) / len(output.response_ids)
+    assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (5, 6)
+
+
+def test_every_turn_asks_for_stop_strings_its_budget_and_the_same_session(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    engine = Engine(turns=[codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")])
+    output = run(tokenizer, engine, service.url, seed=3)
+    for asked in engine.asked:
+        assert asked["stop"] == ["</search>", "</answer>"]
+        assert asked["include_stop_str_in_output"] is True
+        assert asked["max_tokens"] == min(24, 160 - len(asked["prompt_ids"]))
+    assert len({asked["request_id"] for asked in engine.asked}) == 1
+    assert [asked["seed"] for asked in engine.asked] == [request_seed(3, 5, 0, 1, 0), request_seed(3, 5, 0, 1, 2)]
+    assert output.num_turns == 4
+
+
+def test_an_answer_inside_a_passage_does_not_count(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    engine = Engine(turns=[codec.encode("<search> Ada </search>"), [5, 6], [7]])
+    output = run(tokenizer, engine, service.url, limits={"max_malformed": 0, "max_observation_tokens": 200})
+    assert output.extra_fields["stop_reason"] == "malformed"
+    assert output.extra_fields["answer"] is None
+    assert "‹answer> Cor ‹/answer>" in output.extra_fields["trajectory"]["text"]
+
+
+def test_a_failed_search_ends_the_trajectory_and_masks_all_of_it(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    service.refuse_every = 1
+    try:
+        output = run(tokenizer, Engine(turns=[codec.encode("<search> Ada </search>")]), service.url)
+    finally:
+        service.refuse_every = 0
+    assert output.extra_fields["stop_reason"] == "search_failed"
+    assert output.extra_fields["search_failed"] == 1
+    assert output.response_mask == [0] * len(output.response_ids)
+    assert "<information>" not in output.extra_fields["trajectory"]["text"]
+
+
+def test_sampled_trajectories_keep_within_all_limits_and_end_with_the_model(
+    agent_dir: Path, tokenizer: Any, service: Service
+) -> None:
+    generator = HFGenerator(AutoModelForCausalLM.from_pretrained(agent_dir), tokenizer)
+    searched = malformed = 0
+    for index, question in enumerate(questions()):
+        engine = Engine(generator)
+        output = run(tokenizer, engine, service.url, verl_row(question, index, PROTOCOL, "towns"))
+        assert len(output.prompt_ids) + len(output.response_ids) <= LIMITS.max_tokens
+        assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs or ())
+        assert output.response_mask[-1] == 1
+        assert sum(output.response_mask) == output.extra_fields["generated_tokens"]
+        assert all((logprob == 0) == (mask == 0) for logprob, mask in zip(
+            output.response_logprobs or (), output.response_mask, strict=True))  # fmt: skip
+        for asked in engine.asked:
+            whole = output.prompt_ids + output.response_ids
+            assert whole[: len(asked["prompt_ids"])] == asked["prompt_ids"]
+        searched += output.extra_fields["searches"]
+        malformed += output.extra_fields["malformed_turns"]
+    assert searched > 0
+    assert malformed > 0
+
+
+def test_an_engine_that_returns_nothing_is_an_error(tokenizer: Any, service: Service) -> None:
+    with pytest.raises(BackendError, match="no tokens"):
+        run(tokenizer, Engine(turns=[[]]), service.url)

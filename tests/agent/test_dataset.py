@@ -1,0 +1,64 @@
+"""Questions as a verl data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent.dataset import prompt_lengths, read_questions, write_parquet
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.store import write_records
+
+PROTOCOL = components.load("agent_protocol", "search_r1")
+QUESTIONS = [
+    Question(id="a", question="Who wrote Emma?", golden_answers=("Jane Austen", "Austen")),
+    Question(id="b", question="Who?", golden_answers=("x",)),
+]
+
+
+def test_verl_reads_the_rows_as_our_loop_and_reward_need_them(tmp_path: Path, agent_dir: Path) -> None:
+    from transformers import AutoTokenizer
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL, "nq")
+    config = OmegaConf.create({"prompt_key": "prompt", "filter_overlong_prompts": False, "cache_dir": str(tmp_path)})
+    row: dict[str, Any] = RLHFDataset(
+        str(tmp_path / "train.parquet"), AutoTokenizer.from_pretrained(agent_dir), config
+    )[0]
+    assert row["raw_prompt"] == [{"role": "user", "content": PROTOCOL.prompt("Who wrote Emma?")}]
+    assert row["data_source"] == "nq"
+    assert row["reward_model"]["ground_truth"] == ["Jane Austen", "Austen"]
+    assert row["extra_info"]["id"] == "a"
+    assert row["extra_info"]["question"] == "Who wrote Emma?"
+    assert row["extra_info"]["golden_answers"] == ["Jane Austen", "Austen"]
+    assert row["index"] == 0
+
+
+def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"id": "a", "question": "Q", "golden_answers": []}\n')
+    with pytest.raises(RecordError, match=r"train\.jsonl:1: question 'a' has no golden answers"):
+        read_questions(path)
+    write_records(path, [QUESTIONS[0], QUESTIONS[0]])
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        read_questions(path)
+    path.write_text("")
+    with pytest.raises(ConfigError, match="at least one question"):
+        read_questions(path)
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_training(agent_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    codec = TokenizerCodec(AutoTokenizer.from_pretrained(agent_dir))
+    lengths = prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits())
+    assert lengths == [len(codec.encode(PROTOCOL.prompt(question.question))) for question in QUESTIONS]
+    with pytest.raises(ConfigError, match=r"max_tokens=50: the prompt of question 'a' alone takes \d+ tokens"):
+        prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits(max_tokens=50))

@@ -1,0 +1,217 @@
+"""What `train-agent` refuses before it starts anything, and the configuration it gives to verl."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tiny_world import LIMITS, Service
+
+from agentic_r_plugin.agent import verl_config
+from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
+from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
+from agentic_r_plugin.agent.trainer import NAME, check_masks, check_trajectories, checkpoint_steps
+from agentic_r_plugin.agent.worker import our_fault
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import (
+    AgenticRError,
+    ConfigError,
+    ManifestMismatchError,
+    OutputExistsError,
+    RecordError,
+    SearchUnavailableError,
+    TrainingError,
+)
+from agentic_r_plugin.store import write_json
+
+
+@pytest.fixture
+def config(tmp_path: Path, agent_dir: Path, question_file: Path, service: Service) -> TrainAgentConfig:
+    return TrainAgentConfig(
+        model=str(agent_dir), questions=str(question_file), retrieval_url=service.url, out=str(tmp_path / "run"),
+        protocol="compact", limits=LIMITS, topk=1, steps=2, batch_size=4, mini_batch_size=2, micro_batch_size=4,
+        cpu=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": "/nowhere"}, ConfigError, "model: /nowhere does not exist"),
+        ({"questions": "/nowhere.jsonl"}, ConfigError, "questions: /nowhere.jsonl does not exist"),
+        ({"protocol": "unknown"}, ConfigError, "unknown agent_protocol 'unknown'; registered: .*compact"),
+        ({"batch_size": 64, "mini_batch_size": 64}, ConfigError, "12 questions are fewer than batch_size=64"),
+        ({"retrieval_url": "http://127.0.0.1:9"}, SearchUnavailableError, "127.0.0.1:9/health"),
+        ({"limits": replace(LIMITS, max_tokens=20)}, ConfigError, "leave the question out"),
+        ({"verl": ["actor_rollout_ref.actor.no_such_key=1"]}, ConfigError, "no_such_key"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once_and_nothing_is_written(
+    config: TrainAgentConfig, change: dict[str, object], error: type[AgenticRError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(replace(config, **change))  # type: ignore[arg-type]
+    assert not Path(config.out).exists()
+
+
+def test_a_model_folder_without_a_model_and_a_broken_question_are_named(
+    config: TrainAgentConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"not a Hugging Face model folder"):
+        run(replace(config, model=str(tmp_path / "empty")))
+    broken = tmp_path / "questions.jsonl"
+    broken.write_text('{"id": "a", "question": "Q", "golden_answers": ["x"]}\n{"id": \n')
+    with pytest.raises(RecordError, match=r"questions\.jsonl:2"):
+        run(replace(config, questions=str(broken)))
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps: expected at least 1"),
+        ({"mini_batch_size": 3}, "batch_size=4 must be a multiple of mini_batch_size=3"),
+        ({"actor_lr": 0.0}, "actor_lr"),
+        ({"max_failed_search_share": 1.5}, "max_failed_search_share"),
+    ],
+)
+def test_impossible_numbers_are_refused(config: TrainAgentConfig, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)  # type: ignore[arg-type]
+
+
+def test_an_existing_output_needs_resume_and_the_same_settings(config: TrainAgentConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        run(config)
+    write_json(out / "run.json", {"fingerprint": "of another run", "seconds": 0.0})
+    with pytest.raises(ManifestMismatchError, match="other settings"):
+        run(config, resume=True)
+
+
+def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgentConfig) -> None:
+    overrides = [f"{name}={getattr(config, name)}" for name in ("model", "questions", "retrieval_url", "out")]
+    filled = load_config(TrainAgentConfig, overrides=[*overrides, "limits.max_searches=3", "kl_loss=true"])
+    assert (filled.limits.max_searches, filled.kl_loss, filled.batch_size) == (3, True, 512)
+    with pytest.raises(ConfigError, match="no value for"):
+        load_config(TrainAgentConfig)
+
+
+def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainAgentConfig) -> None:
+    paper = TrainAgentConfig(model=config.model, questions="q", retrieval_url="u", out=config.out)
+    composed = verl_config.compose(paper, machine=[], num_questions=10_000, prompt_lengths=[40, 60], fresh=True)
+    actor, rollout = composed.actor_rollout_ref.actor, composed.actor_rollout_ref.rollout
+    assert (composed.algorithm.adv_estimator, composed.algorithm.gamma, composed.algorithm.lam) == ("gae", 1, 1)
+    assert (composed.algorithm.use_kl_in_reward, composed.algorithm.kl_ctrl.kl_coef) == (True, 0.001)
+    assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio) == (1e-6, 0.285)
+    assert (composed.critic.optim.lr, composed.critic.optim.lr_warmup_steps_ratio) == (1e-5, 0.015)
+    assert (composed.data.train_batch_size, actor.ppo_mini_batch_size, rollout.temperature) == (512, 256, 1.0)
+    assert (composed.trainer.total_training_steps, composed.trainer.save_freq) == (500, 50)
+    assert (actor.loss_agg_mode, composed.critic.loss_agg_mode) == ("token-mean", "token-mean")
+    assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (60, 4096 - 40, 4096)
+    assert composed.trainer.total_epochs * (10_000 // 512) >= 500
+    assert composed.trainer.v1.trainer_mode == NAME
+    assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
+
+
+def test_the_users_overrides_win_over_the_machines_and_ours(config: TrainAgentConfig) -> None:
+    composed = verl_config.compose(
+        replace(config, verl=["actor_rollout_ref.actor.grad_clip=0.5", "+data.my_key=1", "critic.strategy=fsdp"]),
+        machine=cpu_overrides(),
+        num_questions=12,
+        prompt_lengths=[30],
+        fresh=True,
+    )
+    assert (composed.actor_rollout_ref.actor.grad_clip, composed.data.my_key) == (0.5, 1)
+    assert (composed.critic.strategy, composed.actor_rollout_ref.actor.strategy) == ("fsdp", "fsdp2")
+    assert composed.trainer.device == "cpu"
+
+
+def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig) -> None:
+    (entry,) = OmegaConf.create(verl_config.agent_loop_yaml(config, seeded=True))
+    assert entry.name == verl_config.LOOP_NAME
+    assert (entry.topk, entry.seed, entry.limits.max_tokens) == (1, 0, 160)
+    from verl.experimental.agent_loop import agent_loop
+
+    import agentic_r_plugin.agent.agent_loop
+
+    assert agentic_r_plugin.agent.agent_loop.SearchAgentLoop.__name__ == "SearchAgentLoop"
+    assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
+
+
+def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:
+    return {"search_failed": failed, "generated_tokens": generated, "trajectory": {"id": "q"}}
+
+
+def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> None:
+    check_trajectories([outcome()] * 9 + [outcome(failed=1)], 10, 0.1, step=3)
+    with pytest.raises(TrainingError, match="step 3: 1 of 10 trajectories did not arrive"):
+        check_trajectories([outcome()] * 9, 10, 0.1, step=3)
+    with pytest.raises(TrainingError, match="the search of 20% of the trajectories failed, more than the 10% allowed"):
+        check_trajectories([outcome()] * 8 + [outcome(failed=1)] * 2, 10, 0.1, step=3)
+    with pytest.raises(TrainingError, match="100%"):
+        check_trajectories([outcome(failed=1)] * 2, 2, 1.0, step=3)
+
+
+def test_a_mask_that_is_not_the_models_tokens_stops_the_run() -> None:
+    check_masks([outcome(), outcome(failed=1)], [5, 0], step=1)
+    with pytest.raises(TrainingError, match="the model wrote 5 tokens of trajectory 'q', and verl would train on 6"):
+        check_masks([outcome()], [6], step=1)
+
+
+def test_the_newest_checkpoint_is_the_one_verl_finished(tmp_path: Path) -> None:
+    assert latest_step(tmp_path) == 0
+    for step in (10, 2, 9):
+        (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("9")
+    assert checkpoint_steps(tmp_path / "checkpoints") == [2, 9, 10]
+    assert latest_step(tmp_path) == 9
+
+
+def test_a_fault_is_found_behind_rays_wrapping() -> None:
+    inner = TrainingError("loss")
+    wrapped = RuntimeError("ray")
+    wrapped.cause = inner  # type: ignore[attr-defined]
+    assert our_fault(wrapped) is inner
+    assert our_fault(ValueError("x")) is None
+
+
+def test_a_step_is_reported_in_one_line() -> None:
+    record = {"step": 0, "val-core/towns/acc/mean@1": 0.5}
+    assert progress_line(record, 3) == "step 0/3  validation EM 0.500"
+
+
+CHILD = """
+import os, time
+from agentic_r_plugin.agent.worker import die_with
+die_with(os.getppid())
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+
+
+def test_the_training_process_ends_with_the_one_that_started_it() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait(10)
+    deadline = time.monotonic() + 10
+    while alive(child):
+        assert time.monotonic() < deadline, "the training process outlived the process that started it"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
