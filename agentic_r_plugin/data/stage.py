@@ -16,6 +16,7 @@ so its existence means done.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import time
 from collections import Counter
@@ -95,12 +96,14 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
     """
     manifest = _manifest(stage)
     if _finished(stage, manifest, resume=resume):
+        stage.beside(".journal").unlink(missing_ok=True)
         return dict(read_json(stage.beside(".report.json")))
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     total = _count_units(stage)
     write_json(stage.beside(".manifest.json"), manifest)
     with Journal(stage.beside(".journal")) as journal:
         _work_off(stage, journal, total)
+        _remove_leavings(stage.out)
         report = _compact(stage, journal)
         write_json(stage.beside(".report.json"), report)
         journal.path.unlink()
@@ -142,11 +145,12 @@ def _finished(stage: Stage[Any], manifest: dict[str, Any], *, resume: bool) -> b
             )
         return False
     if not manifest_path.exists():
-        if stage.out.exists():
-            raise ManifestMismatchError(
-                f"{stage.out} is there without {manifest_path.name}: what it was made from is unknown; "
-                "remove it or choose another path"
-            )
+        for path in (stage.out, stage.beside(".journal")):
+            if path.exists():
+                raise ManifestMismatchError(
+                    f"{path} is there without {manifest_path.name}: what it was made from is unknown; "
+                    "remove it or choose another path"
+                )
         return False
     before, now = read_json(manifest_path).get("made_from", {}), json.loads(json.dumps(manifest["made_from"]))
     changed = [
@@ -229,6 +233,8 @@ def _compact(stage: Stage[Any], journal: Journal) -> dict[str, Any]:
     if errors:
         with atomic_path(stage.beside(".errors.jsonl")) as temporary:
             temporary.write_bytes(b"".join(map(dump_line, errors)))
+    else:
+        stage.beside(".errors.jsonl").unlink(missing_ok=True)
     return {
         "stage": stage.name,
         "read": read,
@@ -238,3 +244,9 @@ def _compact(stage: Stage[Any], journal: Journal) -> dict[str, Any]:
         "errors": len(errors),
         **{key: round(value, 3) for key, value in sorted(journal.cost.items())},
     }
+
+
+def _remove_leavings(out: Path) -> None:
+    """Temporary files of a process that was killed while it wrote OUT or a file beside it."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}*.tmp"):
+        path.unlink()

@@ -184,6 +184,32 @@ def test_an_output_of_unknown_origin_is_not_resumed(config: UpperConfig):
     assert Path(config.out).read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("missing", [[".report.json"], [".report.json", ""], []])
+def test_a_kill_between_the_last_writes_is_made_good_by_resume(config: UpperConfig, missing: list[str]):
+    journal = Path(config.out + ".journal")
+    Shouter(config, fail=False).run()
+    before = Path(config.out).read_bytes()
+    with Journal(journal) as kept:
+        units = list(read_records(config.in_, Question))
+        kept.append(list(zip([unit.id for unit in units], Shouter(config, fail=False).work(units), strict=True)), {})
+    for suffix in missing:
+        Path(config.out + suffix).unlink()
+    leaving = Path(config.out).parent / ".o.jsonl.abc.tmp"
+    leaving.write_text("half")
+    again = Shouter(config, fail=False)
+    again.run(resume=True)
+    assert again.seen == [] and Path(config.out).read_bytes() == before
+    assert not journal.exists() and (not missing or not leaving.exists())
+
+
+def test_a_journal_of_unknown_origin_is_not_resumed(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    Path(config.out + ".manifest.json").unlink()
+    with pytest.raises(ManifestMismatchError, match=r"o\.jsonl\.journal is there without o\.jsonl\.manifest\.json"):
+        Shouter(config).run(resume=True)
+
+
 def test_too_many_judge_errors_end_the_stage_and_only_they_are_tried_again(config: UpperConfig):
     write_questions(Path(config.in_), ["a", "e1", "b", "e2"])
     with pytest.raises(JudgeError, match=r"failed on 2 of 4 units.*first, e1: cannot spell e.*--resume"):
@@ -212,7 +238,8 @@ def test_a_unit_that_occurs_twice_is_an_error(config: UpperConfig):
 
 
 def test_two_processes_cannot_work_on_one_output(config: UpperConfig):
-    Path(config.out).parent.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
     with (
         Journal(Path(config.out + ".journal")),
         pytest.raises(OutputExistsError, match="another process is working on it"),
