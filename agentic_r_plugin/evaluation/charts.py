@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 40
+WIDTH, HEIGHT = 350, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 38
 
 Points = Sequence[tuple[float, float]]
 
@@ -44,15 +44,14 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def moving_average(points: Points, window: int) -> list[tuple[float, float]]:
-    """Centred mean over up to `window` points, narrower at both ends.
+    """Centred mean over `window` points, of those that are there at both ends.
 
     >>> moving_average([(0, 0.0), (1, 3.0), (2, 6.0), (3, 3.0)], 3)
-    [(0, 0.0), (1, 3.0), (2, 4.0), (3, 3.0)]
+    [(0, 1.5), (1, 3.0), (2, 4.0), (3, 4.5)]
     """
     half, smooth = window // 2, []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        near = [y for _, y in points[i - reach : i + reach + 1]]
+        near = [y for _, y in points[max(0, i - half) : i + half + 1]]
         smooth.append((x, sum(near) / len(near)))
     return smooth
 
@@ -98,8 +97,8 @@ def line_chart(
     parts.append(
         f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
-        f'<text class="axis" x="12" y="{(HEIGHT - _BOTTOM + _TOP) / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 12 {(HEIGHT - _BOTTOM + _TOP) / 2})">{escape(y_label)}</text>'
+        f'<text class="axis" x="10" y="{(HEIGHT - _BOTTOM + _TOP) / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 10 {(HEIGHT - _BOTTOM + _TOP) / 2})">{escape(y_label)}</text>'
     )
     for item in series:
         parts += _curve(item, place, number, x_label)

@@ -107,6 +107,7 @@ def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
         "matrix": run.matrix,
         "best": max(cells, key=lambda cell: cell["metrics"]["agentic_em"]["mean"], default=None),
         "many_benchmarks": len({cell["benchmark"] for cell in cells}) > 1,
+        "questions_differ": len({cell["num_questions"] for cell in cells}) > 1,
         "tiles": parts.headlines(run.matrix) if run.matrix else [],
         "heatmaps": parts.heatmaps(run.matrix) if run.matrix else [],
         "breakdowns": _breakdowns(cells),

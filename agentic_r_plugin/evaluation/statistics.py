@@ -38,11 +38,12 @@ class PairedDifference:
     p_value: float
     """Two-sided, of a sign-flip permutation test: how often chance alone gives a difference at least as large."""
     num_questions: int
+    level: float
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0 and the permutation test agrees at the same level."""
+        return (self.low > 0 or self.high < 0) and self.p_value < 1 - self.level
 
 
 def bootstrap_interval(values: Values, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
@@ -81,6 +82,7 @@ def paired_difference(
         high=interval.high,
         p_value=_sign_flip_p_value(difference_N, resamples, seed + 1),
         num_questions=len(difference_N),
+        level=level,
     )
 
 
