@@ -11,7 +11,7 @@ from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.hf_generate import HFGenerator
 from agentic_r_plugin.llm.sampling import StopStrings, sample
 
-WORDS = "the cat sat on a mat and then went home to sleep with two small kittens near river bank".split()
+TEXT = "the cat sat on a mat and then went home to sleep with two small kittens near the river bank"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
+    tokenizer.train_from_iterator([TEXT] * 50, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 
 
-def cpu_overrides(*, num_workers: int = 1, rollout_dtype: str = "float32") -> list[str]:
+def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "bf16", rollout_dtype: str = "float32") -> list[str]:
     """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
 
     They hold nothing about model, data or algorithm, and come before the user's own, which may change any of them.
 
     Args:
         num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
+        train_dtype: in which actor, reference and critic compute, `bf16` or `fp32`; weights stay in fp32.
         rollout_dtype: of the rollout engine's weights and computation.
     """
     overrides = [
@@ -20,8 +21,8 @@ def cpu_overrides(*, num_workers: int = 1, rollout_dtype: str = "float32") -> li
         f"trainer.n_gpus_per_node={num_workers}",
         # verl counts GPUs and NPUs only; Ray is told of as many logical ones as there are workers.
         f"+ray_kwargs.ray_init.num_gpus={num_workers}",
-        # More logical cores than real ones: verl's many small actors each reserve one and mostly sleep.
-        f"ray_kwargs.ray_init.num_cpus={16 + 4 * num_workers}",
+        # Logical cores for verl's actors, which mostly sleep; Ray starts one Python process for each at once.
+        f"ray_kwargs.ray_init.num_cpus={4 + 4 * num_workers}",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "actor_rollout_ref.rollout.name=hf",
         f"actor_rollout_ref.rollout.dtype={rollout_dtype}",
@@ -40,7 +41,7 @@ def cpu_overrides(*, num_workers: int = 1, rollout_dtype: str = "float32") -> li
             f"{engine}.strategy=fsdp2",  # FSDP1 synchronises module states on an accelerator
             f"{fsdp}.strategy=fsdp2",
             f"{fsdp}.use_torch_compile=False",
-            f"+{fsdp}.mixed_precision.param_dtype=fp32",
+            f"+{fsdp}.mixed_precision.param_dtype={train_dtype}",
             f"+{fsdp}.mixed_precision.reduce_dtype=fp32",
             f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
         ]
@@ -68,6 +69,10 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "VERL_ENGINE_DEVICE": "cuda",  # verl's FSDP engines are registered under this name only
+        # Activations of some megabytes come and go thousands of times a step: keep them, in large pages.
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 
 
