@@ -38,7 +38,7 @@ class GoldDocuments:
     |---|---|
     | 81-100 | gold, and the query names its title |
     | 61-80 | gold, reached in other words, or the gold passage of another hop |
-    | 41-60 | not gold, but the query names its title |
+    | 41-59 | not gold, but the query names its title; 60 would make it a possible positive |
     | 21-40 | not gold, shares words with the query |
     | 0-20 | the rest |
 
@@ -89,7 +89,7 @@ def score_passages(task: ScoringTask) -> dict[str, int]:
             holds_answer = contains_answer(passage.text, hop_answers)
             scores[passage.id] = _in_band(81 if named else 61, (overlap + holds_answer) / 2 if hop_answers else overlap)
         elif named:
-            scores[passage.id] = _in_band(41, overlap)
+            scores[passage.id] = min(_in_band(41, overlap), 59)
         else:
             scores[passage.id] = _in_band(21, overlap) if overlap >= _SHARES_WORDS else round(20 * overlap)
     return scores
