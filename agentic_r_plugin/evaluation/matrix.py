@@ -74,11 +74,11 @@ def compare(
         corners = first is of_benchmark[0] and second is of_benchmark[-1]
         if first["benchmark"] != second["benchmark"] or not (same or corners):
             continue
-        tables = [read_json(folders[cell_name(result)] / "scores.json") for result in (first, second)]
+        before, after = (read_json(folders[cell_name(result)] / "scores.json") for result in (first, second))
         metrics = {
-            name: _difference(*tables, name, level=level, resamples=resamples, seed=seed)
+            name: _difference(before, after, name, level=level, resamples=resamples, seed=seed)
             for name in COMPARED
-            if name in tables[0] and name in tables[1]
+            if name in before and name in after
         }
         comparisons.append(
             {

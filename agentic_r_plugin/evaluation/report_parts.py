@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from agentic_r_plugin import components
@@ -111,13 +112,21 @@ def _points(steps: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, f
     return [(step["step"], step[key]) for step in steps if step.get(key) is not None and "step" in step]
 
 
+def _agent_points(key: str, iteration: Iteration) -> list[tuple[float, float]]:
+    return _points(iteration.agent_steps, key)
+
+
+def _retriever_points(key: str, iteration: Iteration) -> list[tuple[float, float]]:
+    return _points(iteration.retriever_steps, key)
+
+
 def agent_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
     """PPO's curves, one colour an iteration."""
     charts = []
     for title, unit, keys, y_range in _AGENT_CHARTS:
         key = next((key for key in keys if any(key in step for it in iterations for step in it.agent_steps)), None)
         if key is not None:
-            charts.append(_chart(title, unit, iterations, lambda it, key=key: _points(it.agent_steps, key), y_range))
+            charts.append(_chart(title, unit, iterations, partial(_agent_points, key), y_range))
     held_out = _chart("Held-out exact match", "EM", iterations, _held_out, (0, None), marked=True)
     return [chart for chart in [*charts[:1], held_out, *charts[1:]] if chart["svg"]]
 
@@ -131,14 +140,14 @@ def _held_out(iteration: Iteration) -> list[tuple[float, float]]:
 
 def retriever_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
     """The retriever's loss, and its accuracy within the batch where it was logged."""
-    charts = [_chart("Contrastive loss", "loss", iterations, lambda it: _points(it.retriever_steps, "loss"), (0, None))]
+    charts = [_chart("Contrastive loss", "loss", iterations, partial(_retriever_points, "loss"), (0, None))]
     for key in ("accuracy", "in_batch_accuracy", "mrr"):
         charts.append(
             _chart(
                 f"Training {key.replace('_', ' ')}",
                 "share",
                 iterations,
-                lambda it, key=key: _points(it.retriever_steps, key),
+                partial(_retriever_points, key),
                 (0, 1),
             )
         )
