@@ -1,0 +1,88 @@
+"""The corpus: random access, faults by file and line, the same fingerprint whatever the file's form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.search.corpus import Corpus
+
+ROWS = [
+    {"id": "a", "contents": '"Ann"\nfirst\nsecond'},
+    {"id": "7", "contents": "no title"},
+    {"id": "ä", "contents": '"Ö"\n{"id": 1}'},
+]
+
+
+def write_jsonl(file, rows, end="\n"):
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end, encoding="utf-8")
+    return file
+
+
+def test_passages_are_found_by_row_and_by_id(tmp_path):
+    with Corpus(write_jsonl(tmp_path / "c.jsonl", ROWS, end="")) as corpus:
+        assert len(corpus) == 3
+        assert (corpus[0].id, corpus[0].title, corpus[0].text) == ("a", "Ann", "first\nsecond")
+        assert (corpus[1].title, corpus[1].text) == ("", "no title")
+        assert [passage.id for passage in corpus] == ["a", "7", "ä"]
+        assert corpus.row_of("ä") == 2 and corpus.by_id("7").text == "no title"
+        assert corpus.row_of("b") is None and "b" not in corpus and "a" in corpus
+        with pytest.raises(IndexError):
+            corpus[3]
+        with pytest.raises(RecordError, match=r"c\.jsonl: no passage with id 'zz'"):
+            corpus.by_id("zz")
+
+
+def test_gzipped_parquet_and_plain_forms_are_the_same_corpus(tmp_path):
+    plain = write_jsonl(tmp_path / "c.jsonl", ROWS)
+    packed, table = tmp_path / "c.jsonl.gz", tmp_path / "c.parquet"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), table)
+    corpora = [Corpus(file) for file in (plain, packed, table)]
+    assert len({corpus.fingerprint() for corpus in corpora}) == 1
+    assert [corpus[2].title for corpus in corpora] == ["Ö"] * 3
+    changed = write_jsonl(tmp_path / "d.jsonl", [*ROWS[:2], {"id": "ä", "contents": "x"}])
+    assert Corpus(changed).fingerprint() != corpora[0].fingerprint()
+
+
+def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):
+    one = write_jsonl(tmp_path / "1.jsonl", [{"id": "ab", "contents": "c"}])
+    other = write_jsonl(tmp_path / "2.jsonl", [{"id": "a", "contents": "bc"}])
+    assert Corpus(one).fingerprint() != Corpus(other).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "a", "contents": ""}\n\n{"id": "a", "contents": ""}\n', r":3: duplicate passage id 'a', first .*line 1"),
+        ('{"id": "a", "contents": "x"}\n{"id": "b", \n', r":2: expected one JSON object a line"),
+        ('{"id": "a", "text": "x"}\n', r":1: expected a string field 'contents', found only 'id', 'text'"),
+        ('{"contents": "x"}\n', r":1: expected a string field 'id'"),
+        ('{"id": "a", "contents": 3}\n', r":1: expected a string field 'contents', found int"),
+        ("[1]\n", r":1: expected a JSON object, found list"),
+        ("", "the corpus is empty"),
+        ("\n\n", "the corpus is empty"),
+    ],
+)  # fmt: skip
+def test_a_broken_corpus_is_refused_with_file_and_line(tmp_path, text, message):
+    file = tmp_path / "c.jsonl"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError, match=r"c\.jsonl" + ("" if message.startswith(":") else ": ") + message):
+        Corpus(file)
+
+
+def test_bad_utf8_and_cut_gzip_are_refused(tmp_path):
+    bad, cut = tmp_path / "c.jsonl", tmp_path / "c.jsonl.gz"
+    bad.write_bytes(b'{"id": "a", "contents": "\xff"}\n')
+    cut.write_bytes(gzip.compress(b'{"id": "a", "contents": "x"}\n' * 100)[:-12])
+    with pytest.raises(RecordError, match=r"c\.jsonl:1: expected UTF-8"):
+        Corpus(bad)
+    with pytest.raises(RecordError, match=r"c\.jsonl\.gz: not a whole gzip file"):
+        Corpus(cut)
+    with pytest.raises(RecordError, match="no such corpus file"):
+        Corpus(tmp_path / "none.jsonl")

@@ -1,0 +1,109 @@
+"""A retriever and its record: what it encodes, how it is saved and told apart."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.encoder import RECORD_FILE, Retriever
+
+
+@pytest.fixture
+def trained(model_folder):
+    return Retriever.load(
+        model_folder,
+        precision="float32",
+        formulation="question_history_query",
+        query_prompt="query: ",
+        passage_prompt="passage: ",
+        query_max_length=12,
+        passage_max_length=8,
+    )
+
+
+def test_an_untrained_model_takes_the_query_alone_and_no_prefix(model_folder):
+    retriever = Retriever.load(model_folder)
+    assert retriever.record.formulation == "query"
+    assert (retriever.record.query_prompt, retriever.record.passage_prompt) == ("", "")
+    assert retriever.query_text(SearchRequest(query="q1", question="q2", history=("q3",))) == "q1"
+    assert Retriever.load(model_folder, preset="e5").record.query_prompt == "query: "
+
+
+def test_the_formulation_builds_the_input_and_a_plain_search_is_the_query_alone(trained):
+    assert trained.query_text(SearchRequest(query="q1", question="q2", history=("q3",))) == "q2 [SEP] q3 [SEP] q1"
+    assert trained.query_text(SearchRequest(query="q1")) == "q1"
+
+
+def test_a_saved_retriever_loads_as_it_was_and_plain_sentence_transformers_gives_the_same_vectors(trained, tmp_path):
+    trained.save(tmp_path / "saved")
+    again = Retriever.load(tmp_path / "saved", precision="float32")
+    assert again.record == trained.record
+    assert again.fingerprint() == trained.fingerprint()
+    requests = [SearchRequest(query="q1 q2", question="q3"), SearchRequest(query="q4")]
+    passages = [Passage(id="x", title="title", text="p1"), Passage(id="y", title="title", text="p3")]
+    plain = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(again.encode_queries(requests), trained.encode_queries(requests), atol=1e-6)
+    expected = plain.encode_query(["q3 [SEP] q1 q2", "q4"])
+    np.testing.assert_allclose(again.encode_queries(requests), expected, atol=1e-6)
+    expected = plain.encode_document([passage.contents for passage in passages])
+    np.testing.assert_allclose(again.encode_passages(passages), expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1.0, atol=1e-6)
+
+
+def test_queries_and_passages_are_cut_at_their_own_lengths(trained):
+    long, same_start = "p1 " * 30, "p1 " * 6
+    cut = trained.encode_passages([Passage.from_contents("a", long), Passage.from_contents("b", same_start)])
+    np.testing.assert_allclose(cut[0], cut[1], atol=1e-6)
+    # [CLS] query : ... [SEP] leaves 8 words of a query, 3 more than of a passage
+    queries = [SearchRequest(query="q1 " * n) for n in (30, 8)]
+    vectors = trained.encode_queries(queries)
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-6)
+
+
+def test_the_separator_is_the_tokenizers_own(trained):
+    ids = trained.model.tokenizer("q2 [SEP] q1")["input_ids"]
+    assert ids.count(trained.model.tokenizer.sep_token_id) == 2
+
+
+def test_fingerprints_follow_weights_and_record(trained):
+    before = trained.fingerprint()
+    other = Retriever(trained.model, replace(trained.record, formulation="query"))
+    assert other.fingerprint() != before
+    with torch.no_grad():
+        next(trained.model.parameters())[0, 0] += 1e-3
+    assert trained.fingerprint() != before
+
+
+def test_bfloat16_stays_close_to_float32(trained):
+    passages = [Passage.from_contents(str(i), f"p{i} p{i + 1} p{i + 2}") for i in range(20)]
+    exact = trained.encode_passages(passages)
+    fast = Retriever(trained.model, trained.record, precision="bfloat16").encode_passages(passages)
+    assert fast.dtype == np.float32
+    assert (exact * fast).sum(axis=1).min() > 0.999
+
+
+def test_wrong_names_and_records_are_explained(model_folder, tmp_path, trained):
+    with pytest.raises(ConfigError, match="unknown built-in retriever 'builtin:x'; known: builtin:minilm"):
+        Retriever.load("builtin:x")
+    with pytest.raises(ConfigError, match="no retriever given"):
+        Retriever.load("")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        Retriever.load(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="unknown preset 'e6'; known: auto, plain, e5, bge"):
+        Retriever.load(model_folder, preset="e6")
+    with pytest.raises(ConfigError, match="formulaton"):
+        Retriever.load(model_folder, formulaton="query")
+    with pytest.raises(ConfigError, match="unknown query_formulation 'nope'"):
+        Retriever.load(model_folder, formulation="nope")
+    trained.save(tmp_path / "saved")
+    (tmp_path / "saved" / RECORD_FILE).write_text(json.dumps({"schema": "retriever/1"}))
+    with pytest.raises(RecordError, match=r"agentic_r\.json: missing field 'formulation'"):
+        Retriever.load(tmp_path / "saved")

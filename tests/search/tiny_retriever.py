@@ -1,0 +1,65 @@
+"""A BERT of some ten thousand parameters and a corpus of made-up words, for tests that need no language.
+
+Passage words are p0..p29 and query words q0..q29; a query matches a passage when their numbers are the same. An
+untrained model cannot know that, a trained one can.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import BertConfig, BertModel, BertTokenizer
+
+NUM_WORDS = 30
+
+
+def make_model(folder: Path, *, dim: int = 32) -> str:
+    """Write an untrained sentence-transformers model; returns its folder."""
+    torch.manual_seed(0)
+    words = [f"{letter}{i}" for letter in "pq" for i in range(NUM_WORDS)] + ["query", "passage", "title", ":", '"']
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    plain = folder / "transformer"
+    plain.mkdir(parents=True)
+    (plain / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64).save_pretrained(plain)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=dim,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(plain)
+    transformer = Transformer(str(plain))
+    model = SentenceTransformer(modules=[transformer, Pooling(dim, "mean")], device="cpu")
+    model.save_pretrained(str(folder / "model"), create_model_card=False)
+    return str(folder / "model")
+
+
+def passage_numbers(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """`count` different sets of three word numbers."""
+    generator, found = random.Random(seed), dict[tuple[int, ...], None]()
+    while len(found) < count:
+        found[tuple(sorted(generator.sample(range(NUM_WORDS), 3)))] = None
+    return list(found)
+
+
+def contents(numbers: tuple[int, ...]) -> str:
+    return f'"title {numbers[0]}"\n' + " ".join(f"p{n}" for n in numbers)
+
+
+def query(numbers: tuple[int, ...]) -> str:
+    return " ".join(f"q{n}" for n in numbers)
+
+
+def write_corpus(file: Path, count: int = 40, seed: int = 0) -> Path:
+    """A corpus of `count` passages with ids d0, d1, …"""
+    lines = [{"id": f"d{i}", "contents": contents(numbers)} for i, numbers in enumerate(passage_numbers(count, seed))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
