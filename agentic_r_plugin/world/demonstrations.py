@@ -87,7 +87,8 @@ class Demonstrator:
         for hop, label in enumerate(labels):
             value, certain = self._look_up(session, question, hop, thought)
             thought = f"{label}: {value}."
-            if not certain or hop == len(labels) - 1 or self._stops(question, hop):
+            spent = session.searches >= self.limits.max_searches
+            if not certain or spent or hop == len(labels) - 1 or self._stops(question, hop):
                 break
             thought += f" Next {labels[hop + 1]}."
         self._write(session, f"<think> {thought} Done. </think><answer> {value} </answer>")

@@ -52,6 +52,7 @@ class WarmStartConfig:
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate"})
     warm_up: float = field(default=0.03, metadata={"help": "share of the demonstrations with a rising learning rate"})
     weight_decay: float = field(default=0.1, metadata={"help": "of matrices"})
+    seconds: float = field(default=0.0, metadata={"help": "end after this time, schedule included; 0: no limit"})
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
     workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one"})
     stop_at_person: float = field(default=Haste.stop_at_person, metadata={"help": "see demonstrations.Haste"})
@@ -104,6 +105,8 @@ def run(config: WarmStartConfig, *, resume: bool = False) -> None:
         record = {"config": asdict(config) | {"out": out.name}, "loss": curve, "seconds": time.monotonic() - started}
         (temporary / "warm_start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -128,8 +131,13 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     total = config.worlds * config.per_world
     seen, recent, curve, started = 0, [], [], time.monotonic()
     for step, batch in enumerate(_batches(config, tokenizer)):
+        progress = seen / total
+        if config.seconds:
+            progress = max(progress, (time.monotonic() - started) / config.seconds)
+        if progress >= 1:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(seen / total, config.warm_up)
+            group["lr"] = config.learning_rate * _schedule(progress, config.warm_up)
         loss = loss_of(model, batch, tokenizer.pad_token_id)
         if not torch.isfinite(loss):
             raise TrainingError(f"warm start: the loss at step {step} is {loss.item()}; lower learning_rate")

