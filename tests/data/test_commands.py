@@ -117,8 +117,7 @@ def test_a_command_killed_in_its_work_and_resumed_writes_the_same_bytes(world: P
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=20)
     assert process.returncode == -signal.SIGKILL and not out.exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert main(line) == 0
     assert out.read_bytes() == (whole / f"{name}.jsonl").read_bytes()
     assert read_json(tmp_path / f"{name}.jsonl.report.json")["read"] == 4
 
