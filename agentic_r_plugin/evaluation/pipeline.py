@@ -91,7 +91,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
 
     def __init__(self, config: Any, prompt_template: Any = None, retriever: Any = None, generator: Any = None) -> None:
         self.settings = read_settings(config)
-        card = read_agent_card(self.settings.agent.model)
+        card = read_agent_card(self.settings.agent.model) or read_agent_card(self.settings.agent.tokenizer)
         self.protocol, self.limits, self.topk = resolve_agent(self.settings, card)
         _refuse(config, prompt_template, generator)
         evaluator = StrictEvaluator(config)
