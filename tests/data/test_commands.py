@@ -102,10 +102,26 @@ def test_pruned_and_exhaustive_correctness_give_the_same_groups_file(world: Path
     assert [group.positive for group in groups][:1] == ["born-Ada"] and len(groups[0].negatives) == 7
 
 
+_SLOW = """
+import sys, time
+from agentic_r_plugin.cli import main
+from agentic_r_plugin.data.journal import Journal
+
+append = Journal.append
+
+def append_and_wait(*arguments):
+    append(*arguments)
+    time.sleep(1)
+
+Journal.append = append_and_wait
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_command_killed_in_its_work_and_resumed_writes_the_same_bytes(world: Path, whole: Path, tmp_path: Path):
     name = "correctness"
     line = [*arguments(world, whole)[name][:-1], str(tmp_path / f"{name}.jsonl"), "--resume"]
-    command = [sys.executable, "-m", "agentic_r_plugin.cli", *line]
+    command = [sys.executable, "-c", _SLOW, *line]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     journal, out = tmp_path / f"{name}.jsonl.journal", tmp_path / f"{name}.jsonl"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
