@@ -83,9 +83,7 @@ def test_flashrags_own_retriever_finds_the_same_passages_in_our_index(index_fold
     np.testing.assert_allclose([[h.score for h in hits] for hits in ours], np.array(their_scores), atol=1e-5)
 
 
-def test_an_interrupted_index_goes_on_and_keeps_its_shards(
-    tmp_path, corpus_file, model_folder, index_folder, monkeypatch
-):
+def test_an_interrupted_index_keeps_its_shards(tmp_path, corpus_file, model_folder, index_folder, monkeypatch):
     config = config_for(tmp_path / "index", corpus_file, model_folder)
     encode, calls = Retriever.encode_passages, []
 
@@ -127,9 +125,7 @@ def test_unfinished_work_of_another_corpus_is_not_mixed_in(tmp_path, corpus_file
 
 def test_an_index_opens_only_with_its_own_corpus_and_retriever(index_folder, tmp_path, corpus_file):
     other_corpus = write_corpus(tmp_path / "other.jsonl", seed=1)
-    with pytest.raises(
-        IndexMismatchError, match=r"built from corpus .*corpus\.jsonl .* not belong to corpus .*other\.jsonl"
-    ):
+    with pytest.raises(IndexMismatchError, match=r"from corpus .*corpus\.jsonl .* not belong to corpus .*other\.jsonl"):
         FaissBackend(index_folder, corpus=other_corpus)
     other = make_model(tmp_path / "other", dim=32)
     changed = Retriever.load(other)

@@ -1,0 +1,164 @@
+"""Training: it learns, it resumes exactly, its result is an ordinary sentence-transformers model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
+from agentic_r_plugin.retriever.batches import read_examples
+from agentic_r_plugin.retriever.checkpoint import Retriever
+from agentic_r_plugin.retriever.contrastive import Run
+from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import read_lines
+
+
+@pytest.fixture
+def config(groups, corpus, base, tmp_path):
+    return TrainRetrieverConfig(
+        groups=str(groups / "train.jsonl"),
+        corpus=str(corpus),
+        out=str(tmp_path / "trained"),
+        retriever=base,
+        learning_rate=5e-3,
+        batch_size=16,
+        group_size=4,
+        temperature=0.05,
+        gradient_checkpointing=False,
+        precision="float32",
+        checkpoint_steps=4,
+        max_steps=10,
+    )
+
+
+def curve(config, key):
+    return [line[key] for _, line in read_lines(f"{config.out}/metrics.jsonl") if key in line]
+
+
+def weights(folder):
+    return SentenceTransformer(str(folder), device="cpu").state_dict()
+
+
+def test_the_loss_falls_and_recall_on_held_out_groups_rises(config, groups):
+    config = replace(config, epochs=8, max_steps=None, dev_groups=str(groups / "dev.jsonl"))
+    run(config)
+    losses, recall = curve(config, "loss"), curve(config, "dev_recall_at_1")
+    assert len(losses) == 80
+    assert sum(losses[-5:]) < 0.25 * sum(losses[:5])
+    assert recall[0] < 0.2 < 0.6 < recall[-1]
+
+
+def test_the_result_records_its_use_and_loads_in_plain_sentence_transformers(config):
+    folder = train(replace(config, max_steps=2, query_max_length=20, passage_max_length=500))
+    retriever = Retriever.load(folder, precision="float32")
+    assert retriever.record.formulation == "question_query"
+    assert (retriever.record.query_max_length, retriever.record.passage_max_length) == (20, 64)
+    plain = SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(
+        retriever.encode_queries([SearchRequest(query="q1 q2", question="q3")]),
+        plain.encode_query(["q3 [SEP] q1 q2"]),
+        atol=1e-6,
+    )
+    done = json.loads((folder / "done.json").read_text())
+    assert (done["steps"], done["groups"]) == (2, 150)
+    assert not (folder / "checkpoint.pt").exists() and not (folder / "work.json").exists()
+
+
+def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch):
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    step = Run._train_step
+
+    def dies_at_the_seventh(self, *arguments):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Run, "_train_step", dies_at_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        Retriever.load(config.out)
+    monkeypatch.undo()
+    with pytest.raises(OutputExistsError, match="pass --resume"):
+        train(config)
+    with pytest.raises(ManifestMismatchError, match="begun with other inputs or settings"):
+        train(replace(config, seed=3), resume=True)
+    train(config, resume=True)
+    assert curve(config, "step") == list(range(1, 11))
+    assert curve(config, "loss") == curve(whole, "loss")
+    expected = weights(whole.out)
+    for name, tensor in weights(config.out).items():
+        assert torch.equal(tensor, expected[name]), name
+    done = (tmp_path / "trained" / "done.json").read_text()
+    train(config, resume=True)
+    assert (tmp_path / "trained" / "done.json").read_text() == done
+    with pytest.raises(ManifestMismatchError, match="trained on other inputs or settings"):
+        train(replace(config, learning_rate=1e-4), resume=True)
+
+
+def test_gradient_checkpointing_changes_memory_and_no_number(config, tmp_path):
+    train(replace(config, max_steps=3))
+    other = replace(config, max_steps=3, gradient_checkpointing=True, out=str(tmp_path / "other"))
+    train(other)
+    assert curve(other, "loss") == curve(config, "loss")
+
+
+def test_the_loss_sees_the_vectors_that_searching_sees(config):
+    retriever = Retriever.load(config.retriever, precision="float32", formulation="question_query")
+    with Corpus(config.corpus) as corpus:
+        run_ = Run(replace(config, encode_batch=3), corpus, retriever, rank=0, world=1)
+        rows = [5, 1, 9, 30, 2, 8, 7]
+        retriever.model.eval()
+        expected = retriever.encode_passages([corpus[row] for row in rows])
+        np.testing.assert_allclose(run_._encode_passages(rows).detach().numpy(), expected, atol=1e-6)
+        examples = read_examples(config.groups, corpus)[:4]
+        expected = retriever.encode_queries([example.request for example in examples])
+        np.testing.assert_allclose(run_._encode_queries(examples).detach().numpy(), expected, atol=1e-6)
+
+
+def test_bfloat16_learns_too(config):
+    train(replace(config, precision="bfloat16", epochs=3, max_steps=30))
+    losses = curve(config, "loss")
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert all(tensor.dtype == torch.float32 for tensor in weights(config.out).values())
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing(config):
+    train(replace(config, epochs=1, max_steps=None, warmup_ratio=0.2))
+    rates = [rate / config.learning_rate for rate in curve(config, "learning_rate")]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_a_missing_passage_or_a_diverging_loss_is_said_and_leaves_no_retriever(config, tmp_path, groups):
+    broken = tmp_path / "broken.jsonl"
+    lines = (groups / "train.jsonl").read_text().splitlines()[:3]
+    broken.write_text("\n".join([*lines[:2], lines[2].replace('"d2"', '"elsewhere"')]))
+    with pytest.raises(RecordError, match=r"broken\.jsonl:3: passage 'elsewhere' is not in the corpus"):
+        train(replace(config, groups=str(broken)))
+    assert not (tmp_path / "trained").exists()
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is nan"):
+        train(replace(config, learning_rate=1e30, max_grad_norm=1e30, warmup_ratio=0.0))
+    assert not (tmp_path / "trained" / "done.json").exists()
+    shutil.rmtree(tmp_path / "trained")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "steep"}, "schedule 'steep': expected linear, cosine, constant"),
+        ({"group_size": 1}, "group_size of at least 2"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **change)
