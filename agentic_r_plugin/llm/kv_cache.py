@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+States = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
 
 class BatchLayer(CacheLayerMixin):
     """One layer's keys and values, `[B, H, C, D]`, preallocated; `update` writes at the owner's position."""
@@ -28,7 +31,7 @@ class BatchLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.rows, self.capacity, self.position = 0, 0, 0
-        self._storage: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._storage: States | None = None
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Lay out room for `rows` x `capacity` tokens, reusing the memory of earlier batches where it suffices."""
@@ -54,17 +57,20 @@ class BatchLayer(CacheLayerMixin):
         self._storage = (storage[0], storage[1])
         self.keys, self.values = views
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> States:
         """Write the new `[b, H, q, D]` at the position and return everything up to and with them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        keys, values = self.pair()
         rows, end = key_states.shape[0], self.position + key_states.shape[2]
-        self.keys[:rows, :, self.position : end] = key_states
-        self.values[:rows, :, self.position : end] = value_states
-        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+        keys[:rows, :, self.position : end] = key_states
+        values[:rows, :, self.position : end] = value_states
+        return keys[:rows, :, :end], values[:rows, :, :end]
+
+    def pair(self) -> States:
+        """The whole room for keys and for values, `[B, H, C, D]` each."""
+        assert self.keys is not None and self.values is not None, "nothing was written yet"
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.position
@@ -80,48 +86,50 @@ class BatchCache(Cache):
     """The layers of one batch; the caller moves the write position after each forward pass."""
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[BatchLayer() for _ in range(num_layers)])
+        self.batch_layers = [BatchLayer() for _ in range(num_layers)]
+        super().__init__(layers=[*self.batch_layers])
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Begin a batch of `rows`, each of at most `capacity` tokens, padding included."""
-        for layer in self.layers:
+        for layer in self.batch_layers:
             layer.reserve(rows, capacity)
 
     def seek(self, position: int) -> None:
         """Set where the next forward pass writes."""
-        for layer in self.layers:
+        for layer in self.batch_layers:
             layer.position = position
 
     def blank(self, row: int, end: int) -> None:
         """Zero the first `end` tokens of a row: masked positions must still be finite."""
-        for layer in self.layers:
-            layer.keys[row, :, :end] = 0
-            layer.values[row, :, :end] = 0
+        for layer in self.batch_layers:
+            for states in layer.pair():
+                states[row, :, :end] = 0
 
     def move_row(self, source: int, target: int, end: int) -> None:
         """Copy row `source` over row `target`, up to `end` tokens."""
-        for layer in self.layers:
-            layer.keys[target, :, :end] = layer.keys[source, :, :end]
-            layer.values[target, :, :end] = layer.values[source, :, :end]
+        for layer in self.batch_layers:
+            for states in layer.pair():
+                states[target, :, :end] = states[source, :, :end]
 
-    def copy_out(self, row: int, start: int, end: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def copy_out(self, row: int, start: int, end: int) -> list[States]:
         """Keys and values `[H, end - start, D]` of one row, per layer, as copies."""
         return [
-            (layer.keys[row, :, start:end].clone(), layer.values[row, :, start:end].clone()) for layer in self.layers
+            (keys[row, :, start:end].clone(), values[row, :, start:end].clone())
+            for keys, values in (layer.pair() for layer in self.batch_layers)
         ]
 
-    def copy_in(self, row: int, start: int, states: Sequence[tuple[torch.Tensor, torch.Tensor]], length: int) -> None:
-        """Put the first `length` tokens of `states` at `start` of a row."""
-        for layer, (keys, values) in zip(self.layers, states, strict=True):
-            layer.keys[row, :, start : start + length] = keys[:, :length]
-            layer.values[row, :, start : start + length] = values[:, :length]
+    def copy_in(self, row: int, start: int, kept: Sequence[States], length: int) -> None:
+        """Put the first `length` tokens of what `copy_out` gave at `start` of a row."""
+        for layer, layer_kept in zip(self.batch_layers, kept, strict=True):
+            for states, kept_states in zip(layer.pair(), layer_kept, strict=True):
+                states[row, :, start : start + length] = kept_states[:, :length]
 
 
 @dataclass(eq=False)
 class _Entry:
     tokens: tuple[int, ...]
     blocks: list[int]
-    states: list[tuple[torch.Tensor, torch.Tensor]]
+    states: list[States]
 
 
 class PrefixStore:
@@ -147,7 +155,7 @@ class PrefixStore:
             keys.append(key)
         return keys
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def find(self, tokens: Sequence[int]) -> tuple[int, list[States]]:
         """How many first tokens are stored, and the states that begin with them (empty when none are)."""
         if not self._entries:
             return 0, []
@@ -159,7 +167,7 @@ class PrefixStore:
                 return length, entry.states
         return 0, []
 
-    def add(self, tokens: Sequence[int], states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def add(self, tokens: Sequence[int], states: list[States]) -> None:
         """Keep a row; stored rows that are a beginning of it are dropped."""
         if len(tokens) < self.block_size or len(tokens) > self.max_tokens:
             return

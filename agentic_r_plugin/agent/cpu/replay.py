@@ -10,5 +10,6 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 class QuickReplayBuffer(ReplayBuffer):
     """For `trainer.v1.sampler.custom_sampler`."""
 
-    def __init__(self, *args: Any, poll_interval: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(*args, poll_interval=poll_interval, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.poll_interval = 0.05

@@ -153,7 +153,7 @@ class HFReplica(RolloutReplica):
 
     async def launch_servers(self) -> None:
         """Start the actor under the name the adapter looks for."""
-        server = (
+        server: Any = (
             ray.remote(HFServer)
             .options(name=server_name(self.replica_rank), num_cpus=0, max_concurrency=self.max_concurrency)
             .remote(self.config, self.model_config, self.replica_rank)

@@ -1,4 +1,4 @@
-"""Stock verl trains with PPO on the CPU: weights move, the rollout engine follows, and a resumed run goes on exactly."""
+"""Stock verl trains with PPO on the CPU: weights move, the rollout engine follows, a resumed run goes on the same."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -118,7 +119,7 @@ def test_every_tensor_moves_at_every_step(whole: Training, task: Path, role: str
     if role == "actor":
         initial = Qwen2ForCausalLM.from_pretrained(task / "model").state_dict()
         steps.insert(0, {name: tensor.double() for name, tensor in initial.items()})
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         assert before.keys() == after.keys()
         still = [name for name in before if torch.equal(before[name], after[name])]
         assert still == []
