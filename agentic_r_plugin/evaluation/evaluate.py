@@ -6,7 +6,6 @@ them together. A cell that is done is not run again by a resume, and one that wa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
+from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, require_absent, write_json
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
 
 _MADE_FROM = "made_from.json"
-_SAMPLED_BYTES = 1 << 16
-_WHOLE_BYTES = 1 << 20
 
 
 def _metrics() -> list[str]:
@@ -260,30 +258,6 @@ def _search_spec(config: EvaluateConfig, name: str) -> SearchSpec:
     if where.startswith("bm25:"):
         return replace(config.settings.search, backend="bm25", corpus=where.removeprefix("bm25:"))
     return replace(config.settings.search, index=where)
-
-
-def identity(where: str) -> str:
-    """What a directory holds, without reading large files whole: sizes, and bytes from begin, middle and end.
-
-    Anything that is no file or directory here (a URL, a model's name) is its own identity.
-    """
-    path = Path(where.removeprefix("bm25:"))
-    if path.is_file():
-        return file_fingerprint(path)
-    if not path.is_dir():
-        return where
-    digest = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}:".encode())
-        with file.open("rb") as stream:
-            if size <= _WHOLE_BYTES:
-                digest.update(stream.read())
-                continue
-            for offset in (0, size // 2, size - _SAMPLED_BYTES):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _one_line(result: Mapping[str, Any]) -> str:
