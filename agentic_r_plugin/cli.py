@@ -125,20 +125,21 @@ def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tu
 
 def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: dataclasses.Field[Any]) -> None:
     hint = get_type_hints(config_class)[field.name]
-    kind = next((item for item in get_args(hint) if item is not type(None)), hint) if get_args(hint) else hint
-    if kind not in (str, int, float, bool):
-        return
+    options = [item for item in get_args(hint) if item is not type(None)] if type(None) in get_args(hint) else [hint]
+    if options[0] not in (str, int, float, bool):
+        return  # lists and nested settings are given as key=value
+    kind = options[0]
     flag = field.metadata.get("flag") or "--" + field.name.strip("_").replace("_", "-")
     shown = "" if field.default in (dataclasses.MISSING, None, "", "???") else f" (default: {field.default})"
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "dest": f"field:{field.name}",
         "default": None,
         "help": (str(field.metadata.get("help", "")) + shown).replace("%", "%%"),
     }
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **arguments)
     else:
-        parser.add_argument(flag, metavar=kind.__name__.upper(), **options)
+        parser.add_argument(flag, metavar=kind.__name__.upper(), **arguments)
 
 
 def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:

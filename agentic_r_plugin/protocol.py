@@ -184,6 +184,10 @@ def disarm(text: str) -> str:
     return _TAG_OPENING.sub("‹", text)
 
 
+_PREFIX_SEARCH = Search("", "")
+"""Stands for the last search of a prefix, whose passages are awaited; it is not a turn of the session's own."""
+
+
 # --- One trajectory ---------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +244,7 @@ class Session:
             )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
-            self._pending = Search("", "")
+            self._pending = _PREFIX_SEARCH
             if self._room < 1:
                 self._finish(Finished(StopReason.MAX_TOKENS))
 
@@ -311,19 +315,12 @@ class Session:
             Finished when the block leaves the model no room (nothing is appended then), else None.
         """
         self._expect(pending=True)
+        search, self._pending = self._pending, None
         shown, block, block_ids = self._fit(passages)
-        scores = list(scores) if scores is not None else [0.0] * len(passages)
-        if self.turns_counted:
-            self.turns.append(
-                Turn(
-                    turn=self.searches,
-                    reasoning=self._pending.reasoning,  # type: ignore[union-attr]
-                    query=self._pending.query,  # type: ignore[union-attr]
-                    passages=tuple(ScoredPassage(id=p.id, score=s) for p, s in zip(shown, scores, strict=False)),
-                )
-            )
-        self._pending = None
-        if len(block_ids) >= self._room:
+        fits = len(block_ids) < self._room
+        if search != _PREFIX_SEARCH:
+            self._record(search, shown if fits else [], scores if scores is not None else [0.0] * len(shown))
+        if not fits:
             return self._finish(Finished(StopReason.MAX_TOKENS))
         self._append(block_ids, block, by_model=False)
         return None
@@ -334,11 +331,6 @@ class Session:
         self._pending = None
         return self._finish(Finished(StopReason.SEARCH_FAILED))
 
-    @property
-    def turns_counted(self) -> bool:
-        """False while the passages of a prefix's search are awaited: that turn is not this session's own."""
-        return self._pending is not None and bool(self._pending.query)
-
     # Inside
 
     def _expect(self, *, pending: bool) -> None:
@@ -346,6 +338,12 @@ class Session:
             raise ValueError(f"the session is finished ({self.finished.stop_reason.value})")
         if (self._pending is not None) != pending:
             raise ValueError("a search awaits its passages" if self._pending is not None else "no search is pending")
+
+    def _record(self, search: Search | None, shown: Sequence[Passage], scores: Sequence[float]) -> None:
+        """Note a search of this session with the passages that the model got to read."""
+        assert search is not None
+        read = tuple(ScoredPassage(id=p.id, score=score) for p, score in zip(shown, scores, strict=False))
+        self.turns.append(Turn(turn=self.searches, reasoning=search.reasoning, query=search.query, passages=read))
 
     def _append(self, ids: list[int], text: str, *, by_model: bool) -> None:
         self.segments.append(Segment(ids=ids, text=text, by_model=by_model))

@@ -1,0 +1,136 @@
+"""The whole loop on a CPU with the shipped agent: killed twice, taken up again, and whole at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.iterate import IterateConfig, Loop, run
+from agentic_r_plugin.records import Group
+from agentic_r_plugin.store import read_lines, read_records
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "quickstart" / "loop.yaml"
+
+SMALL = {
+    "iterations": 1,
+    "world": {
+        "train_questions": 16, "dev_questions": 4, "test_questions": 8, "people": 40, "works": 24, "companies": 8,
+        "schools": 8, "prizes": 6, "towns": 14, "rivers": 6, "newspapers": 10,
+    },
+    "train_agent": {
+        "steps": 2, "batch_size": 8, "mini_batch_size": 8, "micro_batch_size": 8, "actor_lr": 1e-4, "critic_lr": 5e-4,
+        "save_every": 1, "keep_checkpoints": 1, "validate_every": 0,
+    },
+    "trajectories": {"batch_size": 4},
+    "correctness": {"batch_size": 2},
+    "train_retriever": {"max_steps": 2, "batch_size": 2, "group_size": 4, "checkpoint_steps": 1},
+    "evaluate": {"resamples": 200},
+}  # fmt: skip
+
+
+def command(out: Path) -> list[str]:
+    recipe = out.parent / "loop.json"
+    recipe.write_text(json.dumps(SMALL))
+    base = load_config(IterateConfig, RECIPE)
+    config = {"agent": str(ROOT / base.agent), "retriever": base.retriever, "protocol": base.protocol} | SMALL
+    recipe.write_text(json.dumps(config | {"limits": vars(base.limits), "relevance": dict(base.relevance)}))
+    return [sys.executable, "-m", "agentic_r_plugin.cli", "iterate", "--config", str(recipe), f"out={out}", "--resume"]
+
+
+def kill_when(out: Path, reached, log: Path) -> None:
+    """Run the loop and kill -9 it as soon as `reached()`; nothing it started may live on."""
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command(out), stdout=stream, stderr=stream, cwd=ROOT)
+        deadline = time.monotonic() + 600
+        while not reached():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run that was killed in PPO after its first checkpoint, and again in correctness."""
+    out = tmp_path_factory.mktemp("loop") / "run"
+    log = out.parent / "log"
+    checkpoint = out / "iteration-1" / "agent" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    kill_when(out, checkpoint.is_file, log)
+    journal = out / "iteration-1" / "data" / "correctness.jsonl.journal"
+    kill_when(out, lambda: journal.is_file() and journal.stat().st_size > 0, log)
+    done = subprocess.run(command(out), capture_output=True, text=True, cwd=ROOT, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_every_phase_was_finished_once_and_said_what_it_cost(finished):
+    lines = [line for _, line in read_lines(finished / "costs.jsonl")]
+    assert [(line["iteration"], line["phase"]) for line in lines] == [
+        (0, "world"), (0, "index"), (1, "train-agent"), (1, "trajectories"), (1, "candidates"), (1, "relevance"),
+        (1, "correctness"), (1, "groups"), (1, "train-retriever"), (1, "index"), (1, "evaluate"),
+    ]  # fmt: skip
+    cost = {line["phase"]: line for line in lines}
+    assert cost["train-agent"]["steps"] == 2 and cost["train-agent"]["rollouts"] == 16
+    assert cost["trajectories"]["rollouts"] == 16 and cost["trajectories"]["generated_tokens"] > 0
+    assert all(line["seconds"] >= 0 for line in lines)
+
+
+def test_no_step_of_ppo_was_lost_or_repeated(finished):
+    steps = [line["step"] for _, line in read_lines(finished / "iteration-1" / "agent" / "metrics.jsonl")]
+    assert steps == [0, 1, 2]
+
+
+def test_groups_hold_passages_of_the_corpus(finished):
+    corpus = {line["id"] for _, line in read_lines(finished / "benchmark" / "fictional_world" / "corpus.jsonl")}
+    for group in read_records(finished / "iteration-1" / "data" / "groups.jsonl", Group):
+        assert {group.positive, *group.negatives} <= corpus and group.positive not in group.negatives
+
+
+def test_agents_and_retrievers_were_evaluated_and_reported(finished):
+    matrix = (finished / "evaluation" / "matrix.md").read_text()
+    assert all(name in matrix for name in ("agent-0", "agent-1", "retriever-0", "retriever-1"))
+    assert "<html" in (finished / "report.html").read_text() and (finished / "report.md").stat().st_size > 0
+
+
+def test_a_finished_run_does_nothing_again(finished):
+    before = (finished / "costs.jsonl").read_bytes()
+    done = subprocess.run(command(finished), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0 and (finished / "costs.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_refuses_another_configuration_and_a_second_start(finished):
+    config = load_config(IterateConfig, finished / "config.yaml")
+    with pytest.raises(OutputExistsError, match="go on with --resume"):
+        run(config)
+    other = load_config(IterateConfig, finished / "config.yaml", ["seed=1"])
+    with pytest.raises(ManifestMismatchError, match="seed"):
+        run(other, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("groups.num_negativs=3", "num_negativs"),
+        ("train_agent.steps=many", "steps"),
+        ("iterations=0", "iterations"),
+        ("agent_from=best", "agent_from"),
+        ("agent=/no/such/folder", "agent"),
+        ("benchmark=/no/such/benchmark", "benchmark"),
+    ],
+)
+def test_a_wrong_setting_is_found_before_anything_runs(tmp_path, override, message):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=message):
+        Loop(load_config(IterateConfig, RECIPE, [f"out={out}", f"agent={tmp_path}", override])).check()
+    assert not out.exists()
