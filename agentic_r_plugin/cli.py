@@ -40,7 +40,6 @@ COMMANDS = {
     "warm-start-sft": Command(
         "teach a Hugging Face model the protocol on scripted trajectories", "agent.warm_start_sft:WarmStartSFTConfig"
     ),
-    "warm-start-sft": Command("teach a language model the form on real questions", "agent.warm_start_sft:WarmStartSFTConfig"),
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),

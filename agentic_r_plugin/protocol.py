@@ -363,7 +363,7 @@ class Session:
         return Retry()
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
-        """As many leading passages as the observation limit holds; a first one that is too long loses its last words."""
+        """As many leading passages as the observation limit holds; a first one too long loses its last words."""
         shown = list(passages)
         while True:
             block = self.protocol.render(shown)
