@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import transfer_queue as tq
@@ -28,6 +28,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from agentic_r_plugin.agent.metrics import StepLog, not_finite, plain, trajectory_metrics
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
+
+T = TypeVar("T")
 
 NAME = "agentic_r_sync"
 """Value of `trainer.v1.trainer_mode` that picks this trainer."""
@@ -61,17 +63,23 @@ class AgenticPPOTrainer(PPOTrainerSync):
         bad = not_finite(metrics)
         if bad:
             raise TrainingError(
-                f"step {self.global_steps}: {', '.join(bad)} not finite; the last checkpoint is from before it. Lower "
-                "the learning rates or the KL coefficient's scale and go on with --resume"
+                f"step {self.global_steps}: {', '.join(bad)} not finite; nothing of it was saved. Train again with "
+                "lower learning rates (actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
             )
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
         return batch
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict[str, Any], **kwargs: Any) -> KVBatchMeta:
-        return super()._balance_batch(self._valid_in_order(batch), metrics, **kwargs)
+    def _balance_batch(
+        self,
+        batch: KVBatchMeta,
+        metrics: dict[str, Any],
+        logging_prefix: str = "global_seqlen",
+        keep_minibatch: bool = False,
+    ) -> KVBatchMeta:
+        return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """The batch without trajectories whose search failed, in the order of the data set.
+        """The batch without trajectories whose search failed, in an order that depends on the trajectories only.
 
         verl then fills the batch up to whole mini-batches with its own padding, which its losses and metrics skip; so
         every mini-batch holds at least one real trajectory.
@@ -89,6 +97,8 @@ class AgenticPPOTrainer(PPOTrainerSync):
             tq.kv_clear(keys=failed, partition_id=batch.partition_id)
         rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
         rows.sort(key=lambda row: _place(row[2]))
+        size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        rows = by_length_within(rows, size, length=lambda row: row[1]["seq_len"])
         return KVBatchMeta(
             partition_id=batch.partition_id,
             keys=[key for key, _, _ in rows],
@@ -135,15 +145,33 @@ class AgenticPPOTrainer(PPOTrainerSync):
             for step in checkpoint_steps(root)[: -self.settings.keep_checkpoints]:
                 shutil.rmtree(root / f"global_step_{step}")
 
+    def _drop_unfinished(self) -> None:
+        """Remove folders of later steps than the checkpoint in use: a kill while saving left them in pieces."""
+        root = Path(self.config.trainer.default_local_dir)
+        for step in checkpoint_steps(root):
+            if step > self.global_steps:
+                shutil.rmtree(root / f"global_step_{step}")
+
     def _load_checkpoint(self) -> None:
         """verl's loading; the logs then lose the steps after the checkpoint, which will be done again."""
         super()._load_checkpoint()
+        self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
         if self.global_steps and self.global_steps not in {record["step"] for record in self.metrics_log.read()}:
             # The run was killed after the checkpoint and before its step's line.
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
             self.metrics_log.append([read_json(folder / "metrics.json")])
+
+
+def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
+    """Rows of each mini-batch by length, so that a micro-batch pads little; no row changes its mini-batch.
+
+    >>> by_length_within(["ccc", "a", "bb", "dd", "e"], 3, len)
+    ['a', 'bb', 'ccc', 'e', 'dd']
+    """
+    starts = range(0, len(rows), size)
+    return [row for start in starts for row in sorted(rows[start : start + size], key=length)]
 
 
 def checkpoint_steps(root: Path) -> list[int]:

@@ -143,7 +143,8 @@ def _settings(
             "save_freq": config.save_every,
             "test_freq": (config.validate_every or config.steps) if validated else -1,
             "val_before_train": validated and fresh,
-            "critic_warmup": config.critic_only_steps,
+            # verl updates the actor from the step of this number on.
+            "critic_warmup": config.critic_only_steps + 1 if config.critic_only_steps else 0,
         },
         "agentic_r": {
             "run_dir": str(run_dir),

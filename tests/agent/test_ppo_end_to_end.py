@@ -50,15 +50,15 @@ def whole(config: TrainAgentConfig, service: Service) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(whole: Path, config: TrainAgentConfig) -> Path:
-    """The same run, as a kill in the third step would have left it, resumed."""
+    """The same run, resumed from the worst places for a kill: step 2 saved but not logged, step 3 half saved."""
     folder = whole.with_name("resumed")
     shutil.copytree(whole, folder)
-    for name in ("agent", "critic", "checkpoints/global_step_3"):
+    for name in ("agent", "critic", "checkpoints/global_step_3/actor"):
         shutil.rmtree(folder / name)
     (folder / "done.json").unlink()
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
-    with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 4, "cut o')
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(lines[0] + lines[1] + lines[3] + '{"step": 4, "cut o')
     run(replace(config, out=str(folder)), resume=True)
     return folder
 
@@ -146,6 +146,7 @@ def test_the_exported_agent_and_critic_are_the_last_checkpoint(whole: Path) -> N
 
 def test_a_resumed_step_equals_the_uninterrupted_one(whole: Path, resumed: Path) -> None:
     assert [line["step"] for line in metrics(resumed)] == [0, 1, 2, 3]
+    assert metrics(resumed)[2]["agentic_r/em"] == metrics(whole)[2]["agentic_r/em"]
     one, two = metrics(whole)[3], metrics(resumed)[3]
     compared = [name for name in one if not name.startswith(("timing", "perf/")) and "/perf/" not in name]
     assert {name: two[name] for name in compared} == pytest.approx({name: one[name] for name in compared}, rel=1e-4)
