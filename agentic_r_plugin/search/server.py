@@ -116,6 +116,9 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
         )
         ready = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": backend.fingerprint()}
         listener.listen(1024)
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn raises the signal again when it has finished; by then it has done its work
+            signal.signal(signal.SIGTERM, lambda *_: None)
         with _announced(ready, config.ready_file):
             server.run(sockets=[listener])
 

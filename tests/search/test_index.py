@@ -1,4 +1,4 @@
-"""Indexing: faiss and FlashRAG read it as theirs, it goes on where it stopped, it belongs to one corpus and retriever."""
+"""Indexing: FlashRAG reads it as its own, it goes on where it stopped, it belongs to one corpus and one retriever."""
 
 from __future__ import annotations
 

@@ -1,0 +1,169 @@
+"""The client against a server that really misbehaves: what passes is tried again, what does not is an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import pickle
+import threading
+import time
+from email.utils import formatdate
+
+import pytest
+from loopback import EchoBackend, Misbehaving, response, serving
+
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.client import RetrievalClient
+
+ONE = [SearchRequest(query="q")]
+HIT = {"document": {"id": "1", "title": "T", "text": "x", "contents": '"T"\nx'}, "score": 0.5}
+GOOD = response(200, json.dumps({"result": [[HIT]]}).encode())
+
+
+def slow(connection):
+    time.sleep(0.6)
+    connection.sendall(GOOD)
+
+
+def drip(connection):
+    for i in range(40):
+        connection.sendall(GOOD[i : i + 1])
+        time.sleep(0.05)
+
+
+def both(server, **settings):
+    """The blocking and the asynchronous way to ask."""
+    client = RetrievalClient(server.url, **{"timeout_s": 0.4, "retries": 2} | settings)
+    return [lambda: client.search(ONE, 3), lambda: asyncio.run(client.asearch(ONE, 3))]
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        response(500, b'{"error": {"type": "search_failed", "message": "x"}}'),
+        response(502, b"<html>"),
+        response(503, b""),
+        response(429, b"", "Retry-After: 0"),
+        b"",
+        GOOD[:-10],
+        b"SSH-2.0-OpenSSH\r\n",
+        slow,
+        drip,
+    ],
+    ids=["500", "502", "503", "429", "closed", "cut", "other protocol", "slow", "drip"],
+)
+def test_what_may_pass_is_tried_again(fault, way):
+    with Misbehaving([fault, fault, GOOD]) as server:
+        hits = both(server)[way]()
+        assert (hits[0][0].passage.id, hits[0][0].score) == ("1", 0.5)
+        assert server.taken == 3
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["sync", "async"])
+def test_what_does_not_pass_is_unavailable_with_address_attempts_and_last_fault(way):
+    with Misbehaving([response(503, b"a"), response(500, b'{"error": {"type": "t", "message": "boom"}}')]) as server:
+        with pytest.raises(SearchUnavailableError) as caught:
+            both(server, retries=1)[way]()
+        assert f"{server.url}/retrieve: no answer after 2 attempts; last fault: HTTP 500: t: boom" in str(caught.value)
+    with pytest.raises(SearchUnavailableError, match=r"after 1 attempt; last fault: ConnectError"):
+        both(server, retries=0)[way]()
+
+
+@pytest.mark.parametrize("way", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>", "expected JSON, found b'<html>'"),
+        (b"\xff\xfe", "expected JSON"),
+        (b"[" * 100_000, "expected JSON"),
+        (b"[]", "an object with a list 'result'"),
+        (b'{"result": null}', "an object with a list 'result'"),
+        (b'{"result": []}', "expected 1 results, one per query, found 0"),
+        (b'{"result": [[], []]}', "expected 1 results, one per query, found 2"),
+        (b'{"result": [null]}', r"result\[0\]: expected a list"),
+        (b'{"result": [["x"]]}', r"result\[0\]\[0\]: expected an object with 'document'"),
+        (b'{"result": [[{"document": {"id": "1", "title": "T"}, "score": 1}]]}', "'id', 'title' and 'text'"),
+        (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}, "score": NaN}]]}', "finite number"),
+        (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}, "score": "1"}]]}', "finite number"),
+        (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}}]]}', "finite number"),
+        (json.dumps({"result": [[HIT, HIT]]}).encode(), "the same passage id stands there twice"),
+        (json.dumps({"result": [[HIT, HIT, HIT, HIT]]}).encode(), "at most 3 hits, found 4"),
+    ],
+)
+def test_a_malformed_answer_is_an_error_at_once_and_never_empty(body, message, way):
+    with Misbehaving([response(200, body)]) as server:
+        with pytest.raises(SearchError, match=message) as caught:
+            both(server)[way]()
+        assert not isinstance(caught.value, SearchUnavailableError)
+        assert server.url in str(caught.value) and server.taken == 1
+
+
+def test_a_refusal_is_not_tried_again():
+    with (
+        Misbehaving([response(400, b'{"error": {"type": "invalid_request", "message": "no"}}')]) as server,
+        pytest.raises(SearchError, match="refused the request: HTTP 400: invalid_request: no"),
+    ):
+        both(server)[0]()
+
+
+@pytest.mark.parametrize("value", ["1", "date"])
+def test_retry_after_is_kept_to(value):
+    header = "1" if value == "1" else formatdate(time.time() + 2, usegmt=True)
+    with Misbehaving([response(503, b"", f"Retry-After: {header}"), GOOD]) as server:
+        both(server)[0]()
+        assert server.arrivals[1] - server.arrivals[0] > 0.8
+
+
+def test_documents_with_contents_alone_are_understood():
+    body = json.dumps({"result": [[{"document": {"id": 7, "contents": '"Emma"\nA novel.'}, "score": 2}]]}).encode()
+    with Misbehaving([response(200, body)]) as server:
+        passage = both(server)[0]()[0][0].passage
+    assert (passage.id, passage.title, passage.text) == ("7", "Emma", "A novel.")
+
+
+def test_long_lists_are_asked_in_parts_and_come_back_in_order():
+    requests = [SearchRequest(query=str(i), history=("h",) * (i % 2)) for i in range(20)]
+    with serving(EchoBackend()) as url:
+        found = RetrievalClient(url, max_batch=8).search(requests, 1)
+        assert [hits[0].passage.text.rpartition("|")[2] for hits in found] == [str(i) for i in range(20)]
+        assert found[3][0].passage.text == "None|('h',)|3"
+        assert RetrievalClient(url).search([], 3) == []
+        assert RetrievalClient(f"{url}/retrieve").health()["status"] == "ok"
+        with pytest.raises(SearchError, match="topk of at least 1"):
+            RetrievalClient(url).search(requests, 0)
+
+
+def _ask(client, answers):
+    answers.put(client.search(ONE, 1)[0][0].passage.text)
+
+
+def test_one_client_serves_several_loops_threads_and_processes():
+    with serving(EchoBackend()) as url:
+        client = RetrievalClient(url)
+        texts = [client.search(ONE, 1)[0][0].passage.text]
+        texts += [asyncio.run(client.asearch(ONE, 1))[0][0].passage.text for _ in range(2)]
+        thread = threading.Thread(target=lambda: texts.append(asyncio.run(client.asearch(ONE, 1))[0][0].passage.text))
+        thread.start()
+        thread.join()
+        texts.append(pickle.loads(pickle.dumps(client)).search(ONE, 1)[0][0].passage.text)
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        child = context.Process(target=_ask, args=(client, answers))
+        child.start()
+        texts.append(answers.get(timeout=20))
+        child.join()
+        texts.append(client.search(ONE, 1)[0][0].passage.text)
+        client.close()
+        assert texts == ["None|()|q"] * 7
+
+
+@pytest.mark.parametrize(
+    ("url", "settings"),
+    [("127.0.0.1:8000", {}), ("http://", {}), ("", {}), ("http://x:y", {}), ("http://x", {"retries": -1})],
+)
+def test_impossible_settings_are_refused(url, settings):
+    with pytest.raises(ConfigError):
+        RetrievalClient(url, **settings)

@@ -1,0 +1,292 @@
+"""The service over real connections: the contract's wire format, strangers' bodies, many clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from loopback import LIMITS, EchoBackend, serving
+
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.search.backends import FaissBackend
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.search.server import ServeConfig, running_service
+
+
+@pytest.fixture(scope="module")
+def url():
+    with serving(EchoBackend()) as address:
+        yield address
+
+
+def test_answers_have_the_form_of_the_contract(url):
+    answer = httpx.post(f"{url}/retrieve", json={"queries": ["a", "b"], "topk": 1, "return_scores": True})
+    assert answer.status_code == 200
+    document = {"id": "0", "title": "T0", "text": "None|()|b", "contents": '"T0"\nNone|()|b'}
+    assert answer.json()["result"][1] == [{"document": document, "score": 1.0}]
+    bare = httpx.post(f"{url}/retrieve", json={"queries": ["b"]}).json()
+    assert bare["result"][0][0] == document and len(bare["result"][0]) == LIMITS.default_topk
+    assert httpx.post(f"{url}/retrieve", json={"queries": []}).json() == {"result": []}
+
+
+def test_questions_and_histories_reach_the_retriever(url):
+    body = {"queries": ["q", "r"], "questions": ["Q", None], "histories": [["h"], []], "topk": 1}
+    found = httpx.post(f"{url}/retrieve", json=body).json()["result"]
+    assert [documents[0]["text"] for documents in found] == ["Q|('h',)|q", "None|()|r"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"", 400, "expected a JSON object"),
+        (b"{", 400, "expected a JSON object"),
+        (b"[1]", 400, "found list"),
+        (b'{"queries": ["\xff"]}', 400, "expected a JSON object in UTF-8"),
+        (b'{"queries": ["\\ud800"]}', 400, "queries[0]: not valid Unicode"),
+        (b"[" * 15_000, 400, "expected a JSON object"),
+        (b'{"queries": ' + b"[" * 9000 + b"]" * 9000 + b"}", 400, ""),
+        (b'{"queries": "q"}', 400, "a list of strings in 'queries'"),
+        (b'{"queries": [1]}', 400, "queries[0]: expected a string, found int"),
+        (b'{"queries": ["q", null]}', 400, "queries[1]: expected a string, found NoneType"),
+        (b"{}", 400, "a list of strings in 'queries'"),
+        (b'{"queries": ["q"], "topk": 0}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": -1}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": true}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": 1.5}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": "3"}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": NaN}', 400, "topk"),
+        (b'{"queries": ["q"], "topk": 51}', 413, "topk 51"),
+        (b'{"queries": ["q"], "topk": 1' + b"0" * 4000 + b"}", 413, "topk too large"),
+        (b'{"queries": ["q"], "topk": 1' + b"0" * 5000 + b"}", 400, "expected a JSON object"),
+        (b'{"queries": ["q"], "return_scores": "yes"}', 400, "return_scores"),
+        (b'{"queries": ["q"], "questions": ["a", "b"]}', 400, "a list as long as 'queries' (1) in 'questions'"),
+        (b'{"queries": ["q"], "questions": [3]}', 400, "questions[0]"),
+        (b'{"queries": ["q"], "histories": ["h"]}', 400, "histories[0]: expected a list"),
+        (b'{"queries": ["q"], "histories": [["a", "b", "c", "d", "e"]]}', 413, "more than 4"),
+        (b'{"queries": ["q"], "question": ["a"]}', 400, "unknown field 'question'"),
+        (b'{"queries": ["' + b"x" * 201 + b'"]}', 413, "queries[0]: 201 characters"),
+        (b'{"queries": ["q","q","q","q","q","q","q","q","q"]}', 413, "9 queries; at most 8"),
+        (b'{"queries": ["' + b"x" * 30_000 + b'"]}', 413, "larger than 20000 bytes"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_request_gets_a_typed_error(url, body, status, message):
+    answer = httpx.post(f"{url}/retrieve", content=body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["type"] == {400: "invalid_request", 413: "too_large"}[status]
+    assert message in error["message"]
+
+
+def test_unknown_paths_and_methods_get_typed_errors(url):
+    assert httpx.get(f"{url}/nope").json()["error"]["type"] == "not_found"
+    answer = httpx.get(f"{url}/retrieve")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (405, "method_not_allowed")
+
+
+def test_a_body_without_end_is_refused_before_it_is_read(url):
+    def endless():
+        for _ in range(10_000):
+            yield b"x" * 10_000
+
+    try:
+        answer = httpx.post(f"{url}/retrieve", content=endless())
+        assert answer.status_code == 413
+    except (httpx.WriteError, httpx.ReadError):  # the service hung up on it
+        pass
+    assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+
+
+def test_half_a_request_does_not_hold_the_others_up():
+    with serving(EchoBackend(), limits=replace(LIMITS, timeout_s=0.5)) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as half:
+            half.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert httpx.post(f"{url}/retrieve", json={"queries": ["a"]}).status_code == 200
+            half.settimeout(5)
+            assert b"504" in half.recv(1000)
+
+
+def test_many_clients_at_once_share_batches_and_each_gets_its_own_answer():
+    backend = EchoBackend(delay_s=0.01)
+
+    async def ask(address):
+        client = RetrievalClient(address)
+        requests = [SearchRequest(query=f"q{i}", question="Q") for i in range(60)]
+        answers = await asyncio.gather(*(client.asearch([request], 2) for request in requests))
+        again = await client.asearch(requests[:5], 2)
+        await client.aclose()
+        return answers, again
+
+    with serving(backend) as url:
+        answers, again = asyncio.run(ask(url))
+        assert [hits[0][0].passage.text for hits in answers] == [f"Q|()|q{i}" for i in range(60)]
+        assert again == [answers[i][0] for i in range(5)]
+        assert sum(map(len, backend.batches)) == 60 and len(backend.batches) < 30
+        metrics = httpx.get(f"{url}/metrics").text
+    assert "agentic_r_search_queries_total 65\n" in metrics
+    assert "agentic_r_search_cache_hits_total 5\n" in metrics
+    assert f"agentic_r_search_batches_total {len(backend.batches)}\n" in metrics
+    assert 'agentic_r_search_request_seconds_bucket{le="+Inf"} 61\n' in metrics
+
+
+def test_the_cache_keeps_question_and_topk_apart():
+    backend = EchoBackend()
+    with serving(backend, cache_size=2) as url:
+        client = RetrievalClient(url)
+
+        def asked(query, topk, question=None):
+            before = len(backend.batches)
+            hits = client.search([SearchRequest(query=query, question=question)], topk)[0]
+            assert len(hits) == topk
+            return len(backend.batches) - before
+
+        assert [asked("a", 3), asked("a", 2), asked("a", 3), asked("a", 4), asked("a", 4)] == [1, 0, 0, 1, 0]
+        assert [asked("a", 3, "Q"), asked("a", 3, "Q"), asked("b", 3), asked("a", 4)] == [1, 0, 1, 1]
+
+
+def test_a_failing_backend_is_an_error_and_the_service_lives_on(url):
+    answer = httpx.post(f"{url}/retrieve", json={"queries": ["break"]})
+    assert answer.status_code == 500
+    assert answer.json()["error"] == {
+        "type": "search_failed",
+        "message": "the search backend failed: RuntimeError: the disk is on fire",
+    }
+    assert httpx.post(f"{url}/retrieve", json={"queries": ["a"]}).status_code == 200
+
+
+def test_a_slow_backend_times_out_and_a_full_queue_is_refused():
+    with serving(EchoBackend(delay_s=1.0), limits=replace(LIMITS, timeout_s=0.3)) as url:
+        answer = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout")
+    with serving(EchoBackend(delay_s=0.5), max_waiting=4) as url:
+        first = threading.Thread(
+            target=httpx.post, args=(f"{url}/retrieve",), kwargs={"json": {"queries": list("abcd")}}
+        )
+        first.start()
+        time.sleep(0.2)
+        answer = httpx.post(f"{url}/retrieve", json={"queries": ["x"]})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "overloaded")
+        assert answer.headers["Retry-After"] == "1"
+        first.join()
+        assert len(RetrievalClient(url).search([SearchRequest(query="x")], 1)[0]) == 1
+
+
+def test_with_a_token_nobody_searches_without_it():
+    with serving(EchoBackend(), token="sécret") as url:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": b"Bearer \xff"}):
+            answer = httpx.post(f"{url}/retrieve", json={"queries": ["a"]}, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "unauthorized")
+            assert httpx.get(f"{url}/metrics", headers=headers).status_code == 401
+        assert httpx.get(f"{url}/health").json()["fingerprint"] == "echo"
+    with serving(EchoBackend(), token="secret") as url:
+        assert RetrievalClient(url, token="secret").search([SearchRequest(query="a")], 1)[0][0].score == 1.0
+        with pytest.raises(SearchError, match="HTTP 401: unauthorized"):
+            RetrievalClient(url).search([SearchRequest(query="a")], 1)
+
+
+def test_the_service_finds_what_its_backend_finds(index_folder):
+    backend = FaissBackend(index_folder, precision="float32")
+    requests = [SearchRequest(query=f"p{n} p{n + 1}", question="q1") for n in range(6)]
+    expected = backend.search(requests, 4)
+    with serving(backend) as url:
+        found = RetrievalClient(url).search(requests, 4)
+    for ours, wanted in zip(found, expected, strict=True):
+        assert [hit.passage for hit in ours] == [hit.passage for hit in wanted]
+        assert [hit.score for hit in ours] == pytest.approx([hit.score for hit in wanted], abs=1e-5)
+
+
+def test_a_service_process_starts_answers_and_ends_with_its_block(corpus_file):
+    with running_service(ServeConfig(backend="bm25", corpus=str(corpus_file), port=0)) as url:
+        assert RetrievalClient(url).search([SearchRequest(query="p1")], 40)[0][0].score > 0
+        pid = int(
+            subprocess.check_output(["ps", "-eo", "pid,args"], text=True).split("agentic-r-serve-")[0].split()[-6]
+        )
+        assert pid > 0
+    with pytest.raises(SearchUnavailableError, match="no answer after 1 attempt"):
+        RetrievalClient(url, retries=0).search([SearchRequest(query="p1")], 1)
+
+
+def test_a_service_that_cannot_start_shows_the_end_of_its_log(tmp_path):
+    with (
+        pytest.raises(SearchUnavailableError, match=r"ended with code 1 at start; its log ends:\n.*no index there"),
+        running_service(ServeConfig(index=str(tmp_path), port=0)),
+    ):
+        pass
+
+
+PARENT = """
+import sys, time
+from agentic_r_plugin.search.server import ServeConfig, running_service
+with running_service(ServeConfig(backend="bm25", corpus=sys.argv[1], port=0)) as url:
+    print(url, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_service_whose_parent_is_killed_ends_too(corpus_file):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(corpus_file)], stdout=subprocess.PIPE, text=True)
+    url = parent.stdout.readline().strip()
+    assert httpx.get(f"{url}/health").status_code == 200
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    with pytest.raises(httpx.ConnectError):
+        while time.monotonic() < deadline:
+            httpx.get(f"{url}/health")
+            time.sleep(0.2)
+
+
+def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_file, tmp_path):
+    ready = tmp_path / "ready.json"
+    command = [sys.executable, "-m", "agentic_r_plugin.cli", "serve", "--backend", "bm25", "--port", "0"]
+    process = subprocess.Popen([*command, "--corpus", str(corpus_file), "--ready-file", str(ready)])
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    told = json.loads(ready.read_text())
+    assert told["pid"] == process.pid
+    assert httpx.get(f"{told['url']}/health").json()["fingerprint"] == told["fingerprint"]
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+    assert not ready.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0"}, "can be reached from outside; set token_env"),
+        ({"host": "example.org"}, "can be reached from outside"),
+        ({"port": 70_000}, "expected 0 to 65535"),
+        ({"timeout_s": 0.0}, "timeout_s must be above 0"),
+    ],
+)
+def test_unsafe_or_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ServeConfig(**settings)
+
+
+def test_a_taken_port_is_said(corpus_file):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(
+                SearchUnavailableError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+            ),
+            running_service(ServeConfig(backend="bm25", corpus=str(corpus_file), port=port)),
+        ):
+            pass
+    assert not list(Path("/tmp").glob("agentic-r-serve-*/ready.json.*"))
