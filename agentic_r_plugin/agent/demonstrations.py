@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agentic_r_plugin.answers import contains_answer, normalize
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Search, Session
 from agentic_r_plugin.records import Passage, Question
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest
@@ -27,6 +27,7 @@ _STOP_WORDS = frozenset(
     "such than that the their them then there these they this those through to under until up was were what when where "
     "which while who whom whose why will with would you your".split()
 )
+_THOUGHTS = ("question", "title", "excerpt", "short")
 _TITLE_WORDS = 12
 _QUERY_WORDS = 10
 _WORDS_BEFORE, _WORDS_AFTER = 9, 4
@@ -44,6 +45,16 @@ class DemonstrationSettings:
     retry_share: float = field(
         default=0.3, metadata={"help": "share of missed supporting passages that are really missed the first time"}
     )
+    thoughts: str = field(
+        default="question",
+        metadata={"help": "last thought: question (said again), title (and question), excerpt (words copied), short"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.topk < 1:
+            raise ConfigError(f"topk: expected at least 1, found {self.topk}")
+        if self.thoughts not in _THOUGHTS:
+            raise ConfigError(f"thoughts={self.thoughts!r}: expected one of {', '.join(_THOUGHTS)}")
 
 
 @dataclass
@@ -54,6 +65,7 @@ class _Script:
     supporting: tuple[Passage, ...]
     session: Session
     num_passages: int
+    thoughts: str
     rng: random.Random
     seen: list[Passage] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
@@ -177,6 +189,7 @@ def _script(
         supporting=supporting,
         session=Session(protocol, codec, limits, question.question),
         num_passages=rng.randrange(1, settings.topk) if fewer else settings.topk,
+        thoughts=settings.thoughts,
         rng=rng,
     )
 
@@ -188,7 +201,7 @@ def _next_turn(script: _Script) -> object:
     """Write one turn; returns what the session makes of it."""
     wanted, session, protocol = script.wanted, script.session, script.session.protocol
     if wanted is None:
-        thought, tag, body = _evidence(script), protocol.answer_tag, script.question.golden_answers[0]
+        thought, tag, body = _last_thought(script), protocol.answer_tag, script.question.golden_answers[0]
     else:
         thought, body = _thought_and_query(script, wanted)
         tag = protocol.search_tag
@@ -216,7 +229,7 @@ def _thought_and_query(script: _Script, wanted: Passage) -> tuple[str, str]:
     if script.missed:
         return again, query
     source = next((passage for passage in reversed(script.seen) if contains_answer(passage.text, [title])), None)
-    if source is None or contains_answer(question, [title]):
+    if source is None or contains_answer(question, [title]) or script.thoughts != "excerpt":
         return f"I look up {title}.", query
     return f"{_excerpt(source, title)}. I look up {title}.", query
 
@@ -229,14 +242,20 @@ def _first_new(script: _Script, queries: Sequence[str]) -> str:
     return next((query for query in queries if query and query not in script.queries), script.question.question)
 
 
-def _evidence(script: _Script) -> str:
-    """The words around the answer; for a comparison, how each supporting passage begins."""
-    answer, question = script.question.golden_answers[0], script.question.question
+def _last_thought(script: _Script) -> str:
+    """What is thought before the answer.
+
+    Small models answer better when the question stands right before the answer, and lose their way in long excerpts.
+    """
+    answer, question = script.question.golden_answers[0], script.question.question.strip()
     holding = [passage for passage in reversed(script.supporting) if contains_answer(passage.contents, [answer])]
     holding.sort(key=lambda passage: normalize(answer) != normalize(plain_title(passage)))
-    if holding and normalize(answer) not in ("yes", "no") and not contains_answer(question, [answer]):
-        return _excerpt(holding[0], answer) + "."
-    return ". ".join(_excerpt(passage, "") for passage in script.supporting) + "."
+    compares = not holding or normalize(answer) in ("yes", "no") or contains_answer(question, [answer])
+    sources = script.supporting if compares else holding[:1]
+    titles = " and ".join(plain_title(passage) for passage in sources)
+    if script.thoughts == "excerpt":
+        return ". ".join(_excerpt(passage, "" if compares else answer) for passage in sources) + "."
+    return {"question": question, "title": f"{titles}: {question}", "short": "I can answer now."}[script.thoughts]
 
 
 def _excerpt(passage: Passage, phrase: str) -> str:

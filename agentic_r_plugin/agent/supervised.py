@@ -50,7 +50,7 @@ class FineTuneSettings:
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast; weights stay float32"})
-    save_every_steps: int = field(default=15, metadata={"help": "steps between checkpoints for a resume"})
+    save_every_steps: int = field(default=10, metadata={"help": "steps between checkpoints for a resume"})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every_steps"):

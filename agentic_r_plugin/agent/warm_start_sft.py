@@ -28,6 +28,9 @@ from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import file_fingerprint, read_json, read_records, require_absent, write_json
 
+_FREE = ("model", "questions", "corpus", "out", "device")
+"""Fields that may change between a run and its resumption; the files they name must hold the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStartSFTConfig:
@@ -50,7 +53,7 @@ class WarmStartSFTConfig:
 
 
 def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
-    """Make the demonstrations, train, and write the model with `warm_start.json` and `config.yaml` beside it.
+    """Make the demonstrations, train, and write the model; beside it `agent.json`, `warm_start.json`, `config.yaml`.
 
     Args:
         resume: leave a finished output alone, and go on from the last checkpoint of an unfinished one.
@@ -99,7 +102,7 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
 
 
 def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
-    settings = {key: value for key, value in to_dict(config).items() if key not in ("out", "device")}
+    settings = {key: value for key, value in to_dict(config).items() if key not in _FREE}
     weights = sorted(Path(config.model).glob("*.safetensors"))
     if not weights:
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
@@ -169,6 +172,8 @@ def _finish(
     tokenizer.save_pretrained(final)
     save_config(config, final / "config.yaml")
     shutil.copy(work / "identity.json", final)
+    card = {"protocol": config.protocol, "limits": vars(config.limits), "topk": config.demonstrations.topk}
+    write_json(final / "agent.json", card)
     last = records[-min(len(records), 5) :]
     write_json(
         final / "warm_start.json",
