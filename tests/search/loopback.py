@@ -38,13 +38,12 @@ class EchoBackend:
         time.sleep(self.delay_s)
         if any(request.query == "break" for request in requests):
             raise RuntimeError("the disk is on fire")
-        return [
-            [
-                Hit(passage=Passage(id=str(i), title=f"T{i}", text=f"{r.question}|{r.history}|{r.query}"), score=1 - i / 10)
-                for i in range(min(topk, 10))
-            ]
-            for r in requests
-        ]  # fmt: skip
+        return [self._hits(request, topk) for request in requests]
+
+    def _hits(self, request: SearchRequest, topk: int) -> list[Hit]:
+        text = f"{request.question}|{request.history}|{request.query}"
+        passages = [Passage(id=str(i), title=f"T{i}", text=text) for i in range(min(topk, 10))]
+        return [Hit(passage=passage, score=1 - i / 10) for i, passage in enumerate(passages)]
 
     def fingerprint(self) -> str:
         return "echo"

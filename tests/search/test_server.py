@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import pytest
@@ -171,9 +170,8 @@ def test_a_slow_backend_times_out_and_a_full_queue_is_refused():
         answer = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
         assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout")
     with serving(EchoBackend(delay_s=0.5), max_waiting=4) as url:
-        first = threading.Thread(
-            target=httpx.post, args=(f"{url}/retrieve",), kwargs={"json": {"queries": list("abcd")}}
-        )
+        body = {"queries": list("abcd")}
+        first = threading.Thread(target=httpx.post, args=(f"{url}/retrieve",), kwargs={"json": body})
         first.start()
         time.sleep(0.2)
         answer = httpx.post(f"{url}/retrieve", json={"queries": ["x"]})
@@ -210,10 +208,6 @@ def test_the_service_finds_what_its_backend_finds(index_folder):
 def test_a_service_process_starts_answers_and_ends_with_its_block(corpus_file):
     with running_service(ServeConfig(backend="bm25", corpus=str(corpus_file), port=0)) as url:
         assert RetrievalClient(url).search([SearchRequest(query="p1")], 40)[0][0].score > 0
-        pid = int(
-            subprocess.check_output(["ps", "-eo", "pid,args"], text=True).split("agentic-r-serve-")[0].split()[-6]
-        )
-        assert pid > 0
     with pytest.raises(SearchUnavailableError, match="no answer after 1 attempt"):
         RetrievalClient(url, retries=0).search([SearchRequest(query="p1")], 1)
 
@@ -259,7 +253,7 @@ def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_fil
     assert told["pid"] == process.pid
     assert httpx.get(f"{told['url']}/health").json()["fingerprint"] == told["fingerprint"]
     os.kill(process.pid, signal.SIGTERM)
-    process.wait(timeout=30)
+    assert process.wait(timeout=30) == 0
     assert not ready.exists()
 
 
@@ -283,10 +277,7 @@ def test_a_taken_port_is_said(corpus_file):
         taken.listen()
         port = taken.getsockname()[1]
         with (
-            pytest.raises(
-                SearchUnavailableError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"
-            ),
+            pytest.raises(SearchUnavailableError, match=f"cannot listen on 127.0.0.1 port {port}: Address"),
             running_service(ServeConfig(backend="bm25", corpus=str(corpus_file), port=port)),
         ):
             pass
-    assert not list(Path("/tmp").glob("agentic-r-serve-*/ready.json.*"))
