@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 
 
-def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "bf16", rollout_dtype: str = "float32") -> list[str]:
+def cpu_overrides(
+    *,
+    num_workers: int = 1,
+    train_dtype: str = "bf16",
+    rollout_dtype: str = "float32",
+    micro_batch_tokens: int = 4096,
+) -> list[str]:
     """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
 
     They hold nothing about model, data or algorithm, and come before the user's own, which may change any of them.
@@ -14,6 +20,8 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "bf16", rollout_dt
         num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
         train_dtype: in which actor, reference and critic compute, `bf16` or `fp32`; weights stay in fp32.
         rollout_dtype: of the rollout engine's weights and computation.
+        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens, and ignores the
+            micro-batch sizes in trajectories; must hold the longest trajectory. Small ones stay in the CPU's caches.
     """
     overrides = [
         "trainer.device=cpu",
@@ -45,6 +53,11 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "bf16", rollout_dt
             f"+{fsdp}.mixed_precision.reduce_dtype=fp32",
             f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
         ]
+    overrides += [
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",  # the others follow it
+        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={micro_batch_tokens}",
+        f"critic.ppo_max_token_len_per_gpu={micro_batch_tokens}",
+    ]
     overrides += ["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.ref.use_torch_compile=False"]
     for model in ("actor_rollout_ref.model", "critic.model"):
         overrides += [
