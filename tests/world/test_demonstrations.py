@@ -1,0 +1,82 @@
+"""Demonstrations are trajectories that the runtime itself could have produced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from agentic_r_plugin.answers import exact_match
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Finished, Limits, Search, Session, compact
+from agentic_r_plugin.records import StopReason
+from agentic_r_plugin.world.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
+from agentic_r_plugin.world.generate import build_world
+from agentic_r_plugin.world.small_agent import train_tokenizer
+
+CAREFUL = Haste(stop_at_person=0.0, stop_at_other=0.0, guess=0.0, repeat=0.0)
+
+
+@pytest.fixture(scope="module")
+def codec() -> TokenizerCodec:
+    texts = [passage.contents for passage in build_world(small_world(99, 12)).passages]
+    return TokenizerCodec(train_tokenizer(texts, 800))
+
+
+def made(codec: TokenizerCodec, haste: Haste, gold: float = 0.7) -> list[Demonstration]:
+    found = demonstrations(
+        codec, first_seed=5, worlds=3, per_world=24, haste=haste, shown=Shown(gold=gold), limits=Limits()
+    )
+    return list(found)
+
+
+def test_every_demonstration_ends_answered_with_a_model_token(codec: TokenizerCodec) -> None:
+    for one in made(codec, Haste()):
+        assert one.session.finished is not None
+        assert one.session.finished.stop_reason is StopReason.ANSWERED
+        assert one.session.malformed == 0
+        assert len(one.ids) == len(one.mask)
+        assert one.mask[-1] == 1
+
+
+def test_careful_demonstrations_that_find_everything_give_the_gold_answer(codec: TokenizerCodec) -> None:
+    for one in made(codec, CAREFUL, gold=1.0):
+        assert exact_match(one.session.finished.answer, one.question.golden_answers)  # type: ignore[union-attr]
+        assert one.session.searches == one.question.metadata["hops"]
+        assert [turn.query for turn in one.session.turns] != []
+
+
+def test_replaying_the_models_tokens_gives_the_same_trajectory(codec: TokenizerCodec) -> None:
+    by_seed = {seed: build_world(small_world(seed, 24)) for seed in (5, 6, 7)}
+    for index, one in enumerate(made(codec, Haste())):
+        passages = {passage.id: passage for passage in by_seed[5 + index // 24].passages}
+        session = Session(protocol=compact, codec=codec, limits=Limits(), question=one.question.question)
+        turns = iter(one.session.turns)
+        for segment in one.session.segments:
+            if segment.by_model:
+                action = session.model_wrote(segment.ids)
+                if isinstance(action, Search):
+                    session.found([passages[shown.id] for shown in next(turns).passages])
+                else:
+                    assert isinstance(action, Finished)
+        assert session.ids == one.ids
+        assert session.finished == one.session.finished
+
+
+def test_hasty_demonstrators_are_wrong_more_often_than_careful_ones(codec: TokenizerCodec) -> None:
+    def right(haste: Haste) -> float:
+        found = made(codec, haste)
+        hits = [exact_match(one.session.finished.answer, one.question.golden_answers) for one in found]  # type: ignore[union-attr]
+        return sum(hits) / len(hits)
+
+    assert right(Haste()) < 0.6 < 0.75 < right(CAREFUL)
+
+
+def test_a_needless_repeat_costs_a_search(codec: TokenizerCodec) -> None:
+    once = sum(one.session.searches for one in made(codec, CAREFUL, gold=1.0))
+    twice = sum(one.session.searches for one in made(codec, replace(CAREFUL, repeat=1.0), gold=1.0))
+    assert twice > 1.5 * once
+
+
+def test_demonstrations_never_exceed_the_search_limit(codec: TokenizerCodec) -> None:
+    assert max(one.session.searches for one in made(codec, replace(CAREFUL, repeat=1.0))) <= Limits().max_searches
