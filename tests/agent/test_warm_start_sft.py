@@ -1,0 +1,152 @@
+"""Supervised warm start with a tiny model: only the agent's tokens are learnt, and a stopped run goes on exactly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from agentic_r_plugin.agent import warm_start_sft
+from agentic_r_plugin.agent.demonstrations import DemonstrationSettings
+from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune, token_loss
+from agentic_r_plugin.agent.warm_start_sft import WarmStartSFTConfig
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, TrainingError
+from agentic_r_plugin.evaluation.settings import read_agent_card
+from agentic_r_plugin.protocol import Limits
+
+SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, bf16=False, save_every_steps=2)
+EXAMPLES = [Example(ids=tuple(range(start, start + 12)), mask=(0,) * 6 + (1,) * 6) for start in range(8)]
+
+
+def _model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=2048,
+        )
+    )  # fmt: skip
+
+
+def test_the_loss_is_the_cross_entropy_of_the_agents_tokens_alone() -> None:
+    model, example = _model().eval(), EXAMPLES[0]
+    with torch.no_grad():
+        logits_TV = model(input_ids=torch.tensor([example.ids])).logits[0].float()
+        found = token_loss(model, example, bf16=False)
+    expected = -sum(
+        float(logits_TV[place - 1].log_softmax(-1)[example.ids[place]])
+        for place in range(1, len(example.ids))
+        if example.mask[place]
+    )
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    records = fine_tune(_model(), [EXAMPLES] * 8, SETTINGS, seed=0, checkpoint=tmp_path / "checkpoint.pt")
+    assert len(records) == 32
+    assert records[-1].loss < 0.5 * records[0].loss
+    assert records[0].tokens == 24 and records[0].model_tokens == 12
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole, stopped = _model(), _model()
+    fine_tune(whole, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "whole.pt")
+
+    def stop(record: StepRecord, total: int) -> None:
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(stopped, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "stopped.pt", on_step=stop)
+    steps: list[int] = []
+    again = _model()
+    fine_tune(
+        again, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "stopped.pt",
+        on_step=lambda record, total: steps.append(record.step),
+    )  # fmt: skip
+    assert steps == [3, 4]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no demonstration"):
+        fine_tune(_model(), [[]], SETTINGS, seed=0, checkpoint=tmp_path / "checkpoint.pt")
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny model with a byte tokenizer, a corpus of towns, and a question for each."""
+    folder = tmp_path_factory.mktemp("inputs")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="!").save_pretrained(folder / "model")
+    _model().save_pretrained(folder / "model")
+    towns = ["Mirel", "Tavin", "Orsk", "Belm"]
+    passages = [
+        {"id": str(i), "contents": f'"{town}"\n{town} lies on river {town[::-1]}.'} for i, town in enumerate(towns)
+    ]
+    questions = [
+        {"id": town, "question": f"On which river lies {town}?", "golden_answers": [town[::-1]],
+         "metadata": {"gold_doc_ids": [str(i)]}}
+        for i, town in enumerate(towns)
+    ]  # fmt: skip
+    for name, rows in (("corpus", passages), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "model": str(folder / "model"),
+        "corpus": str(folder / "corpus.jsonl"),
+        "questions": str(folder / "questions.jsonl"),
+    }
+
+
+def _config(inputs: dict[str, str], out: Path, **changes: Any) -> WarmStartSFTConfig:
+    return WarmStartSFTConfig(
+        **inputs,
+        out=str(out),
+        limits=Limits(max_searches=2, max_tokens=900, max_response_tokens=200, max_observation_tokens=300),
+        demonstrations=DemonstrationSettings(topk=2),
+        training=SETTINGS,
+        device="cpu",
+        **changes,
+    )
+
+
+def test_the_command_writes_a_model_that_says_how_it_is_to_be_used(inputs: dict[str, str], tmp_path: Path) -> None:
+    warm_start_sft.run(_config(inputs, tmp_path / "agent", skip=1, limit=2))
+    report = json.loads((tmp_path / "agent" / "warm_start.json").read_text())
+    assert report["demonstrations"] == 2 and report["steps"] == 1
+    card = read_agent_card(tmp_path / "agent")
+    assert card is not None
+    assert (card.protocol, card.topk, card.limits.max_searches) == ("compact", 2, 2)
+    LlamaForCausalLM.from_pretrained(tmp_path / "agent")
+    assert not (tmp_path / "agent.partial").exists()
+
+
+def test_a_finished_output_is_an_error_without_resume_left_alone_with_it_and_never_mixed(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "agent"
+    warm_start_sft.run(_config(inputs, out))
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(OutputExistsError):
+        warm_start_sft.run(_config(inputs, out))
+    warm_start_sft.run(_config(inputs, out), resume=True)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ManifestMismatchError, match="config"):
+        warm_start_sft.run(_config(inputs, out, seed=1), resume=True)
+
+
+def test_a_folder_without_weights_is_refused(inputs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="safetensors"):
+        warm_start_sft.run(_config(inputs | {"model": str(tmp_path)}, tmp_path / "agent"))
