@@ -22,7 +22,7 @@ from agentic_r_plugin.agent.cpu.rollout import weight_sums
 from agentic_r_plugin.agent.export import merged_weights
 from agentic_r_plugin.agent.launch import TrainAgentConfig, run
 from agentic_r_plugin.answers import exact_match
-from agentic_r_plugin.errors import ManifestMismatchError
+from agentic_r_plugin.errors import ManifestMismatchError, TrainingError
 
 STEPS, BATCH, SAMPLES = 3, 4, 2
 
@@ -164,3 +164,13 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(
     assert "is done" in capsys.readouterr().err
     with pytest.raises(ManifestMismatchError, match="other settings"):
         run(replace(config, actor_lr=1e-5), resume=True)
+
+
+def test_a_training_process_that_dies_is_quoted_and_nothing_counts_as_done(
+    config: TrainAgentConfig, tmp_path: Path
+) -> None:
+    broken = replace(config, out=str(tmp_path / "run"), verl=["actor_rollout_ref.actor.loss_agg_mode=nonsense"])
+    with pytest.raises(TrainingError, match=r"ended with code 1.*train\.log(.|\n)*nonsense"):
+        run(broken)
+    assert not (tmp_path / "run" / "done.json").exists()
+    assert not (tmp_path / "run" / "agent").exists()
