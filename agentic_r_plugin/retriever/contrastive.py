@@ -171,9 +171,10 @@ class Run:
     def _encode(self, texts: list[str], prompt: str, max_length: int) -> Tensor:
         """(N, D) float32 vectors with gradients, in the order of the texts."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        size = self.config.encode_batch or (16 if self.model.device.type == "cpu" else 64)
         parts = []
-        for start in range(0, len(order), self.config.encode_batch):
-            chunk = [texts[i] for i in order[start : start + self.config.encode_batch]]
+        for start in range(0, len(order), size):
+            chunk = [texts[i] for i in order[start : start + size]]
             limits = {"text": {"max_length": max_length, "truncation": True}}
             features = self.model.preprocess(chunk, prompt=prompt or None, processing_kwargs=limits)
             features = {

@@ -35,7 +35,9 @@ class TrainRetrieverConfig:
     query_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
     passage_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, more time"})
-    encode_batch: int = field(default=64, metadata={"help": "texts of one forward pass, sorted by length"})
+    encode_batch: int | None = field(
+        default=None, metadata={"help": "texts of one forward pass, sorted by length; 16 on the CPU, else 64"}
+    )
     precision: str = field(default="auto", metadata={"help": "float32, bfloat16 (autocast), auto: where native"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
@@ -44,9 +46,11 @@ class TrainRetrieverConfig:
     dev_groups: str | None = field(default=None, metadata={"help": "groups to measure recall on after each epoch"})
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "temperature", "encode_batch", "checkpoint_steps"):
+        for name in ("epochs", "learning_rate", "batch_size", "temperature", "checkpoint_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.encode_batch is not None and self.encode_batch < 1:
+            raise ConfigError(f"encode_batch must be at least 1, found {self.encode_batch}")
         if self.group_size < 2 or not 0 <= self.warmup_ratio < 1:
             raise ConfigError("expected group_size of at least 2 and 0 <= warmup_ratio < 1")
         if self.schedule not in _SCHEDULES:
