@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
-END, PAD = "<|end|>", "<|pad|>"
+END, PAD = "<|endoftext|>", "<|pad|>"
 
 HIDDEN, HEAD_DIM, HEADS, LAYERS, FEED_FORWARD = 256, 64, 4, 4, 576
 ROPE_THETA = 1e6
@@ -26,7 +26,11 @@ _TOKEN, _BEFORE, _TWO_BEFORE = slice(0, 128), slice(128, 192), slice(192, 256)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits stand alone, each tag of the protocol is one ordinary (not special) token."""
+    """Byte-level BPE; digits stand alone, each tag of the protocol is one ordinary (not special) token.
+
+    `AutoTokenizer` reads it back as a `Qwen2Tokenizer`, because of the model's type: hence the name of the end token, and
+    words that never reach over the places where Qwen2's own rules cut.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

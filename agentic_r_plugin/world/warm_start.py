@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -43,6 +44,7 @@ class WarmStartConfig:
     """Data, schedule and haste of one warm start."""
 
     out: str = field(default="", metadata={"help": "folder for weights and tokenizer"})
+    init: str = field(default="", metadata={"help": "folder of an agent to go on from; empty: from scratch"})
     seed: int = field(default=0, metadata={"help": "seed of weights and order; also shifts the worlds"})
     worlds: int = field(default=400, metadata={"help": "worlds that demonstrations come from"})
     per_world: int = field(default=24, metadata={"help": "demonstrations from each world"})
@@ -95,7 +97,10 @@ def run(config: WarmStartConfig, *, resume: bool = False) -> None:
         return
     require_absent(out)
     started = time.monotonic()
-    tokenizer = train_tokenizer(_texts(config), config.vocabulary)
+    if config.init:
+        tokenizer = AutoTokenizer.from_pretrained(config.init)
+    else:
+        tokenizer = train_tokenizer(_texts(config), config.vocabulary)
     model, curve = train(config, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
@@ -120,7 +125,10 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     """
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted if config.device == "auto" else config.device)
-    model = build_model(tokenizer, config.seed).to(device).train()
+    model: Any = build_model(tokenizer, config.seed)
+    if config.init:
+        model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+    model = model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(

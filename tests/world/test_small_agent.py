@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.errors import ConfigError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.world.demonstrations import Haste, Shown, demonstrations, small_world
 from agentic_r_plugin.world.generate import build_world
 from agentic_r_plugin.world.small_agent import END, PAD, TAGS, build_model, train_tokenizer
@@ -54,6 +54,15 @@ def test_copy_heads_predict_what_followed_the_same_name_before_any_training(toke
     assert len(codec.encode(PAD)) == 1
 
 
+def test_reading_the_tokenizer_back_gives_the_same_ids(tokenizer: object, tmp_path: Path) -> None:
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    tokenizer.save_pretrained(tmp_path)  # type: ignore[attr-defined]
+    before, after = TokenizerCodec(tokenizer), TokenizerCodec(AutoTokenizer.from_pretrained(tmp_path))
+    for passage in build_world(small_world(98, 12)).passages[:100]:
+        block = compact.render([passage])
+        assert before.encode(block) == after.encode(block)
+
+
 def test_a_few_steps_reduce_the_loss(tokenizer: object) -> None:
     model = build_model(tokenizer, seed=0)  # type: ignore[arg-type]
     made = demonstrations(
@@ -78,7 +87,9 @@ def test_a_tiny_warm_start_writes_a_loadable_agent_once(tmp_path: Path) -> None:
     run(config)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
     assert model.dtype == torch.bfloat16
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "agent")) == 700 == model.config.vocab_size
+    read_back = AutoTokenizer.from_pretrained(tmp_path / "agent")
+    assert len(read_back) == 700 == model.config.vocab_size
+    assert read_back.eos_token_id == model.config.eos_token_id
     with pytest.raises(OutputExistsError):
         run(config)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["agent"]
