@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -33,6 +34,8 @@ from agentic_r_plugin.protocol import Limits, Search, Session
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
 from agentic_r_plugin.search.client import RetrievalClient
+
+_log = logging.getLogger(__name__)
 
 NAME = "agentic_r"
 """Name of the loop in the YAML file and in `rollout.agent.default_agent_loop`."""
@@ -115,7 +118,8 @@ class SearchAgentLoop(AgentLoopBase):
         try:
             async with self.searching:
                 (hits,) = await self.client.asearch([request], self.topk)
-        except SearchError:
+        except SearchError as error:
+            _log.warning("search failed, the trajectory is left out of the loss: %s", error)
             session.search_failed()
             return
         session.found([hit.passage for hit in hits], [hit.score for hit in hits])
