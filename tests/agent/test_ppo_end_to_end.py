@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_world import LIMITS, Service, read_jsonl
+from tiny_world import LIMITS, Service, read_jsonl, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.agent.cpu.rollout import weight_sums
@@ -28,12 +29,20 @@ STEPS, BATCH, SAMPLES = 3, 4, 2
 
 
 @pytest.fixture(scope="module")
+def half_broken_service() -> Iterator[Service]:
+    """A service of its own, which refuses about every second query, always the same ones."""
+    with serving() as running:
+        running.refuse_every = 2
+        yield running
+
+
+@pytest.fixture(scope="module")
 def config(
-    agent_dir: Path, question_file: Path, service: Service, tmp_path_factory: pytest.TempPathFactory
+    agent_dir: Path, question_file: Path, half_broken_service: Service, tmp_path_factory: pytest.TempPathFactory
 ) -> TrainAgentConfig:
     return TrainAgentConfig(
         model=str(agent_dir), questions=str(question_file), validation=str(question_file), validation_questions=4,
-        retrieval_url=service.url, out=str(tmp_path_factory.mktemp("ppo") / "whole"), protocol="compact",
+        retrieval_url=half_broken_service.url, out=str(tmp_path_factory.mktemp("ppo") / "whole"), protocol="compact",
         limits=LIMITS, topk=1, steps=STEPS, batch_size=BATCH, samples=SAMPLES, mini_batch_size=2, micro_batch_size=4,
         actor_lr=3e-4, critic_lr=3e-4, save_every=1, keep_checkpoints=0, validate_every=0, rollouts_per_step=100,
         max_failed_search_share=1.0, cpu=True, threads=1,
@@ -41,9 +50,8 @@ def config(
 
 
 @pytest.fixture(scope="module")
-def whole(config: TrainAgentConfig, service: Service) -> Path:
+def whole(config: TrainAgentConfig) -> Path:
     """A run of three steps without interruption."""
-    service.refuse_every = 2
     run(config)
     return Path(config.out)
 
