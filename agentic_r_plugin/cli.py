@@ -10,8 +10,10 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((item for item in arguments if not item.startswith("-")), None)
     debug = "--debug" in arguments
+    _quiet_upstream()
     try:
         if name not in COMMANDS:
             options = parser.parse_args(arguments)
@@ -84,6 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"agentic-r {name}: unexpected {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr
             )
         return 1
+
+
+def _quiet_upstream() -> None:
+    """Keep what other packages say at import, and their bars for loading weights, out of a command's output."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", message=".* engine is not available", category=UserWarning)
 
 
 def build_parser() -> argparse.ArgumentParser:
