@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe, keywords
+from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
+from agentic_r_plugin.agent.scripted_agent import keywords
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import Limits, Session, compact
 from agentic_r_plugin.records import Question
