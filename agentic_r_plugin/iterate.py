@@ -141,7 +141,8 @@ class Loop:
         for name in self._data_stages():
             self._stage_config(1, name, "x", "http://127.0.0.1:1")
         self._train_retriever_config(1, "x", Path("x"))
-        self._evaluate_config({"agent-0": "x"}, {"retriever-0": Path("x")})
+        rounds = range(self.config.iterations + 1)
+        self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
         for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
             if self.config.benchmark and name and not (self.benchmark / f"{name}.jsonl").is_file():
                 raise ConfigError(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
