@@ -2,7 +2,7 @@
 # HotpotQA with SmolLM2-135M on a CPU, from the package on PyPI to the table: recipes/hotpotqa_cpu/run.sh [OUT]
 # Run it from the checkout. Stopped at any point, the same command goes on; what is done is not done again.
 # AGENTIC_R_DATA: folder that holds hotpotqa/ in FlashRAG layout (default ../shared/data).
-# QUESTIONS: training questions that data are made from (default 120, at most 240). TEST: test questions (default 120).
+# QUESTIONS: training questions that data are made from (default 100, at most 240). TEST: test questions (default 100).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
@@ -30,7 +30,7 @@ step index-base "$agentic_r" index --corpus "$corpus" --retriever builtin:minilm
 tail -n +161 "$data/hotpotqa/train.jsonl" >"$out/questions.jsonl"
 agent=(llm.model="$out/agent" search.index="$out/index_base" --resume)
 step trajectories "$agentic_r" trajectories --config "$here/rollouts.yaml" \
-  --in "$out/questions.jsonl" --out "$out/trajectories.jsonl" --num-questions "${QUESTIONS:-120}" "${agent[@]}"
+  --in "$out/questions.jsonl" --out "$out/trajectories.jsonl" --num-questions "${QUESTIONS:-100}" "${agent[@]}"
 step candidates "$agentic_r" candidates protocol=compact \
   --in "$out/trajectories.jsonl" --out "$out/candidates.jsonl" search.index="$out/index_base" --resume
 step relevance "$agentic_r" relevance --scorer gold_documents --questions "$out/questions.jsonl" \
@@ -45,5 +45,5 @@ step train-retriever "$agentic_r" train-retriever --config "$here/retriever.yaml
   --corpus "$corpus" --out "$out/retriever" --resume
 step index-trained "$agentic_r" index --corpus "$corpus" --retriever "$out/retriever" --out "$out/index_trained" --resume
 step evaluate "$agentic_r" evaluate --config "$here/evaluate.yaml" --data-dir "$data" --out "$out/evaluation" \
-  --first "${TEST:-120}" agents.smollm2="$out/agent" \
+  --first "${TEST:-100}" agents.smollm2="$out/agent" \
   searches.base="$out/index_base" searches.trained="$out/index_trained" --resume
