@@ -56,7 +56,7 @@ def _registry() -> dict[tuple[str, str], EntryPoint]:
         kind, _, name = point.name.partition(".")
         if kind not in KINDS or not name:
             raise ConfigError(
-                f"entry point {point.name!r} of {_package(point)}: expected KIND.NAME with KIND one of {', '.join(KINDS)}"
+                f"entry point {point.name!r} of {_package(point)}: expected KIND.NAME, KIND one of {', '.join(KINDS)}"
             )
         other = found.setdefault((kind, name), point)
         if other.value != point.value:

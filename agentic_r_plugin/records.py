@@ -109,9 +109,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
             return hint(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and isinstance(value, hint):
+    elif hint in (int, str, bool) and type(value) is hint:
         return value
     raise RecordError(f"field {where!r}: expected {_name(hint)}, found {type(value).__name__} {str(value)[:80]!r}")
 
