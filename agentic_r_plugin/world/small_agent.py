@@ -28,8 +28,8 @@ _TOKEN, _BEFORE, _TWO_BEFORE = slice(0, 128), slice(128, 192), slice(192, 256)
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits stand alone, each tag of the protocol is one ordinary (not special) token.
 
-    `AutoTokenizer` reads it back as a `Qwen2Tokenizer`, because of the model's type: hence the name of the end token, and
-    words that never reach over the places where Qwen2's own rules cut.
+    `AutoTokenizer` reads it back as a `Qwen2Tokenizer`, because of the model's type: hence the name of the end token,
+    and words that never reach over the places where Qwen2's own rules cut.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -114,6 +114,9 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--no-dense", action="store_true")
     parser.add_argument("--no-bm25", action="store_true")
+    parser.add_argument("--no-zero-shot", action="store_true")
+    parser.add_argument("--negatives", type=int, default=7)
+    parser.add_argument("--formulation", nargs="+", default=["query", "question_query"])
     args = parser.parse_args()
     world = build_world(WorldConfig(seed=args.seed))
     questions = world.questions["test"]
@@ -129,15 +132,15 @@ def main() -> None:
     model = SentenceTransformer(args.model, device=device)
     model.max_seq_length = 160
     started = time.time()
-    for formulation in ("query", "question_query"):
+    for formulation in () if args.no_zero_shot else args.formulation:
         report(f"MiniLM zero-shot, {formulation}", dense(model, world, formulation), questions)
     print(f"{time.time() - started:.0f} s", file=sys.stderr)
     if args.steps:
         other = build_world(WorldConfig(seed=args.seed + 1000))
-        for formulation in ("query", "question_query"):
+        for formulation in args.formulation:
             model = SentenceTransformer(args.model, device=device)
             model.max_seq_length = 160
-            train(model, other, args.steps, 16, 7, formulation)
+            train(model, other, args.steps, 16, args.negatives, formulation)
             name = f"MiniLM after {args.steps} steps, {formulation}"
             report(name, dense(model, world, formulation), questions)
 
