@@ -237,6 +237,7 @@ class Loop:
 
     def report(self) -> None:
         """Made anew each time: it costs little and shows what is there."""
+        print((self.folder / "evaluation" / "matrix.md").read_text(encoding="utf-8"))
         report.run(load_config(report.ReportConfig, values={"run": str(self.folder)} | self.config.report), resume=True)
 
     # --- what the phases are told
