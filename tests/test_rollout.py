@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from agentic_r_plugin.errors import SearchError
@@ -12,9 +9,7 @@ from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import Limits, Session, compact
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from scripted import CharCodec, ListedSearch, ScriptedAgent, passage
+from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
 GREEDY = Sampling()
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import tiny_world
-
 from agentic_r_plugin.store import write_records
+from tests.agent import tiny_world
 
 
 @pytest.fixture(scope="session")

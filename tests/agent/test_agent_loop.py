@@ -9,7 +9,6 @@ from typing import Any
 import hydra
 import pytest
 from omegaconf import OmegaConf
-from tiny_world import LIMITS, Service, find, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -21,6 +20,7 @@ from agentic_r_plugin.agent.dataset import verl_row
 from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
+from tests.agent.tiny_world import LIMITS, Service, find, questions
 
 PROTOCOL = components.load("agent_protocol", "compact")
 ROW = verl_row(questions()[0], 0, PROTOCOL, "towns")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_world import LIMITS, Service
 
 from agentic_r_plugin.agent import verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
@@ -28,6 +27,7 @@ from agentic_r_plugin.errors import (
     TrainingError,
 )
 from agentic_r_plugin.store import write_json
+from tests.agent.tiny_world import LIMITS, Service
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_world import LIMITS, Service, read_jsonl, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.agent.cpu.rollout import weight_sums
@@ -24,6 +23,7 @@ from agentic_r_plugin.agent.export import merged_weights
 from agentic_r_plugin.agent.launch import TrainAgentConfig, run
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.errors import ManifestMismatchError, TrainingError
+from tests.agent.tiny_world import LIMITS, Service, read_jsonl, serving
 
 STEPS, BATCH, SAMPLES = 3, 4, 2
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "llm")]
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `corpus.jsonl`, `train.jsonl` and a trained agent in `agent/`."""
-    import tiny_world as tiny
     import torch
+
+    from tests.data import tiny_world as tiny
 
     folder = tmp_path_factory.mktemp("world")
     tiny.write_files(folder)

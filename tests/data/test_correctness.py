@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 from agentic_r_plugin.data.correctness import (
     Continuations,
@@ -18,6 +17,7 @@ from agentic_r_plugin.data.correctness import (
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
+from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"
 PASSAGES = Passages({letter: passage(letter) for letter in "abcdefgh"})

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import Loopback, chat, serve
-from scripted import Passages, passage
 
 from agentic_r_plugin.backends import LLMSpec
 from agentic_r_plugin.data.judge import parse_scores
@@ -24,6 +22,8 @@ from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import Candidates, Passage, Question, Relevance, ScoredPassage, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import read_json, read_records, write_records
+from tests.data.scripted import Passages, passage
+from tests.llm.loopback import Loopback, chat, serve
 
 
 def query_of(

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
 from agentic_r_plugin.data.selection import PRESETS, SelectionRule, select, tie_levels
@@ -17,6 +16,7 @@ from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Group, ScoredPassage
 from agentic_r_plugin.store import dump_line
+from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 LETTERS = "abcdefghijklmnopqrst"
 

@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from loopback import chat, serve
 
 from agentic_r_plugin.data.sub_answers import name_sub_answers, parse_sub_answers
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import StopReason, Trajectory, Turn
 from agentic_r_plugin.rollout import RolloutCost
+from tests.llm.loopback import chat, serve
 
 TRAJECTORY = Trajectory(
     id="q",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_toy import PEOPLE, RuleAgent, write_benchmark
 
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import load_config
@@ -19,6 +18,7 @@ from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.store import read_json, read_records
+from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
 
 
 @pytest.fixture(scope="module")

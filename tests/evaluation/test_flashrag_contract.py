@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-from evaluation_toy import flashrag_config, write_benchmark
 from flashrag.dataset import Dataset
 from flashrag.evaluator import Evaluator
 from flashrag.evaluator.metrics import BaseMetric
@@ -17,6 +16,7 @@ from flashrag.pipeline import BasicPipeline, SearchR1Pipeline
 from agentic_r_plugin import components
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline
 from agentic_r_plugin.evaluation.prompts import search_r1_released
+from tests.evaluation.evaluation_toy import flashrag_config, write_benchmark
 
 
 def test_the_release_is_the_one_that_was_tried() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_toy import flashrag_config
 from flashrag.dataset import Dataset
 from flashrag.evaluator import Evaluator
 from flashrag.evaluator.metrics import BaseMetric, ExactMatch, F1_Score
 
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES, METRICS
+from tests.evaluation.evaluation_toy import flashrag_config
 
 WORDS = ["the", "a", "an", "yes", "no", "noanswer", "None", "Paris", "paris.", "café", "CAFÉ", "İstanbul", "ǅ", "ﬁn"]
 WORDS += ["東京", "Übermut", "o'Neil", "3,000", "3000", "–", "A.D.", "\u00a0", "\u2028", "naïve", "naïve"]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark, write_lines
 from flashrag.config import Config
 from flashrag.dataset import Dataset
 from flashrag.pipeline import SearchR1Pipeline
@@ -23,6 +22,7 @@ from agentic_r_plugin.protocol import Limits, Session, search_r1
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.store import read_records
+from tests.evaluation.evaluation_toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark, write_lines
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluation" / "flashrag.yaml"
 

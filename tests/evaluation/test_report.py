@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from evaluation_run import write_run
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.evaluation.report import ReportConfig, run
 from agentic_r_plugin.evaluation.transcript import pieces
 from agentic_r_plugin.protocol import compact, search_r1
+from tests.evaluation.evaluation_run import write_run
 
 VOID = {"meta", "link", "br", "input", "img", "hr", "circle", "line", "path"}
 

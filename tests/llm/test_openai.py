@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import chat, serve
-from scripted import CharCodec
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.llm import openai
 from agentic_r_plugin.llm.base import Request, Sampling
 from agentic_r_plugin.llm.openai import OpenAIBackend
+from tests.data.scripted import CharCodec
+from tests.llm.loopback import chat, serve
 
 CODEC = CharCodec()
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
-
-from tiny_retriever import make_model, passage_numbers, query, write_corpus
+from tests.search.tiny_retriever import make_model, passage_numbers, query, write_corpus
 
 NUM_PASSAGES, NUM_TRAIN = 200, 150
 

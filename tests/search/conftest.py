@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_retriever import make_model, write_corpus
-
 from agentic_r_plugin.search.index import IndexConfig, build_index
+from tests.search.tiny_retriever import make_model, write_corpus
 
 
 @pytest.fixture(scope="session")

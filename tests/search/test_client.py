@@ -11,11 +11,11 @@ import time
 from email.utils import formatdate
 
 import pytest
-from loopback import EchoBackend, Misbehaving, response, serving
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from tests.search.loopback import EchoBackend, Misbehaving, response, serving
 
 ONE = [SearchRequest(query="q")]
 HIT = {"document": {"id": "1", "title": "T", "text": "x", "contents": '"T"\nx'}, "score": 0.5}

@@ -9,7 +9,6 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from tiny_retriever import make_model, passage_numbers, write_corpus
 
 from agentic_r_plugin.errors import (
     ConfigError,
@@ -24,6 +23,7 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
+from tests.search.tiny_retriever import make_model, passage_numbers, write_corpus
 
 
 def config_for(out, corpus, retriever, **settings):

@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from loopback import LIMITS, EchoBackend, serving
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
 from agentic_r_plugin.search.backends import FaissBackend
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.server import ServeConfig, running_service
+from tests.search.loopback import LIMITS, EchoBackend, serving
 
 
 @pytest.fixture(scope="module")
