@@ -84,7 +84,7 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "VERL_ENGINE_DEVICE": "cuda",  # verl's FSDP engines are registered under this name only
         # Activations of some megabytes come and go thousands of times a step: keep them, in large pages.
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-        "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 
