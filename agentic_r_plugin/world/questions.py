@@ -11,6 +11,9 @@ from agentic_r_plugin.world.facts import Entity, Fact, Facts
 from agentic_r_plugin.world.grammar import grammar
 from agentic_r_plugin.world.prose import choose, kind_words
 
+_MOST_FAILURES = 3000
+"""Draws in a row that give no new question before a world counts as too small."""
+
 _STARTS = {
     1: {"person": 0.46, "work": 0.22, "company": 0.1, "school": 0.08, "town": 0.08, "prize": 0.03, "river": 0.03},
     2: {"person": 0.36, "work": 0.36, "company": 0.12, "school": 0.07, "town": 0.05, "prize": 0.04},
@@ -45,10 +48,10 @@ def write_questions(
             members.setdefault(entity.type, []).append(entity)
     made: list[Question] = []
     seen: set[tuple[int, ...] | str] = set()
-    attempts = 0
+    failures = 0
     while len(made) < count:
-        attempts += 1
-        if attempts > 200 * count + 2000:
+        failures += 1
+        if failures > _MOST_FAILURES:
             raise ConfigError(f"{split}: expected {count} questions, the world gives about {len(made)}; make it larger")
         chain = _chain(rng, facts, members, lengths[len(made)])
         if chain is None:
@@ -58,6 +61,7 @@ def write_questions(
         if key in seen or text in seen:
             continue
         seen |= {key, text}
+        failures = 0
         made.append(_record(f"{split}_{len(made)}", text, name, chain, facts, stated))
     return made
 
