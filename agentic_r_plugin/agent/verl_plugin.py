@@ -56,10 +56,9 @@ def assert_registered() -> None:
 def _register() -> tuple[str, ...]:
     done = []
     if cpu_wanted():
-        from agentic_r_plugin.agent.cpu import attention, hooks, platform
+        from agentic_r_plugin.agent.cpu import hooks, platform
 
         platform.register()
-        attention.register()
         done += ["platform cpu", *hooks.install(), f"rollout {hooks.ROLLOUT_NAME}"]
     if importlib.util.find_spec(AGENT_LOOP_MODULE) is not None:
         importlib.import_module(AGENT_LOOP_MODULE)

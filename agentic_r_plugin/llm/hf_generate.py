@@ -242,7 +242,7 @@ class HFGenerator:
 
     def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
         """What the model's attention takes: a boolean mask for SDPA, an additive one otherwise."""
-        if str(self.model.config._attn_implementation).startswith("sdpa"):
+        if self.model.config._attn_implementation == "sdpa":
             return allowed
         return torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device).masked_fill(
             ~allowed, torch.finfo(self.model.dtype).min

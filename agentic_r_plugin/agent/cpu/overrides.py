@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from agentic_r_plugin.agent.cpu import attention
-
 
 def cpu_overrides(
     *,
@@ -64,7 +62,7 @@ def cpu_overrides(
     for model in ("actor_rollout_ref.model", "critic.model"):
         overrides += [
             f"{model}.use_remove_padding=False",  # needs flash attention
-            f"+{model}.override_config.attn_implementation={attention.NAME}",
+            f"+{model}.override_config.attn_implementation=sdpa",
             f"{model}.enable_gradient_checkpointing=False",
         ]
     return overrides
