@@ -71,7 +71,7 @@ class Retriever:
         model: the sentence-transformers model; a `Normalize` module is added when the record asks for it.
         record: formulation, prefixes and lengths.
         precision: `float32`, `bfloat16` (autocast), or `auto`: bfloat16 where the processor multiplies it natively.
-            Measured on 256 HotpotQA passages with MiniLM: lowest cosine to float32 .99998, three times as fast.
+            Measured on 256 HotpotQA passages with MiniLM: lowest cosine to float32 .99998, and faster.
         source: where it came from, for messages.
     """
 
