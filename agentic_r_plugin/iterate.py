@@ -244,15 +244,14 @@ class Loop:
 
     def _data_stages(self) -> dict[str, Any]:
         judge = {"sub-answers": sub_answers} if self.config.judge else {}
-        first, last = (
-            {"trajectories": trajectories, "candidates": candidates},
-            {
-                "relevance": relevance,
-                "correctness": correctness,
-                "groups": groups,
-            },
-        )
-        return first | judge | last
+        return {
+            "trajectories": trajectories,
+            "candidates": candidates,
+            **judge,
+            "relevance": relevance,
+            "correctness": correctness,
+            "groups": groups,
+        }
 
     def _data(self, k: int, name: str) -> Path:
         return self.folder / f"iteration-{k}" / "data" / f"{name.replace('-', '_')}.jsonl"

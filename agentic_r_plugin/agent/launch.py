@@ -8,7 +8,6 @@ line 0 the validation before the first), `rollouts.jsonl` (sampled trajectories)
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -31,7 +30,7 @@ from agentic_r_plugin.agent.worker import FAULT
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.store import read_json, require_absent, write_json
+from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
@@ -88,15 +87,10 @@ def _fingerprint(config: TrainAgentConfig) -> str:
 
 
 def _content_key(path: Path) -> str:
-    """Hash of a file, or of a model folder's files."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.name.encode() if path.is_dir() else b"")
-            with file.open("rb") as stream:
-                for block in iter(lambda: stream.read(1 << 20), b""):
-                    digest.update(block)
-    return digest.hexdigest()
+    """Hash of a file, or of a model folder's files and their names."""
+    if path.is_file():
+        return file_fingerprint(path)
+    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
 
 
 def _check_same(run_dir: Path, key: str) -> None:

@@ -7,7 +7,6 @@ gives the same weights as one that was not interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from agentic_r_plugin.retriever.contrastive import STATE, Run
 from agentic_r_plugin.retriever.settings import MAX_LENGTH, TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import file_fingerprint, read_json, write_json
 
 __all__ = ["TrainRetrieverConfig", "run", "train"]
 
@@ -86,8 +85,7 @@ def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever
     settings = to_dict(config)
     for name in ("groups", "corpus", "out", "retriever", "device", "checkpoint_steps", "dev_groups"):
         settings.pop(name)
-    groups = hashlib.sha256(Path(config.groups).read_bytes()).hexdigest()
-    return fingerprint(settings, groups, corpus.fingerprint(), retriever.fingerprint(), world)
+    return fingerprint(settings, file_fingerprint(config.groups), corpus.fingerprint(), retriever.fingerprint(), world)
 
 
 def _is_done(out: Path, key: str) -> bool:
