@@ -157,9 +157,11 @@ def test_a_resumed_step_equals_the_uninterrupted_one(whole: Path, resumed: Path)
     assert metrics(resumed)[2]["agentic_r/em"] == metrics(whole)[2]["agentic_r/em"]
     one, two = metrics(whole)[3], metrics(resumed)[3]
     compared = [name for name in one if not name.startswith(("timing", "perf/")) and "/perf/" not in name]
-    assert {name: two[name] for name in compared} == pytest.approx(
-        {name: one[name] for name in compared}, rel=1e-4, abs=1e-6
-    )  # abs: some are differences of float32 numbers close to 1
+    for name in compared:
+        # abs: some are differences of float32 numbers close to 1. Those of rollout_corr compare the rollout engine with
+        # the trainer over sums of hundreds of log-probabilities, whose last bits follow how requests met in batches.
+        rel, smallest = (1e-3, 1e-5) if name.startswith("rollout_corr/") else (1e-4, 1e-6)
+        assert two[name] == pytest.approx(one[name], rel=rel, abs=smallest), name
     assert read_jsonl(whole / "rollouts.jsonl") == read_jsonl(resumed / "rollouts.jsonl")
     for role in ("actor", "critic"):
         before, after = weights(whole, STEPS, role), weights(resumed, STEPS, role)

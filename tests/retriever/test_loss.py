@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def in_one_process(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
+    save_loss_and_gradients(rank, folder)  # what it computed, and with it every use of the group, is gone when it returns
+    gc.collect()
+    dist.barrier()  # neither process takes the group down while the other still sends
+    dist.destroy_process_group()
+
+
+def save_loss_and_gradients(rank, folder):
     queries, passages = unit(3, 0), unit(5, 1)
     mine = [[0, 2], [1]][rank]
     columns = [[1, 0, 2], [3, 4]][rank]
@@ -78,7 +86,6 @@ def in_one_process(rank, folder):
     loss = info_nce(masked_scores(queries[mine], gathered, allowed, TEMPERATURE), positives)
     gradients = torch.autograd.grad(loss, (queries, passages))
     torch.save((rows, loss.detach(), gradients), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_see_each_others_passages_and_send_gradients_back(tmp_path):
