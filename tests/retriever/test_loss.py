@@ -71,7 +71,7 @@ def in_one_process(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    save_loss_and_gradients(rank, folder)  # what it computed, and with it every use of the group, is gone when it returns
+    save_loss_and_gradients(rank, folder)  # every use of the group is gone when it returns
     gc.collect()
     dist.barrier()  # neither process takes the group down while the other still sends
     dist.destroy_process_group()
