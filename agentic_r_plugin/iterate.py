@@ -43,7 +43,11 @@ from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import dump_line, read_json, read_lines
 from agentic_r_plugin.world import generate
 
-_CHOICES = ("previous", "first")
+_CHOICES = {
+    "agent_from": ("previous", "first"),
+    "retriever_from": ("previous", "first"),
+    "critic_from": ("new", "previous"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,9 @@ class IterateConfig:
     iterations: int = field(default=2, metadata={"help": "K"})
     seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
     agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
+    critic_from: str = field(
+        default="new", metadata={"help": "critic of iteration k > 1 starts from: new (as train_agent says), previous"}
+    )
     retriever_from: str = field(default="previous", metadata={"help": "retriever k starts from: previous, first"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
@@ -89,9 +96,9 @@ class IterateConfig:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ConfigError(f"iterations: expected at least 1, found {self.iterations}")
-        for name in ("agent_from", "retriever_from"):
-            if getattr(self, name) not in _CHOICES:
-                raise ConfigError(f"{name}: expected one of {', '.join(_CHOICES)}, found {getattr(self, name)!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
 
 
 def run(config: IterateConfig, *, resume: bool = False) -> None:
@@ -280,6 +287,8 @@ class Loop:
             "retrieval_url": url,
             "out": str(self.folder / f"iteration-{k}" / "agent"),
         }
+        if k > 1 and self.config.critic_from == "previous":
+            paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
         values = {"seed": self.config.seed + k - 1} | values | self._protocol() | dev | paths
         return load_config(launch.TrainAgentConfig, values=values)
 

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT
@@ -176,6 +177,8 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: dict[str, A
     ):
         if file is not None and not (data / f"{name}.parquet").is_file():
             dataset.write_parquet(data / f"{name}.parquet", questions, protocol, dataset.data_source_name(file))
+    if config.critic is None and config.value_head == "zero" and not (run_dir / verl_config.ZERO_CRITIC).is_dir():
+        write_critic(Path(config.model), run_dir / verl_config.ZERO_CRITIC)
     (run_dir / "agent_loop.yaml").write_text(prepared["loop"], encoding="utf-8")
     OmegaConf.save(prepared["verl"], run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")

@@ -26,6 +26,9 @@ class TrainAgentConfig:
     validation: str | None = _help("questions to validate on; none: no validation", default=None)
     validation_questions: int = _help("use only the first N validation questions; 0: all", default=0)
     critic: str | None = _help("folder of a critic to start from; none: the agent with a new value head", default=None)
+    value_head: str = _help(
+        "how a new value head starts: random (verl's), or zero: values are 0 at first", default="random"
+    )
 
     protocol: str = _help("name of a registered agent protocol", default="search_r1")
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far one trajectory may go"})
@@ -64,6 +67,8 @@ class TrainAgentConfig:
         for name in (*positive, "save_every", "max_concurrent_searches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.value_head not in ("random", "zero"):
+            raise ConfigError(f"value_head: expected random or zero, found {self.value_head!r}")
         if self.batch_size % self.mini_batch_size:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of mini_batch_size={self.mini_batch_size}"

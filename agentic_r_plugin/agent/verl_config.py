@@ -20,6 +20,8 @@ from agentic_r_plugin.errors import ConfigError, UpstreamError
 _PPO_YAML = Path(__file__).parent / "config" / "ppo.yaml"
 LOOP_NAME = "agentic_r"
 """Name under which verl finds our agent loop."""
+ZERO_CRITIC = "critic-start"
+"""Folder of the critic with a value head of zeros, in the run folder."""
 
 
 def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
@@ -127,7 +129,7 @@ def _settings(
             },
         },
         "critic": {
-            "model": {"path": str(Path(config.critic or config.model).resolve())},
+            "model": {"path": str(_critic_start(config).resolve())},
             "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
             "data_loader_seed": config.seed,
             "optim": {"lr": config.critic_lr, "lr_warmup_steps_ratio": config.critic_warmup},
@@ -154,6 +156,13 @@ def _settings(
             "poll_interval_s": 0.05,
         },
     }
+
+
+def _critic_start(config: TrainAgentConfig) -> Path:
+    """Where the critic's first weights are; `launch` writes the last of the three."""
+    if config.critic is None and config.value_head == "zero":
+        return Path(config.out) / ZERO_CRITIC
+    return Path(config.critic or config.model)
 
 
 def to_overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from agentic_r_plugin.agent.cpu import attention
 from agentic_r_plugin.upstream import Hook, apply
 
 VERL = ("0.9.1",)
@@ -101,6 +102,7 @@ def install() -> list[str]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
     RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)
+    attention.register()
     return applied
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from agentic_r_plugin.agent.cpu import attention
+
 
 def cpu_overrides(
     *,
@@ -61,8 +63,8 @@ def cpu_overrides(
     overrides += ["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.ref.use_torch_compile=False"]
     for model in ("actor_rollout_ref.model", "critic.model"):
         overrides += [
-            f"{model}.use_remove_padding=False",  # needs flash attention
-            f"+{model}.override_config.attn_implementation=sdpa",
+            f"{model}.use_remove_padding=True",
+            f"+{model}.override_config.attn_implementation={attention.NAME}",
             f"{model}.enable_gradient_checkpointing=False",
         ]
     return overrides

@@ -47,6 +47,7 @@ class HFServer:
             model_config.local_path,
             config=model_config.hf_config,
             dtype=PrecisionType.to_dtype(config.dtype),
+            attn_implementation="sdpa",  # the configuration names the trainer's, which has no cache
             trust_remote_code=model_config.trust_remote_code,
         )
         self.max_length = min(

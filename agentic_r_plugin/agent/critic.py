@@ -1,0 +1,26 @@
+"""A critic to start from: the agent with a value head of zeros.
+
+verl starts a new value head at random. Its values then differ from token to token by about as much as the rewards do,
+and with lambda = gamma = 1 they go straight into the first advantages. With zeros the first advantages are the rewards.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+
+def write_critic(agent: Path, folder: Path) -> None:
+    """Write `folder`: the agent's weights, a value head of zeros, and the tokenizer. It appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    model = AutoModelForTokenClassification.from_pretrained(agent, num_labels=1)
+    with torch.no_grad():
+        for parameter in model.score.parameters():
+            parameter.zero_()
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(agent).save_pretrained(partial)
+    partial.rename(folder)
