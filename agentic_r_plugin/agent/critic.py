@@ -13,14 +13,17 @@ from pathlib import Path
 def write_critic(agent: Path, folder: Path) -> None:
     """Write `folder`: the agent's weights, a value head of zeros, and the tokenizer. It appears whole or not at all."""
     import torch
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    model = AutoModelForTokenClassification.from_pretrained(agent, num_labels=1)
+    policy = AutoModelForCausalLM.from_pretrained(agent)
+    policy.config.num_labels = 1
+    critic = AutoModelForTokenClassification.from_config(policy.config, dtype=policy.dtype)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
     with torch.no_grad():
-        for parameter in model.score.parameters():
+        for parameter in critic.score.parameters():
             parameter.zero_()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    critic.save_pretrained(partial)
     AutoTokenizer.from_pretrained(agent).save_pretrained(partial)
     partial.rename(folder)
