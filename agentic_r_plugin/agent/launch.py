@@ -124,7 +124,7 @@ def _prepare(config: TrainAgentConfig) -> dict[str, Any]:
     if on_cpu:
         from agentic_r_plugin.agent.cpu.overrides import UNSET, cpu_environment, cpu_overrides
 
-        machine = cpu_overrides(num_workers=config.devices)
+        machine = cpu_overrides(num_workers=config.devices, longest_trajectory=config.limits.max_tokens)
         environment |= cpu_environment(num_threads=config.threads)
         environment |= dict.fromkeys(UNSET)
     composed = verl_config.compose(

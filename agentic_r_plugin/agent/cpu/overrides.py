@@ -12,7 +12,8 @@ def cpu_overrides(
     num_workers: int = 1,
     train_dtype: str = "bf16",
     rollout_dtype: str = "float32",
-    micro_batch_tokens: int = 4096,
+    longest_trajectory: int = 4096,
+    micro_batch_tokens: int = 2048,
 ) -> list[str]:
     """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
 
@@ -22,9 +23,12 @@ def cpu_overrides(
         num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
         train_dtype: in which actor, reference and critic compute, `bf16` or `fp32`; weights stay in fp32.
         rollout_dtype: of the rollout engine's weights and computation.
-        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens, and ignores the
-            micro-batch sizes in trajectories; must hold the longest trajectory. Small ones stay in the CPU's caches.
+        longest_trajectory: in tokens, prompt included.
+        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens, or of one longest
+            trajectory where that is more, and ignores the micro-batch sizes in trajectories. Activations take memory by
+            the micro-batch, and small ones stay in the CPU's caches.
     """
+    micro_batch_tokens = max(micro_batch_tokens, longest_trajectory)
     overrides = [
         "trainer.device=cpu",
         "trainer.nnodes=1",
@@ -86,7 +90,7 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "VERL_ENGINE_DEVICE": "cuda",  # verl's FSDP engines are registered under this name only
         # Activations of some megabytes come and go thousands of times a step: keep them, in large pages.
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-        "MALLOC_TRIM_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**28),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
 
