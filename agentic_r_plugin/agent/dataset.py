@@ -63,7 +63,7 @@ def prompt_lengths(questions: Sequence[Question], protocol: AgentProtocol, codec
     Raises:
         ConfigError: a prompt leaves the model no room within `limits.max_tokens`.
     """
-    lengths = [len(codec.encode_prompt(protocol.prompt(question.question))) for question in questions]
+    lengths = [len(protocol.prompt_ids(question.question, codec)) for question in questions]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] >= limits.max_tokens:
         raise ConfigError(

@@ -43,6 +43,7 @@ class TrainAgentConfig:
     critic_lr: float = _help("learning rate of the critic", default=1e-5)
     critic_warmup: float = _help("share of all steps over which the critic's learning rate rises", default=0.015)
     kl_coef: float = _help("coefficient of the KL to the starting agent", default=0.001)
+    mask_observations: bool = _help("off: ablation, passages are trained on like the model's own tokens", default=True)
     kl_loss: bool = _help("put the KL into the loss (k3 estimate) instead of the reward", default=False)
     critic_only_steps: int = _help("first steps in which only the critic learns", default=0)
 
@@ -53,6 +54,8 @@ class TrainAgentConfig:
 
     max_failed_search_share: float = _help("share of failed searches above which the run stops", default=0.1)
     max_concurrent_searches: int = _help("searches under way at once, per agent-loop worker", default=64)
+    search_timeout_s: float = _help("limit of one attempt of a search", default=60.0)
+    search_retries: int = _help("attempts after a search's first, with doubling pauses", default=5)
     cpu: bool | None = _help("train on the CPU; none: where no accelerator is found", default=None)
     devices: int = _help("accelerators (or CPU worker processes) on this machine", default=1)
     threads: int | None = _help("CPU threads a worker; none: all cores", default=None)

@@ -196,7 +196,7 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
 
 
 def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:
-    """The tokens verl is about to train on are those the model wrote, trajectory by trajectory.
+    """The tokens verl is about to train on are those the agent loop chose, trajectory by trajectory.
 
     Args:
         trained: sum of each trajectory's mask, as it stands in verl's batch.
@@ -205,11 +205,11 @@ def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], 
         TrainingError: a number differs.
     """
     for item, found in zip(trajectories, trained, strict=True):
-        written = 0 if item["search_failed"] else item["generated_tokens"]
-        if found != written:
+        chosen = item["trained_tokens"]
+        if found != chosen:
             raise TrainingError(
-                f"step {step}: the model wrote {written} tokens of trajectory {item['trajectory']['id']!r}, and verl "
-                f"would train on {found}; the response mask was changed on the way"
+                f"step {step}: {chosen} tokens of trajectory {item['trajectory']['id']!r} are to be trained on, and "
+                f"verl would train on {found}; the response mask was changed on the way"
             )
 
 

@@ -32,6 +32,9 @@ def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
         "retrieval_url": config.retrieval_url,
         "topk": config.topk,
         "max_concurrent_searches": config.max_concurrent_searches,
+        "search_timeout_s": config.search_timeout_s,
+        "search_retries": config.search_retries,
+        "mask_observations": config.mask_observations,
         "seed": config.seed if seeded else None,
     }
     return OmegaConf.to_yaml(OmegaConf.create([loop]))

@@ -153,7 +153,7 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:
-    return {"search_failed": failed, "generated_tokens": generated, "trajectory": {"id": "q"}}
+    return {"search_failed": failed, "trained_tokens": 0 if failed else generated, "trajectory": {"id": "q"}}
 
 
 def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> None:
@@ -168,7 +168,7 @@ def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> Non
 
 def test_a_mask_that_is_not_the_models_tokens_stops_the_run() -> None:
     check_masks([outcome(), outcome(failed=1)], [5, 0], step=1)
-    with pytest.raises(TrainingError, match="the model wrote 5 tokens of trajectory 'q', and verl would train on 6"):
+    with pytest.raises(TrainingError, match="5 tokens of trajectory 'q' are to be trained on, and verl would train on 6"):
         check_masks([outcome()], [6], step=1)
 
 
