@@ -237,6 +237,7 @@ def _output(
         "generated_tokens": session.generated_tokens,
         "trained_tokens": sum(trained),
         "trajectory": trajectory,
+        "prompt": session.protocol.prompt(session.question),
         "segments": [
             {"by_model": segment.by_model, "tokens": len(segment.ids), "text": segment.text}
             for segment in session.segments

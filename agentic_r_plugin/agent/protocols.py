@@ -2,7 +2,7 @@
 
 | protocol | searches | reads | answers | its own settings |
 |---|---|---|---|---|
-| `r1_searcher` | `<|begin_of_query|>` | `<|begin_of_documents|>` | `<answer>` | base model: prompt without chat template |
+| `r1_searcher` | `<|begin_of_query|>` | `<|begin_of_documents|>` | `<answer>` | prompt without chat template |
 | `simple_deep_searcher` | `<|begin_search_query|>` | `<|begin_search_result|>` | `\\boxed{}` | at most 10 searches |
 
 In the original agents a turn without search or answer ends the trajectory: `limits.max_malformed=0` does the same.

@@ -16,14 +16,21 @@ from verl.workers.rollout.replica import TokenOutput
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.agent_loop import SearchAgentLoop, request_seed
-from agentic_r_plugin.agent.dataset import verl_row
+from agentic_r_plugin.agent.dataset import SourcedQuestion, verl_row
 from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
+from agentic_r_plugin.records import Question
 from tests.agent.tiny_world import LIMITS, Service, find, questions
 
 PROTOCOL = components.load("agent_protocol", "compact")
-ROW = verl_row(questions()[0], 0, PROTOCOL, "towns")
+
+
+def row_of(question: Question, index: int) -> dict[str, Any]:
+    return verl_row(SourcedQuestion(question=question, source="towns"), index, PROTOCOL)
+
+
+ROW = row_of(questions()[0], 0)
 
 
 class Engine:
@@ -159,7 +166,7 @@ def test_sampled_trajectories_keep_within_all_limits_and_end_with_the_model(
     searched = malformed = 0
     for index, question in enumerate(questions()):
         engine = Engine(generator)
-        output = run(tokenizer, engine, service.url, verl_row(question, index, PROTOCOL, "towns"))
+        output = run(tokenizer, engine, service.url, row_of(question, index))
         assert len(output.prompt_ids) + len(output.response_ids) <= LIMITS.max_tokens
         assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs or ())
         assert output.response_mask[-1] == 1
