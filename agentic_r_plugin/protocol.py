@@ -258,7 +258,7 @@ class Session:
     A prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`).
 
     Raises:
-        ConfigError: the prompt alone leaves no room for the model.
+        ConfigError: the prompt alone leaves no room for the model, or an information block no room for a passage.
     """
 
     protocol: AgentProtocol
@@ -282,6 +282,11 @@ class Session:
             raise ConfigError(
                 f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
                 f"{self.question[:60]!r} leave none for the model"
+            )
+        bare = len(self.codec.encode(self.protocol.render([])))
+        if bare > self.limits.max_observation_tokens:
+            raise ConfigError(
+                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages takes {bare}"
             )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
