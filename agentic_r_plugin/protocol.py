@@ -286,7 +286,8 @@ class Session:
         bare = len(self.codec.encode(self.protocol.render([])))
         if bare > self.limits.max_observation_tokens:
             raise ConfigError(
-                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages takes {bare}"
+                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages alone "
+                f"takes {bare}"
             )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)

@@ -7,6 +7,7 @@ tags are cut anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -28,7 +29,22 @@ MARKS = sorted(
         for mark in (protocol.opening(tag), protocol.closing(tag))
     }
 )
-PIECES = [*MARKS, "<|im_end|>", "<|endoftext|>", "<", "</", "|>", "{", "}", "\\boxed", "\n\n", " ", "Paris", "\ufffd", "é🙂"]
+PIECES = [
+    *MARKS,
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<",
+    "</",
+    "|>",
+    "{",
+    "}",
+    "\\boxed",
+    "\n\n",
+    " ",
+    "Paris",
+    "\ufffd",
+    "é🙂",
+]
 
 
 class ChunkCodec:
@@ -114,9 +130,11 @@ def check(session: Session, model: Any, limits: Limits) -> None:
     finished = session.finished
     assert isinstance(finished, Finished)
     assert len(mask) == len(ids) and set(mask) <= {0, 1} and mask[-1] == 1
-    assert [number for number, kept in zip(ids, mask, strict=True) if kept] == sum(model.wrote, [])
+    assert [number for number, kept in zip(ids, mask, strict=True) if kept] == list(chain.from_iterable(model.wrote))
     environment = [segment for segment in session.segments if not segment.by_model]
-    assert [number for number, kept in zip(ids, mask, strict=True) if not kept] == sum((s.ids for s in environment), [])
+    assert [number for number, kept in zip(ids, mask, strict=True) if not kept] == list(
+        chain.from_iterable(segment.ids for segment in environment)
+    )
     assert len(session.ids) <= limits.max_tokens
     assert all(len(turn) <= limits.max_response_tokens for turn in model.wrote)
     assert session.searches <= limits.max_searches and len(session.turns) <= session.searches

@@ -14,7 +14,10 @@ from tests.test_protocol_properties import ChunkCodec
 
 R1: AgentProtocol = components.load("agent_protocol", "r1_searcher")
 SDS: AgentProtocol = components.load("agent_protocol", "simple_deep_searcher")
-PASSAGES = [Passage(id="1", title="Emma", text="A novel by\nJane Austen."), Passage(id="2", title="Nile", text="A river.")]
+PASSAGES = [
+    Passage(id="1", title="Emma", text="A novel by\nJane Austen."),
+    Passage(id="2", title="Nile", text="A river."),
+]
 
 
 def test_the_prompts_are_flashrags_word_for_word() -> None:

@@ -1,6 +1,6 @@
 """PPO on the generated benchmark with and without masking of the passages, on a CPU: curves and a table.
 
-    .venv/bin/python recipes/agentic_r/cpu/masking_ablation.py --out runs/masking [--seeds 0 1 2] [key=value ...]
+    .venv/bin/python recipes/agentic_r/cpu/masking_ablation.py --out runs/masking [--seeds 0,1,2] [key=value ...]
 
 Every run starts from the quick start's agent and searches with BM25; `key=value` changes a field of `ppo.yaml` (steps=2
 tries the whole in small). Runs that are finished are not done again. Written to OUT: `curves.jsonl` (a line a run and
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train every arm with every seed, then write curves and table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--train-questions", type=int, default=600)
     parser.add_argument("--dev-questions", type=int, default=120)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     service = server.ServeConfig(backend="bm25", corpus=str(benchmark / "corpus.jsonl"), port=0)
     lines: list[dict[str, Any]] = []
     with server.running_service(service) as url:
-        for seed in options.seeds:
+        for seed in map(int, options.seeds.split(",")):
             for arm, masked in ARMS.items():
                 lines += train(options.out, benchmark, url, arm, masked, seed, options.overrides)
                 write(options.out, lines)
