@@ -45,6 +45,7 @@ COMMANDS = {
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
+    "show-rollouts": Command("a training's sampled trajectories as a page", "agent.rollout_page:ShowRolloutsConfig"),
     "trajectories": Command("the agent answers every question", "data.trajectories:TrajectoriesConfig"),
     "candidates": Command("top-20 passages of every query", "data.candidates:CandidatesConfig"),
     "sub-answers": Command("the judge names what each query was after", "data.sub_answers:SubAnswersConfig"),

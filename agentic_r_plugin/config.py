@@ -32,7 +32,8 @@ def load_config(
     """Defaults of `cls`, then the YAML file, then `values`, then the overrides (`a.b=value`), the later winning.
 
     Args:
-        cls: a dataclass; a field without a default must be given.
+        cls: a dataclass; a field without a default must be given. With `PRESETS` and a field `preset`, the values of
+            the preset that was chosen anywhere come right after the defaults.
         values: fields by name, as plain Python values (flags of a command, paths a caller fills in).
         append: items added to list fields, after everything else.
 
@@ -40,6 +41,9 @@ def load_config(
         ConfigError: no such file, broken YAML, unknown key, wrong type, or a value the dataclass refuses.
     """
     merged: Any = _writable(OmegaConf.structured(cls))
+    preset = _preset(cls, file, overrides, values or {})
+    if preset:
+        merged = _merge(merged, preset, f"preset of {cls.__name__}")
     if file is not None:
         merged = _merge(merged, _read(Path(file)), str(file))
     for name, value in (values or {}).items():
@@ -54,6 +58,21 @@ def load_config(
     if missing:
         raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def _preset(
+    cls: type, file: str | Path | None, overrides: Sequence[str], values: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """The values of the preset that file, values or overrides choose; None where `cls` refuses or has none."""
+    presets = getattr(cls, "PRESETS", None)
+    if presets is None:
+        return None
+    chosen = (_read(Path(file)) or {}).get("preset") if file is not None else None
+    chosen = values.get("preset", chosen)
+    for override in overrides:
+        name, _, value = override.partition("=")
+        chosen = value if name == "preset" else chosen
+    return presets.get(chosen)
 
 
 def _writable(node: Any) -> Any:

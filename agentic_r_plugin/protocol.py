@@ -17,7 +17,7 @@ finished trajectory ends with a token of the model, so that verl's GAE does not 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -27,6 +27,11 @@ from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
 
 _TAG_OPENING = re.compile(r"<(?=[/|!A-Za-z_])")
 """A `<` that could open or close a tag, or start a special token such as `<|im_end|>`."""
+
+_BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
+"""Text whose braces are balanced, two levels deep."""
+
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 _SPILL = 16
 """Characters that the token completing a stop string may hold after it."""
@@ -98,7 +103,10 @@ Action = Search | Retry | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class AgentProtocol:
-    """Instruction, tags and rendering of one family of agents; defaults are Search-R1's tags."""
+    """Instruction, tags and rendering of one family of agents; defaults are Search-R1's.
+
+    A tag is written `<tag>` and `</tag>`, unless `marks` says otherwise.
+    """
 
     name: str
     instruction: str
@@ -108,6 +116,16 @@ class AgentProtocol:
     search_tag: str = "search"
     answer_tag: str = "answer"
     information_tag: str = "information"
+    marks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Tag -> what opens and what closes it. One closed by `}` may hold balanced braces."""
+    stop_at_answer: bool = True
+    """Whether generation stops where an answer is closed; otherwise the model ends its turn itself."""
+    chat: bool = True
+    """Whether the prompt goes through the tokenizer's chat template, if it has one."""
+    passage_form: str = 'Doc {rank}(Title: "{title}") {text}'
+    """One passage of an information block; passages are joined by new lines."""
+    block_form: str = "\n\n{opening}{passages}{closing}\n\n"
+    """The information block."""
     correction: str = (
         "\n\nThat was neither a search nor an answer. Write <search> query </search> to look something up, "
         "or <answer> answer </answer> to finish.\n\n"
@@ -121,15 +139,32 @@ class AgentProtocol:
         """The text that is put before the agent."""
         return self.instruction.replace("{question}", question)
 
+    def prompt_ids(self, question: str, codec: Codec) -> list[int]:
+        """Ids of the prompt."""
+        return (codec.encode_prompt if self.chat else codec.encode)(self.prompt(question))
+
+    def opening(self, tag: str) -> str:
+        """What opens a tag."""
+        return self.marks[tag][0] if tag in self.marks else f"<{tag}>"
+
+    def closing(self, tag: str) -> str:
+        """What closes a tag."""
+        return self.marks[tag][1] if tag in self.marks else f"</{tag}>"
+
     @property
-    def stop(self) -> tuple[str, str]:
-        """Strings after which generation stops (they stay in the output)."""
-        return f"</{self.search_tag}>", f"</{self.answer_tag}>"
+    def stop(self) -> tuple[str, ...]:
+        """Strings after which generation stops (they stay in the output), that of a search first."""
+        search, answer = self.closing(self.search_tag), self.closing(self.answer_tag)
+        return (search, answer) if self.stop_at_answer else (search,)
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
-        tags = f"{re.escape(self.search_tag)}|{re.escape(self.answer_tag)}"
-        return re.compile(rf"<({tags})>(.*?)</\1>", re.DOTALL)
+        return re.compile(f"{self._pattern(self.search_tag)}|{self._pattern(self.answer_tag)}", re.DOTALL)
+
+    def _pattern(self, tag: str) -> str:
+        opening, closing = re.escape(self.opening(tag)), re.escape(self.closing(tag))
+        body = _BALANCED if self.closing(tag) == "}" else ".*?"
+        return f"{opening}({body}){closing}"
 
     def parse(self, text: str) -> Search | Finished | None:
         """What one turn of the model asks for: its first complete block decides; None when there is none.
@@ -139,16 +174,21 @@ class AgentProtocol:
         match = self._block.search(text)
         if match is None:
             return None
-        tag, body = match.groups()
-        body = body.rpartition(f"<{tag}>")[2].strip()
-        if tag == self.answer_tag:
-            answers = [found.group(2) for found in self._block.finditer(text) if found.group(1) == tag]
-            return Finished(StopReason.ANSWERED, answers[-1].rpartition(f"<{tag}>")[2].strip())
-        return Search(body, self._reasoning(text[: match.start()])) if body else None
+        query, answer = match.groups()
+        if answer is not None:
+            answers = [found.group(2) for found in self._block.finditer(text) if found.group(2) is not None]
+            return Finished(StopReason.ANSWERED, self._inner(self.answer_tag, answers[-1]))
+        query = self._inner(self.search_tag, query)
+        return Search(query, self._reasoning(text[: match.start()])) if query else None
+
+    def _inner(self, tag: str, body: str) -> str:
+        """What a block holds: after its last opening, and out of LaTeX's text commands where braces close it."""
+        body = body.rpartition(self.opening(tag))[2].strip()
+        return _LATEX_TEXT.sub(r"\1", body).strip() if self.closing(tag) == "}" else body
 
     def _reasoning(self, text: str) -> str:
-        inner = text.rpartition(f"<{self.think_tag}>")[2]
-        return inner.partition(f"</{self.think_tag}>")[0].strip()
+        inner = text.rpartition(self.opening(self.think_tag))[2]
+        return inner.partition(self.closing(self.think_tag))[0].strip()
 
     def through_search(self, text: str) -> str:
         """A turn's text up to and with its closing search tag."""
@@ -161,18 +201,19 @@ class AgentProtocol:
         Searches that were carried out are the closing search tags right before an information block; a last one may end
         the text. Tags in passages are disarmed, and a correction's tags are not followed by a block.
         """
-        opening, closing = f"<{self.search_tag}>", re.escape(self.stop[0])
-        block = re.escape(f"\n\n<{self.information_tag}>")
+        opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
+        block = re.escape(f"\n\n{self.opening(self.information_tag)}")
         ends = re.finditer(f"{closing}(?=[^<]{{0,{_SPILL}}}?(?:{block}|\\Z))", text)
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
 
     def render(self, passages: Sequence[Passage]) -> str:
         """The information block. Nothing inside can open or close a tag of the protocol."""
         docs = "\n".join(
-            f'Doc {rank}(Title: "{disarm(passage.title)}") {disarm(passage.text)}'
+            self.passage_form.format(rank=rank, title=disarm(passage.title), text=disarm(passage.text))
             for rank, passage in enumerate(passages, start=1)
         )
-        return f"\n\n<{self.information_tag}>{docs}</{self.information_tag}>\n\n"
+        tag = self.information_tag
+        return self.block_form.format(opening=self.opening(tag), passages=docs, closing=self.closing(tag))
 
 
 def disarm(text: str) -> str:
@@ -217,7 +258,7 @@ class Session:
     A prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`).
 
     Raises:
-        ConfigError: the prompt alone leaves no room for the model.
+        ConfigError: the prompt alone leaves no room for the model, or an information block no room for a passage.
     """
 
     protocol: AgentProtocol
@@ -236,11 +277,17 @@ class Session:
     _pending: Search | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.prompt_ids = self.codec.encode_prompt(self.protocol.prompt(self.question))
+        self.prompt_ids = self.protocol.prompt_ids(self.question, self.codec)
         if self._room < 1:
             raise ConfigError(
                 f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
                 f"{self.question[:60]!r} leave none for the model"
+            )
+        bare = len(self.codec.encode(self.protocol.render([])))
+        if bare > self.limits.max_observation_tokens:
+            raise ConfigError(
+                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages alone "
+                f"takes {bare}"
             )
         if self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)

@@ -50,6 +50,9 @@ class SearchAgentLoop(AgentLoopBase):
         retrieval_url: the retrieval service.
         topk: passages shown for a search.
         max_concurrent_searches: searches under way at once in one agent-loop worker.
+        search_timeout_s: limit of one attempt of a search.
+        search_retries: attempts after the first, with doubling pauses; then the search has failed.
+        mask_observations: off, the ablation: also what the environment wrote is trained on.
         seed: base of each request's own sampling seed; None leaves the draw to the engine. With a seed, a step that is
             done again after a resume draws the same tokens.
     """
@@ -62,6 +65,9 @@ class SearchAgentLoop(AgentLoopBase):
         retrieval_url: str,
         topk: int = 3,
         max_concurrent_searches: int = 64,
+        search_timeout_s: float = 60.0,
+        search_retries: int = 5,
+        mask_observations: bool = True,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,8 +75,10 @@ class SearchAgentLoop(AgentLoopBase):
         self.protocol = components.load("agent_protocol", protocol)
         self.limits = Limits(**limits)
         self.codec = TokenizerCodec(self.tokenizer)
-        self.topk, self.seed = topk, seed
-        self.client, self.searching = _shared_client(retrieval_url, max_concurrent_searches)
+        self.topk, self.seed, self.mask_observations = topk, seed, mask_observations
+        self.client, self.searching = _shared_client(
+            retrieval_url, max_concurrent_searches, search_timeout_s, search_retries
+        )
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """One trajectory.
@@ -100,7 +108,7 @@ class SearchAgentLoop(AgentLoopBase):
                 await self._search(session, action)
                 log.search_s += perf_counter() - started
             log.pad(len(session.response_ids))
-        return _output(session, question, log, _place(kwargs))
+        return _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
         params = {
@@ -135,17 +143,21 @@ def request_seed(*parts: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-_clients: WeakKeyDictionary[
-    asyncio.AbstractEventLoop, dict[tuple[str, int], tuple[RetrievalClient, asyncio.Semaphore]]
-] = WeakKeyDictionary()
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Any, ...], tuple[RetrievalClient, Any]]] = (
+    WeakKeyDictionary()
+)
 
 
-def _shared_client(url: str, concurrency: int) -> tuple[RetrievalClient, asyncio.Semaphore]:
+def _shared_client(
+    url: str, concurrency: int, timeout_s: float, retries: int
+) -> tuple[RetrievalClient, asyncio.Semaphore]:
     """One connection pool and one limit per worker process (event loop), for all its trajectories."""
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    if (url, concurrency) not in clients:
-        clients[url, concurrency] = (RetrievalClient(url), asyncio.Semaphore(concurrency))
-    return clients[url, concurrency]
+    key = (url, concurrency, timeout_s, retries)
+    if key not in clients:
+        client = RetrievalClient(url, timeout_s=timeout_s, retries=retries, max_connections=concurrency)
+        clients[key] = (client, asyncio.Semaphore(concurrency))
+    return clients[key]
 
 
 def _place(fields: Mapping[str, Any]) -> tuple[int, int]:
@@ -200,10 +212,13 @@ class _EngineLog:
             self.logprobs += [0.0] * (length - len(self.logprobs))
 
 
-def _output(session: Session, question: Question, log: _EngineLog, place: tuple[int, int]) -> AgentLoopOutput:
+def _output(
+    session: Session, question: Question, log: _EngineLog, place: tuple[int, int], *, mask_observations: bool
+) -> AgentLoopOutput:
     assert session.finished is not None
     failed = session.finished.stop_reason is StopReason.SEARCH_FAILED
     mask = session.response_mask
+    trained = [0] * len(mask) if failed else mask if mask_observations else [1] * len(mask)
     trajectory = to_trajectory(session, question).to_dict()
     extra_fields = {
         "min_global_steps": log.min_global_steps,
@@ -220,12 +235,18 @@ def _output(session: Session, question: Question, log: _EngineLog, place: tuple[
         "stop_reason": session.finished.stop_reason.value,
         "masked_token_share": 1 - sum(mask) / len(mask),
         "generated_tokens": session.generated_tokens,
+        "trained_tokens": sum(trained),
         "trajectory": trajectory,
+        "prompt": session.protocol.prompt(session.question),
+        "segments": [
+            {"by_model": segment.by_model, "tokens": len(segment.ids), "text": segment.text}
+            for segment in session.segments
+        ],
     }
     return AgentLoopOutput(
         prompt_ids=session.prompt_ids,
         response_ids=session.response_ids,
-        response_mask=[0] * len(mask) if failed else mask,
+        response_mask=trained,
         response_logprobs=log.logprobs,
         num_turns=1 + len(session.segments),
         metrics=AgentLoopMetrics(

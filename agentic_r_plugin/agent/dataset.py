@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.store import atomic_path, read_records
+from agentic_r_plugin.store import atomic_path, read_lines, read_records
 
 
-def read_questions(path: str | Path, *, limit: int | None = None) -> list[Question]:
+@dataclass(frozen=True, kw_only=True)
+class SourcedQuestion:
+    """A question and the benchmark it comes from; verl reports validation by benchmark."""
+
+    question: Question
+    source: str
+
+
+def read_questions(path: str | Path, *, limit: int | None = None) -> list[SourcedQuestion]:
     """Questions of a file, in order; at most `limit`.
+
+    A file in FlashRAG layout belongs to the benchmark named by its folder; a Parquet file of `write_parquet` may hold
+    several benchmarks.
 
     Raises:
         RecordError: no such file, or a broken line (file and line).
         ConfigError: no question in it, or an id that stands twice.
     """
-    questions = list(read_records(path, Question))[:limit]
-    if not questions:
+    source = data_source_name(path)
+    if _is_verls(Path(path)):
+        found = [_from_verl(row, path, number) for number, row in read_lines(path)]
+    else:
+        found = [SourcedQuestion(question=question, source=source) for question in read_records(path, Question)]
+    found = found[:limit]
+    if not found:
         raise ConfigError(f"{path}: expected at least one question, found none")
     seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise ConfigError(f"{path}: question id {question.id!r} stands twice; ids must be unique")
-        seen.add(question.id)
-    return questions
+    for item in found:
+        if item.question.id in seen:
+            raise ConfigError(f"{path}: question id {item.question.id!r} stands twice; ids must be unique")
+        seen.add(item.question.id)
+    return found
 
 
-def verl_row(question: Question, index: int, protocol: AgentProtocol, data_source: str) -> dict[str, Any]:
+def _is_verls(path: Path) -> bool:
+    if path.suffix != ".parquet" or not path.is_file():
+        return False
+    import pyarrow.parquet
+
+    try:
+        return "extra_info" in pyarrow.parquet.read_schema(path).names
+    except pyarrow.ArrowException as error:
+        raise RecordError(f"not a Parquet file: {error}", path=path) from error
+
+
+def _from_verl(row: Mapping[str, Any], path: str | Path, number: int) -> SourcedQuestion:
+    info = row["extra_info"] or {}
+    try:
+        question = Question.from_dict({name: info.get(name) for name in ("id", "question", "golden_answers")})
+    except RecordError as error:
+        raise RecordError(f"extra_info: {error}", path=path, line=number) from error
+    return SourcedQuestion(question=question, source=str(row["data_source"]))
+
+
+def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict[str, Any]:
     """One row: what verl's data set, our agent loop and our reward read."""
+    question = item.question
     answers = list(question.golden_answers)
     return {
-        "data_source": data_source,
+        "data_source": item.source,
         "prompt": [{"role": "user", "content": protocol.prompt(question.question)}],
         "ability": "search",
         "reward_model": {"style": "rule", "ground_truth": answers},
@@ -47,28 +85,30 @@ def verl_row(question: Question, index: int, protocol: AgentProtocol, data_sourc
     }
 
 
-def write_parquet(path: str | Path, questions: Sequence[Question], protocol: AgentProtocol, data_source: str) -> None:
+def write_parquet(path: str | Path, questions: Sequence[SourcedQuestion], protocol: AgentProtocol) -> None:
     """Write the data set atomically; rows are numbered in order (`extra_info.index`)."""
     import pyarrow
     import pyarrow.parquet
 
-    rows = [verl_row(question, index, protocol, data_source) for index, question in enumerate(questions)]
+    rows = [verl_row(item, index, protocol) for index, item in enumerate(questions)]
     with atomic_path(path) as temporary:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
 
 
-def prompt_lengths(questions: Sequence[Question], protocol: AgentProtocol, codec: Codec, limits: Limits) -> list[int]:
+def prompt_lengths(
+    questions: Sequence[SourcedQuestion], protocol: AgentProtocol, codec: Codec, limits: Limits
+) -> list[int]:
     """Tokens of each question's prompt.
 
     Raises:
         ConfigError: a prompt leaves the model no room within `limits.max_tokens`.
     """
-    lengths = [len(codec.encode_prompt(protocol.prompt(question.question))) for question in questions]
+    lengths = [len(protocol.prompt_ids(item.question.question, codec)) for item in questions]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] >= limits.max_tokens:
         raise ConfigError(
-            f"limits.max_tokens={limits.max_tokens}: the prompt of question {questions[longest].id!r} alone takes "
-            f"{lengths[longest]} tokens; raise the limit or leave the question out"
+            f"limits.max_tokens={limits.max_tokens}: the prompt of question {questions[longest].question.id!r} alone "
+            f"takes {lengths[longest]} tokens; raise the limit or leave the question out"
         )
     return lengths
 

@@ -1,8 +1,9 @@
 """`agentic-r train-agent`: PPO of the agent in verl, in a process of its own (method section 6).
 
 A run folder holds `config.yaml` and `verl.yaml` (as resolved), `data/`, `train.log`, `metrics.jsonl` (a line a step,
-line 0 the validation before the first), `rollouts.jsonl` (sampled trajectories), `checkpoints/`, and when it is done
-`agent/` (a plain Hugging Face folder with `agent.json`), `critic/`, and, written last, `done.json`.
+line 0 the validation before the first), `rollouts/` (sampled trajectories of each step), `checkpoints/`, and when it is
+done `stability.json` (which checkpoint was taken, and why), `agent/` (a plain Hugging Face folder with `agent.json`),
+`critic/`, and, written last, `done.json`.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
+from agentic_r_plugin.agent.prepare import Prepared, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.agent.worker import FAULT
+from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
-from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
 _FREE = ("out", "retrieval_url", "steps", "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step",
-         "threads", "max_concurrent_searches", "max_failed_search_share")  # fmt: skip
+         "threads", "max_concurrent_searches", "max_failed_search_share", "search_timeout_s", "search_retries",
+         "stability", "loggers", "dry_run", "device_memory_gb")  # fmt: skip
 """Fields that may change between a run and its resumption."""
 
 _LOG_TAIL_LINES = 25
@@ -52,27 +53,25 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
         ManifestMismatchError: the run folder is another run's, or another process is writing it.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
+    if config.dry_run:
+        from agentic_r_plugin.agent import dry_run
+
+        return dry_run.run(config)
     run_dir = Path(config.out).resolve()
     if not resume:
         require_absent(run_dir)
     key = _fingerprint(config)
     if (run_dir / "run.json").is_file():
         _check_same(run_dir, key)
-        if (run_dir / "done.json").is_file() and latest_step(run_dir) >= config.steps:
+        if (run_dir / "done.json").is_file() and (latest_step(run_dir) >= config.steps or _collapsed(run_dir)):
             print(f"train-agent: {run_dir} is done", file=sys.stderr)
             return
-    prepared = _prepare(config)
+    prepared = prepare(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir) as lock:
         _write_inputs(run_dir, config, prepared, key)
-        _train(run_dir, config, prepared["environment"], lock)
+        _train(run_dir, config, prepared.environment, lock)
         _finish(run_dir, config)
-
-
-def latest_step(run_dir: Path) -> int:
-    """Step of the newest whole checkpoint; 0 without one. verl writes this file after everything else."""
-    file = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(file.read_text()) if file.is_file() else 0
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -103,88 +102,24 @@ def _check_same(run_dir: Path, key: str) -> None:
         )
 
 
-def _prepare(config: TrainAgentConfig) -> dict[str, Any]:
-    """Everything that can fail without anything having been written."""
-    protocol = components.load("agent_protocol", config.protocol)
-    questions = dataset.read_questions(config.questions)
-    if len(questions) < config.batch_size:
-        raise ConfigError(
-            f"{config.questions}: {len(questions)} questions are fewer than batch_size={config.batch_size}"
-        )
-    validation = None
-    if config.validation is not None:
-        validation = dataset.read_questions(config.validation, limit=config.validation_questions or None)
-    _check_model(Path(config.model))
-    RetrievalClient(config.retrieval_url, retries=1, timeout_s=10).health()
-    codec = _codec(config.model)
-    lengths = dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec, config.limits)
-    on_cpu = _on_cpu(config)
-    environment: dict[str, str | None] = {"HF_DATASETS_CACHE": str(Path(config.out).resolve() / "data" / "cache")}
-    machine = [f"actor_rollout_ref.rollout.name={config.engine}"]
-    if on_cpu:
-        from agentic_r_plugin.agent.cpu.overrides import UNSET, cpu_environment, cpu_overrides
-
-        machine = cpu_overrides(num_workers=config.devices, longest_trajectory=config.limits.max_tokens)
-        environment |= cpu_environment(num_threads=config.threads)
-        environment |= dict.fromkeys(UNSET)
-    composed = verl_config.compose(
-        config,
-        machine=machine,
-        num_questions=len(questions),
-        prompt_lengths=lengths,
-        fresh=latest_step(Path(config.out)) == 0,
-    )
-    return {
-        "protocol": protocol,
-        "questions": questions,
-        "validation": validation,
-        "verl": composed,
-        "environment": environment,
-        "loop": verl_config.agent_loop_yaml(config, seeded=not on_cpu),
-    }
+def _collapsed(run_dir: Path) -> bool:
+    return bool(read_json(run_dir / "done.json").get("stopped"))
 
 
-def _check_model(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model: {folder} is not a Hugging Face model folder (it has no config.json)")
-
-
-def _codec(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from agentic_r_plugin.llm.codec import TokenizerCodec
-
-    try:
-        return TokenizerCodec(AutoTokenizer.from_pretrained(model))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: the tokenizer of {model} cannot be loaded: {error}") from error
-
-
-def _on_cpu(config: TrainAgentConfig) -> bool:
-    if config.cpu is not None:
-        return config.cpu
-    from agentic_r_plugin.agent.cpu.detect import cpu_wanted
-
-    return cpu_wanted()
-
-
-def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: dict[str, Any], key: str) -> None:
-    protocol = prepared["protocol"]
+def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, key: str) -> None:
     data = run_dir / "data"
-    for name, file, questions in (
-        ("train", config.questions, prepared["questions"]),
-        ("validation", config.validation, prepared["validation"]),
-    ):
-        if file is not None and not (data / f"{name}.parquet").is_file():
-            dataset.write_parquet(data / f"{name}.parquet", questions, protocol, dataset.data_source_name(file))
-    if config.critic is None and config.value_head == "zero" and not (run_dir / verl_config.ZERO_CRITIC).is_dir():
-        write_critic(Path(config.model), run_dir / verl_config.ZERO_CRITIC)
-    (run_dir / "agent_loop.yaml").write_text(prepared["loop"], encoding="utf-8")
-    OmegaConf.save(prepared["verl"], run_dir / "verl.yaml")
+    for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
+        if questions is not None and not (data / f"{name}.parquet").is_file():
+            dataset.write_parquet(data / f"{name}.parquet", questions, prepared.protocol)
+    zero_critic = run_dir / verl_config.ZERO_CRITIC
+    if verl_config.starts_from_zero_critic(config) and not zero_critic.is_dir():
+        write_critic(Path(config.model), zero_critic)
+    (run_dir / "agent_loop.yaml").write_text(prepared.loop, encoding="utf-8")
+    OmegaConf.save(prepared.verl, run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
     if not (run_dir / "run.json").is_file():
         write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
-    for stale in (FAULT, "done.json"):
+    for stale in (FAULT, STABILITY, "done.json"):
         (run_dir / stale).unlink(missing_ok=True)
 
 
@@ -286,23 +221,27 @@ def _why(run_dir: Path, code: int) -> str:
 
 
 def _finish(run_dir: Path, config: TrainAgentConfig) -> None:
+    chosen = read_json(run_dir / STABILITY)
     agent = {
         "schema": "agent/1",
         "protocol": config.protocol,
         "limits": asdict(config.limits),
         "topk": config.topk,
-        "step": config.steps,
+        "step": chosen["checkpoint"],
         "parent": str(Path(config.model).resolve()),
-        "checkpoint": "last",  # a rule for the last stable checkpoint would choose here (method section 6)
+        "checkpoint": "last" if chosen["collapse"] is None else "last stable",
     }
     write_json(run_dir / "agent" / "agent.json", agent)
     metrics = StepLog(run_dir / "metrics.jsonl").read()
     done = {
-        "step": config.steps,
+        "step": chosen["checkpoint"],
+        "stopped": chosen["stopped"],
         "seconds": round(read_json(run_dir / "run.json")["seconds"], 1),
         "step_seconds": round(sum(record.get("timing_s/step") or 0 for record in metrics), 1),
         "agent": "agent",
         "critic": "critic" if (run_dir / "critic").is_dir() else None,
     }
     write_json(run_dir / "done.json", done)
+    if chosen["collapse"] is not None:
+        print(f"train-agent: {chosen['verdict']}; step {chosen['checkpoint']} was taken", file=sys.stderr)
     print(f"train-agent: {json.dumps(done)}", file=sys.stderr)

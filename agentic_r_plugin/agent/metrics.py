@@ -1,7 +1,7 @@
-"""What a training step did, in numbers, and the two files that keep it: `metrics.jsonl` and `rollouts.jsonl`.
+"""What a training step did, in numbers, and what keeps it: `metrics.jsonl` and the files of `rollouts/`.
 
-One line a step. Before a run goes on from a checkpoint, lines of later steps are taken out, because those steps will be
-done again; so no step ever stands twice.
+One line, or one file, a step. Before a run goes on from a checkpoint, those of later steps are taken out, because those
+steps will be done again; so no step ever stands twice.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def trajectory_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, f
         "f1": _mean(item["f1"] for item in valid),
         "search_turns": _mean(item["searches"] for item in valid),
         "malformed_turns": _mean(item["malformed_turns"] for item in valid),
+        "malformed_share": _mean(item["malformed_turns"] > 0 for item in valid),
         "failed_searches": float(len(trajectories) - len(valid)),
         "masked_token_share": _mean(item["masked_token_share"] for item in valid),
         "generated_tokens": _mean(item["generated_tokens"] for item in valid),
@@ -94,6 +95,58 @@ class StepLog:
         kept = [record for record in self.read() if step > 0 and record["step"] <= step]
         with atomic_path(self.path) as temporary:
             temporary.write_bytes(b"".join(dump_line(record) for record in kept))
+
+
+def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """One line of `rollouts/STEP.jsonl`, from the agent loop's `extra_fields`.
+
+    The first five fields are those of verl's own dumps (`trainer.rollout_data_dir`); `segments` says who wrote what.
+    """
+    trajectory = item["trajectory"]
+    verls = {
+        "input": item["prompt"],
+        "output": trajectory["text"],
+        "gts": trajectory["golden_answers"],
+        "score": float(trajectory["em"]),
+        "step": step,
+    }
+    return verls | trajectory | {"segments": item["segments"]}
+
+
+class RolloutLog:
+    """Trajectories of each step in a file of their own, `STEP.jsonl`: the form that verl's rollout viewer opens."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def write(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a step's file whole; a step done again replaces it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.folder / f"{step}.jsonl") as temporary:
+            temporary.write_bytes(b"".join(dump_line(line) for line in lines))
+
+    def steps(self) -> list[int]:
+        """Steps that have a file, rising."""
+        return sorted(int(file.stem) for file in self.folder.glob("*.jsonl"))
+
+    def read(self, step: int) -> list[dict[str, Any]]:
+        """The lines of one step.
+
+        Raises:
+            RecordError: no such file, or a broken line.
+        """
+        return [record for _, record in read_lines(self.folder / f"{step}.jsonl")]
+
+    def keep_until(self, step: int) -> None:
+        """Remove the files of later steps."""
+        for later in self.steps():
+            if later > step:
+                (self.folder / f"{later}.jsonl").unlink()
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps of the checkpoint folders under `root`, rising."""
+    return sorted(int(folder.name.rpartition("_")[2]) for folder in root.glob("global_step_*") if folder.is_dir())
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

@@ -100,7 +100,9 @@ def write_turn(script: Script) -> object:
         thought, body = _thought_and_query(script, wanted)
         tag = protocol.search_tag
         script.queries.append(body)
-    text = f"<{protocol.think_tag}> {thought} </{protocol.think_tag}>\n<{tag}> {body} </{tag}>"
+    think = protocol.think_tag
+    thought = f"{protocol.opening(think)} {thought} {protocol.closing(think)}"
+    text = f"{thought}\n{protocol.opening(tag)} {body} {protocol.closing(tag)}"
     return session.model_wrote(_within(session, text))
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from agentic_r_plugin.agent.stability import StabilityRule
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
+
+ALGORITHMS = ("ppo", "grpo")
+MODES = ("sync", "colocate_async", "separate_async")
 
 
 def _help(text: str, **options: Any) -> Any:
@@ -19,6 +24,18 @@ def _help(text: str, **options: Any) -> Any:
 class TrainAgentConfig:
     """Train the agent with PPO in verl; defaults are the paper's (method section 6)."""
 
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "released_code": {
+            "steps": 400,
+            "limits": {"max_searches": 4, "max_response_tokens": 800, "max_observation_tokens": 800},
+        },
+    }
+    """Values that stand in for the defaults; a file, flags and overrides still win."""
+
+    preset: str = _help(
+        "paper, or released_code: 4 searches, 800 tokens a turn and an observation, 400 steps", default="paper"
+    )
     model: str = _help("folder of the agent to start from (Hugging Face format)", default=MISSING)
     questions: str = _help("training questions (FlashRAG jsonl)", default=MISSING)
     retrieval_url: str = _help("address of the retrieval service", default=MISSING)
@@ -34,6 +51,8 @@ class TrainAgentConfig:
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far one trajectory may go"})
     topk: int = _help("passages shown for a search", default=3)
 
+    algorithm: str = _help("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
+    mode: str = _help("verl's trainer: sync, colocate_async or separate_async", default="sync")
     steps: int = _help("PPO steps in all", default=500)
     seed: int = _help("of the data order, the sampling and the workers", default=0)
     batch_size: int = _help("questions a step", default=512)
@@ -46,25 +65,55 @@ class TrainAgentConfig:
     critic_lr: float = _help("learning rate of the critic", default=1e-5)
     critic_warmup: float = _help("share of all steps over which the critic's learning rate rises", default=0.015)
     kl_coef: float = _help("coefficient of the KL to the starting agent", default=0.001)
+    mask_observations: bool = _help("off: ablation, passages are trained on like the model's own tokens", default=True)
     kl_loss: bool = _help("put the KL into the loss (k3 estimate) instead of the reward", default=False)
     critic_only_steps: int = _help("first steps in which only the critic learns", default=0)
 
+    lora_rank: int = _help("rank of LoRA adapters on the actor; 0: all weights are trained", default=0)
+    lora_alpha: int = _help("scale of the adapters, divided by their rank", default=32)
+
+    stability: StabilityRule = field(default_factory=StabilityRule, metadata={"help": "when training has collapsed"})
     save_every: int = _help("steps between checkpoints; the last step is always saved", default=50)
     keep_checkpoints: int = _help("newest checkpoints to keep; 0: all", default=3)
     validate_every: int = _help("steps between validations; 0: only before the first and after the last", default=50)
-    rollouts_per_step: int = _help("trajectories of each step written to rollouts.jsonl", default=4)
+    rollouts_per_step: int = _help("trajectories of each step written to rollouts/STEP.jsonl", default=4)
+    loggers: list[str] = field(default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …"})
 
     max_failed_search_share: float = _help("share of failed searches above which the run stops", default=0.1)
     max_concurrent_searches: int = _help("searches under way at once, per agent-loop worker", default=64)
+    search_timeout_s: float = _help("limit of one attempt of a search", default=60.0)
+    search_retries: int = _help("attempts after a search's first, with doubling pauses", default=5)
     cpu: bool | None = _help("train on the CPU; none: where no accelerator is found", default=None)
     devices: int = _help("accelerators (or CPU worker processes) on this machine", default=1)
+    nodes: int = _help(
+        "machines of that many devices, in one Ray cluster; more than 1: out is on a shared disk", default=1
+    )
+    rollout_nodes: int = _help("further machines for rollouts alone (separate_async)", default=0)
+    device_memory_gb: float = _help("memory of one accelerator, for the estimate of --dry-run", default=80.0)
+    tensor_parallel: int = _help("accelerators that share one rollout engine", default=1)
+    offload: bool = _help("keep weights and optimizer states in host memory while they are not used", default=True)
+    micro_batch_tokens: int = _help(
+        "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
+    )
     threads: int | None = _help("CPU threads a worker; none: all cores", default=None)
-    engine: str = _help("verl's rollout engine on accelerators", default="vllm")
+    engine: str = _help("verl's rollout engine on accelerators: vllm or sglang", default="vllm")
+    dry_run: bool = _help(
+        "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False
+    )
     verl: list[str] = field(default_factory=list, metadata={"help": "further Hydra overrides for verl, applied last"})
 
     def __post_init__(self) -> None:
-        positive = ("topk", "steps", "batch_size", "samples", "mini_batch_size", "micro_batch_size", "devices")
-        for name in (*positive, "save_every", "max_concurrent_searches"):
+        for name, known in (("preset", tuple(self.PRESETS)), ("algorithm", ALGORITHMS), ("mode", MODES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.algorithm == "grpo" and self.samples < 2:
+            raise ConfigError(f"samples={self.samples}: grpo compares a question's trajectories, expected at least 2")
+        if (self.rollout_nodes > 0) != (self.mode == "separate_async"):
+            raise ConfigError(
+                f"rollout_nodes={self.rollout_nodes}: separate_async needs at least 1, the other modes have none"
+            )
+        positive = ("topk", "steps", "batch_size", "samples", "mini_batch_size", "micro_batch_size", "devices", "nodes")
+        for name in (*positive, "save_every", "max_concurrent_searches", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.value_head not in ("random", "zero"):
@@ -73,7 +122,10 @@ class TrainAgentConfig:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of mini_batch_size={self.mini_batch_size}"
             )
-        for name in ("actor_lr", "critic_lr", "temperature"):
+        for name in ("lora_rank", "micro_batch_tokens", "search_retries", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("actor_lr", "critic_lr", "temperature", "search_timeout_s", "device_memory_gb"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}: expected a number above 0, found {getattr(self, name)}")
         for name in ("actor_warmup", "critic_warmup", "max_failed_search_share"):

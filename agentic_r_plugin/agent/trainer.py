@@ -1,12 +1,13 @@
-"""verl's synchronous PPO trainer with what Agentic-R adds around each step.
+"""verl's PPO trainers with what Agentic-R adds around each step.
 
 Losses, advantages and updates are verl's own. Added are: metrics of the trajectories, two log files, the removal of
-trajectories whose search failed, a fixed order of the batch (so that a resumed step equals the uninterrupted one), and
-a stop with a clear error where verl would go on: a loss that is not finite, trajectories that never arrived, too many
-failed searches.
+trajectories whose search failed, a fixed order of the batch (so that a resumed step equals the uninterrupted one), the
+stability rule, and a stop with a clear error where verl would go on: a loss that is not finite (its batch is saved),
+trajectories that never arrived, too many failed searches.
 
-Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
-`run_dir`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`.
+One class for each of verl's modes: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
+values of `trainer.v1.trainer_mode`. Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
+`run_dir`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
 """
 
 from __future__ import annotations
@@ -15,56 +16,74 @@ import importlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import ray
 import transfer_queue as tq
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.main_ppo import TaskRunnerV1
-from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from agentic_r_plugin.agent.metrics import StepLog, not_finite, plain, trajectory_metrics
+from agentic_r_plugin.agent.culprit import save_culprit
+from agentic_r_plugin.agent.metrics import (
+    RolloutLog,
+    StepLog,
+    checkpoint_steps,
+    not_finite,
+    plain,
+    rollout_line,
+    trajectory_metrics,
+)
+from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, to_keep
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
 
 T = TypeVar("T")
 
-NAME = "agentic_r_sync"
-"""Value of `trainer.v1.trainer_mode` that picks this trainer."""
+_Base = PPOTrainer if TYPE_CHECKING else object
 
 
-@register_trainer(NAME)
-class AgenticPPOTrainer(PPOTrainerSync):
-    """PPO with verl's sync trainer; see the module."""
+class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
+    """What is added to each of verl's trainers; see the module."""
+
+    mode: ClassVar[str]
+    """verl's name of the trainer."""
 
     def __init__(self, config: DictConfig) -> None:
         with open_dict(config):
-            config.trainer.v1.trainer_mode = "sync"  # verl compares this name to choose how it samples
+            config.trainer.v1.trainer_mode = self.mode  # verl compares this name to choose how it samples
         super().__init__(config)
         self.settings = config.agentic_r
         self.replay_buffer.poll_interval = self.settings.poll_interval_s
+        self.rule = StabilityRule(**OmegaConf.to_container(self.settings.stability))  # type: ignore[arg-type]
         run_dir = Path(self.settings.run_dir)
         self.metrics_log = StepLog(run_dir / "metrics.jsonl")
-        self.rollout_log = StepLog(run_dir / "rollouts.jsonl")
+        self.rollout_log = RolloutLog(run_dir / "rollouts")
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """One PPO step.
+        """One PPO step, of one update (sync) or several.
 
         Raises:
-            TrainingError: a loss or gradient norm is not finite; nothing of this step is saved.
+            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not.
         """
-        batch = super().step(metrics, timing_raw)
+        self.trajectories = []
+        batch: KVBatchMeta = super().step(metrics, timing_raw)
         bad = not_finite(metrics)
         if bad:
+            folder = Path(self.settings.run_dir) / "culprits" / f"step_{self.global_steps}"
+            save_culprit(folder, batch, self.trajectories, metrics, step=self.global_steps)
             raise TrainingError(
-                f"step {self.global_steps}: {', '.join(bad)} not finite; nothing of it was saved. Train again with "
-                "lower learning rates (actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
+                f"step {self.global_steps}: {', '.join(bad)} not finite; the step was not saved, its batch is in "
+                f"{folder} (report.json says where numbers are not finite). Train again with lower learning rates "
+                "(actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
             )
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
         return batch
@@ -88,10 +107,11 @@ class AgenticPPOTrainer(PPOTrainerSync):
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
         extra = [dict(item) for item in list(fields["extra_fields"])]
         trained = [int(mask.sum()) for mask in fields["response_mask"].unbind()]
-        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        prompts = self.config.data.train_batch_size // self.parameter_sync_step
+        expected = prompts * self.config.actor_rollout_ref.rollout.n
         check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
         check_masks(extra, trained, self.global_steps)
-        self.trajectories = sorted(extra, key=_place)
+        self.trajectories += sorted(extra, key=_place)
         failed = [key for key, item in zip(batch.keys, extra, strict=True) if item["search_failed"]]
         if failed:
             tq.kv_clear(keys=failed, partition_id=batch.partition_id)
@@ -112,9 +132,15 @@ class AgenticPPOTrainer(PPOTrainerSync):
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(trajectory_metrics(self.trajectories))
+        verdict = judge([*self.metrics_log.read(), {"step": global_steps, **plain(metrics)}], self.rule)
+        metrics["agentic_r/stable"] = float(verdict.doubtful_from is None)
         shown = self.trajectories[: self.settings.rollouts_per_step]
-        self.rollout_log.append({"step": global_steps, **item["trajectory"]} for item in shown)
+        self.rollout_log.write(global_steps, [rollout_line(item, global_steps) for item in shown])
         self.metrics_log.append([{"step": global_steps, **plain(metrics)}])
+        if global_steps in verdict.reasons:
+            print(f"step {global_steps} is unstable: {'; '.join(verdict.reasons[global_steps])}", flush=True)
+        if verdict.collapse is not None and self.rule.on_collapse == "stop":
+            raise CollapseError(f"{verdict.describe()}; training was stopped at step {global_steps}")
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
@@ -135,14 +161,16 @@ class AgenticPPOTrainer(PPOTrainerSync):
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """verl's checkpoint, with this step's metrics beside it; then old checkpoints go."""
+        """verl's checkpoint, with this step's metrics beside it; then old checkpoints go, but never the last stable."""
         root = Path(self.config.trainer.default_local_dir)
         folder = root / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", {"step": self.global_steps, **self.step_metrics})
         super()._save_checkpoint()
         if self.settings.keep_checkpoints > 0:
-            for step in checkpoint_steps(root)[: -self.settings.keep_checkpoints]:
+            verdict = judge([*self.metrics_log.read(), {"step": self.global_steps, **self.step_metrics}], self.rule)
+            steps = checkpoint_steps(root)
+            for step in set(steps) - to_keep(steps, verdict, self.settings.keep_checkpoints):
                 shutil.rmtree(root / f"global_step_{step}")
 
     def _drop_unfinished(self) -> None:
@@ -164,6 +192,27 @@ class AgenticPPOTrainer(PPOTrainerSync):
             self.metrics_log.append([read_json(folder / "metrics.json")])
 
 
+@register_trainer("agentic_r_sync")
+class AgenticPPOTrainer(AgenticTrainer, PPOTrainerSync):  # type: ignore[misc]
+    """verl's synchronous trainer: a step samples, trains, and then hands over its weights."""
+
+    mode = "sync"
+
+
+@register_trainer("agentic_r_colocate_async")
+class AgenticColocateAsyncTrainer(AgenticTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """Trainer and rollout share accelerators; trajectories that are under way go on after the weights changed."""
+
+    mode = "colocate_async"
+
+
+@register_trainer("agentic_r_separate_async")
+class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """Rollout has accelerators of its own and never stops."""
+
+    mode = "separate_async"
+
+
 def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
     """Rows of each mini-batch by length, so that a micro-batch pads little; no row changes its mini-batch.
 
@@ -172,11 +221,6 @@ def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -
     """
     starts = range(0, len(rows), size)
     return [row for start in starts for row in sorted(rows[start : start + size], key=length)]
-
-
-def checkpoint_steps(root: Path) -> list[int]:
-    """Steps of the checkpoint folders under `root`, rising."""
-    return sorted(int(folder.name.rpartition("_")[2]) for folder in root.glob("global_step_*") if folder.is_dir())
 
 
 def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, max_share: float, step: int) -> None:
@@ -196,7 +240,7 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
 
 
 def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:
-    """The tokens verl is about to train on are those the model wrote, trajectory by trajectory.
+    """The tokens verl is about to train on are those the agent loop chose, trajectory by trajectory.
 
     Args:
         trained: sum of each trajectory's mask, as it stands in verl's batch.
@@ -205,11 +249,11 @@ def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], 
         TrainingError: a number differs.
     """
     for item, found in zip(trajectories, trained, strict=True):
-        written = 0 if item["search_failed"] else item["generated_tokens"]
-        if found != written:
+        chosen = item["trained_tokens"]
+        if found != chosen:
             raise TrainingError(
-                f"step {step}: the model wrote {written} tokens of trajectory {item['trajectory']['id']!r}, and verl "
-                f"would train on {found}; the response mask was changed on the way"
+                f"step {step}: {chosen} tokens of trajectory {item['trajectory']['id']!r} are to be trained on, and "
+                f"verl would train on {found}; the response mask was changed on the way"
             )
 
 

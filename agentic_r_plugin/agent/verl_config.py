@@ -34,6 +34,9 @@ def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
         "retrieval_url": config.retrieval_url,
         "topk": config.topk,
         "max_concurrent_searches": config.max_concurrent_searches,
+        "search_timeout_s": config.search_timeout_s,
+        "search_retries": config.search_retries,
+        "mask_observations": config.mask_observations,
         "seed": config.seed if seeded else None,
     }
     return OmegaConf.to_yaml(OmegaConf.create([loop]))
@@ -50,7 +53,7 @@ def compose(
     """verl's configuration of a run.
 
     Args:
-        machine: overrides for the machine, such as `cpu.overrides.cpu_overrides()`.
+        machine: overrides for the machine: `cpu.overrides.cpu_overrides()`, `accelerator.accelerator_overrides()`.
         num_questions: of the training set.
         prompt_lengths: tokens of every prompt, training and validation; verl's two length limits follow from them
             and from `limits.max_tokens`, so that verl never cuts anything.
@@ -96,6 +99,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Our settings under verl's names."""
     run_dir = Path(config.out).resolve()
+    with_critic = config.algorithm == "ppo"
     validated = config.validation is not None
     data = run_dir / "data"
     micro = {"log_prob_micro_batch_size_per_gpu": config.micro_batch_size}
@@ -113,7 +117,7 @@ def _settings(
             "actor": {
                 "ppo_mini_batch_size": config.mini_batch_size,
                 "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
-                "use_kl_loss": config.kl_loss,
+                "use_kl_loss": config.kl_loss or not with_critic,
                 "kl_loss_coef": config.kl_coef,
                 "data_loader_seed": config.seed,
                 "optim": {"lr": config.actor_lr, "lr_warmup_steps_ratio": config.actor_warmup},
@@ -129,15 +133,21 @@ def _settings(
             },
         },
         "critic": {
+            "enable": with_critic,
             "model": {"path": str(_critic_start(config).resolve())},
             "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
             "data_loader_seed": config.seed,
             "optim": {"lr": config.critic_lr, "lr_warmup_steps_ratio": config.critic_warmup},
         },
-        "algorithm": {"use_kl_in_reward": not config.kl_loss, "kl_ctrl": {"kl_coef": config.kl_coef}},
+        "algorithm": {
+            "adv_estimator": "gae" if with_critic else "grpo",
+            "use_kl_in_reward": with_critic and not config.kl_loss,
+            "kl_ctrl": {"kl_coef": config.kl_coef},
+        },
         "trainer": {
             "n_gpus_per_node": config.devices,
-            "nnodes": 1,
+            "nnodes": config.nodes,
+            "logger": list(config.loggers),
             "experiment_name": run_dir.name,
             "default_local_dir": str(run_dir / "checkpoints"),
             "total_training_steps": config.steps,
@@ -147,6 +157,7 @@ def _settings(
             "val_before_train": validated and fresh,
             # verl updates the actor from the step of this number on.
             "critic_warmup": config.critic_only_steps + 1 if config.critic_only_steps else 0,
+            "v1": {"trainer_mode": f"{LOOP_NAME}_{config.mode}"},
         },
         "agentic_r": {
             "run_dir": str(run_dir),
@@ -154,13 +165,19 @@ def _settings(
             "rollouts_per_step": config.rollouts_per_step,
             "keep_checkpoints": config.keep_checkpoints,
             "poll_interval_s": 0.05,
+            "stability": asdict(config.stability),
         },
     }
 
 
+def starts_from_zero_critic(config: TrainAgentConfig) -> bool:
+    """Whether `launch` must write a critic with a value head of zeros."""
+    return config.algorithm == "ppo" and config.critic is None and config.value_head == "zero"
+
+
 def _critic_start(config: TrainAgentConfig) -> Path:
-    """Where the critic's first weights are; `launch` writes the last of the three."""
-    if config.critic is None and config.value_head == "zero":
+    """Where the critic's first weights are."""
+    if starts_from_zero_critic(config):
         return Path(config.out) / ZERO_CRITIC
     return Path(config.critic or config.model)
 

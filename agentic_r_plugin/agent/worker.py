@@ -18,6 +18,7 @@ from agentic_r_plugin.errors import AgenticRError
 from agentic_r_plugin.store import write_json
 
 FAULT = "fault.json"
+STABILITY = "stability.json"
 
 
 def main(run_dir: Path, parent: int) -> int:
@@ -35,20 +36,52 @@ def main(run_dir: Path, parent: int) -> int:
 
 
 def train(run_dir: Path) -> None:
-    """Run verl where steps are left to do, and write `agent/` and `critic/`."""
+    """Run verl where steps are left to do, choose the checkpoint, and write `agent/` and `critic/`."""
     from omegaconf import OmegaConf
 
     from agentic_r_plugin.agent.export import export_model
-    from agentic_r_plugin.agent.launch import latest_step
+    from agentic_r_plugin.agent.prepare import latest_step
 
     config: Any = OmegaConf.load(run_dir / "verl.yaml")
-    steps = int(config.trainer.total_training_steps)
-    if latest_step(run_dir) < steps:
-        _run_verl(config)
-    checkpoint = run_dir / "checkpoints" / f"global_step_{steps}"
+    stopped = latest_step(run_dir) < int(config.trainer.total_training_steps) and not _trained_to_the_end(config)
+    checkpoint = run_dir / "checkpoints" / f"global_step_{choose(run_dir, config, stopped=stopped)}"
     if (checkpoint / "critic").is_dir():
         export_model(checkpoint / "critic", run_dir / "critic")
     export_model(checkpoint / "actor", run_dir / "agent")
+
+
+def _trained_to_the_end(config: Any) -> bool:
+    """Run verl; False where the stability rule stopped it."""
+    from agentic_r_plugin.agent.stability import CollapseError
+
+    try:
+        _run_verl(config)
+    except Exception as error:
+        if not isinstance(our_fault(error), CollapseError):
+            raise
+        print(our_fault(error), flush=True)
+        return False
+    return True
+
+
+def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
+    """Step of the checkpoint to export; the reason is written to `stability.json`.
+
+    Raises:
+        TrainingError: no stable checkpoint.
+    """
+    from omegaconf import OmegaConf
+
+    from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
+    from agentic_r_plugin.agent.stability import StabilityRule, judge, last_stable
+
+    rule = StabilityRule(**OmegaConf.to_container(config.agentic_r.stability))  # type: ignore[arg-type]
+    verdict = judge(StepLog(run_dir / "metrics.jsonl").read(), rule)
+    step = last_stable(checkpoint_steps(run_dir / "checkpoints"), verdict)
+    reasons = {str(number): list(words) for number, words in verdict.reasons.items()}
+    record = {"checkpoint": step, "stopped": stopped, "collapse": verdict.collapse, "verdict": verdict.describe()}
+    write_json(run_dir / STABILITY, record | {"unstable": reasons})
+    return step
 
 
 def _run_verl(config: Any) -> None:

@@ -34,9 +34,10 @@ def pieces(text: str, protocol: AgentProtocol) -> list[Piece]:
     [('think', 'Hm.'), ('search', 'Nile')]
     """
     found: list[Piece] = []
-    information = re.compile(rf"\s*<{protocol.information_tag}>(.*?)</{protocol.information_tag}>\s*", re.DOTALL)
-    tags = {protocol.think_tag: "think", protocol.search_tag: "search", protocol.answer_tag: "answer"}
-    block = re.compile(rf"<({'|'.join(map(re.escape, tags))})>(.*?)(?:</\1>|\Z)", re.DOTALL)
+    information = re.compile(rf"\s*{_block(protocol, protocol.information_tag)}\s*", re.DOTALL)
+    tags = {"think": protocol.think_tag, "search": protocol.search_tag, "answer": protocol.answer_tag}
+    named = (f"(?P<{kind}>{_block(protocol, tag, may_end=True)})" for kind, tag in tags.items())
+    block = re.compile("|".join(named), re.DOTALL)
     correction = protocol.correction.strip()
     position = 0
     while position < len(text):
@@ -56,9 +57,15 @@ def pieces(text: str, protocol: AgentProtocol) -> list[Piece]:
             position = at + len(correction)
         else:
             match = candidates[0]
-            found.append(Piece(kind=tags[match[1]], text=match[2].strip()))
+            inner = next(text for text in match.groups()[1::2] if text is not None)
+            found.append(Piece(kind=str(match.lastgroup), text=inner.strip()))
             position = match.end()
     return found
+
+
+def _block(protocol: AgentProtocol, tag: str, *, may_end: bool = False) -> str:
+    closing, end = re.escape(protocol.closing(tag)), r"|\Z" if may_end else ""
+    return rf"{re.escape(protocol.opening(tag))}(.*?)(?:{closing}{end})"
 
 
 def highlight(text: str, golden_answers: Sequence[str]) -> list[tuple[str, bool]]:

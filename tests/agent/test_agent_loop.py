@@ -16,14 +16,21 @@ from verl.workers.rollout.replica import TokenOutput
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.agent_loop import SearchAgentLoop, request_seed
-from agentic_r_plugin.agent.dataset import verl_row
+from agentic_r_plugin.agent.dataset import SourcedQuestion, verl_row
 from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
+from agentic_r_plugin.records import Question
 from tests.agent.tiny_world import LIMITS, Service, find, questions
 
 PROTOCOL = components.load("agent_protocol", "compact")
-ROW = verl_row(questions()[0], 0, PROTOCOL, "towns")
+
+
+def row_of(question: Question, index: int) -> dict[str, Any]:
+    return verl_row(SourcedQuestion(question=question, source="towns"), index, PROTOCOL)
+
+
+ROW = row_of(questions()[0], 0)
 
 
 class Engine:
@@ -159,7 +166,7 @@ def test_sampled_trajectories_keep_within_all_limits_and_end_with_the_model(
     searched = malformed = 0
     for index, question in enumerate(questions()):
         engine = Engine(generator)
-        output = run(tokenizer, engine, service.url, verl_row(question, index, PROTOCOL, "towns"))
+        output = run(tokenizer, engine, service.url, row_of(question, index))
         assert len(output.prompt_ids) + len(output.response_ids) <= LIMITS.max_tokens
         assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs or ())
         assert output.response_mask[-1] == 1
@@ -178,3 +185,113 @@ def test_sampled_trajectories_keep_within_all_limits_and_end_with_the_model(
 def test_an_engine_that_returns_nothing_is_an_error(tokenizer: Any, service: Service) -> None:
     with pytest.raises(BackendError, match="no tokens"):
         run(tokenizer, Engine(turns=[[]]), service.url)
+
+
+def test_a_service_that_is_busy_for_a_while_is_asked_again(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    turns = [codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")]
+    service.queries.clear()
+    service.busy = 2
+    output = run(tokenizer, Engine(turns=turns), service.url, search_retries=2)
+    assert output.extra_fields["stop_reason"] == "answered"
+    assert service.queries == ["Bo"] * 3
+
+
+def test_after_its_retries_a_search_has_failed_and_nothing_is_trained_on(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    service.queries.clear()
+    service.busy = 100
+    try:
+        output = run(tokenizer, Engine(turns=[codec.encode("<search> Bo </search>")]), service.url, search_retries=1)
+    finally:
+        service.busy = 0
+    assert service.queries == ["Bo"] * 2
+    assert (output.extra_fields["stop_reason"], output.extra_fields["trained_tokens"]) == ("search_failed", 0)
+
+
+def test_without_masking_also_what_the_environment_wrote_is_trained_on(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+    turns = [codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")]
+    output = run(tokenizer, Engine(turns=turns), service.url, mask_observations=False)
+    assert output.response_mask == [1] * len(output.response_ids)
+    assert output.extra_fields["trained_tokens"] == len(output.response_ids) > output.extra_fields["generated_tokens"]
+
+
+def test_no_more_searches_than_allowed_are_under_way_at_once(tokenizer: Any, service: Service) -> None:
+    codec = TokenizerCodec(tokenizer)
+
+    async def main() -> list[AgentLoopOutput]:
+        loops = []
+        for _ in range(8):
+            turns = [codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")]
+            loop = make_loop(tokenizer, Engine(turns=turns), service.url, max_concurrent_searches=3)
+            loops.append(loop.run({"temperature": 1.0}, **ROW))
+        return await asyncio.gather(*loops)
+
+    service.slow_s, service.most_at_once = 0.05, 0
+    try:
+        outputs = asyncio.run(main())
+    finally:
+        service.slow_s = 0.0
+    assert [output.extra_fields["em"] for output in outputs] == [0] * 8
+    assert service.most_at_once == 3
+
+
+class Remote:
+    """A method of a Ray actor, answering in this process."""
+
+    def __init__(self, answer: Any) -> None:
+        self.remote = answer
+
+
+class AbortingServer:
+    """Writes a turn in two pieces: verl's trainer aborts the first and hands over new weights in between."""
+
+    def __init__(self, turns: list[list[int]]) -> None:
+        self.left = [list(turn) for turn in turns]
+        self.asked: list[dict[str, Any]] = []
+        self.version = 7
+        self.generate = Remote(self._generate)
+
+    async def _generate(self, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> TokenOutput:
+        self.asked.append({"prompt_ids": list(prompt_ids), **sampling_params})
+        turn, first = self.left[0], len(self.asked) == 1
+        piece = turn[:5] if first else turn
+        output = TokenOutput(
+            token_ids=piece, log_probs=[-1.0] * len(piece), stop_reason="aborted" if first else "completed",
+            extra_fields={"global_steps": self.version},
+        )  # fmt: skip
+        self.left[0] = turn[len(piece) :]
+        if first:
+            self.version += 1
+        else:
+            self.left.pop(0)
+        return output
+
+
+def test_a_turn_that_verls_asynchronous_trainer_interrupts_goes_on_token_for_token(
+    tokenizer: Any, service: Service
+) -> None:
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
+
+    codec = TokenizerCodec(tokenizer)
+    first, last = codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")
+    server = AbortingServer([first, last])
+
+    async def acquire(**_: Any) -> tuple[str, Any]:
+        return "server", server
+
+    async def fields() -> list[str]:
+        return []
+
+    balancer = type("Balancer", (), {})()
+    balancer.acquire_server, balancer.release_server = Remote(acquire), Remote(lambda **_: None)
+    balancer.require_acquire_fields = balancer.require_release_fields = Remote(fields)
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "response_length": 9}}})
+    output = run(tokenizer, FullyAsyncLLMServerClient(config, balancer), service.url)  # type: ignore[arg-type]
+    assert output.response_ids[: len(first)] == first and output.response_ids[-len(last) :] == last
+    assert server.asked[1]["prompt_ids"] == output.prompt_ids + first[:5]
+    assert server.asked[1]["max_tokens"] == server.asked[0]["max_tokens"] - 5
+    assert sum(output.response_mask) == len(first) + len(last)
+    assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (7, 8)
+    assert output.extra_fields["answer"] == "Bel"

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent.dataset import prompt_lengths, read_questions, write_parquet
+from agentic_r_plugin.agent.dataset import SourcedQuestion, prompt_lengths, read_questions, write_parquet
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits
@@ -17,9 +17,13 @@ from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import write_records
 
 PROTOCOL = components.load("agent_protocol", "search_r1")
-QUESTIONS = [
+RECORDS = [
     Question(id="a", question="Who wrote Emma?", golden_answers=("Jane Austen", "Austen")),
     Question(id="b", question="Who?", golden_answers=("x",)),
+]
+QUESTIONS = [
+    SourcedQuestion(question=question, source=source)
+    for question, source in zip(RECORDS, ("nq", "hotpotqa"), strict=True)
 ]
 
 
@@ -27,7 +31,7 @@ def test_verl_reads_the_rows_as_our_loop_and_reward_need_them(tmp_path: Path, ag
     from transformers import AutoTokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL, "nq")
+    write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL)
     config = OmegaConf.create({"prompt_key": "prompt", "filter_overlong_prompts": False, "cache_dir": str(tmp_path)})
     row: dict[str, Any] = RLHFDataset(
         str(tmp_path / "train.parquet"), AutoTokenizer.from_pretrained(agent_dir), config
@@ -41,12 +45,18 @@ def test_verl_reads_the_rows_as_our_loop_and_reward_need_them(tmp_path: Path, ag
     assert row["index"] == 0
 
 
+def test_a_file_made_for_verl_gives_back_its_questions_and_their_benchmarks(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL)
+    assert read_questions(tmp_path / "train.parquet") == QUESTIONS
+    assert read_questions(tmp_path / "train.parquet", limit=1) == QUESTIONS[:1]
+
+
 def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"id": "a", "question": "Q", "golden_answers": []}\n')
     with pytest.raises(RecordError, match=r"train\.jsonl:1: question 'a' has no golden answers"):
         read_questions(path)
-    write_records(path, [QUESTIONS[0], QUESTIONS[0]])
+    write_records(path, [RECORDS[0], RECORDS[0]])
     with pytest.raises(ConfigError, match="'a' stands twice"):
         read_questions(path)
     path.write_text("")
@@ -59,6 +69,6 @@ def test_a_prompt_that_leaves_no_room_is_named_before_training(agent_dir: Path) 
 
     codec = TokenizerCodec(AutoTokenizer.from_pretrained(agent_dir))
     lengths = prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits())
-    assert lengths == [len(codec.encode(PROTOCOL.prompt(question.question))) for question in QUESTIONS]
+    assert lengths == [len(codec.encode(PROTOCOL.prompt(question.question))) for question in RECORDS]
     with pytest.raises(ConfigError, match=r"max_tokens=50: the prompt of question 'a' alone takes \d+ tokens"):
         prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits(max_tokens=50))

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
-from agentic_r_plugin.agent.trainer import NAME, check_masks, check_trajectories, checkpoint_steps
+from agentic_r_plugin.agent.metrics import checkpoint_steps
+from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import (
@@ -123,7 +124,7 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert (actor.loss_agg_mode, composed.critic.loss_agg_mode) == ("token-mean", "token-mean")
     assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (60, 4096 - 40, 4096)
     assert composed.trainer.total_epochs * (10_000 // 512) >= 500
-    assert composed.trainer.v1.trainer_mode == NAME
+    assert composed.trainer.v1.trainer_mode == "agentic_r_sync"
     assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
 
 
@@ -153,7 +154,7 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:
-    return {"search_failed": failed, "generated_tokens": generated, "trajectory": {"id": "q"}}
+    return {"search_failed": failed, "trained_tokens": 0 if failed else generated, "trajectory": {"id": "q"}}
 
 
 def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> None:
@@ -168,7 +169,7 @@ def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> Non
 
 def test_a_mask_that_is_not_the_models_tokens_stops_the_run() -> None:
     check_masks([outcome(), outcome(failed=1)], [5, 0], step=1)
-    with pytest.raises(TrainingError, match="the model wrote 5 tokens of trajectory 'q', and verl would train on 6"):
+    with pytest.raises(TrainingError, match=r"5 tokens of trajectory 'q' are to be .* and verl would train on 6"):
         check_masks([outcome()], [6], step=1)
 
 

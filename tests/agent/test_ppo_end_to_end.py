@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agentic_r_plugin.agent.cpu.rollout import weight_sums
 from agentic_r_plugin.agent.export import merged_weights
 from agentic_r_plugin.agent.launch import TrainAgentConfig, run
+from agentic_r_plugin.agent.metrics import RolloutLog
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.errors import ManifestMismatchError, TrainingError
 from tests.agent.tiny_world import LIMITS, Service, read_jsonl, serving
@@ -75,6 +76,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return read_jsonl(folder / "metrics.jsonl")
 
 
+def rollouts(folder: Path) -> list[dict[str, Any]]:
+    log = RolloutLog(folder / "rollouts")
+    return [line for step in log.steps() for line in log.read(step)]
+
+
 def weights(folder: Path, step: int, role: str) -> dict[str, torch.Tensor]:
     return merged_weights(folder / "checkpoints" / f"global_step_{step}" / role)
 
@@ -95,9 +101,8 @@ def test_every_step_has_one_line_with_our_metrics_and_verls(whole: Path) -> None
 
 
 def test_metrics_are_those_of_the_logged_trajectories(whole: Path) -> None:
-    rollouts = read_jsonl(whole / "rollouts.jsonl")
     for line in metrics(whole)[1:]:
-        step = [item for item in rollouts if item["step"] == line["step"]]
+        step = [item for item in rollouts(whole) if item["step"] == line["step"]]
         valid = [item for item in step if item["stop_reason"] != "search_failed"]
         assert len(step) == BATCH * SAMPLES
         assert line["agentic_r/failed_searches"] == len(step) - len(valid)
@@ -105,14 +110,14 @@ def test_metrics_are_those_of_the_logged_trajectories(whole: Path) -> None:
         assert line["critic/score/mean"] == pytest.approx(line["agentic_r/em"])
         assert all(item["em"] == exact_match(item["answer"], item["golden_answers"]) for item in step)
     assert sum(line["agentic_r/failed_searches"] for line in metrics(whole)[1:]) > 0
-    assert sum(len(item["turns"]) for item in rollouts) > 0
+    assert sum(len(item["turns"]) for item in rollouts(whole)) > 0
 
 
 def test_the_masked_share_is_what_the_environment_wrote(whole: Path, agent_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(agent_dir)  # one token a byte or tag: the text gives the tokens back
     for line in metrics(whole)[1:]:
         shares = []
-        for item in read_jsonl(whole / "rollouts.jsonl"):
+        for item in rollouts(whole):
             if item["step"] != line["step"] or item["stop_reason"] == "search_failed" or "\ufffd" in item["text"]:
                 continue
             blocks = re.findall(r"\n\n<information>.*?</information>\n\n|\n\nInvalid\.\n\n", item["text"], re.DOTALL)
@@ -162,7 +167,7 @@ def test_a_resumed_step_equals_the_uninterrupted_one(whole: Path, resumed: Path)
         # the trainer over sums of hundreds of log-probabilities, whose last bits follow how requests met in batches.
         rel, smallest = (1e-3, 1e-5) if name.startswith("rollout_corr/") else (1e-4, 1e-6)
         assert two[name] == pytest.approx(one[name], rel=rel, abs=smallest), name
-    assert read_jsonl(whole / "rollouts.jsonl") == read_jsonl(resumed / "rollouts.jsonl")
+    assert rollouts(whole) == rollouts(resumed)
     for role in ("actor", "critic"):
         before, after = weights(whole, STEPS, role), weights(resumed, STEPS, role)
         for name in before:

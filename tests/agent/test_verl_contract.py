@@ -12,7 +12,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.workers.rollout.llm_server import LLMServerClient
 
-from agentic_r_plugin.agent.trainer import NAME, AgenticPPOTrainer
+from agentic_r_plugin.agent.trainer import AgenticPPOTrainer
 
 
 def parameters(function: object) -> list[str]:
@@ -49,7 +49,7 @@ def test_the_order_of_a_step_is_the_one_the_trainer_relies_on() -> None:
 
 
 def test_our_trainer_is_registered_and_is_verls_synchronous_one() -> None:
-    assert get_trainer_cls(NAME) is AgenticPPOTrainer
+    assert get_trainer_cls("agentic_r_sync") is AgenticPPOTrainer
     assert issubclass(AgenticPPOTrainer, PPOTrainerSync)
 
 

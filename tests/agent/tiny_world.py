@@ -6,6 +6,7 @@ sampled trajectories hold searches, answers and malformed turns.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -67,6 +68,13 @@ class Service:
     queries: list[str] = field(default_factory=list)
     refuse_every: int = 0
     """Refuse a query for good when its checksum is a multiple of this (0: none); so the same query always fails."""
+    busy: int = 0
+    """Answer that many further requests with 503."""
+    at_once: int = 0
+    """Requests being answered now."""
+    most_at_once: int = 0
+    slow_s: float = 0.0
+    """How long every answer takes."""
 
 
 @contextmanager
@@ -97,6 +105,14 @@ def _app(state: Service) -> FastAPI:
     async def retrieve(request: Request) -> Any:
         body = await request.json()
         state.queries += body["queries"]
+        if state.busy > 0:
+            state.busy -= 1
+            return JSONResponse({"error": {"type": "Busy", "message": "busy"}}, 503, headers={"Retry-After": "0"})
+        if state.slow_s:
+            state.at_once += 1
+            state.most_at_once = max(state.most_at_once, state.at_once)
+            await asyncio.sleep(state.slow_s)
+            state.at_once -= 1
         if state.refuse_every and any(not crc32(q.encode()) % state.refuse_every for q in body["queries"]):
             return JSONResponse({"error": {"type": "Broken", "message": "refused for the test"}}, status_code=400)
         found = [find(query, body["topk"]) for query in body["queries"]]

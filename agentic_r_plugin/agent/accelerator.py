@@ -1,0 +1,55 @@
+"""What a run of verl on accelerators is told: Hydra overrides from our settings, each group with its reason."""
+
+from __future__ import annotations
+
+from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.errors import ConfigError
+
+_ENGINES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
+
+
+def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
+    """Overrides for one machine or a Ray cluster; like the CPU's, they come before the user's own.
+
+    Raises:
+        ConfigError: rollout engines that do not divide the devices.
+    """
+    world = config.devices * config.nodes
+    if world % config.tensor_parallel:
+        raise ConfigError(f"tensor_parallel={config.tensor_parallel} must divide the {world} devices (devices x nodes)")
+    offload = str(config.offload).lower()
+    overrides = [
+        f"actor_rollout_ref.rollout.name={config.engine}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={config.tensor_parallel}",
+        # The reference policy only looks at each batch once: it never needs to stay.
+        "actor_rollout_ref.ref.fsdp_config.param_offload=true",
+    ]
+    for engine in _ENGINES:
+        fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
+        overrides += [f"{engine}.strategy=fsdp2", f"{fsdp}.strategy=fsdp2"]
+        if engine != "actor_rollout_ref.ref":
+            overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
+    if config.micro_batch_tokens:
+        overrides += [
+            "actor_rollout_ref.actor.use_dynamic_bsz=true",  # the others follow it
+            f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={config.micro_batch_tokens}",
+            f"critic.ppo_max_token_len_per_gpu={config.micro_batch_tokens}",
+        ]
+    if config.nodes + config.rollout_nodes > 1:
+        overrides.append("+ray_kwargs.ray_init.address=auto")  # join the cluster that is running
+    if config.lora_rank:
+        overrides += [
+            f"actor_rollout_ref.model.lora_rank={config.lora_rank}",
+            f"actor_rollout_ref.model.lora_alpha={config.lora_alpha}",
+            "actor_rollout_ref.model.target_modules=all-linear",
+            # The engine reads the base weights itself; then only adapters are sent to it.
+            "actor_rollout_ref.rollout.load_format=safetensors",
+        ]
+    if config.mode == "separate_async":
+        overrides += [
+            f"actor_rollout_ref.rollout.nnodes={config.rollout_nodes}",
+            f"actor_rollout_ref.rollout.n_gpus_per_node={config.devices}",
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+            f"trainer.v1.separate_async.parameter_sync_step={config.batch_size // config.mini_batch_size}",
+        ]
+    return overrides

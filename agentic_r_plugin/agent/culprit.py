@@ -1,0 +1,81 @@
+"""The batch behind a loss that is not finite, saved so that one can look for what caused it.
+
+A folder `culprits/step_N/` holds `batch.pt` (field -> one tensor a trajectory, and their keys), `trajectories.jsonl`
+and, written last, `report.json`: the numbers that were not finite, and for each field its range and the trajectories
+whose numbers are not finite. All fields finite means that the update itself broke: look at range and learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.agent.metrics import not_finite
+from agentic_r_plugin.store import atomic_path, dump_line, write_json
+
+FIELDS = (
+    "prompts",
+    "responses",
+    "response_mask",
+    "rollout_log_probs",
+    "old_log_probs",
+    "ref_log_prob",
+    "values",
+    "rm_scores",
+    "token_level_rewards",
+    "advantages",
+    "returns",
+)
+"""What is saved of each trajectory, as far as the algorithm has it."""
+
+
+def save_culprit(
+    folder: Path, batch: Any, trajectories: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], *, step: int
+) -> None:
+    """Fetch a step's batch from verl's queue and write `folder`.
+
+    Args:
+        batch: verl's `KVBatchMeta` of the step.
+        trajectories: the agent loop's `extra_fields` of its trajectories.
+        metrics: the step's metrics.
+    """
+    import transfer_queue as tq
+
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
+    fields = {name: list(data[name].unbind()) for name in FIELDS if name in data}
+    write_culprit(folder, batch.keys, fields, trajectories, metrics, step=step)
+
+
+def write_culprit(
+    folder: Path,
+    keys: Sequence[str],
+    fields: Mapping[str, Sequence[Any]],
+    trajectories: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    *,
+    step: int,
+) -> None:
+    """Write the folder; `fields` holds a tensor for each key."""
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "batch.pt") as temporary:
+        torch.save({"keys": list(keys), "fields": {name: list(rows) for name, rows in fields.items()}}, temporary)
+    with atomic_path(folder / "trajectories.jsonl") as temporary:
+        temporary.write_bytes(b"".join(dump_line({"step": step, **item["trajectory"]}) for item in trajectories))
+    report = {
+        "step": step,
+        "not_finite": not_finite(metrics),
+        "fields": {name: field_report(keys, rows) for name, rows in fields.items()},
+    }
+    write_json(folder / "report.json", report)
+
+
+def field_report(keys: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
+    """Range of a field's finite numbers, and the keys of the rows that hold others."""
+    bad = [key for key, row in zip(keys, rows, strict=True) if not bool(row.isfinite().all())]
+    finite = [row[row.isfinite()] for row in rows]
+    lows = [float(row.min()) for row in finite if row.numel()]
+    highs = [float(row.max()) for row in finite if row.numel()]
+    return {"min": min(lows, default=None), "max": max(highs, default=None), "not_finite_in": bad}

@@ -1,0 +1,169 @@
+"""`agentic-r train-agent --dry-run`: everything a launch can know before it asks for an accelerator.
+
+Printed to stdout: verl's configuration as resolved, the memory estimate, and one line a check. All checks are made, so
+one run names all that is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent import dataset, memory, prepare
+from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.errors import AgenticRError, ConfigError, OutputExistsError
+
+
+def run(config: TrainAgentConfig) -> None:
+    """Print configuration, estimate and checks; nothing is written.
+
+    Raises:
+        ConfigError: a check failed; the message counts them.
+    """
+    checks = Checks()
+    checks.make("protocol", lambda: components.load("agent_protocol", config.protocol).description)
+    model = checks.make("model", lambda: _model(config))
+    questions = checks.make("questions", lambda: prepare.training_questions(config), show=_describe)
+    validation = checks.make("validation", lambda: prepare.validation_questions(config), show=_describe)
+    lengths = checks.make("prompts", lambda: _lengths(config, questions, validation), show=_spread)
+    probe = questions[0].question.question if questions else "test"
+    checks.make("retrieval service", lambda: prepare.check_service(config, probe=probe))
+    checks.make("output folder", lambda: _output_folder(Path(config.out).resolve()))
+    checks.make("rollout engine", lambda: _engine(config))
+    # Without model or data, the lengths of prompts are not known; everything else of the configuration is.
+    known = lengths or [config.limits.max_tokens // 2]
+    composed = checks.make(
+        "verl configuration",
+        lambda: prepare.compose(config, num_questions=len(questions or []) or config.batch_size, prompt_lengths=known)[
+            0
+        ],
+        show=lambda _: "composed",
+    )
+    if composed is not None:
+        print(OmegaConf.to_yaml(composed))
+    if composed is not None and model is not None:  # verl's checks read the model's configuration
+        checks.make("verl's own checks", lambda: validate(composed))
+        if not prepare.on_cpu(config):
+            checks.make("memory", lambda: _memory(config, composed))
+    print("\n".join(checks.lines))
+    if checks.failed:
+        raise ConfigError(f"dry run: {checks.failed} of {len(checks.lines)} checks failed; see the lines marked FAILED")
+
+
+class Checks:
+    """Checks and what came of them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failed = 0
+
+    def make(self, name: str, check: Callable[[], Any], show: Callable[[Any], str] = str) -> Any:
+        """Make one check; returns what it found, or None where it failed."""
+        try:
+            found = check()
+        except AgenticRError as error:
+            self.failed += 1
+            self.lines.append(f"FAILED  {name}: {error}")
+            return None
+        self.lines.append(f"ok      {name}: {show(found)}")
+        return found
+
+
+def validate(composed: Any) -> str:
+    """verl's `validate_config`, as its own entry point calls it, and the rollout's and the models' typed forms.
+
+    Raises:
+        ConfigError: what verl refuses.
+    """
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    # verl reads the ranks that LoRA may have from vLLM itself; a machine that only launches need not have it.
+    unseen = bool(
+        composed.actor_rollout_ref.model.lora_rank
+        and composed.actor_rollout_ref.rollout.name == "vllm"
+        and importlib.util.find_spec("vllm") is None
+    )
+    checked = copy.deepcopy(composed)
+    if unseen:
+        checked.actor_rollout_ref.rollout.name = "sglang"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
+            validate_config(
+                checked, use_reference_policy=need_reference_policy(checked), use_critic=need_critic(checked)
+            )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"verl refuses the configuration: {error}") from error
+    return "passed" + (", but for LoRA's rank: vLLM is not installed here" if unseen else "")
+
+
+def _model(config: TrainAgentConfig) -> str:
+    for folder in (config.model, config.critic):
+        if folder is not None:
+            prepare.check_model(Path(folder))
+    return str(Path(config.model).resolve())
+
+
+def _lengths(config: TrainAgentConfig, questions: Any, validation: Any) -> list[int]:
+    if questions is None:
+        raise ConfigError("not looked at, because the questions could not be read")
+    prepare.check_model(Path(config.model))
+    protocol = components.load("agent_protocol", config.protocol)
+    codec = prepare.codec(config.model)
+    return dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec, config.limits)
+
+
+def _describe(questions: list[dataset.SourcedQuestion] | None) -> str:
+    if questions is None:
+        return "none"
+    sources: dict[str, int] = {}
+    for item in questions:
+        sources[item.source] = sources.get(item.source, 0) + 1
+    return ", ".join(f"{source} {count:,}" for source, count in sources.items())
+
+
+def _spread(lengths: list[int]) -> str:
+    return f"{min(lengths)} to {max(lengths)} tokens"
+
+
+def _output_folder(folder: Path) -> str:
+    if folder.exists():
+        step = prepare.latest_step(folder)
+        if not (folder / "run.json").is_file():
+            raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
+        return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
+    parent = next(item for item in folder.parents if item.exists())
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"out: {parent} cannot be written to")
+    return f"{folder} will be made"
+
+
+def _engine(config: TrainAgentConfig) -> str:
+    if prepare.on_cpu(config):
+        return "hf, on the CPU"
+    if importlib.util.find_spec(config.engine) is None:
+        return f"{config.engine} is not installed here; it must be on the machines that train"
+    return config.engine
+
+
+def _memory(config: TrainAgentConfig, composed: Any) -> str:
+    actor = memory.model_size(config.model)
+    critic = memory.model_size(config.critic or config.model) if config.algorithm == "ppo" else None
+    estimate = memory.estimate(composed, actor, critic, device_memory_gb=config.device_memory_gb)
+    print(f"# Memory, estimated ({actor.parameters:,} weights)\n{estimate.table()}\n")
+    if not estimate.fits:
+        raise ConfigError(
+            f"about {estimate.peak_gib:.0f} GiB are needed on a device of {estimate.device_gib:.0f} GiB; lower "
+            "micro_batch_tokens or gpu_memory_utilization, set offload=true, or use more devices"
+        )
+    return f"fullest moment {estimate.peak_gib:.1f} of {estimate.device_gib:.1f} GiB"

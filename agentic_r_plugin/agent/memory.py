@@ -1,0 +1,189 @@
+"""How much memory a training needs, before an accelerator is asked for: an estimate from verl's own configuration.
+
+Weights, gradients and optimizer states are counted exactly; activations and logits from the model's shape, for one
+micro-batch of the longest trajectories; what CUDA, NCCL and fragmentation take is a flat `RESERVE_GIB`. Two moments
+matter on a device: sampling (rollout engine beside what was not offloaded) and the update of the actor or the critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.errors import ConfigError
+
+GIB = 2**30
+RESERVE_GIB = 4.0
+_MASTER_BYTES = {"fp32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2}
+_ADAM_BYTES = 8
+"""Two float32 moments a weight."""
+_LINEAR_SHAPES = 7
+"""Linear layers of a block: query, key, value, output, gate, up, down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """The shape of a language model, as far as memory asks for it."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @property
+    def per_layer(self) -> int:
+        """Weights of one block, about: what FSDP gathers at once."""
+        return (self.parameters - 2 * self.vocabulary * self.hidden) // max(1, self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """GiB by what they are for, for each moment; of one device, and of one machine's main memory."""
+
+    moments: Mapping[str, Mapping[str, float]]
+    host: Mapping[str, float]
+    device_gib: float
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the fullest moment on a device."""
+        return max(sum(parts.values()) for parts in self.moments.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest moment fits into a device."""
+        return self.peak_gib <= self.device_gib
+
+    def table(self) -> str:
+        """The estimate as lines of text."""
+        lines = []
+        for moment, parts in {**self.moments, "main memory of a machine": self.host}.items():
+            lines.append(f"{moment}: {sum(parts.values()):.1f} GiB")
+            lines += [f"    {name:<34}{gib:7.1f}" for name, gib in parts.items() if gib >= 0.05]
+        word = "fits into" if self.fits else "DOES NOT FIT into"
+        return "\n".join(
+            [*lines, f"fullest moment {self.peak_gib:.1f} GiB {word} a device of {self.device_gib:.1f} GiB"]
+        )
+
+
+def model_size(folder: str | Path) -> ModelSize:
+    """Read a model's shape from its `config.json`; no weight is loaded.
+
+    Raises:
+        ConfigError: no configuration that transformers knows.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {folder}/config.json: {error}") from error
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, device_memory_gb: float) -> Estimate:
+    """Memory of a run.
+
+    Args:
+        composed: verl's configuration.
+        actor: shape of the agent; the reference policy has the same.
+        critic: shape of the critic; None without one.
+        device_memory_gb: of one accelerator, in 10^9 bytes as vendors count.
+    """
+    rollout, trainer = composed.actor_rollout_ref.rollout, composed.trainer
+    world = trainer.nnodes * trainer.n_gpus_per_node
+    device_gib = device_memory_gb * 1e9 / GIB
+    trained = {"actor": _role(actor, composed.actor_rollout_ref.actor.fsdp_config, world, _lora(composed, actor))}
+    if critic is not None:
+        trained["critic"] = _role(critic, composed.critic.fsdp, world, None)
+    offload = {
+        "actor": composed.actor_rollout_ref.actor.fsdp_config,
+        **({"critic": composed.critic.fsdp} if critic is not None else {}),
+    }
+    reference, reference_config = 0.0, composed.actor_rollout_ref.ref.fsdp_config
+    if composed.algorithm.use_kl_in_reward or composed.actor_rollout_ref.actor.use_kl_loss:
+        reference = 0.0 if _lora(composed, actor) else _bytes(reference_config) * actor.parameters / world / GIB
+
+    def idle(role: str) -> float:
+        states, config = trained[role], offload[role]
+        return states["weights"] * (not config.param_offload) + states["optimizer"] * (not config.optimizer_offload)
+
+    resting = {f"{role}, not offloaded": idle(role) for role in trained}
+    resting["reference policy, not offloaded"] = 0.0 if reference_config.param_offload else reference
+    engine = {"rollout engine (gpu_memory_utilization)": rollout.gpu_memory_utilization * device_gib}
+    moments: dict[str, dict[str, float]] = {"sampling": {**engine, **resting, "reserve": RESERVE_GIB}}
+    sizes = {"actor": actor, "critic": critic}
+    for role, states in trained.items():
+        size = sizes[role]
+        assert size is not None
+        others = {name: gib for name, gib in resting.items() if not name.startswith(role)}
+        moments[f"update of the {role}"] = {
+            "weights": states["weights"],
+            "gradients": states["gradients"],
+            "optimizer": states["optimizer"],
+            **_activations(composed, size, vocabulary=size.vocabulary if role == "actor" else 1, role=role),
+            **others,
+            "reserve": RESERVE_GIB,
+        }
+    host = {
+        f"{role}, offloaded": trainer.n_gpus_per_node
+        * (
+            trained[role]["weights"] * bool(config.param_offload)
+            + trained[role]["optimizer"] * bool(config.optimizer_offload)
+        )
+        for role, config in offload.items()
+    }
+    host["reference policy, offloaded"] = trainer.n_gpus_per_node * reference * bool(reference_config.param_offload)
+    return Estimate(moments=moments, host=host, device_gib=device_gib)
+
+
+def _bytes(fsdp: Any) -> int:
+    return _MASTER_BYTES.get(str(fsdp.model_dtype), 4)
+
+
+def _lora(composed: Any, size: ModelSize) -> int | None:
+    """Trained weights under LoRA on all linear layers; None without."""
+    rank = composed.actor_rollout_ref.model.lora_rank
+    if not rank:
+        return None
+    return int(size.layers * rank * (_LINEAR_SHAPES * size.hidden + 3 * size.intermediate + 4 * size.hidden))
+
+
+def _role(size: ModelSize, fsdp: Any, world: int, trained: int | None) -> dict[str, float]:
+    """GiB of one model's states on one device; FSDP shards all of them."""
+    learning = size.parameters if trained is None else trained
+    return {
+        "weights": (_bytes(fsdp) * size.parameters + (0 if trained is None else 4 * trained)) / world / GIB,
+        "gradients": 4 * learning / world / GIB,
+        "optimizer": _ADAM_BYTES * learning / world / GIB,
+    }
+
+
+def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) -> dict[str, float]:
+    """GiB of one micro-batch's forward and backward pass, in bfloat16."""
+    actor = composed.actor_rollout_ref.actor
+    own = actor if role == "actor" else composed.critic
+    model = composed.actor_rollout_ref.model if role == "actor" else composed.critic.model
+    longest = composed.data.max_prompt_length + composed.data.max_response_length
+    longest = min(longest, composed.actor_rollout_ref.rollout.max_model_len or longest)
+    tokens = own.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else own.ppo_micro_batch_size_per_gpu * longest
+    inside = 2 * (8 * size.hidden + 3 * size.intermediate)
+    kept = 2 * size.hidden * size.layers if model.enable_gradient_checkpointing else inside * size.layers
+    return {
+        "gathered block, twice": 2 * 2 * size.per_layer / GIB,
+        "activations": tokens * (kept + inside) / GIB,
+        # bfloat16 logits and their gradient, and a float32 copy for log-probabilities and entropy
+        "logits": tokens * vocabulary * 8 / GIB if vocabulary > 1 else 0.0,
+    }

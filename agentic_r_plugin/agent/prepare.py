@@ -1,0 +1,181 @@
+"""Everything of `train-agent` that can fail before anything is written or an accelerator is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent.dataset import SourcedQuestion
+from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.protocol import AgentProtocol, Codec
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.client import RetrievalClient
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run folder is made from."""
+
+    protocol: AgentProtocol
+    questions: list[SourcedQuestion]
+    validation: list[SourcedQuestion] | None
+    verl: Any
+    """verl's configuration."""
+    environment: dict[str, str | None]
+    """Variables of the training process; None removes one."""
+    loop: str
+    """The agent loop's YAML file."""
+
+
+def prepare(config: TrainAgentConfig) -> Prepared:
+    """Read and check all inputs.
+
+    Raises:
+        ConfigError, RecordError: impossible settings, missing or broken files.
+        SearchUnavailableError: the retrieval service does not answer.
+    """
+    protocol = components.load("agent_protocol", config.protocol)
+    questions = training_questions(config)
+    validation = validation_questions(config)
+    check_model(Path(config.model))
+    check_service(config)
+    lengths = dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec(config.model), config.limits)
+    composed, environment = compose(config, num_questions=len(questions), prompt_lengths=lengths)
+    return Prepared(
+        protocol=protocol,
+        questions=questions,
+        validation=validation,
+        verl=composed,
+        environment=environment,
+        loop=verl_config.agent_loop_yaml(config, seeded=on_cpu(config)),
+    )
+
+
+def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
+    """The training set; at least one batch.
+
+    Raises:
+        ConfigError, RecordError: missing, broken or too small.
+    """
+    questions = dataset.read_questions(config.questions)
+    if len(questions) < config.batch_size:
+        raise ConfigError(
+            f"{config.questions}: {len(questions)} questions are fewer than batch_size={config.batch_size}"
+        )
+    return questions
+
+
+def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | None:
+    """The validation set, if one is asked for."""
+    if config.validation is None:
+        return None
+    return dataset.read_questions(config.validation, limit=config.validation_questions or None)
+
+
+def check_model(folder: Path) -> None:
+    """Refuse what is no model folder.
+
+    Raises:
+        ConfigError: it has no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model: {folder} is not a Hugging Face model folder (it has no config.json)")
+
+
+def codec(model: str) -> Codec:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from agentic_r_plugin.llm.codec import TokenizerCodec
+
+    try:
+        return TokenizerCodec(AutoTokenizer.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: the tokenizer of {model} cannot be loaded: {error}") from error
+
+
+def check_service(config: TrainAgentConfig, *, probe: str = "") -> str:
+    """Ask the retrieval service how it is, and for passages where a `probe` query is given.
+
+    Returns:
+        What it says of itself.
+
+    Raises:
+        ConfigError: an address that other machines cannot reach.
+        SearchError: it does not answer, refuses, or finds fewer passages than `topk`.
+    """
+    client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10)
+    host = httpx.URL(client.url).host
+    if config.nodes + config.rollout_nodes > 1 and host in _LOOPBACK:
+        raise ConfigError(
+            f"retrieval_url={config.retrieval_url}: the other machines cannot reach a loopback address; give one that "
+            "all of them reach"
+        )
+    try:
+        health = client.health()
+        if probe:
+            (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
+            if len(found) < config.topk:
+                raise SearchError(f"{client.url}: asked for {config.topk} passages, found {len(found)}")
+    finally:
+        client.close()
+    return f"{client.url}, fingerprint {health.get('fingerprint', 'unknown')}"
+
+
+def on_cpu(config: TrainAgentConfig) -> bool:
+    """Whether to train on the CPU: as told, or where no accelerator is found."""
+    if config.cpu is not None:
+        return config.cpu
+    from agentic_r_plugin.agent.cpu.detect import cpu_wanted
+
+    return cpu_wanted()
+
+
+def compose(
+    config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int]
+) -> tuple[Any, dict[str, str | None]]:
+    """verl's configuration and the training process's environment, for the machine this run is for.
+
+    Raises:
+        ConfigError: settings that verl's configuration or the machine does not take.
+    """
+    from agentic_r_plugin.agent.accelerator import accelerator_overrides
+
+    environment: dict[str, str | None] = {"HF_DATASETS_CACHE": str(Path(config.out).resolve() / "data" / "cache")}
+    if on_cpu(config):
+        from agentic_r_plugin.agent.cpu.overrides import UNSET, cpu_environment, cpu_overrides
+
+        if config.mode != "sync" or config.lora_rank or config.nodes > 1:
+            raise ConfigError("on the CPU: expected mode=sync, lora_rank=0 and nodes=1")
+        machine = cpu_overrides(num_workers=config.devices, longest_trajectory=config.limits.max_tokens)
+        environment |= cpu_environment(num_threads=config.threads)
+        environment |= dict.fromkeys(UNSET)
+    else:
+        machine = accelerator_overrides(config)
+    composed = verl_config.compose(
+        config,
+        machine=machine,
+        num_questions=num_questions,
+        prompt_lengths=prompt_lengths,
+        fresh=latest_step(Path(config.out)) == 0,
+    )
+    return composed, environment
+
+
+def latest_step(run_dir: Path) -> int:
+    """Step of the newest whole checkpoint; 0 without one. verl writes this file after everything else."""
+    file = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(file.read_text()) if file.is_file() else 0

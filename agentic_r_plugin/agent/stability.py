@@ -1,0 +1,186 @@
+"""Watching a training, and which checkpoint is taken when it collapses (method section 6).
+
+The paper takes "the last stable checkpoint" by hand. Here it is a rule over the lines of `metrics.jsonl`:
+
+1. A step is unstable when a watched number breaks its bound. Reward, searches, length, KL, entropy and malformed share
+   are means over the last `window` steps; reward is compared with the best mean so far, length, searches, entropy and
+   gradient norm with the first `window` steps. A number that is not finite makes its step unstable at once.
+2. The training has collapsed at the first of `patience` unstable steps in a row.
+3. The last stable checkpoint is the newest one before the collapse; without a collapse it is simply the newest.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentic_r_plugin.errors import ConfigError, TrainingError
+
+WATCHED = {
+    "reward": ("critic/score/mean", "agentic_r/em"),
+    "kl": ("actor/reward_kl_penalty", "actor/kl_loss"),
+    "entropy": ("actor/entropy",),
+    "response_length": ("response_length/mean",),
+    "searches": ("agentic_r/search_turns",),
+    "malformed": ("agentic_r/malformed_share",),
+    "gradient_norm": ("actor/grad_norm",),
+}
+"""What is watched -> the metrics that hold it, the first found counting."""
+
+ACTIONS = ("finish", "stop")
+
+
+class CollapseError(TrainingError):
+    """Training has collapsed and is to stop; what was trained before is kept."""
+
+
+def _help(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityRule:
+    """Bounds of a healthy training; None leaves a number unwatched. The defaults are wide."""
+
+    window: int = _help("steps whose mean is judged", 5)
+    patience: int = _help("unstable steps in a row that make a collapse", 5)
+    max_reward_drop: float | None = _help("share of the best mean reward that may be lost", 0.5)
+    min_reward: float = _help("best mean reward below which a drop says nothing", 0.05)
+    max_kl: float | None = _help("mean KL to the starting agent, per token", 1.0)
+    min_entropy_share: float | None = _help("of the first steps' entropy", 0.02)
+    max_entropy_factor: float | None = _help("of the first steps' entropy", 5.0)
+    max_length_factor: float | None = _help("of the first steps' response length", 3.0)
+    max_searches_factor: float | None = _help("of the first steps' searches", 3.0)
+    max_malformed_share: float | None = _help("trajectories with a malformed turn", 0.8)
+    max_gradient_factor: float | None = _help("of the first steps' gradient norm", 100.0)
+    on_collapse: str = _help(
+        "finish (train on to the last step) or stop; the last stable checkpoint is exported", "finish"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("window", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"stability.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.on_collapse not in ACTIONS:
+            raise ConfigError(f"stability.on_collapse={self.on_collapse!r}: expected one of {', '.join(ACTIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the rule says of a training so far."""
+
+    reasons: Mapping[int, tuple[str, ...]]
+    """Unstable step -> what broke its bound."""
+    collapse: int | None
+    """First step of the collapse; None: there was none."""
+    doubtful_from: int | None
+    """First step of the collapse, or of unstable steps that still go on; later checkpoints are not trusted yet."""
+
+    def describe(self) -> str:
+        """The collapse in words."""
+        if self.collapse is None:
+            return "no collapse"
+        return f"collapse at step {self.collapse}: {'; '.join(self.reasons[self.collapse])}"
+
+
+def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
+    """Apply the rule to the lines of a training, in order of steps; lines without a reward (validation) are left out.
+
+    Args:
+        records: lines of `metrics.jsonl`; a number that was not finite stands there as None.
+    """
+    steps = [record for record in records if _has(record, "reward")]
+    reasons = {int(steps[end]["step"]): _broken(steps[: end + 1], rule) for end in range(len(steps))}
+    collapse = doubtful = None
+    in_a_row: list[int] = []
+    for step, broken in reasons.items():
+        in_a_row = [*in_a_row, step] if broken else []
+        if len(in_a_row) == rule.patience and collapse is None:
+            collapse = in_a_row[0]
+    doubtful = collapse if collapse is not None else next(iter(in_a_row), None)
+    return Verdict(
+        reasons={step: broken for step, broken in reasons.items() if broken}, collapse=collapse, doubtful_from=doubtful
+    )
+
+
+def last_stable(checkpoints: Sequence[int], verdict: Verdict) -> int:
+    """Step of the checkpoint to take.
+
+    Raises:
+        TrainingError: there is none, or the training collapsed before the first.
+    """
+    if not checkpoints:
+        raise TrainingError("expected a checkpoint, found none")
+    stable = [step for step in checkpoints if verdict.collapse is None or step < verdict.collapse]
+    if not stable:
+        raise TrainingError(
+            f"{verdict.describe()}, before the first checkpoint (step {min(checkpoints)}): no stable one. Train "
+            "again with lower learning rates or a higher kl_coef, or save more often (save_every)"
+        )
+    return max(stable)
+
+
+def to_keep(checkpoints: Sequence[int], verdict: Verdict, newest: int) -> set[int]:
+    """Checkpoints that may not be removed: the `newest` ones, and the newest that is not in doubt."""
+    trusted = [step for step in checkpoints if verdict.doubtful_from is None or step < verdict.doubtful_from]
+    return {*sorted(checkpoints)[-newest:], *sorted(trusted)[-1:]}
+
+
+# --- One step ---------------------------------------------------------------------------------------------------------
+
+
+def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[str, ...]:
+    """What breaks its bound at the last of these steps."""
+    lost = [name for name in WATCHED if _has(steps[-1], name) and _value(steps[-1], name) is None]
+    if lost:
+        return tuple(f"{name} is not finite" for name in lost)
+    found = []
+    reward = _mean(steps[-rule.window :], "reward")
+    best = max(_mean(steps[max(0, end - rule.window) : end], "reward") or 0.0 for end in range(1, len(steps) + 1))
+    least = best * (1 - rule.max_reward_drop) if rule.max_reward_drop is not None and best >= rule.min_reward else 0.0
+    if reward is not None and reward < least:
+        found.append(f"reward {reward:.3f}, best {best:.3f}")
+    found += _above(steps, rule, "kl", rule.max_kl)
+    found += _above(steps, rule, "malformed", rule.max_malformed_share)
+    if len(steps) > rule.window:
+        for name, factor in (
+            ("entropy", rule.max_entropy_factor),
+            ("response_length", rule.max_length_factor),
+            ("searches", rule.max_searches_factor),
+            ("gradient_norm", rule.max_gradient_factor),
+        ):
+            start = _mean(steps[: rule.window], name)
+            if factor is not None and start:
+                found += _above(steps, rule, name, factor * start)
+        start, entropy = _mean(steps[: rule.window], "entropy"), _mean(steps[-rule.window :], "entropy")
+        least = (rule.min_entropy_share or 0.0) * (start or 0.0)
+        if entropy is not None and entropy < least:
+            found.append(f"entropy {entropy:.3g}, below {least:.3g}")
+    return tuple(found)
+
+
+def _above(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str, bound: float | None) -> list[str]:
+    value = _mean(steps[-rule.window :], name)
+    if bound is None or value is None or value <= bound:
+        return []
+    return [f"{name} {value:.3g}, above {bound:.3g}"]
+
+
+def _key(record: Mapping[str, Any], name: str) -> str | None:
+    return next((key for key in WATCHED[name] if key in record), None)
+
+
+def _has(record: Mapping[str, Any], name: str) -> bool:
+    return _key(record, name) is not None
+
+
+def _value(record: Mapping[str, Any], name: str) -> float | None:
+    key = _key(record, name)
+    return None if key is None else record[key]
+
+
+def _mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [value for value in (_value(step, name) for step in steps) if value is not None]
+    return statistics.fmean(values) if values else None

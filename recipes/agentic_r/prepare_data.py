@@ -1,0 +1,126 @@
+"""FlashRAG's data sets as verl's Parquet files: HotpotQA and TriviaQA to train on, the paper's seven to validate on.
+
+    python recipes/agentic_r/prepare_data.py --data-dir FLASHRAG_DATA --out data [--validation-per-set 128]
+
+Reads `FLASHRAG_DATA/<set>/<split>.jsonl` with FlashRAG's own loader and writes `train.parquet` and `validation.parquet`
+in `--out`. Question ids get the set's name in front, because FlashRAG numbers each set from 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashrag.config import Config
+from flashrag.utils import get_dataset
+
+from agentic_r_plugin import components
+from agentic_r_plugin.agent.dataset import SourcedQuestion, write_parquet
+from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.store import require_absent
+
+TRAIN = ("hotpotqa:train", "triviaqa:train")
+VALIDATION = (
+    "hotpotqa:dev",
+    "2wikimultihopqa:dev",
+    "musique:dev",
+    "bamboogle:test",
+    "nq:test",
+    "triviaqa:test",
+    "popqa:test",
+)
+"""Set and split, as in the paper (method section 8)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write both files; an existing one is an error without --overwrite."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="FlashRAG's data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--train", nargs="+", default=TRAIN, metavar="SET:SPLIT")
+    parser.add_argument("--validation", nargs="*", default=VALIDATION, metavar="SET:SPLIT")
+    parser.add_argument("--train-per-set", type=int, default=0, help="at most that many of each set, drawn; 0: all")
+    parser.add_argument("--validation-per-set", type=int, default=128, help="the same; 0: all 51,713")
+    parser.add_argument("--protocol", default="search_r1_released", help="its prompt is written into the rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    options = parser.parse_args(arguments)
+    protocol = components.load("agent_protocol", options.protocol)
+    chosen = {
+        "train": (options.train, options.train_per_set),
+        "validation": (options.validation, options.validation_per_set),
+    }
+    for name, (sets, per_set) in chosen.items():
+        path = options.out / f"{name}.parquet"
+        if not options.overwrite:
+            require_absent(path)
+        questions = [
+            question
+            for item in sets
+            for question in sample(load(options.data_dir, item), per_set, f"{options.seed}:{item}")
+        ]
+        if not questions:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(path, questions, protocol)
+        counts = {
+            source: sum(q.source == source for q in questions) for source in dict.fromkeys(q.source for q in questions)
+        }
+        print(f"{path}: {len(questions):,} questions ({', '.join(f'{k} {v:,}' for k, v in counts.items())})")
+    return 0
+
+
+def load(data_dir: Path, item: str) -> list[SourcedQuestion]:
+    """The questions of one `SET:SPLIT`, through FlashRAG.
+
+    Raises:
+        ConfigError: not of that form, or FlashRAG has no such split.
+        RecordError: a question without answers.
+    """
+    name, _, split = item.partition(":")
+    if not name or not split:
+        raise ConfigError(f"{item!r}: expected SET:SPLIT, such as hotpotqa:train")
+    settings: dict[str, Any] = {
+        "data_dir": str(data_dir),
+        "dataset_name": name,
+        "split": [split],
+        "gpu_id": "",
+        "test_sample_num": None,
+        "random_sample": False,
+        "save_note": "prepare_data",
+        "disable_save": True,
+    }
+    found = get_dataset(Config(config_dict=settings))[split]
+    if found is None:
+        raise ConfigError(f"{data_dir / name}: FlashRAG finds no split {split!r} there (expected {split}.jsonl)")
+    return [_question(entry, name, split) for entry in found]
+
+
+def _question(entry: Any, name: str, split: str) -> SourcedQuestion:
+    answers = entry.golden_answers
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    data = {"id": f"{name}/{split}/{entry.id}", "question": entry.question, "golden_answers": [str(a) for a in answers]}
+    try:
+        return SourcedQuestion(question=Question.from_dict(data), source=name)
+    except RecordError as error:
+        raise RecordError(f"{name} {split}: {error}") from error
+
+
+def sample(questions: list[SourcedQuestion], most: int, seed: str) -> list[SourcedQuestion]:
+    """At most `most` of them, drawn by the seed, in their order; 0: all."""
+    if not most or most >= len(questions):
+        return questions
+    chosen = sorted(random.Random(seed).sample(range(len(questions)), most))
+    return [questions[index] for index in chosen]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except AgenticRError as error:
+        sys.exit(f"prepare_data: {error}")
