@@ -188,7 +188,7 @@ def test_a_query_with_a_window_that_stays_bad_is_kept_apart_and_never_filled_up(
 def test_a_judge_has_no_other_options():
     resources = Resources(open_judge=lambda: OpenAIBackend("http://127.0.0.1:1", "m"), cost=RolloutCost())
     assert ListwiseJudge.build({"window": 10}, resources).window == 10
-    with pytest.raises(ConfigError, match="no option 'windw'; it has max_retries, max_tokens, window"):
+    with pytest.raises(ConfigError, match="no option 'windw'; it has max_retries, max_tokens, preset, prompt, window"):
         ListwiseJudge.build({"windw": 10}, resources)
 
 
