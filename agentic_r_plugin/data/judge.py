@@ -119,7 +119,7 @@ def parse_list(reply: str, length: int) -> list[Any]:
     start, end = reply.find("["), reply.rfind("]")
     try:
         found = json.loads(reply[start : end + 1]) if 0 <= start < end else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
         raise JudgeError(f"expected a JSON list of {length} items, found {reply[:200]!r}")

@@ -146,10 +146,16 @@ def run(config: DataReportConfig, *, resume: bool = False) -> None:
     out = Path(config.out or Path(config.data) / "data_report.json")
     if not resume:
         require_absent(out)
+    print(write_report(config, out))
+
+
+def write_report(config: DataReportConfig, out: Path) -> str:
+    """Write the report as JSON and as Markdown; returns the latter."""
     report = make_report(Path(config.data), config.suffix, config.threshold)
     write_json(out, report)
-    out.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
-    print(markdown(report))
+    text = markdown(report)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
 
 
 def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> dict[str, Any]:
@@ -212,7 +218,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         ),
         "",
         "Agreement: the most relevant candidates hold a correct one for "
-        f"{_percent(agreement['most_relevant_is_correct'])} of {agreement['of_queries']:,} queries; phi of (relevant, correct) {agreement['phi']}"
+        f"{_percent(agreement['most_relevant_is_correct'])} of {agreement['of_queries']:,} queries; "
+        f"phi of (relevant, correct) {agreement['phi']}"
         + ("." if agreement["every_candidate_rolled_out"] else ", over the candidates that pruning left."),
         "",
         "| turn | share of queries with a positive |",

@@ -1,7 +1,8 @@
 """Pruned against exhaustive correctness with real rollouts: are the groups the same, and what was saved?
 
-    python tests/benchmarks/pruning.py --out DIR                    # the embedded benchmark and its agent
-    python tests/benchmarks/pruning.py --out DIR --data hotpotqa/ --agent AGENT --rollouts recipes/hotpotqa_cpu/rollouts.yaml
+    python tests/benchmarks/pruning.py --out DIR       # the embedded benchmark and its agent
+    python tests/benchmarks/pruning.py --out DIR --data $AGENTIC_R_DATA/hotpotqa --skip 160 --questions 16 \\
+        --agent runs/hotpotqa_cpu/agent --rollouts recipes/hotpotqa_cpu/rollouts.yaml
 
 Runs the data stages as commands (BM25, relevance from the gold documents), correctness both ways, and compares the two
 groups files byte for byte; fails when they differ. Stopped, the same command goes on. Prints rollouts, tokens and

@@ -18,6 +18,18 @@ WINDOWS = {"paper": 20, "released_code": 10}
 """Passages in one prompt, by preset."""
 
 
+def window_of(options: Mapping[str, Any]) -> int:
+    """Passages in one prompt, by `window` or else by `preset`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    preset = options.get("preset", "paper")
+    if preset not in WINDOWS:
+        raise ConfigError(f"listwise_judge: preset={preset!r}: expected one of {', '.join(WINDOWS)}")
+    return int(options.get("window", WINDOWS[preset]))
+
+
 class ListwiseJudge:
     """An LLM scores the candidates of a query together, in five bands of 0..100 (the paper's scorer).
 
@@ -56,11 +68,9 @@ class ListwiseJudge:
             ConfigError: another option or preset.
         """
         check_options("listwise_judge", options, "max_retries", "max_tokens", "preset", "prompt", "window")
-        given = dict(options)
-        preset = given.pop("preset", "paper")
-        if preset not in WINDOWS:
-            raise ConfigError(f"listwise_judge: preset={preset!r}: expected one of {', '.join(WINDOWS)}")
-        return cls(resources.open_judge(), cost=resources.cost, **{"window": WINDOWS[preset]} | given)
+        window = window_of(options)
+        given = {key: value for key, value in options.items() if key not in ("preset", "window")}
+        return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
         """Scores of every task; a query one of whose windows failed gives that window's JudgeError."""
