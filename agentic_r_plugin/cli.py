@@ -52,6 +52,7 @@ COMMANDS = {
     "relevance": Command("score the candidates against the query", "data.relevance:RelevanceConfig"),
     "correctness": Command("go on from single candidates; exact match", "data.correctness:CorrectnessConfig"),
     "groups": Command("select positives and negatives", "data.groups:GroupsConfig"),
+    "data-report": Command("what the data look like and cost", "data.report:DataReportConfig"),
     "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
     "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
     "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),

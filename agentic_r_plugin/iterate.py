@@ -15,7 +15,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 | `benchmark/` | the generated benchmark, where none was given |
 | `iteration-0/index/` | the corpus under the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
-| `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups |
+| `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups; `data_report.md` |
 | `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
 | `evaluation/` | agents x retrievers on the test split |
 | `costs.jsonl` | one line a finished phase: seconds, searches, rollouts, tokens; its line means done |
@@ -34,7 +34,9 @@ from typing import Any
 
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.config import load_config, save_config, to_dict
-from agentic_r_plugin.data import candidates, correctness, groups, relevance, sub_answers, trajectories
+from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
+from agentic_r_plugin.data import report as data_report
+from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.protocol import Limits
@@ -61,7 +63,9 @@ class IterateConfig:
     agent: str = field(metadata={"help": "folder of the agent to start from"})
     retriever: str = field(metadata={"help": "retriever to start from: folder, or builtin:NAME"})
     benchmark: str = field(default="", metadata={"help": "benchmark in FlashRAG layout; empty: generate one (world)"})
+    corpus: str = field(default="", metadata={"help": "corpus, where it is not the benchmark's corpus.jsonl"})
     iterations: int = field(default=2, metadata={"help": "K"})
+    dry_run: bool = field(default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop"})
     seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
     agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
     critic_from: str = field(
@@ -92,6 +96,7 @@ class IterateConfig:
     train_retriever: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict, metadata={"help": "assumptions of the forecast (PlanConfig)"})
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -111,7 +116,12 @@ def run(config: IterateConfig, *, resume: bool = False) -> None:
         AgenticRError: whatever a phase raises; what is finished stays.
     """
     loop = Loop(config)
+    if config.dry_run:
+        loop.compose()
+        print(loop.forecast())
     loop.check()
+    if config.dry_run:
+        return
     loop.open(resume=resume)
     agent, retriever = config.agent, config.retriever
     agents, indexes = {"agent-0": agent}, {"retriever-0": loop.build_index(0, retriever)}
@@ -134,13 +144,14 @@ class Loop:
         self.config = config
         self.folder = Path(config.out)
         self.benchmark = Path(config.benchmark) if config.benchmark else self.folder / "benchmark" / "fictional_world"
-        self.corpus = self.benchmark / "corpus.jsonl"
+        self.corpus = Path(config.corpus) if config.corpus else self.benchmark / "corpus.jsonl"
         self._done: dict[tuple[int, str], Any] = {}
 
     # --- before
 
-    def check(self) -> None:
+    def compose(self) -> None:
         """Build every phase's configuration once, with placeholder paths, so that a wrong key is found now."""
+        load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
         self._serve_config(0, "x")
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
@@ -150,11 +161,58 @@ class Loop:
         self._train_retriever_config(1, "x", Path("x"))
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
+
+    def check(self) -> None:
+        """Everything that can be known to be wrong before the start.
+
+        Raises:
+            ConfigError: a wrong key, or files that do not exist; names all of them.
+        """
+        self.compose()
+        missing = []
         for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
             if self.config.benchmark and name and not (self.benchmark / f"{name}.jsonl").is_file():
-                raise ConfigError(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
+                missing.append(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
+        if (self.config.benchmark or self.config.corpus) and not self.corpus.is_file():
+            missing.append(f"corpus: {self.corpus} does not exist")
         if not Path(self.config.agent).is_dir():
-            raise ConfigError(f"agent: {self.config.agent} is not a folder")
+            missing.append(f"agent: {self.config.agent} is not a folder")
+        for name in ("sub_answers", "relevance") if self.config.judge else ("relevance",):
+            model = getattr(self.config, name).get("llm", {}).get("model", "")
+            if model.startswith(("/", "./", "models/")) and not Path(model).exists():
+                missing.append(f"{name}.llm.model: {model} does not exist")
+        if missing:
+            raise ConfigError("; ".join(missing))
+
+    def forecast(self) -> str:
+        """What the loop will cost, from the assumptions in `plan`."""
+        settings = load_config(plan.PlanConfig, values=self.config.plan)
+        ppo = self._train_agent_config(1, "x", "http://127.0.0.1:1")
+        stages = {name: self._stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        judged = stages["relevance"].scorer in ("listwise_judge", "pointwise_judge")
+        window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
+        questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
+        return plan.table(
+            plan.Scale(
+                iterations=self.config.iterations,
+                questions=stages["trajectories"].num_questions or questions,
+                passages=settings.corpus_passages or self._lines(self.corpus),
+                ppo_steps=ppo.steps,
+                ppo_batch=ppo.batch_size * ppo.samples,
+                candidates=stages["candidates"].topk,
+                window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
+                sub_answers=self.config.judge,
+                exhaustive=stages["correctness"].exhaustive,
+                epochs=self._train_retriever_config(1, "x", Path("x")).epochs,
+            ),
+            settings,
+        )
+
+    def _lines(self, path: Path) -> int:
+        if not path.is_file():
+            return 0
+        with path.open("rb") as stream:
+            return sum(1 for _ in stream)
 
     def open(self, *, resume: bool) -> None:
         """Create the run folder, or check that it is this run's and read what is done."""
@@ -163,7 +221,7 @@ class Loop:
             raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
         if saved.exists():
             before, now = to_dict(load_config(IterateConfig, saved)), to_dict(self.config)
-            changed = [key for key in now if before[key] != now[key]]
+            changed = [key for key in now if before[key] != now[key] and key not in ("plan", "dry_run")]
             if changed:
                 raise ManifestMismatchError(
                     f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
@@ -229,6 +287,8 @@ class Loop:
                 lambda name=name, module=module: module.run(self._stage_config(k, name, agent, url), resume=True),
                 lambda out=out: read_json(out.with_name(out.name + ".report.json")),
             )
+        folder = self._data(k, "groups").parent
+        data_report.write_report(data_report.DataReportConfig(data=str(folder)), folder / "data_report.json")
         return self._data(k, "groups")
 
     def train_retriever(self, k: int, start: str, training_groups: Path) -> str:

@@ -6,11 +6,12 @@ the same `Session` one trajectory at a time (`agent.agent_loop`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling
+from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling, Usage
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
@@ -30,6 +31,14 @@ class RolloutCost:
     """Rollouts that were looked up, not run: their prompt had been run before."""
     judge_requests: int = 0
     """Prompts sent to a judge, repeated ones included."""
+    judge_prompt_tokens: int = 0
+    judge_cached_tokens: int = 0
+    judge_generated_tokens: int = 0
+    """Tokens of the judge, where its backend tells them."""
+    retried_requests: int = 0
+    """Requests to a server that failed in passing and were sent again."""
+    usd: float = 0.0
+    """What the requests cost, where the backend was told prices."""
 
 
 def run_sessions(
@@ -61,7 +70,8 @@ def run_sessions(
     while active:
         sampling = replace(sampling, stop=active[0].protocol.stop)
         requests = [Request(prompt_ids=tuple(s.ids), max_tokens=s.budget) for s in active]
-        completions = llm.generate(requests, sampling)
+        with _paid(llm, cost):
+            completions = llm.generate(requests, sampling)
         waiting: list[tuple[Session, Search]] = []
         for session, completion in zip(active, completions, strict=True):
             cost.prompt_tokens += completion.prompt_tokens
@@ -72,6 +82,16 @@ def run_sessions(
                 waiting.append((session, action))
         _answer_searches(waiting, search, topk, cost, on_search)
         active = [session for session in active if session.finished is None]
+
+
+@contextmanager
+def _paid(llm: LLMBackend, cost: RolloutCost) -> Iterator[None]:
+    """Add what the backend's own meter says beside tokens: repeated requests and money."""
+    usage: Usage = getattr(llm, "usage", None) or Usage()
+    retried, usd = usage.retried, usage.usd
+    yield
+    cost.retried_requests += usage.retried - retried
+    cost.usd += usage.usd - usd
 
 
 def _answer_searches(

@@ -1,4 +1,4 @@
-"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by the file's name.
+"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by the file's name, or a folder of shards.
 
 Reading checks every record and names file and line; writing goes to a temporary file beside the target and is renamed
 at the end, so a file that exists is whole.
@@ -30,16 +30,32 @@ _PARQUET_BATCH = 1024
 
 
 def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType]:
-    """Records of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in order, one at a time.
+    """Records of a `.jsonl`, `.jsonl.gz` or `.parquet` file, or of a folder of them, in order, one at a time.
 
     Raises:
         RecordError: no such file, a broken line, or a record that is not a `cls`; file and line (Parquet: row).
     """
-    for number, data in read_lines(path):
-        try:
-            yield cls.from_dict(data)
-        except RecordError as error:
-            raise RecordError(str(error), path=path, line=number) from error
+    for shard in shards(path):
+        for number, data in read_lines(shard):
+            try:
+                yield cls.from_dict(data)
+            except RecordError as error:
+                raise RecordError(str(error), path=shard, line=number) from error
+
+
+def shards(path: str | Path) -> list[Path]:
+    """The files behind a path: itself, or a folder's record files in the order of their names.
+
+    Raises:
+        RecordError: a folder without record files.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(item for item in path.iterdir() if item.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    if not found:
+        raise RecordError("expected a record file or a folder of .jsonl, .jsonl.gz or .parquet shards", path=path)
+    return found
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -219,18 +235,18 @@ def read_json(path: str | Path) -> Any:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Hash of a file's bytes (16 hex digits).
+    """Hash of the bytes of a file, or of a folder's shards one after the other (16 hex digits).
 
     Raises:
         RecordError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RecordError("no such file", path=path)
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for shard in shards(path):
+        if not shard.is_file():
+            raise RecordError("no such file", path=shard)
+        with shard.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 

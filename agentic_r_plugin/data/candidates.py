@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.protocol import AgentProtocol
@@ -29,6 +32,7 @@ class CandidatesConfig:
     topk: int = field(default=20, metadata={"help": "candidates a query"})
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
     batch_size: int = field(default=64, metadata={"help": "trajectories at once", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:
@@ -101,28 +105,42 @@ def find_candidates(
         ]
 
 
+class CandidatesWorker:
+    """Searches for the queries of batches of trajectories; holds the previous retriever."""
+
+    def __init__(self, config: CandidatesConfig) -> None:
+        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
+        self._search = self._stack.enter_context(open_search(config.search))
+        self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the retriever."""
+        return {"retriever": self._search.fingerprint()}
+
+    def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
+        """The queries of each trajectory."""
+        config = self.config
+        found = find_candidates(
+            batch, self._search, protocol=self._protocol, topk=config.topk, max_turn=config.max_turn, cost=self.cost
+        )
+        return [Outcome(records=tuple(queries), dropped=None if queries else "no_search") for queries in found]
+
+    def close(self) -> None:
+        """Free the retriever."""
+        self._stack.close()
+
+
 def run(config: CandidatesConfig, *, resume: bool = False) -> None:
     """The command `candidates`."""
-    with open_search(config.search) as search:
-        protocol, cost = components.load("agent_protocol", config.protocol), RolloutCost()
-
-        def work(batch: Iterable[Trajectory]) -> Iterator[Outcome]:
-            found = find_candidates(
-                batch, search, protocol=protocol, topk=config.topk, max_turn=config.max_turn, cost=cost
-            )
-            for queries in found:
-                yield Outcome(records=tuple(queries), dropped=None if queries else "no_search")
-
-        stage = Stage(
-            name="candidates",
-            config=config,
-            out=Path(config.out),
-            inputs={"trajectories": Path(config.in_)},
-            models={"retriever": search.fingerprint()},
-            record=Candidates,
-            units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
-            work=work,
-            batch_size=config.batch_size,
-            cost=cost,
-        )
-        run_stage(stage, resume=resume)
+    stage = Stage(
+        name="candidates",
+        config=config,
+        out=Path(config.out),
+        inputs={"trajectories": Path(config.in_)},
+        record=Candidates,
+        units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+        worker=partial(CandidatesWorker, config),
+        batch_size=config.batch_size,
+        runner=config.runner,
+    )
+    run_stage(stage, resume=resume)

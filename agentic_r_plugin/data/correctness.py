@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.data.groups import Key, query_units, read_relevance
+from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import ConfigError
@@ -49,6 +52,7 @@ class CorrectnessConfig:
         default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
     )
     batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
 
 @dataclass
@@ -189,10 +193,13 @@ def judge_candidates(
         yield [records[passage.id] for passage in query.passages if passage.id in records]
 
 
-def levels_of(
-    query: Candidates, config: CorrectnessConfig, relevance: Mapping[Key, Mapping[str, int]]
-) -> list[list[str]] | str:
+def levels_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
     """Which candidates of a query to roll out, level by level, or why none.
+
+    Args:
+        query: with its candidates.
+        config: of the stage.
+        scores: relevance of the candidates; None when the query has none.
 
     Raises:
         RecordError: the relevance is of other candidates.
@@ -204,54 +211,98 @@ def levels_of(
         return "other_number_of_candidates"
     if config.exhaustive:
         return [passages]
-    if query.key not in relevance:
+    if scores is None:
         return NO_RELEVANCE
-    return tie_levels(passages, relevance[query.key], config.threshold) or BELOW_THRESHOLD
+    return tie_levels(passages, scores, config.threshold) or BELOW_THRESHOLD
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectnessTask:
+    """One query, its levels of candidates or the reason why it has none, and the passages of those candidates."""
+
+    query: Candidates
+    levels: list[list[str]] | str
+    passages: dict[str, Passage]
+
+
+class _Shown(dict[str, Passage]):
+    """The passages of a batch of tasks."""
+
+    def by_id(self, identifier: str) -> Passage:
+        return self[identifier]
+
+
+class CorrectnessWorker:
+    """Goes on from the candidates of batches of queries; holds the agent and its retriever."""
+
+    def __init__(self, config: CorrectnessConfig) -> None:
+        self.cost, self._stack = CorrectnessCost(), ExitStack()
+        self._llm = self._stack.enter_context(open_llm(config.llm))
+        self._search = self._stack.enter_context(open_search(config.search))
+        self._continuations = Continuations(
+            self._llm,
+            self._search,
+            _Shown(),
+            protocol=components.load("agent_protocol", config.protocol),
+            limits=config.limits,
+            topk=config.topk,
+            cost=self.cost,
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of agent and retriever."""
+        return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
+
+    def work(self, batch: Sequence[CorrectnessTask]) -> list[Outcome]:
+        """Correctness of the candidates that were needed."""
+        self._continuations.passages = _Shown(
+            {identifier: passage for task in batch for identifier, passage in task.passages.items()}
+        )
+        plans = [(task.query, [] if isinstance(task.levels, str) else task.levels) for task in batch]
+        outcomes = []
+        for task, records in zip(batch, judge_candidates(plans, self._continuations), strict=True):
+            self.cost.candidates += len(task.query.passages)
+            self.cost.pruned += len(task.query.passages) - len(records)
+            reason = task.levels if isinstance(task.levels, str) else None
+            outcomes.append(Outcome(records=tuple(records), dropped=reason))
+        return outcomes
+
+    def close(self) -> None:
+        """Free the models."""
+        self._stack.close()
 
 
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """The command `correctness`."""
     if config.exhaustive == bool(config.relevance):
         raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
-    inputs = {"candidates": Path(config.candidates)}
+    inputs, out = {"candidates": Path(config.candidates)}, Path(config.out)
+    relevance = None
     if config.relevance:
         inputs["relevance"] = Path(config.relevance)
-    relevance = read_relevance(config.relevance) if config.relevance else {}
-    with open_llm(config.llm) as llm, open_search(config.search) as search, Corpus(config.corpus) as corpus:
-        cost = CorrectnessCost()
-        continuations = Continuations(
-            llm,
-            search,
-            corpus,
-            protocol=components.load("agent_protocol", config.protocol),
-            limits=config.limits,
-            topk=config.topk,
-            cost=cost,
-        )
+        relevance = keyed_relevance(config.relevance, out.parent)
+    with Corpus(config.corpus) as corpus:
 
-        def work(batch: Iterable[Candidates]) -> Iterator[Outcome]:
-            batch = list(batch)
-            levels = [levels_of(query, config, relevance) for query in batch]
-            todo = [(query, [] if isinstance(plan, str) else plan) for query, plan in zip(batch, levels, strict=True)]
-            for (query, _), plan, records in zip(todo, levels, judge_candidates(todo, continuations), strict=True):
-                cost.candidates += len(query.passages)
-                cost.pruned += len(query.passages) - len(records)
-                yield Outcome(records=tuple(records), dropped=plan if isinstance(plan, str) else None)
+        def prepare(query: Candidates) -> CorrectnessTask:
+            scored = relevance.get(query_key(query)) if relevance is not None else None
+            levels = levels_of(query, config, scored.scores if scored is not None else None)
+            wanted = [] if isinstance(levels, str) else [passage for level in levels for passage in level]
+            return CorrectnessTask(
+                query=query, levels=levels, passages={identifier: corpus.by_id(identifier) for identifier in wanted}
+            )
 
         stage = Stage(
             name="correctness",
             config=config,
-            out=Path(config.out),
+            out=out,
             inputs=inputs,
-            models={
-                "agent": llm.fingerprint(),
-                "retriever": search.fingerprint(),
-                "corpus": corpus.fingerprint(),
-            },
+            models={"corpus": corpus.fingerprint()},
             record=Correctness,
             units=lambda: query_units(config.candidates),
-            work=work,
+            prepare=prepare,
+            sides=[relevance] if relevance is not None else [],
+            worker=partial(CorrectnessWorker, config),
             batch_size=config.batch_size,
-            cost=cost,
+            runner=config.runner,
         )
         run_stage(stage, resume=resume)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.data.journal import Outcome
-from agentic_r_plugin.data.selection import PRESETS, SelectionRule, select
+from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.data.runner import RunnerSpec
+from agentic_r_plugin.data.selection import DUPLICATE_QUERY, PRESETS, SelectionRule, select
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import read_records
 
 Key = tuple[str, int]
@@ -26,12 +32,24 @@ class GroupsConfig:
     relevance: str = field(default="", metadata={"help": "relevance file", **UNRECORDED})
     correctness: str = field(default="", metadata={"help": "correctness file", **UNRECORDED})
     out: str = field(metadata={"help": "groups file to write", **UNRECORDED})
+    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **UNRECORDED})
     preset: str = field(default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives"})
     threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
     num_negatives: int = field(default=15, metadata={"help": "negatives a group"})
     use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
     use_correctness: bool = field(default=True, metadata={"help": "off: ablation without correctness"})
     seed: int = field(default=0, metadata={"help": "of the negatives' sampling"})
+    false_negative_relevance: int = field(
+        default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
+    )
+    hard_negatives: int = field(default=0, metadata={"help": "ours: so many negatives are the best-ranked others"})
+    drop_duplicate_queries: bool = field(
+        default=False, metadata={"help": "ours: of equal queries to equal questions only the first is taken"}
+    )
+    drop_duplicate_passages: bool = field(
+        default=False, metadata={"help": "ours: negatives of equal text only once, and none of the positive's text"}
+    )
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
     def rule(self) -> SelectionRule:
         """The rule these settings ask for.
@@ -47,54 +65,83 @@ class GroupsConfig:
             use_relevance=self.use_relevance,
             use_correctness=self.use_correctness,
             seed=self.seed,
+            false_negative_relevance=self.false_negative_relevance,
+            hard_negatives=self.hard_negatives,
             **PRESETS[self.preset],
         )
 
 
-def select_groups(
-    queries: Iterable[Candidates],
-    relevance: Mapping[Key, Mapping[str, int]],
-    correctness: Mapping[Key, Mapping[str, int]],
-    rule: SelectionRule,
-) -> Iterator[list[Group] | str]:
-    """For each query its groups, or the reason why it has none (`data.selection`).
+@dataclass(frozen=True, kw_only=True)
+class SelectionTask:
+    """One query with all that is known of its candidates."""
 
-    Raises:
-        RecordError: scores are missing that a decision needs.
-    """
-    for query in queries:
-        yield select(query, relevance.get(query.key), correctness.get(query.key), rule)
-
-
-def read_relevance(path: str | Path) -> dict[Key, dict[str, int]]:
-    """Relevance by query.
-
-    Raises:
-        RecordError: no such file or a broken record.
-    """
-    return {(record.id, record.turn): record.scores for record in read_records(path, Relevance)}
+    query: Candidates
+    relevance: Mapping[str, int] | None = None
+    """Passage id -> 0..100; None when the query has none."""
+    correctness: Mapping[str, int] | None = None
+    """Passage id -> 0 or 1, of those rolled out; None when there is none."""
+    same_text: Mapping[str, str] | None = None
+    """Passage id -> what its text is known by, where repeated passages are left out."""
+    duplicate: bool = False
+    """An earlier query has the same question and words, and only the first is wanted."""
 
 
-def read_correctness(path: str | Path) -> dict[Key, dict[str, int]]:
-    """Correctness by query and passage.
+class GroupsWorker:
+    """Picks the groups of batches of queries."""
 
-    Raises:
-        RecordError: no such file or a broken record.
-    """
-    found: dict[Key, dict[str, int]] = defaultdict(dict)
-    for record in read_records(path, Correctness):
-        found[record.id, record.turn][record.passage_id] = record.em
-    return dict(found)
+    def __init__(self, rule: SelectionRule) -> None:
+        self.rule, self.cost = rule, RolloutCost()
+
+    def fingerprints(self) -> dict[str, str]:
+        """No model is used."""
+        return {}
+
+    def work(self, batch: Sequence[SelectionTask]) -> list[Outcome]:
+        """The groups of each query, or why it has none."""
+        return [self._pick(task) for task in batch]
+
+    def _pick(self, task: SelectionTask) -> Outcome:
+        if task.duplicate:
+            return Outcome(dropped=DUPLICATE_QUERY)
+        picked = select(task.query, task.relevance, task.correctness, self.rule, task.same_text)
+        return Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def query_key(record: Candidates | Relevance | Correctness) -> str:
+    """Names a query in files and journals."""
+    return f"{record.id}/{record.turn}"
 
 
 def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
     """Units of the stages that work on queries."""
-    return ((f"{query.id}/{query.turn}", query) for query in read_records(path, Candidates))
+    return ((query_key(query), query) for query in read_records(path, Candidates))
+
+
+def keyed_relevance(path: str | Path, folder: Path) -> KeyedRecords[Relevance]:
+    """Relevance by query."""
+    return KeyedRecords(path, Relevance, query_key, folder=folder)
+
+
+def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[str, int] | None:
+    """Correctness of a query's candidates, of those rolled out.
+
+    Raises:
+        RecordError: a candidate occurs twice.
+    """
+    known: dict[str, int] = {}
+    for record in found.find(query_key(query)):
+        if record.passage_id in known:
+            raise RecordError(f"query {query.key}: passage {record.passage_id!r} occurs twice", path=found.path)
+        known[record.passage_id] = record.em
+    return known or None
 
 
 def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """The command `groups`."""
-    rule = config.rule()
+    rule, out = config.rule(), Path(config.out)
     inputs = {"candidates": Path(config.candidates)}
     for role, needed in (("relevance", rule.use_relevance), ("correctness", rule.use_correctness)):
         path = getattr(config, role)
@@ -102,21 +149,60 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
             raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
         if needed:
             inputs[role] = Path(path)
-    relevance = read_relevance(inputs["relevance"]) if rule.use_relevance else {}
-    correctness = read_correctness(inputs["correctness"]) if rule.use_correctness else {}
-
-    def work(batch: Iterable[Candidates]) -> Iterator[Outcome]:
-        for picked in select_groups(batch, relevance, correctness, rule):
-            yield Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
-
-    stage = Stage(
-        name="groups",
-        config=config,
-        out=Path(config.out),
-        inputs=inputs,
-        record=Group,
-        units=lambda: query_units(config.candidates),
-        work=work,
-        batch_size=1024,
+    if config.drop_duplicate_passages and not config.corpus:
+        raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
+    relevance = keyed_relevance(inputs["relevance"], out.parent) if rule.use_relevance else None
+    correctness = (
+        KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)
+        if rule.use_correctness
+        else None
     )
-    run_stage(stage, resume=resume)
+    with ExitStack() as stack:
+        corpus = stack.enter_context(Corpus(config.corpus)) if config.drop_duplicate_passages else None
+        first = _first_queries(config.candidates, out.parent) if config.drop_duplicate_queries else None
+        if first is not None:
+            stack.callback(first.close)
+
+        def prepare(query: Candidates) -> SelectionTask:
+            scored = relevance.get(query_key(query)) if relevance is not None else None
+            texts = None
+            if corpus is not None:
+                texts = {passage.id: normalize(corpus.by_id(passage.id).text) for passage in query.passages}
+            return SelectionTask(
+                query=query,
+                relevance=scored.scores if scored is not None else None,
+                correctness=correctness_of(query, correctness) if correctness is not None else None,
+                same_text=texts,
+                duplicate=first is not None and first.find(_said(query))[0] != key_hash(query_key(query)) >> 1,
+            )
+
+        stage = Stage(
+            name="groups",
+            config=config,
+            out=out,
+            inputs=inputs,
+            models={"corpus": corpus.fingerprint()} if corpus is not None else {},
+            record=Group,
+            units=lambda: query_units(config.candidates),
+            prepare=prepare,
+            sides=[side for side in (relevance, correctness) if side is not None],
+            worker=partial(GroupsWorker, rule),
+            batch_size=1024,
+            runner=config.runner,
+        )
+        run_stage(stage, resume=resume)
+
+
+def _said(query: Candidates) -> int:
+    """Hash of what a retriever is given of a query, case and spaces aside."""
+    return key_hash(f"{normalize(query.question)}\n{normalize(query.query)}")
+
+
+def _first_queries(path: str, folder: Path) -> HashIndex:
+    """What is said -> the queries that say it, the first first (hashes of their keys, 63 bits)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = HashIndex(folder)
+    for key, query in query_units(path):
+        index.add(_said(query), key_hash(key) >> 1)
+    index.finish()
+    return index

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
-from agentic_r_plugin.errors import JudgeError
-from agentic_r_plugin.llm.base import ChatBackend
+from agentic_r_plugin.errors import ConfigError, JudgeError
+from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.rollout import RolloutCost
 
 Parsed = TypeVar("Parsed")
 
+_PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
 _RETRY_TEMPERATURE = 0.7
 """The first attempt is greedy; asking again greedily would give the same reply."""
 
 
-def load_prompt(name: str) -> str:
-    """A prompt file of this package, `prompts/NAME.txt`."""
-    return (files("agentic_r_plugin.data") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+def load_prompt(name: str, own: str = "") -> str:
+    """A prompt: the file `own` where one is given, else this package's `prompts/NAME.txt`.
+
+    Raises:
+        ConfigError: no such file, or it lacks a `{placeholder}` of the package's prompt (`{reference}` may be missing).
+    """
+    built_in = (files("agentic_r_plugin.data") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+    if not own:
+        return built_in
+    if not Path(own).is_file():
+        raise ConfigError(f"prompt {own!r}: no such file; expected a text file with the placeholders of {name}.txt")
+    text = Path(own).read_text(encoding="utf-8")
+    wanted = sorted(set(_PLACEHOLDER.findall(built_in)) - {"{reference}"})
+    missing = [placeholder for placeholder in wanted if placeholder not in text]
+    if missing:
+        raise ConfigError(f"prompt {own}: it lacks {', '.join(missing)}; expected {', '.join(wanted)}")
+    return text
 
 
 def fill(prompt: str, **values: object) -> str:
@@ -61,6 +79,8 @@ def ask(
     Raises:
         BackendError: the judge's backend failed.
     """
+    usage = getattr(judge, "usage", None) or Usage()
+    before = replace(usage)
     results: list[Parsed | JudgeError] = [JudgeError("not asked")] * len(prompts)
     waiting = list(range(len(prompts)))
     for attempt in range(max_retries + 1):
@@ -79,6 +99,11 @@ def ask(
         waiting = [index for index in waiting if isinstance(results[index], JudgeError)]
         if not waiting:
             break
+    cost.judge_prompt_tokens += usage.prompt_tokens - before.prompt_tokens
+    cost.judge_cached_tokens += usage.cached_tokens - before.cached_tokens
+    cost.judge_generated_tokens += usage.generated_tokens - before.generated_tokens
+    cost.retried_requests += usage.retried - before.retried
+    cost.usd += usage.usd - before.usd
     return results
 
 
@@ -94,7 +119,7 @@ def parse_list(reply: str, length: int) -> list[Any]:
     start, end = reply.find("["), reply.rfind("]")
     try:
         found = json.loads(reply[start : end + 1]) if 0 <= start < end else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
         raise JudgeError(f"expected a JSON list of {length} items, found {reply[:200]!r}")
@@ -114,3 +139,21 @@ def parse_scores(reply: str, length: int) -> list[int]:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= 100:
             raise JudgeError(f"expected whole numbers in 0..100, found {item!r}: {reply[:200]!r}")
     return found
+
+
+def parse_score(reply: str) -> int:
+    """The one whole number in 0..100 that a reply consists of, alone or in brackets.
+
+    Raises:
+        JudgeError: anything else.
+
+    >>> parse_score(" [85].")
+    85
+    """
+    match = _ONE_SCORE.fullmatch(reply)
+    if match is None or int(match.group(1)) > 100:
+        raise JudgeError(f"expected one whole number in 0..100 and nothing else, found {reply[:200]!r}")
+    return int(match.group(1))
+
+
+_ONE_SCORE = re.compile(r"\s*\[?\s*([0-9]{1,3})\s*\]?\s*\.?\s*")

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.data.correctness import PassageStore
-from agentic_r_plugin.data.groups import Key, query_units
+from agentic_r_plugin.data.groups import query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.keyed import KeyedRecords
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,88 +40,105 @@ class RelevanceConfig:
         default=0.1, metadata={"help": "largest share of queries the judge may fail on", **UNRECORDED}
     )
     batch_size: int = field(default=64, metadata={"help": "queries scored at once", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
 
-def score_candidates(
-    queries: Iterable[Candidates],
-    scorer: RelevanceScorer,
-    passages: PassageStore,
-    *,
-    questions: Mapping[str, Question] | None = None,
-    sub_answers: Mapping[Key, str | None] | None = None,
-) -> Iterator[Relevance | JudgeError]:
-    """Relevance of each query's candidates, or what the judge did wrong; all queries given are scored at once.
-
-    Args:
-        queries: one batch.
-        scorer: who scores.
-        passages: the corpus.
-        questions: the benchmark's lines by id, for scorers that use their metadata.
-        sub_answers: what the queries were after, where known.
+def task_of(
+    query: Candidates, passages: PassageStore, *, question: Question | None = None, sub_answer: str | None = None
+) -> ScoringTask:
+    """A query with its candidates' texts.
 
     Raises:
-        RecordError: the corpus does not hold a candidate, or a question that the scorer needs is missing.
+        RecordError: the corpus does not hold a candidate.
+    """
+    found = tuple(passages.by_id(passage.id) for passage in query.passages)
+    return ScoringTask(query=query, passages=found, question=question, sub_answer=sub_answer)
+
+
+def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> list[Relevance | JudgeError]:
+    """Relevance of each query's candidates, or what the judge did wrong; all are scored at once.
+
+    Raises:
+        RecordError: a question that the scorer needs is missing.
         BackendError: the judge's backend failed.
     """
-    tasks = []
-    for query in queries:
-        question = (questions or {}).get(query.id)
-        if scorer.needs_questions and question is None:
-            raise RecordError(f"query {query.key}: question {query.id!r} is not in the questions file")
-        tasks.append(
-            ScoringTask(
-                query=query,
-                passages=tuple(passages.by_id(passage.id) for passage in query.passages),
-                question=question,
-                sub_answer=(sub_answers or {}).get(query.key),
-            )
+    for task in tasks:
+        if scorer.needs_questions and task.question is None:
+            raise RecordError(f"query {task.query.key}: question {task.query.id!r} is not in the questions file")
+    return [
+        scores
+        if isinstance(scores, JudgeError)
+        else Relevance(id=task.query.id, turn=task.query.turn, scores=dict(scores))
+        for task, scores in zip(tasks, scorer.score(tasks), strict=True)
+    ]
+
+
+class RelevanceWorker:
+    """Scores batches of queries; holds the scorer and its judge."""
+
+    def __init__(self, config: RelevanceConfig) -> None:
+        self.cost, self._stack = RolloutCost(), ExitStack()
+        resources = Resources(
+            open_judge=lambda: self._stack.enter_context(open_llm(config.llm)),  # type: ignore[arg-type,return-value]
+            cost=self.cost,
         )
-    for task, scores in zip(tasks, scorer.score(tasks), strict=True):
-        if isinstance(scores, JudgeError):
-            yield scores
-        else:
-            yield Relevance(id=task.query.id, turn=task.query.turn, scores=scores)
+        self._scorer: RelevanceScorer = components.load("relevance_scorer", config.scorer).build(
+            config.options, resources
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the scorer."""
+        return {"scorer": self._scorer.fingerprint()}
+
+    def work(self, batch: Sequence[ScoringTask]) -> list[Outcome]:
+        """Relevance of each query's candidates, or what the judge did wrong."""
+        return [
+            Outcome(error=str(scored)) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
+            for scored in score_candidates(batch, self._scorer)
+        ]
+
+    def close(self) -> None:
+        """Free the judge."""
+        self._stack.close()
 
 
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     """The command `relevance`."""
-    with ExitStack() as stack:
-        corpus, cost = stack.enter_context(Corpus(config.corpus)), RolloutCost()
-        scorer: RelevanceScorer = components.load("relevance_scorer", config.scorer).build(
-            config.options,
-            Resources(open_judge=lambda: stack.enter_context(open_llm(config.llm)), cost=cost),  # type: ignore[arg-type,return-value]
-        )
-        inputs = {"candidates": Path(config.candidates)}
-        if scorer.needs_questions and not config.questions:
-            raise ConfigError(
-                f"relevance: the scorer {config.scorer} uses the benchmark's metadata; give --questions FILE"
-            )
-        questions: dict[str, Question] = {}
-        if config.questions:
-            inputs["questions"] = Path(config.questions)
-            questions = {question.id: question for question in read_records(config.questions, Question)}
-        sub_answers: dict[Key, str | None] = {}
-        if config.sub_answers:
-            inputs["sub-answers"] = Path(config.sub_answers)
-            sub_answers = {
-                (item.id, item.turn): item.sub_answer for item in read_records(config.sub_answers, SubAnswer)
-            }
+    inputs, folder = {"candidates": Path(config.candidates)}, Path(config.out).parent
+    if components.load("relevance_scorer", config.scorer).needs_questions and not config.questions:
+        raise ConfigError(f"relevance: the scorer {config.scorer} uses the benchmark's metadata; give --questions FILE")
+    questions: KeyedRecords[Question] | None = None
+    if config.questions:
+        inputs["questions"] = Path(config.questions)
+        questions = KeyedRecords(config.questions, Question, lambda question: question.id, folder=folder)
+    sub_answers: KeyedRecords[SubAnswer] | None = None
+    if config.sub_answers:
+        inputs["sub-answers"] = Path(config.sub_answers)
+        sub_answers = KeyedRecords(config.sub_answers, SubAnswer, lambda item: f"{item.id}/{item.turn}", folder=folder)
+    with Corpus(config.corpus) as corpus:
 
-        def work(batch: Iterable[Candidates]) -> Iterator[Outcome]:
-            for scored in score_candidates(batch, scorer, corpus, questions=questions, sub_answers=sub_answers):
-                yield Outcome(error=str(scored)) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
+        def prepare(query: Candidates) -> ScoringTask:
+            known = sub_answers.get(query_key(query)) if sub_answers is not None else None
+            return task_of(
+                query,
+                corpus,
+                question=questions.get(query.id) if questions is not None else None,
+                sub_answer=known.sub_answer if known is not None else None,
+            )
 
         stage = Stage(
             name="relevance",
             config=config,
             out=Path(config.out),
             inputs=inputs,
-            models={"scorer": scorer.fingerprint(), "corpus": corpus.fingerprint()},
+            models={"corpus": corpus.fingerprint()},
             record=Relevance,
             units=lambda: query_units(config.candidates),
-            work=work,
+            prepare=prepare,
+            sides=[side for side in (questions, sub_answers) if side is not None],
+            worker=partial(RelevanceWorker, config),
             batch_size=config.batch_size,
-            cost=cost,
+            runner=config.runner,
             max_error_share=config.max_error_share,
         )
         run_stage(stage, resume=resume)

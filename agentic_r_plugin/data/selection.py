@@ -19,6 +19,7 @@ BELOW_THRESHOLD = "relevance_below_threshold"
 NOT_ROLLED_OUT = "not_rolled_out"
 NO_CORRECT = "no_correct_candidate"
 TOO_FEW_NEGATIVES = "too_few_negatives"
+DUPLICATE_QUERY = "duplicate_query"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class SelectionRule:
     use_correctness: bool = True
     """False: ablation without correctness; the level of highest relevance wins."""
     seed: int = 0
+    false_negative_relevance: int = 0
+    """Ours, 0 is off: candidates of at least this relevance are no negatives."""
+    hard_negatives: int = 0
+    """Ours: so many of the negatives are the best-ranked others in retrieval order, the rest is sampled."""
 
     def __post_init__(self) -> None:
         if not (self.use_relevance or self.use_correctness):
@@ -43,6 +48,10 @@ class SelectionRule:
             raise ConfigError(
                 f"num_negatives={self.num_negatives}, max_positives={self.max_positives}: expected at least 0 and 1"
             )
+        if not 0 <= self.hard_negatives <= self.num_negatives:
+            raise ConfigError(f"hard_negatives={self.hard_negatives}: expected 0 to num_negatives={self.num_negatives}")
+        if self.false_negative_relevance and not self.use_relevance:
+            raise ConfigError("false_negative_relevance needs use_relevance: it is told by the relevance")
 
 
 PRESETS = {"paper": {"max_positives": 1}, "released_code": {"max_positives": 3}}
@@ -70,6 +79,7 @@ def select(
     relevance: Mapping[str, int] | None,
     correctness: Mapping[str, int] | None,
     rule: SelectionRule,
+    same_text: Mapping[str, str] | None = None,
 ) -> list[Group] | str:
     """The training groups of one query, or why it has none.
 
@@ -78,6 +88,8 @@ def select(
         relevance: passage id -> 0..100; None when the query has none.
         correctness: passage id -> 0 or 1, of those rolled out; None when the query has none.
         rule: how to pick.
+        same_text: ours, passage id -> what its text is known by: of equal ones only the first can be a negative, and
+            none where a positive has that text. None keeps all.
 
     Raises:
         RecordError: scores are missing that the decision needs.
@@ -99,9 +111,15 @@ def select(
     if not positives:
         return NO_CORRECT
     others = [passage for passage in passages if passage not in positives]
+    if rule.false_negative_relevance and relevance is not None:
+        others = [passage for passage in others if relevance[passage] < rule.false_negative_relevance]
+    if same_text is not None:
+        others = _without_repeats(others, positives, same_text)
     if len(others) < rule.num_negatives:
         return TOO_FEW_NEGATIVES
-    negatives = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}").sample(others, rule.num_negatives)
+    hard, rest = others[: rule.hard_negatives], others[rule.hard_negatives :]
+    sampler = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}")
+    negatives = hard + sampler.sample(rest, rule.num_negatives - len(hard))
     return [
         Group(
             id=candidates.id,
@@ -114,6 +132,17 @@ def select(
         )
         for positive in positives
     ]
+
+
+def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text: Mapping[str, str]) -> list[str]:
+    """The first candidate of each text, without the positives' texts."""
+    seen = {same_text[passage] for passage in positives}
+    kept = []
+    for passage in others:
+        if same_text[passage] not in seen:
+            seen.add(same_text[passage])
+            kept.append(passage)
+    return kept
 
 
 def _winners(

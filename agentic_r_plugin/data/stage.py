@@ -1,14 +1,16 @@
 """The shell around a data stage: files, progress, resume and the report. The stage itself is a function on records.
 
-A stage works on units (a question, a query). Finished units are appended to `OUT.journal`, one line each, and synced
-after every batch; a process that is killed loses at most the batch in flight. When all units are done the journal is
-turned into OUT in the order of the input, so OUT does not depend on interruptions; `OUT.report.json` is written last,
-so its existence means done.
+A stage works on units (a question, a query), each known by its position in the input. Finished units are appended to
+`OUT.journal`, one line each with its checksum, and synced after every batch; a process that is killed loses at most the
+batches under way. Every `part_size` units the journal is compacted into a part, in input order, so memory does not grow
+with the input; at the end the parts become OUT, which therefore does not depend on interruptions or on the order in
+which workers finish. `OUT.report.json` is written last: its existence means done.
 
 | beside OUT | holds |
 |---|---|
-| `OUT.manifest.json` | configuration and fingerprints of the inputs; a resume with others is refused |
-| `OUT.journal` | units finished so far; removed at the end |
+| `OUT.manifest.json` | configuration and fingerprints of inputs and models; a resume with others is refused |
+| `OUT.journal` | units of the parts in work; removed at the end |
+| `OUT.parts/` | finished parts and their checksums; they become OUT at the end |
 | `OUT.errors.jsonl` | units whose judge failed, when there are any |
 | `OUT.report.json` | counts of read, kept and dropped, and the cost |
 """
@@ -18,25 +20,29 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-import time
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
 from agentic_r_plugin.config import to_dict
-from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.data import cost
+from agentic_r_plugin.data.journal import Journal
+from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.data.parts import Parts
+from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Record
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import (
     atomic_path,
     dump_line,
     file_fingerprint,
     read_json,
+    read_records,
     require_absent,
     write_json,
     write_records,
@@ -56,14 +62,16 @@ class Stage(Generic[Item]):
         name: the command.
         config: its configuration; fields with metadata `UNRECORDED` and the backends' settings stay out of the
             comparison on resume.
-        out: output file.
+        out: output file, or folder of shards (`runner.sharded`).
         inputs: files that are read, by role.
-        models: fingerprints of the models used, by role.
+        models: fingerprints of what the caller uses, by role; the workers add theirs.
         record: type of the records written.
         units: reads the input from its start: (key, item), each key once.
-        work: the stage: one outcome per item, in order; it is given one batch at a time.
-        batch_size: units a batch; the most that is lost when the process is killed.
-        cost: what `work` adds its cost to.
+        prepare: item -> what a worker is given of it.
+        sides: files that `prepare` looks things up in; read once before any work, closed at the end.
+        worker: builds a worker; picklable where `runner` is Ray.
+        batch_size: units a batch; so many times the batches under way are lost when the process is killed.
+        runner: where the work is done.
         max_error_share: more judge errors than this share of the units end the stage with an error.
     """
 
@@ -72,11 +80,13 @@ class Stage(Generic[Item]):
     out: Path
     inputs: dict[str, Path]
     units: Callable[[], Iterable[tuple[str, Item]]]
-    work: Callable[[Sequence[Item]], Iterable[Outcome]]
+    worker: Callable[[], Worker[Any]]
     batch_size: int
     record: type[Record]
+    prepare: Callable[[Item], Any] = lambda item: item
+    sides: Sequence[KeyedRecords[Any]] = ()
     models: dict[str, str] = field(default_factory=dict)
-    cost: RolloutCost = field(default_factory=RolloutCost)
+    runner: RunnerSpec = field(default_factory=RunnerSpec)
     max_error_share: float = 0.1
 
     def beside(self, suffix: str) -> Path:
@@ -87,39 +97,52 @@ class Stage(Generic[Item]):
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
     """Run a stage to its end, or go on where it stopped; returns the report.
 
+    With `runner.forecast` only a sample is worked on, and the forecast is returned (`OUT.forecast.json`).
+
     Raises:
         OutputExistsError: the output, or work on it, is there and `resume` was not asked for; or another process
             works on it.
         ManifestMismatchError: resumed with another configuration, input or model than it was begun with.
         RecordError: the input holds a broken record or one unit twice, or the journal is damaged.
         JudgeError: too large a share of the units failed; they are tried again by a resume.
+        BackendError, SearchError: a model or a retriever failed after its retries; what is finished stays.
     """
-    manifest = _manifest(stage)
-    if _finished(stage, manifest, resume=resume):
-        stage.beside(".journal").unlink(missing_ok=True)
-        return dict(read_json(stage.beside(".report.json")))
-    stage.out.parent.mkdir(parents=True, exist_ok=True)
-    total = _count_units(stage)
-    write_json(stage.beside(".manifest.json"), manifest)
-    with Journal(stage.beside(".journal")) as journal:
-        _work_off(stage, journal, total)
-        _remove_leavings(stage.out)
-        report = _compact(stage, journal)
-        write_json(stage.beside(".report.json"), report)
-        journal.path.unlink()
+    with ExitStack() as stack:
+        for side in stage.sides:
+            stack.callback(side.close)
+        executor = open_executor(stage.worker, stage.runner)
+        stack.callback(executor.close)
+        if stage.runner.forecast:
+            return _forecast(stage, executor)
+        manifest = _manifest(stage, executor.fingerprints())
+        if _finished(stage, manifest, resume=resume):
+            _clean_up(stage)
+            return dict(read_json(stage.beside(".report.json")))
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        total = _check_input(stage)
+        manifest = _begin(stage, manifest)
+        with Journal(stage.beside(".journal")) as journal:
+            parts = Parts(_parts_folder(stage), manifest["part_size"])
+            _Work(stage, journal, parts, total).run(executor)
+            _remove_leavings(stage.out)
+            report = _finish(stage, journal, parts, total)
+            write_json(stage.beside(".report.json"), report)
+            _clean_up(stage)
     return report
 
 
 # --- Manifest ---------------------------------------------------------------------------------------------------------
 
 
-def _manifest(stage: Stage[Any]) -> dict[str, Any]:
+def _manifest(stage: Stage[Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    models = stage.models | fingerprints
     return {
         "stage": stage.name,
         "version": __version__,
+        "part_size": stage.runner.part_size,
         "made_from": _recorded(stage.config)
         | {f"input {role}": file_fingerprint(path) for role, path in stage.inputs.items()}
-        | {f"fingerprint of {role}": value for role, value in stage.models.items()},
+        | {f"fingerprint of {role}": value for role, value in sorted(models.items())},
         "config": to_dict(stage.config),
     }
 
@@ -139,13 +162,14 @@ def _finished(stage: Stage[Any], manifest: dict[str, Any], *, resume: bool) -> b
     manifest_path = stage.beside(".manifest.json")
     if not resume:
         require_absent(stage.out)
-        if stage.beside(".journal").exists():
-            raise OutputExistsError(
-                f"{stage.beside('.journal')}: work on {stage.out} was begun; --resume goes on with it, or remove it"
-            )
+        for path in (stage.beside(".journal"), stage.beside(".parts")):
+            if path.exists():
+                raise OutputExistsError(
+                    f"{path}: work on {stage.out} was begun; --resume goes on with it, or remove it"
+                )
         return False
     if not manifest_path.exists():
-        for path in (stage.out, stage.beside(".journal")):
+        for path in (stage.out, stage.beside(".journal"), stage.beside(".parts")):
             if path.exists():
                 raise ManifestMismatchError(
                     f"{path} is there without {manifest_path.name}: what it was made from is unknown; "
@@ -166,6 +190,15 @@ def _finished(stage: Stage[Any], manifest: dict[str, Any], *, resume: bool) -> b
     return stage.out.exists() and stage.beside(".report.json").exists()
 
 
+def _begin(stage: Stage[Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest; work that was begun keeps its size of parts."""
+    path = stage.beside(".manifest.json")
+    if path.exists():
+        manifest |= {"part_size": read_json(path).get("part_size", manifest["part_size"])}
+    write_json(path, manifest)
+    return manifest
+
+
 def _short(value: Any) -> str:
     text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -174,79 +207,195 @@ def _short(value: Any) -> str:
 # --- Work -------------------------------------------------------------------------------------------------------------
 
 
-def _count_units(stage: Stage[Any]) -> int:
-    """Read the whole input once, so that a broken line is found before anything expensive is done."""
-    seen: set[str] = set()
-    for key, _ in stage.units():
-        if key in seen:
-            raise RecordError(f"{key!r} occurs twice in the input of {stage.name}; every unit must occur once")
-        seen.add(key)
-    return len(seen)
+def _check_input(stage: Stage[Any]) -> int:
+    """Read all inputs once, so that a broken line is found before anything expensive is done; the number of units."""
+    for side in stage.sides:
+        side.open()
+    index = HashIndex(stage.out.parent)
+    try:
+        for position, (key, _) in enumerate(stage.units()):
+            index.add(key_hash(key), position)
+        if repeated := set(index.finish()):
+            seen: set[str] = set()
+            for key, _ in stage.units():
+                if key in seen:
+                    raise RecordError(f"{key!r} occurs twice in the input of {stage.name}; every unit must occur once")
+                if key_hash(key) in repeated:
+                    seen.add(key)
+        return len(index)
+    finally:
+        index.close()
 
 
-def _work_off(stage: Stage[Item], journal: Journal, total: int) -> None:
-    from tqdm import tqdm
+class _Work:
+    """Feeds the executor with what is not done, journals what comes back, closes parts."""
 
-    pending = ((key, item) for key, item in stage.units() if not journal.done(key))
-    with tqdm(
-        total=total, initial=journal.num_done - len(journal.errors), desc=stage.name, unit="unit", disable=None
-    ) as progress:
-        while batch := list(islice(pending, stage.batch_size)):
-            before, start = to_dict(stage.cost), time.monotonic()
-            outcomes = list(stage.work([item for _, item in batch]))
-            spent = {key: value - before[key] for key, value in to_dict(stage.cost).items()}
-            journal.append(
-                [(key, outcome) for (key, _), outcome in zip(batch, outcomes, strict=True)],
-                spent | {"seconds": time.monotonic() - start},
+    def __init__(self, stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> None:
+        self.stage, self.journal, self.parts, self.total = stage, journal, parts, total
+        self._under_way: Counter[int] = Counter()
+        self._handed_out: set[int] = set()
+        leftovers = [p for p in journal.positions if self._stands(parts.number(p))]
+        if leftovers:
+            journal.forget(leftovers)
+
+    def _stands(self, part: int) -> bool:
+        """Whether a part is closed and has nothing to be asked again."""
+        return self.parts.closed(part) and not self.parts.error_of_earlier_round(part, self.journal.round)
+
+    def run(self, executor: Executor) -> None:
+        """Work everything off."""
+        from tqdm import tqdm
+
+        with tqdm(total=self.total, desc=self.stage.name, unit="unit", disable=None) as progress:
+            self._check_errors()
+            for batch, (outcomes, spent) in executor.run(self._batches(progress)):
+                self.journal.append(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
+                progress.update(len(outcomes))
+                for position in batch.positions:
+                    self._under_way[self.parts.number(position)] -= 1
+                self._check_errors()
+                self._close_parts()
+            self._close_parts()
+        if not self.total:
+            self.parts.close(0, 0, self.journal.read)
+
+    def _batches(self, progress: Any) -> Iterator[Batch[Any] | None]:
+        """What is not done, in input order; at most two parts are in work."""
+        ready: list[tuple[int, str, Any]] = []
+        current = -1
+        for position, (key, item) in enumerate(self.stage.units()):
+            part = self.parts.number(position)
+            if part != current:
+                if current >= 0 and not self._stands(current):
+                    self._handed_out.add(current)
+                    self._close_parts()
+                current = part
+                if len(self._handed_out) > 1 and ready:
+                    yield self._batch(ready)
+                while len(self._handed_out) > 1:
+                    yield None
+                    self._close_parts()
+            if self._stands(part) or self.journal.done(position) or self.parts.done(position, self.journal.round):
+                progress.update(1)
+                continue
+            ready.append((position, key, self.stage.prepare(item)))
+            self._under_way[part] += 1
+            if len(ready) == self.stage.batch_size:
+                yield self._batch(ready)
+        if current >= 0 and not self._stands(current):
+            self._handed_out.add(current)
+        if ready:
+            yield self._batch(ready)
+
+    def _batch(self, ready: list[tuple[int, str, Any]]) -> Batch[Any]:
+        batch: Batch[Any] = Batch(*zip(*ready, strict=True))
+        ready.clear()
+        return batch
+
+    def _close_parts(self) -> None:
+        for part in sorted(self._handed_out):
+            if not self._under_way[part]:
+                first = part * self.parts.size
+                length = min(self.parts.size, self.total - first)
+                self.parts.close(part, length, self.journal.read)
+                self.journal.forget(range(first, first + length))
+                self._handed_out.remove(part)
+
+    def _check_errors(self) -> None:
+        """Give up as soon as the share of judge errors is certain to be too large."""
+        round_ = self.journal.round
+        errors = self.journal.num_errors + self.parts.num_current_errors(round_)
+        if errors > self.stage.max_error_share * self.total:
+            first = self.parts.first_error(round_) or self.journal.first_error
+            self.journal.next_round()
+            raise JudgeError(
+                f"{self.stage.name}: the judge failed on {errors} of {self.total} units, more than "
+                f"max_error_share={self.stage.max_error_share}; first, {first}. --resume tries these again"
             )
-            progress.update(len(batch))
 
 
-def _compact(stage: Stage[Any], journal: Journal) -> dict[str, Any]:
-    """Write OUT in input order; returns the report."""
-    read = kept = records = 0
+def _forecast(stage: Stage[Any], executor: Executor) -> dict[str, Any]:
+    """Work on units spread over the input, write none of it, and say what all would cost."""
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
+    total = _check_input(stage)
+    wanted = min(stage.runner.forecast, total)
+    picked = {index * total // wanted for index in range(wanted)} if wanted else set()
+    ready = [
+        (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if position in picked
+    ]
+    size = max(1, min(stage.batch_size, len(ready) // 8))
+    batches = [Batch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
+    spent = [(len(batch.tasks), paid) for batch, (_, paid) in executor.run(iter(batches))]
+    forecast = {"stage": stage.name, **cost.forecast(spent, total)}
+    write_json(stage.beside(".forecast.json"), forecast)
+    print(cost.forecast_table(forecast))
+    return forecast
+
+
+# --- The end ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> dict[str, Any]:
+    """Make OUT of the parts; returns the report."""
+    kept = records = 0
     dropped: Counter[str] = Counter()
-    errors: list[dict[str, Any]] = []
-
-    def in_order() -> Iterator[Record]:
-        nonlocal read, kept, records
-        for key, _ in stage.units():
-            line = journal.read(key)
-            read += 1
-            kept += bool(line["records"])
-            records += len(line["records"])
-            if line["dropped"] is not None:
-                dropped[line["dropped"]] += 1
-            if line["error"] is not None:
-                errors.append({"unit": key, "error": line["error"]})
-            for data in line["records"]:
-                yield stage.record.from_dict(data)
-
-    failed = journal.errors
-    if failed and len(failed) > stage.max_error_share * journal.num_done:
-        example = journal.read(failed[0])["error"]
-        raise JudgeError(
-            f"{stage.name}: the judge failed on {len(failed)} of {journal.num_done} units, more than "
-            f"max_error_share={stage.max_error_share}; first, {failed[0]}: {example}. --resume tries these again"
-        )
-    write_records(stage.out, in_order())
-    if errors:
-        with atomic_path(stage.beside(".errors.jsonl")) as temporary:
-            temporary.write_bytes(b"".join(map(dump_line, errors)))
-    else:
-        stage.beside(".errors.jsonl").unlink(missing_ok=True)
+    numbers = range(max(1, -(-total // parts.size)))
+    num_errors = 0
+    with atomic_path(stage.beside(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
+        for number in numbers:
+            part = parts.read(number)
+            kept += sum(map(bool, part.num_records))
+            records += sum(part.num_records)
+            dropped.update(part.dropped)
+            for line in part.errors.values():
+                num_errors += 1
+                errors.write(dump_line({"unit": line["unit"], "error": line["error"]}))
+    if not num_errors:
+        stage.beside(".errors.jsonl").unlink()
+    _write_output(stage, parts, numbers)
     return {
         "stage": stage.name,
-        "read": read,
+        "read": total,
         "kept": kept,
         "records": records,
         "dropped": dict(sorted(dropped.items())),
-        "errors": len(errors),
-        **{key: round(value, 3) for key, value in sorted(journal.cost.items())},
+        "errors": num_errors,
+        **cost.summary(journal.cost, total),
     }
+
+
+def _write_output(stage: Stage[Any], parts: Parts, numbers: range) -> None:
+    if stage.runner.sharded:
+        for number in numbers:
+            parts.check(number)
+        if parts.folder != stage.out:
+            parts.folder.replace(stage.out)
+    elif stage.out.suffix in (".gz", ".parquet"):
+        for number in numbers:
+            parts.check(number)
+        write_records(stage.out, read_records(parts.folder, stage.record))
+    else:
+        with atomic_path(stage.out) as temporary, temporary.open("wb") as stream:
+            for number in numbers:
+                parts.copy(number, cast(BinaryIO, stream))
+
+
+def _parts_folder(stage: Stage[Any]) -> Path:
+    """Where the parts are: beside OUT, or OUT itself where they have become it."""
+    folder = stage.out if stage.runner.sharded and stage.out.is_dir() else stage.beside(".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _clean_up(stage: Stage[Any]) -> None:
+    shutil.rmtree(stage.beside(".parts"), ignore_errors=True)
+    stage.beside(".journal").unlink(missing_ok=True)
 
 
 def _remove_leavings(out: Path) -> None:
     """Temporary files of a process that was killed while it wrote OUT or a file beside it."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}*.tmp"):
+    for path in [
+        *out.parent.glob(f".{glob.escape(out.name)}*.tmp"),
+        *out.parent.glob(f"{glob.escape(out.name)}.parts/.*.tmp"),
+    ]:
         path.unlink()

@@ -6,6 +6,7 @@ Only the listwise judge uses them; the embedded default goes without.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
@@ -36,7 +38,9 @@ class SubAnswersConfig:
     max_error_share: float = field(
         default=0.1, metadata={"help": "largest share of trajectories the judge may fail on", **UNRECORDED}
     )
+    prompt: str = field(default="", metadata={"help": "own prompt file in place of sub_answers.txt", **UNRECORDED})
     batch_size: int = field(default=64, metadata={"help": "trajectories judged at once", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
 
 def name_sub_answers(
@@ -45,6 +49,7 @@ def name_sub_answers(
     *,
     max_retries: int = 3,
     max_tokens: int = 512,
+    prompt: str | None = None,
     cost: RolloutCost | None = None,
 ) -> Iterator[list[SubAnswer] | JudgeError]:
     """The sub-answers of each trajectory's queries, or what the judge did wrong; all trajectories are judged at once.
@@ -54,6 +59,7 @@ def name_sub_answers(
         judge: the model; it sees question, gold answers and the whole trajectory.
         max_retries: further attempts after a reply without exactly one sub-answer a query.
         max_tokens: longest reply.
+        prompt: text with placeholders; None: this package's.
         cost: added to, when given.
 
     Raises:
@@ -61,7 +67,7 @@ def name_sub_answers(
     """
     trajectories = list(trajectories)
     searching = [trajectory for trajectory in trajectories if trajectory.turns]
-    prompt = load_prompt(_PROMPT)
+    prompt = prompt if prompt is not None else load_prompt(_PROMPT)
     replies = iter(
         ask(
             judge,
@@ -114,36 +120,52 @@ def parse_sub_answers(reply: str, num_queries: int) -> list[str | None]:
     return [None if item.strip().rstrip(".").lower() in ("not sure", "") else item.strip() for item in found]
 
 
+class SubAnswersWorker:
+    """Asks for the sub-answers of batches of trajectories; holds the judge."""
+
+    def __init__(self, config: SubAnswersConfig) -> None:
+        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
+        self._prompt = load_prompt(_PROMPT, config.prompt)
+        self._judge = self._stack.enter_context(open_llm(config.llm))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of judge and prompt."""
+        return {"judge": self._judge.fingerprint(), "prompt": fingerprint(self._prompt)}
+
+    def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
+        """The sub-answers of each trajectory, or what the judge did wrong."""
+        named = name_sub_answers(
+            batch,
+            self._judge,  # type: ignore[arg-type]
+            max_retries=self.config.max_retries,
+            max_tokens=self.config.max_tokens,
+            prompt=self._prompt,
+            cost=self.cost,
+        )
+        return [
+            Outcome(error=str(result))
+            if isinstance(result, JudgeError)
+            else Outcome(records=tuple(result), dropped=None if result else "no_search")
+            for result in named
+        ]
+
+    def close(self) -> None:
+        """Free the judge."""
+        self._stack.close()
+
+
 def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
     """The command `sub-answers`."""
-    with open_llm(config.llm) as judge:
-        cost = RolloutCost()
-
-        def work(batch: Iterable[Trajectory]) -> Iterator[Outcome]:
-            named = name_sub_answers(
-                batch,
-                judge,  # type: ignore[arg-type]
-                max_retries=config.max_retries,
-                max_tokens=config.max_tokens,
-                cost=cost,
-            )
-            for result in named:
-                if isinstance(result, JudgeError):
-                    yield Outcome(error=str(result))
-                else:
-                    yield Outcome(records=tuple(result), dropped=None if result else "no_search")
-
-        stage = Stage(
-            name="sub-answers",
-            config=config,
-            out=Path(config.out),
-            inputs={"trajectories": Path(config.in_)},
-            models={"judge": judge.fingerprint(), "prompt": fingerprint(load_prompt(_PROMPT))},
-            record=SubAnswer,
-            units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
-            work=work,
-            batch_size=config.batch_size,
-            cost=cost,
-            max_error_share=config.max_error_share,
-        )
-        run_stage(stage, resume=resume)
+    stage = Stage(
+        name="sub-answers",
+        config=config,
+        out=Path(config.out),
+        inputs={"trajectories": Path(config.in_)},
+        record=SubAnswer,
+        units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+        worker=partial(SubAnswersWorker, config),
+        batch_size=config.batch_size,
+        runner=config.runner,
+        max_error_share=config.max_error_share,
+    )
+    run_stage(stage, resume=resume)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
@@ -34,6 +37,7 @@ class TrajectoriesConfig:
     seed: int = field(default=0, metadata={"help": "of the draw, where the temperature is not 0"})
     num_questions: int = field(default=0, metadata={"help": "only so many, from the start of the file; 0: all"})
     batch_size: int = field(default=64, metadata={"help": "questions answered at once", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
 
 def answer_questions(
@@ -73,30 +77,48 @@ def answer_questions(
         yield to_trajectory(session, question)
 
 
+class TrajectoriesWorker:
+    """Answers batches of questions; holds the agent and its retriever."""
+
+    def __init__(self, config: TrajectoriesConfig) -> None:
+        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
+        self._llm = self._stack.enter_context(open_llm(config.llm))
+        self._search = self._stack.enter_context(open_search(config.search))
+        self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of agent and retriever."""
+        return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
+
+    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+        """A trajectory each."""
+        config = self.config
+        sampling = Sampling(temperature=config.temperature, seed=config.seed)
+        found = answer_questions(
+            batch, self._llm, self._search, protocol=self._protocol, limits=config.limits, topk=config.topk,
+            sampling=sampling, cost=self.cost,
+        )  # fmt: skip
+        return [Outcome(records=(trajectory,)) for trajectory in found]
+
+    def close(self) -> None:
+        """Free the models."""
+        self._stack.close()
+
+
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
     """The command `trajectories`."""
-    with open_llm(config.llm) as llm, open_search(config.search) as search:
-        protocol = components.load("agent_protocol", config.protocol)
-        sampling, cost = Sampling(temperature=config.temperature, seed=config.seed), RolloutCost()
-        stage = Stage(
-            name="trajectories",
-            config=config,
-            out=Path(config.out),
-            inputs={"questions": Path(config.in_)},
-            models={"agent": llm.fingerprint(), "retriever": search.fingerprint()},
-            record=Trajectory,
-            units=lambda: (
-                (question.id, question)
-                for question in islice(read_records(config.in_, Question), config.num_questions or None)
-            ),
-            work=lambda batch: (
-                Outcome(records=(trajectory,))
-                for trajectory in answer_questions(
-                    batch, llm, search, protocol=protocol, limits=config.limits, topk=config.topk, sampling=sampling,
-                    cost=cost,
-                )
-            ),
-            batch_size=config.batch_size,
-            cost=cost,
-        )  # fmt: skip
-        run_stage(stage, resume=resume)
+    stage = Stage(
+        name="trajectories",
+        config=config,
+        out=Path(config.out),
+        inputs={"questions": Path(config.in_)},
+        record=Trajectory,
+        units=lambda: (
+            (question.id, question)
+            for question in islice(read_records(config.in_, Question), config.num_questions or None)
+        ),
+        worker=partial(TrajectoriesWorker, config),
+        batch_size=config.batch_size,
+        runner=config.runner,
+    )
+    run_stage(stage, resume=resume)

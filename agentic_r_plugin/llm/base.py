@@ -42,8 +42,23 @@ class Completion:
     """Prompt tokens the engine took from its prefix cache, where it says so."""
 
 
+@dataclass
+class Usage:
+    """What a backend has been asked for since it was opened; added to as it works."""
+
+    requests: int = 0
+    retried: int = 0
+    """Requests that failed in passing and were sent again."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt tokens, those the engine took from its prefix cache, where it says so."""
+    generated_tokens: int = 0
+    usd: float = 0.0
+    """By the prices the backend was given; 0 without."""
+
+
 class LLMBackend(Protocol):
-    """A model that continues prompts."""
+    """A model that continues prompts. A backend that has a meter keeps it in `usage` (`Usage`)."""
 
     codec: Codec
 
@@ -87,3 +102,11 @@ def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
     """Seed of one prompt's draw (31 bits): the same for the same prompt, whatever is drawn beside it."""
     digest = hashlib.blake2b(f"{seed} {list(prompt_ids)}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def count(usage: Usage, completions: Sequence[Completion]) -> None:
+    """Add completions to a meter."""
+    usage.requests += len(completions)
+    usage.prompt_tokens += sum(done.prompt_tokens for done in completions)
+    usage.cached_tokens += sum(done.cached_tokens for done in completions)
+    usage.generated_tokens += sum(len(done.token_ids) for done in completions)

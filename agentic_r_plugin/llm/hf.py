@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, row_seed
+from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.store import file_fingerprint
 
@@ -72,6 +72,7 @@ class HFBackend:
             prefix_cache_tokens=prefix_cache_tokens,
         )
         self._fingerprint = checkpoint_fingerprint(self.path, tokenizer_path)
+        self.usage = Usage()
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> HFBackend:
@@ -102,10 +103,12 @@ class HFBackend:
             top_k=sampling.top_k or -1,
             seed=None if sampling.seed is None else [row_seed(sampling.seed, prompt) for prompt in prompts],
         )
-        return [
-            Completion(token_ids=row.token_ids, prompt_tokens=len(prompt))
+        completions = [
+            Completion(token_ids=row.token_ids, prompt_tokens=len(prompt), cached_tokens=row.cached_tokens)
             for row, prompt in zip(rows, prompts, strict=True)
         ]
+        count(self.usage, completions)
+        return completions
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None

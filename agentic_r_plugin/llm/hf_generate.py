@@ -35,6 +35,8 @@ class Generated:
     finish_reason: FinishReason
     stop_string: str | None
     """The stop string that ended the row, for finish reason `stop`."""
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were kept from earlier calls or shared within this one."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,6 +49,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,7 @@ class HFGenerator:
                 logprobs=tuple(row.logprobs) if with_logprobs else None,
                 finish_reason=row.finish_reason or "length",
                 stop_string=row.stop_string,
+                cached_tokens=row.cached_tokens,
             )
             for row in rows
         ]
@@ -222,6 +226,7 @@ class HFGenerator:
         start_B = torch.tensor([padded - len(row.prompt) for row in rows], device=device)
         for slot, (row, (_, states)) in enumerate(zip(rows, kept, strict=True)):
             new = row.prompt[-num_new:]
+            row.cached_tokens = len(row.prompt) - len(new)
             ids_BR[slot, num_new - len(new) :] = torch.tensor(new)
             if len(row.prompt) > num_new:
                 self._cache.copy_in(slot, padded - len(row.prompt), states, len(row.prompt) - num_new)

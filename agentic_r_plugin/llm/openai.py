@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,9 @@ import httpx
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, row_seed
+from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.llm.rate import Pace
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -41,8 +43,12 @@ class OpenAIBackend:
         api_key: sent as bearer token when given.
         concurrency: requests at the same time.
         timeout_s: for one request.
-        max_retries: further attempts after 429, 5xx, a timeout or a broken connection; waits double from 0.5 s to 30 s,
-            or are as long as the server's `Retry-After`.
+        max_retries: further attempts after 429, 5xx, a timeout, a broken or cut connection, or an answer that is not
+            what the protocol says (no JSON, no choice, nothing); waits double from 0.5 s to 30 s, or are as long as the
+            server's `Retry-After`.
+        requests_per_minute: no more are begun; 0 is no limit. Repeated ones count too.
+        usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices, for the
+            cost report; cached prompt tokens cost as much as others unless their price is given.
 
     Raises:
         ConfigError: no url or no model.
@@ -58,6 +64,10 @@ class OpenAIBackend:
         concurrency: int = 16,
         timeout_s: float = 120.0,
         max_retries: int = 5,
+        requests_per_minute: float = 0.0,
+        usd_per_million_prompt_tokens: float = 0.0,
+        usd_per_million_cached_tokens: float | None = None,
+        usd_per_million_generated_tokens: float = 0.0,
     ) -> None:
         if not url or not model:
             raise ConfigError(
@@ -66,6 +76,14 @@ class OpenAIBackend:
         self.model, self._tokenizer, self._max_retries = model, str(tokenizer), max_retries
         self._concurrency = max(1, concurrency)
         self._codec: TokenizerCodec | None = None
+        cached = usd_per_million_cached_tokens
+        self._prices = (
+            usd_per_million_prompt_tokens,
+            usd_per_million_prompt_tokens if cached is None else cached,
+            usd_per_million_generated_tokens,
+        )
+        self._pace = Pace(requests_per_minute / 60)
+        self.usage, self._lock = Usage(), threading.Lock()
         self._client = httpx.Client(
             base_url=url.rstrip("/") + "/",
             timeout=timeout_s,
@@ -75,7 +93,21 @@ class OpenAIBackend:
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> OpenAIBackend:
-        """From the settings of a command; the key is read from the environment variable they name."""
+        """From the settings of a command; the key is read from the environment variable they name.
+
+        Options: `requests_per_minute` and the prices.
+
+        Raises:
+            ConfigError: another option.
+        """
+        known = {
+            "requests_per_minute",
+            "usd_per_million_prompt_tokens",
+            "usd_per_million_cached_tokens",
+            "usd_per_million_generated_tokens",
+        }
+        if unknown := sorted(set(spec.options) - known):
+            raise ConfigError(f"llm.options: openai has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return cls(
             spec.url,
             spec.model,
@@ -119,11 +151,8 @@ class OpenAIBackend:
             settings["seed"] = seed
 
         def reply(prompt: str) -> str:
-            answer = self._post("chat/completions", settings | {"messages": [{"role": "user", "content": prompt}]})
-            content = _choice(answer).get("message", {}).get("content")
-            if not isinstance(content, str):
-                raise BackendError(f"{self.model}: expected a message with text, found {str(answer)[:300]}")
-            return content
+            body = settings | {"messages": [{"role": "user", "content": prompt}]}
+            return self._post("chat/completions", body, _message)
 
         return self._all(reply, prompts)
 
@@ -160,21 +189,17 @@ class OpenAIBackend:
             body["top_k"] = sampling.top_k
         if sampling.seed is not None and sampling.temperature > 0:
             body["seed"] = row_seed(sampling.seed, request.prompt_ids)
-        answer = self._post("completions", body)
-        choice = _choice(answer)
+        choice, text, cached = self._post("completions", body, _text_choice)
         ids = choice.get("token_ids")
-        text = choice.get("text")
-        if not isinstance(text, str):
-            raise BackendError(f"{self.model}: expected a choice with text, found {str(answer)[:300]}")
         if not ids:
             met = choice.get("stop_reason")
             if met in sampling.stop and not text.endswith(met):
                 text += met
             ids = codec.encode(text) or self._end_of_sequence(codec)
-        usage = answer.get("usage") or {}
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         return Completion(
-            token_ids=tuple(ids[: request.max_tokens]), prompt_tokens=len(request.prompt_ids), cached_tokens=int(cached)
+            token_ids=tuple(ids[: request.max_tokens]),
+            prompt_tokens=len(request.prompt_ids),
+            cached_tokens=cached,
         )
 
     def _end_of_sequence(self, codec: TokenizerCodec) -> list[int]:
@@ -183,8 +208,8 @@ class OpenAIBackend:
             raise BackendError(f"{self.model}: an empty continuation, and its tokenizer has no end-of-sequence token")
         return [int(codec.tokenizer.eos_token_id)]
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request with its retries.
+    def _post(self, path: str, body: dict[str, Any], parse: Callable[[dict[str, Any]], Output]) -> Output:
+        """One request with its retries; what `parse` makes of its answer.
 
         Raises:
             BackendError: refused, or still failing after the last retry.
@@ -192,37 +217,86 @@ class OpenAIBackend:
         problem = ""
         for attempt in range(self._max_retries + 1):
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.75, 1.25)
+            self._pace.wait()
             try:
                 response = self._client.post(path, json=body)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
                 if response.status_code == 200:
-                    return _json(response)
+                    answer = _json(response)
+                    parsed = parse(answer)
+                    self._count(_usage(answer), attempt)
+                    return parsed
                 problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code != 429 and response.status_code < 500:
+                if response.status_code not in (408, 429) and response.status_code < 500:
                     raise BackendError(f"{response.url}: {problem}")
                 wait = _retry_after(response, wait)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except _NotAsAskedError as error:
+                problem = str(error)
             if attempt < self._max_retries:
                 time.sleep(wait)
         raise BackendError(f"{self._client.base_url}{path}: {problem} (tried {self._max_retries + 1} times)")
+
+    def _count(self, usage: tuple[int, int, int], attempt: int) -> None:
+        prompt, cached, generated = usage
+        with self._lock:
+            self.usage.requests += 1
+            self.usage.retried += attempt
+            self.usage.prompt_tokens += prompt
+            self.usage.cached_tokens += cached
+            self.usage.generated_tokens += generated
+            paid = (prompt - cached, cached, generated)
+            self.usage.usd += sum(tokens * price for tokens, price in zip(paid, self._prices, strict=True)) / 1e6
+
+
+class _NotAsAskedError(Exception):
+    """An answer with status 200 that is not what the protocol says; it may be right the next time."""
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
     try:
         answer = response.json()
     except ValueError as error:
-        raise BackendError(f"{response.url}: expected JSON, found {response.text[:300]!r}") from error
+        raise _NotAsAskedError(f"expected JSON, found {response.text[:300]!r}") from error
     if not isinstance(answer, dict):
-        raise BackendError(f"{response.url}: expected a JSON object, found {response.text[:300]!r}")
+        raise _NotAsAskedError(f"expected a JSON object, found {response.text[:300]!r}")
     return answer
 
 
 def _choice(answer: dict[str, Any]) -> dict[str, Any]:
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise BackendError(f"expected one choice in the server's answer, found {str(answer)[:300]}")
+        raise _NotAsAskedError(f"expected one choice in the server's answer, found {str(answer)[:300]}")
     return choices[0]
+
+
+def _message(answer: dict[str, Any]) -> str:
+    """Text of a chat completion."""
+    message = _choice(answer).get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, str):
+        raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
+    return content
+
+
+def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
+    """The choice of a completion, its text, and the prompt tokens that were cached."""
+    choice = _choice(answer)
+    if not isinstance(choice.get("text"), str):
+        raise _NotAsAskedError(f"expected a choice with text, found {str(answer)[:300]}")
+    return choice, choice["text"], _usage(answer)[1]
+
+
+def _usage(answer: dict[str, Any]) -> tuple[int, int, int]:
+    """(prompt, cached, generated) tokens, 0 where the server does not tell."""
+    usage = answer.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    return tuple(  # type: ignore[return-value]
+        value if isinstance(value, int) else 0
+        for value in (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
+    )
 
 
 def _retry_after(response: httpx.Response, otherwise: float) -> float:

@@ -106,15 +106,15 @@ def settings(**changes) -> CorrectnessConfig:
 
 
 def test_without_exhaustive_only_candidates_above_the_threshold_are_rolled_out():
-    scores = {("q", 2): {"a": 59, "b": 60, "c": 90}}
+    scores = {"a": 59, "b": 60, "c": 90}
     assert levels_of(query("a", "b", "c"), settings(), scores) == [["c"], ["b"]]
     assert levels_of(query("a"), settings(), scores) == "relevance_below_threshold"
-    assert levels_of(query("a"), settings(), {}) == "no_relevance"
-    assert levels_of(query("a", "b"), settings(exhaustive=True, relevance=""), {}) == [["a", "b"]]
+    assert levels_of(query("a"), settings(), None) == "no_relevance"
+    assert levels_of(query("a", "b"), settings(exhaustive=True, relevance=""), None) == [["a", "b"]]
 
 
 def test_the_released_codes_omissions_are_options():
-    scores = {("q", 2): {"a": 90}}
+    scores = {"a": 90}
     assert levels_of(query("a"), settings(max_turn=1), scores) == "turn_left_out"
     assert levels_of(query("a"), settings(num_candidates=20), scores) == "other_number_of_candidates"
     assert levels_of(query("a"), settings(max_turn=2, num_candidates=1), scores) == [["a"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +84,36 @@ def test_ablations_need_only_their_own_file(config: GroupsConfig):
     without_relevance = replace(config, use_relevance=False, relevance="", out=config.out + "2.jsonl")
     with pytest.raises(RecordError, match="correctness of passage 'p00' is needed and unknown"):
         run(without_relevance)
+
+
+def test_of_equal_queries_to_equal_questions_only_the_first_is_taken_where_asked_for(config: GroupsConfig, tmp_path):
+    queries = list(read_records(config.candidates, Candidates))
+    told = ["first", "The  Query!", "the query", "b", "c", "first"]
+    write_records(tmp_path / "c.jsonl", [replace(q, query=text) for q, text in zip(queries, told, strict=True)])
+    run(replace(config, drop_duplicate_queries=True))
+    report = read_json(config.out + ".report.json")
+    assert report["dropped"]["duplicate_query"] == 2 and report["read"] == 6
+    assert [group.id for group in read_records(config.out, Group)] == ["0", "1"]
+
+
+def test_repeated_passages_are_told_by_their_text(config: GroupsConfig, tmp_path: Path):
+    texts = {passage: f"text {min(int(passage[1:]), 17)}" for passage in PASSAGES}
+    texts["p04"] = "Text  3."
+    lines = [json.dumps({"id": key, "contents": f'"T {key}"\n{text}'}) for key, text in texts.items()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="drop_duplicate_passages compares texts; give --corpus FILE"):
+        run(replace(config, drop_duplicate_passages=True))
+    run(replace(config, drop_duplicate_passages=True, corpus=str(tmp_path / "corpus.jsonl")))
+    first = next(iter(read_records(config.out, Group)))
+    assert first.positive == "p03" and "p04" not in first.negatives
+    assert len({"p17", "p18", "p19"} & set(first.negatives)) <= 1
+
+
+def test_correctness_that_names_a_passage_twice_is_an_error(config: GroupsConfig, tmp_path: Path):
+    twice = [Correctness(id="0", turn=1, passage_id="p03", em=em, answer=None, searches=0) for em in (0, 1)]
+    write_records(tmp_path / "twice.jsonl", twice)
+    with pytest.raises(RecordError, match=r"twice\.jsonl: query \('0', 1\): passage 'p03' occurs twice"):
+        run(replace(config, correctness=str(tmp_path / "twice.jsonl")))
 
 
 def test_missing_files_and_unknown_presets_are_named(config: GroupsConfig):

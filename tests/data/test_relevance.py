@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agentic_r_plugin.backends import LLMSpec
 from agentic_r_plugin.data.judge import parse_scores
-from agentic_r_plugin.data.relevance import RelevanceConfig, run, score_candidates
+from agentic_r_plugin.data.relevance import RelevanceConfig, run, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources
 from agentic_r_plugin.data.scorers.gold_documents import GoldDocuments
 from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
@@ -55,7 +55,7 @@ STORE = Passages(
 
 def scores_of(metadata: dict, text: str = "birthplace of Mara Velin", store: Passages = STORE) -> dict[str, int]:
     question = Question(id="q", question="Q", golden_answers=("Oslo",), metadata=metadata)
-    (scored,) = score_candidates([query_of(store, text)], GoldDocuments(), store, questions={"q": question})
+    (scored,) = score_candidates([task_of(query_of(store, text), store, question=question)], GoldDocuments())
     assert isinstance(scored, Relevance)
     return scored.scores
 
@@ -83,7 +83,7 @@ def test_a_benchmark_without_gold_documents_is_an_error_that_says_what_to_do():
 
 def test_a_question_that_is_not_in_the_file_is_an_error():
     with pytest.raises(RecordError, match="question 'q' is not in the questions file"):
-        list(score_candidates([query_of(STORE)], GoldDocuments(), STORE, questions={}))
+        score_candidates([task_of(query_of(STORE), STORE)], GoldDocuments())
 
 
 WORDS = ("mara", "velin", "born", "oslo", "tides", "novel", "who", "the", "of")
@@ -138,7 +138,7 @@ def judged(reply: Callable[[dict], str], **options) -> tuple[list[Relevance | Ju
     cost = RolloutCost()
     with serve(lambda path, body: chat(reply(body))) as server:
         scorer = ListwiseJudge(OpenAIBackend(server.url, "judge"), cost=cost, **options)
-        return list(score_candidates([query_of(MANY)], scorer, MANY)), server, cost
+        return score_candidates([task_of(query_of(MANY), MANY)], scorer), server, cost
 
 
 @pytest.mark.parametrize(("window", "sizes"), [(20, [5, 20]), (10, [5, 10, 10])])
@@ -161,7 +161,7 @@ def test_a_prompt_holds_query_passages_bands_and_number_of_scores():
 def test_a_sub_answer_is_shown_as_reference_answer():
     with serve(lambda path, body: chat(json.dumps(shown(content(body))))) as server:
         scorer = ListwiseJudge(OpenAIBackend(server.url, "judge"))
-        list(score_candidates([query_of(MANY)], scorer, MANY, sub_answers={("q", 1): "Oslo {x}"}))
+        score_candidates([task_of(query_of(MANY), MANY, sub_answer="Oslo {x}")], scorer)
         assert all("Reference answer to the query: Oslo {x}\n" in content(body) for _, body, _ in server.requests)
 
 
@@ -188,7 +188,7 @@ def test_a_query_with_a_window_that_stays_bad_is_kept_apart_and_never_filled_up(
 def test_a_judge_has_no_other_options():
     resources = Resources(open_judge=lambda: OpenAIBackend("http://127.0.0.1:1", "m"), cost=RolloutCost())
     assert ListwiseJudge.build({"window": 10}, resources).window == 10
-    with pytest.raises(ConfigError, match="no option 'windw'; it has max_retries, max_tokens, window"):
+    with pytest.raises(ConfigError, match="no option 'windw'; it has max_retries, max_tokens, preset, prompt, window"):
         ListwiseJudge.build({"windw": 10}, resources)
 
 
@@ -241,6 +241,7 @@ def test_the_command_keeps_failed_queries_apart_and_a_resume_after_too_many_asks
     assert [record.id for record in read_records(asked.out, Relevance)] == [f"q{number}" for number in range(10)]
     report = read_json(asked.out + ".report.json")
     assert (report["kept"], report["errors"], report["judge_requests"]) == (10, 0, 11)
+    assert report["per_unit"]["judge_requests"] == 1.1
 
 
 def test_the_gold_document_scorer_asks_for_the_questions_file(files: Path):

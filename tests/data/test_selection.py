@@ -132,6 +132,43 @@ def test_the_sample_depends_on_seed_id_and_turn_alone():
     assert negatives(seed=1) != negatives() != negatives(turn=2)
 
 
+# --- Ours, off by default ------------------------------------------------------------------------------------------
+
+
+def picked_negatives(rule: SelectionRule, relevance: dict[str, int], **options) -> tuple[str, ...] | str:
+    picked = select(query(8), relevance, {"b": 1}, rule, **options)
+    return picked[0].negatives if isinstance(picked, list) else picked
+
+
+def test_candidates_too_relevant_to_be_negatives_are_left_out():
+    relevance = scores(b=95, c=90, d=85, e=84)
+    rule = replace(RULE, num_negatives=5, false_negative_relevance=85)
+    found = picked_negatives(rule, relevance)
+    assert not isinstance(found, str) and sorted(found) == list("aefgh")
+    assert picked_negatives(replace(rule, num_negatives=6), relevance) == "too_few_negatives"
+
+
+def test_hard_negatives_are_the_best_ranked_others_and_the_rest_is_sampled():
+    rule = replace(RULE, num_negatives=4, hard_negatives=2)
+    found = picked_negatives(rule, scores(b=95))
+    assert found[:2] == ("a", "c") and len(set(found)) == 4 and "b" not in found
+
+
+def test_passages_of_the_same_text_are_negatives_once_and_never_the_positives_own():
+    same_text = dict(zip("abcdefgh", ("1", "2", "2", "1", "3", "4", "4", "5"), strict=True))
+    rule = replace(RULE, num_negatives=4)
+    found = picked_negatives(rule, scores(b=95), same_text=same_text)
+    assert sorted(found) == list("aefh")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hard_negatives": 4}, {"false_negative_relevance": 80, "use_relevance": False}, {"hard_negatives": -1}]
+)
+def test_options_that_contradict_each_other_are_refused(changes: dict):
+    with pytest.raises(ConfigError, match=r"hard_negatives|false_negative_relevance"):
+        SelectionRule(**{"num_negatives": 3, **changes})
+
+
 # --- Exact pruning ----------------------------------------------------------------------------------------------------
 
 

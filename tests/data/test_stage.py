@@ -11,10 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
@@ -55,7 +57,13 @@ class Shouter:
                 outcomes.append(Outcome(records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer=text),)))
         return outcomes
 
-    def run(self, *, resume: bool = False, models: dict[str, str] | None = None) -> dict:
+    def fingerprints(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    def run(self, *, resume: bool = False, models: dict[str, str] | None = None, **runner: Any) -> dict:
         stage = Stage(
             name="shout",
             config=self.config,
@@ -64,9 +72,9 @@ class Shouter:
             models=models or {},
             record=SubAnswer,
             units=lambda: ((question.id, question) for question in read_records(self.config.in_, Question)),
-            work=self.work,
+            worker=lambda: self,
             batch_size=3,
-            cost=self.cost,
+            runner=RunnerSpec(**runner),
             max_error_share=0.25,
         )
         return run_stage(stage, resume=resume)
@@ -137,7 +145,7 @@ def test_a_torn_last_line_is_dropped_and_its_unit_done_again(config: UpperConfig
     journal.write_bytes(b"".join(lines[:6]) + lines[6][:9])
     second = Shouter(config)
     second.run(resume=True)
-    assert second.seen == list("efgh"), "e failed before, f was torn"
+    assert second.seen == list("fgh"), "e failed, which is an outcome; f was torn"
     assert [record.id for record in read_records(config.out, SubAnswer)] == list("abcfgh")
 
 
@@ -147,7 +155,7 @@ def test_a_journal_damaged_in_the_middle_is_an_error(config: UpperConfig):
     journal = Path(config.out + ".journal")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0] + b'{"unit": \n' + b"".join(lines[2:]))
-    with pytest.raises(RecordError, match=r"journal:2: expected one JSON object"):
+    with pytest.raises(RecordError, match=r"journal:2: damaged: the checksum of"):
         Shouter(config).run(resume=True)
 
 
@@ -191,7 +199,8 @@ def test_a_kill_between_the_last_writes_is_made_good_by_resume(config: UpperConf
     before = Path(config.out).read_bytes()
     with Journal(journal) as kept:
         units = list(read_records(config.in_, Question))
-        kept.append(list(zip([unit.id for unit in units], Shouter(config, fail=False).work(units), strict=True)), {})
+        outcomes = Shouter(config, fail=False).work(units)
+        kept.append([(at, unit.id, made) for at, (unit, made) in enumerate(zip(units, outcomes, strict=True))], {})
     for suffix in missing:
         Path(config.out + suffix).unlink()
     leaving = Path(config.out).parent / ".o.jsonl.abc.tmp"

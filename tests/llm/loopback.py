@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+CUT = (200, None, {"cut": "yes"})
+"""An answer that says it is longer than it is: the connection is closed in its middle."""
+
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
@@ -34,6 +37,13 @@ def serve(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[Loopback]
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.requests.append((self.path, body, dict(self.headers)))
             status, content, *headers = answer(self.path, body)
+            if content is None:
+                self.send_response(status)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [{"mess')
+                self.close_connection = True
+                return
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
             for name, value in (headers[0] if headers else {}).items():

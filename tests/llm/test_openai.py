@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from agentic_r_plugin.llm import openai
 from agentic_r_plugin.llm.base import Request, Sampling
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from tests.data.scripted import CharCodec
-from tests.llm.loopback import chat, serve
+from tests.llm.loopback import CUT, chat, serve
 
 CODEC = CharCodec()
 
@@ -127,10 +128,51 @@ def test_no_server_at_all_is_an_error_that_names_the_address():
         backend(gone, max_retries=0).chat(["hello"], max_tokens=5)
 
 
-@pytest.mark.parametrize("content", ["not json", [], {}, {"choices": []}, {"choices": [{"message": {}}]}])
-def test_an_answer_of_another_form_is_an_error(content):
-    with serve(lambda path, body: (200, content)) as server, pytest.raises(BackendError, match="expected"):
-        backend(server.url).chat(["hello"], max_tokens=5)
+MISSHAPEN = ["not json", "", [], {}, {"choices": []}, {"choices": [{"message": {}}]}, {"choices": [{"message": 1}]}]
+
+
+@pytest.mark.parametrize("content", MISSHAPEN)
+def test_an_answer_of_another_form_is_asked_for_again_and_then_an_error(content):
+    with (
+        serve(lambda path, body: (200, content)) as server,
+        pytest.raises(BackendError, match=r"expected .*tried 2 times"),
+    ):
+        backend(server.url, max_retries=1).chat(["hello"], max_tokens=5)
+    assert len(server.requests) == 2
+
+
+def test_an_answer_that_is_cut_off_is_asked_for_again():
+    answers = iter([CUT, CUT, chat("whole")])
+    with serve(lambda path, body: next(answers)) as server:
+        made = backend(server.url)
+        assert made.chat(["hello"], max_tokens=5) == ["whole"]
+    assert (len(server.requests), made.usage.requests, made.usage.retried) == (3, 1, 2)
+
+
+def test_tokens_are_counted_and_paid_for():
+    usage = {"prompt_tokens": 1000, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 400}}
+    prices = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_generated_tokens": 10.0}
+    with serve(lambda path, body: (200, chat("x")[1] | {"usage": usage})) as server:
+        spec = LLMSpec(backend="openai", url=server.url, model="m", options=prices)
+        for cached, expected in ((None, 2100e-6 * 3), (0.5, (600 * 2 + 400 * 0.5 + 10 * 10) / 1e6 * 3)):
+            extra = {} if cached is None else {"usd_per_million_cached_tokens": cached}
+            with open_llm(replace(spec, options=prices | extra)) as made:
+                made.chat(["a", "b", "c"], max_tokens=5)
+                assert (made.usage.prompt_tokens, made.usage.cached_tokens) == (3000, 1200)
+                assert (made.usage.generated_tokens, made.usage.usd) == (30, pytest.approx(expected))
+        with (
+            pytest.raises(ConfigError, match="openai has no option 'price'"),
+            open_llm(replace(spec, options={"price": 1})),
+        ):
+            pass
+
+
+def test_requests_are_kept_below_the_rate_also_when_they_are_concurrent():
+    with serve(lambda path, body: chat("x")) as server:
+        made = backend(server.url, requests_per_minute=60 * 50)
+        started = time.monotonic()
+        made.chat([str(number) for number in range(11)], max_tokens=5)
+    assert time.monotonic() - started >= 10 / 50
 
 
 def test_the_key_is_read_from_the_named_environment_variable(monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agentic_r_plugin.errors import JudgeError
+from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import Candidates, Passage, Question
 from agentic_r_plugin.rollout import RolloutCost
@@ -58,3 +58,18 @@ class RelevanceScorer(Protocol):
 
     def fingerprint(self) -> str:
         """Changes when the scores may change: model, prompt, options."""
+
+
+def reference(task: ScoringTask) -> str:
+    """The line of a judge's prompt that shows what the query was after, where that is known."""
+    return f"Reference answer to the query: {task.sub_answer}\n" if task.sub_answer else ""
+
+
+def check_options(scorer: str, options: Mapping[str, Any], *known: str) -> None:
+    """Refuse an option that a scorer does not have.
+
+    Raises:
+        ConfigError: names it and those there are.
+    """
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"{scorer} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")

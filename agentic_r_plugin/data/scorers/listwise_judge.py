@@ -8,11 +8,26 @@ from typing import Any
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_scores
-from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
+from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options, reference
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.rollout import RolloutCost
+
+WINDOWS = {"paper": 20, "released_code": 10}
+"""Passages in one prompt, by preset."""
+
+
+def window_of(options: Mapping[str, Any]) -> int:
+    """Passages in one prompt, by `window` or else by `preset`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    preset = options.get("preset", "paper")
+    if preset not in WINDOWS:
+        raise ConfigError(f"listwise_judge: preset={preset!r}: expected one of {', '.join(WINDOWS)}")
+    return int(options.get("window", WINDOWS[preset]))
 
 
 class ListwiseJudge:
@@ -23,6 +38,7 @@ class ListwiseJudge:
         window: passages scored in one prompt: 20 in the paper, 10 in the released code.
         max_retries: further attempts after a reply that does not hold exactly the scores asked for.
         max_tokens: longest reply.
+        prompt: own prompt file; empty: this package's `prompts/listwise_relevance.txt`.
         cost: added to.
     """
 
@@ -35,25 +51,26 @@ class ListwiseJudge:
         window: int = 20,
         max_retries: int = 3,
         max_tokens: int = 256,
+        prompt: str = "",
         cost: RolloutCost | None = None,
     ) -> None:
         if window < 1 or max_retries < 0:
             raise ConfigError(f"listwise_judge: window={window}, max_retries={max_retries}: expected at least 1 and 0")
         self.judge, self.window, self.max_retries, self.max_tokens = judge, window, max_retries, max_tokens
         self.cost = cost if cost is not None else RolloutCost()
-        self.prompt = load_prompt("listwise_relevance")
+        self.prompt = load_prompt("listwise_relevance", prompt)
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> ListwiseJudge:
-        """From `window`, `max_retries` and `max_tokens`.
+        """From `preset` (`paper` or `released_code`: the window), `window`, `max_retries`, `max_tokens` and `prompt`.
 
         Raises:
-            ConfigError: another option.
+            ConfigError: another option or preset.
         """
-        known = {"window", "max_retries", "max_tokens"}
-        if unknown := sorted(set(options) - known):
-            raise ConfigError(f"listwise_judge has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        return cls(resources.open_judge(), cost=resources.cost, **options)
+        check_options("listwise_judge", options, "max_retries", "max_tokens", "preset", "prompt", "window")
+        window = window_of(options)
+        given = {key: value for key, value in options.items() if key not in ("preset", "window")}
+        return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
         """Scores of every task; a query one of whose windows failed gives that window's JudgeError."""
@@ -81,12 +98,11 @@ class ListwiseJudge:
 
     def render(self, task: ScoringTask, passages: Sequence[Passage]) -> str:
         """The prompt for one window of a query's passages."""
-        reference = f"Reference answer to the query: {task.sub_answer}\n" if task.sub_answer else ""
         return fill(
             self.prompt,
             question=task.query.question,
             query=task.query.query,
-            reference=reference,
+            reference=reference(task),
             passages="\n".join(
                 f"[{rank}] {passage.title}: {passage.text}" for rank, passage in enumerate(passages, start=1)
             ),

@@ -1,0 +1,173 @@
+"""What a loop will cost, before it starts: rollouts, tokens, GPU hours, from assumptions (`iterate --dry-run`).
+
+Nothing here is measured. Every number that the forecast rests on is a field of `PlanConfig`, printed with it; those
+that depend on data (queries a question, candidates left by pruning, tokens) come best from a stage's own forecast on a
+sample (`runner.forecast=200`), the throughputs from the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+from agentic_r_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Assumptions of the forecast; the defaults are guesses for the paper's models on 80 GB accelerators."""
+
+    gpus: int = field(default=8, metadata={"help": "accelerators in all"})
+    train_questions: int = field(default=0, metadata={"help": "0: as many as the train split has"})
+    corpus_passages: int = field(default=0, metadata={"help": "0: as many lines as the corpus has"})
+
+    queries_per_question: float = field(default=2.06, metadata={"help": "searches the agent makes for a question"})
+    rollouts_per_query: float = field(default=4.0, metadata={"help": "candidates rolled out once pruned, all queries"})
+    calls_per_rollout: float = field(default=1.7, metadata={"help": "turns of the agent after the candidate"})
+    positive_share: float = field(default=0.3, metadata={"help": "queries that give a group"})
+
+    turn_prompt_tokens: int = field(default=1400, metadata={"help": "prompt of one turn of the agent"})
+    turn_cached_share: float = field(default=0.8, metadata={"help": "of it taken from the prefix cache"})
+    turn_generated_tokens: int = field(default=110, metadata={"help": "written in one turn"})
+    passage_tokens: int = field(default=150, metadata={"help": "of one passage in a prompt"})
+    judge_generated_tokens: int = field(default=90, metadata={"help": "of one reply"})
+
+    agent_gpus: int = field(default=1, metadata={"help": "accelerators of one engine of the agent"})
+    agent_prompt_tokens_per_s: float = field(default=20_000, metadata={"help": "one engine"})
+    agent_generated_tokens_per_s: float = field(default=3_000, metadata={"help": "one engine"})
+    judge_gpus: int = field(default=8, metadata={"help": "accelerators of one engine of the judge"})
+    judge_prompt_tokens_per_s: float = field(default=7_000, metadata={"help": "one engine"})
+    judge_generated_tokens_per_s: float = field(default=1_200, metadata={"help": "one engine"})
+    ppo_step_s: float = field(default=300, metadata={"help": "one step of PPO on all accelerators"})
+    encoded_passages_per_s: float = field(default=1_500, metadata={"help": "one accelerator"})
+    trained_groups_per_s: float = field(default=4, metadata={"help": "one accelerator"})
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            least = 0 if name in ("train_questions", "corpus_passages", "turn_cached_share", "positive_share") else None
+            if value < (least or 0) or (least is None and value == 0):
+                raise ConfigError(f"plan.{name}: expected {'at least 0' if least == 0 else 'above 0'}, found {value}")
+        if self.turn_cached_share > 1 or self.positive_share > 1:
+            raise ConfigError("plan: turn_cached_share and positive_share are shares, expected at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the loop's own configuration says of its size."""
+
+    iterations: int
+    questions: int
+    passages: int
+    ppo_steps: int
+    ppo_batch: int
+    candidates: int = 20
+    window: int = 20
+    """Passages in one prompt of the judge; 0 where no language model judges."""
+    sub_answers: bool = False
+    exhaustive: bool = False
+    epochs: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of one iteration, forecast."""
+
+    name: str
+    units: int
+    what: str
+    rollouts: int = 0
+    prompt_tokens: int = 0
+    """Those computed; cached ones left out."""
+    generated_tokens: int = 0
+    gpu_hours: float = 0.0
+
+
+def phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
+    """The phases of one iteration, in their order."""
+    queries = round(scale.questions * plan.queries_per_question)
+    turns = plan.queries_per_question + 1
+    yield Phase(
+        name="train-agent",
+        units=scale.ppo_steps,
+        what="steps",
+        rollouts=scale.ppo_steps * scale.ppo_batch,
+        gpu_hours=scale.ppo_steps * plan.ppo_step_s * plan.gpus / 3600,
+    )
+    yield _rollouts("trajectories", scale.questions, "questions", scale.questions, turns, plan)
+    yield Phase(name="candidates", units=queries, what="queries")
+    if scale.sub_answers:
+        prompt = round(turns * (plan.turn_generated_tokens + 3 * plan.passage_tokens)) + 300
+        yield _judge("sub-answers", scale.questions, "questions", scale.questions, prompt, plan)
+    if scale.window:
+        calls = queries * math.ceil(scale.candidates / scale.window)
+        prompt = 350 + min(scale.candidates, scale.window) * plan.passage_tokens
+        yield _judge("relevance", queries, "queries", calls, prompt, plan)
+    else:
+        yield Phase(name="relevance", units=queries, what="queries")
+    per_query = scale.candidates if scale.exhaustive else min(plan.rollouts_per_query, scale.candidates)
+    yield _rollouts("correctness", queries, "queries", round(queries * per_query), plan.calls_per_rollout, plan)
+    groups = round(queries * plan.positive_share)
+    yield Phase(name="groups", units=groups, what="groups")
+    yield Phase(
+        name="train-retriever",
+        units=groups * scale.epochs,
+        what="groups",
+        gpu_hours=groups * scale.epochs / plan.trained_groups_per_s / 3600,
+    )
+    yield Phase(
+        name="index",
+        units=scale.passages,
+        what="passages",
+        gpu_hours=scale.passages / plan.encoded_passages_per_s / 3600,
+    )
+
+
+def _rollouts(name: str, units: int, what: str, rollouts: int, calls: float, plan: PlanConfig) -> Phase:
+    prompt = round(rollouts * calls * plan.turn_prompt_tokens * (1 - plan.turn_cached_share))
+    generated = round(rollouts * calls * plan.turn_generated_tokens)
+    seconds = prompt / plan.agent_prompt_tokens_per_s + generated / plan.agent_generated_tokens_per_s
+    return Phase(
+        name=name, units=units, what=what, rollouts=rollouts, prompt_tokens=prompt, generated_tokens=generated,
+        gpu_hours=seconds * plan.agent_gpus / 3600,
+    )  # fmt: skip
+
+
+def _judge(name: str, units: int, what: str, calls: int, prompt: int, plan: PlanConfig) -> Phase:
+    generated = calls * plan.judge_generated_tokens
+    seconds = calls * prompt / plan.judge_prompt_tokens_per_s + generated / plan.judge_generated_tokens_per_s
+    return Phase(
+        name=name, units=units, what=what, prompt_tokens=calls * prompt, generated_tokens=generated,
+        gpu_hours=seconds * plan.judge_gpus / 3600,
+    )  # fmt: skip
+
+
+def table(scale: Scale, plan: PlanConfig) -> str:
+    """The forecast for people, with the assumptions it rests on and what the exhaustive job would cost."""
+    found = list(phases(scale, plan))
+    rows = [
+        f"{phase.name:16}{phase.units:>12,} {phase.what:10}{phase.rollouts:>12,}{_millions(phase.prompt_tokens)}"
+        f"{_millions(phase.generated_tokens)}{phase.gpu_hours:>11,.1f}"
+        for phase in found
+    ]
+    hours = sum(phase.gpu_hours for phase in found)
+    exhaustive = next(
+        phase for phase in phases(Scale(**{**asdict(scale), "exhaustive": True}), plan) if phase.name == "correctness"
+    )
+    data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
+    lines = [
+        "Forecast of one iteration, from assumptions, not measured:",
+        f"{'phase':16}{'units':>12} {'':10}{'rollouts':>12}{'prompt M':>12}{'written M':>12}{'GPU hours':>11}",
+        *rows,
+        f"One iteration: {hours:,.0f} GPU hours, {hours / plan.gpus:,.0f} hours on {plan.gpus} GPUs where all are "
+        f"busy; data construction {data:,.0f} of them.",
+        f"All {scale.iterations}: {hours * scale.iterations:,.0f} GPU hours, without evaluation.",
+        f"Correctness without pruning: {exhaustive.rollouts:,} rollouts, {exhaustive.generated_tokens / 1e6:,.0f} M "
+        f"tokens written, {exhaustive.gpu_hours:,.0f} GPU hours.",
+        "Assumptions (plan.*): " + ", ".join(f"{name}={value:g}" for name, value in asdict(plan).items()),
+    ]
+    return "\n".join(lines)
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:>12,.1f}"

@@ -1,0 +1,134 @@
+"""The work of a stage on Ray: actors hold the models, the driver feeds them and alone writes the journal.
+
+Plain actors, because a stage needs what `ray.data.map_batches` hides: every finished batch at the driver at once, in
+any order, to be journalled. Back-pressure is the number of batches under way. An actor whose process dies is started
+again with its batch (`max_restarts`); what it had finished before is in the journal and is not asked for again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow, only_ours
+from agentic_r_plugin.errors import BackendError, ConfigError
+
+
+class RayWorker:
+    """A worker in a process of its own."""
+
+    def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
+        self._worker = factory()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the worker's models."""
+        return self._worker.fingerprints()
+
+    def do(self, tasks: Sequence[Any]) -> Result:
+        """Work on one batch."""
+        return do_batch(self._worker, tasks)
+
+    def close(self) -> None:
+        """Free the models."""
+        self._worker.close()
+
+
+class RayExecutor:
+    """Workers as Ray actors.
+
+    Args:
+        factory: builds a worker; pickled, so it must be importable where the actors run.
+        spec: how many, on what, and where the cluster is.
+
+    Raises:
+        ConfigError: no cluster at the address, or one without the processors or accelerators asked for.
+    """
+
+    def __init__(self, factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> None:
+        import ray
+
+        self._ray, self._spec = ray, spec
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            try:
+                ray.init(
+                    address=spec.address or "local",
+                    log_to_driver=False,
+                    include_dashboard=False,
+                    configure_logging=False,
+                )
+            except (ConnectionError, ValueError) as error:
+                raise ConfigError(f"runner.address={spec.address!r}: no Ray cluster there: {error}") from error
+        self._require("CPU", spec.cpus_per_worker * spec.workers)
+        self._require("GPU", spec.gpus_per_worker * spec.workers)
+        actor = ray.remote(RayWorker).options(  # type: ignore[attr-defined]
+            num_cpus=spec.cpus_per_worker,
+            num_gpus=spec.gpus_per_worker,
+            max_restarts=spec.max_restarts,
+            max_task_retries=spec.max_restarts,
+        )
+        self._actors: list[Any] = [actor.remote(factory) for _ in range(spec.workers)]
+        self._load: Counter[int] = Counter(dict.fromkeys(range(spec.workers), 0))
+        self._actor_of: dict[Any, int] = {}
+
+    def _require(self, resource: str, wanted: float) -> None:
+        found = self._ray.cluster_resources().get(resource, 0.0)
+        if wanted > found:
+            self.close()
+            raise ConfigError(
+                f"runner: {self._spec.workers} workers want {wanted:g} {resource} in all, the Ray cluster has "
+                f"{found:g}; lower runner.workers or runner.{resource.lower()}s_per_worker"
+            )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the workers' models; they must be the same on every node.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        first, *others = (self._get(reference) for reference in [a.fingerprints.remote() for a in self._actors])
+        for other in others:
+            if other != first:
+                raise ConfigError(f"runner: the workers' models differ from node to node: {first} and {other}")
+        return dict(first)
+
+    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+        """See `Executor.run`."""
+        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._finished)
+
+    def close(self) -> None:
+        """Stop the actors, and the cluster where it was started here."""
+        for actor in getattr(self, "_actors", []):
+            self._ray.kill(actor)
+        if self._ours:
+            self._ray.shutdown()
+
+    def _submit(self, batch: Batch[Any]) -> Any:
+        least = min(self._load, key=self._load.__getitem__)
+        reference = self._actors[least].do.remote(batch.tasks)
+        self._actor_of[reference] = least
+        self._load[least] += 1
+        return reference
+
+    def _finished(self, running: Sequence[Any]) -> tuple[Any, Result]:
+        (reference, *_), _ = self._ray.wait(list(running), num_returns=1)
+        self._load[self._actor_of.pop(reference)] -= 1
+        return reference, self._get(reference)
+
+    def _get(self, reference: Any) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return self._ray.get(reference)
+        except RayActorError as error:
+            if (ours := only_ours(error)) is not None:
+                raise ours from None
+            raise BackendError(
+                f"a worker of the Ray cluster died more than runner.max_restarts={self._spec.max_restarts} times: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        except RayTaskError as error:
+            if (ours := only_ours(error)) is not None:
+                raise ours from None
+            raise

@@ -1,0 +1,245 @@
+"""What the constructed data look like and what they cost: one report of an iteration's relevance, correctness, groups.
+
+Files are read once, side by side; memory does not grow with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.data.groups import correctness_of, keyed_relevance, query_key, query_units
+from agentic_r_plugin.data.keyed import KeyedRecords
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import Correctness, Group
+from agentic_r_plugin.store import read_json, require_absent, write_json
+
+BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")
+STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
+_COUNTS = ("rollouts", "reused", "pruned", "judge_requests", "prompt_tokens", "generated_tokens", "usd", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReportConfig:
+    """Say what an iteration's data look like and what they cost."""
+
+    data: str = field(metadata={"help": "folder with candidates, relevance, correctness and groups (.jsonl)"})
+    out: str = field(default="", metadata={"help": "JSON file; empty: DATA/data_report.json; a .md is put beside it"})
+    suffix: str = field(default=".jsonl", metadata={"help": "how the files' names end"})
+    threshold: int = field(default=60, metadata={"help": "least relevance of a positive, for the agreement"})
+
+
+def band(score: int) -> str:
+    """The band of a relevance score.
+
+    >>> [band(score) for score in (0, 20, 21, 60, 61, 100)]
+    ['0-20', '0-20', '21-40', '41-60', '61-80', '81-100']
+    """
+    return BANDS[max(0, score - 1) // 20]
+
+
+@dataclass
+class Tally:
+    """Counts over queries and candidates."""
+
+    queries: int = 0
+    with_positive: int = 0
+    groups: int = 0
+    best_band: Counter[str] = field(default_factory=Counter)
+    """Band of each query's highest relevance."""
+    candidates_in: Counter[str] = field(default_factory=Counter)
+    rolled_out_in: Counter[str] = field(default_factory=Counter)
+    correct_in: Counter[str] = field(default_factory=Counter)
+    table: Counter[tuple[bool, bool]] = field(default_factory=Counter)
+    """(relevance at least the threshold, correct) of the candidates rolled out."""
+    turns: Counter[int] = field(default_factory=Counter)
+    turns_with_positive: Counter[int] = field(default_factory=Counter)
+    first_level: Counter[bool] = field(default_factory=Counter)
+    """Whether a query's most relevant candidates hold a correct one, where they were all rolled out."""
+
+    def add(
+        self, turn: int, scores: Mapping[str, int] | None, correct: Mapping[str, int] | None, groups: int, least: int
+    ) -> None:
+        """Count one query."""
+        self.queries += 1
+        self.turns[turn] += 1
+        self.groups += groups
+        self.with_positive += bool(groups)
+        self.turns_with_positive[turn] += bool(groups)
+        if not scores:
+            return
+        best = max(scores.values())
+        self.best_band[band(best)] += 1
+        self.candidates_in.update(map(band, scores.values()))
+        for passage, em in (correct or {}).items():
+            score = scores.get(passage)
+            if score is not None:
+                self.rolled_out_in[band(score)] += 1
+                self.correct_in[band(score)] += em
+                self.table[score >= least, bool(em)] += 1
+        level = [passage for passage, score in scores.items() if score == best]
+        if correct and all(passage in correct for passage in level):
+            self.first_level[any(correct[passage] for passage in level)] += 1
+
+    def result(self) -> dict[str, Any]:
+        """The shares and distributions."""
+        judged, right = sum(self.first_level.values()), self.first_level[True]
+        rolled_out = sum(self.rolled_out_in.values())
+        return {
+            "queries": self.queries,
+            "groups": self.groups,
+            "share_with_positive": _share(self.with_positive, self.queries),
+            "share_with_positive_by_turn": {
+                str(turn): _share(self.turns_with_positive[turn], count) for turn, count in sorted(self.turns.items())
+            },
+            "best_relevance": {name: self.best_band[name] for name in BANDS},
+            "candidates": {
+                name: {
+                    "candidates": self.candidates_in[name],
+                    "rolled_out": self.rolled_out_in[name],
+                    "correct": self.correct_in[name],
+                    "share_correct": _share(self.correct_in[name], self.rolled_out_in[name]),
+                }
+                for name in BANDS
+            },
+            "rolled_out": rolled_out,
+            "share_correct": _share(sum(self.correct_in.values()), rolled_out),
+            "agreement": {
+                "most_relevant_is_correct": _share(right, judged),
+                "of_queries": judged,
+                "phi": phi(self.table),
+                "every_candidate_rolled_out": rolled_out == sum(self.candidates_in.values()),
+            },
+        }
+
+
+def phi(table: Mapping[tuple[bool, bool], int]) -> float | None:
+    """Correlation of two yes-or-no properties; None where one of them does not vary.
+
+    >>> phi({(True, True): 5, (False, False): 5})
+    1.0
+    """
+    both, one, other, neither = (
+        table.get(key, 0) for key in ((True, True), (True, False), (False, True), (False, False))
+    )
+    scale = math.sqrt((both + one) * (other + neither) * (both + other) * (one + neither))
+    return round((both * neither - one * other) / scale, 4) if scale else None
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def run(config: DataReportConfig, *, resume: bool = False) -> None:
+    """The command `data-report`.
+
+    Raises:
+        ConfigError: no candidates there.
+        OutputExistsError: the report exists, without `resume`.
+        RecordError: a broken record.
+    """
+    out = Path(config.out or Path(config.data) / "data_report.json")
+    if not resume:
+        require_absent(out)
+    print(write_report(config, out))
+
+
+def write_report(config: DataReportConfig, out: Path) -> str:
+    """Write the report as JSON and as Markdown; returns the latter."""
+    report = make_report(Path(config.data), config.suffix, config.threshold)
+    write_json(out, report)
+    text = markdown(report)
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> dict[str, Any]:
+    """Read an iteration's data files; those that are missing are left out."""
+    files = {name: folder / f"{name}{suffix}" for name in STAGES}
+    if not files["candidates"].exists():
+        raise ConfigError(f"data-report: {files['candidates']} does not exist")
+    tally = Tally()
+    with ExitStack() as stack:
+
+        def opened(records: KeyedRecords[Any]) -> KeyedRecords[Any]:
+            stack.callback(records.close)
+            return records
+
+        relevance = opened(keyed_relevance(files["relevance"], folder)) if files["relevance"].exists() else None
+        correct = groups = None
+        if files["correctness"].exists():
+            correct = opened(KeyedRecords(files["correctness"], Correctness, query_key, many=True, folder=folder))
+        if files["groups"].exists():
+            key = lambda group: f"{group.id}/{group.turn}"  # noqa: E731
+            groups = opened(KeyedRecords(files["groups"], Group, key, many=True, folder=folder))
+        for name, query in query_units(files["candidates"]):
+            scored = relevance.get(name) if relevance is not None else None
+            tally.add(
+                query.turn,
+                scored.scores if scored is not None else None,
+                correctness_of(query, correct) if correct is not None else None,
+                len(groups.find(name)) if groups is not None else 0,
+                threshold,
+            )
+    stages = {
+        name: read_json(report)
+        for name, file in files.items()
+        if (report := file.with_name(file.name + ".report.json")).exists()
+    }
+    dropped = {name: made["dropped"] for name, made in stages.items() if made["dropped"]}
+    return tally.result() | {"dropped": dropped, "stages": stages, "cost": _total(stages, tally.queries)}
+
+
+def _total(stages: Mapping[str, Mapping[str, Any]], queries: int) -> dict[str, Any]:
+    total = {name: round(sum(made.get(name, 0) for made in stages.values()), 3) for name in _COUNTS}
+    return total | {"per_query": {name: round(value / queries, 4) for name, value in total.items()} if queries else {}}
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    agreement = report["agreement"]
+    lines = [
+        "# Constructed data",
+        "",
+        f"{report['queries']:,} queries, {report['groups']:,} groups; {_percent(report['share_with_positive'])} of the "
+        "queries have a positive.",
+        "",
+        "| relevance | queries with their best here | candidates | rolled out | correct |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {name} | {report['best_relevance'][name]:,} | {row['candidates']:,} | {row['rolled_out']:,} | "
+            f"{row['correct']:,} ({_percent(row['share_correct'])}) |"
+            for name, row in report["candidates"].items()
+        ),
+        "",
+        "Agreement: the most relevant candidates hold a correct one for "
+        f"{_percent(agreement['most_relevant_is_correct'])} of {agreement['of_queries']:,} queries; "
+        f"phi of (relevant, correct) {agreement['phi']}"
+        + ("." if agreement["every_candidate_rolled_out"] else ", over the candidates that pruning left."),
+        "",
+        "| turn | share of queries with a positive |",
+        "|---|---|",
+        *(f"| {turn} | {_percent(share)} |" for turn, share in report["share_with_positive_by_turn"].items()),
+        "",
+        "| stage | dropped because | units |",
+        "|---|---|---|",
+        *(
+            f"| {stage} | {reason} | {count:,} |"
+            for stage, reasons in report["dropped"].items()
+            for reason, count in reasons.items()
+        ),
+        "",
+        "| cost | total | per query |",
+        "|---|---|---|",
+        *(f"| {name} | {report['cost'][name]:,} | {value:,} |" for name, value in report["cost"]["per_query"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,210 @@
+"""Who does a stage's work: this process, threads of it, or actors of a Ray cluster. Nobody but the caller writes files.
+
+A worker is built once per executor slot from a picklable factory (it loads the models); batches go out, outcomes come
+back as they are finished. Only `workers * in_flight` batches are under way at a time, so neither the input nor the
+results pile up.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
+from agentic_r_plugin.rollout import RolloutCost
+
+Task = TypeVar("Task")
+Given = TypeVar("Given", contravariant=True)
+
+KINDS = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerSpec:
+    """Where a stage runs and how its output is cut."""
+
+    kind: str = field(default="local", metadata={"help": "local: in this process; ray: actors of a Ray cluster"})
+    workers: int = field(default=1, metadata={"help": "each with models of its own; local ones are threads"})
+    in_flight: int = field(default=2, metadata={"help": "batches a worker of Ray has at a time, one of them waiting"})
+    cpus_per_worker: float = field(default=1.0, metadata={"help": "what Ray reserves for a worker"})
+    gpus_per_worker: float = field(default=0.0, metadata={"help": "what Ray reserves for a worker"})
+    address: str = field(default="", metadata={"help": "of a Ray cluster ('auto': this node's); empty: start one here"})
+    max_restarts: int = field(default=3, metadata={"help": "how often Ray starts a worker again whose process died"})
+    part_size: int = field(default=8192, metadata={"help": "units between two compactions of the journal"})
+    sharded: bool = field(default=False, metadata={"help": "leave the output as a folder of shards of part_size units"})
+    forecast: int = field(default=0, metadata={"help": "only work on so many units, write nothing, say what all cost"})
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"runner.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
+        for name in ("workers", "in_flight", "part_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"runner.{name}: expected at least 1, found {getattr(self, name)}")
+
+
+class Worker(Protocol[Given]):
+    """Does the work of a stage; holds the models."""
+
+    @property
+    def cost(self) -> RolloutCost:
+        """Added to by `work`."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the models used, by role."""
+
+    def work(self, batch: Sequence[Given]) -> Sequence[Outcome]:
+        """One outcome a task, in order."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Task]):
+    """Tasks with their positions in the input and their keys."""
+
+    positions: tuple[int, ...]
+    keys: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+
+Result = tuple[list[Outcome], dict[str, float]]
+"""Outcomes of a batch, and what they cost."""
+
+
+def do_batch(worker: Worker[Any], tasks: Sequence[Any]) -> Result:
+    """Work on one batch and measure it."""
+    before, start = to_dict(worker.cost), time.monotonic()
+    outcomes = list(worker.work(tasks))
+    if len(outcomes) != len(tasks):
+        raise BackendError(f"{type(worker).__name__}: {len(tasks)} units given, {len(outcomes)} outcomes returned")
+    spent = {key: value - before[key] for key, value in to_dict(worker.cost).items()}
+    return outcomes, spent | {"seconds": time.monotonic() - start}
+
+
+class Executor(Protocol):
+    """Carries batches to workers."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the workers' models, by role."""
+
+    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+        """Finished batches, in any order. A None among the batches means: finish one before asking for more."""
+
+    def close(self) -> None:
+        """Stop the workers."""
+
+
+def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Executor:
+    """The executor that `spec` asks for; `factory` is called once a worker, where that worker runs."""
+    if spec.kind == "ray":
+        from agentic_r_plugin.data.ray_runner import RayExecutor
+
+        return RayExecutor(factory, spec)
+    return ThreadExecutor(factory, spec.workers) if spec.workers > 1 else LocalExecutor(factory)
+
+
+class LocalExecutor:
+    """One worker, in this thread."""
+
+    def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
+        self._worker = factory()
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `Executor.fingerprints`."""
+        return self._worker.fingerprints()
+
+    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+        """See `Executor.run`."""
+        for batch in batches:
+            if batch is not None:
+                yield batch, do_batch(self._worker, batch.tasks)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._worker.close()
+
+
+class ThreadExecutor:
+    """Several workers, each used by one thread at a time: keeps a server busy while some batch ends."""
+
+    def __init__(self, factory: Callable[[], Worker[Any]], workers: int) -> None:
+        self._workers = [factory() for _ in range(workers)]
+        self._free: queue.SimpleQueue[Worker[Any]] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+        self._pool = ThreadPoolExecutor(workers)
+
+    def fingerprints(self) -> dict[str, str]:
+        """See `Executor.fingerprints`."""
+        return self._workers[0].fingerprints()
+
+    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+        """See `Executor.run`."""
+
+        def work(batch: Batch[Any]) -> Result:
+            worker = self._free.get()
+            try:
+                return do_batch(worker, batch.tasks)
+            finally:
+                self._free.put(worker)
+
+        def finished(running: Sequence[Future[Result]]) -> tuple[Future[Result], Result]:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            future = next(iter(done))
+            return future, future.result()
+
+        yield from flow(batches, len(self._workers), lambda batch: self._pool.submit(work, batch), finished)
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+
+def flow(
+    batches: Iterator[Batch[Any] | None],
+    capacity: int,
+    submit: Callable[[Batch[Any]], Any],
+    finished: Callable[[Sequence[Any]], tuple[Any, Result]],
+) -> Iterator[tuple[Batch[Any], Result]]:
+    """Keep up to `capacity` batches under way; take no batch from the iterator before there is room for it.
+
+    Args:
+        submit: starts a batch; returns its handle.
+        finished: waits for one of the handles given; returns it with its result.
+    """
+    running: dict[Any, Batch[Any]] = {}
+    more = True
+    while more or running:
+        while more and len(running) < capacity:
+            batch = next(batches, _END)
+            if batch is _END:
+                more = False
+            elif batch is None:
+                break
+            else:
+                running[submit(batch)] = batch  # type: ignore[arg-type]
+        if running:
+            handle, result = finished(list(running))
+            yield running.pop(handle), result
+
+
+_END: Any = object()
+
+
+def only_ours(error: BaseException) -> AgenticRError | None:
+    """The fault of this package that is behind an error from another process, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AgenticRError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None

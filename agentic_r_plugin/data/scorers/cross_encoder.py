@@ -1,0 +1,105 @@
+"""Relevance by a cross-encoder: no language model, a few milliseconds a passage on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options
+from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
+from agentic_r_plugin.store import file_fingerprint
+
+TEXTS = ("query", "question_query")
+
+
+class CrossEncoderScorer:
+    """A cross-encoder (sentence-transformers) scores each pair of query and passage; its sigmoid times 100.
+
+    The threshold of the selection then means a probability of 0.6 by that model; look at the distribution in the data
+    report before you trust it.
+
+    Args:
+        model: directory or hub name of a cross-encoder with one label.
+        text: what stands for the query: `query`, or `question_query` (the question, then the query).
+        batch_size: pairs at once.
+        max_length: tokens of a pair; 0: the model's own.
+        device: `auto` (cuda where there is one) or a torch device.
+
+    Raises:
+        ConfigError: no such model, or one with several labels.
+    """
+
+    needs_questions = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        text: str = "query",
+        batch_size: int = 64,
+        max_length: int = 0,
+        device: str = "auto",
+    ) -> None:
+        from sentence_transformers import CrossEncoder
+
+        if text not in TEXTS:
+            raise ConfigError(f"cross_encoder: text={text!r}: expected one of {', '.join(TEXTS)}")
+        if not model:
+            raise ConfigError("cross_encoder: give options.model, the directory or hub name of a cross-encoder")
+        self.model, self.text, self.batch_size, self.max_length = model, text, batch_size, max_length
+        try:
+            self._encoder: Any = CrossEncoder(
+                model, max_length=max_length or None, device=None if device == "auto" else device
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cross_encoder: {model!r} cannot be loaded: {error}") from error
+        labels = self._encoder.model.config.num_labels
+        if labels != 1:
+            raise ConfigError(f"cross_encoder: {model!r} has {labels} labels; expected one, a score of relevance")
+
+    @classmethod
+    def build(cls, options: Mapping[str, Any], resources: Resources) -> CrossEncoderScorer:
+        """From `model`, `text`, `batch_size`, `max_length` and `device`.
+
+        Raises:
+            ConfigError: another option, or no model.
+        """
+        check_options("cross_encoder", options, "model", "text", "batch_size", "max_length", "device")
+        return cls(**{"model": ""} | dict(options))
+
+    def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
+        """Scores of every task; never a JudgeError.
+
+        Raises:
+            BackendError: the model gave something that is no probability.
+        """
+        import torch
+
+        pairs = [
+            (self._text(task), f"{passage.title}\n{passage.text}" if passage.title else passage.text)
+            for task in tasks
+            for passage in task.passages
+        ]
+        if not pairs:
+            return [{} for _ in tasks]
+        found = self._encoder.predict(
+            pairs, batch_size=self.batch_size, activation_fn=torch.nn.Sigmoid(), show_progress_bar=False
+        )
+        values = [float(value) for value in found]
+        if not all(0 <= value <= 1 for value in values):
+            raise BackendError(
+                f"cross_encoder {self.model}: expected scores in 0..1, found {min(values)}..{max(values)}"
+            )
+        scores = iter(values)
+        return [{passage.id: round(100 * next(scores)) for passage in task.passages} for task in tasks]
+
+    def _text(self, task: ScoringTask) -> str:
+        return task.query.query if self.text == "query" else f"{task.query.question} {task.query.query}"
+
+    def fingerprint(self) -> str:
+        """Hash of the weights (or the hub name) and the options."""
+        files = sorted(Path(self.model).glob("*.safetensors")) if Path(self.model).is_dir() else []
+        weights = [file_fingerprint(path) for path in files] or self.model
+        return fingerprint("cross_encoder", weights, self.text, self.max_length)

@@ -1,0 +1,128 @@
+"""vLLM in this process, as a backend of the data stages: the engine sees whole batches, candidates of a query together.
+
+Written against vLLM's offline interface (`LLM.generate` on token ids, `SamplingParams`, `RequestOutput`); checked here
+against a stand-in of that interface only, not run on an accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
+from agentic_r_plugin.llm.codec import TokenizerCodec
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.backends import LLMSpec
+
+_OWN = {"model", "tokenizer", "dtype", "enable_prefix_caching"}
+"""Engine arguments that have a setting of their own."""
+
+
+class VLLMBackend:
+    """vLLM's offline engine in this process; needs the package `vllm` and an accelerator.
+
+    Args:
+        model: directory or hub name of a checkpoint.
+        tokenizer: where it is not the model's.
+        dtype: `auto`, `bfloat16`, `float16` or `float32`.
+        options: further engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`.
+
+    Raises:
+        ConfigError: vllm is not installed, or the engine refuses its arguments.
+    """
+
+    def __init__(self, model: str, *, tokenizer: str = "", dtype: str = "auto", **options: Any) -> None:
+        if not model:
+            raise ConfigError("llm.model: the vllm backend needs a checkpoint's directory or hub name")
+        if taken := sorted(_OWN & set(options)):
+            raise ConfigError(f"llm.options: {taken[0]!r} is not an option; set llm.{taken[0]}")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ConfigError(
+                f"llm.backend=vllm: the package vllm cannot be imported ({error}); install agentic-r-plugin[vllm], or "
+                "start `vllm serve` and use llm.backend=openai"
+            ) from error
+        self.model, self._tokenizer, self._vllm = model, tokenizer or model, vllm
+        try:
+            self._engine = vllm.LLM(
+                model=model, tokenizer=self._tokenizer, dtype=dtype, enable_prefix_caching=True, **options
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"vllm.LLM({model!r}): {error}") from error
+        self.codec = TokenizerCodec(self._engine.get_tokenizer())
+        self.usage = Usage()
+
+    @classmethod
+    def from_spec(cls, spec: LLMSpec) -> VLLMBackend:
+        """From the settings of a command; `options` go to the engine."""
+        return cls(spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, **spec.options)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """Continue every prompt.
+
+        Raises:
+            BackendError: the engine failed, or left a prompt without a continuation.
+        """
+        params = [self._params(request, sampling) for request in requests]
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        try:
+            outputs = self._engine.generate(prompts, params, use_tqdm=False)
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"vllm, {self.model}: {error}") from error
+        if len(outputs) != len(requests):
+            raise BackendError(f"vllm, {self.model}: {len(requests)} prompts, {len(outputs)} outputs")
+        completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+        count(self.usage, completions)
+        return completions
+
+    def chat(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> list[str]:
+        """The reply to each message, special tokens left out."""
+        requests = [
+            Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
+        ]
+        completions = self.generate(requests, Sampling(temperature=temperature, seed=seed))
+        tokenizer = self.codec.tokenizer
+        return [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
+
+    def fingerprint(self) -> str:
+        """Hash of the checkpoint's files, or of its hub name."""
+        from agentic_r_plugin.llm.hf import checkpoint_fingerprint
+
+        if Path(self.model).is_dir():
+            tokenizer = Path(self._tokenizer)
+            return checkpoint_fingerprint(Path(self.model), tokenizer if tokenizer.is_dir() else Path(self.model))
+        return fingerprint("vllm", self.model, self._tokenizer)
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine = None
+
+    def _params(self, request: Request, sampling: Sampling) -> Any:
+        drawn = sampling.seed is not None and sampling.temperature > 0
+        return self._vllm.SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            seed=row_seed(sampling.seed, request.prompt_ids) if drawn and sampling.seed is not None else None,
+            stop=list(sampling.stop) or None,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+        )
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        ids = list(output.outputs[0].token_ids) if output.outputs else []
+        if not ids:
+            raise BackendError(f"vllm, {self.model}: a prompt of {len(request.prompt_ids)} tokens got no continuation")
+        return Completion(
+            token_ids=tuple(ids[: request.max_tokens]),
+            prompt_tokens=len(request.prompt_ids),
+            cached_tokens=int(getattr(output, "num_cached_tokens", None) or 0),
+        )

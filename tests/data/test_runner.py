@@ -1,0 +1,258 @@
+"""Where a stage runs does not change what it writes: parts, shards, threads, Ray actors, rounds of judge errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.runner import Batch, RunnerSpec, flow
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
+from agentic_r_plugin.records import Question, SubAnswer
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.store import read_json, read_records, write_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoConfig:
+    in_: str = field(metadata=UNRECORDED)
+    out: str = field(metadata=UNRECORDED)
+
+
+class Echo:
+    """Says every question's id after a time of its own; fails as its behaviour file says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cost = folder, RolloutCost()
+
+    def fingerprints(self) -> dict[str, str]:
+        return {"echo": "1"}
+
+    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+        behaviour = json.loads((self.folder / "behaviour.json").read_text())
+        with (self.folder / "asked.txt").open("a") as stream:
+            stream.write("".join(f"{question.id}\n" for question in batch))
+        time.sleep(random.Random(batch[0].id).uniform(0, 0.01))
+        if {question.id for question in batch} & set(behaviour.get("die", [])):
+            os._exit(1)
+        if {question.id for question in batch} & set(behaviour.get("down", [])):
+            raise BackendError("the server is down")
+        self.cost.searches += len(batch)
+        return [
+            Outcome(error="no reply")
+            if question.id in behaviour.get("errors", [])
+            else Outcome(
+                records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer="é"),) * (len(question.id) % 3)
+            )
+            for question in batch
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+IDS = [f"q{10 ** (number % 3)}x{number}" for number in range(100)]
+
+
+def stage_of(folder: Path, name: str = "o.jsonl", *, share: float = 0.1, **runner: Any) -> Stage[Question]:
+    config = EchoConfig(in_=str(folder / "in.jsonl"), out=str(folder / name))
+    return Stage(
+        name="echo",
+        config=config,
+        out=Path(config.out),
+        inputs={"questions": Path(config.in_)},
+        record=SubAnswer,
+        units=lambda: ((question.id, question) for question in read_records(config.in_, Question)),
+        worker=partial(Echo, folder),
+        batch_size=7,
+        runner=RunnerSpec(**runner),
+        max_error_share=share,
+    )
+
+
+def behave(folder: Path, **behaviour: list[str]) -> None:
+    (folder / "behaviour.json").write_text(json.dumps(behaviour))
+
+
+def asked(folder: Path) -> list[str]:
+    """Ids asked since the last call."""
+    file = folder / "asked.txt"
+    found = file.read_text().split() if file.exists() else []
+    file.unlink(missing_ok=True)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    behave(tmp_path)
+    write_records(tmp_path / "in.jsonl", [Question(id=key, question="Q", golden_answers=("x",)) for key in IDS])
+    return tmp_path
+
+
+def lines(path: Path) -> bytes:
+    return (
+        b"".join(shard.read_bytes() for shard in sorted(path.glob("*.jsonl"))) if path.is_dir() else path.read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [{"part_size": 10}, {"part_size": 1}, {"workers": 4, "part_size": 16}, {"sharded": True, "part_size": 30}],
+    ids=str,
+)
+def test_parts_threads_and_shards_change_nothing(folder: Path, runner: dict):
+    whole = run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    report = run_stage(stage_of(folder, **runner), resume=False)
+    assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl") != b""
+    assert {key: report[key] for key in ("read", "kept", "records", "searches")} == {
+        key: whole[key] for key in ("read", "kept", "records", "searches")
+    }
+    assert list(read_records(folder / "o.jsonl", SubAnswer)) == list(read_records(folder / "whole.jsonl", SubAnswer))
+    assert not list(folder.glob("*.journal")) and not list(folder.glob("*.parts"))
+
+
+@pytest.mark.parametrize("name", ["o.parquet", "o.jsonl.gz"])
+def test_parts_become_any_format(folder: Path, name: str):
+    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    run_stage(stage_of(folder, name, part_size=30), resume=False)
+    assert list(read_records(folder / name, SubAnswer)) == list(read_records(folder / "whole.jsonl", SubAnswer))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_backend_that_fails_loses_only_what_was_under_way(folder: Path, workers: int):
+    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    asked(folder)
+    behave(folder, down=[IDS[60]])
+    with pytest.raises(BackendError, match="the server is down"):
+        run_stage(stage_of(folder, part_size=16, workers=workers), resume=False)
+    first = asked(folder)
+    behave(folder)
+    run_stage(stage_of(folder, part_size=999), resume=True)
+    again = set(asked(folder)) & set(first)
+    assert IDS[60] in again and len(again) <= 7 * workers
+    assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl")
+    assert read_json(folder / "o.jsonl.manifest.json")["part_size"] == 16, "work goes on in the parts it was begun with"
+
+
+def test_judge_errors_are_finished_work_unless_there_were_too_many(folder: Path):
+    behave(folder, errors=[IDS[3], IDS[50]], down=[IDS[60]])
+    with pytest.raises(BackendError):
+        run_stage(stage_of(folder, part_size=16), resume=False)
+    asked(folder)
+    behave(folder, errors=[IDS[3], IDS[50], IDS[90]])
+    report = run_stage(stage_of(folder, part_size=16), resume=True)
+    assert report["errors"] == 3 and not {IDS[3], IDS[50]} & set(asked(folder))
+    failed = [json.loads(line)["unit"] for line in (folder / "o.jsonl.errors.jsonl").read_text().splitlines()]
+    assert failed == [IDS[3], IDS[50], IDS[90]]
+
+
+def test_too_many_judge_errors_stop_the_stage_early_and_only_they_are_asked_again(folder: Path):
+    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    asked(folder)
+    bad = IDS[3:40:12]
+    behave(folder, errors=bad)
+    with pytest.raises(JudgeError, match=rf"failed on 3 of 100 units.*first, {IDS[3]}: no reply.*--resume"):
+        run_stage(stage_of(folder, part_size=10, share=0.02), resume=False)
+    first = asked(folder)
+    assert len(first) < 40, "it did not go on to the end"
+    behave(folder, errors=bad[:1])
+    report = run_stage(stage_of(folder, part_size=10, share=0.02), resume=True)
+    again = asked(folder)
+    assert set(again) & set(first) == set(bad) & set(first) and report["errors"] == 1
+    expected = [line for line in lines(folder / "whole.jsonl").splitlines() if f'"{IDS[3]}"'.encode() not in line]
+    assert lines(folder / "o.jsonl").splitlines() == expected
+
+
+def test_a_part_that_was_damaged_is_an_error_that_names_it(folder: Path):
+    behave(folder, down=[IDS[60]])
+    with pytest.raises(BackendError):
+        run_stage(stage_of(folder, part_size=10), resume=False)
+    behave(folder)
+    part = folder / "o.jsonl.parts" / "00002.jsonl"
+    part.write_bytes(part.read_bytes().replace("é".encode(), b"ee", 1))
+    with pytest.raises(RecordError, match=r"00002\.jsonl: damaged: its checksum"):
+        run_stage(stage_of(folder, part_size=10), resume=True)
+
+
+def test_a_forecast_works_on_a_sample_and_writes_no_output(folder: Path, capsys: pytest.CaptureFixture):
+    forecast = run_stage(stage_of(folder, forecast=20), resume=False)
+    assert forecast["sample"] == 20 and forecast["expected"]["searches"] == 100
+    assert len(asked(folder)) == 20 and not (folder / "o.jsonl").exists()
+    assert read_json(folder / "o.jsonl.forecast.json") == forecast
+    assert "echo: forecast for 100 units from 20 of them" in capsys.readouterr().out
+    run_stage(stage_of(folder), resume=False)
+
+
+def test_no_more_batches_are_taken_than_may_be_under_way():
+    taken: list[int] = []
+    running: list[int] = []
+
+    def batches() -> Iterator[Batch[int]]:
+        for number in range(20):
+            taken.append(number)
+            yield Batch((number,), (str(number),), (number,))
+
+    def submit(batch: Batch[int]) -> int:
+        running.append(batch.tasks[0])
+        return batch.tasks[0]
+
+    def finished(handles: Sequence[int]) -> tuple[int, Any]:
+        assert len(handles) <= 3 and len(taken) - len(done) <= 3
+        return max(handles), ([], {})
+
+    done: list[int] = []
+    for batch, _ in flow(batches(), 3, submit, finished):
+        done.append(batch.tasks[0])
+    assert sorted(done) == list(range(20)) and done[0] == 2
+
+
+@pytest.mark.parametrize(("runner", "message"), [({"kind": "spark"}, "local, ray"), ({"workers": 0}, "at least 1")])
+def test_impossible_runners_are_refused(runner: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        RunnerSpec(**runner)
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_actors_write_the_same_and_go_on_after_a_failure(folder: Path):
+    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    asked(folder)
+    behave(folder, down=[IDS[60]])
+    ray_runner = {"kind": "ray", "workers": 2, "cpus_per_worker": 0.5, "part_size": 16}
+    with pytest.raises(BackendError, match="the server is down"):
+        run_stage(stage_of(folder, **ray_runner), resume=False)
+    first = asked(folder)
+    behave(folder)
+    report = run_stage(stage_of(folder, **ray_runner), resume=True)
+    assert len(set(asked(folder)) & set(first)) <= 7 * 4
+    assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl") and report["searches"] == 100
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_ray_worker_that_keeps_dying_is_an_error_and_a_cluster_too_small_too(folder: Path):
+    behave(folder, die=[IDS[20]])
+    with pytest.raises(BackendError, match=r"died more than runner\.max_restarts=1 times"):
+        run_stage(stage_of(folder, kind="ray", cpus_per_worker=0.5, max_restarts=1), resume=False)
+    with pytest.raises(ConfigError, match=r"1 workers want 64 CPU in all, the Ray cluster has 2; lower"):
+        run_stage(stage_of(folder, "p.jsonl", kind="ray", cpus_per_worker=64), resume=False)

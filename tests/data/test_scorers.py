@@ -1,0 +1,147 @@
+"""The other relevance scorers, and prompts that users bring."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agentic_r_plugin.components import load
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.data.judge import load_prompt, parse_score
+from agentic_r_plugin.data.relevance import score_candidates, task_of
+from agentic_r_plugin.data.scorers.base import Resources
+from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
+from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
+from agentic_r_plugin.data.scorers.pointwise_judge import PointwiseJudge
+from agentic_r_plugin.errors import ConfigError, JudgeError
+from agentic_r_plugin.llm.openai import OpenAIBackend
+from agentic_r_plugin.records import Candidates, Relevance, ScoredPassage
+from agentic_r_plugin.rollout import RolloutCost
+from tests.data.scripted import Passages, passage
+from tests.llm.loopback import chat, serve
+
+STORE = Passages({key: passage(key) for key in "abc"})
+QUERY = Candidates(
+    id="q", turn=1, question="Who?", golden_answers=("x",), query="find it", history=(), prefix="",
+    passages=tuple(ScoredPassage(id=key, score=1.0) for key in STORE),
+)  # fmt: skip
+
+
+def resources(url: str = "http://127.0.0.1:1/v1", cost: RolloutCost | None = None) -> Resources:
+    return Resources(open_judge=lambda: OpenAIBackend(url, "judge"), cost=cost or RolloutCost())
+
+
+def reply_with(score_of: dict[str, str]):
+    def answer(path: str, body: dict):
+        shown = re.search(r"text of (\w)", body["messages"][0]["content"]).group(1)
+        status, content = chat(score_of[shown])
+        return status, content | {"usage": {"prompt_tokens": 100, "completion_tokens": 2}}
+
+    return answer
+
+
+def test_the_pointwise_judge_asks_once_a_passage_and_counts_its_tokens():
+    cost = RolloutCost()
+    with serve(reply_with({"a": "85", "b": " [7].", "c": "0"})) as server:
+        scorer = PointwiseJudge.build({}, resources(server.url, cost))
+        (scored,) = score_candidates([task_of(QUERY, STORE, sub_answer="Oslo")], scorer)
+    assert isinstance(scored, Relevance) and scored.scores == {"a": 85, "b": 7, "c": 0}
+    assert (cost.judge_requests, cost.judge_prompt_tokens, cost.judge_generated_tokens) == (3, 300, 6)
+    prompt = server.requests[0][1]["messages"][0]["content"]
+    assert "Query: find it\nReference answer to the query: Oslo\n" in prompt and "{" not in prompt
+
+
+def test_one_passage_without_a_score_keeps_the_query_apart():
+    with serve(reply_with({"a": "85", "b": "about 7", "c": "0"})) as server:
+        scorer = PointwiseJudge.build({"max_retries": 1}, resources(server.url))
+        (scored,) = score_candidates([task_of(QUERY, STORE)], scorer)
+    assert isinstance(scored, JudgeError) and "found 'about 7'" in str(scored) and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("reply", ["101", "-1", "8.5", "85 or 90", "", "[1, 2]", "٣", "85/100", "1000"])
+def test_a_reply_that_is_not_one_score_is_refused(reply: str):
+    with pytest.raises(JudgeError, match="expected one whole number"):
+        parse_score(reply)
+
+
+def test_the_judges_windows_are_presets():
+    assert ListwiseJudge.build({}, resources()).window == 20
+    assert ListwiseJudge.build({"preset": "released_code"}, resources()).window == 10
+    assert ListwiseJudge.build({"preset": "released_code", "window": 5}, resources()).window == 5
+    with pytest.raises(ConfigError, match=r"preset='papre': expected one of paper, released_code"):
+        ListwiseJudge.build({"preset": "papre"}, resources())
+
+
+def test_a_user_may_bring_a_prompt_which_must_hold_the_placeholders_and_changes_the_fingerprint(tmp_path: Path):
+    own = tmp_path / "mine.txt"
+    own.write_text("{question} / {query} / {passages} / exactly {num_passages}")
+    mine, ours = ListwiseJudge.build({"prompt": str(own)}, resources()), ListwiseJudge.build({}, resources())
+    assert mine.render(task_of(QUERY, STORE), [STORE["a"]]) == "Who? / find it / [1] T a: text of a / exactly 1"
+    assert mine.fingerprint() != ours.fingerprint()
+    own.write_text("{question} {query}")
+    with pytest.raises(ConfigError, match=r"mine\.txt: it lacks \{num_passages\}, \{passages\}"):
+        load_prompt("listwise_relevance", str(own))
+    with pytest.raises(ConfigError, match="no such file"):
+        load_prompt("sub_answers", str(tmp_path / "none.txt"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A tiny cross-encoder with random weights and a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "text", "of", "T", "a", "b", "c", "find", "it", "Who", "?", ":"]
+    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=1, initializer_range=0.6,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_cross_encoder_scores_every_pair_by_its_own_probability(encoder: Path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    scorer = load("relevance_scorer", "cross_encoder").build({"model": str(encoder), "device": "cpu"}, resources())
+    empty = Candidates(**{**vars(QUERY), "id": "none", "passages": ()})
+    scored, nothing = score_candidates([task_of(QUERY, STORE), task_of(empty, STORE)], scorer)
+    assert isinstance(scored, Relevance) and isinstance(nothing, Relevance) and nothing.scores == {}
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder).eval()
+    for key, score in scored.scores.items():
+        with torch.no_grad():
+            logit = model(**tokenizer("find it", f"T {key}\ntext of {key}", return_tensors="pt")).logits
+        assert score == round(100 * float(torch.sigmoid(logit)))
+    assert len(set(scored.scores.values())) > 1
+
+
+def test_a_cross_encoder_of_another_kind_or_with_other_options_is_refused(encoder: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"give options\.model"):
+        CrossEncoderScorer.build({}, resources())
+    with pytest.raises(ConfigError, match="no option 'modle'"):
+        CrossEncoderScorer.build({"modle": "x"}, resources())
+    with pytest.raises(ConfigError, match="text='passage'"):
+        CrossEncoderScorer(str(encoder), text="passage")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        CrossEncoderScorer(str(tmp_path))
+
+
+def test_the_text_that_stands_for_the_query_is_part_of_the_fingerprint(encoder: Path):
+    one, other = (CrossEncoderScorer(str(encoder), text=text, device="cpu") for text in ("query", "question_query"))
+    assert one.fingerprint() != other.fingerprint() != fingerprint("cross_encoder")
+    assert other._text(task_of(QUERY, STORE)) == "Who? find it"

@@ -1,0 +1,123 @@
+"""What is asked of vLLM's offline interface, against a stand-in of it: vllm needs an accelerator and is not installed.
+
+The stand-in has the documented signatures (`LLM`, `LLM.generate`, `SamplingParams`, `RequestOutput`) and no others, so
+an argument they do not know fails here. That an engine behaves so has to be seen on an accelerator.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agentic_r_plugin.backends import LLMSpec, open_llm
+from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.llm.base import Request, Sampling, row_seed
+from agentic_r_plugin.llm.vllm import VLLMBackend
+
+
+@dataclass(kw_only=True)
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: list[str] | None = None
+    max_tokens: int | None = 16
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+
+class Characters:
+    """A tokenizer of one id a character, without a chat template."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool, **_: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+@dataclass
+class LLM:
+    model: str
+    tokenizer: str
+    dtype: str
+    enable_prefix_caching: bool
+    tensor_parallel_size: int = 1
+    said: str = "<search> q </search>"
+    calls: list[tuple[list, list, bool]] = field(default_factory=list)
+
+    def get_tokenizer(self) -> Characters:
+        return Characters()
+
+    def generate(self, prompts: list[dict], sampling_params: list[SamplingParams], *, use_tqdm: bool) -> list:
+        self.calls.append((prompts, sampling_params, use_tqdm))
+        return [
+            SimpleNamespace(
+                outputs=[SimpleNamespace(token_ids=tuple(map(ord, self.said))[: params.max_tokens])],
+                num_cached_tokens=1,
+            )
+            for params in sampling_params
+        ]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_batch_goes_to_the_engine_at_once_with_prefix_caching_and_stop_strings_kept():
+    spec = LLMSpec(backend="vllm", model="m", dtype="bfloat16", options={"tensor_parallel_size": 8})
+    with open_llm(spec) as backend:
+        assert isinstance(backend, VLLMBackend)
+        engine = backend._engine
+        assert (engine.enable_prefix_caching, engine.dtype, engine.tensor_parallel_size) == (True, "bfloat16", 8)
+        requests = [Request(prompt_ids=(1, 2), max_tokens=50), Request(prompt_ids=(3,), max_tokens=4)]
+        done = backend.generate(requests, Sampling(stop=("</search>",)))
+        assert [backend.codec.decode(one.token_ids) for one in done] == ["<search> q </search>", "<sea"]
+        assert [(one.prompt_tokens, one.cached_tokens) for one in done] == [(2, 1), (1, 1)]
+        ((prompts, params, bar),) = engine.calls
+        assert prompts == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}] and bar is False
+        assert params[1] == SamplingParams(
+            temperature=0.0, top_k=-1, stop=["</search>"], max_tokens=4, include_stop_str_in_output=True,
+            skip_special_tokens=False,
+        )  # fmt: skip
+        assert (backend.usage.requests, backend.usage.prompt_tokens, backend.usage.cached_tokens) == (2, 3, 2)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_drawn_sample_has_a_seed_of_its_own_prompt_and_chat_is_a_prompt():
+    backend = VLLMBackend("m")
+    assert backend.chat(["hi"], max_tokens=8, temperature=0.7, seed=3) == ["<search>"]
+    ((prompts, (params,), _),) = backend._engine.calls
+    assert prompts == [{"prompt_token_ids": [104, 105]}]
+    assert (params.temperature, params.seed) == (0.7, row_seed(3, (104, 105)))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_what_goes_wrong_is_named():
+    backend = VLLMBackend("m", said="")
+    with pytest.raises(BackendError, match="a prompt of 1 tokens got no continuation"):
+        backend.generate([Request(prompt_ids=(1,), max_tokens=5)], Sampling())
+    with pytest.raises(ConfigError, match=r"'enable_prefix_caching' is not an option; set llm\."):
+        VLLMBackend("m", enable_prefix_caching=False)
+    with pytest.raises(ConfigError, match=r"vllm\.LLM\('m'\).*unexpected keyword argument 'tensor_parallel'"):
+        VLLMBackend("m", tensor_parallel=2)
+    with pytest.raises(ConfigError, match=r"llm\.model"):
+        VLLMBackend("")
+
+
+def test_without_vllm_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"agentic-r-plugin\[vllm\].*llm\.backend=openai"):
+        VLLMBackend("m")
