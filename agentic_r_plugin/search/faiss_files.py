@@ -186,7 +186,7 @@ def _place(
 ) -> None:
     """Write one shard's codes and row numbers, and move the lists' ends on."""
     codes = np.zeros((len(vectors), index.code_size), np.uint8)
-    index.encode_vectors(len(vectors), *map(faiss.swig_ptr, (vectors, lists, codes)))
+    index.encode_vectors(len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(lists), faiss.swig_ptr(codes))
     order = np.argsort(lists, kind="stable")
     found, begins, counts = np.unique(lists[order], return_index=True, return_counts=True)
     numbers = (order + start).astype(np.int64)

@@ -26,7 +26,8 @@ def changed_spec(spec: SearchSpec, changes: Mapping[str, str]) -> SearchSpec:
     """The settings with another index; retriever and corpus are then the ones that this index names, unless given."""
     if not changes:
         return spec
-    return replace(spec, **({"retriever": "", "corpus": ""} | dict(changes)))
+    fields: dict[str, Any] = {"retriever": "", "corpus": ""} | dict(changes)
+    return replace(spec, **fields)
 
 
 class LocalReloader:

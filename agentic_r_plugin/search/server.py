@@ -1,7 +1,7 @@
 """`agentic-r serve`: the retrieval service, and how a parent starts it as a process of its own.
 
-SIGTERM and SIGINT end it once the requests in hand are answered; SIGHUP opens its index anew (another one may have taken
-its place, or its link may point elsewhere) and goes over to it without dropping a request.
+SIGTERM and SIGINT end it once the requests in hand are answered; SIGHUP opens its index anew (another one may have
+taken its place, or its link may point elsewhere) and goes over to it without dropping a request.
 """
 
 from __future__ import annotations
