@@ -29,13 +29,17 @@ from agentic_r_plugin.store import atomic_path, dump_line, parse_line, read_json
 TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
 """Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
 
+_BLOCK = 3 * 65_536
+"""Numbers that are written at once while a corpus is read."""
+
 _STARTS, _LINES, _HASHES, _ORDER = range(4)
 
 
 class Corpus:
     """Passages by row and by id; row order is index order. Use from any number of threads and processes.
 
-    Holds 32 bytes a passage in memory, or none with a saved table. Fields other than `id` and `contents` are left out.
+    Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table. Fields other
+    than `id` and `contents` are left out.
 
     Args:
         path: `.jsonl`, `.jsonl.gz` or `.parquet` with the fields `id` and `contents`.
@@ -69,8 +73,9 @@ class Corpus:
 
     def _scan(self, stream: IO[bytes]) -> tuple[NDArray[np.int64], str]:
         """The table and the digest of all ids and contents."""
-        starts, lines, hashes = array("q"), array("q"), array("Q")
-        digest, position, number = hashlib.sha256(), 0, 0
+        digest, position, number, count = hashlib.sha256(), 0, 0, 0
+        block = array("q")
+        found = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what is mapped from it)
         stream.seek(0)
         for line in stream:
             number += 1
@@ -78,19 +83,25 @@ class Corpus:
             if not line.strip():
                 continue
             identifier, contents = _fields(parse_line(line, self.path, number), self.path, number)
-            starts.append(start)
-            lines.append(number)
-            hashes.append(_hash(identifier))
+            block.extend((start, number, _hash(identifier)))
+            count += 1
+            if len(block) >= _BLOCK:
+                block.tofile(found)
+                del block[:]
             for part in (identifier, contents):
                 encoded = part.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        if not starts:
+        if not count:
             raise RecordError("the corpus is empty; expected one passage a line", path=self.path)
-        table = np.empty((4, len(starts)), np.int64)
-        table[_STARTS], table[_LINES] = starts, lines
-        found = np.frombuffer(hashes, np.uint64)
-        table[_ORDER] = np.argsort(found, kind="stable")
-        table[_HASHES] = found[table[_ORDER]].view(np.int64)
+        block.tofile(found)
+        found.flush()
+        rows = np.memmap(found, np.int64, "r", shape=(count, 3))
+        kept = tempfile.TemporaryFile()  # noqa: SIM115
+        table = np.memmap(kept, np.int64, "w+", shape=(4, count))
+        table[_STARTS], table[_LINES] = rows[:, 0], rows[:, 1]
+        hashes = np.array(rows[:, 2])
+        table[_ORDER] = np.argsort(hashes.view(np.uint64), kind="stable")
+        table[_HASHES] = hashes[table[_ORDER]]
         return table, digest.hexdigest()[:16]
 
     @property
@@ -149,7 +160,7 @@ class Corpus:
 
     def row_of(self, identifier: str) -> int | None:
         """Row of a passage id, or None when the corpus does not hold it."""
-        wanted, hashes = np.uint64(_hash(identifier)), self._hashes
+        wanted, hashes = np.uint64(_hash(identifier) % 2**64), self._hashes
         place = int(np.searchsorted(hashes, wanted))
         while place < len(self) and hashes[place] == wanted:
             row = int(self._table[_ORDER, place])
@@ -256,4 +267,4 @@ def _fields(data: Any, path: Path, line: int) -> tuple[str, str]:
 
 def _hash(identifier: str) -> int:
     digest = hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return int.from_bytes(digest, "little", signed=True)

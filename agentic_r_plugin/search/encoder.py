@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError, RecordError
@@ -94,7 +94,8 @@ class Retriever:
             "document": record.passage_prompt,
             "passage": record.passage_prompt,
         }
-        model.max_seq_length = max(record.query_max_length, record.passage_max_length)
+        if not isinstance(model[0], StaticEmbedding):
+            model.max_seq_length = max(record.query_max_length, record.passage_max_length)
         self.model, self.record, self.precision, self.source = model, record, precision, source
 
     @classmethod
@@ -166,6 +167,8 @@ class Retriever:
     ) -> NDArray[np.float32]:
         """Texts sorted by their tokens, in batches under a token budget: little of what is computed is padding."""
         device = self.model.device
+        if isinstance(self.model[0], StaticEmbedding):
+            return self._encode_static(texts, prompt)
         budget = max_batch_tokens or _DEFAULT_BATCH_TOKENS[device.type == "cpu"]
         self.model.eval()
         vectors = torch.empty((len(texts), self.dim), dtype=torch.float32, device=device)
@@ -188,6 +191,13 @@ class Retriever:
                     found = self.model(batch)["sentence_embedding"]
                     vectors[torch.as_tensor(rows, device=device) + start] = found.float()
         return np.ascontiguousarray(vectors.cpu().numpy())
+
+    def _encode_static(self, texts: list[str], prompt: str) -> NDArray[np.float32]:
+        """Mean word vectors: nothing is padded, nothing is cut."""
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        vectors = self.model.encode(texts, prompt=prompt, batch_size=1024, show_progress_bar=False)
+        return np.ascontiguousarray(vectors, np.float32)
 
     def save(self, folder: str | Path) -> None:
         """Write the sentence-transformers folder, with prompts, and our record beside it."""
