@@ -28,6 +28,15 @@ def _as_list(golden_answers: str | Iterable[str]) -> list[str]:
     return [golden_answers] if isinstance(golden_answers, str) else list(golden_answers)
 
 
+def is_closed(golden_answers: str | Iterable[str]) -> bool:
+    """Whether every gold answer is yes or no: such words stand in most passages, so finding them says nothing.
+
+    >>> is_closed(["Yes."]), is_closed(["no", "Norway"])
+    (True, False)
+    """
+    return all(normalize(gold) in {"yes", "no"} for gold in _as_list(golden_answers))
+
+
 def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
     """Whether the prediction equals any gold answer after normalisation; no prediction never matches.
 

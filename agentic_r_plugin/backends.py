@@ -76,11 +76,17 @@ def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
         ConfigError: the backend cannot be built from these settings.
         IndexMismatchError: the index does not belong to its corpus or retriever.
     """
-    backend: SearchBackend = _build("search_backend", spec.backend, spec)
+    backend = build_search(spec)
     try:
         yield backend
     finally:
         backend.close()
+
+
+def build_search(spec: SearchSpec) -> SearchBackend:
+    """As `open_search`, for a caller that closes it itself."""
+    backend: SearchBackend = _build("search_backend", spec.backend, spec)
+    return backend
 
 
 def _build(kind: str, name: str, spec: LLMSpec | SearchSpec) -> Any:

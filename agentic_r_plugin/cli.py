@@ -43,6 +43,7 @@ COMMANDS = {
         "teach a Hugging Face model the protocol on scripted trajectories", "agent.warm_start_sft:WarmStartSFTConfig"
     ),
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
+    "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
     "show-rollouts": Command("a training's sampled trajectories as a page", "agent.rollout_page:ShowRolloutsConfig"),

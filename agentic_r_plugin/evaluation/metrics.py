@@ -12,7 +12,7 @@ from typing import Any
 
 from flashrag.evaluator.metrics import BaseMetric
 
-from agentic_r_plugin.answers import contains_answer, exact_match, f1, normalize
+from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import StopReason
 
@@ -88,10 +88,6 @@ class SearchTurns(QuestionMetric):
         return float(len(trajectory(item)["turns"]))
 
 
-def _is_closed(golden_answers: Sequence[str]) -> bool:
-    return all(normalize(gold) in {"yes", "no"} for gold in golden_answers)
-
-
 class AnswerRecall(QuestionMetric):
     """Share of questions with a gold answer in any passage that the agent was shown; also per search.
 
@@ -108,7 +104,7 @@ class AnswerRecall(QuestionMetric):
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
         trajectory(item)
-        if _is_closed(golden_answers):
+        if is_closed(golden_answers):
             return None
         return float(any(rank is not None for rank in self._ranks(item, golden_answers)))
 
@@ -117,7 +113,7 @@ class AnswerRecall(QuestionMetric):
         per_turn = [
             float(rank is not None)
             for item, gold in zip(data, self.get_dataset_answer(data), strict=True)
-            if not _is_closed(gold)
+            if not is_closed(gold)
             for rank in self._ranks(item, gold)
         ]
         return result | {f"{self.metric_name}_per_turn": mean(per_turn)}, scores

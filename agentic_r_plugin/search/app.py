@@ -1,4 +1,13 @@
-"""The HTTP face of the retrieval service: limits, checks of what strangers send, typed errors."""
+"""The HTTP face of the retrieval service: limits, checks of what strangers send, typed errors.
+
+| path | answers |
+|---|---|
+| `POST /retrieve` | the contract's wire format (`wire`) |
+| `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and goes over to it, where that is allowed |
+| `GET /health` | that the process lives, and what it serves |
+| `GET /ready` | 200 while it takes searches, 503 from the moment it is told to stop |
+| `GET /metrics` | Prometheus |
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +26,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.errors import SearchError
+from agentic_r_plugin.errors import AgenticRError, SearchError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.service import OverloadedError, SearchService
 from agentic_r_plugin.search.wire import encode_hits
 
 log = logging.getLogger(__name__)
+
+Reload = Callable[[dict[str, str]], Awaitable[str]]
+"""Opens and puts in place what the changed settings (`index`, `retriever`, `corpus`) name; returns its fingerprint."""
 
 _FIELDS = frozenset({"queries", "topk", "return_scores", "questions", "histories"})
 
@@ -54,8 +66,13 @@ class RefusedError(Exception):
         return JSONResponse({"error": {"type": self.type, "message": self.message}}, self.status, headers=headers)
 
 
-def build_app(service: SearchService, limits: Limits, *, token: str | None) -> FastAPI:
-    """The application: `/retrieve`, `/health`, `/ready`, `/metrics`."""
+def build_app(service: SearchService, limits: Limits, *, token: str | None, reload: Reload | None = None) -> FastAPI:
+    """The application.
+
+    Args:
+        token: that clients must send; None takes everyone.
+        reload: what `POST /reload` does; None refuses it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -70,7 +87,6 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None) -> F
         if token is not None and not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
             raise RefusedError(401, "unauthorized", "expected the header 'Authorization: Bearer TOKEN'")
 
-    @app.post("/retrieve")
     async def retrieve(request: Request) -> Response:
         started, response = time.perf_counter(), None
         try:
@@ -82,18 +98,34 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None) -> F
             service.metrics.answered(response.status_code if response else 500, time.perf_counter() - started)
         return response
 
+    app.router.add_route("/retrieve", retrieve, methods=["POST"])
+
+    @app.post("/reload")
+    async def reload_index(request: Request) -> dict[str, Any]:
+        authorize(request)
+        if reload is None:
+            raise RefusedError(403, "forbidden", "this service does not reload on request (allow_reload)")
+        changes = _changes(await _read_body(request, limits.max_body_bytes))
+        try:
+            return {"status": "reloaded", "fingerprint": await reload(changes)}
+        except AgenticRError as error:
+            raise RefusedError(400, "reload_failed", f"{error} (the index in use stays)") from error
+
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "version": __version__, "fingerprint": service.backend.fingerprint()}
+        return {"status": "ok", "version": __version__, "fingerprint": service.fingerprint}
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
+        if not service.accepting:
+            raise RefusedError(503, "stopping", "the service is shutting down")
         return {"status": "ready"}
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         authorize(request)
-        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4")
+        text = service.metrics.render(service.fingerprint)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
@@ -110,6 +142,16 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None) -> F
         return RefusedError(500, "internal", f"unexpected {type(error).__name__}").response()
 
     return app
+
+
+def _changes(body: bytes) -> dict[str, str]:
+    data = _object(body)
+    if not isinstance(data.get("index"), str) or not data["index"]:
+        raise _invalid("expected a string in 'index', an index folder as the service sees it")
+    for name, value in data.items():
+        if name not in ("index", "retriever", "corpus") or not isinstance(value, str):
+            raise _invalid(f"field {name!r}: expected strings in index, retriever and corpus")
+    return data
 
 
 async def _retrieve(request: Request, service: SearchService, limits: Limits) -> Response:
@@ -144,12 +186,7 @@ def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, b
     Raises:
         RefusedError: not JSON, a field that is unknown or of a wrong type, or more than the limits allow.
     """
-    try:
-        data = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(f"expected a JSON object in UTF-8: {error}") from error
-    if not isinstance(data, dict):
-        raise _invalid(f"expected a JSON object, found {type(data).__name__}")
+    data = _object(body)
     if unknown := sorted(set(data) - _FIELDS):
         raise _invalid(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}")
     queries = data.get("queries")
@@ -168,6 +205,16 @@ def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, b
         for i, (query, question, history) in enumerate(zip(queries, questions, histories, strict=True))
     ]
     return requests, _topk(data.get("topk"), limits), _flag(data.get("return_scores"))
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"expected a JSON object in UTF-8: {error}") from error
+    if not isinstance(data, dict):
+        raise _invalid(f"expected a JSON object, found {type(data).__name__}")
+    return data
 
 
 def _parallel(data: dict[str, Any], name: str, length: int, default: Any) -> list[Any]:

@@ -1,101 +1,30 @@
-"""The search backends that come with this package (component kind `search_backend`)."""
+"""The search backends that come with this package (component kind `search_backend`).
+
+| name | searches | vectors lie | approximate kinds |
+|---|---|---|---|
+| `faiss` | on the CPU | in memory, or mapped from disk | all |
+| `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, SQ, IVF |
+| `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
+| `bm25` | words, on the CPU | in memory | (exact) |
+| `service` | over HTTP | elsewhere | |
+
+The dense ones live in `dense`; this module imports neither faiss nor torch.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import ConfigError, SearchError
-from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, known_options
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import SearchSpec
-    from agentic_r_plugin.search.encoder import Retriever
-
-
-class FaissBackend:
-    """Dense retrieval in this process: an index of `agentic-r index` with its corpus and its retriever.
-
-    Args:
-        index: the index folder.
-        retriever: a loaded retriever or where it lies; None means the one the index names.
-        corpus: the corpus file; None means the one the index names.
-        device: for the retriever.
-        precision: for the retriever.
-        batch_size: queries encoded at once.
-        mapped: map the vectors from disk instead of reading them into memory.
-
-    Raises:
-        ConfigError: no finished index there.
-        IndexMismatchError: the index does not belong to the corpus or the retriever.
-    """
-
-    def __init__(
-        self,
-        index: str | Path,
-        retriever: Retriever | str | None = None,
-        corpus: str | Path | None = None,
-        *,
-        device: str = "auto",
-        precision: str = "auto",
-        batch_size: int = 64,
-        mapped: bool = False,
-    ) -> None:
-        from agentic_r_plugin.search import index as indexes
-
-        self.manifest = indexes.read_manifest(index)
-        self._faiss = indexes.open_flat_index(Path(index) / self.manifest.index_file, mapped=mapped)
-        self.corpus = Corpus(corpus or self.manifest.corpus)
-        indexes.check_corpus(self.manifest, self.corpus)
-        if retriever is None or isinstance(retriever, str):
-            retriever = indexes.index_retriever(self.manifest, retriever, device=device, precision=precision)
-        else:
-            indexes.check_retriever(self.manifest, retriever)
-        self.retriever, self.batch_size, self._lock = retriever, batch_size, threading.Lock()
-
-    @classmethod
-    def from_spec(cls, spec: SearchSpec) -> FaissBackend:
-        """From the settings shared by all commands; options: `precision`, `mapped`."""
-        if not spec.index:
-            raise ConfigError("search backend 'faiss' needs 'index', a folder built by agentic-r index")
-        return cls(
-            spec.index,
-            spec.retriever or None,
-            spec.corpus or None,
-            device=spec.device,
-            batch_size=spec.batch_size,
-            **_options(spec, "precision", "mapped"),
-        )
-
-    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """See `SearchBackend.search`; scores are inner products."""
-        topk = _bounded(topk, len(self.corpus))
-        if not requests:
-            return []
-        with self._lock:
-            vectors = self.retriever.encode_queries(requests, batch_size=self.batch_size)
-            scores, rows = self._faiss.search(vectors, topk)
-        return [
-            [
-                Hit(passage=self.corpus[int(row)], score=float(score))
-                for row, score in zip(*pair, strict=True)
-                if row >= 0
-            ]
-            for pair in zip(rows, scores, strict=True)
-        ]
-
-    def fingerprint(self) -> str:
-        """See `SearchBackend.fingerprint`."""
-        return self.manifest.fingerprint()
-
-    def close(self) -> None:
-        """Unmap the corpus."""
-        self.corpus.close()
 
 
 class BM25Backend:
@@ -122,19 +51,22 @@ class BM25Backend:
         """From the settings shared by all commands; options: `k1`, `b`."""
         if not spec.corpus:
             raise ConfigError("search backend 'bm25' needs 'corpus', a corpus file")
-        return cls(spec.corpus, **_options(spec, "k1", "b"))
+        return cls(spec.corpus, **known_options(spec, "k1", "b"))
 
     def _tokens(self, texts: list[str]) -> Any:
         return self._tokenize(texts, stopwords="en", stemmer=self._stem, return_ids=False, show_progress=False)
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`; passages that share no term with the query have score 0."""
-        topk = _bounded(topk, len(self.corpus))
+        topk = bounded_topk(topk, len(self.corpus))
         if not requests:
             return []
         tokens = [found or [""] for found in self._tokens([request.query for request in requests])]
         rows, scores = self._bm25.retrieve(tokens, k=topk, show_progress=False, n_threads=0)
-        return _hits(self.corpus, rows, scores)
+        return [
+            [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True)]
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`."""
@@ -160,7 +92,7 @@ class ServiceBackend:
         """From the settings shared by all commands; options: `token_env`, `max_connections`."""
         if not spec.url:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
-        options = _options(spec, "token_env", "max_connections")
+        options = known_options(spec, "token_env", "max_connections")
         token = token_from_env(str(options.pop("token_env", "")))
         return cls(
             RetrievalClient(spec.url, timeout_s=spec.timeout_s, retries=spec.max_retries, token=token, **options)
@@ -192,23 +124,3 @@ def token_from_env(name: str) -> str | None:
     if not (token := os.environ.get(name)):
         raise ConfigError(f"environment variable {name} is not set; it must hold the retrieval service's token")
     return token
-
-
-def _options(spec: SearchSpec, *known: str) -> dict[str, Any]:
-    if unknown := sorted(set(spec.options) - set(known)):
-        raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
-    return dict(spec.options)
-
-
-def _hits(corpus: Corpus, rows: Any, scores: Any) -> list[list[Hit]]:
-    """Of (N, topk) rows and scores; faiss fills with row -1 what it did not find."""
-    return [
-        [Hit(passage=corpus[row], score=score) for row, score in zip(*pair, strict=True) if row >= 0]
-        for pair in zip(rows.tolist(), scores.tolist(), strict=True)
-    ]
-
-
-def _bounded(topk: int, rows: int) -> int:
-    if topk < 1:
-        raise SearchError(f"expected topk of at least 1, found {topk}")
-    return min(topk, rows)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from agentic_r_plugin.errors import ConfigError, SearchError
 from agentic_r_plugin.records import Passage
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.backends import SearchSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +46,25 @@ class SearchBackend(Protocol):
 
     def close(self) -> None:
         """Free what it holds; safe to call twice."""
+
+
+def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:
+    """A backend's own options.
+
+    Raises:
+        ConfigError: one that it does not have.
+    """
+    if unknown := sorted(set(spec.options) - set(known)):
+        raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return dict(spec.options)
+
+
+def bounded_topk(topk: int, rows: int) -> int:
+    """`topk`, or all rows where there are fewer.
+
+    Raises:
+        SearchError: below 1.
+    """
+    if topk < 1:
+        raise SearchError(f"expected topk of at least 1, found {topk}")
+    return min(topk, rows)

@@ -115,6 +115,29 @@ class RetrievalClient:
             raise SearchError(f"{self.url}/health: expected a JSON object, found {type(answer).__name__}")
         return answer
 
+    def reload(self, index: str, *, retriever: str = "", corpus: str = "", timeout_s: float = 600.0) -> str:
+        """Have the service go over to another index; returns the fingerprint of what it serves then.
+
+        Not retried: the service says what went wrong, and goes on with the index it has.
+
+        Args:
+            index: folder, as the service sees it; so too `retriever` and `corpus`, where they are not the index's own.
+
+        Raises:
+            SearchError: the service refused, could not open the index, or did not answer.
+        """
+        changes = {name: value for name, value in (("retriever", retriever), ("corpus", corpus)) if value}
+        try:
+            answer = self._sync_client().post(
+                f"{self.url}/reload", json={"index": index} | changes, timeout=httpx.Timeout(timeout_s)
+            )
+        except httpx.TransportError as error:
+            raise SearchError(f"{self.url}/reload: {_describe(error, timeout_s)}") from error
+        if answer.status_code != 200:
+            reason = f"HTTP {answer.status_code}: {_error_message(answer.content)}"
+            raise SearchError(f"{self.url}/reload: the service refused the request: {reason}")
+        return str(answer.json()["fingerprint"])
+
     def close(self) -> None:
         """Close the blocking connections; those of event loops end with `aclose` or with their loop."""
         if self._sync is not None and self._pid == os.getpid():

@@ -1,7 +1,8 @@
-"""A corpus in FlashRAG's format, read where it lies: an offset table in memory, the texts in a memory-mapped file.
+"""A corpus in FlashRAG's format, read where it lies: no text is held in memory, only where each passage starts.
 
-JSON Lines are mapped as they are; gzipped and Parquet corpora are unpacked once into an unnamed temporary file, which
-vanishes with the process.
+JSON Lines are read in place, one passage at a time; gzipped and Parquet corpora are unpacked once into an unnamed
+temporary file, which vanishes with the process. What reading a corpus from end to end finds out (where passages start,
+hashes of ids, the fingerprint) can be saved beside an index and is then mapped instead of found out again.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import mmap
+import os
 import shutil
 import tempfile
+import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,87 +24,146 @@ from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.store import dump_line, parse_line, read_lines
+from agentic_r_plugin.store import atomic_path, dump_line, parse_line, read_json, read_lines, write_json
+
+TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
+"""Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
+
+_BLOCK = 3 * 65_536
+"""Numbers that are written at once while a corpus is read."""
+
+_STARTS, _LINES, _HASHES, _ORDER = range(4)
 
 
 class Corpus:
-    """Passages by row and by id; row order is index order.
+    """Passages by row and by id; row order is index order. Use from any number of threads and processes.
 
-    Holds 32 bytes a passage in memory, whatever its length. Fields other than `id` and `contents` are left out.
+    Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table. Fields other
+    than `id` and `contents` are left out.
 
     Args:
         path: `.jsonl`, `.jsonl.gz` or `.parquet` with the fields `id` and `contents`.
+        table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored.
 
     Raises:
         RecordError: no such file, no passage, a broken line, a missing field, or an id that stands there twice; names
             file and line.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, table: str | Path | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise RecordError("no such corpus file", path=self.path)
-        with _plain_lines(self.path) as stream:
-            if stream.seek(0, 2) == 0:
-                raise RecordError("the corpus is empty; expected one passage a line", path=self.path)
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        self._spans, hashes, self._digest = self._scan()
-        self._order = np.argsort(hashes, kind="stable")
-        self._hashes = hashes[self._order]
-        self._check_duplicates()
+        identity = _identity(self.path)
+        saved = _read_table(Path(table), identity) if table is not None else None
+        if saved is not None and (not _is_packed(self.path) or (Path(table or "") / PASSAGES).is_file()):
+            source = Path(table or "") / PASSAGES if _is_packed(self.path) else self.path
+            self._fd = os.open(source, os.O_RDONLY)
+            self._table, self._digest = saved
+        else:
+            with _plain_lines(self.path) as stream:
+                self._fd = os.dup(stream.fileno())
+                try:
+                    self._table, self._digest = self._scan(stream)
+                    self._check_duplicates()
+                except BaseException:
+                    self.close()
+                    raise
+        self._identity, self._size = identity, os.fstat(self._fd).st_size
 
-    def _scan(self) -> tuple[NDArray[np.int64], NDArray[np.uint64], str]:
-        """Start and line number of every passage, hash of every id, and the digest of all."""
-        starts: list[tuple[int, int]] = []
-        hashes: list[int] = []
-        digest, position, number = hashlib.sha256(), 0, 0
-        for line in iter(self._map.readline, b""):
+    def _scan(self, stream: IO[bytes]) -> tuple[NDArray[np.int64], str]:
+        """The table and the digest of all ids and contents."""
+        digest, position, number, count = hashlib.sha256(), 0, 0, 0
+        block = array("q")
+        found = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what is mapped from it)
+        stream.seek(0)
+        for line in stream:
             number += 1
             start, position = position, position + len(line)
             if not line.strip():
                 continue
             identifier, contents = _fields(parse_line(line, self.path, number), self.path, number)
-            starts.append((start, number))
-            hashes.append(_hash(identifier))
+            block.extend((start, number, _hash(identifier)))
+            count += 1
+            if len(block) >= _BLOCK:
+                block.tofile(found)
+                del block[:]
             for part in (identifier, contents):
                 encoded = part.encode("utf-8", "surrogatepass")
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        if not starts:
+        if not count:
             raise RecordError("the corpus is empty; expected one passage a line", path=self.path)
-        return np.array(starts, np.int64), np.array(hashes, np.uint64), digest.hexdigest()[:16]
+        block.tofile(found)
+        found.flush()
+        rows = np.memmap(found, np.int64, "r", shape=(count, 3))
+        kept = tempfile.TemporaryFile()  # noqa: SIM115
+        table = np.memmap(kept, np.int64, "w+", shape=(4, count))
+        table[_STARTS], table[_LINES] = rows[:, 0], rows[:, 1]
+        hashes = np.array(rows[:, 2])
+        table[_ORDER] = np.argsort(hashes.view(np.uint64), kind="stable")
+        table[_HASHES] = hashes[table[_ORDER]]
+        return table, digest.hexdigest()[:16]
+
+    @property
+    def _hashes(self) -> NDArray[np.uint64]:
+        return self._table[_HASHES].view(np.uint64)
 
     def _check_duplicates(self) -> None:
+        self._size = os.fstat(self._fd).st_size
+        order = self._table[_ORDER]
         for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
-            first, second = sorted((int(self._order[place]), int(self._order[place + 1])))
+            first, second = sorted((int(order[place]), int(order[place + 1])))
             if (identifier := self[first].id) == self[second].id:
                 raise RecordError(
-                    f"duplicate passage id {identifier!r}, first at line {self._spans[first, 1]}",
+                    f"duplicate passage id {identifier!r}, first at line {self._table[_LINES, first]}",
                     path=self.path,
-                    line=int(self._spans[second, 1]),
+                    line=int(self._table[_LINES, second]),
                 )
 
+    def save_table(self, folder: str | Path) -> None:
+        """Write what `Corpus(path, table=folder)` needs; a packed corpus' passages are written out too."""
+        folder = Path(folder)
+        if _is_packed(self.path):
+            with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
+                for start in range(0, self._size, 1 << 20):
+                    out.write(os.pread(self._fd, 1 << 20, start))
+        with atomic_path(folder / TABLE) as temporary, temporary.open("wb") as out:
+            np.save(out, self._table)
+        write_json(folder / IDENTITY, self._identity | {"fingerprint": self._digest, "rows": len(self)})
+
     def __len__(self) -> int:
-        return len(self._spans)
+        return int(self._table.shape[1])
 
     def __getitem__(self, row: int) -> Passage:
-        """The passage in `row`, from 0."""
+        """The passage in `row`, from 0.
+
+        Raises:
+            IndexError: no such row.
+            RecordError: the file has changed since it was opened.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of a corpus of {len(self)} passages")
-        start, end = int(self._spans[row, 0]), self._map.size()
-        if row + 1 < len(self):
-            end = int(self._spans[row + 1, 0])
-        data = json.loads(self._map[start:end])
-        return Passage.from_contents(str(data["id"]), data["contents"])
+        start = int(self._table[_STARTS, row])
+        end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._size
+        try:
+            data = json.loads(os.pread(self._fd, end - start, start))
+            return Passage.from_contents(str(data["id"]), data["contents"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecordError(
+                f"no passage stands where row {row} was; the file has changed since it was opened",
+                path=self.path,
+                line=int(self._table[_LINES, row]),
+            ) from error
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[row] for row in range(len(self)))
 
     def row_of(self, identifier: str) -> int | None:
         """Row of a passage id, or None when the corpus does not hold it."""
-        wanted = np.uint64(_hash(identifier))
-        place = int(np.searchsorted(self._hashes, wanted))
-        while place < len(self) and self._hashes[place] == wanted:
-            row = int(self._order[place])
+        wanted, hashes = np.uint64(_hash(identifier) % 2**64), self._hashes
+        place = int(np.searchsorted(hashes, wanted))
+        while place < len(self) and hashes[place] == wanted:
+            row = int(self._table[_ORDER, place])
             if self[row].id == identifier:
                 return row
             place += 1
@@ -126,8 +188,14 @@ class Corpus:
         return self._digest
 
     def close(self) -> None:
-        """Unmap the file; safe to call twice."""
-        self._map.close()
+        """Close the file; safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
 
     def __enter__(self) -> Corpus:
         return self
@@ -136,9 +204,35 @@ class Corpus:
         self.close()
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix in (".gz", ".parquet")
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What changes when a file is written to."""
+    status = path.stat()
+    return {"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _read_table(folder: Path, identity: dict[str, Any]) -> tuple[NDArray[np.int64], str] | None:
+    """The saved table, mapped, and the fingerprint; None when there is none for this very file."""
+    if not (folder / IDENTITY).is_file() or not (folder / TABLE).is_file():
+        return None
+    saved = read_json(folder / IDENTITY)
+    if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in identity.items()):
+        return None
+    try:
+        table = np.load(folder / TABLE, mmap_mode="r")
+    except (ValueError, EOFError):
+        return None
+    if table.shape != (4, saved.get("rows")) or table.dtype != np.int64:
+        return None
+    return table, str(saved["fingerprint"])
+
+
 def _plain_lines(path: Path) -> IO[bytes]:
-    """The corpus as an open JSON Lines file that can be mapped."""
-    if path.suffix not in (".gz", ".parquet"):
+    """The corpus as an open JSON Lines file."""
+    if not _is_packed(path):
         return path.open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
     try:
@@ -149,7 +243,7 @@ def _plain_lines(path: Path) -> IO[bytes]:
             with gzip.open(path, "rb") as packed:
                 shutil.copyfileobj(packed, stream, 1 << 20)
         stream.flush()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         stream.close()
         raise RecordError(f"not a whole gzip file: {error}", path=path) from error
     except BaseException:
@@ -173,4 +267,4 @@ def _fields(data: Any, path: Path, line: int) -> tuple[str, str]:
 
 def _hash(identifier: str) -> int:
     digest = hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return int.from_bytes(digest, "little", signed=True)

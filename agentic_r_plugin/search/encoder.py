@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError, RecordError
@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
 """Tokens, where neither record nor model say otherwise (method section 3)."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_TEXTS_AT_ONCE = 8192
+"""Texts that are tokenised, sorted and held as token ids together."""
 
 PRESETS: dict[str, tuple[str, str]] = {
     "plain": ("", ""),
@@ -70,16 +75,17 @@ class Retriever:
     Args:
         model: the sentence-transformers model; a `Normalize` module is added when the record asks for it.
         record: formulation, prefixes and lengths.
-        precision: `float32`, `bfloat16` (autocast), or `auto`: bfloat16 where the processor multiplies it natively.
-            Measured on 256 HotpotQA passages with MiniLM: lowest cosine to float32 .99998, and faster.
+        precision: `float32`, `bfloat16` or `float16` (autocast), or `auto`: bfloat16 where the processor multiplies it
+            natively. Measured on 256 HotpotQA passages with MiniLM: lowest cosine of bfloat16 to float32 .99998, and
+            faster.
         source: where it came from, for messages.
     """
 
     def __init__(
         self, model: SentenceTransformer, record: RetrieverRecord, *, precision: str = "auto", source: str = ""
     ) -> None:
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"precision {precision!r}: expected auto, float32 or bfloat16")
+        if precision not in ("auto", *_DTYPES):
+            raise ConfigError(f"precision {precision!r}: expected auto, {', '.join(_DTYPES)}")
         components.load("query_formulation", record.formulation)
         if record.normalize and not any(isinstance(module, Normalize) for module in model):
             model.append(Normalize())
@@ -88,7 +94,8 @@ class Retriever:
             "document": record.passage_prompt,
             "passage": record.passage_prompt,
         }
-        model.max_seq_length = max(record.query_max_length, record.passage_max_length)
+        if not isinstance(model[0], StaticEmbedding):
+            model.max_seq_length = max(record.query_max_length, record.passage_max_length)
         self.model, self.record, self.precision, self.source = model, record, precision, source
 
     @classmethod
@@ -133,28 +140,63 @@ class Retriever:
             return request.query
         return retrieval_query(request.question, request.query, request.history, self.record.formulation)
 
-    def encode_queries(self, requests: Sequence[SearchRequest], *, batch_size: int = 64) -> NDArray[np.float32]:
-        """(N, D) vectors of the requests."""
+    def encode_queries(
+        self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0
+    ) -> NDArray[np.float32]:
+        """(N, D) vectors of the requests; batches as in `encode_passages`."""
         texts = [self.query_text(request) for request in requests]
-        return self._encode(texts, self.record.query_prompt, self.record.query_max_length, batch_size)
+        return self._encode(texts, self.record.query_prompt, self.record.query_max_length, batch_size, max_batch_tokens)
 
-    def encode_passages(self, passages: Sequence[Passage], *, batch_size: int = 32) -> NDArray[np.float32]:
-        """(N, D) vectors of the passages' contents."""
+    def encode_passages(
+        self, passages: Sequence[Passage], *, batch_size: int = 1024, max_batch_tokens: int = 0
+    ) -> NDArray[np.float32]:
+        """(N, D) vectors of the passages' contents.
+
+        Args:
+            batch_size: texts of one forward pass at most.
+            max_batch_tokens: texts times the longest one's tokens of one forward pass at most; 0: by the device.
+        """
         texts = [passage.contents for passage in passages]
-        return self._encode(texts, self.record.passage_prompt, self.record.passage_max_length, batch_size)
+        return self._encode(
+            texts, self.record.passage_prompt, self.record.passage_max_length, batch_size, max_batch_tokens
+        )
 
-    def _encode(self, texts: list[str], prompt: str, max_length: int, batch_size: int) -> NDArray[np.float32]:
+    @torch.inference_mode()
+    def _encode(
+        self, texts: list[str], prompt: str, max_length: int, batch_size: int, max_batch_tokens: int
+    ) -> NDArray[np.float32]:
+        """Texts sorted by their tokens, in batches under a token budget: little of what is computed is padding."""
+        device = self.model.device
+        if isinstance(self.model[0], StaticEmbedding):
+            return self._encode_static(texts, prompt)
+        budget = max_batch_tokens or _DEFAULT_BATCH_TOKENS[device.type == "cpu"]
+        self.model.eval()
+        vectors = torch.empty((len(texts), self.dim), dtype=torch.float32, device=device)
+        left = getattr(self.model.tokenizer, "padding_side", "right") == "left"
+        with autocast(device, self.precision):
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                features = self.model.preprocess(
+                    texts[start : start + _TEXTS_AT_ONCE],
+                    prompt=prompt,
+                    processing_kwargs={"text": {"max_length": max_length, "truncation": True}},
+                )
+                lengths = features["attention_mask"].sum(1)
+                for rows in token_batches(lengths.tolist(), batch_size, budget):
+                    longest = int(lengths[rows].max())
+                    kept = slice(-longest, None) if left else slice(longest)
+                    batch = {
+                        name: value[rows, kept].to(device, non_blocking=True) if torch.is_tensor(value) else value
+                        for name, value in features.items()
+                    }
+                    found = self.model(batch)["sentence_embedding"]
+                    vectors[torch.as_tensor(rows, device=device) + start] = found.float()
+        return np.ascontiguousarray(vectors.cpu().numpy())
+
+    def _encode_static(self, texts: list[str], prompt: str) -> NDArray[np.float32]:
+        """Mean word vectors: nothing is padded, nothing is cut."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        with autocast(self.model.device, self.precision):
-            vectors = self.model.encode(
-                texts,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=False,
-                convert_to_numpy=True,
-                processing_kwargs={"text": {"max_length": max_length, "truncation": True}},
-            )
+        vectors = self.model.encode(texts, prompt=prompt, batch_size=1024, show_progress_bar=False)
         return np.ascontiguousarray(vectors, np.float32)
 
     def save(self, folder: str | Path) -> None:
@@ -170,6 +212,26 @@ class Retriever:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+_DEFAULT_BATCH_TOKENS = {True: 4096, False: 131_072}
+"""Tokens of one forward pass on a CPU (its activations stay in the cache) and on an accelerator."""
+
+
+def token_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of like length, the longest rows first, each within both limits or of a single row.
+
+    >>> list(token_batches([3, 9, 3, 4], batch_size=8, max_batch_tokens=9))
+    [[1], [3, 0], [2]]
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > max_batch_tokens):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def resolve(name: str) -> str:
@@ -193,8 +255,10 @@ def resolve(name: str) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context for a forward pass, as `precision` asks."""
-    enabled = precision == "bfloat16" or (precision == "auto" and _native_bf16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    if precision == "auto":
+        precision = "bfloat16" if _native_bf16(device) else "float32"
+    dtype = _DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _native_bf16(device: torch.device) -> bool:

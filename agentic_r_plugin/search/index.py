@@ -1,38 +1,37 @@
-"""`agentic-r index`: encodes a corpus and writes a flat inner-product index that faiss and FlashRAG read as theirs.
+"""`agentic-r index`: encodes a corpus and builds a faiss index that FlashRAG reads as its own.
 
-The index folder holds `{method}_Flat.index` (row i is the corpus' row i) and `manifest.json`, which is written last: a
-folder with a manifest is whole. Shards of vectors are kept while the work lasts, so that an interrupted run goes on.
-Memory does not grow with the corpus, and the index can be mapped instead of read.
+The index folder holds `{method}_{kind}.index` (row i is the corpus' row i), the corpus' saved table, and
+`manifest.json`, which is written last: a folder with a manifest is whole. Shards of vectors are kept while the work
+lasts, so that an interrupted run goes on. For the kinds named in `faiss_files` memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import faiss
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from agentic_r_plugin.config import fingerprint, save_config
 from agentic_r_plugin.errors import (
+    AgenticRError,
     ConfigError,
     IndexMismatchError,
     ManifestMismatchError,
     OutputExistsError,
     RecordError,
-    UpstreamError,
 )
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.store import atomic_path, read_json, write_json
+from agentic_r_plugin.search.faiss_files import ALIASES, empty_index, write_index
+from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
+from agentic_r_plugin.store import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +46,32 @@ class IndexConfig:
     corpus: str = field(metadata={"help": "corpus file: jsonl, jsonl.gz or parquet with id and contents"})
     retriever: str = field(metadata={"help": "retriever checkpoint folder, hub name, or builtin:minilm"})
     out: str = field(metadata={"help": "index folder to write"})
+    kind: str = field(default="Flat", metadata={"help": "faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …"})
     method: str = field(default="agentic_r", metadata={"help": "FlashRAG's retrieval_method; names the index file"})
     preset: str = field(default="auto", metadata={"help": "prefixes of an untrained model: auto, e5, bge, plain"})
     formulation: str | None = field(default=None, metadata={"help": "query formulation in place of the recorded one"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of query and passage, in place of recorded"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    precision: str = field(default="auto", metadata={"help": "float32, bfloat16, or auto: bfloat16 where native"})
-    batch_size: int = field(default=32, metadata={"help": "passages encoded at once"})
+    device: str = field(default="auto", metadata={"help": "auto: all GPUs of this node, else cpu; or cuda:0,cuda:1"})
+    precision: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 where native"})
+    batch_size: int = field(default=1024, metadata={"help": "passages of one forward pass at most"})
+    max_batch_tokens: int = field(default=0, metadata={"help": "tokens of one forward pass at most; 0: by the device"})
     shard_size: int = field(default=2048, metadata={"help": "passages between two resume points"})
+    train_rows: int = field(default=262_144, metadata={"help": "vectors that SQ8, IVF and PQ are trained on at most"})
+    ray_workers: int = field(default=0, metadata={"help": "encode with so many Ray actors; 0: without Ray"})
+    ray_address: str = field(default="", metadata={"help": "Ray cluster (auto, ray://…); empty: one on this machine"})
+    ray_gpus: float = field(default=0.0, metadata={"help": "GPUs of one Ray actor"})
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.shard_size < 1:
-            raise ConfigError("batch_size and shard_size must be at least 1")
+        for name in ("batch_size", "shard_size", "train_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("max_batch_tokens", "ray_workers", "ray_gpus"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if not self.method or "/" in self.method:
             raise ConfigError(f"method {self.method!r} must be usable as a file name")
+        if "/" in self.kind:
+            raise ConfigError(f"index kind {self.kind!r}: expected faiss' name of a kind, such as Flat or IVF4096,PQ64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +94,27 @@ class IndexManifest(Record):
     formulation_override: str | None
     max_length_override: int | None
     versions: dict[str, str]
+    kind: str = "Flat"
+    """faiss' factory string."""
+    index_bytes: int | None = None
+    """Size of the index file when it was finished."""
 
     @property
     def index_file(self) -> str:
         """Name of the faiss file, as FlashRAG builds it."""
-        return f"{self.method}_Flat.index"
+        return f"{self.method}_{self.kind}.index"
 
     def fingerprint(self) -> str:
-        """Changes when corpus, retriever or use of the retriever change; not when files move."""
-        return fingerprint(self.corpus_fingerprint, self.retriever_fingerprint, self.rows, self.dim, self.metric)
+        """Changes when corpus, retriever, use of the retriever or kind change; not when files move."""
+        kind = () if self.kind == "Flat" else (self.kind,)
+        return fingerprint(*self._vectors(), *kind)
+
+    def vectors_fingerprint(self) -> str:
+        """As `fingerprint`, but the same for all kinds of index over the same vectors."""
+        return fingerprint(*self._vectors())
+
+    def _vectors(self) -> tuple[Any, ...]:
+        return self.corpus_fingerprint, self.retriever_fingerprint, self.rows, self.dim, self.metric
 
 
 def run(config: IndexConfig, *, resume: bool = False) -> None:
@@ -110,25 +133,74 @@ def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
     out = Path(config.out)
     if not resume and out.exists() and any(out.iterdir()):
         raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
-    with Corpus(config.corpus) as corpus:
-        overrides = _overrides(config.formulation, config.max_length)
-        retriever = Retriever.load(
-            config.retriever, preset=config.preset, device=config.device, precision=config.precision, **overrides
-        )
+    try:
+        return _build(config, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise AgenticRError(
+            f"{out}: no room to write ({error.strerror}); finished shards are kept, make room and go on with --resume"
+        ) from error
+
+
+def _build(config: IndexConfig, out: Path) -> IndexManifest:
+    devices = resolve_devices(config.device)
+    with Corpus(config.corpus, table=out) as corpus:
+        load = _overrides(config.formulation, config.max_length)
+        load |= {"preset": config.preset, "precision": config.precision}
+        retriever = Retriever.load(config.retriever, device=devices[0], **load)
         manifest = _manifest(config, corpus, retriever)
         if (out / MANIFEST).is_file():
-            _require_same(out, read_manifest(out), manifest)
+            found = read_manifest(out)
+            _require_same(out, found, manifest)
             shutil.rmtree(out / _SHARDS, ignore_errors=True)
-            return manifest
+            return found
+        empty_index(manifest.kind, manifest.dim)
         _begin(out, manifest, config)
-        shards = _encode_shards(corpus, retriever, out / _SHARDS, config)
-        write_flat_index(out / manifest.index_file, shards, rows=manifest.rows, dim=manifest.dim)
+        _require_room(out, manifest)
+        corpus.save_table(out)
+        job = ShardJob(
+            corpus=config.corpus,
+            table=str(out),
+            retriever=config.retriever,
+            retriever_fingerprint=manifest.retriever_fingerprint,
+            load=load,
+            folder=str(out / _SHARDS),
+            shard_size=config.shard_size,
+            batch_size=config.batch_size,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        ray = RayWorkers(count=config.ray_workers, address=config.ray_address, gpus=config.ray_gpus)
+        encode_shards(job, corpus, retriever, devices, ray)
+        shards = [job.path(start) for start in range(0, manifest.rows, config.shard_size)]
+        index_file = out / manifest.index_file
+        write_index(
+            index_file,
+            shards,
+            kind=manifest.kind,
+            rows=manifest.rows,
+            dim=manifest.dim,
+            train_rows=config.train_rows,
+        )
+        manifest = replace(manifest, index_bytes=index_file.stat().st_size)
         save_config(config, out / "config.yaml")
         write_json(out / MANIFEST, manifest.to_dict())
         shutil.rmtree(out / _SHARDS)
         (out / _WORK).unlink()
         log.info("indexed %d passages in %s", manifest.rows, out)
         return manifest
+
+
+def _require_room(out: Path, manifest: IndexManifest) -> None:
+    """Raises `ConfigError` when the vectors, as shards and as an index, cannot fit on the disk."""
+    vectors = manifest.rows * manifest.dim * 4
+    there = sum(path.stat().st_size for path in (out / _SHARDS).glob("*.npy"))
+    needed, free = 2 * vectors - there, shutil.disk_usage(out).free
+    if needed > free:
+        raise ConfigError(
+            f"{out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then as an index), found "
+            f"{free / 1e9:.1f} GB free; choose another folder or make room"
+        )
 
 
 def _overrides(formulation: str | None, max_length: int | None) -> dict[str, Any]:
@@ -142,6 +214,7 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
         rows=len(corpus),
         dim=retriever.dim,
         metric="inner_product",
+        kind=ALIASES.get(config.kind, config.kind),
         corpus=str(corpus.path.resolve()),
         corpus_fingerprint=corpus.fingerprint(),
         retriever=str(folder.resolve()) if folder.exists() else config.retriever,
@@ -158,14 +231,15 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
 def _require_same(out: Path, found: IndexManifest, wanted: IndexManifest) -> None:
     if found.fingerprint() != wanted.fingerprint():
         raise ManifestMismatchError(
-            f"{out} holds an index of {found.corpus} by {found.retriever}, made from other contents than those of "
-            f"{wanted.corpus} and {wanted.retriever} now; remove it or choose another folder"
+            f"{out} holds an index ({found.kind}) of {found.corpus} by {found.retriever}, made from other contents "
+            f"than those of {wanted.corpus} and {wanted.retriever} now ({wanted.kind}); remove it or choose another "
+            "folder"
         )
 
 
 def _begin(out: Path, manifest: IndexManifest, config: IndexConfig) -> None:
     """Note what the shards are made from, or check that those found were made from the same."""
-    key = {"index": manifest.fingerprint(), "shard_size": config.shard_size}
+    key = {"vectors": manifest.vectors_fingerprint(), "shard_size": config.shard_size}
     (out / _SHARDS).mkdir(parents=True, exist_ok=True)
     if (out / _WORK).is_file():
         if (found := read_json(out / _WORK)) != key:
@@ -176,73 +250,6 @@ def _begin(out: Path, manifest: IndexManifest, config: IndexConfig) -> None:
         raise ManifestMismatchError(f"{out / _SHARDS} holds vectors of unknown origin; remove {out}")
     else:
         write_json(out / _WORK, key)
-
-
-def _encode_shards(corpus: Corpus, retriever: Retriever, folder: Path, config: IndexConfig) -> list[Path]:
-    """One `.npy` of (rows, D) float32 per shard; those that are there are kept."""
-    paths = []
-    with tqdm(total=len(corpus), desc="index", unit="passage", mininterval=1.0) as progress:
-        for start in range(0, len(corpus), config.shard_size):
-            stop = min(start + config.shard_size, len(corpus))
-            path = folder / f"{start:010d}.npy"
-            if not path.is_file():
-                passages = [corpus[row] for row in range(start, stop)]
-                vectors = retriever.encode_passages(passages, batch_size=config.batch_size)
-                if not np.isfinite(vectors).all():
-                    raise RecordError(
-                        f"retriever {config.retriever} gives vectors that are not finite for rows {start}-{stop - 1}",
-                        path=corpus.path,
-                    )
-                with atomic_path(path) as temporary, temporary.open("wb") as stream:
-                    np.save(stream, vectors)
-            paths.append(path)
-            progress.update(stop - start)
-    return paths
-
-
-_FAISS_HEADER_BYTES = 45
-"""fourcc, dimension (4), rows (8), 2 unused (16), trained (1), metric (4), count of floats (8)."""
-
-
-def write_flat_index(path: Path, shards: Iterable[Path], *, rows: int, dim: int) -> None:
-    """Write faiss' own file of an `IndexFlatIP` without holding its vectors in memory.
-
-    Args:
-        shards: `.npy` files of (n, dim) float32 whose rows add up to `rows`.
-
-    Raises:
-        UpstreamError: this faiss writes another header, or cannot read what was written.
-    """
-    header = bytearray(faiss.serialize_index(faiss.IndexFlatIP(dim)).tobytes())
-    if len(header) != _FAISS_HEADER_BYTES or header[:4] != b"IxFI":
-        raise UpstreamError(
-            f"faiss {faiss.__version__} writes an unknown header for IndexFlatIP; expected 45 bytes IxFI"
-        )
-    header[8:16] = rows.to_bytes(8, "little")
-    header[37:45] = (rows * dim).to_bytes(8, "little")
-    with atomic_path(path) as temporary:
-        with temporary.open("wb") as stream:
-            stream.write(header)
-            for shard in shards:
-                vectors: NDArray[np.float32] = np.load(shard, mmap_mode="r")
-                if vectors.ndim != 2 or vectors.shape[1] != dim or vectors.dtype != np.float32:
-                    raise ManifestMismatchError(f"{shard}: expected float32 vectors of {dim} numbers; remove it")
-                stream.write(np.ascontiguousarray(vectors).data)
-        index = open_flat_index(temporary, mapped=True)
-        if index.ntotal != rows or index.d != dim:
-            raise UpstreamError(f"{path}: faiss reads {index.ntotal} x {index.d}, expected {rows} x {dim}")
-
-
-def open_flat_index(path: Path, *, mapped: bool) -> faiss.Index:
-    """faiss' index of a file, in memory or mapped.
-
-    Raises:
-        IndexMismatchError: missing or not a faiss index.
-    """
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-    except RuntimeError as error:
-        raise IndexMismatchError(f"{path}: faiss cannot read this index: {str(error).splitlines()[0]}") from error
 
 
 def read_manifest(folder: str | Path) -> IndexManifest:

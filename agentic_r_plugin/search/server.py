@@ -1,4 +1,8 @@
-"""`agentic-r serve`: the retrieval service, and how a parent starts it as a process of its own."""
+"""`agentic-r serve`: the retrieval service, and how a parent starts it as a process of its own.
+
+SIGTERM and SIGINT end it once the requests in hand are answered; SIGHUP opens its index anew (another one may have
+taken its place, or its link may point elsewhere) and goes over to it without dropping a request.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,28 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.config import save_config
-from agentic_r_plugin.errors import ConfigError, SearchUnavailableError
+from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.store import read_json, write_json
 
+if TYPE_CHECKING:
+    from agentic_r_plugin.search.base import SearchBackend
+    from agentic_r_plugin.search.metrics import Metrics
+    from agentic_r_plugin.search.reload import LocalReloader, WorkerReloader
+    from agentic_r_plugin.search.service import SearchService
+
 log = logging.getLogger(__name__)
+
+_STOP_S = 10
+"""How long requests in hand may take once the service is told to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,8 @@ class ServeConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address; one that is not loopback needs token_env"})
     port: int = field(default=8000, metadata={"help": "0: a free one"})
     token_env: str = field(default="", metadata={"help": "environment variable that holds the token clients must send"})
+    workers: int = field(default=1, metadata={"help": "processes, each with a retriever; one that dies is replaced"})
+    allow_reload: bool = field(default=False, metadata={"help": "take POST /reload (from whoever may search)"})
     ready_file: str = field(default="", metadata={"help": "gets JSON {url, pid, fingerprint} when the service answers"})
     exit_with_parent: bool = field(default=False, metadata={"help": "end when the process that started it ends"})
     default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say"})
@@ -51,13 +66,14 @@ class ServeConfig:
     max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request"})
     max_waiting: int = field(default=8192, metadata={"help": "queries waiting before new ones are refused (503)"})
     timeout_s: float = field(default=60.0, metadata={"help": "for one request"})
+    header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head"})
     batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
     window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company"})
     cache_size: int = field(default=10_000, metadata={"help": "query results remembered; 0: none"})
 
     def __post_init__(self) -> None:
         positive = ("default_topk", "max_queries", "max_topk", "max_query_chars", "max_body_bytes", "max_waiting")
-        for name in (*positive, "timeout_s", "batch_size"):
+        for name in (*positive, "timeout_s", "header_timeout_s", "batch_size", "workers"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
@@ -80,13 +96,51 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
 
     Raises:
         ConfigError, IndexMismatchError, RecordError: the backend cannot be opened, or the port is taken.
+        SearchUnavailableError: workers die again and again.
     """
+    from agentic_r_plugin.search.metrics import Metrics
+    from agentic_r_plugin.search.reload import LocalReloader
+    from agentic_r_plugin.search.workers import Supervisor
+
+    token_from_env(config.token_env)
+    spec = _spec(config)
+    with _bound_socket(config) as listener:
+
+        def ready(fingerprint: str) -> contextlib.AbstractContextManager[None]:
+            told = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
+            return _announced(told, config.ready_file)
+
+        if config.workers > 1:
+            listener.listen(1024)
+            if config.exit_with_parent:
+                _exit_with_parent()
+            Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
+            return
+        if config.exit_with_parent:
+            _exit_with_parent()
+        backend = build_search(spec)
+        listener.listen(1024)
+        with ready(backend.fingerprint()):
+            serve_here(config, listener, backend, lambda service: LocalReloader(service, spec), Metrics())
+
+
+def serve_here(
+    config: ServeConfig,
+    listener: socket.socket,
+    backend: SearchBackend,
+    reloader_of: Callable[[SearchService], LocalReloader | WorkerReloader],
+    metrics: Metrics,
+) -> None:
+    """Serve from this process until it is told to stop; closes the backend in use at the end."""
+    import asyncio
+
     import uvicorn
 
     from agentic_r_plugin.search.app import Limits, build_app
+    from agentic_r_plugin.search.protocol import PatientProtocol
+    from agentic_r_plugin.search.reload import WorkerReloader
     from agentic_r_plugin.search.service import SearchService
 
-    token = token_from_env(config.token_env)
     limits = Limits(
         max_queries=config.max_queries,
         max_topk=config.max_topk,
@@ -96,31 +150,70 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
         timeout_s=config.timeout_s,
         default_topk=config.default_topk,
     )
-    if config.exit_with_parent:
-        _exit_with_parent()
-    with _bound_socket(config) as listener, open_search(_spec(config)) as backend:
-        service = SearchService(
-            backend,
-            max_batch=config.batch_size,
-            window_ms=config.window_ms,
-            cache_size=config.cache_size,
-            max_waiting=config.max_waiting,
+    service = SearchService(
+        backend,
+        max_batch=config.batch_size,
+        window_ms=config.window_ms,
+        cache_size=config.cache_size,
+        max_waiting=config.max_waiting,
+        metrics=metrics,
+    )
+    reloader = reloader_of(service)
+    app = build_app(
+        service,
+        limits,
+        token=token_from_env(config.token_env),
+        reload=reloader.reload if config.allow_reload else None,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=PatientProtocol.within(config.header_timeout_s),
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=_STOP_S,
         )
-        server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(service, limits, token=token),
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=10,
-            )
-        )
-        ready = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": backend.fingerprint()}
-        listener.listen(1024)
-        if threading.current_thread() is threading.main_thread():
-            # uvicorn raises the signal again when it has finished; by then it has done its work
-            signal.signal(signal.SIGTERM, lambda *_: None)
-        with _announced(ready, config.ready_file):
-            server.run(sockets=[listener])
+    )
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        if isinstance(reloader, WorkerReloader):
+            reloader.bind(loop)
+        elif threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(_reload_again(reloader))))
+        await server.serve(sockets=[listener])
+
+    tasks: set[asyncio.Task[None]] = set()
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again when it has finished; by then it has done its work
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        asyncio.run(serve())
+    finally:
+        service.backend.close()
+
+
+async def _reload_again(reloader: LocalReloader) -> None:
+    try:
+        await reloader.reload({})
+    except AgenticRError as error:
+        log.error("reload failed, the index in use stays: %s", error)
+
+
+def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
+    """What one of `count` workers uses: its GPU in turn, or its share of the processor's threads and a mapped index."""
+    import torch
+
+    if spec.device == "auto" and torch.cuda.is_available():
+        return replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    if spec.backend == "faiss":
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        return replace(spec, options={"mapped": True} | spec.options)
+    return spec
 
 
 def _spec(config: ServeConfig) -> SearchSpec:

@@ -13,6 +13,7 @@ import uvicorn
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.app import Limits, build_app
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.search.protocol import PatientProtocol
 from agentic_r_plugin.search.service import SearchService
 
 LIMITS = Limits(
@@ -53,14 +54,15 @@ class EchoBackend:
 
 
 @contextmanager
-def serving(backend, *, limits=LIMITS, token=None, **settings) -> Iterator[str]:
+def serving(backend, *, limits=LIMITS, token=None, header_timeout_s=5.0, **settings) -> Iterator[str]:
     """Our application; yields its address."""
     settings = {"max_batch": 16, "window_ms": 5, "cache_size": 100, "max_waiting": 64} | settings
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen(256)
     app = build_app(SearchService(backend, **settings), limits, token=token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
+    http = PatientProtocol.within(header_timeout_s)
+    server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

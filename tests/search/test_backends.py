@@ -42,10 +42,10 @@ def test_faiss_opens_by_its_folder_alone(index_folder):
         (SearchSpec(), "needs 'index'"),
         (SearchSpec(backend="bm25"), "needs 'corpus'"),
         (SearchSpec(backend="service"), "needs 'url'"),
-        (SearchSpec(index="x", options={"k1": 1}), "has no option 'k1'; it has precision, mapped"),
+        (SearchSpec(index="x", options={"k1": 1}), "has no option 'k1'; it has precision, mapped, nprobe, ef_search"),
         (SearchSpec(backend="service", url="ftp://x"), "expected an address such as"),
         (SearchSpec(backend="service", url="http://x", options={"token_env": "NO_TOKEN"}), "NO_TOKEN is not set"),
-        (SearchSpec(backend="sparse"), "unknown search_backend 'sparse'; registered: bm25, faiss, service"),
+        (SearchSpec(backend="sparse"), "'sparse'; registered: bm25, faiss, faiss_gpu, service, torch"),
     ],
 )  # fmt: skip
 def test_incomplete_settings_are_explained(spec, message):

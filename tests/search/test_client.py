@@ -96,7 +96,7 @@ def test_what_does_not_pass_is_unavailable_with_address_attempts_and_last_fault(
 def test_a_malformed_answer_is_an_error_at_once_and_never_empty(body, message, way):
     with Misbehaving([response(200, body)]) as server:
         with pytest.raises(SearchError, match=message) as caught:
-            both(server)[way]()
+            both(server, timeout_s=5)[way]()
         assert not isinstance(caught.value, SearchUnavailableError)
         assert server.url in str(caught.value) and server.taken == 1
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Passage
@@ -107,3 +109,22 @@ def test_wrong_names_and_records_are_explained(model_folder, tmp_path, trained):
     (tmp_path / "saved" / RECORD_FILE).write_text(json.dumps({"schema": "retriever/1"}))
     with pytest.raises(RecordError, match=r"agentic_r\.json: missing field 'formulation'"):
         Retriever.load(tmp_path / "saved")
+
+
+def test_mean_word_vectors_are_a_retriever_too(tmp_path):
+    words = {"river": 0, "bread": 1, "[UNK]": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    module = StaticEmbedding(tokenizer, embedding_weights=torch.eye(3))
+    SentenceTransformer(modules=[module], device="cpu").save_pretrained(str(tmp_path / "static"))
+    retriever = Retriever.load(tmp_path / "static")
+    vectors = retriever.encode_queries([SearchRequest(query="river bread"), SearchRequest(query="bread")])
+    np.testing.assert_allclose(vectors, [[0.5**0.5, 0.5**0.5, 0], [0, 1, 0]], atol=1e-6)
+    assert retriever.encode_passages([]).shape == (0, 3)
+
+
+def test_batches_change_nothing_but_the_padding(trained):
+    passages = [Passage.from_contents(str(i), "p1 " * (1 + i * 7 % 20) + f"p{i % 30}") for i in range(40)]
+    one_by_one = np.concatenate([trained.encode_passages([passage]) for passage in passages])
+    for limits in ({"batch_size": 1}, {"batch_size": 7}, {"max_batch_tokens": 9}, {"max_batch_tokens": 10_000}):
+        np.testing.assert_allclose(trained.encode_passages(passages, **limits), one_by_one, atol=1e-6)

@@ -18,10 +18,11 @@ from agentic_r_plugin.errors import (
     RecordError,
 )
 from agentic_r_plugin.search import index as indexes
-from agentic_r_plugin.search.backends import FaissBackend
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.search.faiss_files import open_index
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
 from tests.search.tiny_retriever import make_model, passage_numbers, write_corpus
 
@@ -47,6 +48,8 @@ def test_a_finished_folder_holds_only_what_belongs_there(index_folder):
     assert sorted(path.name for path in index_folder.iterdir()) == [
         "agentic_r_Flat.index",
         "config.yaml",
+        "corpus.json",
+        "corpus_rows.npy",
         "manifest.json",
     ]
     manifest = read_manifest(index_folder)
@@ -110,7 +113,7 @@ def test_an_interrupted_index_keeps_its_shards(tmp_path, corpus_file, model_fold
 
 def test_unfinished_work_of_another_corpus_is_not_mixed_in(tmp_path, corpus_file, model_folder, monkeypatch):
     out = tmp_path / "index"
-    monkeypatch.setattr(indexes, "write_flat_index", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(indexes, "write_index", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build_index(config_for(out, corpus_file, model_folder))
     other = write_corpus(tmp_path / "other.jsonl", seed=1)
@@ -159,7 +162,12 @@ def test_a_cut_index_file_is_an_error_and_not_a_crash(index_folder, tmp_path):
     shutil.copytree(index_folder, copy)
     file = copy / "agentic_r_Flat.index"
     file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(IndexMismatchError, match=r"expected 5165 bytes, found 5065; the index file was cut"):
+        FaissBackend(copy)
     with pytest.raises(IndexMismatchError, match="faiss cannot read this index"):
+        open_index(file, mapped=False)
+    file.unlink()
+    with pytest.raises(IndexMismatchError, match="the index file is missing"):
         FaissBackend(copy)
     (copy / "manifest.json").write_text(json.dumps({"schema": "index/1"}))
     with pytest.raises(RecordError, match=r"manifest\.json: missing field 'method'"):

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
-from agentic_r_plugin.search.backends import FaissBackend
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.server import ServeConfig, running_service
 from tests.search.loopback import LIMITS, EchoBackend, serving
 

@@ -1,0 +1,324 @@
+"""`agentic-r coverage`: can the corpus answer the benchmark at all, and how much of that does a retriever find?
+
+For every question: whether a gold answer stands anywhere in the corpus (as whole normalised words, the same rule as
+answer recall), whether its gold documents are there, and at which rank the retriever finds them for the plain question.
+A corpus that lacks documents (wiki-18 does) caps every retriever, and the cap belongs beside each result.
+
+Questions whose answers are yes or no are left out of the answers' shares, and questions without gold documents in their
+metadata (`gold_doc_ids`, or `supporting_titles`) out of the documents'.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tqdm import tqdm
+
+from agentic_r_plugin.answers import contains_answer, is_closed, normalize
+from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import fingerprint, to_dict
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
+from agentic_r_plugin.records import Question, Record
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import (
+    atomic_path,
+    file_fingerprint,
+    read_json,
+    read_records,
+    require_absent,
+    write_json,
+    write_records,
+)
+
+log = logging.getLogger(__name__)
+
+_ROWS, _QUESTIONS = 200_000, 256
+"""Passages, and questions, between two resume points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageConfig:
+    """Settings of `agentic-r coverage`."""
+
+    questions: str = field(metadata={"help": "questions in FlashRAG's format"})
+    out: str = field(metadata={"help": "one record a question; OUT.report.json and OUT.report.md hold the shares"})
+    index: str = field(default="", metadata={"help": "index folder of the retriever (short for search.index=)"})
+    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
+    topk: list[int] = field(default_factory=lambda: [3, 20, 100], metadata={"help": "depths"})
+    max_questions: int = field(default=0, metadata={"help": "the first so many only; 0: all"})
+
+    def __post_init__(self) -> None:
+        if not self.topk or min(self.topk) < 1:
+            raise ConfigError(f"topk: expected depths of at least 1, found {self.topk}")
+        if self.max_questions < 0:
+            raise ConfigError(f"max_questions must not be below 0, found {self.max_questions}")
+
+    def spec(self) -> SearchSpec:
+        """The retriever, with `index` and `corpus` filled in."""
+        values = to_dict(self.search)
+        values["index"] = self.index or values["index"]
+        values["corpus"] = self.corpus or values["corpus"]
+        return SearchSpec(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage(Record):
+    """What corpus and retriever hold for one question."""
+
+    schema: ClassVar[str | None] = "coverage/1"
+
+    id: str
+    answer_in_corpus: bool | None
+    """None for a yes/no question."""
+    answer_rank: int | None
+    """From 1: first passage with a gold answer; None when there is none within the largest depth."""
+    gold: int
+    """Gold documents that the metadata names."""
+    gold_in_corpus: int
+    gold_ranks: tuple[int, ...]
+    """Ranks of those that were found within the largest depth."""
+
+
+def run(config: CoverageConfig, *, resume: bool = False) -> None:
+    """Measure, write and print.
+
+    Raises:
+        OutputExistsError: the output is there, without `resume`.
+        ManifestMismatchError: what was begun belongs to other inputs.
+        RecordError: broken questions or corpus.
+        ConfigError: no corpus, or a retriever that cannot be opened.
+    """
+    out = Path(config.out)
+    if not resume:
+        require_absent(out)
+    elif out.exists():
+        log.warning("%s is done already", out)
+        return
+    questions = list(read_records(config.questions, Question))[: config.max_questions or None]
+    if not questions:
+        raise RecordError("no question", path=config.questions)
+    depth = max(config.topk)
+    spec, depth = config.spec(), max(config.topk)
+    with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
+        kept = _Kept(
+            out.with_name(out.name + ".work"),
+            fingerprint(corpus.fingerprint(), backend.fingerprint(), depth, file_fingerprint(config.questions)),
+        )
+        answered, titles = scan_corpus(corpus, questions, kept)
+        ranks = find_ranks(backend, questions, depth, kept)
+        records = [
+            _record(question, number in answered, titles, corpus, ranks[number])
+            for number, question in enumerate(questions)
+        ]
+    report = summarize(records, config.topk)
+    text = render(report)
+    write_json(out.with_name(out.name + ".report.json"), report)
+    with atomic_path(out.with_name(out.name + ".report.md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_records(out, records)
+    shutil.rmtree(kept.folder)
+    print(text)
+
+
+def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
+    """The corpus that the retriever searches.
+
+    Raises:
+        ConfigError: none is named (a remote service does not say where its corpus lies).
+    """
+    if spec.corpus:
+        return Corpus(spec.corpus, table=spec.index or None)
+    if (path := getattr(getattr(backend, "corpus", None), "path", None)) is None:
+        raise ConfigError(f"search backend {spec.backend!r} names no corpus; set 'corpus' to the file it searches")
+    return Corpus(path, table=spec.index or None)
+
+
+class _Kept:
+    """Pieces of work that are done once: JSON files in a folder that belongs to one set of inputs."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        if (folder / "key.json").is_file():
+            if read_json(folder / "key.json") != key:
+                raise ManifestMismatchError(f"{folder} was begun with other inputs; remove it or choose another out")
+        else:
+            write_json(folder / "key.json", key)
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_json(path, work())
+        return read_json(path)
+
+
+Kept = Callable[[str, Callable[[], Any]], Any]
+"""(name, work) -> what the work gives, done now or before."""
+
+
+class AnswerFinder:
+    """Which of many answers stand in a text, by one pass over its words; agrees with `answers.contains_answer`.
+
+    >>> sorted(AnswerFinder([["Paris"], ["the Nile", "Amazon"]]).find("The River Nile, or the Amazon; not Parisian"))
+    [1]
+    """
+
+    def __init__(self, answers: Sequence[Iterable[str]]) -> None:
+        self._by_first_word: dict[str, list[tuple[list[str], int]]] = defaultdict(list)
+        for number, golden_answers in enumerate(answers):
+            for answer in golden_answers:
+                if words := normalize(answer).split():
+                    self._by_first_word[words[0]].append((words, number))
+
+    def find(self, text: str) -> set[int]:
+        """Numbers of the answers found."""
+        words, found = normalize(text).split(), set()
+        for place, word in enumerate(words):
+            for answer, number in self._by_first_word.get(word, ()):
+                if words[place : place + len(answer)] == answer:
+                    found.add(number)
+        return found
+
+
+def scan_corpus(corpus: Corpus, questions: Sequence[Question], kept: Kept) -> tuple[set[int], set[str]]:
+    """(numbers of the questions whose answer stands in the corpus, normalised supporting titles that it holds)."""
+    finder = AnswerFinder([() if is_closed(q.golden_answers) else q.golden_answers for q in questions])
+    wanted = {title for question in questions for title in _titles(question)}
+    answered: set[int] = set()
+    titles: set[str] = set()
+
+    def scan(start: int, stop: int) -> list[list[Any]]:
+        found: set[int] = set()
+        held: set[str] = set()
+        for row in range(start, stop):
+            passage = corpus[row]
+            found |= finder.find(passage.contents)
+            if wanted and (title := normalize(passage.title)) in wanted:
+                held.add(title)
+        return [sorted(found), sorted(held)]
+
+    with tqdm(total=len(corpus), desc="corpus", unit="passage", mininterval=1.0) as progress:
+        for start in range(0, len(corpus), _ROWS):
+            stop = min(start + _ROWS, len(corpus))
+            found, held = kept(f"corpus-{start}", partial(scan, start, stop))
+            answered.update(found)
+            titles.update(held)
+            progress.update(stop - start)
+    return answered, titles
+
+
+Ranks = tuple[int | None, list[int]]
+"""First rank with an answer, and the ranks of the gold documents found."""
+
+
+def find_ranks(backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept) -> list[Ranks]:
+    """What the retriever finds for each plain question."""
+
+    def search(part: Sequence[Question]) -> list[Ranks]:
+        hits = backend.search([SearchRequest(query=question.question) for question in part], depth)
+        return [_ranks(question, found) for question, found in zip(part, hits, strict=True)]
+
+    ranks: list[Ranks] = []
+    with tqdm(total=len(questions), desc="search", unit="question", mininterval=1.0) as progress:
+        for start in range(0, len(questions), _QUESTIONS):
+            part = questions[start : start + _QUESTIONS]
+            ranks += kept(f"search-{start}", partial(search, part))
+            progress.update(len(part))
+    return ranks
+
+
+def _ranks(question: Question, hits: Sequence[Hit]) -> Ranks:
+    passages = [hit.passage for hit in hits]
+    closed = is_closed(question.golden_answers)
+    answer = next(
+        (
+            rank
+            for rank, passage in enumerate(passages, start=1)
+            if not closed and contains_answer(passage.contents, question.golden_answers)
+        ),
+        None,
+    )
+    ids, titles, found = _ids(question), _titles(question), []
+    left = set(ids or titles)
+    for rank, passage in enumerate(passages, start=1):
+        if (name := passage.id if ids else normalize(passage.title)) in left:
+            left.discard(name)
+            found.append(rank)
+    return answer, found
+
+
+def _ids(question: Question) -> frozenset[str]:
+    return frozenset(map(str, question.metadata.get("gold_doc_ids") or ()))
+
+
+def _titles(question: Question) -> frozenset[str]:
+    """Where there are no ids."""
+    titles = question.metadata.get("supporting_titles") or ()
+    return frozenset() if _ids(question) else frozenset(normalize(str(title)) for title in titles)
+
+
+def _record(question: Question, answered: bool, titles: set[str], corpus: Corpus, ranks: Ranks) -> Coverage:
+    ids, wanted = _ids(question), _titles(question)
+    return Coverage(
+        id=question.id,
+        answer_in_corpus=None if is_closed(question.golden_answers) else answered,
+        answer_rank=ranks[0],
+        gold=len(ids or wanted),
+        gold_in_corpus=sum(name in corpus for name in ids) if ids else len(wanted & titles),
+        gold_ranks=tuple(ranks[1]),
+    )
+
+
+def summarize(records: Sequence[Coverage], topk: Sequence[int]) -> dict[str, Any]:
+    """Shares in 0..1 over the questions they say something about; None where there is no such question.
+
+    `answer`: a gold answer is there. `gold`: mean share of a question's gold documents. `all_gold`: all of them.
+    """
+    open_ = [item for item in records if item.answer_in_corpus is not None]
+    with_gold = [item for item in records if item.gold]
+
+    def found(item: Coverage, depth: int) -> float:
+        return sum(rank <= depth for rank in item.gold_ranks) / item.gold
+
+    def share(values: Iterable[float]) -> float | None:
+        listed = list(values)
+        return sum(listed) / len(listed) if listed else None
+
+    shares = {
+        "corpus": {
+            "answer": share(float(bool(item.answer_in_corpus)) for item in open_),
+            "gold": share(item.gold_in_corpus / item.gold for item in with_gold),
+            "all_gold": share(float(item.gold_in_corpus == item.gold) for item in with_gold),
+        }
+    }
+    for depth in sorted(topk):
+        shares[f"top {depth}"] = {
+            "answer": share(float(item.answer_rank is not None and item.answer_rank <= depth) for item in open_),
+            "gold": share(found(item, depth) for item in with_gold),
+            "all_gold": share(float(found(item, depth) == 1) for item in with_gold),
+        }
+    counts = {"questions": len(records), "answer": len(open_), "gold": len(with_gold)}
+    return {"questions": counts, "shares": shares}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    counts = report["questions"]
+    lines = [
+        f"{counts['questions']} questions; answers judged for {counts['answer']}, gold documents for {counts['gold']}.",
+        "",
+        "| within | answer | gold documents | all gold documents |",
+        "|---|---|---|---|",
+    ]
+    for name, row in report["shares"].items():
+        cells = ("-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("answer", "gold", "all_gold"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,299 @@
+"""Dense search backends: an index of `agentic-r index` with its corpus and its retriever.
+
+Shapes: Q queries, N rows, D dimensions, K = topk.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agentic_r_plugin.backends import SearchSpec
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.search import index as indexes
+from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, known_options
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.search.faiss_files import flat_vectors, open_index, set_search_depth
+
+
+class DenseBackend(ABC):
+    """Encodes the requests, finds the nearest rows, and reads their passages.
+
+    Args:
+        index: the index folder.
+        retriever: a loaded retriever or where it lies; None means the one the index names.
+        corpus: the corpus file; None means the one the index names.
+        device: for the retriever.
+        precision: for the retriever.
+        batch_size: queries encoded at once.
+
+    Raises:
+        ConfigError: no finished index there.
+        IndexMismatchError: the index does not belong to the corpus or the retriever, or its file was cut.
+    """
+
+    name: str
+    options: tuple[str, ...] = ("precision",)
+    """Keyword arguments that `SearchSpec.options` may set."""
+
+    def __init__(
+        self,
+        index: str | Path,
+        retriever: Retriever | str | None = None,
+        corpus: str | Path | None = None,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int = 64,
+    ) -> None:
+        self.manifest = indexes.read_manifest(index)
+        self.index_path = Path(index) / self.manifest.index_file
+        self.corpus = Corpus(corpus or self.manifest.corpus, table=index)
+        try:
+            indexes.check_corpus(self.manifest, self.corpus)
+            if retriever is None or isinstance(retriever, str):
+                retriever = indexes.index_retriever(self.manifest, retriever, device=device, precision=precision)
+            else:
+                indexes.check_retriever(self.manifest, retriever)
+        except BaseException:
+            self.corpus.close()
+            raise
+        self.retriever, self.batch_size, self._lock = retriever, batch_size, threading.Lock()
+
+    @classmethod
+    def from_spec(cls, spec: SearchSpec) -> DenseBackend:
+        """From the settings shared by all commands; for the options see the class."""
+        if not spec.index:
+            raise ConfigError(f"search backend {cls.name!r} needs 'index', a folder built by agentic-r index")
+        return cls(
+            spec.index,
+            spec.retriever or None,
+            spec.corpus or None,
+            device=spec.device,
+            batch_size=spec.batch_size,
+            **known_options(spec, *cls.options),
+        )
+
+    @abstractmethod
+    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """(scores, rows), both (Q, K), best first; row -1 where an approximate index found fewer."""
+
+    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        """See `SearchBackend.search`; scores are inner products."""
+        topk = bounded_topk(topk, len(self.corpus))
+        if not requests:
+            return []
+        with self._lock:
+            vectors = self.retriever.encode_queries(requests, batch_size=self.batch_size)
+            scores, rows = self.nearest(vectors, topk)
+        return [
+            [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True) if row >= 0]
+            for pair in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def fingerprint(self) -> str:
+        """See `SearchBackend.fingerprint`."""
+        return self.manifest.fingerprint()
+
+    def close(self) -> None:
+        """Close the corpus."""
+        self.corpus.close()
+
+
+class FaissBackend(DenseBackend):
+    """Dense retrieval with faiss on the CPU, in this process.
+
+    Args (beside those of `DenseBackend`):
+        mapped: map the index from disk instead of reading it into memory; processes then share its pages.
+        nprobe: lists that an IVF index looks into.
+        ef_search: candidates that an HNSW index keeps.
+    """
+
+    name = "faiss"
+    options = ("precision", "mapped", "nprobe", "ef_search")
+
+    def __init__(
+        self,
+        index: str | Path,
+        retriever: Retriever | str | None = None,
+        corpus: str | Path | None = None,
+        *,
+        mapped: bool = False,
+        nprobe: int = 64,
+        ef_search: int = 128,
+        **shared: Any,
+    ) -> None:
+        super().__init__(index, retriever, corpus, **shared)
+        self._faiss = open_index(self.index_path, mapped=mapped, num_bytes=self.manifest.index_bytes)
+        set_search_depth(self._faiss, nprobe=nprobe, ef_search=ef_search)
+
+    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See `DenseBackend.nearest`."""
+        return self._faiss.search(vectors_QD, topk)
+
+
+class FaissGPUBackend(DenseBackend):
+    """Dense retrieval with faiss on all GPUs of this node, the index sharded over them. Untested: no GPU here.
+
+    Args (beside those of `DenseBackend`):
+        float16: keep vectors and compute in half precision.
+        nprobe: lists that an IVF index looks into.
+
+    Raises:
+        ConfigError: this faiss has no GPU support, finds no GPU, or cannot put this kind of index on one.
+    """
+
+    name = "faiss_gpu"
+    options = ("precision", "float16", "nprobe")
+
+    def __init__(
+        self,
+        index: str | Path,
+        retriever: Retriever | str | None = None,
+        corpus: str | Path | None = None,
+        *,
+        float16: bool = True,
+        nprobe: int = 64,
+        **shared: Any,
+    ) -> None:
+        if not hasattr(faiss, "GpuMultipleClonerOptions"):
+            raise ConfigError(
+                "search backend 'faiss_gpu' needs faiss-gpu in place of faiss-cpu (pip install agentic-r-plugin[gpu]); "
+                "the backend 'torch' searches exactly on a GPU without it"
+            )
+        if faiss.get_num_gpus() < 1:
+            raise ConfigError("search backend 'faiss_gpu': faiss finds no GPU")
+        super().__init__(index, retriever, corpus, **shared)
+        host = open_index(self.index_path, mapped=True, num_bytes=self.manifest.index_bytes)
+        set_search_depth(host, nprobe=nprobe, ef_search=0)
+        options = faiss.GpuMultipleClonerOptions()
+        options.shard, options.useFloat16 = True, float16
+        options.useFloat16CoarseQuantizer = False
+        try:
+            self._faiss = faiss.index_cpu_to_all_gpus(host, options)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ConfigError(f"index kind {self.manifest.kind!r} cannot be put on GPUs: {reason}") from error
+
+    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See `DenseBackend.nearest`."""
+        return self._faiss.search(vectors_QD, topk)
+
+
+class TorchBackend(DenseBackend):
+    """Exact dense retrieval in torch: on GPUs without faiss-gpu, or on the CPU from disk, block by block.
+
+    Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`; on the CPU a block
+    is read from the file for every batch of queries, so that memory does not depend on the corpus.
+
+    Args (beside those of `DenseBackend`):
+        search_devices: such as `cuda:0,cuda:1`; `auto` is every GPU of this node, or the CPU.
+        dtype: of the vectors on a GPU, float16 (half the memory) or float32.
+        block_rows: rows whose scores are computed at once.
+    """
+
+    name = "torch"
+    options = ("precision", "search_devices", "dtype", "block_rows")
+
+    def __init__(
+        self,
+        index: str | Path,
+        retriever: Retriever | str | None = None,
+        corpus: str | Path | None = None,
+        *,
+        search_devices: str = "auto",
+        dtype: str = "float16",
+        block_rows: int = 65_536,
+        **shared: Any,
+    ) -> None:
+        from agentic_r_plugin.search.shards import resolve_devices
+
+        if dtype not in ("float16", "float32"):
+            raise ConfigError(f"search backend 'torch': dtype {dtype!r}: expected float16 or float32")
+        super().__init__(index, retriever, corpus, **shared)
+        manifest = self.manifest
+        open_index(self.index_path, mapped=True, num_bytes=manifest.index_bytes)
+        read = flat_vectors(self.index_path, kind=manifest.kind, rows=manifest.rows, dim=manifest.dim)
+        devices = [torch.device(name) for name in resolve_devices(search_devices)]
+        if devices[0].type == "cpu":
+            self._parts: list[_Part] = [_Part(0, manifest.rows, devices[0], _from_file(read), block_rows)]
+        else:
+            share = -(-manifest.rows // len(devices))
+            bounds = [(at, min(at + share, manifest.rows)) for at in range(0, manifest.rows, share)]
+            kept = getattr(torch, dtype)
+            self._parts = [
+                _Part(begin, end, device, _on_device(read, begin, end, device, kept, block_rows), block_rows)
+                for (begin, end), device in zip(bounds, devices, strict=False)
+            ]
+
+    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See `DenseBackend.nearest`."""
+        queries = torch.from_numpy(vectors_QD)
+        found = [part.nearest(queries, topk) for part in self._parts]
+        scores, rows = _best([scores.cpu() for scores, _ in found], [rows.cpu() for _, rows in found], topk)
+        return scores.numpy(), rows.numpy()
+
+
+BlockReader = Callable[[int, int], torch.Tensor]
+"""(first row, end) -> (rows, D)."""
+
+
+class _Part:
+    """Rows `begin` to `end` of an index, searched on one device."""
+
+    def __init__(self, begin: int, end: int, device: torch.device, read: BlockReader, block_rows: int) -> None:
+        self.begin, self.end, self.device, self.read, self.block_rows = begin, end, device, read, block_rows
+
+    @torch.inference_mode()
+    def nearest(self, queries_QD: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores, rows) on the device, (Q, min(K, rows of this part))."""
+        queries = queries_QD.to(self.device)
+        scores = torch.empty((len(queries), 0), device=self.device)
+        rows = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
+        for start in range(self.begin, self.end, self.block_rows):
+            block = self.read(start, min(start + self.block_rows, self.end))
+            block_scores = (queries.to(block.dtype) @ block.T).float()
+            best, at = block_scores.topk(min(topk, len(block)), dim=1)
+            scores, rows = _best([scores, best], [rows, at + start], topk)
+        return scores, rows
+
+
+def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best K of several (Q, K_i) lists; of equal scores the one that stands first."""
+    all_scores, all_rows = torch.cat(scores, 1), torch.cat(rows, 1)
+    order = all_scores.argsort(dim=1, descending=True, stable=True)[:, :topk]
+    return all_scores.gather(1, order), all_rows.gather(1, order)
+
+
+def _from_file(read: Callable[[int, int], NDArray[Any]]) -> BlockReader:
+    return lambda start, stop: torch.from_numpy(read(start, stop)).float()
+
+
+def _on_device(
+    read: Callable[[int, int], NDArray[Any]],
+    begin: int,
+    end: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_rows: int,
+) -> BlockReader:
+    """Copy rows to the device block by block; the host never holds more than one block."""
+    kept: torch.Tensor | None = None
+    for start in range(begin, end, block_rows):
+        stop = min(start + block_rows, end)
+        block = torch.from_numpy(read(start, stop))
+        if kept is None:
+            kept = torch.empty((end - begin, block.shape[1]), dtype=dtype, device=device)
+        kept[start - begin : stop - begin] = block.to(device=device, dtype=dtype)
+    assert kept is not None
+    vectors = kept
+    return lambda start, stop: vectors[start - begin : stop - begin]

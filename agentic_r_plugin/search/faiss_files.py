@@ -1,0 +1,270 @@
+"""Writes and opens faiss index files without holding the corpus' vectors in memory.
+
+faiss keeps an index in memory while it is built. The files of the kinds that matter for large corpora end with the
+vectors' codes, so they are written here as faiss would write them, shard by shard:
+
+| kind (faiss' factory string) | layout after the header | memory of the build |
+|---|---|---|
+| `Flat`, `SQ8`, `SQfp16` | codes, in row order | one shard |
+| `IVF…,Flat`, `IVF…,SQ8`, `IVF…,PQ…` | per list its codes, then its row numbers | one shard, and the training sample |
+| others (`HNSW32`, `PQ64`, `OPQ…`) | faiss' own | the whole index |
+
+What was written is read back and searched before it takes its name; a test compares it byte for byte with faiss' own.
+Everything here uses inner products. faiss documents no file format, so the header is taken from this very faiss by
+serialising the empty index, and checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from agentic_r_plugin.errors import ConfigError, IndexMismatchError, ManifestMismatchError, UpstreamError
+from agentic_r_plugin.store import atomic_path
+
+log = logging.getLogger(__name__)
+
+ALIASES = {"fp16": "SQfp16", "FP16": "SQfp16", "flat": "Flat", "sq8": "SQ8"}
+"""Other names of kinds."""
+
+_ROWS = slice(8, 16)
+"""Where faiss' header says how many vectors there are."""
+
+
+def empty_index(kind: str, dim: int) -> faiss.Index:
+    """An untrained index.
+
+    Raises:
+        ConfigError: faiss does not know the kind, or it does not fit the dimension.
+    """
+    try:
+        return faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"index kind {kind!r} is not possible for {dim} dimensions: {reason}; known are Flat, SQ8, SQfp16, "
+            "IVF4096,Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32 and the like (faiss' index_factory)"
+        ) from error
+
+
+def write_index(path: Path, shards: Sequence[Path], *, kind: str, rows: int, dim: int, train_rows: int) -> None:
+    """Write the index file of `kind` over the vectors of `shards`.
+
+    Args:
+        shards: `.npy` files of (n, dim) float32 whose rows add up to `rows`.
+        train_rows: vectors of the sample that an index is trained on at most; they are held in memory.
+
+    Raises:
+        ConfigError: an impossible kind, or too few vectors to train it.
+        ManifestMismatchError: a shard of another form.
+        UpstreamError: this faiss cannot read what was written.
+    """
+    index = empty_index(kind, dim)
+    vectors = _Vectors(shards, rows, dim)
+    if not index.is_trained:
+        _train(index, vectors, kind, train_rows)
+    with atomic_path(path) as temporary:
+        if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+            _write_codes(temporary, index, vectors)
+        elif isinstance(index, faiss.IndexIVF) and _lists_at(index) is not None:
+            _write_lists(temporary, index, vectors)
+        else:
+            _write_whole(temporary, index, vectors, kind)
+        _check(temporary, path, vectors)
+
+
+class _Vectors:
+    """The shards' vectors, one shard at a time."""
+
+    def __init__(self, shards: Sequence[Path], rows: int, dim: int) -> None:
+        self.shards, self.rows, self.dim = list(shards), rows, dim
+
+    def __iter__(self) -> Any:
+        for shard in self.shards:
+            vectors: NDArray[np.float32] = np.load(shard)
+            if vectors.ndim != 2 or vectors.shape[1] != self.dim or vectors.dtype != np.float32:
+                raise ManifestMismatchError(f"{shard}: expected float32 vectors of {self.dim} numbers; remove it")
+            yield np.ascontiguousarray(vectors)
+
+    def sample(self, count: int) -> NDArray[np.float32]:
+        """(count, D) vectors drawn evenly from all shards, the same at every call."""
+        if count >= self.rows:
+            return np.concatenate(list(self))
+        chosen = np.sort(np.random.default_rng(0).choice(self.rows, count, replace=False))
+        parts, start = [], 0
+        for vectors in self:
+            stop = start + len(vectors)
+            parts.append(vectors[chosen[(chosen >= start) & (chosen < stop)] - start])
+            start = stop
+        return np.concatenate(parts)
+
+
+def _train(index: faiss.Index, vectors: _Vectors, kind: str, train_rows: int) -> None:
+    sample = vectors.sample(train_rows)
+    log.info("training %s on %d vectors", kind, len(sample))
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"index kind {kind!r} cannot be trained on {len(sample)} vectors: {reason}") from error
+
+
+def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
+    """The serialised empty index up to `end`, with the number of rows put in."""
+    header = bytearray(faiss.serialize_index(index).tobytes()[:end])
+    if int.from_bytes(header[4:8], "little") != index.d or any(header[_ROWS]):
+        raise UpstreamError(f"faiss {faiss.__version__} writes an unknown header for {type(index).__name__}")
+    header[_ROWS] = rows.to_bytes(8, "little")
+    return header
+
+
+def _write_codes(path: Path, index: faiss.Index, vectors: _Vectors) -> None:
+    """Header, how many code units, codes; the unit of `Flat` is a float, else a byte."""
+    flat = isinstance(index, faiss.IndexFlat)
+    units = vectors.rows * (index.d if flat else index.sa_code_size())
+    with path.open("wb") as stream:
+        stream.write(_header(index, vectors.rows, -8))
+        stream.write(units.to_bytes(8, "little"))
+        for part in vectors:
+            stream.write(part.data if flat else index.sa_encode(part).data)
+
+
+def _lists_at(index: faiss.IndexIVF) -> int | None:
+    """Where the inverted lists begin in the serialised empty index; None when they are of a kind we do not write."""
+    data = faiss.serialize_index(index).tobytes()
+    tail = b"ilar" + index.nlist.to_bytes(8, "little") + index.code_size.to_bytes(8, "little") + b"sprs" + bytes(8)
+    return len(data) - len(tail) if data.endswith(tail) else None
+
+
+def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
+    """Two passes: which list each vector belongs to, then every vector's code and row number to their place."""
+    at = _lists_at(index)
+    assert at is not None
+    header = _header(index, vectors.rows, at)
+    header += b"ilar" + index.nlist.to_bytes(8, "little") + index.code_size.to_bytes(8, "little")
+    with path.with_name(path.name + ".lists").open("w+b") as assigned:
+        try:
+            sizes = np.zeros(index.nlist, np.int64)
+            for part in tqdm(vectors, total=len(vectors.shards), desc="assign", unit="shard", mininterval=1.0):
+                lists = index.quantizer.search(part, 1)[1].ravel()
+                sizes += np.bincount(lists, minlength=index.nlist)
+                assigned.write(lists.astype(np.int32).data)
+            assigned.seek(0)
+            header += b"full" + index.nlist.to_bytes(8, "little") + sizes.tobytes()
+            ends = len(header) + np.cumsum(sizes * (index.code_size + 8))
+            codes_at = ends - sizes * (index.code_size + 8)
+            rows_at = codes_at + sizes * index.code_size
+            with path.open("wb") as stream:
+                stream.write(header)
+                stream.flush()
+                os.posix_fallocate(stream.fileno(), 0, max(int(ends[-1]), 1))
+                start = 0
+                for part in tqdm(vectors, total=len(vectors.shards), desc="write", unit="shard", mininterval=1.0):
+                    lists = np.frombuffer(assigned.read(4 * len(part)), np.int32).astype(np.int64)
+                    _place(stream.fileno(), index, part, lists, start, codes_at, rows_at)
+                    start += len(part)
+        finally:
+            Path(assigned.name).unlink()
+
+
+def _place(
+    file: int,
+    index: faiss.IndexIVF,
+    vectors: NDArray[np.float32],
+    lists: NDArray[np.int64],
+    start: int,
+    codes_at: NDArray[np.int64],
+    rows_at: NDArray[np.int64],
+) -> None:
+    """Write one shard's codes and row numbers, and move the lists' ends on."""
+    codes = np.zeros((len(vectors), index.code_size), np.uint8)
+    index.encode_vectors(len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(lists), faiss.swig_ptr(codes))
+    order = np.argsort(lists, kind="stable")
+    found, begins, counts = np.unique(lists[order], return_index=True, return_counts=True)
+    numbers = (order + start).astype(np.int64)
+    for number, begin, count in zip(found.tolist(), begins.tolist(), counts.tolist(), strict=True):
+        chosen = slice(begin, begin + count)
+        os.pwrite(file, codes[order[chosen]].data, int(codes_at[number]))
+        os.pwrite(file, numbers[chosen].data, int(rows_at[number]))
+        codes_at[number] += count * index.code_size
+        rows_at[number] += count * 8
+
+
+def _write_whole(path: Path, index: faiss.Index, vectors: _Vectors, kind: str) -> None:
+    log.warning("an index of kind %s is built in memory, which must hold all of its %d rows", kind, vectors.rows)
+    for part in tqdm(vectors, total=len(vectors.shards), desc="add", unit="shard", mininterval=1.0):
+        index.add(part)
+    faiss.write_index(index, str(path))
+
+
+def _check(written: Path, path: Path, vectors: _Vectors) -> None:
+    index = open_index(written, mapped=True)
+    first = next(iter(vectors))[:1]
+    if index.ntotal != vectors.rows or index.d != vectors.dim:
+        raise UpstreamError(f"{path}: faiss reads {index.ntotal} x {index.d}, expected {vectors.rows} x {vectors.dim}")
+    row = int(index.search(first, 1)[1][0, 0])
+    if not -1 <= row < vectors.rows:
+        raise UpstreamError(f"{path}: faiss finds row {row} of {vectors.rows} in what was written")
+
+
+def open_index(path: Path, *, mapped: bool, num_bytes: int | None = None) -> faiss.Index:
+    """faiss' index of a file, in memory or mapped (what this kind can map; a graph's vectors, lists or codes).
+
+    Args:
+        num_bytes: how large the file was when it was finished, when known.
+
+    Raises:
+        IndexMismatchError: missing, cut, or not a faiss index.
+    """
+    if not path.is_file():
+        raise IndexMismatchError(f"{path}: the index file is missing; build it again with agentic-r index")
+    if num_bytes is not None and (found := path.stat().st_size) != num_bytes:
+        raise IndexMismatchError(
+            f"{path}: expected {num_bytes} bytes, found {found}; the index file was cut or replaced, build it again "
+            "with agentic-r index"
+        )
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    except RuntimeError as error:
+        raise IndexMismatchError(f"{path}: faiss cannot read this index: {str(error).splitlines()[0]}") from error
+
+
+def set_search_depth(index: faiss.Index, *, nprobe: int, ef_search: int) -> None:
+    """How far approximate kinds look: lists of an IVF, candidates of an HNSW graph; exact kinds look everywhere."""
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexIVF):
+        inner.nprobe = min(nprobe, inner.nlist)
+    elif isinstance(inner, faiss.IndexHNSW):
+        inner.hnsw.efSearch = ef_search
+
+
+def flat_vectors(path: Path, *, kind: str, rows: int, dim: int) -> Callable[[int, int], NDArray[Any]]:
+    """A function of (start, stop) that reads those rows' vectors from a `Flat` (float32) or `SQfp16` (float16) file.
+
+    Not for several threads at once.
+
+    Raises:
+        ConfigError: another kind, whose vectors do not stand in the file one after the other.
+    """
+    types = {"Flat": np.float32, "SQfp16": np.float16}
+    if kind not in types:
+        raise ConfigError(f"{path}: exact search in torch needs an index of kind Flat or SQfp16, found {kind}")
+    stored = np.dtype(types[kind])
+    begin = path.stat().st_size - rows * dim * stored.itemsize
+    stream = path.open("rb")
+
+    def read(start: int, stop: int) -> NDArray[Any]:
+        stream.seek(begin + start * dim * stored.itemsize)
+        return np.fromfile(stream, stored, (stop - start) * dim).reshape(stop - start, dim)
+
+    return read

@@ -1,0 +1,131 @@
+"""Puts another index in place of the one being served, without dropping a request.
+
+The new backend is opened beside the old one, in a thread, while requests go on; then one assignment on the event loop
+swaps them. With several workers the supervisor asks all to open it before any may use it, so either all change or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from agentic_r_plugin.backends import SearchSpec, build_search
+from agentic_r_plugin.errors import AgenticRError, SearchError
+from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.search.service import SearchService
+
+log = logging.getLogger(__name__)
+
+
+def changed_spec(spec: SearchSpec, changes: Mapping[str, str]) -> SearchSpec:
+    """The settings with another index; retriever and corpus are then the ones that this index names, unless given."""
+    if not changes:
+        return spec
+    fields: dict[str, Any] = {"retriever": "", "corpus": ""} | dict(changes)
+    return replace(spec, **fields)
+
+
+class LocalReloader:
+    """Reloads the only worker of a service."""
+
+    def __init__(self, service: SearchService, spec: SearchSpec) -> None:
+        self.service, self.spec, self._lock = service, spec, asyncio.Lock()
+
+    async def reload(self, changes: Mapping[str, str]) -> str:
+        """See `app.Reload`; without changes, what the present settings name is opened anew.
+
+        Raises:
+            AgenticRError: it cannot be opened; the old one stays.
+        """
+        async with self._lock:
+            spec = changed_spec(self.spec, changes)
+            backend = await asyncio.to_thread(build_search, spec)
+            self.service.swap(backend)
+            self.spec = spec
+            log.warning("now serving index %s", self.service.fingerprint)
+            return self.service.fingerprint
+
+
+class WorkerReloader:
+    """Reloads one of several workers, as the supervisor at the other end of the pipe says.
+
+    | from the supervisor | answered by |
+    |---|---|
+    | `("prepare", spec)` | `("prepared", error or None)` |
+    | `("commit",)` | `("committed", fingerprint)` |
+    | `("discard",)` | |
+    | `("reloaded", fingerprint, error)` | (the outcome of this worker's own `("reload", changes)`) |
+    """
+
+    def __init__(
+        self, service: SearchService, pipe: Connection, open_backend: Callable[[SearchSpec], SearchBackend]
+    ) -> None:
+        self.service, self.pipe, self._open = service, pipe, open_backend
+        self._send_lock = threading.Lock()
+        self._pending: SearchBackend | None = None
+        self._asked: list[asyncio.Future[str]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def listen(self, stop: Any) -> None:
+        """Follow the supervisor from a thread until the pipe ends, then call `stop`."""
+        threading.Thread(target=self._listen, args=(stop,), name="reload", daemon=True).start()
+
+    async def reload(self, changes: Mapping[str, str]) -> str:
+        """See `app.Reload`: asks the supervisor to reload all workers."""
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._asked.append(future)
+        self.send(("reload", dict(changes)))
+        return await future
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        """To the supervisor."""
+        with self._send_lock:
+            self.pipe.send(message)
+
+    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop that the service runs on."""
+        self._loop = loop
+
+    def _listen(self, stop: Any) -> None:
+        try:
+            while True:
+                kind, *content = self.pipe.recv()
+                getattr(self, f"_on_{kind}")(*content)
+        except (EOFError, OSError):
+            stop()
+
+    def _on_prepare(self, spec: SearchSpec) -> None:
+        self._on_discard()
+        try:
+            self._pending = self._open(spec)
+        except Exception as error:
+            log.exception("cannot open what is to be served next")
+            self.send(("prepared", str(error) if isinstance(error, AgenticRError) else repr(error)))
+        else:
+            self.send(("prepared", None))
+
+    def _on_commit(self) -> None:
+        backend, self._pending = self._pending, None
+        assert backend is not None and self._loop is not None
+        self._loop.call_soon_threadsafe(self.service.swap, backend)
+        self.send(("committed", backend.fingerprint()))
+
+    def _on_discard(self) -> None:
+        if self._pending is not None:
+            self._pending.close()
+            self._pending = None
+
+    def _on_reloaded(self, fingerprint: str, error: str | None) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._tell, fingerprint, error)
+
+    def _tell(self, fingerprint: str, error: str | None) -> None:
+        for future in self._asked:
+            if not future.done():
+                future.set_result(fingerprint) if error is None else future.set_exception(SearchError(error))
+        self._asked.clear()

@@ -1,0 +1,250 @@
+"""Encodes a corpus into shards of vectors: in this process, on every device of this node, or on a Ray cluster.
+
+A shard is a `.npy` file of (rows, D) float32 vectors, named after its first row, that appears whole or not at all. So
+workers share nothing but the folder: whoever finishes a shard has finished it, and a run that was killed goes on with
+the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.store import atomic_path
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """What a worker needs to know to encode any shard of a corpus."""
+
+    corpus: str
+    table: str
+    """Folder with the corpus' saved table."""
+    retriever: str
+    retriever_fingerprint: str
+    load: dict[str, Any]
+    """Further arguments of `Retriever.load`, without the device."""
+    folder: str
+    """Where the shards go; for Ray, one that every node sees."""
+    shard_size: int
+    batch_size: int
+    max_batch_tokens: int
+
+    def path(self, start: int) -> Path:
+        """The shard that begins with row `start`."""
+        return Path(self.folder) / f"{start:010d}.npy"
+
+
+def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: list[str], ray: RayWorkers) -> None:
+    """Encode every shard that is missing, with progress.
+
+    Args:
+        retriever: used where one device of this process does the work.
+        devices: one worker process each, where there are several.
+        ray: actors of a Ray cluster instead, where there are any.
+
+    Raises:
+        RecordError: the retriever gives vectors that are not finite.
+        SearchError: a worker died.
+    """
+    starts = range(0, len(corpus), job.shard_size)
+    missing = [start for start in starts if not job.path(start).is_file()]
+    with tqdm(total=len(corpus), desc="index", unit="passage", mininterval=1.0) as progress:
+        progress.update(sum(_rows(job, len(corpus), start) for start in starts) - _total(job, corpus, missing))
+        if not missing:
+            return
+        if ray.count:
+            done = _on_ray(job, missing, ray)
+        elif len(devices) > 1:
+            done = _on_devices(job, missing, devices)
+        else:
+            encoder = ShardEncoder(job, corpus, retriever)
+            done = (encoder.encode(start) for start in missing)
+        for start in done:
+            progress.update(_rows(job, len(corpus), start))
+
+
+def _rows(job: ShardJob, total: int, start: int) -> int:
+    return min(job.shard_size, total - start)
+
+
+def _total(job: ShardJob, corpus: Corpus, starts: list[int]) -> int:
+    return sum(_rows(job, len(corpus), start) for start in starts)
+
+
+class ShardEncoder:
+    """Encodes shards with one retriever on one device."""
+
+    def __init__(self, job: ShardJob, corpus: Corpus, retriever: Retriever) -> None:
+        self.job, self.corpus, self.retriever = job, corpus, retriever
+
+    @classmethod
+    def open(cls, job: ShardJob, device: str) -> ShardEncoder:
+        """In a worker: load what the job names.
+
+        Raises:
+            IndexMismatchError: the retriever there is not the one the job was made with.
+        """
+        retriever = Retriever.load(job.retriever, device=device, **job.load)
+        if (found := retriever.fingerprint()) != job.retriever_fingerprint:
+            raise IndexMismatchError(
+                f"a worker on {device} finds another retriever at {job.retriever} ({found} instead of "
+                f"{job.retriever_fingerprint}); it was changed while the index was being built"
+            )
+        return cls(job, Corpus(job.corpus, table=job.table), retriever)
+
+    def encode(self, start: int) -> int:
+        """Write the shard that begins with row `start`; returns `start`."""
+        stop = start + _rows(self.job, len(self.corpus), start)
+        vectors = self.retriever.encode_passages(
+            [self.corpus[row] for row in range(start, stop)],
+            batch_size=self.job.batch_size,
+            max_batch_tokens=self.job.max_batch_tokens,
+        )
+        if not np.isfinite(vectors).all():
+            raise RecordError(
+                f"retriever {self.job.retriever} gives vectors that are not finite for rows {start}-{stop - 1}",
+                path=self.corpus.path,
+            )
+        with atomic_path(self.job.path(start)) as temporary, temporary.open("wb") as stream:
+            np.save(stream, vectors)
+        return start
+
+
+def resolve_devices(text: str) -> list[str]:
+    """Devices of a setting: `auto` is every CUDA device of this node or the CPU; else a list such as `cuda:0,cuda:1`.
+
+    Raises:
+        ConfigError: a device that this torch does not have.
+
+    >>> resolve_devices("cpu, cpu")
+    ['cpu', 'cpu']
+    """
+    if text == "auto":
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    devices = [part.strip() for part in text.split(",")]
+    for device in devices:
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise ConfigError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device {device!r}: this torch finds no CUDA device")
+    return devices
+
+
+# --- processes on one node --------------------------------------------------------------------------------------------
+
+_task: tuple[ShardJob, str] | None = None
+_encoder: ShardEncoder | None = None
+"""Of this worker process; loaded with its first shard, so that what goes wrong is that shard's error."""
+
+
+def _begin(job: ShardJob, devices: Any, threads: int) -> None:
+    global _task
+    _task = job, devices.get()
+    if torch.device(_task[1]).type == "cpu":
+        torch.set_num_threads(threads)
+
+
+def _encode(start: int) -> int:
+    global _encoder
+    assert _task is not None
+    _encoder = _encoder or ShardEncoder.open(*_task)
+    return _encoder.encode(start)
+
+
+def _on_devices(job: ShardJob, missing: list[int], devices: list[str]) -> Iterator[int]:
+    context = multiprocessing.get_context("spawn")
+    waiting: Any = context.Queue()
+    for device in devices:
+        waiting.put(device)
+    threads = max(1, (os.cpu_count() or 1) // len(devices))
+    with ProcessPoolExecutor(len(devices), context, _begin, (job, waiting, threads)) as pool:
+        futures = [pool.submit(_encode, start) for start in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise SearchError(
+                f"an encoding worker (devices {', '.join(devices)}) ended without a word, perhaps for want of memory; "
+                "finished shards are kept, go on with --resume"
+            ) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayWorkers:
+    """Actors that encode; `count` 0 means that Ray is not used."""
+
+    count: int = 0
+    address: str = ""
+    """Of a running cluster (`auto`, `ray://…`); empty starts one on this machine."""
+    gpus: float = 0.0
+    """Per actor."""
+
+
+def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[int]:
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=workers.address or None, log_to_driver=False, include_dashboard=False)
+    actor: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)(_RayEncoder)
+    count = min(workers.count, len(missing))
+    actors = [actor.remote(job, "cuda:0" if workers.gpus else "cpu") for _ in range(count)]
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for start in missing:
+        todo.put(start)
+    try:
+        running = {member.encode.remote(todo.get()): member for member in actors}
+        while running:
+            (reference,), _ = ray.wait(list(running), num_returns=1)
+            member = running.pop(reference)
+            start = ray.get(reference)
+            if not todo.empty():
+                running[member.encode.remote(todo.get())] = member
+            yield start
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else SearchError(str(error)) from error
+    except ray.exceptions.RayActorError as error:
+        raise SearchError(
+            f"an encoding actor died for good ({error}); finished shards are kept, go on with --resume"
+        ) from error
+    finally:
+        for member in actors:
+            ray.kill(member)
+        if started:
+            ray.shutdown()
+
+
+class _RayEncoder:
+    """A `ShardEncoder` as an actor; a restarted one loads the retriever again and goes on."""
+
+    def __init__(self, job: ShardJob, device: str) -> None:
+        self.encoder = ShardEncoder.open(job, device)
+
+    def encode(self, start: int) -> int:
+        return self.encoder.encode(start)

@@ -1,0 +1,255 @@
+"""Several worker processes of one retrieval service, and the supervisor that keeps them at work.
+
+All workers take connections from one listening socket, which the supervisor holds open: a worker that dies loses only
+the requests it had in hand, the others go on, and another takes its place with the index that is served by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.backends import SearchSpec, build_search
+from agentic_r_plugin.errors import ConfigError, SearchUnavailableError
+from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.search.metrics import Metrics
+from agentic_r_plugin.search.reload import WorkerReloader, changed_spec
+from agentic_r_plugin.search.service import SearchService
+
+log = logging.getLogger(__name__)
+
+_MAX_DEATHS, _DEATHS_WITHIN_S = 10, 60.0
+"""A service whose workers die more often than this gives up."""
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    fingerprint: str | None = None
+    """None until it answers."""
+
+
+class Supervisor:
+    """Starts, watches, reloads and ends the workers of a service.
+
+    Args:
+        spec: what they serve.
+        count: how many.
+        listener: the listening socket.
+        settings: the `server.ServeConfig`.
+        stop_s: how long a worker may finish its requests when the service ends.
+    """
+
+    def __init__(self, spec: SearchSpec, count: int, listener: socket.socket, settings: Any, *, stop_s: float) -> None:
+        self.spec, self.count, self.listener, self.settings, self.stop_s = spec, count, listener, settings, stop_s
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: dict[int, _Worker] = {}
+        self._deaths: deque[float] = deque()
+        self._stopping = self._hangup = self._answering = False
+        self._reload: _Reload | None = None
+        self._wanted: deque[tuple[int | None, dict[str, str]]] = deque()
+
+    def run(self, ready: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
+        """Until SIGTERM or SIGINT; SIGHUP opens anew what the settings name.
+
+        Args:
+            ready: entered with the index' fingerprint when every worker answers.
+
+        Raises:
+            ConfigError: what is to be served cannot be opened.
+            SearchUnavailableError: workers die again and again.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(self, "_stopping", True))
+        signal.signal(signal.SIGHUP, lambda *_: setattr(self, "_hangup", True))
+        with tempfile.TemporaryDirectory(prefix="agentic-r-metrics-") as folder:
+            self._metrics = Path(folder) / "metrics"
+            Metrics.create(self._metrics, self.count)
+            try:
+                for slot in range(self.count):
+                    self._start(slot)
+                while not self._stopping and any(w.fingerprint is None for w in self._workers.values()):
+                    self._step()
+                self._answering = True
+                if not self._stopping:
+                    with ready(str(self._workers[0].fingerprint)):
+                        while not self._stopping:
+                            self._step()
+            finally:
+                self._end()
+
+    def _start(self, slot: int) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_work,
+            args=(slot, self.count, self.listener, self.spec, self.settings, self._metrics, theirs),
+            name=f"retrieval-{slot}",
+        )
+        process.start()
+        theirs.close()
+        self._workers[slot] = _Worker(process, ours)
+
+    def _step(self) -> None:
+        """Wait a moment for what happens, and act on it."""
+        pipes = {worker.pipe: slot for slot, worker in self._workers.items()}
+        ends = {worker.process.sentinel: slot for slot, worker in self._workers.items()}
+        for found in multiprocessing.connection.wait([*pipes, *ends], timeout=0.2):
+            if found in pipes:
+                with contextlib.suppress(EOFError, OSError):
+                    self._hear(pipes[found], found.recv())  # type: ignore[index,union-attr]
+        for slot in ends.values():
+            if not self._workers[slot].process.is_alive():
+                self._replace(slot)
+        if self._hangup:
+            self._hangup = False
+            self._wanted.append((None, {}))
+        if self._reload is None and self._wanted and all(w.fingerprint for w in self._workers.values()):
+            self._begin_reload(*self._wanted.popleft())
+
+    def _hear(self, slot: int, message: tuple[Any, ...]) -> None:
+        kind, *content = message
+        if kind == "ready":
+            self._workers[slot].fingerprint = content[0]
+        elif kind == "failed" and not self._answering:
+            raise ConfigError(content[0])
+        elif kind == "failed":
+            log.error("a new worker cannot open what is served: %s", content[0])
+        elif kind == "reload":
+            self._wanted.append((slot, content[0]))
+        elif kind == "prepared" and self._reload is not None:
+            self._reload.answers[slot] = content[0]
+            self._finish_reload()
+        elif kind == "committed":
+            self._workers[slot].fingerprint = content[0]
+
+    def _replace(self, slot: int) -> None:
+        worker = self._workers[slot]
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths and now - self._deaths[0] > _DEATHS_WITHIN_S:
+            self._deaths.popleft()
+        if len(self._deaths) > _MAX_DEATHS:
+            raise SearchUnavailableError(
+                f"retrieval workers ended {len(self._deaths)} times in {_DEATHS_WITHIN_S:g} s, "
+                f"the last with code {worker.process.exitcode}; giving up"
+            )
+        log.warning("worker %d ended with code %s; starting another", slot, worker.process.exitcode)
+        worker.pipe.close()
+        self._start(slot)
+        if self._reload is not None:
+            self._reload.answers[slot] = f"worker {slot} ended meanwhile"
+            self._finish_reload()
+
+    def _begin_reload(self, asked_by: int | None, changes: dict[str, str]) -> None:
+        self._reload = _Reload(asked_by, changed_spec(self.spec, changes), {})
+        for worker in self._workers.values():
+            _tell(worker, ("prepare", self._reload.spec))
+
+    def _finish_reload(self) -> None:
+        """When all have answered: all change, or none."""
+        reload = self._reload
+        assert reload is not None
+        if len(reload.answers) < self.count:
+            return
+        error = next((answer for answer in reload.answers.values() if answer is not None), None)
+        if error is None:
+            self.spec = reload.spec
+        else:
+            log.error("reload failed: %s", error)
+        for worker in self._workers.values():
+            _tell(worker, ("commit",) if error is None else ("discard",))
+        if reload.asked_by is not None:
+            fingerprint = self._await_commit(reload.asked_by) if error is None else ""
+            _tell(self._workers[reload.asked_by], ("reloaded", fingerprint, error))
+        self._reload = None
+
+    def _await_commit(self, slot: int) -> str:
+        """The new fingerprint, once every worker that lives uses it."""
+        waiting = {number for number, worker in self._workers.items() if worker.fingerprint}
+        deadline = time.monotonic() + 10
+        while waiting and time.monotonic() < deadline:
+            for number in list(waiting):
+                worker = self._workers[number]
+                try:
+                    if worker.pipe.poll(0.05):
+                        message = worker.pipe.recv()
+                        self._hear(number, message)
+                        waiting -= {number} if message[0] == "committed" else set()
+                except (EOFError, OSError):
+                    waiting.discard(number)
+        return str(self._workers[slot].fingerprint)
+
+    def _end(self) -> None:
+        for worker in self._workers.values():
+            if worker.process.is_alive():
+                worker.process.terminate()
+        deadline = time.monotonic() + self.stop_s
+        for worker in self._workers.values():
+            worker.process.join(max(0.1, deadline - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+
+
+@dataclass
+class _Reload:
+    """One reload in progress."""
+
+    asked_by: int | None
+    spec: SearchSpec
+    answers: dict[int, str | None]
+    """Fault of each worker that has answered; None where it could open the index."""
+
+
+def _tell(worker: _Worker, message: tuple[Any, ...]) -> None:
+    with contextlib.suppress(OSError):  # a worker that has just died is replaced in the next step
+        worker.pipe.send(message)
+
+
+def _work(
+    slot: int,
+    count: int,
+    listener: socket.socket,
+    spec: SearchSpec,
+    settings: Any,
+    metrics: Path,
+    pipe: Connection,
+) -> None:
+    """A worker process: open the backend, say so, serve until told to stop."""
+    from agentic_r_plugin.search.server import serve_here, share_of_machine
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor ends its workers
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def open_share(wanted: SearchSpec) -> SearchBackend:
+        return build_search(share_of_machine(wanted, slot, count))
+
+    try:
+        backend = open_share(spec)
+    except Exception as error:
+        pipe.send(("failed", str(error)))
+        return
+    fingerprint = backend.fingerprint()
+
+    def reloader(service: SearchService) -> WorkerReloader:
+        found = WorkerReloader(service, pipe, open_share)
+        found.listen(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return found
+
+    pipe.send(("ready", fingerprint))
+    serve_here(settings, listener, backend, reloader, Metrics(metrics, slot, count))
