@@ -129,10 +129,11 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -
 def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> None:
     from tqdm import tqdm
 
+    position = {str(item.id): place for place, item in enumerate(dataset)}
     finished = {
-        str(item.id): journal.read(str(item.id))["records"][0]["output"]
-        for item in dataset
-        if journal.done(str(item.id))
+        identifier: line["records"][0]["output"]
+        for identifier, place in position.items()
+        if (line := journal.read(place)) is not None
     }
     before, since = asdict(pipeline.cost), time.monotonic()
 
@@ -142,10 +143,8 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> 
             nonlocal before, since
             now, clock = asdict(pipeline.cost), time.monotonic()
             spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
-            journal.append(
-                [(str(item.id), Outcome(records=(_Answered(id=str(item.id), output=item.output),))) for item in items],
-                spent,
-            )
+            answered = [_Answered(id=str(item.id), output=item.output) for item in items]
+            journal.append([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
             before, since = now, clock
             progress.update(len(items))
 
