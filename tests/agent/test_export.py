@@ -82,7 +82,7 @@ def test_lora_adapters_become_part_of_the_weights(tmp_path: Path, agent_dir: Pat
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     checkpoint = checkpoint_of(tmp_path / "actor", agent_dir, adapted.state_dict())
-    with pytest.raises(TrainingError, match="no lora_train_meta.json"):
+    with pytest.raises(TrainingError, match=r"no lora_train_meta\.json"):
         export_model(checkpoint, tmp_path / "agent")
     (checkpoint / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"}))
     export_model(checkpoint, tmp_path / "agent")
