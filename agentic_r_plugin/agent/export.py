@@ -12,6 +12,9 @@ from typing import Any
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json
 
+_PEFT = "base_model.model."
+"""What PEFT puts before every name."""
+
 
 def export_model(checkpoint: Path, folder: Path) -> None:
     """Write `folder` (weights, configuration, tokenizer) from a checkpoint's `actor` or `critic` folder.
@@ -28,7 +31,7 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     if not source.is_dir():
         raise TrainingError(f"{checkpoint}: expected verl's checkpoint with a folder 'huggingface', found none")
     model_config = AutoConfig.from_pretrained(source)
-    weights = merged_weights(checkpoint)
+    weights = with_adapters_merged(checkpoint, merged_weights(checkpoint))
     # A critic's checkpoint carries the architecture of the agent it was made from; its value head tells it apart.
     is_critic = "score.weight" in weights
     auto = AutoModelForTokenClassification if is_critic else AutoModelForCausalLM
@@ -69,6 +72,33 @@ def merged_weights(checkpoint: Path) -> dict[str, Any]:
             raise TrainingError(f"{checkpoint}: shard {file.name} is missing; the checkpoint is not whole")
         shards.append(torch.load(file, map_location="cpu", weights_only=False))
     return {name: join_shards(name, [shard[name] for shard in shards]) for name in shards[0]}
+
+
+def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights of a LoRA checkpoint as those of the plain model, the adapters added; other weights as they are.
+
+    Raises:
+        TrainingError: adapters without verl's record of their scale.
+    """
+    adapters = [name for name in weights if ".lora_A." in name]
+    if not adapters:
+        return weights
+    record = checkpoint / "lora_train_meta.json"
+    if not record.is_file():
+        raise TrainingError(f"{checkpoint}: holds LoRA adapters, and no {record.name} that tells their scale")
+    meta = read_json(record)
+    scale = meta["lora_alpha"] / meta["r"]
+    merged = {
+        name.removeprefix(_PEFT).replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if ".lora_" not in name
+    }
+    for name in adapters:
+        layer = name.removeprefix(_PEFT).partition(".lora_A.")[0]
+        down, up = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]
+        base = merged[f"{layer}.weight"]
+        merged[f"{layer}.weight"] = base + (scale * (up.double() @ down.double())).to(base.dtype)
+    return merged
 
 
 def join_shards(name: str, parts: list[Any]) -> Any:

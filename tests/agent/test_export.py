@@ -70,6 +70,30 @@ def test_shards_of_two_ranks_are_joined() -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_lora_adapters_become_part_of_the_weights(tmp_path: Path, agent_dir: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(agent_dir), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    checkpoint = checkpoint_of(tmp_path / "actor", agent_dir, adapted.state_dict())
+    with pytest.raises(TrainingError, match=r"no lora_train_meta\.json"):
+        export_model(checkpoint, tmp_path / "agent")
+    (checkpoint / "lora_train_meta.json").write_text(json.dumps({"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"}))
+    export_model(checkpoint, tmp_path / "agent")
+    ids = torch.arange(20, 40)[None]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "agent").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, adapted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(agent_dir).eval()(ids).logits
+    assert (plain - exported(ids).logits).abs().max() > 0.01
+
+
 def test_a_checkpoint_that_is_not_whole_is_refused_and_leaves_nothing(tmp_path: Path, agent_dir: Path) -> None:
     weights = AutoModelForCausalLM.from_pretrained(agent_dir).state_dict()
     dropped = "model.norm.weight"

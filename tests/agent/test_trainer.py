@@ -3,25 +3,150 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transfer_queue
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer, get_trainer_cls
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from agentic_r_plugin.agent import worker
+from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
+from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
 from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, by_length_within
+from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
+from agentic_r_plugin.store import read_json
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Any, metrics: dict[str, Any], timing_raw: dict[str, float]) -> str:
+def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
+    """A trainer with its logs, without verl's workers."""
+    made = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
+    made.global_steps = 7
+    made.settings = SimpleNamespace(run_dir=str(folder), rollouts_per_step=1, keep_checkpoints=1, **settings)
+    made.rule = StabilityRule(window=1, patience=2, on_collapse="stop")
+    made.metrics_log, made.rollout_log = StepLog(folder / "metrics.jsonl"), RolloutLog(folder / "rollouts")
+    made.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder / "checkpoints")}})
+    made.trajectories, made.step_metrics = [], {}
+    return made
+
+
+def outcome(em: int) -> dict[str, Any]:
+    """The agent loop's `extra_fields` of one trajectory."""
+    trajectory = {"id": "q", "text": "t", "golden_answers": ["x"], "em": em}
+    return {
+        "em": em, "f1": em, "searches": 1, "malformed_turns": 0, "search_failed": 0, "masked_token_share": 0.5,
+        "generated_tokens": 5, "stop_reason": "answered", "trajectory": trajectory, "prompt": "p", "segments": [],
+    }  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_its_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    batch = SimpleNamespace(keys=["a_0_0"], partition_id="train")
+
+    def step(self: Any, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         metrics.update({"actor/pg_loss": math.nan, "critic/vf_loss": 0.5})
-        return "batch"
+        self.trajectories += [outcome(1)]
+        return batch
+
+    def rows(keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, torch.Tensor]:
+        assert (keys, partition_id) == (["a_0_0"], "train") and "advantages" in select_fields
+        return {"advantages": torch.nested.as_nested_tensor([torch.tensor([math.inf, 1.0])], layout=torch.jagged)}
 
     monkeypatch.setattr(PPOTrainerSync, "step", step)
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", rows)
+    with pytest.raises(TrainingError, match=r"step 7: actor/pg_loss not finite; the step was not saved, its batch is"):
+        trainer_in(tmp_path).step({}, {})
+    report = read_json(tmp_path / "culprits" / "step_7" / "report.json")
+    assert report["fields"]["advantages"]["not_finite_in"] == ["a_0_0"]
+
+
+def test_a_collapse_stops_the_training_once_it_is_certain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(PPOTrainer, "_compute_metrics", lambda *_, **__: None)
+    trainer = trainer_in(tmp_path)
+
+    def log(step: int, em: int) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        trainer.trajectories = [outcome(em)]
+        trainer._compute_metrics(None, metrics, {}, global_steps=step, epoch=0)  # type: ignore[arg-type]
+        return metrics
+
+    assert log(1, 1)["agentic_r/stable"] == 1.0
+    assert log(2, 0)["agentic_r/stable"] == 0.0
+    with pytest.raises(CollapseError, match=r"collapse at step 2: reward 0\.000, best 1\.000; .* stopped at step 3"):
+        log(3, 0)
+    assert [line["step"] for line in trainer.metrics_log.read()] == [1, 2, 3]
+    assert trainer.rollout_log.read(3)[0]["score"] == 0.0
+
+
+def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: None)
+    trainer = trainer_in(tmp_path)
+    for step, em in ((1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)):
+        trainer.global_steps, trainer.step_metrics = step, {"agentic_r/em": em}
+        trainer._save_checkpoint()
+        trainer.metrics_log.append([{"step": step, "agentic_r/em": em}])
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["global_step_2", "global_step_4"]
+    config = OmegaConf.create({"agentic_r": {"stability": to_dict(trainer.rule)}})
+    assert worker.choose(tmp_path, config, stopped=True) == 2
+    record = read_json(tmp_path / "stability.json")
+    assert (record["checkpoint"], record["collapse"], record["stopped"]) == (2, 3, True)
+    assert record["unstable"] == {"3": ["reward 0.000, best 1.000"], "4": ["reward 0.000, best 1.000"]}
+
+
+@pytest.mark.parametrize(
+    ("mode", "verls"),
+    [
+        ("sync", PPOTrainerSync),
+        ("colocate_async", PPOTrainerColocateAsync),
+        ("separate_async", PPOTrainerSeparateAsync),
+    ],
+)
+def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, verls: type
+) -> None:
+    seen = []
+
+    def init(self: Any, config: Any) -> None:
+        seen.append(config.trainer.v1.trainer_mode)
+        self.replay_buffer = SimpleNamespace()
+
+    monkeypatch.setattr(verls, "__init__", init)
+    ours = get_trainer_cls(f"agentic_r_{mode}")
+    config = OmegaConf.create(
+        {
+            "trainer": {"v1": {"trainer_mode": f"agentic_r_{mode}"}},
+            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "stability": to_dict(StabilityRule())},
+        }
+    )
+    made: Any = ours(config)
+    assert issubclass(ours, verls) and seen == [mode]
+    assert made.replay_buffer.poll_interval == 0.1 and made.rule == StabilityRule()
+
+
+def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
-    trainer.global_steps = 7
-    with pytest.raises(TrainingError, match="step 7: actor/pg_loss not finite; nothing of it was saved"):
-        trainer.step({}, {})
+    trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 2, 1, []
+    trainer.settings = SimpleNamespace(max_failed_search_share=0.0)
+    trainer.config = OmegaConf.create(
+        {"data": {"train_batch_size": 4},
+         "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": 2}}}
+    )  # fmt: skip
+    items = [outcome(1) | {"place": [place, 0], "trained_tokens": 2} for place in (1, 0)]
+    fields = {
+        "extra_fields": items,
+        "response_mask": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(2)], layout=torch.jagged),
+    }
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
+    batch = transfer_queue.KVBatchMeta(partition_id="train", keys=["b", "a"], tags=[{"seq_len": 3}, {"seq_len": 3}])
+    assert trainer._valid_in_order(batch).keys == ["a", "b"]
+    assert trainer._valid_in_order(batch).keys == ["a", "b"]
+    assert len(trainer.trajectories) == 4  # both updates of the step
 
 
 def test_no_row_leaves_its_mini_batch_when_rows_are_put_in_order_of_length() -> None:
