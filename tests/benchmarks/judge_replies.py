@@ -17,10 +17,17 @@ from agentic_r_plugin.errors import JudgeError
 
 PIECES = (
     "[", "]", "{", "}", ",", '"', "'", "\n", " ", "-", "+", ".", "e9", "0", "7", "100", "101", "1e2", "NaN", "Infinity",
-    "true", "null", "50.0", "٣", "²", "₅", "５", "1_0", "0x1F", "```", "```json", "Not Sure", "scores:", "\\u0031", "\x00",
-    "\ud800", "9" * 5000, "[" * 3000, "(85)", "85/100", "/* */", "//", "<think>[1]</think>", "﻿",
+    "true", "null", "50.0", "٣", "²", "₅", "５", "1_0", "0x1F", "```", "```json", "Not Sure", "scores:", "\\u0031",
+    "\x00", "\ud800", "9" * 5000, "[" * 3000, "(85)", "85/100", "/* */", "//", "<think>[1]</think>", "﻿",
 )  # fmt: skip
-FORMS = ("{}", "```json\n{}\n```", "Scores: {}.", "Here are the scores [as asked]: {}", "{}\nDone.", "<think>x</think>{}")
+FORMS = (
+    "{}",
+    "```json\n{}\n```",
+    "Scores: {}.",
+    "Here are the scores [as asked]: {}",
+    "{}\nDone.",
+    "<think>x</think>{}",
+)
 
 
 def mutated(chance: random.Random, scores: list[int]) -> str:

@@ -81,10 +81,8 @@ def compare(args: argparse.Namespace, out: Path) -> None:
     for name, how in (("pruned", ["--relevance", file["relevance"]]), ("exhaustive", ["--exhaustive"])):
         correctness, groups = str(out / f"correctness-{name}.jsonl"), str(out / f"groups-{name}.jsonl")
         command("correctness", *scored, *how, *agent, "--out", correctness)
-        command(
-            "groups", "--candidates", file["candidates"], "--relevance", file["relevance"], "--correctness", correctness,
-            "--out", groups, f"num_negatives={args.negatives}",
-        )  # fmt: skip
+        made_of = ["--candidates", file["candidates"], "--relevance", file["relevance"], "--correctness", correctness]
+        command("groups", *made_of, "--out", groups, f"num_negatives={args.negatives}")
         reports[name] = read_json(correctness + ".report.json")
     same = (out / "groups-pruned.jsonl").read_bytes() == (out / "groups-exhaustive.jsonl").read_bytes()
     count = read_json(out / "groups-pruned.jsonl.report.json")["records"]

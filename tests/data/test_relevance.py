@@ -22,6 +22,7 @@ from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import Candidates, Passage, Question, Relevance, ScoredPassage, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import read_json, read_records, write_records
+from tests.benchmarks.judge_replies import check
 from tests.data.scripted import Passages, passage
 from tests.llm.loopback import Loopback, chat, serve
 
@@ -120,6 +121,11 @@ def test_a_reply_without_exactly_the_scores_asked_for_is_refused(reply: str):
 @pytest.mark.parametrize("reply", ["[0, 50, 100]", "```json\n[0, 50, 100]\n```", "Scores: [0,50,100]."])
 def test_a_list_of_scores_is_taken_from_fences_and_words_around_it(reply: str):
     assert parse_scores(reply, 3) == [0, 50, 100]
+
+
+def test_a_mutated_reply_gives_exactly_the_scores_asked_for_or_a_judge_error():
+    seen = check(20_000, seed=1)
+    assert seen.total() == 20_000 and min(seen["refused"], seen["taken, the right ones"]) > 500
 
 
 MANY = Passages({str(number): passage(str(number)) for number in range(25)})
