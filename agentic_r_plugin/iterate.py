@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
@@ -284,8 +286,8 @@ class Loop:
             self._phase(
                 k,
                 name,
-                lambda name=name, module=module: module.run(self._stage_config(k, name, agent, url), resume=True),
-                lambda out=out: read_json(out.with_name(out.name + ".report.json")),
+                partial(module.run, self._stage_config(k, name, agent, url), resume=True),
+                partial(read_json, out.with_name(out.name + ".report.json")),
             )
         folder = self._data(k, "groups").parent
         data_report.write_report(data_report.DataReportConfig(data=str(folder)), folder / "data_report.json")
@@ -392,7 +394,7 @@ class Loop:
             training.TrainRetrieverConfig, values={"seed": self.config.seed} | self.config.train_retriever | values
         )
 
-    def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> evaluate.EvaluateConfig:
+    def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> EvaluateConfig:
         values = {
             "out": str(self.folder / "evaluation"),
             "data_dir": str(self.benchmark.parent),
@@ -402,7 +404,7 @@ class Loop:
             "searches": {name: str(folder) for name, folder in indexes.items()},
             "settings": self._protocol() | {"agent": self.config.llm},
         }
-        return load_config(evaluate.EvaluateConfig, values=values | self.config.evaluate)
+        return load_config(EvaluateConfig, values=values | self.config.evaluate)
 
 
 _CONFIG_OF: dict[str, type] = {

@@ -71,11 +71,11 @@ def _plain(value: Any) -> Any:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _build(cls: type[RecordType], data: dict[str, Any], where: str) -> RecordType:
+def _build(cls: Any, data: dict[str, Any], where: str) -> Any:
     declared = {item.name: item for item in fields(cls)}
     unknown = sorted(set(data) - set(declared))
     if unknown:
