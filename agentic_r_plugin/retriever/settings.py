@@ -1,4 +1,4 @@
-"""Settings of the retriever trainer."""
+"""Settings of the retriever trainers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from agentic_r_plugin.query import DEFAULT_FORMULATION
 MAX_LENGTH = 512
 """Tokens (method section 3)."""
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+ORDERS = ("shuffled", "questions")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRetrieverConfig:
@@ -20,8 +23,15 @@ class TrainRetrieverConfig:
     corpus: str = field(metadata={"help": "corpus the groups' passages are in"})
     out: str = field(metadata={"help": "checkpoint folder to write"})
     retriever: str = field(default="intfloat/e5-base-v2", metadata={"help": "model to start from, or builtin:minilm"})
-    preset: str = field(default="auto", metadata={"help": "prefixes of an untrained model: auto, e5, bge, plain"})
-    trainer: str = field(default="contrastive", metadata={"help": "registered retriever_trainer"})
+    preset: str = field(
+        default="auto", metadata={"help": "family of an untrained model: auto, e5, bge, minilm, decoder, plain"}
+    )
+    pooling: str = field(default="auto", metadata={"help": "mean, cls, lasttoken; auto: the model's or the preset's"})
+    query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the preset's"})
+    passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, in place of the preset's"})
+    trainer: str = field(
+        default="contrastive", metadata={"help": "registered retriever_trainer: contrastive, replug, llm_embedder"}
+    )
     formulation: str = field(default=DEFAULT_FORMULATION, metadata={"help": "registered query_formulation"})
     epochs: int = field(default=2, metadata={"help": "passes over the groups"})
     learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW"})
@@ -31,30 +41,78 @@ class TrainRetrieverConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     batch_size: int = field(default=32, metadata={"help": "queries per device and step"})
     group_size: int = field(default=16, metadata={"help": "passages of a group that are used, positive included"})
+    order: str = field(
+        default="shuffled", metadata={"help": "of the groups: shuffled; questions: those of one question stay together"}
+    )
     temperature: float = field(default=0.01, metadata={"help": "of the softmax over cosines"})
+    cross_device: bool = field(default=True, metadata={"help": "other devices' passages are negatives too"})
+    mask_false_negatives: bool = field(
+        default=False,
+        metadata={"help": "a query's known positives, by id or text, are none of its negatives; off as in the paper"},
+    )
+    relevance: str | None = field(
+        default=None, metadata={"help": "relevance file; replug and llm_embedder learn from its scores"}
+    )
+    correctness: str | None = field(
+        default=None, metadata={"help": "correctness file (--exhaustive), added to the scores of replug, llm_embedder"}
+    )
+    teacher_temperature: float = field(default=0.1, metadata={"help": "of the softmax over the scores"})
     query_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
     passage_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "less memory, more time"})
-    encode_batch: int | None = field(
-        default=None, metadata={"help": "texts of one forward pass, sorted by length; 16 on the CPU, else 64"}
+    mini_batch_tokens: int | None = field(
+        default=None, metadata={"help": "tokens of one forward pass; 2048 on the CPU, else 8192"}
     )
-    precision: str = field(default="auto", metadata={"help": "float32, bfloat16 (autocast), auto: where native"})
+    gradient_caching: bool = field(
+        default=True, metadata={"help": "memory does not grow with the batch; off: one graph for the whole batch"}
+    )
+    kept_tokens: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a step encoded once, the others twice (gradient caching); 4 mini-batches"},
+    )
+    packing: bool = field(default=True, metadata={"help": "texts of a mini-batch without padding, where it is exact"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "within a mini-batch, for one that does not fit; more time"}
+    )
+    precision: str = field(
+        default="auto", metadata={"help": "float32, bfloat16, float16 (autocast), auto: bfloat16 where native"}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "train adapters of this rank (LoRA), merged at the end; 0: all"}
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps"})
     checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points"})
-    dev_groups: str | None = field(default=None, metadata={"help": "groups to measure recall on after each epoch"})
+    dev_groups: str | None = field(default=None, metadata={"help": "held-out groups to measure on"})
+    dev_steps: int | None = field(default=None, metadata={"help": "steps between two measurements; an epoch"})
+    dev_corpus: bool = field(default=False, metadata={"help": "measure by searching the whole corpus as well"})
+    dev_metric: str = field(default="dev_ndcg_at_10", metadata={"help": "what early stopping watches"})
+    patience: int | None = field(
+        default=None, metadata={"help": "stop after so many measurements without a better one; the best is kept"}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "temperature", "checkpoint_steps"):
+        for name in (
+            "epochs", "learning_rate", "batch_size", "temperature", "teacher_temperature", "checkpoint_steps",
+            "max_grad_norm", "query_max_length", "passage_max_length",
+        ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
-        if self.encode_batch is not None and self.encode_batch < 1:
-            raise ConfigError(f"encode_batch must be at least 1, found {self.encode_batch}")
+        for name in ("mini_batch_tokens", "max_steps", "dev_steps", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("kept_tokens", "lora_rank", "weight_decay"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if self.group_size < 2 or not 0 <= self.warmup_ratio < 1:
             raise ConfigError("expected group_size of at least 2 and 0 <= warmup_ratio < 1")
-        if self.schedule not in _SCHEDULES:
-            raise ConfigError(f"schedule {self.schedule!r}: expected {', '.join(_SCHEDULES)}")
+        for name, known in (("schedule", tuple(_SCHEDULES)), ("precision", PRECISIONS), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: expected {', '.join(known)}")
+        if not self.dev_groups and (self.patience or self.dev_corpus):
+            raise ConfigError("patience and dev_corpus need dev_groups, the held-out groups to measure on")
 
 
 _SCHEDULES = {

@@ -1,30 +1,34 @@
-"""`agentic-r train-retriever`: contrastive training on the groups (method section 5).
+"""`agentic-r train-retriever`: trains the retriever on the groups (method section 5).
 
-The output folder is a sentence-transformers model with `agentic_r.json` (formulation, prefixes, lengths), the loss
-curve `metrics.jsonl`, and `done.json`, which is written last. An interrupted run goes on from its last checkpoint and
-gives the same weights as one that was not interrupted.
+The output folder is a sentence-transformers model with `agentic_r.json` (formulation, prefixes, lengths), a model card
+`README.md`, the loss curve `metrics.jsonl`, and `done.json`, which is written last. An interrupted run goes on from its
+last checkpoint and gives the same weights as one that was not interrupted.
+
+On several devices: `torchrun --nproc-per-node N --no-python agentic-r train-retriever ...` (or `python -m
+agentic_r_plugin.cli`); on several nodes, with torchrun's rendezvous and an output folder that all of them see.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
-from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError
-from agentic_r_plugin.retriever.batches import read_examples
-from agentic_r_plugin.retriever.contrastive import STATE, Run
-from agentic_r_plugin.retriever.settings import MAX_LENGTH, TrainRetrieverConfig
+from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
+from agentic_r_plugin.retriever import loss as losses
+from agentic_r_plugin.retriever.batches import read_examples, read_scores
+from agentic_r_plugin.retriever.card import write_card
+from agentic_r_plugin.retriever.distributed import from_first, process_group
+from agentic_r_plugin.retriever.loop import BEST, STATE, Run, peak_memory_bytes
+from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import file_fingerprint, read_json, write_json
 
-__all__ = ["TrainRetrieverConfig", "run", "train"]
+__all__ = ["TrainRetrieverConfig", "run", "train", "train_llm_embedder", "train_replug"]
 
 DONE, _WORK = "done.json", "work.json"
 
@@ -37,54 +41,90 @@ def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
 def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
     """InfoNCE over own, in-batch and other devices' negatives; returns the checkpoint's folder.
 
-    Under `torchrun`, each process takes its share of every batch.
-
     Raises:
         OutputExistsError: the folder is not empty and `resume` is off.
         ManifestMismatchError: the folder was begun with other inputs or settings.
         RecordError: a broken group, or one whose passage the corpus does not hold.
         TrainingError: a loss that is not finite.
     """
+    return _train(config, losses.contrastive, resume=resume, from_scores=False)
+
+
+def train_replug(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
+    """REPLUG: the retriever's distribution over a group is drawn to that of its passages' scores (KL divergence).
+
+    Reads `relevance`, `correctness` or both beside the groups; returns and raises as `train`.
+    """
+    loss = partial(losses.distillation, teacher_temperature=config.teacher_temperature)
+    return _train(config, loss, resume=resume, from_scores=True)
+
+
+def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
+    """LLM-Embedder: every passage is a positive, weighted by its score, against lower ones and the batch.
+
+    Reads `relevance`, `correctness` or both beside the groups; returns and raises as `train`.
+    """
+    loss = partial(losses.reward_weighted, teacher_temperature=config.teacher_temperature)
+    return _train(config, loss, resume=resume, from_scores=True)
+
+
+def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     out = Path(config.out)
-    if not resume and out.exists() and any(out.iterdir()):
-        raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
-    with Corpus(config.corpus) as corpus, _process_group() as (rank, world):
-        examples = read_examples(config.groups, corpus)
+    with Corpus(config.corpus) as corpus, process_group() as (rank, world):
+        if not from_first(resume or not out.exists() or not any(out.iterdir())):
+            raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
+        scores = read_scores(config.relevance, config.correctness) if from_scores else None
+        examples = read_examples(config.groups, corpus, scores)
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
-        retriever = _initial_retriever(config)
+        retriever = initial_retriever(config)
         key = _work_key(config, corpus, retriever, world)
-        if _is_done(out, key):
+        if from_first(_is_done(out, key) if rank == 0 else None):
             return out
-        training = Run(config, corpus, retriever, rank, world)
+        training = Run(config, corpus, retriever, loss, rank, world)
         if rank == 0:
             _begin(out, key, config)
+        from_first(None)  # the folder is begun
+        if not (out / _WORK).is_file():
+            raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
         training.restore()
         training.fit(examples, dev)
         if rank == 0:
             retriever.save(out)
-            write_json(
-                out / DONE, {"key": key, "steps": training.step, "groups": len(examples), "loss": training.last_loss}
-            )
-            (out / STATE).unlink(missing_ok=True)
-            (out / _WORK).unlink()
+            done = _summary(config, key, training, examples)
+            write_card(out, config, retriever.record, done)
+            write_json(out / DONE, done)
+            for name in (STATE, BEST, _WORK):
+                (out / name).unlink(missing_ok=True)
+        from_first(None)  # no process leaves before the folder is whole
     return out
 
 
-def _initial_retriever(config: TrainRetrieverConfig) -> Retriever:
-    retriever = Retriever.load(
-        config.retriever, preset=config.preset, device=config.device, formulation=config.formulation
-    )
-    positions = getattr(retriever.model.config, "max_position_embeddings", None) or MAX_LENGTH
-    lengths = min(config.query_max_length, positions), min(config.passage_max_length, positions)
-    record = replace(retriever.record, query_max_length=lengths[0], passage_max_length=lengths[1])
-    return Retriever(retriever.model, record, precision=config.precision, source=config.retriever)
+def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: list[Any]) -> dict[str, Any]:
+    return {
+        "key": key,
+        "steps": training.step,
+        "groups": len(examples),
+        "loss": training.last_loss,
+        "best_step": training.best["step"] if config.patience else training.step,
+        "processes": training.world,
+        "device": str(training.model.device.type),
+        "packed": training.encoder.packs,
+        "peak_memory_bytes": peak_memory_bytes(training.model.device),
+        "groups_fingerprint": file_fingerprint(config.groups),
+        "corpus_fingerprint": training.corpus.fingerprint(),
+    }
+
+
+_NOT_OF_THE_WEIGHTS = ("groups", "corpus", "out", "retriever", "device", "checkpoint_steps")
 
 
 def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> str:
     """What the weights depend on."""
     settings = to_dict(config)
-    for name in ("groups", "corpus", "out", "retriever", "device", "checkpoint_steps", "dev_groups"):
+    for name in _NOT_OF_THE_WEIGHTS:
         settings.pop(name)
+    for name in ("relevance", "correctness", "dev_groups"):
+        settings[name] = file_fingerprint(settings[name]) if settings[name] else None
     return fingerprint(settings, file_fingerprint(config.groups), corpus.fingerprint(), retriever.fingerprint(), world)
 
 
@@ -102,19 +142,3 @@ def _begin(out: Path, key: str, config: TrainRetrieverConfig) -> None:
         raise ManifestMismatchError(f"{out} was begun with other inputs or settings; remove it or choose another out")
     save_config(config, out / "config.yaml")
     write_json(out / _WORK, {"key": key})
-
-
-class _process_group:
-    """(rank, number of processes): of the group that is there, or that `torchrun` asks for."""
-
-    def __enter__(self) -> tuple[int, int]:
-        self._ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if self._ours:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            dist.destroy_process_group()

@@ -32,8 +32,8 @@ def test_passages_become_rows_and_positives_of_one_query_know_each_other(tmp_pat
     first, second, third = read_examples(file, Corpus(corpus))
     assert (first.positive, first.negatives) == (3, (5, 4))
     assert (first.request.question, first.request.query, first.request.history) == ("q1", "q2", ("q3",))
-    assert first.same_query == second.same_query == {3, 9}
-    assert third.same_query == {1}
+    assert first.known_positives == second.known_positives == {3, 9}
+    assert third.known_positives == {1}
 
 
 @pytest.mark.parametrize(

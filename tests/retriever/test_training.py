@@ -12,12 +12,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
-from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.checkpoint import Retriever
-from agentic_r_plugin.retriever.contrastive import Run
+from agentic_r_plugin.retriever.loop import Run
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
 from agentic_r_plugin.search.base import SearchRequest
-from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import read_lines
 
 
@@ -110,19 +108,6 @@ def test_gradient_checkpointing_changes_memory_and_no_number(config, tmp_path):
     other = replace(config, max_steps=3, gradient_checkpointing=True, out=str(tmp_path / "other"))
     train(other)
     assert curve(other, "loss") == curve(config, "loss")
-
-
-def test_the_loss_sees_the_vectors_that_searching_sees(config):
-    retriever = Retriever.load(config.retriever, precision="float32", formulation="question_query")
-    with Corpus(config.corpus) as corpus:
-        run_ = Run(replace(config, encode_batch=3), corpus, retriever, rank=0, world=1)
-        rows = [5, 1, 9, 30, 2, 8, 7]
-        retriever.model.eval()
-        expected = retriever.encode_passages([corpus[row] for row in rows])
-        np.testing.assert_allclose(run_._encode_passages(rows).detach().numpy(), expected, atol=1e-6)
-        examples = read_examples(config.groups, corpus)[:4]
-        expected = retriever.encode_queries([example.request for example in examples])
-        np.testing.assert_allclose(run_._encode_queries(examples).detach().numpy(), expected, atol=1e-6)
 
 
 def test_bfloat16_learns_too(config):

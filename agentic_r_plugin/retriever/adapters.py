@@ -1,0 +1,41 @@
+"""Low-rank adapters (LoRA) on the transformer, merged into its weights at the end: the result is an ordinary model."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+
+
+class Adapters:
+    """Adapters on every linear layer but the pooler; nothing else is trained.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+
+    def __init__(self, model: SentenceTransformer, config: TrainRetrieverConfig) -> None:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ConfigError(f"lora_rank={config.lora_rank} needs the package peft: pip install peft") from error
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works; the annotation says int
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            exclude_modules=r".*pooler.*",
+        )
+        self._transformer = cast(Any, model[0])
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        torch.manual_seed(config.seed)
+        self._wrapped: Any = get_peft_model(self._transformer.model, lora)  # changes the layers of the model in place
+
+    def merge(self) -> None:
+        """Add the adapters to the weights and take them out of the model."""
+        self._transformer.model = self._wrapped.merge_and_unload()

@@ -1,0 +1,104 @@
+"""How well a retriever finds the positives of held-out groups: recall, MRR and nDCG, also while it is being trained.
+
+Two pools are searched: the passages of the held-out groups (`dev_...`), and, where asked for, the whole corpus
+(`corpus_...`). Shapes: Q queries, P passages, K places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from agentic_r_plugin.retriever.batches import Example
+from agentic_r_plugin.retriever.distributed import gather_objects
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
+
+RECALL_AT = (1, 3, 10, 20)
+_TOP, _CHUNK = max(RECALL_AT), 512
+
+METRICS = tuple(
+    f"{pool}_{name}"
+    for pool in ("dev", "corpus")
+    for name in (*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10")
+)
+"""Every name that a measurement may hold."""
+
+
+def ranking_metrics(found: Sequence[Sequence[int]], relevant: Sequence[frozenset[int]]) -> dict[str, float]:
+    """Means over the queries.
+
+    Args:
+        found: what was found for each query, best first.
+        relevant: what should be found; never empty.
+
+    >>> metrics = ranking_metrics([[4, 7, 9]], [frozenset({7, 8})])
+    >>> metrics["recall_at_1"], metrics["recall_at_3"], metrics["mrr_at_10"], round(metrics["ndcg_at_10"], 4)
+    (0.0, 0.5, 0.5, 0.3869)
+    """
+    sums = dict.fromkeys([*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10"], 0.0)
+    for ranking, wanted in zip(found, relevant, strict=True):
+        places = [place for place, item in enumerate(ranking) if item in wanted]
+        for k in RECALL_AT:
+            sums[f"recall_at_{k}"] += sum(place < k for place in places) / len(wanted)
+        if places and places[0] < 10:
+            sums["mrr_at_10"] += 1 / (1 + places[0])
+        ideal = sum(1 / math.log2(2 + place) for place in range(min(10, len(wanted))))
+        sums["ndcg_at_10"] += sum(1 / math.log2(2 + place) for place in places if place < 10) / ideal
+    return {name: total / len(found) for name, total in sums.items()}
+
+
+def measure(
+    retriever: Retriever,
+    corpus: Corpus,
+    dev: Sequence[Example],
+    *,
+    pools: Sequence[str] = ("dev",),
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """Metrics of the held-out groups; the same on every process. The passages are shared among the processes.
+
+    A query's groups count as one query with several relevant passages.
+
+    Args:
+        pools: what is searched: `dev`, `corpus` or both.
+    """
+    queries = list({item.key: item for item in dev}.values())
+    relevant = [item.known_positives for item in queries]
+    vectors_QD = torch.from_numpy(retriever.encode_queries([item.request for item in queries]))
+    rows = list(dict.fromkeys(row for item in dev for row in (item.positive, *item.negatives)))
+    members: dict[str, Sequence[int]] = {"dev": rows, "corpus": range(len(corpus))}
+    return {
+        f"{pool}_{name}": value
+        for pool in pools
+        for name, value in ranking_metrics(
+            _search(retriever, corpus, vectors_QD, members[pool], rank, world), relevant
+        ).items()
+    }
+
+
+def _search(
+    retriever: Retriever, corpus: Corpus, vectors_QD: torch.Tensor, rows: Sequence[int], rank: int, world: int
+) -> list[list[int]]:
+    """The best rows of each query, best first; memory does not grow with the number of rows."""
+    scores_QK, rows_QK = torch.zeros(len(vectors_QD), 0), torch.zeros(len(vectors_QD), 0, dtype=torch.long)
+    for start in range(rank * _CHUNK, len(rows), world * _CHUNK):
+        chunk = rows[start : start + _CHUNK]
+        passages_PD = torch.from_numpy(retriever.encode_passages([corpus[row] for row in chunk]))
+        scores_QK, rows_QK = _best(
+            torch.cat((scores_QK, vectors_QD @ passages_PD.T), dim=1),
+            torch.cat((rows_QK, torch.tensor(chunk).expand(len(vectors_QD), -1)), dim=1),
+        )
+    parts = gather_objects((scores_QK.numpy(), rows_QK.numpy()))
+    scores_QK, rows_QK = (torch.from_numpy(np.concatenate([part[i] for part in parts], axis=1)) for i in (0, 1))
+    found: list[list[int]] = _best(scores_QK, rows_QK)[1].tolist()
+    return found
+
+
+def _best(scores_QP: torch.Tensor, rows_QP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    best = scores_QP.topk(min(_TOP, scores_QP.shape[1]), dim=1)
+    return best.values, rows_QP.gather(1, best.indices)

@@ -1,0 +1,106 @@
+"""Texts to vectors with gradients, a mini-batch of bounded tokens at a time.
+
+Shapes: N texts, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import Tensor
+
+from agentic_r_plugin.retriever.packing import NAME, first_position, is_packable, pack
+from agentic_r_plugin.search.encoder import autocast
+
+Ids = list[int]
+"""Token ids of one text, special tokens included."""
+
+
+def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str, max_length: int) -> list[Ids]:
+    """Token ids as `model.encode(texts, prompt=prompt)` sees them, cut at `max_length`."""
+    if not texts:
+        return []
+    found = model.tokenizer([prompt + text for text in texts], truncation=True, max_length=max_length)
+    return [list(ids) for ids in found["input_ids"]]
+
+
+class TextEncoder:
+    """Runs a sentence-transformers model on token ids, with gradients.
+
+    Args:
+        model: a transformer, its pooling, and what comes after.
+        precision: `float32`, `bfloat16` or `float16` (autocast), or `auto`.
+        packing: lay texts end to end where the model allows it; otherwise they are padded.
+    """
+
+    def __init__(self, model: SentenceTransformer, *, precision: str = "auto", packing: bool = True) -> None:
+        self.model, self.precision = model, precision
+        self.packs = packing and _packs(model)
+        self._transformer = cast(Any, model[0])
+        if self.packs:
+            self._transformer.model.set_attn_implementation(NAME)
+        self._first_position = first_position(self._transformer) if self.packs else 0
+
+    def close(self) -> None:
+        """Give the model its usual attention back."""
+        if self.packs:
+            self._transformer.model.set_attn_implementation("sdpa")
+
+    def plan(self, texts: Sequence[Ids], max_tokens: int) -> list[list[int]]:
+        """Places of the texts, shortest first, in mini-batches of at most `max_tokens` positions.
+
+        A longer text is a mini-batch of its own.
+        """
+        batches: list[list[int]] = []
+        room = 0
+        for place in sorted(range(len(texts)), key=lambda i: (len(texts[i]), i)):
+            length = len(texts[place])
+            needed = length if self.packs else length * (len(batches[-1]) + 1) if batches else length
+            if not batches or needed > room:
+                batches.append([])
+                room, needed = max_tokens, length
+            batches[-1].append(place)
+            room -= needed if self.packs else 0
+        return batches
+
+    def __call__(self, texts: Sequence[Ids]) -> Tensor:
+        """(N, D) vectors, at least float32."""
+        with self._autocast():
+            features = self._packed(texts) if self.packs else self._padded(texts)
+            for module in list(self.model)[1:]:
+                features = module(features)
+        vectors = features["sentence_embedding"]
+        return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+
+    def _packed(self, texts: Sequence[Ids]) -> dict[str, Any]:
+        packed = pack(texts, first_position=self._first_position, device=self.model.device)
+        hidden = self._transformer.model(**packed, use_cache=False).last_hidden_state
+        return {"token_embeddings": hidden, "cu_seq_lens_q": packed["cu_seq_lens_q"]}
+
+    def _padded(self, texts: Sequence[Ids]) -> dict[str, Any]:
+        padded = self.model.tokenizer.pad({"input_ids": list(texts)}, return_tensors="pt")
+        return self._transformer(
+            {key: item.to(self.model.device) for key, item in padded.items()} | {"modality": "text"}
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "float16":
+            return torch.autocast(self.model.device.type, dtype=torch.float16)
+        return autocast(self.model.device, self.precision)
+
+
+def _packs(model: SentenceTransformer) -> bool:
+    """Whether the model is a transformer that takes packed texts, and a pooling that counts every token of a text."""
+    modules: list[Any] = list(model)
+    return (
+        len(modules) > 1
+        and isinstance(modules[0], Transformer)
+        and isinstance(modules[1], Pooling)
+        and modules[1].include_prompt
+        and is_packable(modules[0].model)
+    )

@@ -1,0 +1,280 @@
+"""The training loop of every trainer here: steps, checkpoints, the curve, early stopping.
+
+Legend: B queries and p passages of this process, P distinct passages of the batch, D dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from agentic_r_plugin.errors import ConfigError, TrainingError
+from agentic_r_plugin.retriever import dev as dev_set
+from agentic_r_plugin.retriever.adapters import Adapters
+from agentic_r_plugin.retriever.batches import Batch, Example, epoch_batches, num_batches
+from agentic_r_plugin.retriever.distributed import average_gradients, gather_columns, share, sum_columns
+from agentic_r_plugin.retriever.encoding import Ids, TextEncoder, tokenize
+from agentic_r_plugin.retriever.gradient_cache import backward
+from agentic_r_plugin.retriever.loss import Loss, accuracy, similarities, targets
+from agentic_r_plugin.retriever.settings import TrainRetrieverConfig, rate_share
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.store import atomic_path, dump_line, read_lines
+
+log = logging.getLogger(__name__)
+
+STATE, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.jsonl"
+
+
+class Run:
+    """Model, optimizer and position of one training.
+
+    Args:
+        loss: of the scores of a batch (`retriever.loss`).
+        rank: this process, of `world`.
+    """
+
+    def __init__(
+        self, config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, loss: Loss, rank: int, world: int
+    ) -> None:
+        self.config, self.corpus, self.retriever, self.model = config, corpus, retriever, retriever.model
+        self.loss, self.rank, self.world = loss, rank, world
+        self.step, self.last_loss = 0, math.nan
+        self.best: dict[str, Any] = {"step": 0, "value": -math.inf, "misses": 0}
+        self.out = Path(config.out)
+        self.adapters = Adapters(self.model, config) if config.lora_rank else None
+        self.encoder = TextEncoder(self.model, precision=config.precision, packing=config.packing)
+        on_cpu = self.model.device.type == "cpu"
+        self.mini_batch_tokens = config.mini_batch_tokens or (2048 if on_cpu else 8192)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+        )
+        self.scaler = torch.amp.GradScaler(self.model.device.type, enabled=config.precision == "float16")
+
+    # --- resume
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, where there is one; drop later lines of the curve."""
+        if (self.out / STATE).is_file():
+            state = torch.load(self.out / STATE, map_location="cpu", weights_only=True)
+            self._load_weights(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.last_loss, self.best = state["step"], state["loss"], state["best"]
+            log.info("going on from step %d", self.step)
+        if self.rank == 0:
+            lines = [data for _, data in read_lines(self.out / METRICS)] if self.step else []
+            kept = [data for data in lines if data["step"] <= self.step]
+            with atomic_path(self.out / METRICS) as temporary:
+                temporary.write_bytes(b"".join(map(dump_line, kept)))
+
+    def save_state(self) -> None:
+        """Everything the next step depends on."""
+        if self.rank == 0:
+            state = {
+                "weights": self._weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "loss": self.last_loss,
+                "best": self.best,
+            }
+            with atomic_path(self.out / STATE) as temporary:
+                torch.save(state, temporary)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: item.detach() for name, item in self.model.named_parameters() if item.requires_grad}
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        trained = self._weights()
+        if trained.keys() != weights.keys():
+            raise TrainingError(f"{self.out} holds a checkpoint of other parameters; remove it or choose another out")
+        for name, item in trained.items():
+            item.copy_(weights[name])
+
+    # --- the loop
+
+    def fit(self, examples: list[Example], dev: list[Example]) -> None:
+        """All remaining steps; the model is then the last one, or the best one with early stopping."""
+        per_epoch = num_batches(len(examples), self.config.batch_size, self.world)
+        total = per_epoch * self.config.epochs
+        last = min(total, self.config.max_steps or total)
+        every = self.config.dev_steps or per_epoch
+        self.model.train()
+        with tqdm(
+            total=last, initial=self.step, desc="train-retriever", unit="step", disable=self.rank > 0
+        ) as progress:
+            if self.step == 0:
+                self._measure(dev)
+            for epoch, batch in self._remaining(examples, per_epoch, last):
+                if self._is_over():
+                    break
+                line = self._train_step(batch, total) | {"epoch": epoch + 1}
+                self._log(line)
+                progress.update()
+                progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                if self.step % every == 0 or self.step == last:
+                    self._measure(dev)
+                if self.step % self.config.checkpoint_steps == 0 and self.step < last:
+                    self.save_state()
+        if self.config.patience and dev:
+            self._load_weights(torch.load(self.out / BEST, map_location="cpu", weights_only=True))
+        self.encoder.close()
+        if self.adapters is not None:
+            self.adapters.merge()
+        self.model.eval()
+
+    def _is_over(self) -> bool:
+        return self.config.patience is not None and self.best["misses"] >= self.config.patience
+
+    def _remaining(self, examples: list[Example], per_epoch: int, last: int) -> Iterator[tuple[int, Batch]]:
+        for epoch in range(self.step // per_epoch, self.config.epochs):
+            batches = epoch_batches(
+                examples,
+                epoch=epoch,
+                seed=self.config.seed,
+                batch_size=self.config.batch_size,
+                group_size=self.config.group_size,
+                order=self.config.order,
+                cross_device=self.config.cross_device,
+                rank=self.rank,
+                world=self.world,
+            )
+            for place, batch in enumerate(batches, start=epoch * per_epoch):
+                if place >= last:
+                    return
+                if place >= self.step:
+                    yield epoch, batch
+
+    def _train_step(self, batch: Batch, total: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        rate = self.config.learning_rate * rate_share(self.config, self.step, total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct, tokens = self.accumulate(batch)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {loss}; lower learning_rate, or use precision=float32"
+            )
+        average_gradients(self.model.parameters(), self.world)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step, self.last_loss = self.step + 1, loss
+        return {
+            "step": self.step,
+            "loss": loss,
+            "accuracy": correct,
+            "learning_rate": rate,
+            "grad_norm": norm.item() if torch.isfinite(norm) else None,  # float16 overflows while its scale settles
+            "slots": sum(batch.counts),
+            "passages": len(batch.rows),
+            "tokens": tokens,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+    def accumulate(self, batch: Batch) -> tuple[float, float, int]:
+        """Add the gradients of this process' mean loss, as far as its own texts go.
+
+        Returns the loss, the share of queries whose positive scores highest, and the tokens of its texts.
+        """
+        world, rank = (self.world, self.rank) if self.config.cross_device else (1, 0)
+        columns = share(len(batch.rows), rank, world)
+        queries = self._query_ids(batch.examples)
+        passages = self._passage_ids([batch.rows[column] for column in columns])
+        known = targets(batch, mask_false_negatives=self.config.mask_false_negatives)
+        found: dict[str, float] = {}
+
+        def vector_loss(vectors_ND: Tensor) -> tuple[Tensor, Tensor]:
+            queries_BD = vectors_ND[: len(queries)].requires_grad_()
+            passages_PD = gather_columns(vectors_ND[len(queries) :], len(batch.rows), world).detach().requires_grad_()
+            scores_BP = similarities(queries_BD, passages_PD, self.config.temperature)
+            here = known.to(scores_BP)
+            loss = self.loss(scores_BP, here)
+            found["accuracy"] = accuracy(scores_BP.detach(), here)
+            of_queries_BD, of_passages_PD = torch.autograd.grad(self.scaler.scale(loss), (queries_BD, passages_PD))
+            return loss.detach(), torch.cat((of_queries_BD, sum_columns(of_passages_PD, rank, world)))
+
+        loss = backward(
+            self.encoder,
+            [*queries, *passages],
+            vector_loss,
+            seed=f"{self.config.seed} {self.step} {self.rank}",
+            mini_batch_tokens=self.mini_batch_tokens if self.config.gradient_caching else sys.maxsize,
+            kept_tokens=self._kept_tokens(),
+        )
+        return loss.item(), found["accuracy"], sum(map(len, queries)) + sum(map(len, passages))
+
+    def _kept_tokens(self) -> int | None:
+        if not self.config.gradient_caching:
+            return None
+        return 4 * self.mini_batch_tokens if self.config.kept_tokens is None else self.config.kept_tokens
+
+    def _query_ids(self, examples: tuple[Example, ...]) -> list[Ids]:
+        record = self.retriever.record
+        texts = [self.retriever.query_text(item.request) for item in examples]
+        return tokenize(self.model, texts, record.query_prompt, record.query_max_length)
+
+    def _passage_ids(self, rows: list[int]) -> list[Ids]:
+        record = self.retriever.record
+        texts = [self.corpus[row].contents for row in rows]
+        return tokenize(self.model, texts, record.passage_prompt, record.passage_max_length)
+
+    # --- the curve
+
+    def _measure(self, dev: list[Example]) -> None:
+        """Metrics of the held-out groups; with early stopping, keep the best weights."""
+        if not dev:
+            return
+        self.model.eval()
+        found = dev_set.measure(
+            self.retriever,
+            self.corpus,
+            dev,
+            pools=("dev", "corpus") if self.config.dev_corpus else ("dev",),
+            rank=self.rank,
+            world=self.world,
+        )
+        self.model.train()
+        self._log({"step": self.step} | found)
+        if self.config.patience is None:
+            return
+        if self.config.dev_metric not in found:
+            raise ConfigError(f"dev_metric {self.config.dev_metric!r}: expected one of {', '.join(found)}")
+        value = found[self.config.dev_metric]
+        if value > self.best["value"]:
+            self.best = {"step": self.step, "value": value, "misses": 0}
+            if self.rank == 0:
+                with atomic_path(self.out / BEST) as temporary:
+                    torch.save(self._weights(), temporary)
+        else:
+            self.best = self.best | {"misses": self.best["misses"] + 1}
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with (self.out / METRICS).open("ab") as stream:
+                stream.write(dump_line(line))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: on the accelerator by torch, on the CPU by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

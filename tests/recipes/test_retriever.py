@@ -1,0 +1,174 @@
+"""The retriever recipe: its settings are ones the command takes, and its groups are what they are said to be."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from agentic_r_plugin import components
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import ManifestMismatchError
+from agentic_r_plugin.records import Group
+from agentic_r_plugin.retriever.presets import FAMILIES
+from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.store import read_records
+from tests.search.tiny_retriever import make_model
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "retriever"
+PAPER = {"epochs": 2, "batch_size": 32, "group_size": 16, "learning_rate": 2e-5, "temperature": 0.01}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPE.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_configuration_is_one_the_command_takes(file):
+    config = load_config(TrainRetrieverConfig, file, ["groups=g", "corpus=c", "out=o"])
+    assert config.trainer in components.names("retriever_trainer")
+    assert config.preset in ("auto", *FAMILIES)
+
+
+def test_the_papers_settings_are_the_defaults_and_those_of_its_recipe():
+    for file in (None, RECIPE / "e5.yaml", RECIPE / "bge.yaml"):
+        config = load_config(TrainRetrieverConfig, file, ["groups=g", "corpus=c", "out=o"])
+        assert {name: getattr(config, name) for name in PAPER} == PAPER
+        assert not config.mask_false_negatives and config.cross_device and config.formulation == "question_query"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A benchmark of three questions, and what `make_groups.py` makes of it."""
+    folder = tmp_path_factory.mktemp("made")
+    words = ["river", "bridge", "tower", "castle", "forest", "island", "harbour", "palace"]
+    corpus = [{"id": str(i), "contents": f'"{word} {i}"\nThe {word} number {i}.'} for i, word in enumerate(words * 3)]
+    questions = [
+        {
+            "id": f"q{i}",
+            "question": f"Who built the {words[i]} and the {words[i + 1]}?",
+            "golden_answers": ["x"],
+            "metadata": {"gold_doc_ids": [str(i), str(i + 1)], "context_doc_ids": [str(i), str(i + 1), str(i + 9)]},
+        }
+        for i in range(3)
+    ]
+    for name, lines in (("corpus", corpus), ("train", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [
+        sys.executable, RECIPE / "make_groups.py", "--data", folder, "--out", folder / "groups.jsonl",
+        "--pool", folder / "pool.jsonl", "--candidates", "6", "--negatives", "3",
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=120)
+    return folder
+
+
+def test_every_supporting_passage_gives_a_group_with_the_questions_words_as_query(made):
+    groups = list(read_records(made / "groups.jsonl", Group))
+    assert [(group.id, group.positive) for group in groups] == [
+        ("q0", "0"), ("q0", "1"), ("q1", "1"), ("q1", "2"), ("q2", "2"), ("q2", "3"),
+    ]  # fmt: skip
+    assert groups[0].query == "built river bridge" and groups[0].turn == groups[1].turn == 1
+    for first, second in zip(groups[::2], groups[1::2], strict=True):
+        assert first.negatives == second.negatives and 1 <= len(first.negatives) <= 3
+        assert not {first.positive, second.positive} & set(first.negatives)
+    pool = [json.loads(line)["id"] for line in (made / "pool.jsonl").read_text().splitlines()]
+    assert pool == ["0", "1", "9", "2", "10", "3", "11"]
+
+
+def test_the_table_has_every_model_input_and_seed_once_however_often_the_command_is_run(
+    made, tmp_path, monkeypatch, capsys
+):
+    spec = importlib.util.spec_from_file_location("hotpotqa_recipe", RECIPE / "hotpotqa.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    for split in ("train", "test"):
+        shutil.copy(made / "groups.jsonl", tmp_path / f"{split}.jsonl")
+        shutil.copy(made / "pool.jsonl", tmp_path / f"pool_{split}.jsonl")
+    model = make_model(tmp_path / "tiny")
+    command = [
+        "hotpotqa.py",
+        "--data",
+        str(made),
+        "--out",
+        str(tmp_path),
+        "--model",
+        f"tiny={model}",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    settings = ["--set", "batch_size=2", "group_size=3", "learning_rate=1e-2", "precision=float32"]
+    for limit in (["--cells", "3"], [], []):
+        monkeypatch.setattr("sys.argv", [*command, *limit, *settings])
+        recipe.main()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["formulation"], line["seed"]) for line in lines] == [
+        ("query", None), ("question_query", None),
+        ("query", 0), ("question_query", 0),
+        ("query", 1), ("question_query", 1),
+    ]  # fmt: skip
+    assert all(line["queries"] == 3 and line["pool"] == 7 for line in lines)
+    assert all(line["corpus_recall_at_20"] == 1.0 for line in lines)
+    assert [line.get("steps") for line in lines] == [None, None, 3, 3, 3, 3]
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [row.split(" | ")[1:4] for row in table] == [
+        ["query", "no", "-"], ["query", "yes", "2"], ["question_query", "no", "-"], ["question_query", "yes", "2"],
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", [*command, *settings, "temperature=0.5"])
+    with pytest.raises(ManifestMismatchError, match="begun with other settings"):
+        recipe.main()
+
+
+def test_four_bit_weights_become_a_model_with_e5s_prompts(tmp_path):
+    """A file in the package's format, of one layer, with weights that are known."""
+    hidden, inner, words, positions = 32, 64, 12, 8
+    generator = np.random.default_rng(0)
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁river", "▁query", ":", "▁passage", "a", "b", "<mask>"]
+    shapes = {"emb.word": (words, hidden), "emb.pos": (positions, hidden), "emb.type": (2, hidden)}
+    shapes |= {"emb.ln.w": (hidden,), "emb.ln.b": (hidden,)}
+    for part, (out, into) in {
+        "q": (hidden, hidden), "k": (hidden, hidden), "v": (hidden, hidden), "ao": (hidden, hidden),
+        "fi": (inner, hidden), "fo": (hidden, inner),
+    }.items():  # fmt: skip
+        shapes |= {f"l0.{part}.w": (out, into), f"l0.{part}.b": (out,)}
+    for part in ("aln", "oln"):
+        shapes |= {f"l0.{part}.w": (hidden,), f"l0.{part}.b": (hidden,)}
+    expected, blobs, directory = {}, b"", []
+    for name, shape in shapes.items():
+        four_bit = len(shape) == 2 and name not in ("emb.pos", "emb.type")
+        if four_bit:
+            numbers = generator.integers(0, 16, size=(np.prod(shape) // 32, 32), dtype=np.uint8)
+            scales = generator.uniform(0.01, 0.1, size=len(numbers)).astype("<f2")
+            packed = numbers[:, :16] | (numbers[:, 16:] << 4)
+            blob = b"".join(scale.tobytes() + row.tobytes() for scale, row in zip(scales, packed, strict=True))
+            expected[name] = ((numbers.astype(np.float32) - 8) * scales.astype(np.float32)[:, None]).reshape(shape)
+        else:
+            expected[name] = generator.normal(size=shape).astype("<f4")
+            blob = expected[name].tobytes()
+        directory.append((name, int(four_bit), int(np.prod(shape)), len(blobs), len(blob)))
+        blobs += blob
+    texts = [piece.encode() for piece in pieces]
+    ends = np.cumsum([0, *map(len, texts)])
+    head = b"E5S1" + struct.pack("<I7ifi", 1, hidden, 1, 4, inner, words, positions, 2, 1e-12, 32)
+    head += struct.pack("<5iQ", words, 0, 2, 1, 3, ends[-1]) + struct.pack(f"<{words + 1}I", *ends)
+    head += struct.pack(f"<{words}f", *([-1.0] * words)) + b"".join(texts) + struct.pack("<iI", 0, 0)
+    size = len(head) + 4 + sum(2 + len(name) + 21 for name, *_ in directory)
+    head += struct.pack("<i", len(directory))
+    for name, kind, count, place, length in directory:
+        head += struct.pack("<H", len(name)) + name.encode() + struct.pack("<BIQQ", kind, count, size + place, length)
+    (tmp_path / "weights.bin").write_bytes(head + blobs)
+    command = [sys.executable, RECIPE / "prepare_e5_small.py", "--weights", tmp_path / "weights.bin", "--out"]
+    subprocess.run([str(x) for x in (*command, tmp_path / "e5")], check=True, capture_output=True, timeout=120)
+    model = SentenceTransformer(str(tmp_path / "e5"), device="cpu")
+    assert model.prompts["query"] == "query: " and model.prompts["document"] == "passage: "
+    weights = {name.partition("model.")[2]: tensor.numpy() for name, tensor in model[0].state_dict().items()}
+    names = {"emb.word": "embeddings.word_embeddings.weight", "l0.fo.w": "encoder.layer.0.output.dense.weight"}
+    names |= {"l0.q.w": "encoder.layer.0.attention.self.query.weight", "emb.ln.b": "embeddings.LayerNorm.bias"}
+    for short, long in names.items():
+        np.testing.assert_array_equal(weights[long], expected[short])
+    ids = model.tokenizer("query:\triver  a")["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁query", ":", "▁river", "▁", "a", "</s>"]

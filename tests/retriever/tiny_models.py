@@ -1,0 +1,56 @@
+"""Untrained models of a few thousand parameters, one of each architecture that the presets are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 66,
+}
+
+
+def architectures(vocabulary: int) -> dict[str, torch.nn.Module]:
+    """Model type -> an untrained model."""
+    torch.manual_seed(0)
+    small = SMALL | {"vocab_size": vocabulary}
+    return {
+        "bert": BertModel(BertConfig(**small)),
+        "xlm-roberta": XLMRobertaModel(XLMRobertaConfig(**small, pad_token_id=1)),
+        "llama": LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2)).model,
+        "qwen3": Qwen3Model(Qwen3Config(**small, num_key_value_heads=2, head_dim=8)),
+    }
+
+
+def write_decoder(folder: Path) -> str:
+    """A Llama language model of made-up words whose tokenizer adds nothing to a text; returns its folder."""
+    torch.manual_seed(0)
+    names = ["<unk>", "<end>", *(f"{letter}{i}" for letter in "pq" for i in range(30)), "title", '"', ":", "Query"]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", model_max_length=66
+    )
+    fast.save_pretrained(folder)
+    config = LlamaConfig(**SMALL, vocab_size=len(names), num_key_value_heads=2, eos_token_id=1, bos_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
