@@ -5,7 +5,7 @@
 | `POST /retrieve` | the contract's wire format (`wire`) |
 | `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and goes over to it, where that is allowed |
 | `GET /health` | that the process lives, and what it serves |
-| `GET /ready` | 200 while it takes searches, 503 from the moment it is told to stop |
+| `GET /ready` | 200 while it takes searches, 503 while it ends |
 | `GET /metrics` | Prometheus |
 """
 

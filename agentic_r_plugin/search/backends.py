@@ -5,7 +5,7 @@
 | `faiss` | on the CPU | in memory, or mapped from disk | all |
 | `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, SQ, IVF |
 | `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
-| `bm25` | words, on the CPU | in memory | (exact) |
+| `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
 | `service` | over HTTP | elsewhere | |
 
 The dense ones live in `dense`; this module imports neither faiss nor torch.
@@ -18,13 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, IndexMismatchError
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, known_options
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import read_json, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import SearchSpec
+
+
+_BM25_KEY = "bm25.json"
+"""Written last: its presence means that the folder is whole."""
 
 
 class BM25Backend:
@@ -35,23 +40,41 @@ class BM25Backend:
     Args:
         corpus: the corpus file.
         k1, b: BM25's parameters; the defaults are Anserini's.
+        folder: where the index is kept, and mapped from, once it has been built; empty: it is built every time, and
+            held in memory. (Building holds the corpus' words in memory either way.)
+
+    Raises:
+        IndexMismatchError: the folder holds an index of another corpus or of other parameters.
     """
 
-    def __init__(self, corpus: str | Path, *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, corpus: str | Path, *, k1: float = 0.9, b: float = 0.4, folder: str = "") -> None:
         import bm25s
         import Stemmer
 
         self._stem, self._tokenize = Stemmer.Stemmer("english"), bm25s.tokenize
-        self.corpus, self._k1, self._b = Corpus(corpus), k1, b
+        self.corpus, self._k1, self._b = Corpus(corpus, table=folder or None), k1, b
+        kept = Path(folder) / _BM25_KEY if folder else None
+        if kept is not None and kept.is_file():
+            if (found := read_json(kept)) != self.fingerprint():
+                raise IndexMismatchError(
+                    f"{folder}: BM25 index {found} does not belong to corpus {corpus} with k1 {k1:g} and b {b:g} "
+                    f"({self.fingerprint()}); remove it or choose another folder"
+                )
+            self._bm25 = bm25s.BM25.load(folder, mmap=True)
+            return
         self._bm25 = bm25s.BM25(k1=k1, b=b)
         self._bm25.index(self._tokens([passage.contents for passage in self.corpus]), show_progress=False)
+        if kept is not None:
+            self._bm25.save(folder)
+            self.corpus.save_table(folder)
+            write_json(kept, self.fingerprint())
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> BM25Backend:
-        """From the settings shared by all commands; options: `k1`, `b`."""
+        """From the settings shared by all commands; options: `k1`, `b`, `folder`."""
         if not spec.corpus:
             raise ConfigError("search backend 'bm25' needs 'corpus', a corpus file")
-        return cls(spec.corpus, **known_options(spec, "k1", "b"))
+        return cls(spec.corpus, **known_options(spec, "k1", "b", "folder"))
 
     def _tokens(self, texts: list[str]) -> Any:
         return self._tokenize(texts, stopwords="en", stemmer=self._stem, return_ids=False, show_progress=False)

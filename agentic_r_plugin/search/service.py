@@ -59,7 +59,7 @@ class SearchService:
         self.backend, self.metrics = backend, metrics or Metrics()
         self.fingerprint = backend.fingerprint()
         self.accepting = True
-        """False from the moment that the service is told to stop."""
+        """False while the service ends."""
         self._max_batch, self._window_s = max_batch, window_ms / 1000
         self._cache: OrderedDict[SearchRequest, tuple[int, list[Hit]]] = OrderedDict()
         self._cache_size, self._max_waiting, self._waiting = cache_size, max_waiting, 0

@@ -211,7 +211,7 @@ def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address=workers.address or None, log_to_driver=False, include_dashboard=False)
+        ray.init(address=workers.address or "local", log_to_driver=False, include_dashboard=False)
     actor: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)(_RayEncoder)
     count = min(workers.count, len(missing))
     actors = [actor.remote(job, "cuda:0" if workers.gpus else "cpu") for _ in range(count)]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 Sample = tuple[float, list[float]]
 """Seconds of a round, and of each request."""
@@ -49,11 +50,18 @@ def questions_of(index: Path, count: int) -> list[tuple[str, str]]:
 # --- the plain server -------------------------------------------------------------------------------------------------
 
 
+class Query(BaseModel):
+    """Search-R1's request."""
+
+    queries: list[str]
+    topk: int = 3
+    return_scores: bool = False
+
+
 def plain_app(index: str, precision: str, *, asynchronous: bool) -> Any:
     """As people write it: model, index and corpus in memory, one request at a time."""
     import faiss
     from fastapi import FastAPI
-    from pydantic import BaseModel
 
     from agentic_r_plugin.search.corpus import Corpus
     from agentic_r_plugin.search.encoder import Retriever, autocast
@@ -66,11 +74,6 @@ def plain_app(index: str, precision: str, *, asynchronous: bool) -> Any:
         {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
         for passage in Corpus(manifest.corpus)
     ]
-
-    class Query(BaseModel):
-        queries: list[str]
-        topk: int = 3
-        return_scores: bool = False
 
     def answer(request: Query) -> dict[str, Any]:
         with autocast(model.device, precision):
@@ -120,7 +123,7 @@ async def _client(port: int, bodies: list[bytes], latencies: list[float]) -> Non
         writer.write(_HEAD % len(body) + body)
         answer = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in answer.split(b"\r\n", 1)[0]:
-            raise SystemExit(f"request failed: {answer!r}")
+            raise RuntimeError(f"request failed: {answer!r}")
         length = int(next(line for line in answer.lower().split(b"\r\n") if b"content-length" in line).split(b":")[1])
         await reader.readexactly(length)
         latencies.append(time.perf_counter() - started)

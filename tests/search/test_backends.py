@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.errors import ConfigError, IndexMismatchError, SearchError
+from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
 
 
@@ -26,6 +27,31 @@ def test_bm25_stems_both_sides_and_ranks_by_shared_words(tmp_path):
         assert backend.search([], 3) == []
         with pytest.raises(SearchError, match="topk of at least 1"):
             backend.search([SearchRequest(query="x")], 0)
+
+
+def test_a_kept_bm25_index_is_mapped_and_finds_the_same(corpus_file, tmp_path, monkeypatch):
+    spec = SearchSpec(backend="bm25", corpus=str(corpus_file), options={"folder": str(tmp_path / "bm25")})
+    requests = [SearchRequest(query="p1 p2"), SearchRequest(query="p7 title 3"), SearchRequest(query="unknown")]
+    with open_search(spec) as backend:
+        expected = backend.search(requests, 5)
+    monkeypatch.setattr(BM25Backend, "_tokens", _only_queries(BM25Backend._tokens))
+    with open_search(spec) as backend:
+        assert backend.search(requests, 5) == expected
+    with (
+        pytest.raises(IndexMismatchError, match="does not belong to corpus"),
+        open_search(
+            SearchSpec(backend="bm25", corpus=str(corpus_file), options={"folder": str(tmp_path / "bm25"), "k1": 1.2})
+        ),
+    ):
+        pass
+
+
+def _only_queries(tokens):
+    def checked(self, texts):
+        assert len(texts) == 3, "the corpus was read again"
+        return tokens(self, texts)
+
+    return checked
 
 
 def test_faiss_opens_by_its_folder_alone(index_folder):
