@@ -3,8 +3,9 @@
 The paper takes "the last stable checkpoint" by hand. Here it is a rule over the lines of `metrics.jsonl`:
 
 1. A step is unstable when a watched number breaks its bound. Reward, searches, length, KL, entropy and malformed share
-   are means over the last `window` steps; reward is compared with the best mean so far, length, searches, entropy and
-   gradient norm with the first `window` steps. A number that is not finite makes its step unstable at once.
+   are means over the last `window` steps; reward and malformed share are compared with their best mean so far, length,
+   searches, entropy and gradient norm with the first `window` steps. A number that is not finite makes its step
+   unstable at once.
 2. The training has collapsed at the first of `patience` unstable steps in a row.
 3. The last stable checkpoint is the newest one before the collapse; without a collapse it is simply the newest.
 """
@@ -53,7 +54,9 @@ class StabilityRule:
     max_entropy_factor: float | None = _help("of the first steps' entropy", 5.0)
     max_length_factor: float | None = _help("of the first steps' response length", 3.0)
     max_searches_factor: float | None = _help("of the first steps' searches", 3.0)
-    max_malformed_share: float | None = _help("trajectories with a malformed turn", 0.8)
+    max_malformed_rise: float | None = _help(
+        "of the share of trajectories with a malformed turn, above its lowest", 0.4
+    )
     max_gradient_factor: float | None = _help("of the first steps' gradient norm", 100.0)
     on_collapse: str = _help(
         "finish (train on to the last step) or stop; the last stable checkpoint is exported", "finish"
@@ -143,7 +146,11 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
     if reward is not None and reward < least:
         found.append(f"reward {reward:.3f}, best {best:.3f}")
     found += _above(steps, rule, "kl", rule.max_kl)
-    found += _above(steps, rule, "malformed", rule.max_malformed_share)
+    if rule.max_malformed_rise is not None:
+        lowest = min(
+            _mean(steps[max(0, end - rule.window) : end], "malformed") or 0.0 for end in range(1, len(steps) + 1)
+        )
+        found += _above(steps, rule, "malformed", lowest + rule.max_malformed_rise)
     if len(steps) > rule.window:
         for name, factor in (
             ("entropy", rule.max_entropy_factor),

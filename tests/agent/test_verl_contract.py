@@ -48,6 +48,12 @@ def test_the_order_of_a_step_is_the_one_the_trainer_relies_on() -> None:
     assert save.index("self.actor_rollout_wg.save_checkpoint") < save.index("latest_checkpointed_iteration.txt")
 
 
+def test_verl_calls_a_steps_updates_and_metrics_as_the_trainer_overrides_them() -> None:
+    step = inspect.getsource(PPOTrainer.step)
+    assert "self.parameter_sync_step" in step and "self._step_once(" in step
+    assert "train_batch_size // self.parameter_sync_step" in step
+
+
 def test_our_trainer_is_registered_and_is_verls_synchronous_one() -> None:
     assert get_trainer_cls("agentic_r_sync") is AgenticPPOTrainer
     assert issubclass(AgenticPPOTrainer, PPOTrainerSync)
