@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agentic_r_plugin.data.groups import read_correctness, read_relevance
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.records import Group
+from agentic_r_plugin.records import Correctness, Group, Relevance
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_lines
+from agentic_r_plugin.store import read_lines, read_records
 
 Key = tuple[str, int]
 """(question id, turn)."""
@@ -113,11 +112,13 @@ def read_scores(relevance: str | None, correctness: str | None) -> dict[Key, dic
         raise ConfigError("this trainer learns from scores: give relevance=FILE, correctness=FILE, or both")
     parts: list[dict[Key, dict[str, float]]] = []
     if relevance:
-        judged = read_relevance(relevance)
-        parts.append({key: {p: score / 100 for p, score in found.items()} for key, found in judged.items()})
+        judged = read_records(relevance, Relevance)
+        parts.append({(r.id, r.turn): {p: score / 100 for p, score in r.scores.items()} for r in judged})
     if correctness:
-        rolled_out = read_correctness(correctness)
-        parts.append({key: {p: float(em) for p, em in found.items()} for key, found in rolled_out.items()})
+        rolled_out: dict[Key, dict[str, float]] = defaultdict(dict)
+        for record in read_records(correctness, Correctness):
+            rolled_out[record.id, record.turn][record.passage_id] = float(record.em)
+        parts.append(dict(rolled_out))
     if len(parts) == 1:
         return parts[0]
     first, second = parts
