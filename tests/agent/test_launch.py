@@ -15,6 +15,7 @@ from agentic_r_plugin.agent import verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import checkpoint_steps
+from agentic_r_plugin.agent.prepare import prepare
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -151,6 +152,11 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
 
     assert agentic_r_plugin.agent.agent_loop.SearchAgentLoop.__name__ == "SearchAgentLoop"
     assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
+
+
+def test_requests_carry_seeds_only_where_the_engine_takes_them(config: TrainAgentConfig) -> None:
+    assert OmegaConf.create(prepare(config).loop)[0].seed is None
+    assert OmegaConf.create(prepare(replace(config, cpu=False)).loop)[0].seed == config.seed
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:
