@@ -31,7 +31,7 @@ Sample = tuple[float, list[float]]
 """Seconds of a round, and of each request."""
 
 
-def questions_of(index: Path, count: int) -> list[tuple[str, str]]:
+def questions_of(index: Path, count: int, *, short: bool) -> list[tuple[str, str]]:
     """(question, query) made from the corpus: as long as an agent's, all different."""
     from agentic_r_plugin.search.corpus import Corpus
     from agentic_r_plugin.search.index import read_manifest
@@ -41,6 +41,9 @@ def questions_of(index: Path, count: int) -> list[tuple[str, str]]:
         for number in range(count):
             passage = corpus[number * 7919 % len(corpus)]
             words = passage.text.split()
+            if short:
+                found.append((words[0], f"{words[-1]} {number}"))
+                continue
             found.append(
                 (f"Which year was {' '.join(words[:14])} {number}?", f"{passage.title} {' '.join(words[14:19])}")
             )
@@ -189,6 +192,8 @@ def main() -> None:
     parser.add_argument("--plain-requests", type=int, default=128, help="of a round of the plain server, which is slow")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--batch", type=int, default=32, help="of the service: half the clients, so that HTTP overlaps")
+    parser.add_argument("--short", action="store_true", help="two words for question and query, not an agent's")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--async", dest="asynchronous", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -205,11 +210,11 @@ def measure(args: argparse.Namespace) -> None:
 
     backend = FaissBackend(args.index, precision=args.precision)
     per_round = args.requests + 2 * args.plain_requests
-    questions = questions_of(Path(args.index), per_round * args.rounds + 8)
+    questions = questions_of(Path(args.index), per_round * args.rounds + 8, short=args.short)
     batch: list[float] = []
     samples: dict[str, list[Sample]] = {"plain FastAPI, sync": [], "plain FastAPI, async": [], "agentic-r serve": []}
     options = {"precision": args.precision}
-    config = ServeConfig(index=args.index, port=0, options=options, cache_size=100_000, batch_size=args.clients)
+    config = ServeConfig(index=args.index, port=0, options=options, cache_size=100_000, batch_size=args.batch)
     sync, sync_port = started_plain(args.index, args.precision, False)
     later, later_port = started_plain(args.index, args.precision, True)
     try:

@@ -57,7 +57,7 @@ class EchoBackend:
 def serving(backend, *, limits=LIMITS, token=None, header_timeout_s=5.0, **settings) -> Iterator[str]:
     """Our application; yields its address."""
     settings = {"max_batch": 16, "window_ms": 5, "cache_size": 100, "max_waiting": 64} | settings
-    listener = socket.socket()
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(256)
     app = build_app(SearchService(backend, **settings), limits, token=token)

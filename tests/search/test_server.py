@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.search import server
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
@@ -269,6 +270,22 @@ def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_fil
 def test_unsafe_or_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ServeConfig(**settings)
+
+
+def test_answers_are_sent_without_delay():
+    async def options():
+        accepted = asyncio.get_running_loop().create_future()
+        with server._bound_socket(ServeConfig(port=0)) as listener:
+            running = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+            _, ours = await asyncio.open_connection(*listener.getsockname())
+            theirs = await accepted
+            found = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for writer in (ours, theirs):
+                writer.close()
+            running.close()
+            return found
+
+    assert asyncio.run(options()) != 0
 
 
 def test_a_taken_port_is_said(corpus_file):
