@@ -3,7 +3,8 @@
     python tests/benchmarks/data_scale.py --queries 10000 100000 1000000 [--out DIR] [--runner ...]
 
 Each size and stage is a command of the package in a process of its own, on files; only the models are simulated, in
-the process: they answer at once, by a hash of what they are asked. So the table shows what the package itself costs:
+the process: they answer at once, by a hash of what they are asked. So the table shows what the package itself costs
+(wall time of the whole command; the share inside the simulated models and their sessions stands beside it):
 records a second, and the peak of resident memory, which must not grow with the number of queries. Two queries a
 trajectory; a million queries need some 6 GB of disk.
 """
@@ -192,7 +193,8 @@ def measure(folder: Path, queries: int, runner: Sequence[str]) -> list[dict[str,
         if line is None:
             raise SystemExit(done.stderr[-3000:])
         report = json.loads((folder / f"{stage}.jsonl.report.json").read_text())
-        results.append(json.loads(line.partition(" ")[2]) | report | {"stage": stage})
+        counts = {name: report[name] for name in ("rollouts", "records", "pruned_share") if name in report}
+        results.append(counts | json.loads(line.partition(" ")[2]) | {"stage": stage, "model_s": report["seconds"]})
         print(f"{queries:,} {stage}: {results[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     return results
 
@@ -213,11 +215,14 @@ def main() -> None:
             for result in measure(folder, queries, args.runner):
                 rows.append((queries, result))
             shutil.rmtree(folder)
-    print("| queries | stage | seconds | queries a second | ms a query | peak MiB |\n|---|---|---|---|---|---|")
+    print("| queries | stage | seconds | of it in the models | queries a second | ms a query | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
     for queries, row in rows:
         seconds = row["seconds"]
         rate, each = queries / seconds, 1000 * seconds / queries
-        print(f"| {queries:,} | {row['stage']} | {seconds:.1f} | {rate:,.0f} | {each:.2f} | {row['peak_mib']:.0f} |")
+        of_models = f"{row['model_s']:.1f}"
+        timing = f"{seconds:.1f} | {of_models} | {rate:,.0f} | {each:.2f}"
+        print(f"| {queries:,} | {row['stage']} | {timing} | {row['peak_mib']:.0f} |")
     for queries in args.queries:
         of_size = [row for size, row in rows if size == queries]
         seconds = sum(row["seconds"] for row in of_size)
