@@ -56,7 +56,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
         validation=validation,
         verl=composed,
         environment=environment,
-        loop=verl_config.agent_loop_yaml(config, seeded=not on_cpu(config)),
+        loop=verl_config.agent_loop_yaml(config),
     )
 
 

@@ -24,7 +24,7 @@ ZERO_CRITIC = "critic-start"
 """Folder of the critic with a value head of zeros, in the run folder."""
 
 
-def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
+def agent_loop_yaml(config: TrainAgentConfig) -> str:
     """Content of the file that `rollout.agent.agent_loop_config_path` names."""
     loop = {
         "name": LOOP_NAME,
@@ -37,7 +37,7 @@ def agent_loop_yaml(config: TrainAgentConfig, *, seeded: bool) -> str:
         "search_timeout_s": config.search_timeout_s,
         "search_retries": config.search_retries,
         "mask_observations": config.mask_observations,
-        "seed": config.seed if seeded else None,
+        "seed": config.seed,
     }
     return OmegaConf.to_yaml(OmegaConf.create([loop]))
 

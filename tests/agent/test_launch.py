@@ -143,7 +143,7 @@ def test_the_users_overrides_win_over_the_machines_and_ours(config: TrainAgentCo
 
 
 def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig) -> None:
-    (entry,) = OmegaConf.create(verl_config.agent_loop_yaml(config, seeded=True))
+    (entry,) = OmegaConf.create(verl_config.agent_loop_yaml(config))
     assert entry.name == verl_config.LOOP_NAME
     assert (entry.topk, entry.seed, entry.limits.max_tokens) == (1, 0, 160)
     from verl.experimental.agent_loop import agent_loop
@@ -154,9 +154,9 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
     assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
 
 
-def test_requests_carry_seeds_only_where_the_engine_takes_them(config: TrainAgentConfig) -> None:
-    assert OmegaConf.create(prepare(config).loop)[0].seed is None
-    assert OmegaConf.create(prepare(replace(config, cpu=False)).loop)[0].seed == config.seed
+def test_requests_carry_seeds_on_the_cpu_and_on_accelerators(config: TrainAgentConfig) -> None:
+    for cpu in (True, False):
+        assert OmegaConf.create(prepare(replace(config, cpu=cpu, seed=7)).loop)[0].seed == 7
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:

@@ -16,9 +16,11 @@ from agentic_r_plugin.llm.hf_generate import Generated, HFGenerator
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What one request asks for; requests that differ in more than `max_tokens` go in different batches."""
+    """What one request asks for; requests that differ in more than `max_tokens` and `seed` go in different batches."""
 
     max_tokens: int
+    seed: int | None
+    """Of this request's draws; None: the engine chooses one."""
     temperature: float
     top_p: float
     top_k: int
@@ -61,9 +63,10 @@ def parse_sampling(
     if limit is None:
         limit = min(response_length, total_length - num_prompt_tokens)
     stop = params.pop("stop", None) or ()
-    logprobs = params.pop("logprobs", None)
+    logprobs, seed = params.pop("logprobs", None), params.pop("seed", None)
     sampling = Sampling(
         max_tokens=max(1, min(int(limit), room)),
+        seed=None if seed is None else int(seed),
         temperature=float(params.pop("temperature", 1.0)),
         top_p=float(params.pop("top_p", 1.0)),
         top_k=int(params.pop("top_k", -1)),
@@ -92,8 +95,9 @@ class _Request:
 class RequestBatcher:
     """Collects requests until none has come for `quiet_s`, at most `max_wait_s`, and generates for all of them at once.
 
-    A request's random draws depend on the seed, the version of the weights, its prompt, and how often that prompt was
-    asked before with these weights: not on when it came or with which others.
+    A request's random draws depend on its own seed, not on when it came or with which others. Without one they depend
+    on the engine's seed, the version of the weights, the prompt, and how often that prompt was asked before with these
+    weights: two requests of one prompt then share out the same two draws by who comes first.
     """
 
     def __init__(self, generator: HFGenerator, *, seed: int, quiet_s: float, max_wait_s: float) -> None:
@@ -115,9 +119,11 @@ class RequestBatcher:
         """One request's answer; raises whatever its batch raised."""
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._serve())
-        prompt_hash = hash(tuple(prompt))
-        seed = hash((self.seed, self._version or 0, prompt_hash, self._asked[prompt_hash]))
-        self._asked[prompt_hash] += 1
+        seed = sampling.seed
+        if seed is None:
+            prompt_hash = hash(tuple(prompt))
+            seed = hash((self.seed, self._version or 0, prompt_hash, self._asked[prompt_hash]))
+            self._asked[prompt_hash] += 1
         request = _Request(prompt, sampling, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         self._arrived.set()

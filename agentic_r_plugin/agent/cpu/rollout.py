@@ -73,8 +73,9 @@ class HFServer:
         """Continue one prompt; token in, token out.
 
         Args:
-            sampling_params: `temperature`, `top_p`, `top_k`, `stop`, `max_tokens`, `logprobs`, `ignore_eos`. The stop
-                string always stays in the ids, as in vLLM, where `include_stop_str_in_output` concerns the text only.
+            sampling_params: `temperature`, `top_p`, `top_k`, `seed`, `stop`, `max_tokens`, `logprobs`, `ignore_eos`.
+                The stop string always stays in the ids, as in vLLM, where `include_stop_str_in_output` concerns the
+                text only.
 
         Raises:
             BackendError: a sampling parameter this engine does not have, or a prompt that fills the context.

@@ -75,6 +75,16 @@ def test_seeds_depend_on_prompt_and_count_not_on_company_or_order() -> None:
     assert first[(5,)] == second[(5,)] and first[(6,)] == second[(6,)]
 
 
+def test_a_requests_own_seed_is_its_own_whoever_comes_first() -> None:
+    def seeds(*requested: int) -> dict[int, int]:
+        _, generator = serve(*[([5], request(max_tokens=n, seed=n)) for n in requested])
+        assert len(generator.calls) == 1
+        options = generator.calls[0][1]
+        return dict(zip(options["max_tokens"], options["seed"], strict=True))
+
+    assert seeds(3, 4) == seeds(4, 3) == {3: 3, 4: 4}
+
+
 def test_limits_follow_verls_vllm_server() -> None:
     assert request().max_tokens == 40
     assert parse_sampling({}, **{**LIMITS, "num_prompt_tokens": 30}).max_tokens == 30
