@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin import child
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
@@ -246,6 +247,7 @@ class Loop:
         print(f"[iteration {iteration}] {name}", file=sys.stderr, flush=True)
         started = time.monotonic()
         work()
+        child.give_back_memory()
         line = {"iteration": iteration, "phase": name, "seconds": round(time.monotonic() - started, 1)} | dict(cost())
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
@@ -296,7 +298,9 @@ class Loop:
     def train_retriever(self, k: int, start: str, training_groups: Path) -> str:
         """Contrastive training on iteration k's groups; returns the checkpoint's folder."""
         config = self._train_retriever_config(k, start, training_groups)
-        self._phase(k, "train-retriever", lambda: training.run(config, resume=True))
+        self._phase(
+            k, "train-retriever", lambda: child.run_command("train-retriever", config, processes=config.processes)
+        )
         return config.out
 
     def evaluate(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> None:
@@ -351,8 +355,12 @@ class Loop:
         }
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
-        values = {"seed": self.config.seed + k - 1} | values | self._protocol() | dev | paths
+        values = {"seed": self._seed(k)} | values | self._protocol() | dev | paths
         return load_config(launch.TrainAgentConfig, values=values)
+
+    def _seed(self, k: int) -> int:
+        """Of what iteration k draws: no two iterations draw the same."""
+        return self.config.seed + k - 1
 
     def _protocol(self) -> dict[str, Any]:
         return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
@@ -375,7 +383,7 @@ class Loop:
             "questions": self._questions(self.config.train_split),
             "sub_answers": str(self._data(k, "sub-answers")) if self.config.judge else "",
             "search": search,
-            "seed": self.config.seed,
+            "seed": self._seed(k),
             "protocol": self.config.protocol,
         }
         if name in ("trajectories", "correctness"):
@@ -391,7 +399,7 @@ class Loop:
             "out": str(self.folder / f"iteration-{k}" / "retriever"),
         }
         return load_config(
-            training.TrainRetrieverConfig, values={"seed": self.config.seed} | self.config.train_retriever | values
+            training.TrainRetrieverConfig, values={"seed": self._seed(k)} | self.config.train_retriever | values
         )
 
     def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> EvaluateConfig:

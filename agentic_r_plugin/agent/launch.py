@@ -11,12 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +28,7 @@ from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.prepare import Prepared, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
+from agentic_r_plugin.child import end_session
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
 from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
@@ -159,7 +159,7 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
         try:
             _follow(run_dir, config, process)
         finally:
-            _end(process)
+            end_session(process)
             record = read_json(run_dir / "run.json")
             write_json(run_dir / "run.json", record | {"seconds": record["seconds"] + time.monotonic() - started})
     if process.returncode:
@@ -196,17 +196,6 @@ def progress_line(record: dict[str, Any], steps: int) -> str:
     if record.get("timing_s/step") is not None:
         parts.append(f"{record['timing_s/step']:.1f} s")
     return "  ".join(parts)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process, if it lives, and what it left in its session."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _why(run_dir: Path, code: int) -> str:

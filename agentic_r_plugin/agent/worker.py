@@ -6,14 +6,12 @@ It reads `RUN_DIR/verl.yaml`, runs verl, and exports the last checkpoint; a faul
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin.child import die_with
 from agentic_r_plugin.errors import AgenticRError
 from agentic_r_plugin.store import write_json
 
@@ -110,21 +108,6 @@ def our_fault(error: BaseException | None) -> AgenticRError | None:
         seen.add(id(error))
         error = getattr(error, "cause", None) or error.__cause__
     return None
-
-
-def die_with(parent: int) -> None:
-    """End this process soon after its parent, process `parent`, is gone, however that ended.
-
-    Two trainings would otherwise write one run folder once the command is given again. Ray's processes end with the
-    process that started them.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ class TrajectoriesConfig:
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    seed: int = field(default=0, metadata={"help": "of the draw, where the temperature is not 0"})
+    seed: int = field(default=0, metadata={"help": "of random_sample, and of the draw where the temperature is not 0"})
     num_questions: int = field(default=0, metadata={"help": "only so many, from the start of the file; 0: all"})
+    random_sample: bool = field(default=False, metadata={"help": "so many drawn at random, in the file's order"})
     batch_size: int = field(default=64, metadata={"help": "questions answered at once", **UNRECORDED})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
@@ -105,6 +107,16 @@ class TrajectoriesWorker:
         self._stack.close()
 
 
+def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
+    """The questions that are answered, in the file's order."""
+    if not config.num_questions or not config.random_sample:
+        yield from islice(read_records(config.in_, Question), config.num_questions or None)
+        return
+    total = sum(1 for _ in read_records(config.in_, Question))
+    drawn = frozenset(random.Random(config.seed).sample(range(total), min(config.num_questions, total)))
+    yield from (question for place, question in enumerate(read_records(config.in_, Question)) if place in drawn)
+
+
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
     """The command `trajectories`."""
     stage = Stage(
@@ -113,10 +125,7 @@ def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
         out=Path(config.out),
         inputs={"questions": Path(config.in_)},
         record=Trajectory,
-        units=lambda: (
-            (question.id, question)
-            for question in islice(read_records(config.in_, Question), config.num_questions or None)
-        ),
+        units=lambda: ((question.id, question) for question in chosen_questions(config)),
         worker=partial(TrajectoriesWorker, config),
         batch_size=config.batch_size,
         runner=config.runner,

@@ -4,17 +4,18 @@ The output folder is a sentence-transformers model with `agentic_r.json` (formul
 `README.md`, the loss curve `metrics.jsonl`, and `done.json`, which is written last. An interrupted run goes on from its
 last checkpoint and gives the same weights as one that was not interrupted.
 
-On several devices: `torchrun --nproc-per-node N --no-python agentic-r train-retriever ...` (or `python -m
-agentic_r_plugin.cli`); on several nodes, with torchrun's rendezvous and an output folder that all of them see.
+On several devices of a node: `processes=N`, or a torchrun of one's own (`torchrun --nproc-per-node N --no-python
+agentic-r train-retriever ...`); on several nodes, with torchrun's rendezvous and an output folder that all of them see.
 """
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import components
+from agentic_r_plugin import child, components
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.retriever import loss as losses
@@ -34,7 +35,11 @@ DONE, _WORK = "done.json", "work.json"
 
 
 def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
-    """Train with the registered trainer that `config` names."""
+    """Train with the registered trainer that `config` names, here or in as many processes as it says."""
+    if config.processes > 1 and "WORLD_SIZE" not in os.environ:
+        if not resume:
+            _require_empty(Path(config.out))
+        return child.run_command("train-retriever", config, processes=config.processes)
     components.load("retriever_trainer", config.trainer)(config, resume=resume)
 
 
@@ -71,8 +76,9 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     out = Path(config.out)
     with Corpus(config.corpus) as corpus, process_group() as (rank, world):
-        if not from_first(resume or not out.exists() or not any(out.iterdir())):
-            raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
+        if not resume:
+            _require_empty(out)
+        from_first(None)  # every process has looked before the first writes
         scores = read_scores(config.relevance, config.correctness) if from_scores else None
         examples = read_examples(config.groups, corpus, scores)
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
@@ -99,6 +105,11 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
     return out
 
 
+def _require_empty(out: Path) -> None:
+    if out.exists() and any(out.iterdir()):
+        raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
+
+
 def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: list[Any]) -> dict[str, Any]:
     return {
         "key": key,
@@ -115,7 +126,7 @@ def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: li
     }
 
 
-_NOT_OF_THE_WEIGHTS = ("groups", "corpus", "out", "retriever", "device", "checkpoint_steps")
+_NOT_OF_THE_WEIGHTS = ("groups", "corpus", "out", "retriever", "device", "processes", "checkpoint_steps")
 
 
 def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> str:

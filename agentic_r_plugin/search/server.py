@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, build_search
+from agentic_r_plugin.child import die_with
 from agentic_r_plugin.config import save_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
@@ -113,11 +114,11 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
         if config.workers > 1:
             listener.listen(1024)
             if config.exit_with_parent:
-                _exit_with_parent()
+                die_with(os.getppid(), politely=True)
             Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
             return
         if config.exit_with_parent:
-            _exit_with_parent()
+            die_with(os.getppid(), politely=True)
         backend = build_search(spec)
         listener.listen(1024)
         with ready(backend.fingerprint()):
@@ -261,17 +262,6 @@ def _announced(ready: dict[str, Any], file: str) -> Iterator[None]:
     finally:
         if file:
             Path(file).unlink(missing_ok=True)
-
-
-def _exit_with_parent() -> None:
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 @contextmanager

@@ -203,7 +203,7 @@ def test_a_step_is_reported_in_one_line() -> None:
 
 CHILD = """
 import os, time
-from agentic_r_plugin.agent.worker import die_with
+from agentic_r_plugin.child import die_with
 die_with(os.getppid())
 print(os.getpid(), flush=True)
 time.sleep(60)

@@ -13,7 +13,7 @@ def cpu_overrides(
     train_dtype: str = "bf16",
     rollout_dtype: str = "float32",
     longest_trajectory: int = 4096,
-    micro_batch_tokens: int = 2048,
+    micro_batch_tokens: int = 1024,
 ) -> list[str]:
     """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
 
@@ -92,6 +92,8 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # One heap a process: what one thread frees serves the others.
+        "MALLOC_ARENA_MAX": "1",
     }
 
 
