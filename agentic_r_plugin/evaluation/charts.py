@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-WIDTH, HEIGHT = 350, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 14, 38
+WIDTH, HEIGHT = 330, 220
+_RIGHT, _TOP, _BOTTOM = 8, 12, 40
+_CHARACTER = 6.6
+"""Width of one in the page's small type."""
 _ROW = 25
 """Height of a line of an interval chart."""
 
@@ -83,7 +86,7 @@ def running_mean(points: Points, window: int) -> list[Smoothed]:
     [(1.5, 1.5), (3.0, 1.22), (4.0, 1.22), (4.5, 1.5)]
     """
     ys = [y for _, y in points]
-    steps = [after - before for before, after in zip(ys, ys[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(ys)]
     scatter = math.sqrt(sum(step * step for step in steps) / (2 * len(steps))) if steps else 0.0
     half, smooth = window // 2, []
     for i, (x, _) in enumerate(points):
@@ -119,38 +122,46 @@ def line_chart(
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high and tick == int(tick)]
 
+    left = 30 + _CHARACTER * max(len(number(tick)) for tick in y_ticks)
+
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
+        across = (x - x_low) / (x_high - x_low) * (WIDTH - left - _RIGHT)
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - _TOP - _BOTTOM)
-        return _LEFT + across, HEIGHT - _BOTTOM - up
+        return left + across, HEIGHT - _BOTTOM - up
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
     for shift in sorted({item.shift for item in series if item.shift}):
         x, _ = place(shift, y_ticks[0])
-        if x > _LEFT:
+        if x > left:
             parts.append(
                 f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" '
                 'stroke-dasharray="3 3"/>'
             )
     parts.append(
-        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f'<text class="axis" x="{(left + WIDTH - _RIGHT) / 2:.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
         f'<text class="axis" x="10" y="{(HEIGHT - _BOTTOM + _TOP) / 2}" text-anchor="middle" '
         f'transform="rotate(-90 10 {(HEIGHT - _BOTTOM + _TOP) / 2})">{escape(y_label)}</text>'
     )
     for item in series:
-        parts += _curve(item, place, number, x_label)
+        parts += _curve(item, place, y_ticks, number, x_label)
     return "".join([*parts, "</svg>"])
 
 
-def _curve(item: Series, place: Callable[[float, float], tuple[float, float]], number: Number, x_label: str) -> list[str]:
+def _curve(
+    item: Series,
+    place: Callable[[float, float], tuple[float, float]],
+    y_ticks: Sequence[float],
+    number: Number,
+    x_label: str,
+) -> list[str]:
     points = sorted(item.points)
     smooth = len(points) >= 8 and not item.marked
     at = [place(x + item.shift, y) for x, y in points]
@@ -158,8 +169,8 @@ def _curve(item: Series, place: Callable[[float, float], tuple[float, float]], n
     if smooth:
         means = running_mean(points, max(5, len(points) // 8) | 1)
         line = [place(s.x + item.shift, s.mean) for s in means]
-        above = [place(s.x + item.shift, s.mean + s.error) for s in means]
-        below = [place(s.x + item.shift, s.mean - s.error) for s in reversed(means)]
+        above = [place(s.x + item.shift, min(s.mean + s.error, y_ticks[-1])) for s in means]
+        below = [place(s.x + item.shift, max(s.mean - s.error, y_ticks[0])) for s in reversed(means)]
         parts.append(f'<path class="band" fill="var(--c)" fill-opacity="0.15" d="{_path([*above, *below])}Z"/>')
     else:
         line = at
@@ -186,7 +197,7 @@ def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, n
     if not estimates:
         return ""
     names = [item.name if len(item.name) <= 24 else item.name[:23] + "…" for item in estimates]
-    left = 14 + 6 * max(map(len, names))
+    left = 14 + _CHARACTER * max(map(len, names))
     ticks = nice_ticks(min(item.low for item in estimates), max(item.high for item in estimates), count=4)
     bottom = _TOP + _ROW * len(estimates)
 
@@ -198,7 +209,7 @@ def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, n
     for tick in ticks:
         x = place(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
     parts.append(
         f'<text class="axis" x="{(left + WIDTH - _RIGHT) / 2:.1f}" y="{height - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"

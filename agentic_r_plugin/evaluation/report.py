@@ -25,6 +25,7 @@ from agentic_r_plugin.evaluation.report_answers import embed, read_answers
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.store import atomic_path, require_absent
 
+
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Make report.html and report.md of a run."""
@@ -72,8 +73,17 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["duration"] = duration
+    environment.filters |= {"duration": duration, "signed": signed}
     return environment.get_template(template).render(content)
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """With a sign, and a minus that is as wide as the plus.
+
+    >>> signed(-0.25, 2), signed(3)
+    ('−0.25', '+3.0')
+    """
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
@@ -185,7 +195,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     return facts
 
 
-def _breakdowns(cells: list[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str, int]]]]:
     """For each kind of breakdown, its values with their number of questions."""
     counts: dict[str, dict[str, int]] = {}
     for cell in cells:

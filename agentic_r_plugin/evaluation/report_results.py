@@ -1,4 +1,4 @@
-"""The report's results as plain values: the table, what every change gave, the matrix, the paper's figures beside it."""
+"""The report's results as plain values: the table, what every change gave, the matrix, the paper's figures."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ COLUMNS = (
     Metric(key="answer_recall_at_20", title="answer recall@20"),
     Metric(key="gold_document_recall", title="gold recall@3"),
     Metric(key="gold_document_recall_at_20", title="gold recall@20"),
-    Metric(key="malformed_share", title="malformed turns"),
-    Metric(key="generated_tokens", title="tokens written", scale=1, digits=0),
+    Metric(key="malformed_share", title="malformed"),
+    Metric(key="generated_tokens", title="tokens", scale=1, digits=0),
 )
 
 
@@ -199,7 +199,7 @@ def _differences(run: RunFolder, before: Cell, after: Cell) -> Mapping[str, Any]
     folders = {cell_name(cell): run.matrix_dir / cell_name(cell) for cell in (before, after)}
     if not all((folder / "scores.json").is_file() for folder in folders.values()):
         return {}
-    options = {"level": 0.95, "resamples": 10_000, "seed": 0}
+    options: dict[str, Any] = {"level": 0.95, "resamples": 10_000, "seed": 0}
     options |= {name: run.matrix["config"][name] for name in options if name in run.matrix["config"]}
     [compared] = compare([before, after], folders, **options)
     metrics: Mapping[str, Any] = compared["metrics"]

@@ -35,7 +35,6 @@ _AGENT_CHARTS: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
     ("Entropy", "nats", ("actor/entropy", "actor/entropy_loss"), (None, None)),
     ("KL to the reference policy", "KL", ("actor/reward_kl_penalty", "actor/kl_loss", "actor/ppo_kl"), (None, None)),
     ("Malformed turns", "a trajectory", ("agentic_r/malformed_turns",), (0, None)),
-    ("Tokens the environment wrote", "share", ("agentic_r/masked_token_share",), (0, 1)),
 )
 """Title, unit, log keys (the first that is there; none: verl's validation), range of the y axis."""
 
@@ -99,9 +98,7 @@ def _chart(
     series, shift = [], 0.0
     for i, (iteration, steps) in enumerate(zip(iterations, logs, strict=True)):
         points = _points(steps, key)
-        series.append(
-            Series(name=f"iteration {iteration.number}", points=points, color=i, marked=marked, shift=shift)
-        )
+        series.append(Series(name=f"iteration {iteration.number}", points=points, color=i, marked=marked, shift=shift))
         shift += max((float(step["step"]) for step in steps if "step" in step), default=0.0)
     return {"title": title, "svg": line_chart(title, series, x_label="step", y_label=unit, y_range=y_range)}
 

@@ -86,9 +86,7 @@ def read_run(path: Path) -> RunFolder:
     if run.matrix_dir is not None:
         run.matrix = read_json(run.matrix_dir / "matrix.json")
     else:
-        run.notes.append(
-            "No evaluation yet (evaluation/matrix.json): no results, no comparison, no trajectories."
-        )
+        run.notes.append("No evaluation yet (evaluation/matrix.json): no results, no comparison, no trajectories.")
     config = path / "config.yaml"
     run.config = config.read_text(encoding="utf-8") if config.is_file() else None
     run.costs = list(_steps(path / "costs.jsonl"))

@@ -35,7 +35,7 @@ class Browser:
         self._from_browser, writes = os.pipe()
         command = [EXECUTABLE, *_FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "sh", *command],
+            ["bash", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "bash", *command],
             pass_fds=(reads, writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -99,7 +99,9 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """Visible text of every element."""
-        found: list[str] = self.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText)")
+        found: list[str] = self.evaluate(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText)"
+        )
         return found
 
     def click(self, selector: str) -> None:

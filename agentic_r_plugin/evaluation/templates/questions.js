@@ -49,6 +49,7 @@ function questionByQuestion({ benchmarks, lines }) {
       const text = highlighted(places.map((place) => lines[place]).join("\n"), gold);
       return make("div", `piece ${kind}`, ...(tags[kind] ? [make("span", "tag", tags[kind])] : []), ...text);
     });
+    if (side.answer === null) pieces.push(make("div", "piece answer", "No answer"));
     return make("div", side.right ? "side right" : "side", make("h3", "", name, small), ...pieces);
   }
 
