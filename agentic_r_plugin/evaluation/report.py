@@ -103,7 +103,6 @@ def duration(seconds: float) -> str:
 
 def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
     """Everything the templates use."""
-    cells = run.matrix["cells"] if run.matrix else []
     script = _asset("report.js") + _asset("questions.js")
     content: dict[str, Any] = {
         "title": config.title or f"Agentic-R: {run.path.resolve().name}",
@@ -117,22 +116,24 @@ def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
         "provenance": _provenance(run),
         "config": run.config,
         "notes": run.notes,
-        "table": markdown_table(cells),
+        "table": markdown_table(run.cells),
         "css": _asset("report.css"),
         "js": script,
         "js_hash": b64encode(sha256(script.encode()).digest()).decode(),
     }
-    content |= _results(run, cells, config.num_trajectories) | _costs(run)
+    content |= _results(run, config.num_trajectories) | _costs(run)
     return content | {"sections": _sections(content)}
 
 
-def _results(run: RunFolder, cells: Sequence[results.Cell], num_trajectories: int) -> dict[str, Any]:
+def _results(run: RunFolder, num_trajectories: int) -> dict[str, Any]:
+    cells = run.cells
     groups = results.by_benchmark(cells)
     effects = [(name, results.effects(run, mine)) for name, mine in groups.items()]
     answers = read_answers(run, num_trajectories=num_trajectories)
     config = run.matrix["config"] if run.matrix else {}
     return {
         "cells": cells,
+        "seeds": run.matrix.get("num_seeds", 1) if run.matrix else 1,
         "level": f"{config.get('level', 0.95) * 100:g}",
         "columns": results.columns(cells),
         "best": [max(mine, key=lambda cell: cell["metrics"]["agentic_em"]["mean"]) for mine in groups.values()],
@@ -149,10 +150,10 @@ def _results(run: RunFolder, cells: Sequence[results.Cell], num_trajectories: in
         "comparisons": run.matrix["comparisons"] if run.matrix else [],
         "overview": results.overview(cells),
         "heatmaps": results.heatmaps(cells),
-        "plots": {name: results.plots(mine, answers.recall_by_turn) for name, mine in groups.items()},
+        "plots": {name: results.plots(mine) for name, mine in groups.items()},
         "breakdowns": _breakdowns(cells),
-        "questions": bool(answers.payload["benchmarks"]),
-        "questions_json": embed(answers.payload),
+        "questions": bool(answers["benchmarks"]),
+        "questions_json": embed(answers),
     }
 
 
@@ -182,9 +183,11 @@ def _asset(name: str) -> str:
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = []
     if run.matrix:
-        cells = run.matrix["cells"]
+        cells = run.cells
         facts.append(("benchmark", ", ".join(dict.fromkeys(f"{cell['benchmark']} {cell['split']}" for cell in cells))))
         facts.append(("questions", f"{max(cell['num_questions'] for cell in cells):,}"))
+        if "num_seeds" in run.matrix:
+            facts.append(("seeds", str(run.matrix["num_seeds"])))
         machine = run.matrix["hardware"]
         accelerators = ", ".join(machine["accelerators"]) or f"{machine['cpus']} CPU cores, no accelerator"
         facts.append(("on", accelerators))
@@ -208,7 +211,7 @@ def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    machine, cell = run.matrix["hardware"], run.matrix["cells"][0]
+    machine, cell = run.matrix["hardware"], run.cells[0]
     rows = [
         ("protocol", f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"),
         ("questions", f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"),
@@ -216,11 +219,9 @@ def _provenance(run: RunFolder) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in run.matrix["versions"].items())),
     ]
     for key, label in (("agent", "agents"), ("retriever", "retrievers")):
-        names = {
-            item[key]: item.get(f"{'search' if key == 'retriever' else key}_fingerprint", "")
-            for item in run.matrix["cells"]
-        }
-        rows.append((label, ", ".join(f"{name} {print_}" for name, print_ in names.items())))
+        which = "search_fingerprint" if key == "retriever" else "agent_fingerprint"
+        names = {item[key]: item.get(which, "") for item in run.cells}
+        rows.append((label, ", ".join(f"{name} {print_}".strip() for name, print_ in names.items())))
     return rows
 
 

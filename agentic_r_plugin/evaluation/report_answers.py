@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_r_plugin import components
-from agentic_r_plugin.answers import contains_answer, is_closed
 from agentic_r_plugin.errors import UnknownComponentError
-from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.evaluation.report_results import Cell, by_benchmark, label
 from agentic_r_plugin.evaluation.run_folder import RunFolder
-from agentic_r_plugin.evaluation.transcript import Piece, pieces
+from agentic_r_plugin.evaluation.transcript import pieces
 from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.protocol import search_r1 as fallback_protocol
 from agentic_r_plugin.records import Trajectory
@@ -52,53 +50,33 @@ class Lines:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """All that the page says about single questions."""
-
-    payload: dict[str, Any]
-    """What the page's script reads."""
-    recall_by_turn: dict[str, list[float]]
-    """Share of questions with a gold answer in a passage shown up to each search, by `cell_name`."""
-
-
-def read_answers(run: RunFolder, *, num_trajectories: int) -> Answers:
-    """Read every cell's outcomes and trajectories once.
+def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
+    """What the page's script reads: for each benchmark its cells, how many questions flip, and trajectories.
 
     Args:
         num_trajectories: the most that the page carries.
     """
-    cells = run.matrix["cells"] if run.matrix else []
-    groups, lines, recall = by_benchmark(cells), Lines(), {}
-    benchmarks = []
-    for name, mine in groups.items():
-        outcomes = [run.outcomes(cell) for cell in mine]
-        split = _split(outcomes)
-        room = num_trajectories // len(groups) // len(mine)
-        chosen = _spread(split, room)
+    groups, lines, benchmarks = by_benchmark(run.cells), Lines(), []
+    for name, cells in groups.items():
+        outcomes = [run.outcomes(cell) for cell in cells]
+        chosen = _spread(_split(outcomes), num_trajectories // len(groups) // len(cells))
         questions: dict[str, dict[str, Any]] = {}
-        for place, cell in enumerate(mine):
-            protocol, found_at = _protocol(str(cell.get("protocol", ""))), []
+        for place, cell in enumerate(cells):
+            protocol = _protocol(str(cell.get("protocol", "")))
             for record in run.trajectories(cell):
-                cut = pieces(record.text, protocol)
-                if not is_closed(record.golden_answers):
-                    found_at.append(_answer_seen_at(record, cut))
                 if record.id in chosen:
-                    question = questions.setdefault(record.id, _question(record, len(mine)))
-                    question["sides"][place] = _side(record, cut, lines)
-            recall[cell_name(cell)] = _recall_by_turn(found_at)
+                    question = questions.setdefault(record.id, _question(record, len(cells)))
+                    question["sides"][place] = _side(record, protocol, lines)
         benchmarks.append(
             {
                 "name": name,
-                "cells": [label(cell) for cell in mine],
+                "cells": [label(cell) for cell in cells],
                 "flips": _flips(outcomes),
-                "split": len(split),
-                "first": _first_pair(mine),
+                "first": _first_pair(cells),
                 "questions": [questions[key] for key in chosen if key in questions],
             }
         )
-    payload = {"benchmarks": [item for item in benchmarks if item["questions"]], "lines": lines.lines}
-    return Answers(payload=payload, recall_by_turn=recall)
+    return {"benchmarks": [item for item in benchmarks if item["questions"]], "lines": lines.lines}
 
 
 def embed(payload: Mapping[str, Any]) -> str:
@@ -159,30 +137,14 @@ def _question(record: Trajectory, num_cells: int) -> dict[str, Any]:
     return {"id": record.id, "question": record.question, "gold": list(record.golden_answers), "sides": sides}
 
 
-def _side(record: Trajectory, cut: Sequence[Piece], lines: Lines) -> dict[str, Any]:
+def _side(record: Trajectory, protocol: AgentProtocol, lines: Lines) -> dict[str, Any]:
     return {
         "right": bool(record.em),
         "answer": record.answer,
         "stop": record.stop_reason.value.replace("_", " "),
         "searches": len(record.turns),
-        "pieces": [[piece.kind, *lines.places(piece.text)] for piece in cut],
+        "pieces": [[piece.kind, *lines.places(piece.text)] for piece in pieces(record.text, protocol)],
     }
-
-
-def _answer_seen_at(record: Trajectory, cut: Sequence[Piece]) -> int | None:
-    """The search, from 1, whose passages were the first with a gold answer."""
-    shown = (piece.text for piece in cut if piece.kind == "information")
-    return next((turn for turn, text in enumerate(shown, 1) if contains_answer(text, record.golden_answers)), None)
-
-
-def _recall_by_turn(found_at: Sequence[int | None]) -> list[float]:
-    """Up to the last search at which an answer was first seen.
-
-    >>> _recall_by_turn([1, None, 2, 2])
-    [0.25, 0.75]
-    """
-    turns = range(1, max((turn for turn in found_at if turn is not None), default=0) + 1)
-    return [sum(at is not None and at <= turn for at in found_at) / len(found_at) for turn in turns]
 
 
 def _protocol(name: str) -> AgentProtocol:

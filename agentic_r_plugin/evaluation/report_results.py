@@ -31,6 +31,7 @@ class Metric:
 COLUMNS = (
     Metric(key="agentic_em", title="EM"),
     Metric(key="agentic_f1", title="F1"),
+    Metric(key="agentic_sub_em", title="sub-EM"),
     Metric(key="search_turns", title="searches", scale=1, digits=2),
     Metric(key="answer_recall_at_3", title="answer recall@3"),
     Metric(key="answer_recall_at_20", title="answer recall@20"),
@@ -86,7 +87,7 @@ class Effect:
     before: Cell
     after: Cell
     differences: Mapping[str, Any]
-    """Paired difference by metric; empty where the questions' scores are not there."""
+    """Paired difference by metric; empty where it cannot be told."""
 
     @property
     def change(self) -> str:
@@ -116,7 +117,7 @@ def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
     agents, retrievers = _names(cells)
     rounds = _rounds(agents), _rounds(retrievers)
     steps = _loop_steps(*rounds) if rounds[0] and rounds[1] else _baseline_steps(agents, retrievers)
-    return _effects(run, cells, steps)
+    return [effect for effect in _effects(run, cells, steps) if effect.differences]
 
 
 def headlines(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
@@ -222,12 +223,11 @@ def heatmaps(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return maps
 
 
-def plots(cells: Sequence[Cell], recall_by_turn: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def plots(cells: Sequence[Cell]) -> dict[str, Any]:
     """One benchmark's exact match, searches, and answer recall turn by turn.
 
     Args:
         cells: of the benchmark; the colour is the retriever's.
-        recall_by_turn: by `cell_name`, see `report_answers`.
     """
     agents, retrievers = _names(cells)
     charts = []
@@ -250,7 +250,11 @@ def plots(cells: Sequence[Cell], recall_by_turn: Mapping[str, Sequence[float]]) 
     curves = [
         Series(
             name=label(cell),
-            points=[(turn, share * 100) for turn, share in enumerate(recall_by_turn.get(cell_name(cell), ()), start=1)],
+            points=[
+                (float(row["turn"]), row["answer_recall_so_far"] * 100)
+                for row in cell.get("by_turn", ())
+                if row["answer_recall_so_far"] is not None
+            ],
             color=retrievers.index(cell["retriever"]),
             dashed=cell["agent"] != agents[-1],
             marked=True,

@@ -50,6 +50,11 @@ class RunFolder:
     notes: list[str] = field(default_factory=list)
     """What is missing, one sentence each."""
 
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        """Results of the matrix's cells; none without an evaluation."""
+        return list(self.matrix["cells"]) if self.matrix else []
+
     def outcomes(self, cell: Mapping[str, Any]) -> dict[str, bool]:
         """Whether each question was answered right, by its id; empty where the cell's scores are missing."""
         file = self._cell_folder(cell) / "scores.json"
@@ -101,6 +106,10 @@ def read_run(path: Path) -> RunFolder:
 
 
 def _note_missing(run: RunFolder) -> None:
+    if run.cells and not any(run.outcomes(cell) for cell in run.cells):
+        run.notes.append(
+            "No scores.json of any cell: which questions flip is left out (several seeds: see each one's)."
+        )
     if not run.costs:
         run.notes.append("No costs.jsonl: the cost of the phases is left out.")
     if not run.iterations:

@@ -113,6 +113,12 @@ class Browser:
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until what was begun is drawn: `<details>` tells of its opening a moment later."""
+        drawn = "new Promise(done => requestAnimationFrame(() => setTimeout(done)))"
+        self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)
 
     def choose(self, selector: str, option: int) -> None:
         """Pick an option of a `<select>`, as a reader does (headless Chromium draws no list to click on)."""

@@ -140,6 +140,9 @@ def _cell(folder: Path, agent: str, retriever: str, benchmark: str, rows: list[T
                 for hops in (1, 2, 3)
             }
         },
+        "by_turn": [
+            {"turn": turn, "answer_recall_so_far": (turn > 1) * metrics["agentic_em"]["mean"]} for turn in (1, 2)
+        ],
         "made_from": {},
         "cost": {},
         "agent_fingerprint": "0123456789abcdef",

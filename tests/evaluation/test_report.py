@@ -13,7 +13,6 @@ import pytest
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.evaluation import report_results
-from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.evaluation.report import ReportConfig, run
 from agentic_r_plugin.evaluation.report_answers import read_answers
 from agentic_r_plugin.evaluation.run_folder import read_run
@@ -125,8 +124,7 @@ def test_every_heading_of_a_table_says_what_it_heads(finished: Path) -> None:
 
 def test_every_change_of_the_loop_is_compared_on_the_same_questions(finished: Path) -> None:
     folder = read_run(finished)
-    assert folder.matrix is not None
-    effects = report_results.effects(folder, folder.matrix["cells"])
+    effects = report_results.effects(folder, folder.cells)
     assert [(effect.group, effect.what, effect.change) for effect in effects[3:6]] == [
         ("iteration 2", "agent", "agent-1 → agent-2, with retriever-1"),
         ("iteration 2", "retriever", "retriever-1 → retriever-2, with agent-2"),
@@ -146,8 +144,7 @@ def test_every_change_of_the_loop_is_compared_on_the_same_questions(finished: Pa
 
 def test_other_names_are_compared_with_the_first(several: Path) -> None:
     folder = read_run(several)
-    assert folder.matrix is not None
-    cells = report_results.by_benchmark(folder.matrix["cells"])["musique"]
+    cells = report_results.by_benchmark(folder.cells)["musique"]
     assert [(effect.group, effect.change) for effect in report_results.effects(folder, cells)] == [
         ("against bm25", "bm25 → e5, with own"),
         ("against bm25", "bm25 → e5, with other"),
@@ -172,9 +169,8 @@ def test_the_papers_figures_stand_beside_ours_where_it_has_the_benchmark(several
 
 def test_the_questions_that_flip_are_carried_with_the_trajectories_of_every_cell(finished: Path) -> None:
     folder = read_run(finished)
-    assert folder.matrix is not None
-    cells = folder.matrix["cells"]
-    payload = read_answers(folder, num_trajectories=2000).payload
+    cells = folder.cells
+    payload = read_answers(folder, num_trajectories=2000)
     [benchmark] = payload["benchmarks"]
     outcomes = [folder.outcomes(cell) for cell in cells]
     split = [key for key in outcomes[0] if len({cell[key] for cell in outcomes}) == 2]
@@ -189,9 +185,9 @@ def test_the_questions_that_flip_are_carried_with_the_trajectories_of_every_cell
 
 
 def test_the_page_carries_no_more_trajectories_than_asked_for(finished: Path, several: Path) -> None:
-    [benchmark] = read_answers(read_run(finished), num_trajectories=50).payload["benchmarks"]
+    [benchmark] = read_answers(read_run(finished), num_trajectories=50)["benchmarks"]
     assert len(benchmark["questions"]) == 50 // 9 and benchmark["flips"][0][8] > 5
-    two = read_answers(read_run(several), num_trajectories=17).payload["benchmarks"]
+    two = read_answers(read_run(several), num_trajectories=17)["benchmarks"]
     assert [len(benchmark["questions"]) for benchmark in two] == [2, 2]
     run(ReportConfig(run=str(finished), num_trajectories=0), resume=True)
     assert "Question by question" not in page(finished).text
@@ -199,12 +195,18 @@ def test_the_page_carries_no_more_trajectories_than_asked_for(finished: Path, se
     assert "Question by question" in page(finished).text
 
 
-def test_answer_recall_by_turn_is_counted_on_the_passages_that_were_shown(finished: Path) -> None:
-    folder = read_run(finished)
-    assert folder.matrix is not None
-    recall = read_answers(folder, num_trajectories=0).recall_by_turn
-    for cell in folder.matrix["cells"]:  # a right answer of this made-up run stands in its second, last search
-        assert recall[cell_name(cell)] == [0.0, cell["metrics"]["agentic_em"]["mean"]]
+def test_several_seeds_together_show_each_seeds_figure(finished: Path, tmp_path: Path) -> None:
+    matrix = json.loads((finished / "evaluation" / "matrix.json").read_text())
+    for cell in matrix["cells"]:
+        del cell["breakdown"], cell["by_turn"], cell["agent_fingerprint"], cell["search_fingerprint"]
+        em = cell["metrics"]["agentic_em"]
+        em["per_seed"] = [em["mean"] - 0.1, em["mean"] + 0.1]
+    (tmp_path / "matrix.json").write_text(json.dumps(matrix | {"num_seeds": 2, "config": {"level": 0.9}}))
+    run(ReportConfig(run=str(tmp_path)))
+    text, em = page(tmp_path).text, matrix["cells"][0]["metrics"]["agentic_em"]["mean"]
+    assert "90 % intervals over seeds and questions" in text and "seeds 2" in text
+    assert f"{em * 100 - 10:.1f} · {em * 100 + 10:.1f}" in text
+    assert "which questions flip is left out" in text and "Question by question" not in text
 
 
 def test_text_of_questions_and_passages_is_escaped(finished: Path) -> None:
@@ -264,7 +266,7 @@ def test_one_cell_alone_shows_its_answers(tmp_path: Path) -> None:
     found = page(folder)
     assert "Question by question" in found.text
     assert "Agent by retriever" not in found.text and "What every change gave" not in found.text
-    [benchmark] = read_answers(read_run(folder), num_trajectories=100).payload["benchmarks"]
+    [benchmark] = read_answers(read_run(folder), num_trajectories=100)["benchmarks"]
     assert len(benchmark["questions"]) == 10 and benchmark["first"] == [0, 0]
 
 

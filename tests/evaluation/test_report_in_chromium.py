@@ -43,8 +43,7 @@ def browser(chromium: Browser, folder: Path) -> Browser:
 
 def outcomes(folder: Path, place: int) -> dict[str, bool]:
     found = read_run(folder)
-    assert found.matrix is not None
-    return found.outcomes(found.matrix["cells"][place])
+    return found.outcomes(found.cells[place])
 
 
 def column(browser: Browser, name: str) -> list[str]:

@@ -11,8 +11,6 @@ function questionByQuestion({ benchmarks, lines }) {
   const tags = {
     search: "Search", information: "Passages (environment)", correction: "Correction (environment)", answer: "Answer",
   };
-  let kind, shown;
-
   const options = (select, names, chosen) =>
     select.replaceChildren(...names.map((name, i) => new Option(name, i, false, i === chosen)));
   const chosen = () => {
@@ -53,39 +51,44 @@ function questionByQuestion({ benchmarks, lines }) {
     return make("div", side.right ? "side right" : "side", make("h3", "", name, small), ...pieces);
   }
 
-  function row(question, { badge }, { benchmark, first, second }) {
+  function row(question, open, { badge }, { benchmark, first, second }) {
     const places = first === second ? [first] : [first, second];
     const answers = places.map((place) => question.sides[place]?.answer ?? "no answer").join(" → ");
     const summary = make("summary", "", make("span", "q", question.question), make("span", "answers", answers));
     const details = make("details", `card question ${badge}`, summary);
-    details.addEventListener("toggle", () => {
+    const fill = () => {
       if (details.childElementCount > 1) return;
       const sides = places.map((place) => trajectory(benchmark.cells[place], question.sides[place], question.gold));
       details.append(make("p", "gold", `Gold: ${question.gold.join(" / ")}`), make("div", "sides", ...sides));
-    });
+    };
+    details.addEventListener("toggle", fill);
+    if (open) {
+      fill();
+      details.open = true;
+    }
     return details;
   }
 
-  function draw() {
-    const now = chosen(), all = kinds(now), current = all[kind];
+  function draw(kind) {
+    const now = chosen(), all = kinds(now), { carried, total } = all[kind];
     at("kinds").replaceChildren(...all.map(({ name, total }, i) => {
       const button = make("button", "", name, make("b", "", total));
       button.type = "button";
       button.setAttribute("aria-pressed", i === kind);
-      button.addEventListener("click", () => start(i));
+      button.addEventListener("click", () => draw(i));
       return button;
     }));
-    const { carried, total } = current;
     at("note").textContent = total === 0 ? "No such question."
       : carried.length < total ? `This page carries the trajectories of ${carried.length} of these ${total} questions; `
         + "agentic-r report with a larger num_trajectories carries more." : "";
-    at("list").replaceChildren(...carried.slice(0, shown).map((question) => row(question, current, now)));
-    at("more").hidden = carried.length <= shown;
-  }
-  function start(which) {
-    [kind, shown] = [which, step];
-    draw();
-    at("list").firstElementChild?.setAttribute("open", "");
+    const more = () => {
+      const shown = at("list").childElementCount, next = carried.slice(shown, shown + step);
+      at("list").append(...next.map((question, i) => row(question, shown + i === 0, all[kind], now)));
+      at("more").hidden = at("list").childElementCount === carried.length;
+    };
+    at("list").replaceChildren();
+    at("more").onclick = more;
+    more();
   }
   function choose() {
     const { cells, first } = benchmarks[at("benchmark").value];
@@ -93,14 +96,13 @@ function questionByQuestion({ benchmarks, lines }) {
     options(at("second"), cells, first[1]);
     at("first").parentElement.hidden = cells.length < 2;
     at("second").parentElement.hidden = cells.length < 2;
-    start(0);
+    draw(0);
   }
   options(at("benchmark"), benchmarks.map(({ name }) => name), 0);
   at("benchmark").parentElement.hidden = benchmarks.length < 2;
   at("benchmark").addEventListener("change", choose);
-  at("first").addEventListener("change", () => start(0));
-  at("second").addEventListener("change", () => start(0));
-  at("more").addEventListener("click", () => { shown += step; draw(); });
+  at("first").addEventListener("change", () => draw(0));
+  at("second").addEventListener("change", () => draw(0));
   document.getElementById("diff").hidden = false;
   choose();
 }
