@@ -6,6 +6,7 @@ policy forbids the rest. What the run folder lacks is left out and named at the 
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from agentic_r_plugin import __version__
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import report_results as results
 from agentic_r_plugin.evaluation import report_training as training
-from agentic_r_plugin.evaluation.charts import nice_ticks
 from agentic_r_plugin.evaluation.matrix import markdown_table
 from agentic_r_plugin.evaluation.report_answers import embed, read_answers
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
@@ -161,9 +161,13 @@ _TILE_TITLES = {"agent": "Training the agent", "retriever": "Training the retrie
 
 
 def _reach(differences: Sequence[Mapping[str, float]]) -> float:
-    """The end of an axis around zero that holds all intervals."""
+    """The end of an axis around zero that holds all intervals: whole steps of 5 points.
+
+    >>> _reach([{"low": -0.12, "high": 0.01}])
+    0.15
+    """
     furthest = max((abs(item[side]) for item in differences for side in ("low", "high")), default=0.0)
-    return nice_ticks(0.0, furthest or 0.05, count=3)[-1]
+    return max(1, math.ceil(furthest * 20)) / 20
 
 
 def _costs(run: RunFolder) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def plots(cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "charts": [chart for chart in charts if chart["svg"]],
         "retrievers": retrievers,
-        "last_agent": agents[-1] if len(agents) > 1 else "",
+        "last_agent": agents[-1] if svg and len(agents) > 1 else "",
     }
 
 
