@@ -6,11 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-WIDTH, HEIGHT = 350, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 38
+WIDTH, HEIGHT = 330, 220
+_RIGHT, _TOP, _BOTTOM = 8, 12, 40
+_CHARACTER = 6.6
+"""Width of one in the page's small type."""
+_ROW = 25
+"""Height of a line of an interval chart."""
 
 Points = Sequence[tuple[float, float]]
+Number = Callable[[float], str]
+
+
+def general(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +34,30 @@ class Series:
     """Index into the page's palette (`.c0`, `.c1`, …)."""
     dashed: bool = False
     marked: bool = False
-    """Whether every point gets a visible dot."""
+    """Whether every point gets a visible dot, and no running mean is drawn."""
+    shift: float = 0.0
+    """What is added to x, so that curves can follow one another on one axis."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A named value with its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    color: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothed:
+    """A running mean at one point."""
+
+    x: float
+    mean: float
+    error: float
+    """Its standard error."""
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -43,16 +77,21 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def moving_average(points: Points, window: int) -> list[tuple[float, float]]:
-    """Centred mean over `window` points, of those that are there at both ends.
+def running_mean(points: Points, window: int) -> list[Smoothed]:
+    """Centred mean over `window` points, of those that are there at both ends, with its standard error.
 
-    >>> moving_average([(0, 0.0), (1, 3.0), (2, 6.0), (3, 3.0)], 3)
-    [(0, 1.5), (1, 3.0), (2, 4.0), (3, 4.5)]
+    A point's own scatter is taken from the differences of neighbours, which a slow trend hardly touches.
+
+    >>> [(s.mean, round(s.error, 2)) for s in running_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 3.0)], 3)]
+    [(1.5, 1.5), (3.0, 1.22), (4.0, 1.22), (4.5, 1.5)]
     """
+    ys = [y for _, y in points]
+    steps = [after - before for before, after in pairwise(ys)]
+    scatter = math.sqrt(sum(step * step for step in steps) / (2 * len(steps))) if steps else 0.0
     half, smooth = window // 2, []
     for i, (x, _) in enumerate(points):
-        near = [y for _, y in points[max(0, i - half) : i + half + 1]]
-        smooth.append((x, sum(near) / len(near)))
+        near = ys[max(0, i - half) : i + half + 1]
+        smooth.append(Smoothed(x=x, mean=sum(near) / len(near), error=scatter / math.sqrt(len(near))))
     return smooth
 
 
@@ -63,9 +102,11 @@ def line_chart(
     x_label: str,
     y_label: str,
     y_range: tuple[float | None, float | None] = (None, None),
-    number: Callable[[float], str] = lambda value: f"{value:.3g}",
+    number: Number = general,
 ) -> str:
-    """Curves over a common x axis; noisy ones get a faint raw line under their moving average. Hovering shows values.
+    """Curves over a common x axis; of eight points and more, each is a dot under their running mean +- its error.
+
+    Hovering shows values. Curves that are shifted get a thin line where they begin.
 
     Returns:
         An `<svg>` element; empty when no series has a point.
@@ -73,7 +114,7 @@ def line_chart(
     series = [item for item in series if item.points]
     if not series:
         return ""
-    xs = [x for item in series for x, _ in item.points]
+    xs = [x + item.shift for item in series for x, _ in item.points]
     ys = [y for item in series for _, y in item.points]
     y_ticks = nice_ticks(
         min(ys) if y_range[0] is None else min(y_range[0], *ys), max(ys) if y_range[1] is None else max(y_range[1], *ys)
@@ -81,50 +122,105 @@ def line_chart(
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
     x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high and tick == int(tick)]
 
+    left = 30 + _CHARACTER * max(len(number(tick)) for tick in y_ticks)
+
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
+        across = (x - x_low) / (x_high - x_low) * (WIDTH - left - _RIGHT)
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (HEIGHT - _TOP - _BOTTOM)
-        return _LEFT + across, HEIGHT - _BOTTOM - up
+        return left + across, HEIGHT - _BOTTOM - up
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{tick:g}</text>')
+    for shift in sorted({item.shift for item in series if item.shift}):
+        x, _ = place(shift, y_ticks[0])
+        if x > left:
+            parts.append(
+                f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" '
+                'stroke-dasharray="3 3"/>'
+            )
     parts.append(
-        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f'<text class="axis" x="{(left + WIDTH - _RIGHT) / 2:.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
         f'<text class="axis" x="10" y="{(HEIGHT - _BOTTOM + _TOP) / 2}" text-anchor="middle" '
         f'transform="rotate(-90 10 {(HEIGHT - _BOTTOM + _TOP) / 2})">{escape(y_label)}</text>'
     )
     for item in series:
-        parts += _curve(item, place, number, x_label)
+        parts += _curve(item, place, y_ticks, number, x_label)
     return "".join([*parts, "</svg>"])
 
 
 def _curve(
-    item: Series, place: Callable[[float, float], tuple[float, float]], number: Callable[[float], str], x_label: str
+    item: Series,
+    place: Callable[[float, float], tuple[float, float]],
+    y_ticks: Sequence[float],
+    number: Number,
+    x_label: str,
 ) -> list[str]:
     points = sorted(item.points)
-    window = len(points) // 8 | 1
-    noisy = window >= 3 and not item.marked
-    dash = ' stroke-dasharray="5 4"' if item.dashed else ""
+    smooth = len(points) >= 8 and not item.marked
+    at = [place(x + item.shift, y) for x, y in points]
     parts = [f'<g class="c{item.color % 6}">']
-    if noisy:
-        parts.append(f'<path class="raw" d="{_path(points, place)}"/>')
-    parts.append(f'<path class="curve" d="{_path(moving_average(points, window) if noisy else points, place)}"{dash}/>')
-    for x, y in points:
-        px, py = place(x, y)
-        kind = "dot" if item.marked or len(points) == 1 else "hover"
-        label = f"{item.name}, {x_label} {x:g}: {number(y)}"
-        parts.append(
-            f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{escape(label)}</title></circle>'
-        )
+    if smooth:
+        means = running_mean(points, max(5, len(points) // 8) | 1)
+        line = [place(s.x + item.shift, s.mean) for s in means]
+        above = [place(s.x + item.shift, min(s.mean + s.error, y_ticks[-1])) for s in means]
+        below = [place(s.x + item.shift, max(s.mean - s.error, y_ticks[0])) for s in reversed(means)]
+        parts.append(f'<path class="band" fill="var(--c)" fill-opacity="0.15" d="{_path([*above, *below])}Z"/>')
+    else:
+        line = at
+    dash = ' stroke-dasharray="5 4"' if item.dashed else ""
+    parts.append(f'<path class="curve" d="{_path(line)}"{dash}/>')
+    big = item.marked or len(points) == 1
+    dot = 'class="dot" r="4"' if big else f'fill="var(--c)" fill-opacity="0.45" r="{2.2 if len(points) < 100 else 1.2}"'
+    for (x, y), (px, py) in zip(points, at, strict=True):
+        label = escape(f"{item.name}, {x_label} {x:g}: {number(y)}")
+        parts.append(f'<circle {dot} cx="{px:.1f}" cy="{py:.1f}"><title>{label}</title></circle>')
     return [*parts, "</g>"]
 
 
-def _path(points: Points, place: Callable[[float, float], tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
+def _path(places: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, number: Number = general) -> str:
+    """A dot with its interval on a line each, under a common axis.
+
+    Returns:
+        An `<svg>` element; empty when there is nothing to draw.
+    """
+    if not estimates:
+        return ""
+    names = [item.name if len(item.name) <= 24 else item.name[:23] + "…" for item in estimates]
+    left = 14 + _CHARACTER * max(map(len, names))
+    ticks = nice_ticks(min(item.low for item in estimates), max(item.high for item in estimates), count=4)
+    bottom = _TOP + _ROW * len(estimates)
+
+    def place(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH - _RIGHT - 4 - left)
+
+    height = bottom + _BOTTOM
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    for tick in ticks:
+        x = place(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+    parts.append(
+        f'<text class="axis" x="{(left + WIDTH - _RIGHT) / 2:.1f}" y="{height - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+    for i, (item, name) in enumerate(zip(estimates, names, strict=True)):
+        y = _TOP + _ROW * (i + 0.5)
+        label = escape(f"{item.name}: {number(item.value)} [{number(item.low)}, {number(item.high)}]")
+        parts.append(
+            f'<g class="c{item.color % 6}"><title>{label}</title>'
+            f'<text class="tick" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+            f'<line class="curve" x1="{place(item.low):.1f}" x2="{place(item.high):.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle class="dot" cx="{place(item.value):.1f}" cy="{y}" r="4.5"/></g>'
+        )
+    return "".join([*parts, "</svg>"])

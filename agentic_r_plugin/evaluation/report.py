@@ -1,32 +1,29 @@
 """`agentic-r report`: one self-contained page, and the same in Markdown, from what a run folder holds.
 
-The page asks nothing of the network: style, script and charts are inside it. What the run folder lacks is left out and
-named at the end.
+The page asks nothing of the network: style, script, charts and trajectories are inside it, and its content security
+policy forbids the rest. What the run folder lacks is left out and named at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import __version__
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.evaluation import report_parts as parts
+from agentic_r_plugin.evaluation import report_results as results
+from agentic_r_plugin.evaluation import report_training as training
 from agentic_r_plugin.evaluation.matrix import markdown_table
+from agentic_r_plugin.evaluation.report_answers import embed, read_answers
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.store import atomic_path, require_absent
-
-PAPER_AVERAGES = (
-    ("agent 1 + E5", "39.64"),
-    ("agent 1 + R1", "42.26"),
-    ("agent 2 + R1", "44.14"),
-    ("agent 2 + R2", "45.00"),
-    ("agent 3 + R3", "44.10"),
-)
-"""Average EM by iteration, as the paper reports it (method section 7)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +33,13 @@ class ReportConfig:
     run: str = field(metadata={"help": "run folder of iterate, or output folder of evaluate"})
     out: str = field(default="", metadata={"help": "folder for the report; empty: the run folder"})
     title: str = field(default="", metadata={"help": "heading; empty: the run folder's name"})
-    num_better: int = field(
-        default=4, metadata={"help": "sample questions that the last retriever answers, the first not"}
+    num_trajectories: int = field(
+        default=2000, metadata={"help": "most trajectories the page carries, of questions that flip; 1-2 KB each"}
     )
-    num_worse: int = field(default=2, metadata={"help": "sample questions the other way round"})
 
     def __post_init__(self) -> None:
-        if self.num_better < 0 or self.num_worse < 0:
-            raise ConfigError("num_better, num_worse: expected at least 0")
+        if self.num_trajectories < 0:
+            raise ConfigError(f"num_trajectories: expected at least 0, found {self.num_trajectories}")
 
 
 def run(config: ReportConfig, *, resume: bool = False) -> None:
@@ -77,8 +73,17 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["duration"] = duration
+    environment.filters |= {"duration": duration, "signed": signed}
     return environment.get_template(template).render(content)
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """With a sign, and a minus that is as wide as the plus.
+
+    >>> signed(-0.25, 2), signed(3)
+    ('−0.25', '+3.0')
+    """
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
@@ -98,37 +103,81 @@ def duration(seconds: float) -> str:
 
 def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
     """Everything the templates use."""
-    cells = run.matrix["cells"] if run.matrix else []
-    costs, cost_columns = parts.cost_rows(run)
+    script = _asset("report.js") + _asset("questions.js")
     content: dict[str, Any] = {
         "title": config.title or f"Agentic-R: {run.path.resolve().name}",
         "version": __version__,
         "facts": _facts(run),
-        "matrix": run.matrix,
-        "best": max(cells, key=lambda cell: cell["metrics"]["agentic_em"]["mean"], default=None),
-        "many_benchmarks": len({cell["benchmark"] for cell in cells}) > 1,
-        "questions_differ": len({cell["num_questions"] for cell in cells}) > 1,
-        "tiles": parts.headlines(run.matrix) if run.matrix else [],
-        "heatmaps": parts.heatmaps(run.matrix) if run.matrix else [],
-        "breakdowns": _breakdowns(cells),
         "iterations": run.iterations,
-        "agent_charts": parts.agent_charts(run.iterations),
-        "retriever_charts": parts.retriever_charts(run.iterations),
-        "positives": parts.positives_chart(run.iterations),
+        "agent_charts": training.agent_charts(run.iterations),
+        "retriever_charts": training.retriever_charts(run.iterations),
+        "positives": training.positives_charts(run.iterations),
         "has_data": any(iteration.stages for iteration in run.iterations),
-        "costs": costs,
-        "cost_columns": cost_columns,
-        "total_time": duration(sum(line.get("seconds", 0.0) for line in run.costs)),
-        "samples": parts.samples(run, num_better=config.num_better, num_worse=config.num_worse),
         "provenance": _provenance(run),
         "config": run.config,
-        "paper": PAPER_AVERAGES,
         "notes": run.notes,
-        "table": markdown_table(cells),
+        "table": markdown_table(run.cells),
         "css": _asset("report.css"),
-        "js": _asset("report.js"),
+        "js": script,
+        "js_hash": b64encode(sha256(script.encode()).digest()).decode(),
     }
+    content |= _results(run, config.num_trajectories) | _costs(run)
     return content | {"sections": _sections(content)}
+
+
+def _results(run: RunFolder, num_trajectories: int) -> dict[str, Any]:
+    cells = run.cells
+    groups = results.by_benchmark(cells)
+    effects = [(name, results.effects(run, mine)) for name, mine in groups.items()]
+    answers = read_answers(run, num_trajectories=num_trajectories)
+    config = run.matrix["config"] if run.matrix else {}
+    return {
+        "cells": cells,
+        "seeds": run.matrix.get("num_seeds", 1) if run.matrix else 1,
+        "level": f"{config.get('level', 0.95) * 100:g}",
+        "columns": results.columns(cells),
+        "best": [max(mine, key=lambda cell: cell["metrics"]["agentic_em"]["mean"]) for mine in groups.values()],
+        "many_benchmarks": len(groups) > 1,
+        "questions_differ": len({cell["num_questions"] for cell in cells}) > 1,
+        "tiles": results.headlines(run, next(iter(groups.values()))) if groups else [],
+        "tile_titles": _TILE_TITLES if run.iterations else {"agent": "Agent", "retriever": "Retriever", "both": "Both"},
+        "effects": [
+            (name, [(group, list(steps)) for group, steps in groupby(rows, key=lambda effect: effect.group)])
+            for name, rows in effects
+            if rows
+        ],
+        "effect_reach": _reach([effect.em for _, rows in effects for effect in rows if effect.em]),
+        "comparisons": run.matrix["comparisons"] if run.matrix else [],
+        "overview": results.overview(cells),
+        "heatmaps": results.heatmaps(cells),
+        "plots": {name: results.plots(mine) for name, mine in groups.items()},
+        "breakdowns": _breakdowns(cells),
+        "questions": bool(answers["benchmarks"]),
+        "questions_json": embed(answers),
+    }
+
+
+_TILE_TITLES = {"agent": "Training the agent", "retriever": "Training the retriever", "both": "Both together"}
+
+
+def _reach(differences: Sequence[Mapping[str, float]]) -> float:
+    """The end of an axis around zero that holds all intervals: whole steps of 5 points.
+
+    >>> _reach([{"low": -0.12, "high": 0.01}])
+    0.15
+    """
+    furthest = max((abs(item[side]) for item in differences for side in ("low", "high")), default=0.0)
+    return max(1, math.ceil(furthest * 20)) / 20
+
+
+def _costs(run: RunFolder) -> dict[str, Any]:
+    rows, columns = training.cost_rows(run)
+    return {
+        "costs": rows,
+        "cost_columns": columns,
+        "total_time": duration(sum(line.get("seconds", 0.0) for line in run.costs)),
+        "total_usd": sum(line.get("usd", 0.0) for line in run.costs),
+    }
 
 
 def _asset(name: str) -> str:
@@ -138,9 +187,11 @@ def _asset(name: str) -> str:
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = []
     if run.matrix:
-        cells = run.matrix["cells"]
+        cells = run.cells
         facts.append(("benchmark", ", ".join(dict.fromkeys(f"{cell['benchmark']} {cell['split']}" for cell in cells))))
         facts.append(("questions", f"{max(cell['num_questions'] for cell in cells):,}"))
+        if "num_seeds" in run.matrix:
+            facts.append(("seeds", str(run.matrix["num_seeds"])))
         machine = run.matrix["hardware"]
         accelerators = ", ".join(machine["accelerators"]) or f"{machine['cpus']} CPU cores, no accelerator"
         facts.append(("on", accelerators))
@@ -151,7 +202,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     return facts
 
 
-def _breakdowns(cells: list[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str, int]]]]:
     """For each kind of breakdown, its values with their number of questions."""
     counts: dict[str, dict[str, int]] = {}
     for cell in cells:
@@ -164,7 +215,7 @@ def _breakdowns(cells: list[Mapping[str, Any]]) -> list[tuple[str, list[tuple[st
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    machine, cell = run.matrix["hardware"], run.matrix["cells"][0]
+    machine, cell = run.matrix["hardware"], run.cells[0]
     rows = [
         ("protocol", f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"),
         ("questions", f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"),
@@ -172,25 +223,24 @@ def _provenance(run: RunFolder) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in run.matrix["versions"].items())),
     ]
     for key, label in (("agent", "agents"), ("retriever", "retrievers")):
-        names = {
-            item[key]: item.get(f"{'search' if key == 'retriever' else key}_fingerprint", "")
-            for item in run.matrix["cells"]
-        }
-        rows.append((label, ", ".join(f"{name} {print_}" for name, print_ in names.items())))
+        which = "search_fingerprint" if key == "retriever" else "agent_fingerprint"
+        names = {item[key]: item.get(which, "") for item in run.cells}
+        rows.append((label, ", ".join(f"{name} {print_}".strip() for name, print_ in names.items())))
     return rows
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     present = (
-        ("results", "Results", content["matrix"]),
+        ("results", "Results", content["cells"]),
+        ("effects", "Effects", content["effects"]),
+        ("benchmarks", "Benchmarks", content["overview"]),
         ("matrix", "Matrix", content["heatmaps"]),
-        ("comparisons", "Comparisons", content["matrix"] and content["matrix"]["comparisons"]),
         ("breakdown", "By kind", content["breakdowns"]),
+        ("questions", "Questions", content["questions"]),
         ("agent", "Agent", content["agent_charts"]),
         ("data", "Data", content["has_data"]),
         ("retriever", "Retriever", content["retriever_charts"]),
         ("cost", "Cost", content["costs"]),
-        ("samples", "Trajectories", content["samples"]),
         ("provenance", "Made from", True),
     )
     return [(anchor, name) for anchor, name, there in present if there]

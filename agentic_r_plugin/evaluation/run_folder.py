@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.records import Correctness, Relevance, Trajectory
 from agentic_r_plugin.store import read_json, read_records
 
@@ -29,6 +30,8 @@ class Iteration:
     retriever_steps: list[dict[str, Any]] = field(default_factory=list)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage report by stage, in the order of the method."""
+    positives_by_turn: dict[int, float] = field(default_factory=dict)
+    """Share of the queries of each turn that gave a training group."""
     agreement: list[dict[str, Any]] = field(default_factory=list)
     """For each band of relevance, how many candidates were rolled out and how many were correct."""
 
@@ -47,12 +50,27 @@ class RunFolder:
     notes: list[str] = field(default_factory=list)
     """What is missing, one sentence each."""
 
-    def trajectories(self, cell: Mapping[str, Any]) -> dict[str, Trajectory]:
-        """A cell's trajectories by question id; empty where its file is missing."""
-        if self.matrix_dir is None:
+    @property
+    def cells(self) -> list[dict[str, Any]]:
+        """Results of the matrix's cells; none without an evaluation."""
+        return list(self.matrix["cells"]) if self.matrix else []
+
+    def outcomes(self, cell: Mapping[str, Any]) -> dict[str, bool]:
+        """Whether each question was answered right, by its id; empty where the cell's scores are missing."""
+        file = self._cell_folder(cell) / "scores.json"
+        if not file.is_file():
             return {}
-        file = self.matrix_dir / f"{cell['agent']}-{cell['retriever']}-{cell['benchmark']}" / "per_question.jsonl"
-        return {record.id: record for record in read_records(file, Trajectory)} if file.is_file() else {}
+        scores = read_json(file)
+        return {key: bool(em) for key, em in zip(scores["id"], scores["agentic_em"], strict=True)}
+
+    def trajectories(self, cell: Mapping[str, Any]) -> Iterator[Trajectory]:
+        """A cell's trajectories, one at a time; none where its file is missing."""
+        file = self._cell_folder(cell) / "per_question.jsonl"
+        return read_records(file, Trajectory) if file.is_file() else iter(())
+
+    def _cell_folder(self, cell: Mapping[str, Any]) -> Path:
+        assert self.matrix_dir is not None
+        return self.matrix_dir / cell_name(cell)
 
 
 _STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
@@ -73,9 +91,7 @@ def read_run(path: Path) -> RunFolder:
     if run.matrix_dir is not None:
         run.matrix = read_json(run.matrix_dir / "matrix.json")
     else:
-        run.notes.append(
-            "No evaluation yet (evaluation/matrix.json): no results, no comparison, no sample trajectories."
-        )
+        run.notes.append("No evaluation yet (evaluation/matrix.json): no results, no comparison, no trajectories.")
     config = path / "config.yaml"
     run.config = config.read_text(encoding="utf-8") if config.is_file() else None
     run.costs = list(_steps(path / "costs.jsonl"))
@@ -90,6 +106,10 @@ def read_run(path: Path) -> RunFolder:
 
 
 def _note_missing(run: RunFolder) -> None:
+    if run.cells and not any(run.outcomes(cell) for cell in run.cells):
+        run.notes.append(
+            "No scores.json of any cell: which questions flip is left out (several seeds: see each one's)."
+        )
     if not run.costs:
         run.notes.append("No costs.jsonl: the cost of the phases is left out.")
     if not run.iterations:
@@ -117,9 +137,15 @@ def _iteration(number: int, folder: Path) -> Iteration | None:
         agent_steps=list(_steps(folder / "agent" / "metrics.jsonl")),
         retriever_steps=list(_steps(folder / "retriever" / "metrics.jsonl")),
         stages=stages,
+        positives_by_turn=_positives_by_turn(folder / "data" / "data_report.json"),
         agreement=_agreement(folder / "data"),
     )
     return iteration if iteration.agent_steps or iteration.retriever_steps or stages else None
+
+
+def _positives_by_turn(file: Path) -> dict[int, float]:
+    shares = read_json(file)["share_with_positive_by_turn"] if file.is_file() else {}
+    return {int(turn): share for turn, share in shares.items()}
 
 
 def _steps(file: Path) -> Iterator[dict[str, Any]]:

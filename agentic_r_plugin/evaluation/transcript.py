@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentic_r_plugin.protocol import AgentProtocol
@@ -66,19 +65,3 @@ def pieces(text: str, protocol: AgentProtocol) -> list[Piece]:
 def _block(protocol: AgentProtocol, tag: str, *, may_end: bool = False) -> str:
     closing, end = re.escape(protocol.closing(tag)), r"|\Z" if may_end else ""
     return rf"{re.escape(protocol.opening(tag))}(.*?)(?:{closing}{end})"
-
-
-def highlight(text: str, golden_answers: Sequence[str]) -> list[tuple[str, bool]]:
-    """`text` in runs, True where a run is a gold answer (whole words, any case).
-
-    >>> highlight("Born in Rome.", ["rome"])
-    [('Born in ', False), ('Rome', True), ('.', False)]
-    """
-    wanted = [re.escape(gold) for gold in sorted(golden_answers, key=len, reverse=True) if gold.strip()]
-    if not wanted:
-        return [(text, False)]
-    runs, end = [], 0
-    for match in re.finditer(rf"(?<!\w)(?:{'|'.join(wanted)})(?!\w)", text, re.IGNORECASE):
-        runs += [(text[end : match.start()], False), (match[0], True)]
-        end = match.end()
-    return [(part, is_gold) for part, is_gold in [*runs, (text[end:], False)] if part]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,19 @@ from agentic_r_plugin.records import Correctness, Relevance, ScoredPassage, Stop
 from agentic_r_plugin.store import dump_line, write_json, write_records
 
 QUESTION = "Which river runs through the town where the painter <b>Ada & Lom</b> no. {} was born?"
+HOSTILE = "</script><script>document.title = 'taken'</script>"
+"""What a model or a page might write to take the report over."""
 
 
-def write_run(folder: Path, *, num_questions: int = 120, agents: int = 3, retrievers: int = 3, seed: int = 0) -> Path:
+def write_run(
+    folder: Path,
+    *,
+    num_questions: int = 120,
+    agents: Sequence[str] = ("agent-0", "agent-1", "agent-2"),
+    retrievers: Sequence[str] = ("retriever-0", "retriever-1", "retriever-2"),
+    benchmarks: Sequence[str] = ("fictional_world",),
+    seed: int = 0,
+) -> Path:
     """A finished run of two iterations."""
     rng = random.Random(seed)
     folder.mkdir(parents=True)
@@ -24,18 +36,22 @@ def write_run(folder: Path, *, num_questions: int = 120, agents: int = 3, retrie
     for number in (1, 2):
         _iteration(folder / f"iteration-{number}", number, rng)
     _costs(folder / "costs.jsonl")
-    _evaluation(folder / "evaluation", num_questions, agents, retrievers, rng)
+    cells = [
+        (*pair, benchmark) for benchmark in benchmarks for pair in product(enumerate(agents), enumerate(retrievers))
+    ]
+    _evaluation(folder / "evaluation", num_questions, cells, rng)
     return folder
 
 
-def _evaluation(folder: Path, num_questions: int, agents: int, retrievers: int, rng: random.Random) -> None:
+def _evaluation(
+    folder: Path, num_questions: int, cells: Sequence[tuple[tuple[int, str], tuple[int, str], str]], rng: random.Random
+) -> None:
     results = []
     difficulty = [rng.random() for _ in range(num_questions)]
-    for a in range(agents):
-        for r in range(retrievers):
-            skill = 0.35 + 0.08 * a + 0.11 * r
-            rows = [_trajectory(i, difficulty[i] + rng.gauss(0, 0.08) < skill, a, r, rng) for i in range(num_questions)]
-            results.append(_cell(folder, f"agent-{a}", f"retriever-{r}", rows))
+    for (a, agent), (r, retriever), benchmark in cells:
+        skill = 0.35 + 0.08 * a + 0.11 * r
+        rows = [_trajectory(i, difficulty[i] + rng.gauss(0, 0.08) < skill, a, r, rng) for i in range(num_questions)]
+        results.append(_cell(folder, agent, retriever, benchmark, rows))
     folders = {cell_name(result): folder / cell_name(result) for result in results}
     comparisons = compare(results, folders, level=0.95, resamples=500, seed=0)
     write_json(
@@ -56,12 +72,13 @@ def _trajectory(i: int, right: bool, agent: int, retriever: int, rng: random.Ran
     turns, text = [], ""
     for turn in range(1, searches + 1):
         town = f"Orlo {i}" if right or turn < searches else "Pell"
+        river = f"Awe {i}" if right and turn == searches else "Bure"
         docs = (
             f'Doc 1(Title: "Ada Lom") Ada Lom was born in {town}, a market town.\n'
-            f'Doc 2(Title: "{town}") {town} lies on the river Awe {i}.\n'
+            f'Doc 2(Title: "{town}") {town} lies on the river {river}.\n'
             'Doc 3(Title: "Bo Rusk") A ‹b>fence‹/b> builder.'
         )
-        reasoning, query = f"I must find step {turn}.", f"Ada Lom birth town {turn}"
+        reasoning, query = f"I must find step {turn}.{HOSTILE}", f"Ada Lom birth town {turn}"
         text += f"<think>{reasoning}</think>\n<search> {query} </search>\n\n<information>{docs}</information>\n\n"
         passages = tuple(ScoredPassage(id=f"p{i}-{turn}-{k}", score=1.0 - k / 10) for k in range(3))
         turns.append(Turn(turn=turn, reasoning=reasoning, query=query, passages=passages))
@@ -85,7 +102,7 @@ def _trajectory(i: int, right: bool, agent: int, retriever: int, rng: random.Ran
     )
 
 
-def _cell(folder: Path, agent: str, retriever: str, rows: list[Trajectory]) -> dict[str, Any]:
+def _cell(folder: Path, agent: str, retriever: str, benchmark: str, rows: list[Trajectory]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {
         "agentic_em": [float(row.em) for row in rows],
         "agentic_f1": [row.f1 for row in rows],
@@ -103,7 +120,7 @@ def _cell(folder: Path, agent: str, retriever: str, rows: list[Trajectory]) -> d
         "schema": "evaluation/1",
         "agent": agent,
         "retriever": retriever,
-        "benchmark": "fictional_world",
+        "benchmark": benchmark,
         "split": "test",
         "num_questions": len(rows),
         "sample": "all",
@@ -123,6 +140,9 @@ def _cell(folder: Path, agent: str, retriever: str, rows: list[Trajectory]) -> d
                 for hops in (1, 2, 3)
             }
         },
+        "by_turn": [
+            {"turn": turn, "answer_recall_so_far": (turn > 1) * metrics["agentic_em"]["mean"]} for turn in (1, 2)
+        ],
         "made_from": {},
         "cost": {},
         "agent_fingerprint": "0123456789abcdef",
@@ -175,6 +195,8 @@ def _stages(folder: Path, number: int, rng: random.Random) -> None:
         dropped = {"no_positive": read - kept} if read != kept else {}
         report = {"stage": name, "read": read, "kept": kept, "records": kept, "dropped": dropped, "errors": 0}
         write_json(folder / f"{name}.jsonl.report.json", report | {"seconds": 12.5, "rollouts": 1200, "searches": 900})
+    shares = {str(turn): 0.6 - 0.05 * turn - 0.05 * (2 - number) for turn in (1, 2, 3)}
+    write_json(folder / "data_report.json", {"share_with_positive_by_turn": shares})
     relevance, correctness = [], []
     for i in range(100):
         scores = {f"p{k}": rng.randrange(101) for k in range(5)}

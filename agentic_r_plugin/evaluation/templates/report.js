@@ -1,21 +1,23 @@
-// Sorting of tables and the light/dark switch; the page is complete without it.
+// Sorting of tables and the light/dark switch; without it the page still shows every figure.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
+  const key = (row, column) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
   heads.forEach((head, column) => {
-    if (head.dataset.plain !== undefined) return;
     const button = document.createElement("button");
     button.type = "button";
-    button.title = "Sort";
-    button.append(...head.childNodes);
-    head.append(button);
+    button.append(head.firstChild);
+    head.prepend(button);
     button.addEventListener("click", () => {
-      const rising = head.getAttribute("aria-sort") === "descending";
+      const rows = [...table.tBodies[0].rows];
+      const words = rows.some((row) => isNaN(key(row, column)));
+      const now = head.getAttribute("aria-sort");
+      const rising = now ? now === "descending" : words;
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", rising ? "ascending" : "descending");
-      const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
-      const rows = [...table.tBodies[0].rows].sort((a, b) => {
-        const [x, y] = [key(a), key(b)];
-        const difference = x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : x.localeCompare(y);
+      rows.sort((a, b) => {
+        const [x, y] = [key(a, column), key(b, column)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        const difference = words ? x.localeCompare(y, undefined, { numeric: true }) : x - y;
         return rising ? difference : -difference;
       });
       table.tBodies[0].append(...rows);

@@ -1,0 +1,156 @@
+"""The report's questions: which of them flip between two cells, with the trajectories of both, as compact JSON.
+
+Outcomes of all questions come from the cells' `scores.json`. Trajectories are large, so the page carries those of
+questions that some cell answers and another does not, spread evenly over the benchmark, up to a budget; the page says
+how many that is. Passages and lines that occur again are carried once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentic_r_plugin import components
+from agentic_r_plugin.errors import UnknownComponentError
+from agentic_r_plugin.evaluation.report_results import Cell, by_benchmark, label
+from agentic_r_plugin.evaluation.run_folder import RunFolder
+from agentic_r_plugin.evaluation.transcript import pieces
+from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.protocol import search_r1 as fallback_protocol
+from agentic_r_plugin.records import Trajectory
+
+Outcomes = Mapping[str, bool]
+"""Whether each question was answered right, by its id."""
+
+
+@dataclass(kw_only=True)
+class Lines:
+    """Lines of text, each kept once."""
+
+    lines: list[str] = field(default_factory=list)
+    _places: dict[str, int] = field(default_factory=dict)
+
+    def places(self, text: str) -> list[int]:
+        """Where the text's lines are kept.
+
+        >>> lines = Lines()
+        >>> lines.places("a b"), lines.places("c d"), lines.lines
+        ([0], [1], ['a b', 'c d'])
+        >>> lines.places("c d")
+        [1]
+        """
+        found = []
+        for line in text.split("\n"):
+            if line not in self._places:
+                self._places[line] = len(self.lines)
+                self.lines.append(line)
+            found.append(self._places[line])
+        return found
+
+
+def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
+    """What the page's script reads: for each benchmark its cells, how many questions flip, and trajectories.
+
+    Args:
+        num_trajectories: the most that the page carries.
+    """
+    groups, lines, benchmarks = by_benchmark(run.cells), Lines(), []
+    for name, cells in groups.items():
+        outcomes = [run.outcomes(cell) for cell in cells]
+        chosen = _spread(_split(outcomes), num_trajectories // len(groups) // len(cells))
+        questions: dict[str, dict[str, Any]] = {}
+        for place, cell in enumerate(cells):
+            protocol = _protocol(str(cell.get("protocol", "")))
+            for record in run.trajectories(cell):
+                if record.id in chosen:
+                    question = questions.setdefault(record.id, _question(record, len(cells)))
+                    question["sides"][place] = _side(record, protocol, lines)
+        benchmarks.append(
+            {
+                "name": name,
+                "cells": [label(cell) for cell in cells],
+                "flips": _flips(outcomes),
+                "first": _first_pair(cells),
+                "questions": [questions[key] for key in chosen if key in questions],
+            }
+        )
+    return {"benchmarks": [item for item in benchmarks if item["questions"]], "lines": lines.lines}
+
+
+def embed(payload: Mapping[str, Any]) -> str:
+    """JSON that nothing inside can end the `<script>` around it.
+
+    >>> embed({"question": "</script><b>"})
+    '{"question":"\\\\u003c/script>\\\\u003cb>"}'
+    """
+    return json.dumps(payload, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+# --- Outcomes ---------------------------------------------------------------------------------------------------------
+
+
+def _split(outcomes: Sequence[Outcomes]) -> list[str]:
+    """Questions that some cell answers right and another wrong; of a single cell, all."""
+    ids = list(dict.fromkeys(key for cell in outcomes for key in cell))
+    if len(outcomes) == 1:
+        return ids
+    return [key for key in ids if len({cell[key] for cell in outcomes if key in cell}) > 1]
+
+
+def _spread(ids: Sequence[str], room: int) -> dict[str, None]:
+    """At most `room` of them, evenly spread.
+
+    >>> list(_spread(["a", "b", "c", "d", "e"], 2)), list(_spread(["a"], 2))
+    (['a', 'c'], ['a'])
+    """
+    if len(ids) <= room:
+        return dict.fromkeys(ids)
+    return dict.fromkeys(ids[i * len(ids) // room] for i in range(room))
+
+
+def _flips(outcomes: Sequence[Outcomes]) -> list[list[int]]:
+    """[row][column]: questions that the row's cell answers wrong and the column's right, of all there are.
+
+    >>> _flips([{"a": True, "b": False}, {"a": True, "b": True, "c": True}])
+    [[0, 1], [0, 0]]
+    """
+    return [
+        [sum(not right and second.get(key, False) for key, right in first.items()) for second in outcomes]
+        for first in outcomes
+    ]
+
+
+def _first_pair(cells: Sequence[Cell]) -> list[int]:
+    """Places of the two cells that are compared at first: the last agent's first and last retriever."""
+    agents = [cell["agent"] for cell in cells]
+    first = agents.index(agents[-1])
+    return [first if first != len(cells) - 1 else 0, len(cells) - 1]
+
+
+# --- Trajectories -----------------------------------------------------------------------------------------------------
+
+
+def _question(record: Trajectory, num_cells: int) -> dict[str, Any]:
+    sides: list[dict[str, Any] | None] = [None] * num_cells
+    return {"id": record.id, "question": record.question, "gold": list(record.golden_answers), "sides": sides}
+
+
+def _side(record: Trajectory, protocol: AgentProtocol, lines: Lines) -> dict[str, Any]:
+    return {
+        "right": bool(record.em),
+        "answer": record.answer,
+        "stop": record.stop_reason.value.replace("_", " "),
+        "searches": len(record.turns),
+        "pieces": [[piece.kind, *lines.places(piece.text)] for piece in pieces(record.text, protocol)],
+    }
+
+
+def _protocol(name: str) -> AgentProtocol:
+    """The cell's protocol; Search-R1's where it came from a package that is not installed here."""
+    try:
+        protocol: AgentProtocol = components.load("agent_protocol", name)
+    except UnknownComponentError:
+        return fallback_protocol
+    return protocol

@@ -1,0 +1,339 @@
+"""The report's results as plain values: the table, what every change gave, the matrix, the paper's figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentic_r_plugin.evaluation import paper
+from agentic_r_plugin.evaluation.charts import Estimate, Series, interval_chart, line_chart
+from agentic_r_plugin.evaluation.matrix import cell_name, compare
+from agentic_r_plugin.evaluation.run_folder import RunFolder
+
+Cell = Mapping[str, Any]
+Pair = tuple[str, str]
+"""(agent, retriever)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A column: how a metric is called and written."""
+
+    key: str
+    title: str
+    scale: int = 100
+    """100 for a share that is shown in per cent."""
+    digits: int = 1
+
+
+COLUMNS = (
+    Metric(key="agentic_em", title="EM"),
+    Metric(key="agentic_f1", title="F1"),
+    Metric(key="agentic_sub_em", title="sub-EM"),
+    Metric(key="search_turns", title="searches", scale=1, digits=2),
+    Metric(key="answer_recall_at_3", title="answer recall@3"),
+    Metric(key="answer_recall_at_20", title="answer recall@20"),
+    Metric(key="gold_document_recall", title="gold recall@3"),
+    Metric(key="gold_document_recall_at_20", title="gold recall@20"),
+    Metric(key="malformed_share", title="malformed"),
+    Metric(key="generated_tokens", title="tokens", scale=1, digits=0),
+)
+
+
+def columns(cells: Sequence[Cell]) -> list[Metric]:
+    """Those that any cell has."""
+    return [column for column in COLUMNS if any(_mean(cell, column.key) is not None for cell in cells)]
+
+
+def by_benchmark(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each benchmark, in their order."""
+    return {name: [c for c in cells if c["benchmark"] == name] for name in dict.fromkeys(c["benchmark"] for c in cells)}
+
+
+def pair(cell: Cell) -> Pair:
+    """What tells a cell from the others of its benchmark."""
+    return cell["agent"], cell["retriever"]
+
+
+def label(cell: Cell) -> str:
+    """A cell's name beside others of its benchmark."""
+    return " + ".join(pair(cell))
+
+
+def _mean(cell: Cell, key: str) -> float | None:
+    entry = cell["metrics"].get(key)
+    return entry["mean"] if entry else None
+
+
+def _names(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
+    """Agents and retrievers, each once, in order."""
+    return list(dict.fromkeys(c["agent"] for c in cells)), list(dict.fromkeys(c["retriever"] for c in cells))
+
+
+# --- What every change gave -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What one change gave, on the same questions."""
+
+    benchmark: str
+    group: str
+    """The iteration, or the whole loop."""
+    what: str
+    """agent, retriever or both."""
+    before: Cell
+    after: Cell
+    differences: Mapping[str, Any]
+    """Paired difference by metric; empty where it cannot be told."""
+
+    @property
+    def change(self) -> str:
+        """Names of what was exchanged, and of what was not."""
+        (agent, retriever), (new_agent, new_retriever) = pair(self.before), pair(self.after)
+        if retriever == new_retriever:
+            return f"{agent} → {new_agent}, with {retriever}"
+        if agent == new_agent:
+            return f"{retriever} → {new_retriever}, with {agent}"
+        return f"{agent} + {retriever} → {new_agent} + {new_retriever}"
+
+    @property
+    def em(self) -> Mapping[str, Any] | None:
+        """Paired difference of exact match."""
+        return self.differences.get("agentic_em")
+
+    @property
+    def verdict(self) -> str:
+        """good, bad, or nothing where it may be chance."""
+        if self.em is None or not self.em["beyond_chance"]:
+            return ""
+        return "good" if self.em["difference"] > 0 else "bad"
+
+
+def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
+    """Of a loop: what every iteration gave, by agent, by retriever and by both. Else: everything against the first."""
+    agents, retrievers = _names(cells)
+    rounds = _rounds(agents), _rounds(retrievers)
+    steps = _loop_steps(*rounds) if rounds[0] and rounds[1] else _baseline_steps(agents, retrievers)
+    return [effect for effect in _effects(run, cells, steps) if effect.differences]
+
+
+def headlines(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
+    """First against last: the retriever with the last agent, the agent with the first retriever, and both."""
+    (agents, retrievers), steps = _names(cells), []
+    first, last = (agents[0], retrievers[0]), (agents[-1], retrievers[-1])
+    if len(retrievers) > 1:
+        steps.append(("first to last", "retriever", (agents[-1], retrievers[0]), last))
+    if len(agents) > 1:
+        steps.append(("first to last", "agent", first, (agents[-1], retrievers[0])))
+    if len(agents) > 1 and len(retrievers) > 1:
+        steps.append(("first to last", "both", first, last))
+    return _effects(run, cells, steps)
+
+
+Step = tuple[str, str, Pair, Pair]
+
+
+def _effects(run: RunFolder, cells: Sequence[Cell], steps: Sequence[Step] | Iterator[Step]) -> list[Effect]:
+    there = {pair(cell): cell for cell in cells}
+    return [
+        Effect(
+            benchmark=there[before]["benchmark"],
+            group=group,
+            what=what,
+            before=there[before],
+            after=there[after],
+            differences=_differences(run, there[before], there[after]),
+        )
+        for group, what, before, after in steps
+        if before in there and after in there
+    ]
+
+
+def _rounds(names: Sequence[str]) -> dict[int, str]:
+    """Names by their number, where all are called alike but for it; else nothing.
+
+    >>> _rounds(["agent-0", "agent-2"]), _rounds(["e5", "bge"])
+    ({0: 'agent-0', 2: 'agent-2'}, {})
+    """
+    found = [re.fullmatch(r"(.*?\D)(\d+)", name) for name in names]
+    stems = {match[1] if match else None for match in found}
+    return {int(match[2]): name for match, name in zip(found, names, strict=True) if match} if len(stems) == 1 else {}
+
+
+def _loop_steps(agents: Mapping[int, str], retrievers: Mapping[int, str]) -> Iterator[Step]:
+    last = max(agents)
+    for k in range(min(agents) + 1, last + 1):
+        old, new = k - 1, k
+        if not {old, new} <= agents.keys() & retrievers.keys():
+            continue
+        group, middle = f"iteration {k}", (agents[new], retrievers[old])
+        yield group, "agent", (agents[old], retrievers[old]), middle
+        yield group, "retriever", middle, (agents[new], retrievers[new])
+        yield group, "both", (agents[old], retrievers[old]), (agents[new], retrievers[new])
+    if len(agents) > 2:
+        first, end = (agents[min(agents)], retrievers[min(retrievers)]), (agents[last], retrievers[max(retrievers)])
+        yield "first to last", "agent", first, (end[0], first[1])
+        yield "first to last", "retriever", (end[0], first[1]), end
+        yield "first to last", "both", first, end
+
+
+def _baseline_steps(agents: Sequence[str], retrievers: Sequence[str]) -> Iterator[Step]:
+    for agent in agents:
+        for retriever in retrievers[1:]:
+            yield f"against {retrievers[0]}", "retriever", (agent, retrievers[0]), (agent, retriever)
+    for retriever in retrievers:
+        for agent in agents[1:]:
+            yield f"against {agents[0]}", "agent", (agents[0], retriever), (agent, retriever)
+
+
+def _differences(run: RunFolder, before: Cell, after: Cell) -> Mapping[str, Any]:
+    """As the matrix has them; pairs that it left out are compared here, in the same way."""
+    assert run.matrix is not None and run.matrix_dir is not None
+    for item in run.matrix["comparisons"]:
+        sides = tuple((item[side]["agent"], item[side]["retriever"]) for side in ("first", "second"))
+        if item["benchmark"] == before["benchmark"] and sides == (pair(before), pair(after)):
+            found: Mapping[str, Any] = item["metrics"]
+            return found
+    folders = {cell_name(cell): run.matrix_dir / cell_name(cell) for cell in (before, after)}
+    if not all((folder / "scores.json").is_file() for folder in folders.values()):
+        return {}
+    options: dict[str, Any] = {"level": 0.95, "resamples": 10_000, "seed": 0}
+    options |= {name: run.matrix["config"][name] for name in options if name in run.matrix["config"]}
+    [compared] = compare([before, after], folders, **options)
+    metrics: Mapping[str, Any] = compared["metrics"]
+    return metrics
+
+
+# --- Matrix and charts ------------------------------------------------------------------------------------------------
+
+
+def heatmaps(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """For each benchmark, agents by retrievers with exact match, shaded within the benchmark's own range."""
+    maps = []
+    for benchmark, mine in by_benchmark(cells).items():
+        agents, retrievers = _names(mine)
+        ems = {pair(cell): cell["metrics"]["agentic_em"] for cell in mine}
+        low, high = (fold(entry["mean"] for entry in ems.values()) for fold in (min, max))
+        shade = {key: (entry["mean"] - low) / (high - low) if high > low else 0.5 for key, entry in ems.items()}
+        if len(agents) > 1 or len(retrievers) > 1:
+            maps.append({"benchmark": benchmark, "agents": agents, "retrievers": retrievers, "em": ems, "shade": shade})
+    return maps
+
+
+def plots(cells: Sequence[Cell]) -> dict[str, Any]:
+    """One benchmark's exact match, searches, and answer recall turn by turn.
+
+    Args:
+        cells: of the benchmark; the colour is the retriever's.
+    """
+    agents, retrievers = _names(cells)
+    charts = []
+    for key, title, x_label, scale in (
+        ("agentic_em", "Exact match", "EM, per cent", 100),
+        ("search_turns", "Searches", "searches a question", 1),
+    ):
+        estimates = [
+            Estimate(
+                name=label(cell),
+                value=entry["mean"] * scale,
+                low=entry["low"] * scale,
+                high=entry["high"] * scale,
+                color=retrievers.index(cell["retriever"]),
+            )
+            for cell in cells
+            if "low" in (entry := cell["metrics"].get(key, {}))
+        ]
+        charts.append({"title": title, "svg": interval_chart(title, estimates, x_label=x_label)})
+    curves = [
+        Series(
+            name=label(cell),
+            points=[
+                (float(row["turn"]), row["answer_recall_so_far"] * 100)
+                for row in cell.get("by_turn", ())
+                if row["answer_recall_so_far"] is not None
+            ],
+            color=retrievers.index(cell["retriever"]),
+            dashed=cell["agent"] != agents[-1],
+            marked=True,
+        )
+        for cell in cells
+    ]
+    title = "Answer seen, turn by turn"
+    svg = line_chart(title, curves, x_label="after search", y_label="questions, per cent", y_range=(0, None))
+    charts.append({"title": title, "svg": svg})
+    return {
+        "charts": [chart for chart in charts if chart["svg"]],
+        "retrievers": retrievers,
+        "last_agent": agents[-1] if svg and len(agents) > 1 else "",
+    }
+
+
+# --- Beside the paper -------------------------------------------------------------------------------------------------
+
+_PAPER_NAMES = {
+    "agentic_r": "Agentic-R",
+    "r1_searcher": "R1-Searcher",
+    "simple_deep_searcher": "SimpleDeepSearcher",
+    "e5": "E5",
+    "replug": "REPLUG",
+}
+
+
+def overview(cells: Sequence[Cell]) -> dict[str, Any] | None:
+    """Exact match with a column for each benchmark, and the paper's rows where it has the benchmark.
+
+    Returns:
+        None for a single benchmark that the paper does not have.
+    """
+    groups = by_benchmark(cells)
+    known = {benchmark.name: benchmark for benchmark in paper.BENCHMARKS}
+    if len(groups) < 2 and not groups.keys() & known.keys():
+        return None
+    heads = [
+        {"name": name, "note": _sample_note(mine[0], known.get(name)), "paper": name in known}
+        for name, mine in groups.items()
+    ]
+    there = {(*pair(cell), cell["benchmark"]): cell["metrics"] for cell in cells}
+    rows = []
+    for agent, retriever in dict.fromkeys(map(pair, cells)):
+        metrics = [there.get((agent, retriever, name)) for name in groups]
+        values = [_entry(found["agentic_em"], found.get("search_turns")) if found else None for found in metrics]
+        rows.append(_overview_row(agent, retriever, values, is_paper=False))
+    return {"heads": heads, "rows": rows + _paper_rows(list(groups)), "has_paper": bool(groups.keys() & known.keys())}
+
+
+def _paper_rows(benchmarks: Sequence[str]) -> list[dict[str, Any]]:
+    ems = {(row.agent, row.retriever, row.benchmark): row.em for row in paper.paper_results()}
+    turns = {("agentic_r", row.retriever, row.benchmark): row.search_turns for row in paper.SEARCH_TURNS}
+    rows = []
+    for agent, retriever in dict.fromkeys(key[:2] for key in ems):
+        keys = [(agent, retriever, name) for name in benchmarks]
+        values = [{"em": ems[key], "searches": turns.get(key)} if key in ems else None for key in keys]
+        if any(values):
+            rows.append(_overview_row(_PAPER_NAMES[agent], _PAPER_NAMES[retriever], values, is_paper=True))
+    return rows
+
+
+def _entry(em: Mapping[str, Any], searches: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Values of a cell in per cent."""
+    interval = {side: em[side] * 100 for side in ("low", "high") if side in em}
+    return {"em": em["mean"] * 100, "searches": searches["mean"] if searches else None} | interval
+
+
+def _overview_row(
+    agent: str, retriever: str, values: Sequence[dict[str, Any] | None], *, is_paper: bool
+) -> dict[str, Any]:
+    """With the average over all the columns, where every one has a value."""
+    ems = [value["em"] for value in values if value]
+    average = sum(ems) / len(ems) if len(ems) == len(values) > 1 else None
+    return {"agent": agent, "retriever": retriever, "values": values, "average": average, "is_paper": is_paper}
+
+
+def _sample_note(cell: Cell, known: paper.Benchmark | None) -> str:
+    note = f"{cell['split']}, {cell['num_questions']:,} questions"
+    if known is not None and (cell["split"], cell["num_questions"]) != (known.split, known.num_questions):
+        note += f"; the paper: {known.split}, {known.num_questions:,}"
+    return note
