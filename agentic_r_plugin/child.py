@@ -77,7 +77,7 @@ def die_with(parent: int, *, politely: bool = False) -> None:
 
 
 def give_back_memory() -> None:
-    """Return what this process has freed, in torch's cache on the accelerator and in the heap, to those that run next."""
+    """Return what this process has freed, on the accelerator and in the heap, to those that run next."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
