@@ -6,8 +6,6 @@ started them, however that ended: once the command is given again, two would oth
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import signal
 import subprocess
@@ -74,17 +72,6 @@ def die_with(parent: int, *, politely: bool = False) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def give_back_memory() -> None:
-    """Return what this process has freed, on the accelerator and in the heap, to those that run next."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _main(arguments: Sequence[str]) -> int:

@@ -42,6 +42,7 @@ from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
+from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
@@ -247,7 +248,7 @@ class Loop:
         print(f"[iteration {iteration}] {name}", file=sys.stderr, flush=True)
         started = time.monotonic()
         work()
-        child.give_back_memory()
+        give_back_memory()
         line = {"iteration": iteration, "phase": name, "seconds": round(time.monotonic() - started, 1)} | dict(cost())
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
