@@ -1,6 +1,6 @@
-"""How sure a result is: bootstrap intervals, and paired comparison of two runs on the same questions.
+"""How sure a result is: bootstrap intervals, paired comparison of two runs on the same questions, several seeds.
 
-Legend: N questions, R resamples. Everything is seeded and gives the same figures again.
+Legend: N questions, R resamples, S seeds. Everything is seeded and gives the same figures again.
 """
 
 from __future__ import annotations
@@ -83,6 +83,69 @@ def paired_difference(
         p_value=_sign_flip_p_value(difference_N, resamples, seed + 1),
         num_questions=len(difference_N),
         level=level,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsInterval:
+    """A mean over seeds and questions, and the interval that covers that of other seeds and other questions."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided, of the mean being 0; of use for differences."""
+    num_questions: int
+    num_seeds: int
+    per_seed: tuple[float, ...]
+    """The mean of each seed."""
+
+
+def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInterval:
+    """Mean of a score that several seeds got on the same questions; both are taken as random draws.
+
+    The layout is crossed, so the variance of the mean is that of the seeds' means over S, plus that of the questions'
+    means over N, less the residual over SN, which both of them hold. The interval is Student's t with Satterthwaite's
+    degrees of freedom: with three seeds that differ it is wide, as it should be. A seed variance estimated below 0
+    counts as 0.
+
+    Args:
+        values: [S, N] one row per seed, the questions in one order.
+
+    Raises:
+        ValueError: fewer than two seeds or questions, or rows of different lengths.
+    """
+    from scipy.stats import t as student
+
+    if len({len(row) for row in values}) != 1:
+        raise ValueError(f"expected the same questions for every seed, found {[len(row) for row in values]}")
+    values_SN = np.asarray(values, dtype=np.float64)
+    num_seeds, num_questions = values_SN.shape
+    if num_seeds < 2 or num_questions < 2 or not 0 < level < 1:
+        raise ValueError(f"expected 2 seeds, 2 questions and a level in (0, 1), found {values_SN.shape} and {level}")
+    seeds_S, questions_N, mean = values_SN.mean(axis=1), values_SN.mean(axis=0), float(values_SN.mean())
+    residual_SN = values_SN - seeds_S[:, None] - questions_N[None, :] + mean
+    free_seeds, free_questions = num_seeds - 1, num_questions - 1
+    of_seeds = num_questions * float(seeds_S.var(ddof=1))
+    of_questions = num_seeds * float(questions_N.var(ddof=1))
+    of_residual = float((residual_SN**2).sum()) / (free_seeds * free_questions)
+    if of_seeds <= of_residual:
+        square, freedom = of_questions, float(free_questions)
+    else:
+        square = of_questions + of_seeds - of_residual
+        parts = ((of_questions, free_questions), (of_seeds, free_seeds), (of_residual, free_seeds * free_questions))
+        freedom = square**2 / sum(part**2 / free for part, free in parts)
+    error = math.sqrt(square / values_SN.size)
+    half = float(student.ppf((1 + level) / 2, freedom)) * error
+    p_value = 2 * float(student.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
+    return SeedsInterval(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p_value=p_value,
+        num_questions=num_questions,
+        num_seeds=num_seeds,
+        per_seed=tuple(float(value) for value in seeds_S),
     )
 
 
