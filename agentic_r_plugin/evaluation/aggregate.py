@@ -26,7 +26,7 @@ from agentic_r_plugin.evaluation.matrix import (
 from agentic_r_plugin.evaluation.statistics import seeds_interval
 from agentic_r_plugin.store import read_json, require_absent, write_json
 
-METHOD = "Student's t over the variance of seeds and of questions (crossed; Satterthwaite's degrees of freedom)"
+METHOD = "half-widths of Student's t over the seeds' means and over the questions' means, added in quadrature"
 _KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", "seed", "protocol", "limits", "topk")
 """Fields of a cell that are the same for all seeds."""
 
@@ -117,10 +117,9 @@ def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for metric, entry in first["metrics"].items():
         means = [each.cells[name]["metrics"][metric]["mean"] for each in runs]
-        if "low" in entry:
-            found = asdict(seeds_interval(_shared([each[metric] for each in scores]), level=level))
-            found.pop("p_value")
-            metrics[metric] = found
+        found = _interval([each[metric] for each in scores], level) if "low" in entry else None
+        if found is not None:
+            metrics[metric] = {key: value for key, value in found.items() if key != "p_value"}
         else:
             known = None not in means
             metrics[metric] = {"mean": sum(means) / len(means) if known else None, "per_seed": means}
@@ -135,13 +134,15 @@ def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: floa
             continue
         pairs = [list(zip(a[metric], b[metric], strict=True)) for a, b in zip(before, after, strict=True)]
         differences = [[None if None in (x, y) else y - x for x, y in row] for row in pairs]  # type: ignore[operator]
-        found = asdict(seeds_interval(_shared(differences), level=level))
+        if (found := _interval(differences, level)) is None:
+            continue
         beyond = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < 1 - level
         metrics[metric] = {"difference": found.pop("mean"), **found, "level": level, "beyond_chance": beyond}
     return {**pair_names(first, second), "metrics": metrics}
 
 
-def _shared(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
-    """The scores of the questions that every seed has one for."""
-    columns = [column for column in zip(*rows, strict=True) if None not in column]
-    return [[float(value) for value in row if value is not None] for row in zip(*columns, strict=True)]
+def _interval(rows: Sequence[Sequence[float | None]], level: float) -> dict[str, Any] | None:
+    """Over the questions that every seed has a score for; None where there are fewer than two."""
+    columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    whole = [column for column in columns if len(column) == len(rows)]
+    return asdict(seeds_interval(list(zip(*whole, strict=True)), level=level)) if len(whole) > 1 else None

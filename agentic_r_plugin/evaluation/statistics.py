@@ -94,7 +94,7 @@ class SeedsInterval:
     low: float
     high: float
     p_value: float
-    """Two-sided, of the mean being 0; of use for differences."""
+    """Two-sided, of the mean being 0: 1 less the level at which the interval touches it."""
     num_questions: int
     num_seeds: int
     per_seed: tuple[float, ...]
@@ -104,10 +104,9 @@ class SeedsInterval:
 def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInterval:
     """Mean of a score that several seeds got on the same questions; both are taken as random draws.
 
-    The layout is crossed, so the variance of the mean is that of the seeds' means over S, plus that of the questions'
-    means over N, less the residual over SN, which both of them hold. The interval is Student's t with Satterthwaite's
-    degrees of freedom: with three seeds that differ it is wide, as it should be. A seed variance estimated below 0
-    counts as 0.
+    Two intervals of Student's t, one of the seeds' means and one of the questions' means, whose half-widths are added
+    in quadrature. The chance left within seed and question counts in both, so the interval is rather too wide than too
+    narrow; with three seeds that differ it is wide, as it should be.
 
     Args:
         values: [S, N] one row per seed, the questions in one order.
@@ -115,37 +114,32 @@ def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInt
     Raises:
         ValueError: fewer than two seeds or questions, or rows of different lengths.
     """
+    from scipy.optimize import brentq
     from scipy.stats import t as student
 
     if len({len(row) for row in values}) != 1:
         raise ValueError(f"expected the same questions for every seed, found {[len(row) for row in values]}")
     values_SN = np.asarray(values, dtype=np.float64)
-    num_seeds, num_questions = values_SN.shape
-    if num_seeds < 2 or num_questions < 2 or not 0 < level < 1:
+    if min(values_SN.shape) < 2 or not 0 < level < 1:
         raise ValueError(f"expected 2 seeds, 2 questions and a level in (0, 1), found {values_SN.shape} and {level}")
-    seeds_S, questions_N, mean = values_SN.mean(axis=1), values_SN.mean(axis=0), float(values_SN.mean())
-    residual_SN = values_SN - seeds_S[:, None] - questions_N[None, :] + mean
-    free_seeds, free_questions = num_seeds - 1, num_questions - 1
-    of_seeds = num_questions * float(seeds_S.var(ddof=1))
-    of_questions = num_seeds * float(questions_N.var(ddof=1))
-    of_residual = float((residual_SN**2).sum()) / (free_seeds * free_questions)
-    if of_seeds <= of_residual:
-        square, freedom = of_questions, float(free_questions)
-    else:
-        square = of_questions + of_seeds - of_residual
-        parts = ((of_questions, free_questions), (of_seeds, free_seeds), (of_residual, free_seeds * free_questions))
-        freedom = square**2 / sum(part**2 / free for part, free in parts)
-    error = math.sqrt(square / values_SN.size)
-    half = float(student.ppf((1 + level) / 2, freedom)) * error
-    p_value = 2 * float(student.sf(abs(mean) / error, freedom)) if error > 0 else float(mean == 0)
+    sides = (values_SN.mean(axis=1), values_SN.mean(axis=0))
+
+    def half_width(level: float) -> float:
+        return math.hypot(*(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 for x in sides))
+
+    mean, surest = float(values_SN.mean()), 1 - 1e-9
+    touching = float(mean != 0)
+    if abs(mean) < half_width(surest):
+        touching = brentq(lambda level: half_width(level) - abs(mean), 0, surest)
+    half = half_width(level)
     return SeedsInterval(
         mean=mean,
         low=mean - half,
         high=mean + half,
-        p_value=p_value,
-        num_questions=num_questions,
-        num_seeds=num_seeds,
-        per_seed=tuple(float(value) for value in seeds_S),
+        p_value=1 - touching,
+        num_questions=values_SN.shape[1],
+        num_seeds=values_SN.shape[0],
+        per_seed=tuple(float(value) for value in sides[0]),
     )
 
 
