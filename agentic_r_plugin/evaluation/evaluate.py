@@ -150,15 +150,16 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
 
 
 def _check_inputs(config: EvaluateConfig) -> None:
-    """Find what cannot work before a model is loaded or a folder made."""
+    """Find what cannot work before a model is loaded or a folder made; what no cell uses is left alone."""
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random)
-    for name in config.agents:
+    agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
+    for name in agents:
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
-    for name in config.searches:
+    for name in searches:
         for benchmark in config.benchmarks:
             searching = _search_spec(config, name, benchmark)
             where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
@@ -209,14 +210,11 @@ def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: 
 def _cells(config: EvaluateConfig) -> Iterator[Cell]:
     from agentic_r_plugin.evaluation.cell import Cell
 
-    pairs = [tuple(cell.split(":", 1)) for cell in config.cells] or [
-        (agent, search) for agent in config.agents for search in config.searches
-    ]
     names: set[str] = set()
     identities: dict[str, str] = {}
     for benchmark in config.benchmarks:
         split = config.splits.get(benchmark, config.split)
-        for agent, search in pairs:
+        for agent, search in _pairs(config):
             own = own_settings(config, agent).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
             for where in (config.agents[agent], _place(config, search, benchmark)):
@@ -241,6 +239,14 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 raise ConfigError(f"two cells would be called {cell.name!r}; rename an agent, retriever or benchmark")
             names.add(cell.name)
             yield cell
+
+
+def _pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """(agent, search) of every cell of a benchmark."""
+    named = [cell.partition(":") for cell in config.cells]
+    return [(agent, search) for agent, _, search in named] or [
+        (agent, search) for agent in config.agents for search in config.searches
+    ]
 
 
 def _made_from(

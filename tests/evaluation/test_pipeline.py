@@ -239,7 +239,7 @@ def test_more_passages_than_the_corpus_holds_are_never_repeated(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"save_retrieval_cache": True}, "save_retrieval_cache"),
+        ({"use_retrieval_cache": True, "retrieval_cache_path": "nowhere"}, "no cache at nowhere"),
         ({"agentic_r": {"protocol": "x"}}, "agent_protocol 'x'"),
     ],
 )
