@@ -234,6 +234,17 @@ def markdown_table(results: Iterable[Result]) -> str:
         for name, _, scale in _COLUMNS:
             row.append(_figure(result["metrics"].get(name), scale, with_interval=name == "agentic_em"))
         rows.append(row)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table, the first one its head.
+
+    >>> print(markdown([["a", "b"], ["1", "long"]]), end="")
+    | a | b    |
+    |---|------|
+    | 1 | long |
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
