@@ -204,12 +204,18 @@ class Experiment:
             return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
         model = plan.model or (self._of_run(plan.of_run, "retriever") if plan.of_run else self._train(name, plan))
         for benchmark in self._benchmarks():
-            self._index(name, model, benchmark)
+            self._index(name, model, benchmark, of_run=plan.of_run)
         return str(self.out / "index" / name / "{benchmark}")
 
-    def _index(self, name: str, model: str, benchmark: str) -> Path:
+    def _index(self, name: str, model: str, benchmark: str, *, of_run: str = "") -> Path:
+        """The benchmark's corpus under a retriever; the run's own index where it still stands for itself."""
         out = self.out / "index" / name / benchmark
         corpus = self._benchmark(benchmark) / "corpus.jsonl"
+        built = self.run / f"iteration-{of_run.rpartition('-')[2]}" / "index"
+        if benchmark == self.main and (out.is_symlink() or (of_run and _stands(built, model))):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _link(out, built)
+            return out
         values = {"corpus": str(corpus), "retriever": model, "out": str(out)}
         index.run(load_config(index.IndexConfig, values=self.loop.config.index | values), resume=True)
         return out
@@ -267,7 +273,7 @@ class Experiment:
         first = self._first_retriever()
         base = self._stage("correctness")
         searching = SearchSpec(
-            backend="faiss", index=str(self._index(first, self._of_run(first, "retriever"), self.main))
+            backend="faiss", index=str(self._index(first, self._of_run(first, "retriever"), self.main, of_run=first))
         )
         settings = replace(
             base,
@@ -382,9 +388,17 @@ def _positives(file: Path) -> dict[tuple[str, int], list[str]]:
     return found
 
 
+def _stands(built: Path, model: str) -> bool:
+    """Whether an index is there, and its corpus and retriever where it says (not after a run folder was moved)."""
+    if not (built / index.MANIFEST).is_file():
+        return False
+    manifest = index.read_manifest(built)
+    return Path(manifest.corpus).is_file() and (manifest.retriever == model or Path(manifest.retriever).is_dir())
+
+
 def _link(link: Path, target: Path) -> None:
-    if not target.is_file():
-        raise ConfigError(f"{target}: no such file; it belongs to the run's benchmark")
+    if not target.exists():
+        raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")
     if not link.is_symlink():
         link.symlink_to(target.resolve())
 
