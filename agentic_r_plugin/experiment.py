@@ -364,7 +364,8 @@ class Experiment:
     def _made_from(self, name: str) -> dict[str, Any]:
         """Groups, the share of all queries with the run's positive (or, as there, with none), and the rollouts."""
         plan = self.config.plan(name)
-        if plan.of_run or plan.model or plan.bm25:
+        own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
+        if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
             return {"groups": None, "same_positive": None, "rollouts": None}
         home = self.out / "retrievers" / name
         own = home / "groups.jsonl" if plan.regroups else self.data / "groups.jsonl"

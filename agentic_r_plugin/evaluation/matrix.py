@@ -180,33 +180,32 @@ def csv_table(results: Iterable[Result]) -> str:
 def latex_table(results: Sequence[Result]) -> str:
     """The paper's table: a row per agent and retriever, exact match in per cent per benchmark, and their mean.
 
-    The best retriever of each agent is bold; `booktabs` is needed. A row that lacks a benchmark has no mean.
+    Intervals stand small behind the figures; the best retriever of each agent is bold; `booktabs` is needed. A row that
+    lacks a benchmark has no mean, and one benchmark needs none.
     """
     benchmarks = list(dict.fromkeys(result["benchmark"] for result in results))
     rows: dict[tuple[str, str], dict[str, Result]] = {}
     for result in results:
-        rows.setdefault((result["agent"], result["retriever"]), {})[result["benchmark"]] = result["metrics"]
-    ems = {
-        pair: [found[name]["agentic_em"]["mean"] if name in found else None for name in benchmarks]
-        for pair, found in rows.items()
-    }
-    figures = {pair: [*row, _mean(row)] for pair, row in ems.items()}
+        pair = (result["agent"], result["retriever"])
+        rows.setdefault(pair, {})[result["benchmark"]] = result["metrics"]["agentic_em"]
+    if len(benchmarks) > 1:
+        for found in rows.values():
+            if len(found) == len(benchmarks):
+                found["mean"] = {"mean": sum(entry["mean"] for entry in found.values()) / len(benchmarks)}
+        benchmarks.append("mean")
     lines = [
-        f"\\begin{{tabular}}{{ll{'r' * (len(benchmarks) + 1)}}}",
+        f"\\begin{{tabular}}{{ll{'r' * len(benchmarks)}}}",
         "\\toprule",
-        " & ".join(["Agent", "Retriever", *map(_tex, benchmarks), "Mean"]) + " \\\\",
+        " & ".join(["agent", "retriever", *map(_tex, benchmarks)]) + " \\\\",
         "\\midrule",
     ]
-    for pair, row in figures.items():
-        rivals = [other for (agent, _), other in figures.items() if agent == pair[0]]
-        cells = [_tex_figure(value, [other[i] for other in rivals]) for i, value in enumerate(row)]
-        lines.append(" & ".join([*map(_tex, pair), *cells]) + " \\\\")
+    for pair, found in rows.items():
+        rivals = [other for (agent, _), other in rows.items() if agent == pair[0]]
+        figures = [
+            _tex_figure(found.get(name), [other[name] for other in rivals if name in other]) for name in benchmarks
+        ]
+        lines.append(" & ".join([*map(_tex, pair), *figures]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present and len(present) == len(values) else None
 
 
 def _tex(text: str) -> str:
@@ -218,12 +217,15 @@ def _tex(text: str) -> str:
     return "".join("\\" + letter if letter in "&%$#_{}" else letter for letter in text)
 
 
-def _tex_figure(value: float | None, rivals: Sequence[float | None]) -> str:
-    if value is None:
+def _tex_figure(entry: Result | None, rivals: Sequence[Result]) -> str:
+    if entry is None:
         return "--"
-    text = f"{value * 100:.2f}"
-    best = len(rivals) > 1 and value == max(rival for rival in rivals if rival is not None)
-    return f"\\textbf{{{text}}}" if best else text
+    text = f"{entry['mean'] * 100:.2f}"
+    if len(rivals) > 1 and entry["mean"] == max(rival["mean"] for rival in rivals):
+        text = f"\\textbf{{{text}}}"
+    if "low" in entry:
+        text += f" {{\\scriptsize [{entry['low'] * 100:.1f}, {entry['high'] * 100:.1f}]}}"
+    return text
 
 
 def markdown_table(results: Iterable[Result]) -> str:

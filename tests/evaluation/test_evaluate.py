@@ -146,11 +146,12 @@ def test_csv_holds_every_metric_and_latex_the_papers_table() -> None:
     assert lines[1] == "nq,test,own,e5,agentic_em,0.5,0.4,0.6,50"
     assert lines[2] == "nq,test,own,e5,malformed_share,0.25,,,50" and len(lines) == 7
     assert latex_table(results).splitlines()[2:6] == [
-        r"Agent & Retriever & nq & popqa & Mean \\",
+        r"agent & retriever & nq & popqa & mean \\",
         r"\midrule",
-        r"own & e5 & 50.00 & \textbf{25.00} & \textbf{37.50} \\",
-        r"own & agentic\_r & \textbf{62.50} & -- & -- \\",
+        r"own & e5 & 50.00 {\scriptsize [40.0, 60.0]} & 25.00 {\scriptsize [15.0, 35.0]} & 37.50 \\",
+        r"own & agentic\_r & \textbf{62.50} {\scriptsize [52.5, 72.5]} & -- & -- \\",
     ]
+    assert "mean" not in latex_table(results[:2])
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"first": 3}, {"settings": {"limits": {"max_searches": 1}}}])

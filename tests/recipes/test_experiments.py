@@ -123,7 +123,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
     made = read_json(config.out + "/experiment.json")["retrievers"]
     assert made["replug"] == {"groups": 6, "same_positive": 1.0, "rollouts": 12}
     assert made["judge_only"] == {"groups": 6, "same_positive": 0.0, "rollouts": 0}
-    assert made["bm25"]["groups"] is None
+    assert made["retriever-1"] == made["replug"] and made["bm25"]["groups"] is None
     rolled_out = [line for _, line in read_lines(config.out + "/correctness.jsonl")]
     assert len(rolled_out) == 6 * 12
     record = read_json(config.out + "/retrievers/all/retriever/agentic_r.json")
