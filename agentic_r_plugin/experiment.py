@@ -116,6 +116,7 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
         AgenticRError: whatever a stage raises; what is finished stays.
     """
     experiment = Experiment(config)
+    experiment.check()
     if not resume:
         require_absent(config.out)
     experiment.out.mkdir(parents=True, exist_ok=True)
@@ -172,6 +173,29 @@ class Experiment:
             raise ConfigError(f"{name}: the run has no {folder}")
         return str(folder)
 
+    def check(self) -> None:
+        """Compose every step with placeholder paths, so that what cannot work is found before anything runs.
+
+        Raises:
+            ConfigError: a wrong key or value, or a part that the run does not have.
+        """
+        for name in self.config.retrievers:
+            plan = self.config.plan(name)
+            if plan.of_run:
+                self._of_run(plan.of_run, "retriever")
+            elif not (plan.model or plan.bm25):
+                for file in ("candidates", "relevance", "correctness", "groups"):
+                    if not (self.data / f"{file}.jsonl").is_file():
+                        raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
+                self._groups_config(plan, {}, Path("x"))
+                self._train_config(plan, Path("x"), Path("x"))
+        searches = dict.fromkeys(self.config.retrievers, "x")
+        self._evaluate_config(searches, {}, "x")
+        if self.config.stop_rule:
+            self._stop_config(searches)
+        for name in self.config.worlds:
+            self._world_config(name)
+
     # --- benchmarks
 
     def gather_benchmarks(self) -> None:
@@ -185,9 +209,13 @@ class Experiment:
             for file in Path(folder).glob("*.jsonl"):
                 if file.name != "corpus.jsonl":
                     _link(target / file.name, file)
-        for name, settings in self.config.worlds.items():
-            values = self.loop.config.world | (settings or {}) | {"out": str(self.out / "benchmarks"), "name": name}
-            generate.run(load_config(generate.WorldConfig, values=values), resume=True)
+        for name in self.config.worlds:
+            generate.run(self._world_config(name), resume=True)
+
+    def _world_config(self, name: str) -> generate.WorldConfig:
+        place = {"out": str(self.out / "benchmarks"), "name": name}
+        values = self.loop.config.world | (self.config.worlds[name] or {}) | place
+        return load_config(generate.WorldConfig, values=values)
 
     def _benchmark(self, name: str) -> Path:
         return self.out / "benchmarks" / name
@@ -223,19 +251,23 @@ class Experiment:
     def _train(self, name: str, plan: RetrieverPlan) -> str:
         home = self.out / "retrievers" / name
         found = self._regroup(home, plan) if plan.regroups else self.data / "groups.jsonl"
+        settings = self._train_config(plan, found, home / "retriever")
+        training.run(settings, resume=True)
+        return settings.out
+
+    def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
         values = {
             "seed": self.loop.config.seed,
             "retriever": self._of_run(self._first_retriever(), "retriever"),
             **self.loop.config.train_retriever,
             **plan.train,
-            "groups": str(found),
+            "groups": str(groups_file),
             "corpus": str(self._benchmark(self.main) / "corpus.jsonl"),
-            "out": str(home / "retriever"),
+            "out": str(out),
         }
         if values.get("trainer", "contrastive") != "contrastive":
             values = {"relevance": str(self.data / "relevance.jsonl")} | values
-        training.run(load_config(training.TrainRetrieverConfig, values=values), resume=True)
-        return str(values["out"])
+        return load_config(training.TrainRetrieverConfig, values=values)
 
     def _first_retriever(self) -> str:
         """That of the iteration's data."""
@@ -250,10 +282,12 @@ class Experiment:
                 self._sample(Path(files["relevance"]), plan.sampled)
         if plan.exhaustive or plan.sampled:
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
-        base = to_dict(self._stage("groups"))
-        values = base | files | plan.groups | {"out": str(home / "groups.jsonl")}
-        groups.run(load_config(groups.GroupsConfig, values=values), resume=True)
+        groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
         return home / "groups.jsonl"
+
+    def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
+        values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}
+        return load_config(groups.GroupsConfig, values=values)
 
     def _sample(self, out: Path, count: int) -> None:
         """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives."""
@@ -321,16 +355,20 @@ class Experiment:
 
         The retrievers must hold the run's own, named retriever-1, retriever-2, ...
         """
-        rounds = [k for k in range(1, self.loop.config.iterations + 1) if f"agent-{k}" in self.agents]
-        cells = [f"agent-{k}:retriever-{k}" for k in rounds]
-        given = {"benchmarks": [self.main], "split": self.config.stop_rule, "cells": cells}
-        settings = self._evaluate_config(searches, given, "stop_rule")
-        evaluate.run(settings, resume=True)
+        evaluate.run(self._stop_config(searches), resume=True)
         found = read_json(self.out / "stop_rule" / "matrix.json")["cells"]
         scores = [cell["metrics"]["agentic_em"]["mean"] for cell in found]
-        result = {"split": self.config.stop_rule, "em": scores, "stops_at": rounds[stops_at(scores) - 1]}
+        result = {"split": self.config.stop_rule, "em": scores, "stops_at": self._rounds()[stops_at(scores) - 1]}
         write_json(self.out / "stop_rule.json", result)
         print(f"stop rule on {self.config.stop_rule}: K = {result['stops_at']}", flush=True)
+
+    def _stop_config(self, searches: Mapping[str, str]) -> evaluate.EvaluateConfig:
+        cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
+        given = {"benchmarks": [self.main], "split": self.config.stop_rule, "cells": cells}
+        return self._evaluate_config(searches, given, "stop_rule")
+
+    def _rounds(self) -> list[int]:
+        return [k for k in range(1, self.loop.config.iterations + 1) if f"agent-{k}" in self.agents]
 
     def summarize(self) -> None:
         """What each retriever was made from and what it cost, beside its exact match."""

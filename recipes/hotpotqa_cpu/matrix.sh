@@ -18,5 +18,6 @@ other=$data/2wikimultihopqa/corpus.jsonl
 "$agentic_r" index --corpus "$other" --retriever builtin:minilm --out "$out/index/base/2wikimultihopqa" --resume
 "$agentic_r" index --corpus "$other" --retriever "$out/retriever" --out "$out/index/trained/2wikimultihopqa" --resume
 "$agentic_r" evaluate --config "$here/evaluate.yaml" --data-dir "$data" --out "$out/matrix" --first "${TEST:-164}" \
-  "benchmarks=[hotpotqa,2wikimultihopqa]" agents.smollm2="$out/agent" "searches.bm25=bm25:$data/{benchmark}/corpus.jsonl" \
+  "benchmarks=[hotpotqa,2wikimultihopqa]" agents.smollm2="$out/agent" \
+  "searches.bm25=bm25:$data/{benchmark}/corpus.jsonl" \
   "searches.base=$out/index/base/{benchmark}" "searches.trained=$out/index/trained/{benchmark}" --resume
