@@ -240,7 +240,8 @@ class Experiment:
         out = self.out / "index" / name / benchmark
         corpus = self._benchmark(benchmark) / "corpus.jsonl"
         built = self.run / f"iteration-{of_run.rpartition('-')[2]}" / "index"
-        if benchmark == self.main and (out.is_symlink() or (of_run and _stands(built, model))):
+        linked = out.is_symlink() or (bool(of_run) and not out.exists() and _stands(built, model))
+        if linked and benchmark == self.main:
             out.parent.mkdir(parents=True, exist_ok=True)
             _link(out, built)
             return out

@@ -19,6 +19,10 @@ from tests.search.tiny_retriever import make_model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "experiments"
+SMALL_WORLD = {
+    "seed": 5, "train_questions": 0, "dev_questions": 0, "test_questions": 2, "people": 16, "works": 12,
+    "companies": 4, "schools": 4, "prizes": 4, "towns": 8, "rivers": 4, "newspapers": 2, "talk_passages": 0,
+}  # fmt: skip
 LIMITS = {"max_searches": 2, "max_malformed": 1, "max_tokens": 900, "max_response_tokens": 24}
 
 
@@ -113,7 +117,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "judge_only": {"groups": {"use_correctness": False}},
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
-        worlds={"shifted": {"seed": 5, "test_questions": 2, "train_questions": 0, "dev_questions": 0, "people": 20}},
+        worlds={"shifted": SMALL_WORLD},
         evaluate={"first": 2, "resamples": 100, "cells": ["agent-1:bm25", "agent-1:all", "other:replug"]},
         stop_rule="dev",
     )
