@@ -51,6 +51,18 @@ def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> 
     return any(found == normalize(gold) for gold in _as_list(golden_answers))
 
 
+def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
+    """Whether the prediction holds any gold answer after normalisation, words cut or not (FlashRAG's `acc`).
+
+    >>> sub_exact_match("It is the Nile.", ["Nile"]), sub_exact_match(None, ["The"])
+    (True, False)
+    """
+    if prediction is None:
+        return False
+    found = normalize(prediction)
+    return any(normalize(gold) in found for gold in _as_list(golden_answers))
+
+
 def _f1_one(prediction: str, gold: str) -> float:
     found, wanted = normalize(prediction), normalize(gold)
     closed = {"yes", "no", "noanswer"}

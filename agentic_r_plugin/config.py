@@ -1,6 +1,7 @@
 """Typed configuration: a YAML file and `key=value` overrides into a frozen dataclass, on OmegaConf.
 
 Unknown keys and wrong types are errors that name the file and the key; what was resolved is saved beside the output.
+A file may build on another one: `extends: FILE`, a path seen from its own folder.
 """
 
 from __future__ import annotations
@@ -85,13 +86,20 @@ def _writable(node: Any) -> Any:
     return node
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
+    """The file's content, over that of the file it extends."""
     try:
-        return OmegaConf.load(file)
+        content = OmegaConf.load(file)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, DictConfig) or "extends" not in content:
+        return content
+    parent, chain = (file.parent / str(content.pop("extends"))).resolve(), (*extended_by, file.resolve())
+    if parent in chain:
+        raise ConfigError(f"{file}: extends {parent}, which extends it in turn")
+    return _merge(_read(parent, chain), content, str(file))
 
 
 def _merge(base: Any, update: Any, source: str) -> Any:

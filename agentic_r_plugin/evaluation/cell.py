@@ -23,6 +23,7 @@ from flashrag.config import Config
 
 from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
+from agentic_r_plugin.evaluation.metrics import recall_by_turn
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever
 from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
@@ -169,6 +170,7 @@ def _result(
         "metrics": _intervals(cell, pipeline.evaluator.result, scores),
         "stop_reasons": dict(sorted(Counter(record.stop_reason.value for record in records).items())),
         "breakdown": _breakdown(dataset, records),
+        "by_turn": recall_by_turn(dataset),
         "made_from": dict(cell.made_from),
     }
 

@@ -1,7 +1,8 @@
 """`agentic-r evaluate`: agent x retriever x benchmark through FlashRAG.
 
-`OUT/<agent>-<retriever>-<benchmark>/` holds a cell each (`evaluation.cell`); `OUT/matrix.json` and `OUT/matrix.md` hold
-them together. A cell that is done is not run again by a resume, and one that was interrupted goes on by question.
+`OUT/<agent>-<retriever>-<benchmark>/` holds a cell each (`evaluation.cell`); `OUT/matrix.json` holds them together, and
+`matrix.md`, `.csv` and `.tex` show them as tables. A cell that is done is not run again by a resume, and one that was
+interrupted goes on by question.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import save_config, to_dict
+from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
-from agentic_r_plugin.evaluation.settings import AgenticRSettings
-from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, require_absent, write_json
+from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
+from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
@@ -30,6 +32,7 @@ def _metrics() -> list[str]:
     return [
         "agentic_em",
         "agentic_f1",
+        "agentic_sub_em",
         "search_turns",
         "answer_recall_at_3",
         "answer_recall_at_20",
@@ -42,6 +45,25 @@ def _metrics() -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """What one agent of several needs for itself."""
+
+    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
+    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
+    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
+    llm: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs from `settings.agent`"})
+
+    def over(self, settings: AgenticRSettings) -> AgenticRSettings:
+        """`settings` with what is set here, the language model left out."""
+        return replace(
+            settings,
+            protocol=self.protocol or settings.protocol,
+            topk=self.topk or settings.topk,
+            limits=self.limits.over(settings.limits),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluate agents with retrievers on benchmarks through FlashRAG."""
 
@@ -49,11 +71,18 @@ class EvaluateConfig:
     data_dir: str = field(metadata={"help": "folder that holds the benchmarks in FlashRAG layout"})
     benchmarks: list[str] = field(default_factory=list, metadata={"help": "names of folders in data_dir"})
     agents: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "name -> model directory, or URL of an OpenAI-compatible server"}
+        default_factory=dict,
+        metadata={"help": "name -> model directory (vllm: or hub name), or URL of an OpenAI-compatible server"},
+    )
+    per_agent: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "agent -> its own protocol, limits, topk and llm (AgentSettings)"}
     )
     searches: dict[str, str] = field(
         default_factory=dict,
-        metadata={"help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS"},
+        metadata={
+            "help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS; {benchmark} in it stands for "
+            "the benchmark's name"
+        },
     )
     cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})
     split: str = field(default="test", metadata={"help": "split of every benchmark"})
@@ -83,9 +112,22 @@ class EvaluateConfig:
                     f"cells: {cell!r} is not AGENT:SEARCH; agents: {', '.join(self.agents)}; "
                     f"searches: {', '.join(self.searches)}"
                 )
+        for agent in self.per_agent:
+            if agent not in self.agents:
+                raise ConfigError(f"per_agent: {agent!r} is not among the agents {', '.join(self.agents)}")
+            _llm_spec(self, agent)
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
+
+
+def own_settings(config: EvaluateConfig, agent: str) -> AgentSettings:
+    """What `per_agent` says of an agent.
+
+    Raises:
+        ConfigError: an unknown key or a wrong type.
+    """
+    return load_config(AgentSettings, values=config.per_agent.get(agent, {}))
 
 
 def run(config: EvaluateConfig, *, resume: bool = False) -> None:
@@ -108,19 +150,21 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
 
 
 def _check_inputs(config: EvaluateConfig) -> None:
-    """Find what cannot work before a model is loaded or a folder made."""
+    """Find what cannot work before a model is loaded or a folder made; what no cell uses is left alone."""
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random)
-    for name in config.agents:
+    agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
+    for name in agents:
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
-    for name in config.searches:
-        searching = _search_spec(config, name)
-        where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
-        if where is not None and not Path(where).exists():
-            raise ConfigError(f"searches.{name}: {where!r} does not exist")
+    for name in searches:
+        for benchmark in config.benchmarks:
+            searching = _search_spec(config, name, benchmark)
+            where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
+            if where is not None and not Path(where).exists():
+                raise ConfigError(f"searches.{name}: {where!r} does not exist")
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
@@ -128,12 +172,14 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
     from agentic_r_plugin.evaluation.cell import run_cell
 
     for agent in dict.fromkeys(cell.agent for cell in missing):
-        mine = [cell for cell in missing if cell.agent == agent]
+        mine = sorted(
+            (cell for cell in missing if cell.agent == agent), key=lambda c: list(config.searches).index(c.retriever)
+        )
         with ExitStack() as agent_stack:
             llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
-            for retriever in dict.fromkeys(cell.retriever for cell in mine):
-                with open_search(_search_spec(config, retriever)) as search:
-                    for cell in (cell for cell in mine if cell.retriever == retriever):
+            for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):
+                with open_search(searching) as search:
+                    for cell in cells:
                         write_json(out / cell.name / _MADE_FROM, dict(cell.made_from))
                         result = run_cell(cell, llm, search, out / cell.name)
                         done[cell.name] = result
@@ -141,8 +187,8 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
 
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
-    """`matrix.json` and `matrix.md` from the cells' results; prints the table."""
-    from agentic_r_plugin.evaluation.matrix import cell_name, compare, hardware, markdown_table, versions
+    """`matrix.json` and its tables from the cells' results; prints the Markdown one."""
+    from agentic_r_plugin.evaluation.matrix import cell_name, compare, provenance, write_tables
 
     folders = {cell_name(result): out / cell_name(result) for result in results}
     comparisons = compare(results, folders, level=config.level, resamples=config.resamples, seed=config.seed)
@@ -151,12 +197,9 @@ def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: 
         "cells": results,
         "comparisons": comparisons,
         "config": to_dict(config),
-        "versions": versions(),
-        "hardware": hardware(),
+        **provenance(),
     }
-    table = markdown_table(results)
-    with atomic_path(out / "matrix.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    table = write_tables(results, out)
     write_json(out / "matrix.json", matrix)
     print(table, flush=True)
 
@@ -167,15 +210,16 @@ def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: 
 def _cells(config: EvaluateConfig) -> Iterator[Cell]:
     from agentic_r_plugin.evaluation.cell import Cell
 
-    pairs = [tuple(cell.split(":", 1)) for cell in config.cells] or [
-        (agent, search) for agent in config.agents for search in config.searches
-    ]
     names: set[str] = set()
-    identities = {path: identity(path) for path in {*config.agents.values(), *config.searches.values()}}
+    identities: dict[str, str] = {}
     for benchmark in config.benchmarks:
         split = config.splits.get(benchmark, config.split)
-        for agent, search in pairs:
-            settings = replace(config.settings, agent=_llm_spec(config, agent), search=_search_spec(config, search))
+        for agent, search in _pairs(config):
+            own = own_settings(config, agent).over(config.settings)
+            settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
+            for where in (config.agents[agent], _place(config, search, benchmark)):
+                if where not in identities:
+                    identities[where] = identity(where)
             cell = Cell(
                 agent=agent,
                 retriever=search,
@@ -197,6 +241,14 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
             yield cell
 
 
+def _pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """(agent, search) of every cell of a benchmark."""
+    named = [cell.partition(":") for cell in config.cells]
+    return [(agent, search) for agent, _, search in named] or [
+        (agent, search) for agent in config.agents for search in config.searches
+    ]
+
+
 def _made_from(
     config: EvaluateConfig,
     settings: AgenticRSettings,
@@ -212,7 +264,7 @@ def _made_from(
     return {
         "questions": file_fingerprint(questions) if questions.is_file() else str(questions),
         "agent": identities[config.agents[agent]],
-        "retriever": identities[config.searches[search]],
+        "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
         "seed": config.seed,
@@ -222,6 +274,7 @@ def _made_from(
         "level": config.level,
         "resamples": config.resamples,
         "sampling_seed": settings.seed,
+        **({"agent_model": settings.agent.model} if settings.agent.backend == "openai" else {}),
     } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p")}
 
 
@@ -245,14 +298,18 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 
 def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
-    where = config.agents[name]
-    if where.startswith(("http://", "https://")):
-        return replace(config.settings.agent, backend="openai", url=where)
-    return replace(config.settings.agent, model=where)
+    where, own = config.agents[name], own_settings(config, name).llm
+    found = {"backend": "openai", "url": where} if where.startswith(("http://", "https://")) else {"model": where}
+    return load_config(LLMSpec, values=asdict(config.settings.agent) | found | own)
 
 
-def _search_spec(config: EvaluateConfig, name: str) -> SearchSpec:
-    where = config.searches[name]
+def _place(config: EvaluateConfig, search: str, benchmark: str) -> str:
+    """Where a retriever lies for a benchmark."""
+    return config.searches[search].replace("{benchmark}", benchmark)
+
+
+def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec:
+    where = _place(config, name, benchmark)
     if where.startswith(("http://", "https://")):
         return replace(config.settings.search, backend="service", url=where)
     if where.startswith("bm25:"):

@@ -1,19 +1,24 @@
-"""The matrix: all cells together, compared question by question, as JSON and as a Markdown table."""
+"""The matrix: all cells together, compared question by question, as JSON and as Markdown, CSV and LaTeX tables."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import __version__
+from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.evaluation.statistics import paired_difference
-from agentic_r_plugin.store import read_json
+from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json
 
 COMPARED = ("agentic_em", "agentic_f1", "search_turns", "answer_recall_at_3", "gold_document_recall")
 """Metrics whose differences are tested."""
@@ -32,6 +37,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def provenance() -> dict[str, Any]:
+    """What a result cannot be reproduced without, beside its configuration and inputs."""
+    package = Path(__file__).parents[1]
+    sources = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".txt", ".yaml", ".jinja"))
+    return {
+        "versions": versions(),
+        "hardware": hardware(),
+        "source_fingerprint": fingerprint([file_fingerprint(file) for file in sources]),
+        "command": sys.argv,
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -53,7 +71,13 @@ def hardware() -> dict[str, Any]:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": model, "cpus": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "accelerators": accelerators}
+    return {
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "accelerators": accelerators,
+    }
 
 
 def compare(
@@ -68,12 +92,7 @@ def compare(
         folders: each cell's folder, by `cell_name`.
     """
     comparisons = []
-    for first, second in combinations(results, 2):
-        same = [key for key in ("agent", "retriever") if first[key] == second[key]]
-        of_benchmark = [result for result in results if result["benchmark"] == first["benchmark"]]
-        corners = first is of_benchmark[0] and second is of_benchmark[-1]
-        if first["benchmark"] != second["benchmark"] or not (same or corners):
-            continue
+    for first, second in compared_pairs(results):
         before, after = (read_json(folders[cell_name(result)] / "scores.json") for result in (first, second))
         metrics = {
             name: _difference(before, after, name, level=level, resamples=resamples, seed=seed)
@@ -82,14 +101,32 @@ def compare(
         }
         comparisons.append(
             {
-                "benchmark": first["benchmark"],
-                "fixed": same[0] if same else None,
-                "first": {key: first[key] for key in ("agent", "retriever")},
-                "second": {key: second[key] for key in ("agent", "retriever")},
+                **pair_names(first, second),
                 "metrics": {name: found for name, found in metrics.items() if found is not None},
             }
         )
     return comparisons
+
+
+def compared_pairs(results: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
+    """Pairs of one benchmark that share the agent or the retriever, and each benchmark's first with its last."""
+    for first, second in combinations(results, 2):
+        of_benchmark = [result for result in results if result["benchmark"] == first["benchmark"]]
+        corners = first is of_benchmark[0] and second is of_benchmark[-1]
+        shared = first["agent"] == second["agent"] or first["retriever"] == second["retriever"]
+        if first["benchmark"] == second["benchmark"] and (shared or corners):
+            yield first, second
+
+
+def pair_names(first: Result, second: Result) -> dict[str, Any]:
+    """What a comparison is of: its benchmark, its two sides, and which of agent and retriever they share."""
+    sides = ("agent", "retriever")
+    return {
+        "benchmark": first["benchmark"],
+        "fixed": next((key for key in sides if first[key] == second[key]), None),
+        "first": {key: first[key] for key in sides},
+        "second": {key: second[key] for key in sides},
+    }
 
 
 def cell_name(result: Result) -> str:
@@ -117,6 +154,80 @@ _COLUMNS = (
 )
 
 
+def write_tables(results: Sequence[Result], out: Path) -> str:
+    """`matrix.md`, `matrix.csv` and `matrix.tex` in `out`; returns the Markdown."""
+    markdown = markdown_table(results)
+    for suffix, text in (("md", markdown), ("csv", csv_table(results)), ("tex", latex_table(results))):
+        with atomic_path(out / f"matrix.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
+    return markdown
+
+
+def csv_table(results: Iterable[Result]) -> str:
+    """One line per cell and metric, shares as they are: benchmark, agent, retriever, metric, mean, low, high."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    where = ("benchmark", "split", "agent", "retriever")
+    writer.writerow([*where, "metric", "mean", "low", "high", "num_questions"])
+    for result in results:
+        for name, entry in result["metrics"].items():
+            figures = [entry["mean"], entry.get("low"), entry.get("high")]
+            size = entry.get("num_questions", result["num_questions"])
+            writer.writerow([*(result[key] for key in where), name, *figures, size])
+    return stream.getvalue()
+
+
+def latex_table(results: Sequence[Result]) -> str:
+    """The paper's table: a row per agent and retriever, exact match in per cent per benchmark, and their mean.
+
+    Intervals stand small behind the figures; the best retriever of each agent is bold; `booktabs` is needed. A row that
+    lacks a benchmark has no mean, and one benchmark needs none.
+    """
+    benchmarks = list(dict.fromkeys(result["benchmark"] for result in results))
+    rows: dict[tuple[str, str], dict[str, Result]] = {}
+    for result in results:
+        pair = (result["agent"], result["retriever"])
+        rows.setdefault(pair, {})[result["benchmark"]] = result["metrics"]["agentic_em"]
+    if len(benchmarks) > 1:
+        for found in rows.values():
+            if len(found) == len(benchmarks):
+                found["mean"] = {"mean": sum(entry["mean"] for entry in found.values()) / len(benchmarks)}
+        benchmarks.append("mean")
+    lines = [
+        f"\\begin{{tabular}}{{ll{'r' * len(benchmarks)}}}",
+        "\\toprule",
+        " & ".join(["agent", "retriever", *map(_tex, benchmarks)]) + " \\\\",
+        "\\midrule",
+    ]
+    for pair, found in rows.items():
+        rivals = [other for (agent, _), other in rows.items() if agent == pair[0]]
+        figures = [
+            _tex_figure(found.get(name), [other[name] for other in rivals if name in other]) for name in benchmarks
+        ]
+        lines.append(" & ".join([*map(_tex, pair), *figures]) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _tex(text: str) -> str:
+    """Text with LaTeX's special letters escaped.
+
+    >>> print(_tex("agentic_r & co"))
+    agentic\\_r \\& co
+    """
+    return "".join("\\" + letter if letter in "&%$#_{}" else letter for letter in text)
+
+
+def _tex_figure(entry: Result | None, rivals: Sequence[Result]) -> str:
+    if entry is None:
+        return "--"
+    text = f"{entry['mean'] * 100:.2f}"
+    if len(rivals) > 1 and entry["mean"] == max(rival["mean"] for rival in rivals):
+        text = f"\\textbf{{{text}}}"
+    if "low" in entry:
+        text += f" {{\\scriptsize [{entry['low'] * 100:.1f}, {entry['high'] * 100:.1f}]}}"
+    return text
+
+
 def markdown_table(results: Iterable[Result]) -> str:
     """The cells as a Markdown table: EM with its interval, F1, search turns, answer recall at 3."""
     rows = [["benchmark", "agent", "retriever", "questions", *(title for _, title, _ in _COLUMNS)]]
@@ -125,6 +236,17 @@ def markdown_table(results: Iterable[Result]) -> str:
         for name, _, scale in _COLUMNS:
             row.append(_figure(result["metrics"].get(name), scale, with_interval=name == "agentic_em"))
         rows.append(row)
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a Markdown table, the first one its head.
+
+    >>> print(markdown([["a", "b"], ["1", "long"]]), end="")
+    | a | b    |
+    |---|------|
+    | 1 | long |
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows

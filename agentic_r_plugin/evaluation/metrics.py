@@ -12,7 +12,7 @@ from typing import Any
 
 from flashrag.evaluator.metrics import BaseMetric
 
-from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed
+from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import StopReason
 
@@ -68,6 +68,15 @@ class AgenticExactMatch(QuestionMetric):
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float:
         return float(exact_match(prediction(item), golden_answers))
+
+
+class AgenticSubExactMatch(QuestionMetric):
+    """Whether the answer holds a gold answer; FlashRAG's `acc`, but a missing answer never matches."""
+
+    metric_name = "agentic_sub_em"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
+        return float(sub_exact_match(prediction(item), golden_answers))
 
 
 class AgenticF1(QuestionMetric):
@@ -211,6 +220,7 @@ class GeneratedTokens(QuestionMetric):
 METRICS: tuple[type[QuestionMetric], ...] = (
     AgenticExactMatch,
     AgenticF1,
+    AgenticSubExactMatch,
     SearchTurns,
     AnswerRecall,
     AnswerRecallAtDepth,
@@ -221,3 +231,40 @@ METRICS: tuple[type[QuestionMetric], ...] = (
     GeneratedTokens,
 )
 METRIC_NAMES: tuple[str, ...] = tuple(metric.metric_name for metric in METRICS)
+
+
+def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
+    """What the n-th search of a question shows, over the questions that make one.
+
+    Args:
+        items: answered by `AgenticSearchPipeline`.
+
+    Returns:
+        For each turn, counted from 1: `num_questions` that searched so often, `answer_recall` and
+        `gold_document_recall` of that search alone, and `answer_recall_so_far`, over all questions, of it and the
+        searches before it. None where no question says anything; yes/no questions say nothing of answers.
+    """
+    rows: list[tuple[list[bool] | None, list[float | None]]] = []
+    for item in items:
+        turns = trajectory(item)["turns"]
+        gold = {str(name) for name in (item.metadata or {}).get("gold_doc_ids", ())}
+        shown = [{passage["id"] for passage in turn["passages"]} for turn in turns]
+        docs = [row["docs"] for row in item.output["retrieval_results"].values()]
+        found = [rank is not None for rank in answer_ranks(docs, item.golden_answers)]
+        closed = is_closed(item.golden_answers)
+        rows.append((None if closed else found, [len(gold & ids) / len(gold) if gold else None for ids in shown]))
+    table: list[dict[str, float | int | None]] = []
+    for turn in range(max((len(documents) for _, documents in rows), default=0)):
+        made = [(answers, documents) for answers, documents in rows if len(documents) > turn]
+        table.append(
+            {
+                "turn": turn + 1,
+                "num_questions": len(made),
+                "answer_recall": mean(None if answers is None else float(answers[turn]) for answers, _ in made),
+                "gold_document_recall": mean(documents[turn] for _, documents in made),
+                "answer_recall_so_far": mean(
+                    None if answers is None else float(any(answers[: turn + 1])) for answers, _ in rows
+                ),
+            }
+        )
+    return table

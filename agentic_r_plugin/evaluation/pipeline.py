@@ -21,6 +21,7 @@ from flashrag.utils import get_dataset
 from agentic_r_plugin.backends import open_llm, open_search
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
+from agentic_r_plugin.evaluation.cache import with_cache
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
@@ -116,7 +117,9 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             )
             self._opened = opening.pop_all()
         self.evaluator = evaluator
-        self.backend = retriever.backend if isinstance(retriever, AgenticRetriever) else FlashRAGBackend(retriever)
+        backend = retriever.backend if isinstance(retriever, AgenticRetriever) else FlashRAGBackend(retriever)
+        self.backend = with_cache(config, backend)
+        self.save_retrieval_cache = False  # FlashRAG would write it at the end; ours is written search by search
         self.cost = RolloutCost()
 
     def close(self) -> None:
@@ -230,8 +233,6 @@ def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
         raise ConfigError(
             f"generator: expected an AgenticGenerator, found {type(generator).__name__}; the protocol needs token ids"
         )
-    if config["save_retrieval_cache"] or config["use_retrieval_cache"]:
-        raise ConfigError("save_retrieval_cache, use_retrieval_cache: not available with this pipeline; set both False")
 
 
 def load_split(config: Any, split: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
@@ -19,6 +19,8 @@ KEY = "agentic_r"
 AGENT_FILE = "agent.json"
 DEFAULT_PROTOCOL = "search_r1"
 
+LimitsType = TypeVar("LimitsType", "Limits", "LimitOverrides")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LimitOverrides:
@@ -30,8 +32,8 @@ class LimitOverrides:
     max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})
     max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
 
-    def over(self, limits: Limits) -> Limits:
-        """`limits` with what is set here."""
+    def over(self, limits: LimitsType) -> LimitsType:
+        """`limits`, or overrides of them, with what is set here."""
         return replace(limits, **{name: value for name, value in asdict(self).items() if value is not None})
 
 

@@ -1,6 +1,6 @@
-"""How sure a result is: bootstrap intervals, and paired comparison of two runs on the same questions.
+"""How sure a result is: bootstrap intervals, paired comparison of two runs on the same questions, several seeds.
 
-Legend: N questions, R resamples. Everything is seeded and gives the same figures again.
+Legend: N questions, R resamples, S seeds. Everything is seeded and gives the same figures again.
 """
 
 from __future__ import annotations
@@ -83,6 +83,63 @@ def paired_difference(
         p_value=_sign_flip_p_value(difference_N, resamples, seed + 1),
         num_questions=len(difference_N),
         level=level,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsInterval:
+    """A mean over seeds and questions, and the interval that covers that of other seeds and other questions."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided, of the mean being 0: 1 less the level at which the interval touches it."""
+    num_questions: int
+    num_seeds: int
+    per_seed: tuple[float, ...]
+    """The mean of each seed."""
+
+
+def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInterval:
+    """Mean of a score that several seeds got on the same questions; both are taken as random draws.
+
+    Two intervals of Student's t, one of the seeds' means and one of the questions' means, whose half-widths are added
+    in quadrature. The chance left within seed and question counts in both, so the interval is rather too wide than too
+    narrow; with three seeds that differ it is wide, as it should be.
+
+    Args:
+        values: [S, N] one row per seed, the questions in one order.
+
+    Raises:
+        ValueError: fewer than two seeds or questions, or rows of different lengths.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import t as student
+
+    if len({len(row) for row in values}) != 1:
+        raise ValueError(f"expected the same questions for every seed, found {[len(row) for row in values]}")
+    values_SN = np.asarray(values, dtype=np.float64)
+    if min(values_SN.shape) < 2 or not 0 < level < 1:
+        raise ValueError(f"expected 2 seeds, 2 questions and a level in (0, 1), found {values_SN.shape} and {level}")
+    sides = (values_SN.mean(axis=1), values_SN.mean(axis=0))
+
+    def half_width(level: float) -> float:
+        return math.hypot(*(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 for x in sides))
+
+    mean, surest = float(values_SN.mean()), 1 - 1e-9
+    touching = float(mean != 0)
+    if abs(mean) < half_width(surest):
+        touching = brentq(lambda level: half_width(level) - abs(mean), 0, surest)
+    half = half_width(level)
+    return SeedsInterval(
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        p_value=1 - touching,
+        num_questions=values_SN.shape[1],
+        num_seeds=values_SN.shape[0],
+        per_seed=tuple(float(value) for value in sides[0]),
     )
 
 

@@ -14,6 +14,7 @@ from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatch
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.cell import Cell, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
+from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
@@ -81,6 +82,8 @@ def test_the_command_writes_cells_and_matrix_with_all_they_were_made_from(
     assert cell["cost"]["rollouts"] == 4 and cell["cost"]["generated_tokens"] == 4 * 2 * 8
     assert {"torch", "flashrag-dev", "agentic-r-plugin", "python"} <= set(matrix["versions"])
     assert matrix["hardware"]["cpus"] >= 1 and matrix["config"]["first"] == 4
+    assert matrix["hardware"]["threads"] >= 1 and len(matrix["source_fingerprint"]) == 16 and matrix["command"]
+    assert cell["by_turn"] == []
     table = (tmp_path / "out" / "matrix.md").read_text()
     assert "| toy       | tiny  | bm25      | 4         | 0.0 [0.0, 0.0] |" in table
     assert table in capsys.readouterr().out
@@ -105,6 +108,52 @@ def test_finished_cells_are_not_run_again_and_new_ones_are_added(
     run(config(tmp_path, tiny_agent, searches=searches), resume=True)
 
 
+def test_each_agent_runs_under_its_own_settings_and_each_benchmark_has_its_own_retriever(
+    tmp_path: Path, tiny_agent: Path
+) -> None:
+    write_benchmark(tmp_path)
+    write_benchmark(tmp_path / "other", num_questions=2)
+    (tmp_path / "other" / "toy").rename(tmp_path / "toy2")
+    values = {
+        "benchmarks": ["toy", "toy2"],
+        "agents": {"tiny": str(tiny_agent), "same": str(tiny_agent)},
+        "per_agent": {"same": {"protocol": "r1_searcher", "topk": 1, "limits": {"max_tokens": 1200}}},
+        "searches": {"bm25": f"bm25:{tmp_path}/{{benchmark}}/corpus.jsonl"},
+    }
+    run(config(tmp_path, tiny_agent, **values))
+    cells = {(cell["agent"], cell["benchmark"]): cell for cell in read_json(tmp_path / "out" / "matrix.json")["cells"]}
+    ours, theirs = cells["tiny", "toy"], cells["same", "toy"]
+    assert (ours["protocol"], ours["topk"], ours["limits"]["max_tokens"]) == ("compact", 2, 256)
+    assert (theirs["protocol"], theirs["topk"], theirs["limits"]["max_tokens"]) == ("r1_searcher", 1, 1200)
+    assert theirs["limits"]["max_malformed"] == ours["limits"]["max_malformed"] == 1
+    assert [cells["tiny", name]["num_questions"] for name in ("toy", "toy2")] == [6, 2]
+    evaluated = config(tmp_path, tiny_agent, **values)
+    assert evaluate._search_spec(evaluated, "bm25", "toy2").corpus == f"{tmp_path}/toy2/corpus.jsonl"
+
+
+def test_csv_holds_every_metric_and_latex_the_papers_table() -> None:
+    def cell(agent: str, retriever: str, benchmark: str, em: float) -> dict[str, Any]:
+        metrics = {
+            "agentic_em": {"mean": em, "low": em - 0.1, "high": em + 0.1, "num_questions": 50},
+            "malformed_share": {"mean": 0.25},
+        }
+        names = {"agent": agent, "retriever": retriever, "benchmark": benchmark}
+        return names | {"split": "test", "num_questions": 50, "metrics": metrics}
+
+    results = [cell("own", "e5", "nq", 0.5), cell("own", "agentic_r", "nq", 0.625), cell("own", "e5", "popqa", 0.25)]
+    lines = csv_table(results).splitlines()
+    assert lines[0] == "benchmark,split,agent,retriever,metric,mean,low,high,num_questions"
+    assert lines[1] == "nq,test,own,e5,agentic_em,0.5,0.4,0.6,50"
+    assert lines[2] == "nq,test,own,e5,malformed_share,0.25,,,50" and len(lines) == 7
+    assert latex_table(results).splitlines()[2:6] == [
+        r"agent & retriever & nq & popqa & mean \\",
+        r"\midrule",
+        r"own & e5 & 50.00 {\scriptsize [40.0, 60.0]} & 25.00 {\scriptsize [15.0, 35.0]} & 37.50 \\",
+        r"own & agentic\_r & \textbf{62.50} {\scriptsize [52.5, 72.5]} & -- & -- \\",
+    ]
+    assert "mean" not in latex_table(results[:2])
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"first": 3}, {"settings": {"limits": {"max_searches": 1}}}])
 def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
     tmp_path: Path, tiny_agent: Path, change: dict[str, Any]
@@ -125,6 +174,8 @@ def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
         ({"searches": {"r0": "nowhere"}}, "searches.r0: 'nowhere' does not exist"),
         ({"first": 99}, "99 questions were asked for"),
         ({"topk": 3}, "topk"),
+        ({"per_agent": {"tyni": {}}}, "per_agent: 'tyni' is not among the agents tiny"),
+        ({"per_agent": {"tiny": {"llm": {"modell": "x"}}}}, "modell"),
     ],
 )
 def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(

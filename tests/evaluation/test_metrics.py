@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from flashrag.dataset import Dataset
 from flashrag.evaluator import Evaluator
-from flashrag.evaluator.metrics import BaseMetric, ExactMatch, F1_Score
+from flashrag.evaluator.metrics import BaseMetric, ExactMatch
 
-from agentic_r_plugin.evaluation.metrics import METRIC_NAMES, METRICS
+from agentic_r_plugin.evaluation.metrics import METRIC_NAMES, METRICS, recall_by_turn
+from agentic_r_plugin.evaluation.pipeline import StrictEvaluator
 from tests.evaluation.evaluation_toy import flashrag_config
 
 WORDS = ["the", "a", "an", "yes", "no", "noanswer", "None", "Paris", "paris.", "café", "CAFÉ", "İstanbul", "ǅ", "ﬁn"]
@@ -35,17 +36,22 @@ def random_text(rng: random.Random) -> str:
     return rng.choice([" ", "  ", "\t"]).join(rng.choice(WORDS) for _ in range(rng.randrange(5)))
 
 
-def test_exact_match_and_f1_equal_flashrags_on_ten_thousand_random_pairs(tmp_path: Path) -> None:
-    rng, config = random.Random(0), flashrag_config(tmp_path)
+def test_flashrags_evaluator_and_ours_agree_on_ten_thousand_random_pairs(tmp_path: Path) -> None:
+    rng = random.Random(0)
     rows = [
         {"golden_answers": [random_text(rng) for _ in range(rng.randrange(1, 4))], "output": {"pred": random_text(rng)}}
         for _ in range(10_000)
     ]
+    theirs, ours = ("em", "f1", "acc"), ("agentic_em", "agentic_f1", "agentic_sub_em")
+    config = flashrag_config(tmp_path, metrics=list(theirs))
     data = dataset(config, rows)
-    ours_em, ours_f1 = (calculate(config, name, data)[1] for name in ("agentic_em", "agentic_f1"))
-    assert ours_em == ExactMatch(config).calculate_metric(data)[1]
-    assert ours_f1 == F1_Score(config).calculate_metric(data)[1]
-    assert sum(ours_em) > 500 and sum(score not in (0, 1) for score in ours_f1) > 500
+    expected = Evaluator(config).evaluate(data)
+    found = StrictEvaluator(flashrag_config(tmp_path, metrics=list(ours))).evaluate(data)
+    assert [found[name] for name in ours] == [expected[name] for name in theirs]
+    for item in data:
+        scores = item.output["metric_score"]
+        assert [scores[name] for name in ours] == [scores[name] for name in theirs], (item.pred, item.golden_answers)
+    assert 0.05 < expected["em"] < expected["acc"] < 1 and 0.05 < expected["f1"] < 1
 
 
 def test_a_missing_answer_scores_nothing_even_where_gold_is_none(tmp_path: Path) -> None:
@@ -53,6 +59,7 @@ def test_a_missing_answer_scores_nothing_even_where_gold_is_none(tmp_path: Path)
     data = dataset(config, [{"golden_answers": ["None"], "output": {"pred": pred}} for pred in (None, "None")])
     assert calculate(config, "agentic_em", data) == ({"agentic_em": 0.5}, [0.0, 1.0])
     assert calculate(config, "agentic_f1", data) == ({"agentic_f1": 0.5}, [0.0, 1.0])
+    assert calculate(config, "agentic_sub_em", data) == ({"agentic_sub_em": 0.5}, [0.0, 1.0])
     with pytest.raises(AttributeError):
         ExactMatch(config).calculate_metric(data)
 
@@ -136,3 +143,21 @@ def test_metrics_of_hand_made_trajectories_are_exact(
 def test_a_metric_without_any_question_to_speak_of_is_none(tmp_path: Path) -> None:
     config = flashrag_config(tmp_path)
     assert calculate(config, "gold_document_recall", dataset(config, rows()[2:]))[0]["gold_document_recall"] is None
+
+
+def test_recall_by_turn_is_that_of_each_search_and_of_all_so_far(tmp_path: Path) -> None:
+    first, second = recall_by_turn(dataset(flashrag_config(tmp_path), rows()))
+    assert first == {
+        "turn": 1,
+        "num_questions": 2,
+        "answer_recall": 0.0,
+        "gold_document_recall": 0.5,
+        "answer_recall_so_far": 0.0,
+    }
+    assert second == {
+        "turn": 2,
+        "num_questions": 1,
+        "answer_recall": 1.0,
+        "gold_document_recall": 0.5,
+        "answer_recall_so_far": 0.5,
+    }

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from flashrag.config import Config
 from flashrag.dataset import Dataset
-from flashrag.pipeline import SearchR1Pipeline
+from flashrag.pipeline import ReasoningPipeline, SearchR1Pipeline
 from flashrag.utils import get_dataset
 
+from agentic_r_plugin import components
 from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError, SearchUnavailableError
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend
 from agentic_r_plugin.evaluation.settings import read_settings
-from agentic_r_plugin.protocol import Limits, Session, search_r1
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Session, search_r1
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.store import read_records
@@ -201,6 +202,48 @@ def test_flashrags_own_pipeline_searches_with_our_retriever_and_generator(tmp_pa
     assert [item.pred for item in dataset] == ["Awe", "Bure", "Cam", "Dee", "Exe", "Fal"]
 
 
+class _Speaking(RuleAgent):
+    """The rule agent in the tags of another protocol."""
+
+    def __init__(self, protocol: AgentProtocol) -> None:
+        super().__init__()
+        self.protocol = protocol
+
+    def reply(self, prompt: str) -> str:
+        text = super().reply(prompt)
+        for theirs, tag in (("search", self.protocol.search_tag), ("answer", self.protocol.answer_tag)):
+            text = text.replace(f"<{theirs}>", self.protocol.opening(tag))
+            text = text.replace(f"</{theirs}>", self.protocol.closing(tag))
+        return text
+
+
+@pytest.mark.parametrize("name", ["search_r1_released", "r1_searcher", "simple_deep_searcher"])
+def test_every_agents_protocol_runs_on_the_one_engine_with_question_and_query_as_input(
+    tmp_path: Path, name: str
+) -> None:
+    write_benchmark(tmp_path)
+    protocol = components.load("agent_protocol", name)
+    pipeline = build(tmp_path, _Speaking(protocol), agentic_r={"protocol": name, "depth": 0})
+    dataset = pipeline.run(load_split(pipeline.config, "test"))
+    assert [item.pred for item in dataset] == ["Awe", "Bure", "Cam", "Dee", "Exe", "Fal"]
+    assert [item.retrieved_times for item in dataset] == [2] * 6
+    assert {request.question for request in pipeline.backend.requests} == set(dataset.question)
+    assert all(protocol.opening(protocol.information_tag) in item.trajectory["text"] for item in dataset)
+
+
+def test_flashrags_own_r1_searcher_pipeline_makes_the_same_searches_and_answers(tmp_path: Path) -> None:
+    write_benchmark(tmp_path)
+    protocol = components.load("agent_protocol", "r1_searcher")
+    ours = build(tmp_path, _Speaking(protocol), agentic_r={"protocol": "r1_searcher", "depth": 0})
+    stock = ReasoningPipeline(
+        ours.config, prompt_template=ours.prompt_template, retriever=ours.retriever, generator=ours.generator
+    )
+    found, expected = (pipeline.run(load_split(ours.config, "test")) for pipeline in (ours, stock))
+    for item, other in zip(found, expected, strict=True):
+        assert item.pred == other.pred
+        assert list(item.retrieval_results.values()) == list(other.retrieval_results.values())
+
+
 def test_our_pipeline_runs_on_a_flashrag_retriever(tmp_path: Path) -> None:
     home = write_benchmark(tmp_path)
     foreign = _RepeatingRetriever(OverlapSearch(home / "corpus.jsonl"))
@@ -239,7 +282,7 @@ def test_more_passages_than_the_corpus_holds_are_never_repeated(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"save_retrieval_cache": True}, "save_retrieval_cache"),
+        ({"use_retrieval_cache": True, "retrieval_cache_path": "nowhere"}, "no cache at nowhere"),
         ({"agentic_r": {"protocol": "x"}}, "agent_protocol 'x'"),
     ],
 )

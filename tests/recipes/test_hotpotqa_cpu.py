@@ -68,6 +68,32 @@ def test_the_script_is_valid_calls_known_commands_and_keeps_warm_start_and_data_
     assert f"tail -n +{learnt.limit + 1} " in text
 
 
+def test_the_matrix_over_both_sets_calls_run_first_and_then_known_commands_with_a_retriever_per_set(
+    tmp_path: Path,
+) -> None:
+    data, out, log = tmp_path / "data", tmp_path / "out", tmp_path / "log"
+    (data / "hotpotqa").mkdir(parents=True)
+    (data / "hotpotqa" / "train.jsonl").write_text("")
+    command = tmp_path / "command"
+    command.write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
+    command.chmod(0o755)
+    environment = os.environ | {"AGENTIC_R": str(command), "PYTHON": "true", "AGENTIC_R_DATA": str(data)}
+    (out / "index_base").mkdir(parents=True)
+    (out / "index_trained").mkdir()
+    subprocess.run([str(RECIPE / "matrix.sh"), str(out)], check=True, env=environment, capture_output=True)
+    called = [line.split() for line in log.read_text().splitlines()]
+    assert [words[0] for words in called[-4:]] == ["evaluate", "index", "index", "evaluate"]
+    assert {words[0] for words in called} <= set(COMMANDS)
+    words = called[-1]
+    overrides = [word for word in words if "=" in word and not word.startswith("--")]
+    flags = {name: words[words.index(name) + 1] for name in ("--data-dir", "--out", "--first")}
+    given = [f"data_dir={flags['--data-dir']}", f"out={flags['--out']}", f"first={flags['--first']}"]
+    config = load_config(COMMANDS["evaluate"].load()[0], RECIPE / "evaluate.yaml", [*given, *overrides])
+    assert config.benchmarks == ["hotpotqa", "2wikimultihopqa"] and list(config.searches) == ["bm25", "base", "trained"]
+    assert all("{benchmark}" in place for place in config.searches.values())
+    assert (out / "index" / "trained" / "hotpotqa").resolve() == (out / "index_trained").resolve()
+
+
 class _Words:
     """A codec with one id a word or space, close to a real tokenizer in length."""
 

@@ -1,0 +1,148 @@
+"""`agentic-r aggregate`: the matrices of several seeds as one, with intervals over seeds and questions.
+
+Every run holds the same cells on the same questions and was trained with another seed. The result is a matrix of the
+same form (`matrix.json`, `.md`, `.csv`, `.tex`), each metric with its mean per seed; the method is
+`statistics.seeds_interval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.evaluation.matrix import (
+    COMPARED,
+    Result,
+    cell_name,
+    compared_pairs,
+    pair_names,
+    provenance,
+    write_tables,
+)
+from agentic_r_plugin.evaluation.statistics import seeds_interval
+from agentic_r_plugin.store import read_json, require_absent, write_json
+
+METHOD = "half-widths of Student's t over the seeds' means and over the questions' means, added in quadrature"
+_KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", "seed", "protocol", "limits", "topk")
+"""Fields of a cell that are the same for all seeds."""
+
+Scores = dict[str, list[float | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregateConfig:
+    """Put the matrices of runs with several seeds together."""
+
+    out: str = field(metadata={"help": "folder for the matrix"})
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "run folders of iterate, experiment or evaluate, one a seed"}
+    )
+    level: float = field(default=0.95, metadata={"help": "of the intervals"})
+
+    def __post_init__(self) -> None:
+        if len(self.runs) < 2 or len(set(self.runs)) < len(self.runs):
+            raise ConfigError(f"runs: expected at least two different folders, found {', '.join(self.runs) or 'none'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    folder: Path
+    cells: dict[str, Result]
+
+    def scores(self, name: str) -> Scores:
+        found: Scores = read_json(self.folder / name / "scores.json")
+        return found
+
+
+def run(config: AggregateConfig, *, resume: bool = False) -> None:
+    """The command `aggregate`; with `resume` an earlier result is replaced.
+
+    Raises:
+        OutputExistsError: there is a matrix already, and `resume` was not asked for.
+        RecordError: a run without a matrix, or runs that do not hold the same cells on the same questions.
+    """
+    out = Path(config.out)
+    if not resume:
+        require_absent(out / "matrix.json")
+    runs = [_read(Path(folder)) for folder in config.runs]
+    _check_same(runs)
+    cells = [_cell(runs, name, config.level) for name in runs[0].cells]
+    out.mkdir(parents=True, exist_ok=True)
+    table = write_tables(cells, out)
+    matrix = {
+        "schema": "evaluation_matrix/1",
+        "cells": cells,
+        "comparisons": [_comparison(runs, *pair, config.level) for pair in compared_pairs(cells)],
+        "config": to_dict(config),
+        "num_seeds": len(runs),
+        "method": METHOD,
+        "runs": [read_json(each.folder / "matrix.json")["config"] for each in runs],
+        **provenance(),
+    }
+    write_json(out / "matrix.json", matrix)
+    print(table, flush=True)
+
+
+def _read(folder: Path) -> _Run:
+    home = next((place for place in (folder / "evaluation", folder) if (place / "matrix.json").is_file()), None)
+    if home is None:
+        raise RecordError("no matrix.json here nor in evaluation/; run agentic-r evaluate first", path=folder)
+    cells = {cell_name(cell): cell for cell in read_json(home / "matrix.json")["cells"]}
+    return _Run(folder=home, cells=cells)
+
+
+def _check_same(runs: Sequence[_Run]) -> None:
+    first = runs[0]
+    for other in runs[1:]:
+        if missing := first.cells.keys() ^ other.cells.keys():
+            raise RecordError(
+                f"expected the cells of {first.folder}; not in both: {sorted(missing)[0]}", path=other.folder
+            )
+        for name in first.cells:
+            if first.scores(name)["id"] != other.scores(name)["id"]:
+                raise RecordError(f"{name}: other questions than in {first.folder}", path=other.folder)
+        prints = ("agent_fingerprint", "search_fingerprint")
+        if all(first.cells[name][key] == other.cells[name][key] for name in first.cells for key in prints):
+            raise RecordError(
+                f"the agents and retrievers are those of {first.folder}: not another seed", path=other.folder
+            )
+
+
+def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
+    first, scores = runs[0].cells[name], [each.scores(name) for each in runs]
+    metrics: dict[str, Any] = {}
+    for metric, entry in first["metrics"].items():
+        means = [each.cells[name]["metrics"][metric]["mean"] for each in runs]
+        found = _interval([each[metric] for each in scores], level) if "low" in entry else None
+        if found is not None:
+            metrics[metric] = {key: value for key, value in found.items() if key != "p_value"}
+        else:
+            known = None not in means
+            metrics[metric] = {"mean": sum(means) / len(means) if known else None, "per_seed": means}
+    return {key: first[key] for key in _KEPT} | {"num_seeds": len(runs), "metrics": metrics}
+
+
+def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: float) -> dict[str, Any]:
+    before, after = ([each.scores(cell_name(side)) for each in runs] for side in (first, second))
+    metrics = {}
+    for metric in COMPARED:
+        if metric not in before[0] or metric not in after[0]:
+            continue
+        pairs = [list(zip(a[metric], b[metric], strict=True)) for a, b in zip(before, after, strict=True)]
+        differences = [[None if None in (x, y) else y - x for x, y in row] for row in pairs]  # type: ignore[operator]
+        if (found := _interval(differences, level)) is None:
+            continue
+        beyond = (found["low"] > 0 or found["high"] < 0) and found["p_value"] < 1 - level
+        metrics[metric] = {"difference": found.pop("mean"), **found, "level": level, "beyond_chance": beyond}
+    return {**pair_names(first, second), "metrics": metrics}
+
+
+def _interval(rows: Sequence[Sequence[float | None]], level: float) -> dict[str, Any] | None:
+    """Over the questions that every seed has a score for; None where there are fewer than two."""
+    columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
+    whole = [column for column in columns if len(column) == len(rows)]
+    return asdict(seeds_interval(list(zip(*whole, strict=True)), level=level)) if len(whole) > 1 else None

@@ -1,0 +1,123 @@
+"""FlashRAG's retrieval cache for agentic search: what a search found, kept in a file and looked up again.
+
+FlashRAG knows a cached search by its query. Here the question and the earlier queries belong to it too, since a
+retriever may read them, and the file says which index and retriever it is of. The keys are FlashRAG's:
+`save_retrieval_cache`, `use_retrieval_cache`, `retrieval_cache_path` (default `{save_dir}/retrieval_cache.jsonl`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.store import dump_line, parse_line
+
+SCHEMA = "retrieval_cache/1"
+FILE = "retrieval_cache.jsonl"
+
+
+class CachedSearch:
+    """A search backend whose results are kept.
+
+    Args:
+        backend: asked for what is not known yet.
+        path: JSON Lines: a head with the backend's fingerprint, then one search a line. A last line that was cut off
+            is left out.
+        save: whether new results are added to the file.
+
+    Raises:
+        ManifestMismatchError: the file is of another index or retriever.
+        RecordError: a broken line.
+    """
+
+    def __init__(self, backend: SearchBackend, path: Path, *, save: bool = True) -> None:
+        self.backend, self.path, self.save = backend, path, save
+        self.looked_up = 0
+        """Searches answered from the cache."""
+        self._kept: dict[SearchRequest, tuple[int, list[Hit]]] = {}
+        if path.is_file():
+            self._read()
+        elif save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(dump_line({"schema": SCHEMA, "search": backend.fingerprint()}))
+
+    def _read(self) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if self.save and len(whole) < len(content):
+            with self.path.open("r+b") as stream:
+                stream.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            data = parse_line(line, self.path, number)
+            try:
+                if number == 1:
+                    self._check(data)
+                    continue
+                request = SearchRequest(query=data["query"], question=data["question"], history=tuple(data["history"]))
+                hits = [
+                    Hit(passage=Passage.from_contents(row["id"], row["contents"]), score=row["score"])
+                    for row in data["passages"]
+                ]
+                self._kept[request] = (data["topk"], hits)
+            except (KeyError, TypeError) as error:
+                raise RecordError(
+                    f"expected a cached search, found {line[:80]!r}", path=self.path, line=number
+                ) from error
+
+    def _check(self, head: Any) -> None:
+        if head["schema"] != SCHEMA:
+            raise RecordError(f"expected schema {SCHEMA!r}, found {head['schema']!r}", path=self.path, line=1)
+        if head["search"] != self.backend.fingerprint():
+            raise ManifestMismatchError(
+                f"{self.path} holds the searches of another index or retriever; use another retrieval_cache_path"
+            )
+
+    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        """See `SearchBackend.search`; each request that is not known, or not so deep, is searched once."""
+        missing = [
+            request for request in dict.fromkeys(requests) if request not in self._kept or self._kept[request][0] < topk
+        ]
+        self.looked_up += len(requests) - len(missing)
+        if missing:
+            found = self.backend.search(missing, topk)
+            self._kept |= {request: (topk, hits) for request, hits in zip(missing, found, strict=True)}
+            if self.save:
+                with self.path.open("ab") as stream:
+                    stream.writelines(dump_line(_line(request, topk, self._kept[request][1])) for request in missing)
+        return [self._kept[request][1][:topk] for request in requests]
+
+    def fingerprint(self) -> str:
+        """The backend's: a cache changes no result."""
+        return self.backend.fingerprint()
+
+    def close(self) -> None:
+        """Close the backend; the file is whole after every search."""
+        self.backend.close()
+
+
+def _line(request: SearchRequest, topk: int, hits: Sequence[Hit]) -> dict[str, Any]:
+    passages = [{"id": hit.passage.id, "contents": hit.passage.contents, "score": hit.score} for hit in hits]
+    asked = {"question": request.question, "query": request.query, "history": request.history}
+    return {**asked, "topk": topk, "passages": passages}
+
+
+def with_cache(config: Any, backend: SearchBackend) -> SearchBackend:
+    """`backend`, behind a cache where FlashRAG's configuration asks for one.
+
+    Raises:
+        ConfigError: a cache to use that is not there, or one to save that is there but must not be used.
+        ManifestMismatchError, RecordError: as `CachedSearch`.
+    """
+    use, save = bool(config["use_retrieval_cache"]), bool(config["save_retrieval_cache"])
+    if not (use or save):
+        return backend
+    path = Path(config["retrieval_cache_path"] or Path(config["save_dir"]) / FILE)
+    if use and not save and not path.is_file():
+        raise ConfigError(f"use_retrieval_cache: there is no cache at {path} (retrieval_cache_path)")
+    if save and not use and path.is_file():
+        raise ConfigError(f"save_retrieval_cache: {path} is there already; set use_retrieval_cache to go on with it")
+    return CachedSearch(backend, path, save=save)

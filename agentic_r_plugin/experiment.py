@@ -1,0 +1,377 @@
+"""`agentic-r experiment`: retrievers made in several ways from one run's data, compared with the run's agents.
+
+A run folder of `iterate` holds its agents and retrievers, and for each iteration the candidates, relevance, correctness
+and groups. An experiment trains further retrievers on them, by the package's own stages under other settings, and
+evaluates agents x retrievers x benchmarks in one matrix. All of it is resumable; the run folder is only read.
+
+| in OUT | holds |
+|---|---|
+| `benchmarks/NAME/` | links to the run's benchmark and to others; generated worlds |
+| `retrievers/NAME/` | data that were made anew, and `retriever/` |
+| `index/NAME/BENCHMARK/` | the benchmark's corpus under the retriever |
+| `evaluation/` | the matrix; `stop_rule/` one on the split that decides where to stop |
+| `experiment.json`, `experiment.md` | for each retriever its groups, their cost and its exact match |
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.backends import SearchSpec
+from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.data import correctness, groups
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation.matrix import markdown
+from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
+from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.records import Candidates, Group, Relevance
+from agentic_r_plugin.retriever import training
+from agentic_r_plugin.search import index
+from agentic_r_plugin.store import atomic_path, read_json, read_records, require_absent, write_json, write_records
+from agentic_r_plugin.world import generate
+
+
+def run(config: ExperimentConfig, *, resume: bool = False) -> None:
+    """The command `experiment`.
+
+    Raises:
+        OutputExistsError: the folder exists, without `resume`.
+        ConfigError: a wrong setting, or a run folder that lacks what is asked for.
+        AgenticRError: whatever a stage raises; what is finished stays.
+    """
+    experiment = Experiment(config)
+    experiment.check()
+    if not resume:
+        require_absent(config.out)
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    save_config(config, experiment.out / "config.yaml")
+    experiment.gather_benchmarks()
+    searches = {name: experiment.make_retriever(name) for name in config.retrievers}
+    experiment.compare(searches)
+    if config.stop_rule:
+        experiment.find_stop(searches)
+    experiment.summarize()
+
+
+def stops_at(scores: Sequence[float]) -> int:
+    """The iteration to keep: the last one before the first that brought nothing.
+
+    Args:
+        scores: of iteration 1, 2, ... on questions that nothing was trained on.
+
+    >>> stops_at([0.40, 0.44, 0.43]), stops_at([0.40, 0.44, 0.45]), stops_at([0.40, 0.40, 0.50])
+    (2, 3, 1)
+    """
+    return next((k for k, (now, later) in enumerate(pairwise(scores), start=1) if later <= now), len(scores))
+
+
+class Experiment:
+    """The steps, each by the package's own commands."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config, self.out, self.run = config, Path(config.out), Path(config.run)
+        of_run = load_config(IterateConfig, self.run / "config.yaml")
+        self.loop = Loop(replace(of_run, out=str(self.run)))
+        self.data = self.run / f"iteration-{config.iteration}" / "data"
+        self.main = self.loop.benchmark.name
+        self.agents = dict(self._agent(item) for item in config.agents)
+
+    def _agent(self, item: str) -> tuple[str, str]:
+        name, given, folder = item.partition("=")
+        return (name, folder) if given else (item, self._of_run(item, "agent"))
+
+    def _of_run(self, name: str, kind: str) -> str:
+        """Where the run's `agent-K` or `retriever-K` lies.
+
+        Raises:
+            ConfigError: no such name or folder.
+        """
+        found, _, number = name.rpartition("-")
+        if found != kind or not number.isdecimal():
+            raise ConfigError(f"{name!r}: expected {kind}-K, a {kind} of the run {self.run}")
+        if number == "0":
+            return str(getattr(self.loop.config, kind))
+        folder = self.run / f"iteration-{number}" / kind
+        folder = folder / "agent" if kind == "agent" else folder
+        if not folder.is_dir():
+            raise ConfigError(f"{name}: the run has no {folder}")
+        return str(folder)
+
+    def check(self) -> None:
+        """Compose every step with placeholder paths, so that what cannot work is found before anything runs.
+
+        Raises:
+            ConfigError: a wrong key or value, or a part that the run does not have.
+        """
+        for name in self.config.retrievers:
+            plan = self.config.plan(name)
+            if plan.of_run:
+                self._of_run(plan.of_run, "retriever")
+            elif not (plan.model or plan.bm25):
+                for file in ("candidates", "relevance", "correctness", "groups"):
+                    if not (self.data / f"{file}.jsonl").is_file():
+                        raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
+                self._groups_config(plan, {}, Path("x"))
+                self._train_config(plan, Path("x"), Path("x"))
+        searches = dict.fromkeys(self.config.retrievers, "x")
+        self._evaluate_config(searches, {}, "x")
+        if self.config.stop_rule:
+            self._stop_config(searches)
+        for name in self.config.worlds:
+            self._world_config(name)
+
+    # --- benchmarks
+
+    def gather_benchmarks(self) -> None:
+        """All benchmarks below one folder: linked, or generated."""
+        given = {self.main: str(self.loop.benchmark), **self.config.benchmarks}
+        for name, folder in given.items():
+            target = self._benchmark(name)
+            target.mkdir(parents=True, exist_ok=True)
+            own = Path(folder) / "corpus.jsonl"
+            _link(target / "corpus.jsonl", own if own.is_file() else self.loop.corpus)
+            for file in Path(folder).glob("*.jsonl"):
+                if file.name != "corpus.jsonl":
+                    _link(target / file.name, file)
+        for name in self.config.worlds:
+            generate.run(self._world_config(name), resume=True)
+
+    def _world_config(self, name: str) -> generate.WorldConfig:
+        place = {"out": str(self.out / "benchmarks"), "name": name}
+        values = self.loop.config.world | (self.config.worlds[name] or {}) | place
+        return load_config(generate.WorldConfig, values=values)
+
+    def _benchmark(self, name: str) -> Path:
+        return self.out / "benchmarks" / name
+
+    def _benchmarks(self) -> list[str]:
+        return [self.main, *self.config.benchmarks, *self.config.worlds]
+
+    # --- retrievers
+
+    def make_retriever(self, name: str) -> str:
+        """The retriever, ready on every benchmark; returns what `evaluate` takes as its place."""
+        plan = self.config.plan(name)
+        if plan.bm25:
+            return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
+        model = plan.model or (self._of_run(plan.of_run, "retriever") if plan.of_run else self._train(name, plan))
+        for benchmark in self._benchmarks():
+            self._index(name, model, benchmark, of_run=plan.of_run)
+        return str(self.out / "index" / name / "{benchmark}")
+
+    def _index(self, name: str, model: str, benchmark: str, *, of_run: str = "") -> Path:
+        """The benchmark's corpus under a retriever; the run's own index where it still stands for itself."""
+        out = self.out / "index" / name / benchmark
+        corpus = self._benchmark(benchmark) / "corpus.jsonl"
+        built = self.run / f"iteration-{of_run.rpartition('-')[2]}" / "index"
+        linked = out.is_symlink() or (bool(of_run) and not out.exists() and _stands(built, model))
+        if linked and benchmark == self.main:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _link(out, built)
+            return out
+        values = {"corpus": str(corpus), "retriever": model, "out": str(out)}
+        index.run(load_config(index.IndexConfig, values=self.loop.config.index | values), resume=True)
+        return out
+
+    def _train(self, name: str, plan: RetrieverPlan) -> str:
+        home = self.out / "retrievers" / name
+        found = self._regroup(home, plan) if plan.regroups else self.data / "groups.jsonl"
+        settings = self._train_config(plan, found, home / "retriever")
+        training.run(settings, resume=True)
+        return settings.out
+
+    def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
+        values = {
+            "seed": self.loop.config.seed,
+            "retriever": self._of_run(self._first_retriever(), "retriever"),
+            **self.loop.config.train_retriever,
+            **plan.train,
+            "groups": str(groups_file),
+            "corpus": str(self._benchmark(self.main) / "corpus.jsonl"),
+            "out": str(out),
+        }
+        if values.get("trainer", "contrastive") != "contrastive":
+            values = {"relevance": str(self.data / "relevance.jsonl")} | values
+        return load_config(training.TrainRetrieverConfig, values=values)
+
+    def _first_retriever(self) -> str:
+        """That of the iteration's data."""
+        return f"retriever-{self.config.iteration - 1}"
+
+    def _regroup(self, home: Path, plan: RetrieverPlan) -> Path:
+        """Groups under other settings, with correctness of other candidates where it is asked for."""
+        files = {item: str(self.data / f"{item}.jsonl") for item in ("candidates", "relevance", "correctness")}
+        if plan.sampled:
+            files["relevance"] = str(home / "relevance.jsonl")
+            if not Path(files["relevance"]).is_file():
+                self._sample(Path(files["relevance"]), plan.sampled)
+        if plan.exhaustive or plan.sampled:
+            files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
+        groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
+        return home / "groups.jsonl"
+
+    def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
+        values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}
+        return load_config(groups.GroupsConfig, values=values)
+
+    def _sample(self, out: Path, count: int) -> None:
+        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives."""
+
+        def drawn() -> Iterator[Relevance]:
+            for record in read_records(self.data / "relevance.jsonl", Relevance):
+                draw = random.Random(f"{self.loop.config.seed}/{record.id}/{record.turn}")
+                kept = set(draw.sample(sorted(record.scores), min(count, len(record.scores))))
+                scores = {name: score if name in kept else 0 for name, score in record.scores.items()}
+                yield replace(record, scores=scores)
+
+        write_records(out, drawn())
+
+    def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
+        """The stage `correctness` with the iteration's agent and first retriever. The exhaustive one is shared."""
+        out = (self.out if plan.exhaustive else home) / "correctness.jsonl"
+        first = self._first_retriever()
+        base = self._stage("correctness")
+        searching = SearchSpec(
+            backend="faiss", index=str(self._index(first, self._of_run(first, "retriever"), self.main, of_run=first))
+        )
+        settings = replace(
+            base,
+            candidates=str(self.data / "candidates.jsonl"),
+            relevance="" if plan.exhaustive else relevance,
+            exhaustive=plan.exhaustive,
+            corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
+            search=searching,
+            out=str(out),
+        )
+        correctness.run(settings, resume=True)
+        return out
+
+    def _stage(self, name: str) -> Any:
+        """The run's own settings of a data stage."""
+        k = self.config.iteration
+        return self.loop._stage_config(k, name, self._of_run(f"agent-{k}", "agent"), "")
+
+    # --- results
+
+    def compare(self, searches: Mapping[str, str]) -> None:
+        """Agents x retrievers x benchmarks."""
+        evaluate.run(self._evaluate_config(searches, {}, "evaluation"), resume=True)
+
+    def _evaluate_config(
+        self, searches: Mapping[str, str], given: Mapping[str, Any], folder: str
+    ) -> evaluate.EvaluateConfig:
+        limits = self.config.max_searches
+        agents = {f"{name}-max-{n}": where for name, where in self.agents.items() for n in limits} or self.agents
+        own = {f"{name}-max-{n}": {"limits": {"max_searches": n}} for name in self.agents for n in limits}
+        values: dict[str, Any] = {
+            "data_dir": str(self.out / "benchmarks"),
+            "benchmarks": self._benchmarks(),
+            "split": self.loop.config.test_split,
+            "agents": agents,
+            "per_agent": own,
+            "searches": dict(searches),
+            "settings": self.loop._protocol() | {"agent": self.loop.config.llm},
+        }
+        values |= {**self.config.evaluate, **given, "out": str(self.out / folder)}
+        return load_config(evaluate.EvaluateConfig, values=values)
+
+    def find_stop(self, searches: Mapping[str, str]) -> None:
+        """Where the loop should have stopped, told on a split that is not the test's; `stop_rule.json`.
+
+        The retrievers must hold the run's own, named retriever-1, retriever-2, ...
+        """
+        evaluate.run(self._stop_config(searches), resume=True)
+        found = read_json(self.out / "stop_rule" / "matrix.json")["cells"]
+        scores = [cell["metrics"]["agentic_em"]["mean"] for cell in found]
+        result = {"split": self.config.stop_rule, "em": scores, "stops_at": self._rounds()[stops_at(scores) - 1]}
+        write_json(self.out / "stop_rule.json", result)
+        print(f"stop rule on {self.config.stop_rule}: K = {result['stops_at']}", flush=True)
+
+    def _stop_config(self, searches: Mapping[str, str]) -> evaluate.EvaluateConfig:
+        cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
+        given = {"benchmarks": [self.main], "split": self.config.stop_rule, "cells": cells}
+        return self._evaluate_config(searches, given, "stop_rule")
+
+    def _rounds(self) -> list[int]:
+        return [k for k in range(1, self.loop.config.iterations + 1) if f"agent-{k}" in self.agents]
+
+    def summarize(self) -> None:
+        """What each retriever was made from and what it cost, beside its exact match."""
+        cells = read_json(self.out / "evaluation" / "matrix.json")["cells"]
+        rows = {name: self._made_from(name) for name in self.config.retrievers}
+        write_json(
+            self.out / "experiment.json", {"schema": "experiment/1", "retrievers": rows, "config": to_dict(self.config)}
+        )
+        table = [["retriever", "groups", "same positive", "rollouts", "agent", "benchmark", "EM", "searches"]]
+        for cell in cells:
+            made, metrics = rows[cell["retriever"]], cell["metrics"]
+            em, turns = metrics["agentic_em"], metrics.get("search_turns", {"mean": float("nan")})
+            same = made["same_positive"]
+            table.append(
+                [
+                    cell["retriever"],
+                    _shown(made["groups"]),
+                    "–" if same is None else f"{same:.0%}",
+                    _shown(made["rollouts"]),
+                    cell["agent"],
+                    cell["benchmark"],
+                    f"{em['mean'] * 100:.1f} [{em['low'] * 100:.1f}, {em['high'] * 100:.1f}]",
+                    f"{turns['mean']:.2f}",
+                ]
+            )
+        text = markdown(table)
+        with atomic_path(self.out / "experiment.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(text, flush=True)
+
+    def _made_from(self, name: str) -> dict[str, Any]:
+        """Groups, the share of all queries with the run's positive (or, as there, with none), and the rollouts."""
+        plan = self.config.plan(name)
+        own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
+        if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
+            return {"groups": None, "same_positive": None, "rollouts": None}
+        home = self.out / "retrievers" / name
+        own = home / "groups.jsonl" if plan.regroups else self.data / "groups.jsonl"
+        positives, wanted = _positives(own), _positives(self.data / "groups.jsonl")
+        queries = [record.key for record in read_records(self.data / "candidates.jsonl", Candidates)]
+        paid = {"exhaustive": self.out, "sampled": home, "pruned": self.data}
+        kind = "exhaustive" if plan.exhaustive else "sampled" if plan.sampled else "pruned"
+        judged = plan.groups.get("use_correctness", True)
+        report = read_json(paid[kind] / "correctness.jsonl.report.json") if judged else {"rollouts": 0}
+        return {
+            "groups": sum(map(len, positives.values())),
+            "same_positive": sum(positives.get(key) == wanted.get(key) for key in queries) / max(len(queries), 1),
+            "rollouts": report["rollouts"],
+        }
+
+
+def _positives(file: Path) -> dict[tuple[str, int], list[str]]:
+    found: dict[tuple[str, int], list[str]] = {}
+    for group in read_records(file, Group):
+        found.setdefault((group.id, group.turn), []).append(group.positive)
+    return found
+
+
+def _stands(built: Path, model: str) -> bool:
+    """Whether an index is there, and its corpus and retriever where it says (not after a run folder was moved)."""
+    if not (built / index.MANIFEST).is_file():
+        return False
+    manifest = index.read_manifest(built)
+    return Path(manifest.corpus).is_file() and (manifest.retriever == model or Path(manifest.retriever).is_dir())
+
+
+def _link(link: Path, target: Path) -> None:
+    if not target.exists():
+        raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")
+    if not link.is_symlink():
+        link.symlink_to(target.resolve())
+
+
+def _shown(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"

@@ -1,0 +1,80 @@
+"""What an experiment (`agentic-r experiment`) is told: how each retriever comes about, and what is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverPlan:
+    """How one retriever comes about: one of the run's, one off the shelf, BM25, or (none of these) trained here."""
+
+    of_run: str = field(default="", metadata={"help": "the run's own: retriever-0, retriever-1, ..."})
+    model: str = field(default="", metadata={"help": "folder, hub name or builtin:NAME"})
+    bm25: bool = field(default=False, metadata={"help": "BM25 over the same corpus"})
+    exhaustive: bool = field(default=False, metadata={"help": "train on the correctness of every candidate"})
+    sampled: int = field(
+        default=0,
+        metadata={"help": "train on the correctness of so many candidates a query, drawn with the run's seed"},
+    )
+    groups: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs in the selection of groups"})
+    train: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs in training"})
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.of_run, self.model, self.bm25))) > 1 or (self.exhaustive and self.sampled):
+            raise ConfigError("a retriever is one of: of_run, model, bm25, trained (exhaustive or sampled)")
+
+    @property
+    def regroups(self) -> bool:
+        """Whether it needs groups of its own."""
+        return bool(self.groups or self.exhaustive or self.sampled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Make retrievers in several ways from one run's data, and compare them with its agents."""
+
+    run: str = field(metadata={"help": "finished run folder of iterate; only read"})
+    out: str = field(metadata={"help": "folder of the experiment"})
+    iteration: int = field(default=1, metadata={"help": "whose agent, data and first retriever are used"})
+    agents: list[str] = field(
+        default_factory=lambda: ["agent-1"], metadata={"help": "agent-K of the run, or NAME=FOLDER"}
+    )
+    retrievers: dict[str, Any] = field(default_factory=dict, metadata={"help": "name -> RetrieverPlan"})
+    benchmarks: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "name -> folder in FlashRAG layout, beside the run's own benchmark"}
+    )
+    worlds: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> what differs from the run's world; generated, beside the run's"},
+    )
+    max_searches: list[int] = field(
+        default_factory=list, metadata={"help": "evaluate each agent under these limits of searches; empty: its own"}
+    )
+    stop_rule: str = field(
+        default="", metadata={"help": "split on which agent-k with retriever-k decide where to stop"}
+    )
+    evaluate: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of EvaluateConfig: cells, first"})
+
+    def __post_init__(self) -> None:
+        if not self.retrievers or not self.agents:
+            raise ConfigError("retrievers, agents: expected at least one of each")
+        if self.stop_rule and self.max_searches:
+            raise ConfigError("stop_rule, max_searches: give at most one of the two")
+        for name in self.retrievers:
+            self.plan(name)
+
+    def plan(self, name: str) -> RetrieverPlan:
+        """How a retriever comes about.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, or a contradiction.
+        """
+        try:
+            return load_config(RetrieverPlan, values=self.retrievers[name] or {})
+        except ConfigError as error:
+            raise ConfigError(f"retrievers.{name}: {error}") from error

@@ -1,0 +1,116 @@
+"""Several seeds as one matrix: the figures against a simulation, the command against run folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.errors import AgenticRError, ConfigError, OutputExistsError, RecordError
+from agentic_r_plugin.evaluation.aggregate import AggregateConfig, run
+from agentic_r_plugin.evaluation.statistics import seeds_interval
+from agentic_r_plugin.store import read_json, write_json
+from tests.evaluation.evaluation_run import write_run
+
+
+def draw(rng: np.random.Generator, seeds: int, questions: int, spread: float) -> np.ndarray:
+    """Scores with a seed's own skill, a question's own difficulty, and chance; the true mean is 0.5."""
+    skill, difficulty = rng.normal(0, spread, (seeds, 1)), rng.normal(0, 0.3, (1, questions))
+    return 0.5 + skill + difficulty + rng.normal(0, 0.3, (seeds, questions))
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.0), (3, 0.05), (3, 0.2), (8, 0.05)])
+def test_the_interval_covers_other_seeds_and_other_questions_at_least_as_often_as_it_says(
+    seeds: int, spread: float
+) -> None:
+    rng = np.random.default_rng(0)
+    intervals = [seeds_interval(draw(rng, seeds, 60, spread)) for _ in range(400)]
+    covered = sum(interval.low <= 0.5 <= interval.high for interval in intervals) / len(intervals)
+    assert covered >= 0.92
+
+
+def test_seeds_that_agree_leave_the_interval_of_the_questions_alone() -> None:
+    row = [1.0] * 30 + [0.0] * 70
+    found = seeds_interval([row, row, row])
+    half = 1.984 * (0.3 * 0.7 / 99) ** 0.5
+    assert (found.mean, found.per_seed) == (pytest.approx(0.3), pytest.approx((0.3, 0.3, 0.3)))
+    assert (found.low, found.high) == (pytest.approx(0.3 - half, abs=1e-3), pytest.approx(0.3 + half, abs=1e-3))
+
+
+def test_seeds_that_differ_widen_it_beyond_that_of_one_seed() -> None:
+    rows = [[1.0] * 100 + [0.0] * (300 - 100), [1.0] * 150 + [0.0] * 150, [1.0] * 200 + [0.0] * 100]
+    found = seeds_interval(rows)
+    assert found.mean == pytest.approx(0.5) and found.high - found.low > 0.6
+    assert found.p_value < 0.05 < seeds_interval(np.asarray(rows) - 0.35).p_value
+
+
+def test_no_difference_at_all_is_no_finding() -> None:
+    found = seeds_interval([[0.0] * 5, [0.0] * 5])
+    assert (found.low, found.high, found.p_value) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("values", [[[1.0, 0.0]], [[1.0], [0.0]], [[1.0, 0.0], [1.0]]])
+def test_what_has_no_interval_over_seeds_is_refused(values: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        seeds_interval(values)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three run folders with made-up figures, agents and retrievers of their own."""
+    folder = tmp_path_factory.mktemp("seeds")
+    runs = [write_run(folder / f"seed-{n}", num_questions=40, agents=1, retrievers=2, seed=n) for n in range(3)]
+    for number, each in enumerate(runs):
+        matrix = read_json(each / "evaluation" / "matrix.json")
+        for cell in matrix["cells"]:
+            cell["search_fingerprint"] = f"seed {number}"
+        write_json(each / "evaluation" / "matrix.json", matrix)
+    return runs
+
+
+def aggregate(runs: list[Path], out: Path) -> AggregateConfig:
+    return load_config(AggregateConfig, values={"runs": [str(each) for each in runs], "out": str(out)})
+
+
+def test_the_command_writes_a_matrix_with_the_mean_of_every_seed(seeds: list[Path], tmp_path: Path) -> None:
+    config = aggregate(seeds, tmp_path)
+    run(config)
+    matrix = read_json(tmp_path / "matrix.json")
+    single = [read_json(each / "evaluation" / "matrix.json")["cells"] for each in seeds]
+    assert matrix["num_seeds"] == 3 and [cell["retriever"] for cell in matrix["cells"]] == [
+        "retriever-0",
+        "retriever-1",
+    ]
+    for place, cell in enumerate(matrix["cells"]):
+        em = cell["metrics"]["agentic_em"]
+        assert em["per_seed"] == pytest.approx([cells[place]["metrics"]["agentic_em"]["mean"] for cells in single])
+        assert em["mean"] == pytest.approx(sum(em["per_seed"]) / 3) and em["low"] < em["mean"] < em["high"]
+    (comparison,) = matrix["comparisons"]
+    before, after = (cell["metrics"]["agentic_em"]["mean"] for cell in matrix["cells"])
+    assert comparison["metrics"]["agentic_em"]["difference"] == pytest.approx(after - before)
+    assert comparison["metrics"]["agentic_em"]["num_seeds"] == 3 and comparison["fixed"] == "agent"
+    assert all((tmp_path / f"matrix.{suffix}").stat().st_size > 0 for suffix in ("md", "csv", "tex"))
+    with pytest.raises(OutputExistsError):
+        run(config)
+    run(config, resume=True)
+
+
+def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path], tmp_path: Path) -> None:
+    other = write_run(tmp_path / "other", num_questions=30, agents=1, retrievers=2)
+    more = write_run(tmp_path / "more", num_questions=40, agents=1, retrievers=3)
+    same = write_run(tmp_path / "same", num_questions=40, agents=1, retrievers=2)
+    twin = write_run(tmp_path / "twin", num_questions=40, agents=1, retrievers=2)
+    cases: list[tuple[list[Path], type[AgenticRError], str]] = [
+        ([seeds[0], other], RecordError, "other questions than in"),
+        ([seeds[0], more], RecordError, "not in both: agent-0-retriever-2"),
+        ([same, twin], RecordError, "not another seed"),
+        ([seeds[0], tmp_path], RecordError, "no matrix.json here"),
+    ]
+    for runs, error, message in cases:
+        with pytest.raises(error, match=message):
+            run(aggregate(runs, tmp_path / "out"))
+    with pytest.raises(ConfigError, match="at least two different folders"):
+        aggregate([seeds[0], seeds[0]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

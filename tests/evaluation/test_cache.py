@@ -1,0 +1,80 @@
+"""FlashRAG's retrieval cache under the agent: the same results with fewer searches, and never another retriever's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
+from agentic_r_plugin.evaluation.cache import CachedSearch
+from agentic_r_plugin.evaluation.generator import AgenticGenerator
+from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
+from agentic_r_plugin.evaluation.retriever import AgenticRetriever
+from agentic_r_plugin.search.base import SearchRequest
+from tests.evaluation.evaluation_toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark
+
+
+def answered(folder: Path, **extra: Any) -> tuple[list[dict[str, Any]], OverlapSearch]:
+    """Trajectories of the toy benchmark, and the retriever that was asked."""
+    config = flashrag_config(folder, retrieval_cache_path=str(folder / "cache" / "c.jsonl"), **extra)
+    search = OverlapSearch(folder / "toy" / "corpus.jsonl")
+    pipeline = AgenticSearchPipeline(
+        config, retriever=AgenticRetriever(search), generator=AgenticGenerator(RuleAgent())
+    )
+    return [item.output for item in pipeline.run(load_split(config, "test"))], search
+
+
+def test_a_second_run_searches_nothing_and_finds_the_same(tmp_path: Path) -> None:
+    write_benchmark(tmp_path)
+    plain, _ = answered(tmp_path)
+    first, asked = answered(tmp_path, save_retrieval_cache=True)
+    second, asked_again = answered(tmp_path, use_retrieval_cache=True)
+    assert first == second == plain
+    assert len(asked.requests) == 24 and asked_again.requests == []  # 12 searches, looked at twice: 3 and 20 deep
+    with pytest.raises(ConfigError, match="is there already; set use_retrieval_cache"):
+        answered(tmp_path, save_retrieval_cache=True)
+
+
+def test_a_search_is_known_by_question_history_and_depth_too(tmp_path: Path) -> None:
+    search = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl")
+    cache = CachedSearch(search, tmp_path / "c.jsonl")
+    requests = [
+        SearchRequest(query="Ada", question="Q"),
+        SearchRequest(query="Ada", question="other"),
+        SearchRequest(query="Ada", question="Q", history=("before",)),
+        SearchRequest(query="Ada", question="Q"),
+    ]
+    found = cache.search(requests, 3)
+    assert len(search.requests) == 3 and cache.looked_up == 1
+    assert cache.search(requests, 2) == [row[:2] for row in found] and len(search.requests) == 3
+    assert cache.search(requests[:1], 5)[0][:3] == found[0] and len(search.requests) == 4
+    again = CachedSearch(search, tmp_path / "c.jsonl", save=False)
+    assert again.search(requests, 3) == found and len(search.requests) == 4
+
+
+def test_a_line_that_was_cut_off_is_searched_again_and_the_file_is_whole(tmp_path: Path) -> None:
+    search = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl")
+    requests = [SearchRequest(query="Ada"), SearchRequest(query="Bo")]
+    found = CachedSearch(search, tmp_path / "c.jsonl").search(requests, 2)
+    content = (tmp_path / "c.jsonl").read_bytes()
+    (tmp_path / "c.jsonl").write_bytes(content[:-20])
+    cache = CachedSearch(search, tmp_path / "c.jsonl")
+    assert cache.search(requests, 2) == found and cache.looked_up == 1
+    assert (tmp_path / "c.jsonl").read_bytes() == content
+
+
+def test_a_cache_of_another_retriever_or_a_broken_one_is_refused(tmp_path: Path) -> None:
+    search, path = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl"), tmp_path / "c.jsonl"
+    CachedSearch(search, path)
+    with pytest.raises(ManifestMismatchError, match="another index or retriever"):
+        CachedSearch(_OtherSearch(tmp_path / "toy" / "corpus.jsonl"), path)
+    path.write_bytes(path.read_bytes() + b'{"query": "Ada"}\n')
+    with pytest.raises(RecordError, match=r"c\.jsonl:2: expected a cached search"):
+        CachedSearch(search, path)
+
+
+class _OtherSearch(OverlapSearch):
+    def fingerprint(self) -> str:
+        return "other"

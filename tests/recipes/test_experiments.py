@@ -1,0 +1,199 @@
+"""Experiments on a run's data: every recipe composes, and the driver makes and compares what the plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentic_r_plugin.config import load_config, save_config
+from agentic_r_plugin.data.selection import SelectionRule, select
+from agentic_r_plugin.errors import ConfigError, OutputExistsError
+from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
+from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
+from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
+from tests.evaluation.evaluation_toy import write_benchmark
+from tests.search.tiny_retriever import make_model
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes" / "experiments"
+SMALL_WORLD = {
+    "seed": 5, "train_questions": 0, "dev_questions": 0, "test_questions": 2, "people": 16, "works": 12,
+    "companies": 4, "schools": 4, "prizes": 4, "towns": 8, "rivers": 4, "newspapers": 2, "talk_passages": 0,
+}  # fmt: skip
+LIMITS = {"max_searches": 2, "max_malformed": 1, "max_tokens": 900, "max_response_tokens": 24}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_composes(recipe: Path) -> None:
+    if recipe.stem == "loop_k3":
+        config = load_config(IterateConfig, recipe)
+        assert (config.iterations, config.protocol, config.world["test_questions"]) == (3, "compact", 240)
+        Loop(config).compose()
+        return
+    found = load_config(ExperimentConfig, recipe)
+    assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}"
+
+
+def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:
+    assert [stops_at(scores) for scores in ([0.4], [0.4, 0.5], [0.5, 0.4, 0.9], [0.4, 0.5, 0.5])] == [1, 2, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `iterate` leaves of one iteration on the toy benchmark, with data written by hand."""
+    folder = tmp_path_factory.mktemp("experiment")
+    home, out = write_benchmark(folder), folder / "run"
+    for split in ("train", "dev"):
+        (home / f"{split}.jsonl").write_bytes((home / "test.jsonl").read_bytes())
+    agent, model = ROOT / "recipes" / "quickstart" / "agent", make_model(folder)
+    data = out / "iteration-1" / "data"
+    data.mkdir(parents=True)
+    (out / "iteration-1" / "agent").mkdir()
+    (out / "iteration-1" / "agent" / "agent").symlink_to(agent)
+    (out / "iteration-1" / "retriever").symlink_to(model)
+    config = load_config(
+        IterateConfig,
+        values={
+            "out": "moved/since",
+            "agent": str(agent),
+            "retriever": model,
+            "benchmark": str(home),
+            "iterations": 1,
+            "protocol": "compact",
+            "limits": LIMITS,
+            "groups": {"num_negatives": 3},
+            "train_retriever": {"batch_size": 2, "group_size": 4, "max_steps": 1, "query_max_length": 32},
+        },
+    )
+    save_config(config, out / "config.yaml")
+    write_data(data, list(read_records(home / "test.jsonl", Question)))
+    return out
+
+
+def write_data(data: Path, questions: list[Question]) -> None:
+    """One query a question, all passages its candidates, two of them relevant and the second of these correct."""
+    names = [f"{kind}{i}" for i in range(6) for kind in "pt"]
+    files: dict[str, list[Any]] = {"candidates": [], "relevance": [], "correctness": [], "groups": []}
+    for i, question in enumerate(questions):
+        query = Candidates(
+            id=question.id, turn=1, question=question.question, golden_answers=question.golden_answers, query="where",
+            history=(), prefix="<think> where </think><search> where </search>",
+            passages=tuple(ScoredPassage(id=name, score=1.0 - k / 20) for k, name in enumerate(names)),
+        )  # fmt: skip
+        relevance = dict.fromkeys(names, 10) | {f"p{i}": 90, f"t{i}": 70}
+        correct = {f"p{i}": 0, f"t{i}": 1}
+        chosen = select(query, relevance, correct, SelectionRule(num_negatives=3))
+        assert not isinstance(chosen, str)
+        files["candidates"].append(query)
+        files["relevance"].append(Relevance(id=question.id, turn=1, scores=relevance))
+        files["correctness"] += [
+            Correctness(id=question.id, turn=1, passage_id=name, em=em, answer=None, searches=0)
+            for name, em in correct.items()
+        ]
+        files["groups"] += chosen
+    for name, records in files.items():
+        write_records(data / f"{name}.jsonl", records)
+    (data / "correctness.jsonl.report.json").write_text('{"rollouts": 12}')
+
+
+def experiment(finished: Path, out: Path, **values: Any) -> ExperimentConfig:
+    return load_config(ExperimentConfig, values={"run": str(finished), "out": str(out)} | values)
+
+
+def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothing_again(
+    finished: Path, tmp_path: Path
+) -> None:
+    config = experiment(
+        finished,
+        tmp_path / "out",
+        agents=["agent-1", f"other={ROOT / 'recipes' / 'quickstart' / 'agent'}"],
+        retrievers={
+            "bm25": {"bm25": True},
+            "retriever-1": {"of_run": "retriever-1"},
+            "replug": {"train": {"trainer": "replug"}},
+            "judge_only": {"groups": {"use_correctness": False}},
+            "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
+        },
+        worlds={"shifted": SMALL_WORLD},
+        evaluate={"first": 2, "resamples": 100, "cells": ["agent-1:bm25", "agent-1:all", "other:replug"]},
+        stop_rule="dev",
+    )
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
+    run(config)
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*")) == before
+    made = read_json(config.out + "/experiment.json")["retrievers"]
+    assert made["replug"] == {"groups": 6, "same_positive": 1.0, "rollouts": 12}
+    assert made["judge_only"] == {"groups": 6, "same_positive": 0.0, "rollouts": 0}
+    assert made["retriever-1"] == made["replug"] and made["bm25"]["groups"] is None
+    rolled_out = [line for _, line in read_lines(config.out + "/correctness.jsonl")]
+    assert len(rolled_out) == 6 * 12
+    record = read_json(config.out + "/retrievers/all/retriever/agentic_r.json")
+    assert record["formulation"] == "query" and record["query_max_length"] == 32
+    cells = read_json(config.out + "/evaluation/matrix.json")["cells"]
+    assert [(cell["agent"], cell["retriever"], cell["benchmark"]) for cell in cells] == [
+        (*pair, benchmark)
+        for benchmark in ("toy", "shifted")
+        for pair in (("agent-1", "bm25"), ("agent-1", "all"), ("other", "replug"))
+    ]
+    stop = read_json(config.out + "/stop_rule.json")
+    assert stop["split"] == "dev" and stop["stops_at"] == 1 and len(stop["em"]) == 1
+    assert "| judge_only" not in (table := Path(config.out, "experiment.md").read_text()) and "| replug" in table
+    with pytest.raises(OutputExistsError):
+        run(config)
+    times = {path: path.stat().st_mtime_ns for path in Path(config.out, "evaluation").glob("*/result.json")}
+    run(config, resume=True)
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(finished: Path, tmp_path: Path) -> None:
+    drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    drawing._sample(tmp_path / "relevance.jsonl", 4)
+    whole = list(read_records(finished / "iteration-1" / "data" / "relevance.jsonl", Relevance))
+    drawn = list(read_records(tmp_path / "relevance.jsonl", Relevance))
+    for full, part in zip(whole, drawn, strict=True):
+        kept = [name for name, score in part.scores.items() if score]
+        assert len(kept) == 4 and all(part.scores[name] == full.scores[name] for name in kept)
+        assert part.scores.keys() == full.scores.keys()
+    assert len({frozenset(name for name, score in record.scores.items() if score) for record in drawn}) > 1
+
+
+def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Path) -> None:
+    config = experiment(finished, tmp_path / "out", retrievers={"bm25": {"bm25": True}}, max_searches=[1, 3])
+    made = Experiment(config)
+    found = made._evaluate_config({"bm25": "bm25:x"}, {}, "evaluation")
+    assert list(found.agents) == ["agent-1-max-1", "agent-1-max-3"]
+    assert [found.per_agent[name]["limits"]["max_searches"] for name in found.agents] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"retrievers": {}}, "expected at least one of each"),
+        ({"retrievers": {"x": {"modell": "y"}}}, r"retrievers\.x: .*modell"),
+        ({"retrievers": {"x": {"bm25": True, "model": "y"}}}, "a retriever is one of"),
+        ({"agents": ["agent-7"]}, r"agent-7: the run has no .*iteration-7"),
+        ({"agents": ["retriever-1"]}, "expected agent-K"),
+        ({"retrievers": {"x": {"of_run": "retriever-2"}}}, r"retriever-2: the run has no"),
+        ({"retrievers": {"x": {"groups": {"num_negativs": 1}}}}, "num_negativs"),
+        ({"retrievers": {"x": {"train": {"epochs": 0}}}}, "epochs must be above 0"),
+        ({"evaluate": {"cells": ["agent-1:c"]}}, "'agent-1:c' is not AGENT:SEARCH"),
+        ({"worlds": {"far": {"namesake_share": 2}}}, "namesake_share"),
+        ({"stop_rule": "dev"}, "'agent-1:retriever-1' is not AGENT:SEARCH"),
+        ({"stop_rule": "dev", "max_searches": [1]}, "at most one of the two"),
+        ({"run": "nowhere"}, "nowhere/config.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(
+    finished: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(experiment(finished, tmp_path / "out", **{"retrievers": {"b": {"bm25": True}}} | values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_of_the_toy_run_name_the_correct_passage(finished: Path) -> None:
+    groups = list(read_records(finished / "iteration-1" / "data" / "groups.jsonl", Group))
+    assert [group.positive for group in groups] == [f"t{i}" for i in range(6)]
