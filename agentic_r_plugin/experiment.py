@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec
+from agentic_r_plugin.child import run_command
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError
@@ -183,7 +184,7 @@ class Experiment:
         home = self.out / "retrievers" / name
         found = self._regroup(home, plan) if plan.regroups else self.data / "groups.jsonl"
         settings = self._train_config(plan, found, home / "retriever")
-        training.run(settings, resume=True)
+        run_command("train-retriever", settings, processes=settings.processes)
         return settings.out
 
     def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
@@ -255,7 +256,7 @@ class Experiment:
     def _stage(self, name: str) -> Any:
         """The run's own settings of a data stage."""
         k = self.config.iteration
-        return self.loop._stage_config(k, name, self._of_run(f"agent-{k}", "agent"), "")
+        return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), "")
 
     # --- results
 
@@ -276,7 +277,7 @@ class Experiment:
             "agents": agents,
             "per_agent": own,
             "searches": dict(searches),
-            "settings": self.loop._protocol() | {"agent": self.loop.config.llm},
+            "settings": self.loop.protocol_settings() | {"agent": self.loop.config.llm},
         }
         values |= {**self.config.evaluate, **given, "out": str(self.out / folder)}
         return load_config(evaluate.EvaluateConfig, values=values)

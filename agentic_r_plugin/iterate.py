@@ -161,7 +161,7 @@ class Loop:
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
         self._train_agent_config(2, "x", "http://127.0.0.1:1")
         for name in self._data_stages():
-            self._stage_config(1, name, "x", "http://127.0.0.1:1")
+            self.stage_config(1, name, "x", "http://127.0.0.1:1")
         self._train_retriever_config(1, "x", Path("x"))
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
@@ -192,7 +192,7 @@ class Loop:
         """What the loop will cost, from the assumptions in `plan`."""
         settings = load_config(plan.PlanConfig, values=self.config.plan)
         ppo = self._train_agent_config(1, "x", "http://127.0.0.1:1")
-        stages = {name: self._stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        stages = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
         judged = stages["relevance"].scorer in ("listwise_judge", "pointwise_judge")
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
@@ -289,7 +289,7 @@ class Loop:
             self._phase(
                 k,
                 name,
-                partial(module.run, self._stage_config(k, name, agent, url), resume=True),
+                partial(module.run, self.stage_config(k, name, agent, url), resume=True),
                 partial(read_json, out.with_name(out.name + ".report.json")),
             )
         folder = self._data(k, "groups").parent
@@ -356,17 +356,18 @@ class Loop:
         }
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
-        values = {"seed": self._seed(k)} | values | self._protocol() | dev | paths
+        values = {"seed": self._seed(k)} | values | self.protocol_settings() | dev | paths
         return load_config(launch.TrainAgentConfig, values=values)
 
     def _seed(self, k: int) -> int:
         """Of what iteration k draws: no two iterations draw the same."""
         return self.config.seed + k - 1
 
-    def _protocol(self) -> dict[str, Any]:
+    def protocol_settings(self) -> dict[str, Any]:
+        """What every phase in which the agent acts is told of its protocol."""
         return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
 
-    def _stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
+    def stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
         """A data stage's configuration: its own section, and the files and models that the loop knows."""
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
@@ -388,7 +389,7 @@ class Loop:
             "protocol": self.config.protocol,
         }
         if name in ("trajectories", "correctness"):
-            known |= self._protocol() | {"llm": llm}
+            known |= self.protocol_settings() | {"llm": llm}
         own = {field.name for field in fields(cls)}
         return load_config(cls, values={key: value for key, value in known.items() if key in own} | section)
 
@@ -411,7 +412,7 @@ class Loop:
             "split": self.config.test_split,
             "agents": dict(agents),
             "searches": {name: str(folder) for name, folder in indexes.items()},
-            "settings": self._protocol() | {"agent": self.config.llm},
+            "settings": self.protocol_settings() | {"agent": self.config.llm},
         }
         return load_config(EvaluateConfig, values=values | self.config.evaluate)
 

@@ -43,10 +43,10 @@ def test_the_loop_composes_every_phase_on_a_node_and_with_the_overrides_for_a_cl
     for given in ([], overrides):
         loop = Loop(load_config(IterateConfig, LOOP, given))
         loop.compose()
-        rollouts = loop._stage_config(1, "correctness", "models/agent", "http://127.0.0.1:1")
+        rollouts = loop.stage_config(1, "correctness", "models/agent", "http://127.0.0.1:1")
         assert (rollouts.llm.backend, rollouts.llm.model, rollouts.runner.kind) == ("vllm", "models/agent", "ray")
         assert rollouts.runner.workers == (32 if given else 8) and rollouts.corpus == "data/wiki18_100w.jsonl"
-        judged = loop._stage_config(1, "relevance", "models/agent", "http://127.0.0.1:1")
+        judged = loop.stage_config(1, "relevance", "models/agent", "http://127.0.0.1:1")
         assert judged.llm.model == "models/Qwen2.5-72B-Instruct" and judged.llm.options["tensor_parallel_size"] == 8
 
 
