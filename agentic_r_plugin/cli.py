@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from agentic_r_plugin import __version__, components
+from agentic_r_plugin import __version__, components, memory
 from agentic_r_plugin.errors import AgenticRError, ConfigError
 
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((item for item in arguments if not item.startswith("-")), None)
     debug = "--debug" in arguments
-    _quiet_upstream()
+    _prepare_upstream()
     try:
         if name not in COMMANDS:
             options = parser.parse_args(arguments)
@@ -94,8 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _quiet_upstream() -> None:
-    """Keep what other packages say at import, and their bars for loading weights, out of a command's output."""
+def _prepare_upstream() -> None:
+    """Bound their caches; keep what they say at import, and their bars for loading weights, out of the output."""
+    for name, value in memory.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".* engine is not available", category=UserWarning)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from agentic_r_plugin import memory
 from agentic_r_plugin.agent.cpu import attention
 
 
@@ -94,6 +95,7 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         # One heap a process: what one thread frees serves the others.
         "MALLOC_ARENA_MAX": "1",
+        **memory.ENVIRONMENT,
     }
 
 
