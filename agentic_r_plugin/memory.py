@@ -7,7 +7,7 @@ import gc
 import sys
 from contextlib import suppress
 
-ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """For processes that compute in bfloat16 on a CPU: oneDNN keeps 1,024 compiled products, one a shape, and texts without
 padding bring a new shape each time. Of a small model's PPO that took 110 MB a step. It is read at the first product."""
 
