@@ -57,11 +57,17 @@ def test_what_has_no_interval_over_seeds_is_refused(values: list[list[float]]) -
         seeds_interval(values)
 
 
+AGENTS, RETRIEVERS = ("agent-0",), ("retriever-0", "retriever-1", "retriever-2")
+
+
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three run folders with made-up figures, agents and retrievers of their own."""
     folder = tmp_path_factory.mktemp("seeds")
-    runs = [write_run(folder / f"seed-{n}", num_questions=40, agents=1, retrievers=2, seed=n) for n in range(3)]
+    runs = [
+        write_run(folder / f"seed-{n}", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2], seed=n)
+        for n in range(3)
+    ]
     for number, each in enumerate(runs):
         matrix = read_json(each / "evaluation" / "matrix.json")
         for cell in matrix["cells"]:
@@ -98,10 +104,10 @@ def test_the_command_writes_a_matrix_with_the_mean_of_every_seed(seeds: list[Pat
 
 
 def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path], tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other", num_questions=30, agents=1, retrievers=2)
-    more = write_run(tmp_path / "more", num_questions=40, agents=1, retrievers=3)
-    same = write_run(tmp_path / "same", num_questions=40, agents=1, retrievers=2)
-    twin = write_run(tmp_path / "twin", num_questions=40, agents=1, retrievers=2)
+    other = write_run(tmp_path / "other", num_questions=30, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    more = write_run(tmp_path / "more", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:3])
+    same = write_run(tmp_path / "same", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    twin = write_run(tmp_path / "twin", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
     cases: list[tuple[list[Path], type[AgenticRError], str]] = [
         ([seeds[0], other], RecordError, "other questions than in"),
         ([seeds[0], more], RecordError, "not in both: agent-0-retriever-2"),

@@ -57,7 +57,7 @@ class HFServer:
         self.generator = HFGenerator(
             self.model,
             model_config.tokenizer,
-            max_batch_tokens=int(options.get("max_batch_tokens", 65_536)),
+            max_batch_tokens=int(options.get("max_batch_tokens", 32_768)),
             prefix_cache_tokens=int(options.get("prefix_cache_tokens", 16_384)),
         )
         self.batcher = RequestBatcher(
