@@ -42,7 +42,7 @@ def run_command(name: str, config: Any, *, processes: int = 1) -> None:
         try:
             code = child.wait()
         finally:
-            end_session(child)
+            end(child, session=True)
         if fault.is_file():
             said = read_json(fault)
             raise getattr(errors, said["type"])(said["message"])
@@ -50,15 +50,18 @@ def run_command(name: str, config: Any, *, processes: int = 1) -> None:
             raise TrainingError(f"{name} ended with code {code}; what it printed stands above")
 
 
-def end_session(leader: subprocess.Popen[bytes]) -> None:
-    """End a process, if it lives, and what it left in the session it leads."""
-    if leader.poll() is None:
-        leader.terminate()
+def end(process: subprocess.Popen[bytes], *, session: bool = False) -> None:
+    """End a process, politely first, and with `session` also what it left in the session it leads."""
+    if process.poll() is None:
+        process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            leader.wait(timeout=_TERMINATE_S)
+            process.wait(timeout=_TERMINATE_S)
     with suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait()
+        if session:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
 
 
 def die_with(parent: int, *, politely: bool = False) -> None:

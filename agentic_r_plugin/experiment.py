@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec
-from agentic_r_plugin.child import run_command
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError
@@ -184,7 +183,7 @@ class Experiment:
         home = self.out / "retrievers" / name
         found = self._regroup(home, plan) if plan.regroups else self.data / "groups.jsonl"
         settings = self._train_config(plan, found, home / "retriever")
-        run_command("train-retriever", settings, processes=settings.processes)
+        training.run_apart(settings)
         return settings.out
 
     def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:

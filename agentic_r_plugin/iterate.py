@@ -33,7 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import child
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
@@ -299,9 +298,7 @@ class Loop:
     def train_retriever(self, k: int, start: str, training_groups: Path) -> str:
         """Contrastive training on iteration k's groups; returns the checkpoint's folder."""
         config = self._train_retriever_config(k, start, training_groups)
-        self._phase(
-            k, "train-retriever", lambda: child.run_command("train-retriever", config, processes=config.processes)
-        )
+        self._phase(k, "train-retriever", lambda: training.run_apart(config))
         return config.out
 
     def evaluate(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> None:

@@ -28,7 +28,7 @@ from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.prepare import Prepared, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
-from agentic_r_plugin.child import end_session
+from agentic_r_plugin.child import end
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
 from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
@@ -159,7 +159,7 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
         try:
             _follow(run_dir, config, process)
         finally:
-            end_session(process)
+            end(process, session=True)
             record = read_json(run_dir / "run.json")
             write_json(run_dir / "run.json", record | {"seconds": record["seconds"] + time.monotonic() - started})
     if process.returncode:

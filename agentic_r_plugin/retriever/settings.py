@@ -82,10 +82,7 @@ class TrainRetrieverConfig:
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    processes: int = field(
-        default=1,
-        metadata={"help": "of this node, one a device; started by torchrun, it decides"},
-    )
+    processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps"})
     checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points"})

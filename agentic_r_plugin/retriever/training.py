@@ -29,7 +29,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import file_fingerprint, read_json, write_json
 
-__all__ = ["TrainRetrieverConfig", "run", "train", "train_llm_embedder", "train_replug"]
+__all__ = ["TrainRetrieverConfig", "run", "run_apart", "train", "train_llm_embedder", "train_replug"]
 
 DONE, _WORK = "done.json", "work.json"
 
@@ -39,8 +39,13 @@ def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         if not resume:
             _require_empty(Path(config.out))
-        return child.run_command("train-retriever", config, processes=config.processes)
+        return run_apart(config)
     components.load("retriever_trainer", config.trainer)(config, resume=resume)
+
+
+def run_apart(config: TrainRetrieverConfig) -> None:
+    """`run`, resumed, in as many processes of their own as `config` says; raises what it raises."""
+    child.run_command("train-retriever", config, processes=config.processes)
 
 
 def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:

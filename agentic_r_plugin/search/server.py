@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, build_search
-from agentic_r_plugin.child import die_with
+from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.config import save_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
@@ -283,7 +283,7 @@ def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) ->
         try:
             yield _wait_ready(process, ready, folder / "log.txt", startup_timeout_s)
         finally:
-            _end(process)
+            end(process)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], ready: Path, logfile: Path, timeout_s: float) -> str:
@@ -300,13 +300,3 @@ def _wait_ready(process: subprocess.Popen[bytes], ready: Path, logfile: Path, ti
 def _tail(logfile: Path, lines: int = 15) -> str:
     text = logfile.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
     return "its log ends:\n" + "\n".join(text) if text else "its log is empty"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
-    if process.poll() is None:
-        process.kill()
-    process.wait()
