@@ -89,7 +89,7 @@ class Continuations:
         limits: how far a trajectory may go, its prefix included.
         topk: passages shown for a later search.
         cost: added to.
-        max_kept: outcomes kept for looking up.
+        max_kept: outcomes kept for looking up. Equal prompts are of one question, and its queries stand together.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Continuations:
         limits: Limits,
         topk: int = 3,
         cost: RolloutCost | None = None,
-        max_kept: int = 200_000,
+        max_kept: int = 16_384,
     ) -> None:
         self.llm, self.search, self.passages, self.protocol, self.limits = llm, search, passages, protocol, limits
         self.topk, self.cost, self.max_kept = topk, cost if cost is not None else RolloutCost(), max_kept

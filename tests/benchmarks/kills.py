@@ -1,12 +1,13 @@
 """kill -9 at random moments over all data stages: the same bytes in the end, and no finished LLM call made twice.
 
-    python -m tests.benchmarks.kills [--kills 50] [--kind local|ray] [--questions 60] [--seed 0]
+    python -m tests.benchmarks.kills [--kills 50] [--kind local|ray] [--questions 120] [--seed 0]
 
 A loopback server speaks the OpenAI protocol as agent and judge, and answers by a hash of what it is asked (some judge
 replies are bad, some stay bad and become judge errors). First every stage runs uninterrupted, one unit a batch, and the
 server notes which request belongs to which unit. Then the stages run in a process that is killed, with all its
-children, again and again at random moments, and resumed; a request of a unit that was in the journal before its process
-began is a call made twice. At the end the files must equal those of the first run byte for byte.
+children, again and again at random moments spread over the stages, and resumed; a request of a unit that was in the
+journal before its process began is a call made twice. At the end the files must equal those of the first run byte for
+byte.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,10 @@ ROOT = Path(__file__).parents[2]
 AGENT = ROOT / "recipes" / "quickstart" / "agent"
 STAGES = ("trajectories", "candidates", "sub-answers", "relevance", "correctness", "groups")
 DELAY_S = 0.01
+QUICK = ("candidates", "groups")
+"""Stages that ask no model: they are over before one looks."""
+QUICK_S, SLOW_S = 0.15, 0.6
+"""A kill comes at most so long after its stage went on."""
 
 
 def digest(text: str) -> int:
@@ -185,12 +192,62 @@ def write_inputs(folder: Path, count: int) -> dict[str, str]:
     return facts
 
 
-def state(folder: Path) -> list[tuple[str, int]]:
-    return (
-        sorted((path.name, path.stat().st_size) for path in folder.rglob("*") if path.is_file())
-        if folder.exists()
-        else []
-    )
+def state(folder: Path, stage: str) -> list[tuple[str, int]]:
+    """Names and sizes of a stage's files."""
+    found: list[tuple[str, int]] = []
+    for path in folder.rglob(f"*{stage}.jsonl*") if folder.exists() else ():
+        inside = path.rglob("*") if path.is_dir() else (path,)
+        with suppress(FileNotFoundError):  # renamed or removed meanwhile
+            found += [(str(item), item.stat().st_size) for item in inside]
+    return sorted(found)
+
+
+def unfinished(folder: Path) -> list[str]:
+    return [name for name in STAGES if not (folder / f"{name}.jsonl.report.json").exists()]
+
+
+class Killer:
+    """Ends processes at random moments, about as many in every stage; a stage that ends early leaves its share over.
+
+    One in five is killed at any moment of its start, the others a random while after the stage in turn went on.
+    """
+
+    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+        self.folder, self.left, self.chance = folder, kills, random.Random(seed)
+        self.moments: Counter[str] = Counter()
+
+    def share(self, stage: str) -> int:
+        """Kills that the stage still gets."""
+        later = len(STAGES) - STAGES.index(stage)
+        return -(-(self.left + self.moments[stage]) // later) - self.moments[stage]
+
+    def kill(self, process: subprocess.Popen[bytes]) -> bool:
+        """Wait for the moment and kill; False: the process ended by itself."""
+        started, limit = time.monotonic(), math.inf
+        if self.left and self.chance.random() < 0.2:
+            limit = self.chance.uniform(0, 8)
+        before = {stage: state(self.folder, stage) for stage in STAGES}
+        while process.poll() is None:
+            stage = next(iter(unfinished(self.folder)), STAGES[-1])
+            if self.left and self.share(stage) > 0:
+                went_on = state(self.folder, stage) != before[stage]
+                if went_on:
+                    time.sleep(self.chance.uniform(0, QUICK_S if stage in QUICK else SLOW_S))
+                if went_on or time.monotonic() - started > limit:
+                    return self._end(process)
+            time.sleep(0.002)
+        return False
+
+    def _end(self, process: subprocess.Popen[bytes]) -> bool:
+        if process.poll() is not None:
+            return False
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.left -= 1
+        stage = next(iter(unfinished(self.folder)), "after the last")
+        self.moments[stage] += 1
+        print(f"kill {self.moments.total()}: {stage}", file=sys.stderr, flush=True)
+        return True
 
 
 def main() -> None:
@@ -200,10 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--kind", choices=("local", "ray"), default="local")
-    parser.add_argument("--questions", type=int, default=60)
+    parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         server = Server(write_inputs(folder, args.questions))
@@ -217,38 +273,24 @@ def main() -> None:
             )
             more = ["batch_size=4", "runner.part_size=24", *workers]
             command = [sys.executable, "-m", "tests.benchmarks.kills", "--child", str(killed), loopback.url, *more]
-            moments: Counter[str] = Counter()
-            kills = 0
+            killer = Killer(killed, args.kills, args.seed)
             while True:
                 server.finished = finished(killed)
                 with (folder / "log").open("ab") as log:
                     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-                    before = state(killed)
-                    limit = chance.uniform(0, 8) if chance.random() < 0.2 else 600.0
-                    started = time.monotonic()
-                    while kills < args.kills and process.poll() is None and time.monotonic() - started < limit:
-                        if state(killed) != before:
-                            time.sleep(chance.uniform(0, 0.6))
-                            break
-                        time.sleep(0.005)
-                    if kills >= args.kills:
-                        process.wait(timeout=1200)
-                if process.poll() is not None and process.returncode == 0:
-                    break
-                if process.poll() is not None:
+                if killer.kill(process):
+                    continue
+                if process.returncode != 0:
                     raise SystemExit((folder / "log").read_text()[-3000:])
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                kills += 1
-                stage = next((name for name in STAGES if not (killed / f"{name}.jsonl.report.json").exists()), "end")
-                moments[stage] += 1
+                break
             same = [
                 name for name in STAGES
                 if (whole / f"{name}.jsonl").read_bytes() == (killed / f"{name}.jsonl").read_bytes()
             ]  # fmt: skip
             errors = sum(read_json(killed / f"{name}.jsonl.report.json")["errors"] for name in STAGES)
             repeated = sum(server.calls.values()) - calls
-            print(f"{args.kind}: {kills} kills ({', '.join(f'{name} {n}' for name, n in moments.items())})")
+            moments = killer.moments
+            print(f"{args.kind}: {moments.total()} kills ({', '.join(f'{name} {n}' for name, n in moments.items())})")
             print(f"identical files: {', '.join(same)} ({len(same)} of {len(STAGES)}); judge errors {errors}")
             print(
                 f"{calls} calls uninterrupted, {repeated} more with kills (batches under way); calls of finished units "

@@ -191,7 +191,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=640, help="of a round")
     parser.add_argument("--plain-requests", type=int, default=128, help="of a round of the plain server, which is slow")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", default="auto", help="of the service; auto is its default")
+    parser.add_argument("--plain-precision", default="float32", help="of the plain servers; float32 is their default")
     parser.add_argument("--batch", type=int, default=32, help="of the service: half the clients, so that HTTP overlaps")
     parser.add_argument("--short", action="store_true", help="two words for question and query, not an agent's")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
@@ -215,8 +216,8 @@ def measure(args: argparse.Namespace) -> None:
     samples: dict[str, list[Sample]] = {"plain FastAPI, sync": [], "plain FastAPI, async": [], "agentic-r serve": []}
     options = {"precision": args.precision}
     config = ServeConfig(index=args.index, port=0, options=options, cache_size=100_000, batch_size=args.batch)
-    sync, sync_port = started_plain(args.index, args.precision, False)
-    later, later_port = started_plain(args.index, args.precision, True)
+    sync, sync_port = started_plain(args.index, args.plain_precision, False)
+    later, later_port = started_plain(args.index, args.plain_precision, True)
     try:
         with running_service(config) as url:
             port = int(url.rpartition(":")[2])
@@ -251,8 +252,8 @@ def print_table(
     best = {kind: max(len(item[1]) / item[0] for item in found) for kind, found in samples.items()}
     ours = best["agentic-r serve"]
     print(
-        f"\n{args.clients} clients, one query a request, {args.precision}, {os.cpu_count()} cores for all, "
-        f"best of {args.rounds} rounds"
+        f"\n{args.clients} clients, one query a request; precision {args.precision} in process and of the service, "
+        f"{args.plain_precision} of the plain servers; {os.cpu_count()} cores for all, best of {args.rounds} rounds"
     )
     print("\n| | queries/s | p50 ms | p99 ms | ours is |\n|---|---|---|---|---|")
     print(

@@ -2,9 +2,9 @@
 
     .venv/bin/python recipes/agentic_r/cpu/masking_ablation.py --out runs/masking [--seeds 0,1,2] [key=value ...]
 
-Every run starts from the quick start's agent and searches with BM25; `key=value` changes a field of `ppo.yaml` (steps=2
-tries the whole in small). Runs that are finished are not done again. Written to OUT: `curves.jsonl` (a line a run and
-step), `table.md`, `curves.svg`, and a folder for each run.
+Every run starts from the quick start's agent and searches with MiniLM; `key=value` changes a field of `ppo.yaml`
+(steps=2 tries the whole in small). Runs that are finished are not done again. Written to OUT: `curves.jsonl` (a line a
+run and step), `table.md`, `curves.svg`, and a folder for each run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from agentic_r_plugin.agent.metrics import read_metrics
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.evaluation.charts import HEIGHT, WIDTH, Series, line_chart
-from agentic_r_plugin.search import server
+from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import atomic_path, dump_line
 from agentic_r_plugin.world import generate
 
@@ -59,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     generate.run(world, resume=True)
     benchmark = options.out / world.name
-    service = server.ServeConfig(backend="bm25", corpus=str(benchmark / "corpus.jsonl"), port=0)
+    searched = index.IndexConfig(
+        corpus=str(benchmark / "corpus.jsonl"), retriever="builtin:minilm", out=str(options.out / "index")
+    )
+    index.run(searched, resume=True)
+    service = server.ServeConfig(index=searched.out, port=0)
     lines: list[dict[str, Any]] = []
     with server.running_service(service) as url:
         for seed in map(int, options.seeds.split(",")):
@@ -151,23 +155,23 @@ def chart(lines: Sequence[dict[str, Any]]) -> str:
             place = f'x="{number % 3 * WIDTH}" y="{30 + number // 3 * HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
             panels.append(svg.replace("<svg ", f"<svg {place} ", 1))
     key = "".join(
-        f'<g class="c{index}"><rect x="{10 + index * 120}" y="8" width="12" height="12" fill="var(--c)"/>'
-        f'<text class="title" x="{28 + index * 120}" y="18">{arm}</text></g>'
-        for index, arm in enumerate(ARMS)
+        f'<g class="c{color}"><rect x="{10 + color * 120}" y="8" width="12" height="12" fill="var(--c)"/>'
+        f'<text class="title" x="{28 + color * 120}" y="18">{arm}</text></g>'
+        for color, arm in enumerate(ARMS)
     )
     size = f'viewBox="0 0 {3 * WIDTH} {30 + 2 * HEIGHT}" width="{3 * WIDTH}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{_STYLE}</style>{key}{"".join(panels)}</svg>\n'
 
 
 def _series(lines: Sequence[dict[str, Any]], metric: str) -> Iterable[Series]:
-    for index, arm in enumerate(ARMS):
+    for color, arm in enumerate(ARMS):
         for seed in sorted({line["seed"] for line in lines if line["arm"] == arm}):
             points = [
                 (float(line["step"]), float(line[metric]))
                 for line in lines
                 if (line["arm"], line["seed"]) == (arm, seed) and metric in line
             ]
-            yield Series(name=f"{arm}, seed {seed}", points=points, color=index, marked=metric == "validation_em")
+            yield Series(name=f"{arm}, seed {seed}", points=points, color=color, marked=metric == "validation_em")
 
 
 if __name__ == "__main__":
