@@ -298,9 +298,12 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 
 def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
-    where, own = config.agents[name], own_settings(config, name).llm
-    found = {"backend": "openai", "url": where} if where.startswith(("http://", "https://")) else {"model": where}
-    return load_config(LLMSpec, values=asdict(config.settings.agent) | found | own)
+    where, own, shared = config.agents[name], own_settings(config, name).llm, asdict(config.settings.agent)
+    if not where.startswith(("http://", "https://")):
+        return load_config(LLMSpec, values=shared | {"model": where} | own)
+    if shared["backend"] != "openai":
+        shared["options"] = {}  # they are another backend's
+    return load_config(LLMSpec, values=shared | {"backend": "openai", "url": where} | own)
 
 
 def _place(config: EvaluateConfig, search: str, benchmark: str) -> str:

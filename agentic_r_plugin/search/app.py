@@ -5,7 +5,7 @@
 | `POST /retrieve` | the contract's wire format (`wire`) |
 | `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and goes over to it, where that is allowed |
 | `GET /health` | that the process lives, and what it serves |
-| `GET /ready` | 200 while it takes searches, 503 while it ends |
+| `GET /ready` | 200 while it takes searches, else 503 |
 | `GET /metrics` | Prometheus |
 """
 
@@ -45,6 +45,8 @@ class Limits:
 
     max_queries: int
     max_topk: int
+    max_passages: int
+    """Queries times topk."""
     max_query_chars: int
     """Of a query, a question, or an earlier query."""
     max_history: int
@@ -105,7 +107,13 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
         authorize(request)
         if reload is None:
             raise RefusedError(403, "forbidden", "this service does not reload on request (allow_reload)")
-        changes = _changes(await _read_body(request, limits.max_body_bytes))
+        if "origin" in request.headers:
+            raise RefusedError(403, "forbidden", "a page in a browser may not ask for a reload")
+        try:
+            body = await asyncio.wait_for(_read_body(request, limits.max_body_bytes), limits.timeout_s)
+        except asyncio.TimeoutError:
+            raise RefusedError(504, "timeout", f"no whole request within {limits.timeout_s:g} s") from None
+        changes = _changes(body)
         try:
             return {"status": "reloaded", "fingerprint": await reload(changes)}
         except AgenticRError as error:
@@ -117,8 +125,8 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
-        if not service.accepting:
-            raise RefusedError(503, "stopping", "the service is shutting down")
+        if not service.ready:
+            raise RefusedError(503, "not_ready", "the service takes no searches")
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -204,7 +212,12 @@ def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, b
         )
         for i, (query, question, history) in enumerate(zip(queries, questions, histories, strict=True))
     ]
-    return requests, _topk(data.get("topk"), limits), _flag(data.get("return_scores"))
+    topk = _topk(data.get("topk"), limits)
+    if len(requests) * topk > limits.max_passages:
+        raise RefusedError(
+            413, "too_large", f"{len(requests)} queries of topk {topk}; at most {limits.max_passages} passages are sent"
+        )
+    return requests, topk, _flag(data.get("return_scores"))
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class ServiceBackend:
 
     def fingerprint(self) -> str:
         """The service's own, when it says one; else its address."""
-        return str(self.client.health().get("fingerprint", self.client.url))
+        return self.client.fingerprint()
 
     def close(self) -> None:
         """Close the connections."""

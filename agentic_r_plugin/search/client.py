@@ -20,7 +20,7 @@ import httpx
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.search.wire import decode_hits, encode_requests
+from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_DELAY_S = 0.2
@@ -115,6 +115,19 @@ class RetrievalClient:
             raise SearchError(f"{self.url}/health: expected a JSON object, found {type(answer).__name__}")
         return answer
 
+    def fingerprint(self) -> str:
+        """The served index' own; the address where the service has no `/health` (Search-R1's).
+
+        Raises:
+            SearchError: as for `search`.
+        """
+        try:
+            return str(self.health().get("fingerprint", self.url))
+        except _RefusedError as error:
+            if error.status in (404, 405):
+                return self.url
+            raise
+
     def reload(self, index: str, *, retriever: str = "", corpus: str = "", timeout_s: float = 600.0) -> str:
         """Have the service go over to another index; returns the fingerprint of what it serves then.
 
@@ -203,7 +216,8 @@ class RetrievalClient:
     def _batches(self, requests: Sequence[SearchRequest], topk: int) -> list[Sequence[SearchRequest]]:
         if topk < 1:
             raise SearchError(f"expected topk of at least 1, found {topk}")
-        return [requests[start : start + self.max_batch] for start in range(0, len(requests), self.max_batch)]
+        size = min(self.max_batch, max(1, MAX_PASSAGES // topk))
+        return [requests[start : start + size] for start in range(0, len(requests), size)]
 
     def _decode(self, answer: Any, num_requests: int, topk: int) -> list[list[Hit]]:
         try:
@@ -237,6 +251,14 @@ class RetrievalClient:
         if loop not in self._async:
             self._async[loop] = httpx.AsyncClient(**self._settings())
         return self._async[loop]
+
+
+class _RefusedError(SearchError):
+    """The service refuses a request for good."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class _Attempts:
@@ -274,7 +296,7 @@ class _Attempts:
         reason = f"HTTP {status}: {_error_message(content)}"
         if status in _RETRIED_STATUS:
             return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
-        raise SearchError(f"{self.where}: the service refused the request: {reason}")
+        raise _RefusedError(status, f"{self.where}: the service refused the request: {reason}")
 
     def parse(self, content: bytes) -> Any:
         """The JSON document of an answer."""

@@ -106,12 +106,17 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     questions = list(read_records(config.questions, Question))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)
-    depth = max(config.topk)
     spec, depth = config.spec(), max(config.topk)
     with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
         kept = _Kept(
             out.with_name(out.name + ".work"),
-            fingerprint(corpus.fingerprint(), backend.fingerprint(), depth, file_fingerprint(config.questions)),
+            fingerprint(
+                corpus.fingerprint(),
+                backend.fingerprint(),
+                depth,
+                file_fingerprint(config.questions),
+                len(questions),
+            ),
         )
         answered, titles = scan_corpus(corpus, questions, kept)
         ranks = find_ranks(backend, questions, depth, kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -68,7 +69,8 @@ class WorkerReloader:
         self.service, self.pipe, self._open = service, pipe, open_backend
         self._send_lock = threading.Lock()
         self._pending: SearchBackend | None = None
-        self._asked: list[asyncio.Future[str]] = []
+        self._asked: deque[asyncio.Future[str]] = deque()
+        """Reloads asked for by this worker; the supervisor answers them in turn."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def listen(self, stop: Any) -> None:
@@ -125,7 +127,6 @@ class WorkerReloader:
         self._loop.call_soon_threadsafe(self._tell, fingerprint, error)
 
     def _tell(self, fingerprint: str, error: str | None) -> None:
-        for future in self._asked:
-            if not future.done():
-                future.set_result(fingerprint) if error is None else future.set_exception(SearchError(error))
-        self._asked.clear()
+        future = self._asked.popleft() if self._asked else None  # none: a worker that died had asked
+        if future is not None and not future.done():
+            future.set_result(fingerprint) if error is None else future.set_exception(SearchError(error))

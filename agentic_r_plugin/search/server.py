@@ -28,6 +28,7 @@ from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.config import save_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
+from agentic_r_plugin.search.wire import MAX_PASSAGES
 from agentic_r_plugin.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ServeConfig:
     default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say"})
     max_queries: int = field(default=1024, metadata={"help": "queries of one request"})
     max_topk: int = field(default=1000, metadata={"help": "passages for one query"})
+    max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request"})
     max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question"})
     max_history: int = field(default=64, metadata={"help": "earlier queries of one query"})
     max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request"})
@@ -70,13 +72,18 @@ class ServeConfig:
     header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head"})
     batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
     window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company"})
-    cache_size: int = field(default=10_000, metadata={"help": "query results remembered; 0: none"})
+    cache_size: int = field(default=10_000, metadata={"help": "results remembered, 32 passages each on average; 0: none"})
+        default=10_000, metadata={"help": "query results remembered, 32 passages each on average; 0: none"}
+    )
 
     def __post_init__(self) -> None:
-        positive = ("default_topk", "max_queries", "max_topk", "max_query_chars", "max_body_bytes", "max_waiting")
-        for name in (*positive, "timeout_s", "header_timeout_s", "batch_size", "workers"):
+        positive = ("default_topk", "max_queries", "max_topk", "max_passages", "max_query_chars", "max_body_bytes")
+        for name in (*positive, "max_waiting", "timeout_s", "header_timeout_s", "batch_size", "workers"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        for name in ("max_history", "window_ms", "cache_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: expected 0 to 65535")
         if not self.token_env and not _is_loopback(self.host):
@@ -145,6 +152,7 @@ def serve_here(
     limits = Limits(
         max_queries=config.max_queries,
         max_topk=config.max_topk,
+        max_passages=config.max_passages,
         max_query_chars=config.max_query_chars,
         max_history=config.max_history,
         max_body_bytes=config.max_body_bytes,
@@ -198,8 +206,8 @@ def serve_here(
 async def _reload_again(reloader: LocalReloader) -> None:
     try:
         await reloader.reload({})
-    except AgenticRError as error:
-        log.error("reload failed, the index in use stays: %s", error)
+    except Exception as error:  # nobody awaits this; whatever it was, the old index goes on
+        log.error("reload failed, the index in use stays: %s", error, exc_info=not isinstance(error, AgenticRError))
 
 
 def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:

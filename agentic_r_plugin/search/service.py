@@ -18,6 +18,9 @@ from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
 from agentic_r_plugin.search.metrics import Metrics
 
+_HITS_A_RESULT = 32
+"""Passages that the cache holds for each result, on average: deep searches must not fill the memory."""
+
 
 class OverloadedError(SearchError):
     """Too many searches are waiting."""
@@ -41,7 +44,7 @@ class SearchService:
         backend: asked from one thread, one batch at a time; closed when another takes its place.
         max_batch: queries of one backend call, unless a single request brings more.
         window_ms: how long a batch waits for company after its first query.
-        cache_size: results kept, least recently used dropped first; 0 keeps none.
+        cache_size: results kept, least recently used dropped first, and 32 passages for each on average; 0 keeps none.
         max_waiting: queries waiting at most; beyond it searches are refused.
         metrics: where it counts.
     """
@@ -63,6 +66,7 @@ class SearchService:
         self._max_batch, self._window_s = max_batch, window_ms / 1000
         self._cache: OrderedDict[SearchRequest, tuple[int, list[Hit]]] = OrderedDict()
         self._cache_size, self._max_waiting, self._waiting = cache_size, max_waiting, 0
+        self._cached_hits = 0
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
@@ -72,6 +76,11 @@ class SearchService:
         """Begin to work."""
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
+    @property
+    def ready(self) -> bool:
+        """Whether searches are answered."""
+        return self.accepting and self._worker is not None and not self._worker.done()
+
     def swap(self, backend: SearchBackend) -> None:
         """Answer from another backend from now on; the batch in hand is finished by the old one, which is then closed.
 
@@ -80,6 +89,7 @@ class SearchService:
         old, self.backend = self.backend, backend
         self.fingerprint = backend.fingerprint()
         self._cache.clear()
+        self._cached_hits = 0
         self.metrics.set("cache_entries", 0)
         self.metrics.add("reloads", 1)
         self._thread.submit(old.close)
@@ -158,6 +168,8 @@ class SearchService:
         work = asyncio.get_running_loop().run_in_executor(self._thread, backend.search, requests, topk)
         try:
             results = await asyncio.shield(work)
+            if len(results) != len(requests):
+                raise SearchError(f"{len(requests)} searches given, {len(results)} results returned")
         except asyncio.CancelledError:
             for item in group:
                 _fail(item, OverloadedError("the service is shutting down"))
@@ -185,11 +197,15 @@ class SearchService:
         return entry[1][:topk]
 
     def _remember(self, request: SearchRequest, topk: int, hits: list[Hit]) -> None:
-        if self._cache_size and self._cache.get(request, (0, []))[0] <= topk:
-            self._cache[request] = (topk, hits)
-            self._cache.move_to_end(request)
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+        known_topk, known = self._cache.get(request, (0, []))
+        if not self._cache_size or known_topk > topk:
+            return
+        self._cache[request] = (topk, hits)
+        self._cache.move_to_end(request)
+        self._cached_hits += len(hits) - len(known)
+        while len(self._cache) > self._cache_size or self._cached_hits > _HITS_A_RESULT * self._cache_size:
+            _, (_, dropped) = self._cache.popitem(last=False)
+            self._cached_hits -= len(dropped)
 
 
 def _fail(item: _Waiting, error: SearchError) -> None:

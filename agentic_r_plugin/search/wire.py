@@ -15,6 +15,9 @@ from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
+MAX_PASSAGES = 65_536
+"""Queries times topk of one request: what the client asks for at most, and the service's default limit."""
+
 
 def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, Any]:
     """Body of a `/retrieve` request; the optional lists are sent only when they say something."""

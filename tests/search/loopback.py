@@ -19,6 +19,7 @@ from agentic_r_plugin.search.service import SearchService
 LIMITS = Limits(
     max_queries=8,
     max_topk=50,
+    max_passages=100,
     max_query_chars=200,
     max_history=4,
     max_body_bytes=20_000,
@@ -39,6 +40,8 @@ class EchoBackend:
         time.sleep(self.delay_s)
         if any(request.query == "break" for request in requests):
             raise RuntimeError("the disk is on fire")
+        if any(request.query == "lose one" for request in requests):
+            requests = requests[1:]
         return [self._hits(request, topk) for request in requests]
 
     def _hits(self, request: SearchRequest, topk: int) -> list[Hit]:
@@ -54,13 +57,13 @@ class EchoBackend:
 
 
 @contextmanager
-def serving(backend, *, limits=LIMITS, token=None, header_timeout_s=5.0, **settings) -> Iterator[str]:
+def serving(backend, *, limits=LIMITS, token=None, reload=None, header_timeout_s=5.0, **settings) -> Iterator[str]:
     """Our application; yields its address."""
     settings = {"max_batch": 16, "window_ms": 5, "cache_size": 100, "max_waiting": 64} | settings
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(256)
-    app = build_app(SearchService(backend, **settings), limits, token=token)
+    app = build_app(SearchService(backend, **settings), limits, token=token, reload=reload)
     http = PatientProtocol.within(header_timeout_s)
     server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.reload import WorkerReloader
 from tests.benchmarks.retrieval_hostile import hostile_bodies, send_all
 from tests.search.loopback import EchoBackend, serving
 from tests.search.tiny_retriever import write_corpus
@@ -196,6 +199,35 @@ def test_reloading_is_refused_unless_it_was_allowed():
     with serving(EchoBackend()) as url:
         answer = httpx.post(f"{url}/reload", json={"index": "x"})
         assert (answer.status_code, answer.json()["error"]["type"]) == (403, "forbidden")
+
+
+def test_a_page_in_a_browser_cannot_reload():
+    asked = []
+
+    async def reload(changes):
+        asked.append(changes)
+        return "new"
+
+    with serving(EchoBackend(), reload=reload) as url:
+        assert httpx.post(f"{url}/reload", json={"index": "x"}).json()["fingerprint"] == "new"
+        answer = httpx.post(f"{url}/reload", content=b'{"index": "y"}', headers={"Origin": "https://example.org"})
+        assert (answer.status_code, asked) == (403, [{"index": "x"}])
+
+
+def test_each_of_two_reloads_at_once_gets_its_own_outcome():
+    async def outcomes():
+        ours, theirs = multiprocessing.Pipe()
+        reloader = WorkerReloader(None, theirs, lambda spec: None)
+        asked = [asyncio.ensure_future(reloader.reload({"index": name})) for name in ("a", "nowhere")]
+        await asyncio.sleep(0)
+        reloader._tell("of a", None)
+        reloader._tell("", "no index there")
+        reloader._tell("", "of a worker that is gone")
+        return await asyncio.gather(*asked, return_exceptions=True), [ours.recv(), ours.recv()]
+
+    (first, second), sent = asyncio.run(outcomes())
+    assert first == "of a" and isinstance(second, SearchError) and str(second) == "no index there"
+    assert sent == [("reload", {"index": "a"}), ("reload", {"index": "nowhere"})]
 
 
 def test_metrics_are_prometheus_text():

@@ -22,6 +22,7 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service import SearchService
 from tests.search.loopback import LIMITS, EchoBackend, serving
 
 
@@ -78,6 +79,7 @@ def test_questions_and_histories_reach_the_retriever(url):
         (b'{"queries": ["q"], "question": ["a"]}', 400, "unknown field 'question'"),
         (b'{"queries": ["' + b"x" * 201 + b'"]}', 413, "queries[0]: 201 characters"),
         (b'{"queries": ["q","q","q","q","q","q","q","q","q"]}', 413, "9 queries; at most 8"),
+        (b'{"queries": ["a", "b", "c"], "topk": 34}', 413, "3 queries of topk 34; at most 100 passages"),
         (b'{"queries": ["' + b"x" * 30_000 + b'"]}', 413, "larger than 20000 bytes"),
     ],
 )  # fmt: skip
@@ -164,6 +166,42 @@ def test_a_failing_backend_is_an_error_and_the_service_lives_on(url):
         "message": "the search backend failed: RuntimeError: the disk is on fire",
     }
     assert httpx.post(f"{url}/retrieve", json={"queries": ["a"]}).status_code == 200
+    answer = httpx.post(f"{url}/retrieve", json={"queries": ["lose one"]})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "search_failed")
+    assert "1 searches given, 0 results returned" in answer.json()["error"]["message"]
+    assert httpx.post(f"{url}/retrieve", json={"queries": ["still here"]}).status_code == 200
+
+
+def test_the_cache_holds_no_more_passages_than_its_budget():
+    backend = EchoBackend()
+    with serving(backend, cache_size=1) as url:
+        client = RetrievalClient(url)
+        for topk in (10, 10, 50):  # the backend has ten passages
+            client.search([SearchRequest(query="a")], topk)
+        assert len(backend.batches) == 2
+    service = SearchService(backend, max_batch=1, window_ms=0, cache_size=2, max_waiting=1)
+    hits = backend.search([SearchRequest(query="a")], 10)[0] * 5
+    for query in ("a", "b"):
+        service._remember(SearchRequest(query=query), 50, hits)
+    assert list(service._cache) == [SearchRequest(query="b")]
+    service._remember(SearchRequest(query="b"), 60, hits[:40])
+    service._remember(SearchRequest(query="c"), 5, hits[:5])
+    assert len(service._cache) == 2 and service._cached_hits == 45
+
+
+def test_ready_says_whether_searches_are_answered():
+    async def states():
+        service = SearchService(EchoBackend(), max_batch=1, window_ms=0, cache_size=0, max_waiting=1)
+        found = [service.ready]
+        service.start()
+        found.append(service.ready)
+        service._worker.cancel()
+        await asyncio.sleep(0.01)
+        found.append(service.ready)
+        await service.stop()
+        return found
+
+    assert asyncio.run(states()) == [False, True, False]
 
 
 def test_a_slow_backend_times_out_and_a_full_queue_is_refused():
@@ -265,6 +303,7 @@ def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_fil
         ({"host": "example.org"}, "can be reached from outside"),
         ({"port": 70_000}, "expected 0 to 65535"),
         ({"timeout_s": 0.0}, "timeout_s must be above 0"),
+        ({"cache_size": -1}, "cache_size must not be below 0"),
     ],
 )
 def test_unsafe_or_impossible_settings_are_refused(settings, message):
