@@ -72,9 +72,7 @@ class ServeConfig:
     header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head"})
     batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
     window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company"})
-    cache_size: int = field(default=10_000, metadata={"help": "results remembered, 32 passages each on average; 0: none"})
-        default=10_000, metadata={"help": "query results remembered, 32 passages each on average; 0: none"}
-    )
+    cache_size: int = field(default=10_000, metadata={"help": "results kept, 32 passages each on average; 0: none"})
 
     def __post_init__(self) -> None:
         positive = ("default_topk", "max_queries", "max_topk", "max_passages", "max_query_chars", "max_body_bytes")

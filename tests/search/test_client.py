@@ -133,6 +133,8 @@ def test_long_lists_are_asked_in_parts_and_come_back_in_order():
         assert RetrievalClient(url).search([], 3) == []
         assert RetrievalClient(f"{url}/retrieve").health()["status"] == "ok"
         assert RetrievalClient(url).fingerprint() == "echo"
+        with pytest.raises(SearchError, match="topk of at least 1"):
+            RetrievalClient(url).search(requests, 0)
 
 
 def test_a_service_without_health_is_known_by_its_address():
@@ -146,8 +148,6 @@ def test_deep_searches_go_out_in_smaller_requests():
     requests = [SearchRequest(query=str(number)) for number in range(300)]
     batches = RetrievalClient("http://127.0.0.1:1")._batches(requests, 1000)
     assert [len(batch) for batch in batches] == [65, 65, 65, 65, 40]
-        with pytest.raises(SearchError, match="topk of at least 1"):
-            RetrievalClient(url).search(requests, 0)
 
 
 def _ask(client, answers):
