@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from agentic_r_plugin.store import file_fingerprint
-
-_SAMPLED_BYTES = 1 << 16
-_WHOLE_BYTES = 1 << 20
+from agentic_r_plugin.store import file_fingerprint, sampled_fingerprint
 
 
 def identity(where: str) -> str:
-    """What a directory holds, without reading large files whole: sizes, and bytes from begin, middle and end.
+    """What a directory holds, without reading large files whole (`store.sampled_fingerprint`).
 
     Anything that is no file or directory here (a URL, a model's name) is its own identity.
     """
@@ -23,13 +20,5 @@ def identity(where: str) -> str:
         return where
     digest = hashlib.sha256()
     for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}:".encode())
-        with file.open("rb") as stream:
-            if size <= _WHOLE_BYTES:
-                digest.update(stream.read())
-                continue
-            for offset in (0, size // 2, size - _SAMPLED_BYTES):
-                stream.seek(offset)
-                digest.update(stream.read(_SAMPLED_BYTES))
+        digest.update(f"{file.relative_to(path)}:{sampled_fingerprint(file)}:".encode())
     return digest.hexdigest()[:16]

@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.store import atomic_path, dump_line, parse_line, read_json, read_lines, write_json
+from agentic_r_plugin.store import (
+    atomic_path,
+    dump_line,
+    parse_line,
+    read_json,
+    read_lines,
+    sampled_fingerprint,
+    write_json,
+)
 
 TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
 """Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
@@ -209,9 +217,14 @@ def _is_packed(path: Path) -> bool:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What changes when a file is written to."""
+    """What changes when a file is written to, also where its size and its date were kept."""
     status = path.stat()
-    return {"name": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    return {
+        "name": path.name,
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "sample": sampled_fingerprint(path),
+    }
 
 
 def _read_table(folder: Path, identity: dict[str, Any]) -> tuple[NDArray[np.int64], str] | None:

@@ -57,6 +57,7 @@ class DenseBackend(ABC):
     ) -> None:
         self.manifest = indexes.read_manifest(index)
         self.index_path = Path(index) / self.manifest.index_file
+        indexes.check_index_file(self.manifest, self.index_path)
         self.corpus = Corpus(corpus or self.manifest.corpus, table=index)
         try:
             indexes.check_corpus(self.manifest, self.corpus)
@@ -133,7 +134,7 @@ class FaissBackend(DenseBackend):
         **shared: Any,
     ) -> None:
         super().__init__(index, retriever, corpus, **shared)
-        self._faiss = open_index(self.index_path, mapped=mapped, num_bytes=self.manifest.index_bytes)
+        self._faiss = open_index(self.index_path, mapped=mapped)
         set_search_depth(self._faiss, nprobe=nprobe, ef_search=ef_search)
 
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -173,7 +174,7 @@ class FaissGPUBackend(DenseBackend):
         if faiss.get_num_gpus() < 1:
             raise ConfigError("search backend 'faiss_gpu': faiss finds no GPU")
         super().__init__(index, retriever, corpus, **shared)
-        host = open_index(self.index_path, mapped=True, num_bytes=self.manifest.index_bytes)
+        host = open_index(self.index_path, mapped=True)
         set_search_depth(host, nprobe=nprobe, ef_search=0)
         options = faiss.GpuMultipleClonerOptions()
         options.shard, options.useFloat16 = True, float16
@@ -192,8 +193,9 @@ class FaissGPUBackend(DenseBackend):
 class TorchBackend(DenseBackend):
     """Exact dense retrieval in torch: on GPUs without faiss-gpu, or on the CPU from disk, block by block.
 
-    Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`; on the CPU a block
-    is read from the file for every batch of queries, so that memory does not depend on the corpus.
+    Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`, and where they are
+    kept in half precision the best 2 K + 32 rows are scored again in float32; on the CPU a block is read from the file
+    for every batch of queries, so that memory does not depend on the corpus.
 
     Args (beside those of `DenseBackend`):
         search_devices: such as `cuda:0,cuda:1`; `auto` is every GPU of this node, or the CPU.
@@ -221,17 +223,17 @@ class TorchBackend(DenseBackend):
             raise ConfigError(f"search backend 'torch': dtype {dtype!r}: expected float16 or float32")
         super().__init__(index, retriever, corpus, **shared)
         manifest = self.manifest
-        open_index(self.index_path, mapped=True, num_bytes=manifest.index_bytes)
+        open_index(self.index_path, mapped=True)
         read = flat_vectors(self.index_path, kind=manifest.kind, rows=manifest.rows, dim=manifest.dim)
         devices = [torch.device(name) for name in resolve_devices(search_devices)]
         if devices[0].type == "cpu":
-            self._parts: list[_Part] = [_Part(0, manifest.rows, devices[0], _from_file(read), block_rows)]
+            self._parts: list[_Part] = [_Part(0, manifest.rows, devices[0], block_rows, read=_from_file(read))]
         else:
             share = -(-manifest.rows // len(devices))
             bounds = [(at, min(at + share, manifest.rows)) for at in range(0, manifest.rows, share)]
             kept = getattr(torch, dtype)
             self._parts = [
-                _Part(begin, end, device, _on_device(read, begin, end, device, kept, block_rows), block_rows)
+                _Part(begin, end, device, block_rows, kept=_on_device(read, begin, end, device, kept, block_rows))
                 for (begin, end), device in zip(bounds, devices, strict=False)
             ]
 
@@ -248,23 +250,58 @@ BlockReader = Callable[[int, int], torch.Tensor]
 
 
 class _Part:
-    """Rows `begin` to `end` of an index, searched on one device."""
+    """Rows `begin` to `end` of an index, searched on one device.
 
-    def __init__(self, begin: int, end: int, device: torch.device, read: BlockReader, block_rows: int) -> None:
-        self.begin, self.end, self.device, self.read, self.block_rows = begin, end, device, read, block_rows
+    Args:
+        block_rows: rows whose scores are computed at once.
+        read: gives a block of rows; or
+        kept: all of them, on the device.
+    """
+
+    def __init__(
+        self,
+        begin: int,
+        end: int,
+        device: torch.device,
+        block_rows: int,
+        *,
+        read: BlockReader | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> None:
+        self.begin, self.end, self.device, self.block_rows, self._read, self._kept = (
+            begin, end, device, block_rows, read, kept,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def nearest(self, queries_QD: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores, rows) on the device, (Q, min(K, rows of this part))."""
         queries = queries_QD.to(self.device)
+        rough = self._kept is not None and self._kept.dtype != torch.float32
+        wanted = 2 * topk + 32 if rough else topk
         scores = torch.empty((len(queries), 0), device=self.device)
         rows = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
         for start in range(self.begin, self.end, self.block_rows):
-            block = self.read(start, min(start + self.block_rows, self.end))
+            block = self._block(start, min(start + self.block_rows, self.end))
             block_scores = (queries.to(block.dtype) @ block.T).float()
-            best, at = block_scores.topk(min(topk, len(block)), dim=1)
-            scores, rows = _best([scores, best], [rows, at + start], topk)
-        return scores, rows
+            best, at = block_scores.topk(min(wanted, len(block)), dim=1)
+            scores, rows = _best([scores, best], [rows, at + start], wanted)
+        return _best([self._exact_scores(queries, rows)], [rows], topk) if rough else (scores, rows)
+
+    def _block(self, start: int, stop: int) -> torch.Tensor:
+        if self._kept is not None:
+            return self._kept[start - self.begin : stop - self.begin]
+        assert self._read is not None
+        return self._read(start, stop)
+
+    def _exact_scores(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """(Q, W) inner products in float32, some queries at a time."""
+        assert self._kept is not None
+        step = max(1, self.block_rows // max(rows.shape[1], 1))
+        found = [
+            torch.einsum("qwd,qd->qw", self._kept[some - self.begin].float(), query)
+            for query, some in zip(queries.split(step), rows.split(step), strict=True)
+        ]
+        return torch.cat(found) if found else rows.float()
 
 
 def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,7 +322,7 @@ def _on_device(
     device: torch.device,
     dtype: torch.dtype,
     block_rows: int,
-) -> BlockReader:
+) -> torch.Tensor:
     """Copy rows to the device block by block; the host never holds more than one block."""
     kept: torch.Tensor | None = None
     for start in range(begin, end, block_rows):
@@ -295,5 +332,4 @@ def _on_device(
             kept = torch.empty((end - begin, block.shape[1]), dtype=dtype, device=device)
         kept[start - begin : stop - begin] = block.to(device=device, dtype=dtype)
     assert kept is not None
-    vectors = kept
-    return lambda start, stop: vectors[start - begin : stop - begin]
+    return kept

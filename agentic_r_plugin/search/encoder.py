@@ -205,13 +205,27 @@ class Retriever:
         write_json(Path(folder) / RECORD_FILE, self.record.to_dict())
 
     def fingerprint(self) -> str:
-        """Hash of weights, vocabulary and record: two checkpoints with the same one give the same vectors."""
+        """Hash of weights, tokenizer, pooling and record: two checkpoints with the same one give the same vectors."""
         digest = hashlib.sha256(json.dumps(self.record.to_dict(), sort_keys=True).encode())
-        digest.update(json.dumps(sorted(self.model.tokenizer.get_vocab().items())).encode())
+        for part in (self._tokenizer_parts(), self._later_modules()):
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+    def _tokenizer_parts(self) -> list[Any]:
+        """Vocabulary, and how a fast tokenizer cuts a text up; not its lengths, which the record says."""
+        tokenizer = self.model.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        steps = json.loads(backend.to_str()) if backend is not None else {}
+        found = {name: steps.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor")}
+        return [sorted(tokenizer.get_vocab().items()), found]
+
+    def _later_modules(self) -> list[Any]:
+        """Pooling and whatever comes after the encoder."""
+        configured = [(module, getattr(module, "get_config_dict", dict)) for module in list(self.model)[1:]]
+        return [(type(module).__name__, config()) for module, config in configured]
 
 
 _DEFAULT_BATCH_TOKENS = {True: 4096, False: 131_072}

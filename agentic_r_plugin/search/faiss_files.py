@@ -215,22 +215,12 @@ def _check(written: Path, path: Path, vectors: _Vectors) -> None:
         raise UpstreamError(f"{path}: faiss finds row {row} of {vectors.rows} in what was written")
 
 
-def open_index(path: Path, *, mapped: bool, num_bytes: int | None = None) -> faiss.Index:
+def open_index(path: Path, *, mapped: bool) -> faiss.Index:
     """faiss' index of a file, in memory or mapped (what this kind can map; a graph's vectors, lists or codes).
 
-    Args:
-        num_bytes: how large the file was when it was finished, when known.
-
     Raises:
-        IndexMismatchError: missing, cut, or not a faiss index.
+        IndexMismatchError: not a faiss index.
     """
-    if not path.is_file():
-        raise IndexMismatchError(f"{path}: the index file is missing; build it again with agentic-r index")
-    if num_bytes is not None and (found := path.stat().st_size) != num_bytes:
-        raise IndexMismatchError(
-            f"{path}: expected {num_bytes} bytes, found {found}; the index file was cut or replaced, build it again "
-            "with agentic-r index"
-        )
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
     except RuntimeError as error:

@@ -31,7 +31,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.faiss_files import ALIASES, empty_index, write_index
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import read_json, sampled_fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,8 @@ class IndexManifest(Record):
     """faiss' factory string."""
     index_bytes: int | None = None
     """Size of the index file when it was finished."""
+    index_sample: str | None = None
+    """Its `store.sampled_fingerprint` then."""
 
     @property
     def index_file(self) -> str:
@@ -182,7 +184,9 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
             dim=manifest.dim,
             train_rows=config.train_rows,
         )
-        manifest = replace(manifest, index_bytes=index_file.stat().st_size)
+        manifest = replace(
+            manifest, index_bytes=index_file.stat().st_size, index_sample=sampled_fingerprint(index_file)
+        )
         save_config(config, out / "config.yaml")
         write_json(out / MANIFEST, manifest.to_dict())
         shutil.rmtree(out / _SHARDS)
@@ -285,6 +289,23 @@ def index_retriever(
     retriever = Retriever.load(name, preset=manifest.preset, device=device, precision=precision, **overrides)
     check_retriever(manifest, retriever)
     return retriever
+
+
+def check_index_file(manifest: IndexManifest, path: Path) -> None:
+    """Raises `IndexMismatchError` unless the file is there and is the one that was finished, as far as samples tell."""
+    if not path.is_file():
+        raise IndexMismatchError(f"{path}: the index file is missing; build it again with agentic-r index")
+    found, expected = path.stat().st_size, manifest.index_bytes
+    if expected is not None and found != expected:
+        raise IndexMismatchError(
+            f"{path}: expected {expected} bytes, found {found}; the index file was cut or replaced, build it again "
+            "with agentic-r index"
+        )
+    if manifest.index_sample is not None and sampled_fingerprint(path) != manifest.index_sample:
+        raise IndexMismatchError(
+            f"{path}: these are not the bytes that its manifest tells of; the index file was replaced, build it again "
+            "with agentic-r index"
+        )
 
 
 def check_retriever(manifest: IndexManifest, retriever: Retriever) -> None:

@@ -66,6 +66,14 @@ def test_an_interrupted_run_goes_on_with_what_it_had_and_only_with_the_same_inpu
     assert "already exists" in capsys.readouterr().err
 
 
+def test_what_was_begun_on_fewer_questions_is_not_taken_for_all(arguments, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(coverage, "find_ranks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*arguments, "max_questions=1"]) == 130
+    assert main([*arguments, "--resume"]) == 1
+    assert "was begun with other inputs" in capsys.readouterr().err
+
+
 def test_a_service_does_not_say_where_its_corpus_lies(arguments, capsys):
     cut = [item for item in arguments if "corpus" not in item]
     assert main([*cut, "search.backend=service", "search.url=http://127.0.0.1:9"]) == 1

@@ -174,6 +174,24 @@ def test_a_cut_index_file_is_an_error_and_not_a_crash(index_folder, tmp_path):
         FaissBackend(copy)
 
 
+def test_an_index_file_of_the_same_size_from_elsewhere_is_refused(index_folder, tmp_path, corpus_file):
+    other = build_index(config_for(tmp_path / "other", corpus_file, make_model(tmp_path / "model", seed=3)))
+    assert other.index_bytes == read_manifest(index_folder).index_bytes
+    copy = tmp_path / "copy"
+    shutil.copytree(index_folder, copy)
+    shutil.copy(tmp_path / "other" / other.index_file, copy)
+    with pytest.raises(IndexMismatchError, match="the index file was replaced"):
+        FaissBackend(copy)
+
+
+def test_a_retriever_that_pools_otherwise_is_another_retriever(index_folder, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*_Pooling/config.json")
+    file.write_text(file.read_text().replace('"mean"', '"cls"'))
+    with pytest.raises(IndexMismatchError, match="does not belong to retriever"):
+        FaissBackend(index_folder, str(tmp_path / "model"))
+
+
 def test_a_mapped_index_finds_the_same_as_one_in_memory(index_folder):
     requests = [SearchRequest(query=f"p{n}") for n in range(10)]
     mapped = FaissBackend(index_folder, mapped=True, precision="float32").search(requests, 4)

@@ -10,10 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
+from agentic_r_plugin.search import dense, shards
 from agentic_r_plugin.search import index as indexes
-from agentic_r_plugin.search import shards
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import PASSAGES, Corpus
 from agentic_r_plugin.search.dense import FaissBackend, FaissGPUBackend, TorchBackend
@@ -113,6 +114,20 @@ def test_exact_search_in_torch_finds_what_faiss_finds(tmp_path, index_folder, co
         TorchBackend(quantised)
 
 
+def test_vectors_in_half_precision_rank_as_in_full():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.nn.functional.normalize(torch.randn(5000, 64, generator=generator) * 0.2 + torch.ones(64), dim=1)
+    queries, device = vectors[:40] + 0.01 * torch.randn(40, 64, generator=generator), torch.device("cpu")
+    expected = (queries @ vectors.T).topk(20, dim=1)
+    alone = (queries.half() @ vectors.half().T).float().topk(20, dim=1)
+    assert len(set(alone.indices[0].tolist()) & set(expected.indices[0].tolist())) < 20  # what rescoring is for
+    for block_rows in (700, 10_000):
+        scores, rows = dense._Part(100, 5100, device, block_rows, kept=vectors.half()).nearest(queries, 20)
+        shared = [len(set(a) & set(b)) for a, b in zip((rows - 100).tolist(), expected.indices.tolist(), strict=True)]
+        assert sum(shared) >= 0.99 * 20 * 40
+        np.testing.assert_allclose(scores, expected.values, atol=1e-4)
+
+
 def test_gpu_backends_say_what_they_lack(index_folder):
     with pytest.raises(ConfigError, match="needs faiss-gpu in place of faiss-cpu"):
         FaissGPUBackend(index_folder)
@@ -146,6 +161,19 @@ def test_a_saved_table_is_used_only_for_the_very_file_it_was_made_from(tmp_path,
     file.write_text(file.read_text() + json.dumps({"id": "new", "contents": "x"}) + "\n")
     changed = Corpus(file, table=tmp_path)
     assert len(changed) == 41 and changed.fingerprint() != fingerprint
+
+
+def test_contents_changed_behind_size_and_date_are_seen(tmp_path, corpus_file):
+    file = tmp_path / "corpus.jsonl"
+    file.write_bytes(corpus_file.read_bytes())
+    with Corpus(file) as corpus:
+        corpus.save_table(tmp_path)
+        fingerprint = corpus.fingerprint()
+    status = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"p1 ", b"p2 ", 1))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+    assert Corpus(file, table=tmp_path).fingerprint() != fingerprint
 
 
 def test_a_row_that_is_missing_is_an_error_by_name_whether_before_or_after_opening(tmp_path, corpus_file, model_folder):

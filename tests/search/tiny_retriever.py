@@ -18,9 +18,9 @@ from transformers import BertConfig, BertModel, BertTokenizer
 NUM_WORDS = 30
 
 
-def make_model(folder: Path, *, dim: int = 32) -> str:
+def make_model(folder: Path, *, dim: int = 32, seed: int = 0) -> str:
     """Write an untrained sentence-transformers model; returns its folder."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     words = [f"{letter}{i}" for letter in "pq" for i in range(NUM_WORDS)] + ["query", "passage", "title", ":", '"']
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     plain = folder / "transformer"
