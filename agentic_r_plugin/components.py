@@ -101,7 +101,10 @@ def load(kind: str, name: str) -> Any:
 
 
 def describe(component: Component) -> str:
-    """First line of the component's docstring (or of its `description`)."""
-    target = load(component.kind, component.name)
+    """First line of the component's docstring (or of its `description`), or why it cannot be loaded."""
+    try:
+        target = load(component.kind, component.name)
+    except ConfigError as error:
+        return f"({str(error).splitlines()[0]})"
     text = getattr(target, "description", None) or target.__doc__ or ""
     return str(text).strip().partition("\n")[0]

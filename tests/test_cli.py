@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from agentic_r_plugin import cli
+from agentic_r_plugin import cli, components
 
 CONTRACT = {
     "components", "world", "index", "serve", "train-agent", "trajectories", "candidates", "sub-answers", "relevance",
@@ -69,6 +70,13 @@ def test_components_are_listed_as_text_and_as_json(capsys):
     code, out, _ = run(capsys, "components", "--json")
     rows = json.loads(out)
     assert code == 0 and {"kind", "name", "package", "description"} == set(rows[0])
+
+
+def test_a_component_that_cannot_be_loaded_is_listed_with_the_reason(capsys, monkeypatch):
+    broken = EntryPoint("llm_backend.broken", "no_such_module:Backend", components.GROUP)
+    monkeypatch.setitem(components._registry(), ("llm_backend", "broken"), broken)
+    code, out, _ = run(capsys, "components")
+    assert code == 0 and "cannot be loaded: No module named 'no_such_module'" in out and "question_query" in out
 
 
 def test_an_error_is_one_paragraph_on_stderr_without_a_traceback(capsys, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from agentic_r_plugin.errors import ConfigError
+
 # ruff: noqa: SIM905 - word lists read better as one string
 _ONSETS = "b br d dr f g gl h j k kr l m n p pr r s sk st t tr v w z".split()
 _NUCLEI = "a e i o u ae ia ei".split()
@@ -103,7 +105,7 @@ class NameMaker:
             if name not in self._taken:
                 self._taken.add(name)
                 return name
-        raise ValueError("the name space is exhausted; ask for a smaller world")
+        raise ConfigError("the world is too large: there are no more names for its people, places or works")
 
     def _first(self) -> str:
         draw = self._rng.choice

@@ -159,3 +159,9 @@ def test_impossible_sizes_are_clear_errors_and_leave_nothing_behind(tmp_path: Pa
         WorldConfig(share_one_hop=0.8, share_two_hops=0.4)
     with pytest.raises(ConfigError, match="--out"):
         run(WorldConfig())
+
+
+def test_more_works_than_there_are_titles_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the world is too large"):
+        run(replace(SMALL, out=str(tmp_path), works=2000))
+    assert list(tmp_path.iterdir()) == []
