@@ -44,7 +44,7 @@ class AggregateConfig:
     level: float = field(default=0.95, metadata={"help": "of the intervals"})
 
     def __post_init__(self) -> None:
-        if len(self.runs) < 2 or len(set(self.runs)) < len(self.runs):
+        if len(self.runs) < 2 or len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigError(f"runs: expected at least two different folders, found {', '.join(self.runs) or 'none'}")
 
 
@@ -97,7 +97,8 @@ def _read(folder: Path) -> _Run:
 
 def _check_same(runs: Sequence[_Run]) -> None:
     first = runs[0]
-    for other in runs[1:]:
+    made_by: dict[tuple[Any, ...], Path] = {}
+    for other in runs:
         if missing := first.cells.keys() ^ other.cells.keys():
             raise RecordError(
                 f"expected the cells of {first.folder}; not in both: {sorted(missing)[0]}", path=other.folder
@@ -106,10 +107,9 @@ def _check_same(runs: Sequence[_Run]) -> None:
             if first.scores(name)["id"] != other.scores(name)["id"]:
                 raise RecordError(f"{name}: other questions than in {first.folder}", path=other.folder)
         prints = ("agent_fingerprint", "search_fingerprint")
-        if all(first.cells[name][key] == other.cells[name][key] for name in first.cells for key in prints):
-            raise RecordError(
-                f"the agents and retrievers are those of {first.folder}: not another seed", path=other.folder
-            )
+        of_run = tuple(other.cells[name][key] for name in first.cells for key in prints)
+        if (same := made_by.setdefault(of_run, other.folder)) is not other.folder:
+            raise RecordError(f"the agents and retrievers are those of {same}: not another seed", path=other.folder)
 
 
 def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:

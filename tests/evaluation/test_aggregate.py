@@ -112,6 +112,7 @@ def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path]
         ([seeds[0], other], RecordError, "other questions than in"),
         ([seeds[0], more], RecordError, "not in both: agent-0-retriever-2"),
         ([same, twin], RecordError, "not another seed"),
+        ([seeds[0], same, twin], RecordError, "are those of .*same.*: not another seed"),
         ([seeds[0], tmp_path], RecordError, "no matrix.json here"),
     ]
     for runs, error, message in cases:
