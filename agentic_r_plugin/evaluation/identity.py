@@ -14,10 +14,10 @@ def identity(where: str) -> str:
     Anything that is no file or directory here (a URL, a model's name) is its own identity.
     """
     path = Path(where.removeprefix("bm25:"))
+    if not where or not path.exists():
+        return where
     if path.is_file():
         return file_fingerprint(path)
-    if not path.is_dir():
-        return where
     digest = hashlib.sha256()
     for file in sorted(item for item in path.rglob("*") if item.is_file()):
         digest.update(f"{file.relative_to(path)}:{sampled_fingerprint(file)}:".encode())

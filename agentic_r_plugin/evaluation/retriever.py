@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
@@ -17,6 +19,10 @@ FlashRAGDoc = dict[str, str]
 def to_doc(passage: Passage) -> FlashRAGDoc:
     """A passage as FlashRAG's pipelines and metrics read it."""
     return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
+
+
+_DECIDING = ("retrieval_method", "retrieval_model_path", "index_path", "corpus_path", "instruction", "bm25_backend")
+"""Keys of FlashRAG's configuration that decide what its retrievers find."""
 
 
 class AgenticRetriever:
@@ -107,8 +113,11 @@ class FlashRAGBackend:
         return list(hits.values())
 
     def fingerprint(self) -> str:
-        """The retriever's class and its formulation: FlashRAG names nothing better."""
-        return f"flashrag:{type(self.retriever).__name__}:{self.formulation}"
+        """Of the retriever's class and formulation, and of the files that its own configuration names."""
+        retriever, kind = self.retriever, type(self.retriever).__name__
+        settings = getattr(retriever, "config", None) or {}
+        named = {name: str(settings[name]) for name in _DECIDING if name in settings and settings[name] is not None}
+        return fingerprint(kind, self.formulation, {name: [where, identity(where)] for name, where in named.items()})
 
     def close(self) -> None:
         """Nothing to free."""

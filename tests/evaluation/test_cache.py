@@ -11,7 +11,7 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordEr
 from agentic_r_plugin.evaluation.cache import CachedSearch
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
-from agentic_r_plugin.evaluation.retriever import AgenticRetriever
+from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend
 from agentic_r_plugin.search.base import SearchRequest
 from tests.evaluation.evaluation_toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark
 
@@ -73,6 +73,20 @@ def test_a_cache_of_another_retriever_or_a_broken_one_is_refused(tmp_path: Path)
     path.write_bytes(path.read_bytes() + b'{"query": "Ada"}\n')
     with pytest.raises(RecordError, match=r"c\.jsonl:2: expected a cached search"):
         CachedSearch(search, path)
+
+
+def test_flashrags_retrievers_are_told_apart_by_what_their_configuration_names(tmp_path: Path) -> None:
+    def named(**settings: Any) -> str:
+        retriever = type("DenseRetriever", (), {"config": {"retrieval_method": "e5", **settings}})()
+        return FlashRAGBackend(retriever).fingerprint()
+
+    index = tmp_path / "e5_Flat.index"
+    index.write_bytes(b"one")
+    first = named(index_path=str(index))
+    assert first == named(index_path=str(index), retrieval_topk=7)
+    assert named(index_path=str(index), retrieval_model_path="bge") != first
+    index.write_bytes(b"two")
+    assert named(index_path=str(index)) != first
 
 
 class _OtherSearch(OverlapSearch):
