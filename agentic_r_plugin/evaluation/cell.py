@@ -1,4 +1,4 @@
-"""One cell of the matrix: one agent with one retriever on one benchmark, through FlashRAG, resumable by question.
+"""One cell of the matrix: one agent with one retriever on one benchmark, through FlashRAG, resumable batch by batch.
 
 | in the cell's folder | holds |
 |---|---|
@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 import time
 from collections import Counter
@@ -178,11 +180,12 @@ def _result(
 def _intervals(
     cell: Cell, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
 ) -> dict[str, Any]:
-    """Each metric's mean, with an interval where it is a mean of per-question scores."""
+    """Each metric's value, with an interval where that is the mean of per-question scores (corpus BLEU's is not)."""
     table: dict[str, Any] = {}
     for name, mean in means.items():
         present = [score for score in scores.get(name, ()) if score is not None]
-        if name in _RATIOS or not present:
+        averaged = mean is not None and present and math.isclose(mean, statistics.fmean(present), abs_tol=1e-9)
+        if name in _RATIOS or not averaged:
             table[name] = {"mean": mean}
         else:
             table[name] = asdict(

@@ -2,7 +2,7 @@
 
 `OUT/<agent>-<retriever>-<benchmark>/` holds a cell each (`evaluation.cell`); `OUT/matrix.json` holds them together, and
 `matrix.md`, `.csv` and `.tex` show them as tables. A cell that is done is not run again by a resume, and one that was
-interrupted goes on by question.
+interrupted goes on with its first batch of questions that was not answered.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
 
 _MADE_FROM = "made_from.json"
+_OF_SCORES = frozenset({"metrics", "level", "resamples"})
+"""What only a finished cell depends on: scores are made when the last question is answered."""
 
 
 def _metrics() -> list[str]:
@@ -39,7 +41,6 @@ def _metrics() -> list[str]:
         "gold_document_recall",
         "gold_document_recall_at_20",
         "malformed_share",
-        "failed_searches",
         "generated_tokens",
     ]
 
@@ -103,6 +104,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{name}: expected at least one")
         if self.first is not None and self.random is not None:
             raise ConfigError("first, random: give at most one of the two")
+        object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in self.metrics)))
         if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
             raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
         for cell in self.cells:
@@ -179,8 +181,10 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
             llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
             for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):
                 with open_search(searching) as search:
+                    opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
                     for cell in cells:
-                        write_json(out / cell.name / _MADE_FROM, dict(cell.made_from))
+                        _require_same(out / cell.name, opened)
+                        write_json(out / cell.name / _MADE_FROM, dict(cell.made_from) | opened)
                         result = run_cell(cell, llm, search, out / cell.name)
                         done[cell.name] = result
                         print(_one_line(result), flush=True)
@@ -231,7 +235,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 seed=config.seed,
                 level=config.level,
                 resamples=config.resamples,
-                metrics=tuple(dict.fromkeys(config.metrics)),
+                metrics=tuple(config.metrics),
                 settings=settings,
                 made_from=_made_from(config, settings, benchmark, split, identities, agent, search),
             )
@@ -258,19 +262,21 @@ def _made_from(
     agent: str,
     search: str,
 ) -> dict[str, Any]:
-    """All that decides a cell's figures; paths and batch sizes do not."""
-    questions = Path(config.data_dir) / benchmark / f"{split}.jsonl"
+    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not."""
     own = asdict(settings)
     return {
-        "questions": file_fingerprint(questions) if questions.is_file() else str(questions),
+        "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": identities[config.agents[agent]],
         "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
         "seed": config.seed,
-        "metrics": sorted(set(config.metrics)),
+        "metrics": sorted(config.metrics),
         "agent_backend": settings.agent.backend,
         "search_backend": settings.search.backend,
+        "search_options": settings.search.options,
+        "dtype": settings.agent.dtype,
+        "tokenizer": identity(settings.agent.tokenizer),
         "level": config.level,
         "resamples": config.resamples,
         "sampling_seed": settings.seed,
@@ -284,17 +290,23 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     Raises:
         ManifestMismatchError: it, or the work on it, was made from something else.
     """
-    manifest, made_from = folder / _MADE_FROM, dict(cell.made_from)
-    if manifest.is_file():
-        before = read_json(manifest)
-        changed = sorted(key for key in {*before, *made_from} if before.get(key) != made_from.get(key))
-        if changed:
-            raise ManifestMismatchError(
-                f"{folder}: begun with another {', '.join(changed)} than now; evaluate into another --out, "
-                "or remove that folder"
-            )
     result = folder / "result.json"
-    return dict(read_json(result)) if result.is_file() else None
+    done = result.is_file()
+    _require_same(folder, cell.made_from, free=frozenset() if done else _OF_SCORES)
+    return dict(read_json(result)) if done else None
+
+
+def _require_same(folder: Path, made_from: Mapping[str, Any], *, free: frozenset[str] = frozenset()) -> None:
+    """Raises `ManifestMismatchError` where the cell was begun with something else than `made_from` says."""
+    if not (folder / _MADE_FROM).is_file():
+        return
+    before = read_json(folder / _MADE_FROM)
+    changed = sorted(key for key in made_from if key not in free and before.get(key) != made_from[key])
+    if changed:
+        raise ManifestMismatchError(
+            f"{folder}: begun with another {', '.join(changed)} than now; evaluate into another --out, or remove that "
+            "folder"
+        )
 
 
 def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:

@@ -14,7 +14,6 @@ from flashrag.evaluator.metrics import BaseMetric
 
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3
 """The paper's agents are shown three passages a search; `answer_recall_at_3` is named after it."""
@@ -199,15 +198,6 @@ class MalformedShare(QuestionMetric):
         return {self.metric_name: sum(bad for bad, _ in counts) / max(turns, 1)}, scores
 
 
-class FailedSearches(QuestionMetric):
-    """Share of questions that ended because a search could not be carried out."""
-
-    metric_name = "failed_searches"
-
-    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
-        return float(trajectory(item)["stop_reason"] == StopReason.SEARCH_FAILED.value)
-
-
 class GeneratedTokens(QuestionMetric):
     """Tokens the agent wrote per question."""
 
@@ -227,7 +217,6 @@ METRICS: tuple[type[QuestionMetric], ...] = (
     GoldDocumentRecall,
     GoldDocumentRecallAtDepth,
     MalformedShare,
-    FailedSearches,
     GeneratedTokens,
 )
 METRIC_NAMES: tuple[str, ...] = tuple(metric.metric_name for metric in METRICS)

@@ -12,12 +12,13 @@ from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate
-from agentic_r_plugin.evaluation.cell import Cell, run_cell
+from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
+from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.store import read_json, read_records
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
 
@@ -154,13 +155,60 @@ def test_csv_holds_every_metric_and_latex_the_papers_table() -> None:
     assert "mean" not in latex_table(results[:2])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"first": 3}, {"settings": {"limits": {"max_searches": 1}}}])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"first": 3}, "first"),
+        ({"settings": {"limits": {"max_searches": 1}}}, "limits"),
+        ({"settings": {"search": {"options": {"k1": 1.2}}}}, "search_options"),
+        ({"settings": {"agent": {"device": "cpu", "dtype": "bfloat16"}}}, "dtype"),
+        ({"resamples": 100}, "resamples"),
+    ],
+)
 def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
-    tmp_path: Path, tiny_agent: Path, change: dict[str, Any]
+    tmp_path: Path, tiny_agent: Path, change: dict[str, Any], named: str
 ) -> None:
     run(config(tmp_path, tiny_agent))
-    with pytest.raises(ManifestMismatchError, match=next(iter(change)) if "settings" not in change else "limits"):
+    with pytest.raises(ManifestMismatchError, match=f"begun with another {named} than now"):
         run(config(tmp_path, tiny_agent, **change), resume=True)
+
+
+def test_a_cell_in_work_may_change_its_scores_but_not_its_retriever(
+    tmp_path: Path, tiny_agent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config(tmp_path, tiny_agent))
+    (tmp_path / "out" / "tiny-bm25-toy" / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(BM25Backend, "fingerprint", lambda _: "reloaded meanwhile")
+        with pytest.raises(ManifestMismatchError, match="begun with another search_fingerprint"):
+            run(config(tmp_path, tiny_agent), resume=True)
+    run(config(tmp_path, tiny_agent, metrics=["agentic_em", "agentic_f1", "EM"], resamples=100), resume=True)
+    (cell,) = read_json(tmp_path / "out" / "matrix.json")["cells"]
+    assert set(cell["metrics"]) == {"agentic_em", "agentic_f1", "em"}
+
+
+def test_a_server_takes_no_options_of_another_engine() -> None:
+    values = {
+        "out": "x",
+        "data_dir": "x",
+        "benchmarks": ["toy"],
+        "agents": {"served": "http://127.0.0.1:1/v1", "local": "folder"},
+        "per_agent": {"served": {"llm": {"model": "agent", "options": {"requests_per_minute": 60}}}},
+        "searches": {"bm25": "bm25:x"},
+        "settings": {"agent": {"backend": "vllm", "options": {"gpu_memory_utilization": 0.6}}},
+    }
+    asked = load_config(EvaluateConfig, values=values)
+    served, local = (evaluate._llm_spec(asked, name) for name in ("served", "local"))
+    assert (served.backend, served.model, served.options) == ("openai", "agent", {"requests_per_minute": 60})
+    assert (local.backend, local.model, local.options) == ("vllm", "folder", {"gpu_memory_utilization": 0.6})
+
+
+def test_an_interval_is_given_only_where_a_metric_is_the_mean_of_its_scores(tmp_path: Path) -> None:
+    cell, scores = rule_cell(tmp_path, "x"), [0.0, 1.0, 1.0, None]
+    table = _intervals(cell, {"mean": 2 / 3, "corpus": 0.5, "none": None}, dict.fromkeys(("mean", "corpus"), scores))
+    assert set(table["mean"]) > {"low", "high"} and table["mean"]["num_questions"] == 3
+    assert table["corpus"] == {"mean": 0.5} and table["none"] == {"mean": None}
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,6 @@ def rows() -> list[dict[str, Any]]:
             [1.0, 1.0, None],
         ),
         ("malformed_share", {"malformed_share": 3 / 7}, [0.0, 0.75, 0.0]),
-        ("failed_searches", {"failed_searches": 1 / 3}, [0.0, 0.0, 1.0]),
         ("generated_tokens", {"generated_tokens": 20.0}, [10.0, 10.0, 40.0]),
     ],
 )
