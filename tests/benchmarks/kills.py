@@ -40,7 +40,7 @@ STAGES = ("trajectories", "candidates", "sub-answers", "relevance", "correctness
 DELAY_S = 0.01
 QUICK = ("candidates", "groups")
 """Stages that ask no model: they are over before one looks."""
-QUICK_S, SLOW_S = 0.15, 0.6
+QUICK_S, SLOW_S = 0.08, 0.6
 """A kill comes at most so long after its stage went on."""
 
 
