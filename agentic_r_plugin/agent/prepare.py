@@ -75,10 +75,13 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
 
 
 def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | None:
-    """The validation set, if one is asked for."""
+    """The validation set, if one is asked for: all of its file, or a draw from it.
+
+    The draw does not depend on the run's seed: runs and iterations of the loop are compared on the same questions.
+    """
     if config.validation is None:
         return None
-    return dataset.read_questions(config.validation, limit=config.validation_questions or None)
+    return dataset.draw(dataset.read_questions(config.validation), config.validation_questions, seed=0)
 
 
 def check_model(folder: Path) -> None:

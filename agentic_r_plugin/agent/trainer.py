@@ -1,13 +1,13 @@
 """verl's PPO trainers with what Agentic-R adds around each step.
 
 Losses, advantages and updates are verl's own. Added are: metrics of the trajectories, two log files, the removal of
-trajectories whose search failed, a fixed order of the batch (so that a resumed step equals the uninterrupted one), the
-stability rule, and a stop with a clear error where verl would go on: a loss that is not finite (its batch is saved),
-trajectories that never arrived, too many failed searches.
+trajectories whose search failed, an order of the batch drawn by seed and step (so that mini-batches mix the data sets
+and a resumed step equals the uninterrupted one), the stability rule, and a stop with a clear error where verl would go
+on: a loss that is not finite (its batch is saved), trajectories that never arrived, too many failed searches.
 
 One class for each of verl's modes: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
 values of `trainer.v1.trainer_mode`. Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
-`run_dir`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
+`run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from agentic_r_plugin.agent.agent_loop import request_seed
 from agentic_r_plugin.agent.culprit import save_culprit
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
@@ -98,7 +99,10 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """The batch without trajectories whose search failed, in an order that depends on the trajectories only.
+        """The batch without trajectories whose search failed, in an order drawn by the seed and the step.
+
+        verl takes mini-batches in the order it is given, and the order in which trajectories arrive is chance; the data
+        set's order would make them by data set.
 
         verl then fills the batch up to whole mini-batches with its own padding, which its losses and metrics skip; so
         every mini-batch holds at least one real trajectory.
@@ -111,12 +115,16 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         expected = prompts * self.config.actor_rollout_ref.rollout.n
         check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
         check_masks(extra, trained, self.global_steps)
-        self.trajectories += sorted(extra, key=_place)
+
+        def order(item: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+            return drawn(_place(item), self.settings.seed, self.global_steps)
+
+        self.trajectories += sorted(extra, key=order)
         failed = [key for key, item in zip(batch.keys, extra, strict=True) if item["search_failed"]]
         if failed:
             tq.kv_clear(keys=failed, partition_id=batch.partition_id)
         rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
-        rows.sort(key=lambda row: _place(row[2]))
+        rows.sort(key=lambda row: order(row[2]))
         size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         rows = by_length_within(rows, size, length=lambda row: row[1]["seq_len"])
         return KVBatchMeta(
@@ -214,13 +222,25 @@ class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # t
 
 
 def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
-    """Rows of each mini-batch by length, so that a micro-batch pads little; no row changes its mini-batch.
+    """Rows of each run of `size` by length, so that a micro-batch pads little.
+
+    On one worker such a run is a mini-batch. verl deals the rows of a batch out to several workers by length, and takes
+    each worker's share of a mini-batch from those it got, in this order; there rows near a boundary may change sides.
 
     >>> by_length_within(["ccc", "a", "bb", "dd", "e"], 3, len)
     ['a', 'bb', 'ccc', 'e', 'dd']
     """
     starts = range(0, len(rows), size)
     return [row for start in starts for row in sorted(rows[start : start + size], key=length)]
+
+
+def drawn(place: tuple[int, ...], seed: int, step: int) -> tuple[int, tuple[int, ...]]:
+    """Sort key that puts a step's trajectories into an order of chance, the same one when the step is done again.
+
+    >>> sorted([(0, 0), (1, 0), (2, 0), (3, 0)], key=lambda place: drawn(place, 0, 1))
+    [(3, 0), (0, 0), (2, 0), (1, 0)]
+    """
+    return request_seed(seed, step, *place), place
 
 
 def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, max_share: float, step: int) -> None:

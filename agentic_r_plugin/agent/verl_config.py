@@ -161,6 +161,7 @@ def _settings(
         },
         "agentic_r": {
             "run_dir": str(run_dir),
+            "seed": config.seed,
             "max_failed_search_share": config.max_failed_search_share,
             "rollouts_per_step": config.rollouts_per_step,
             "keep_checkpoints": config.keep_checkpoints,

@@ -15,7 +15,7 @@ from agentic_r_plugin.agent import verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import checkpoint_steps
-from agentic_r_plugin.agent.prepare import prepare
+from agentic_r_plugin.agent.prepare import prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -157,6 +157,16 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
 def test_requests_carry_seeds_on_the_cpu_and_on_accelerators(config: TrainAgentConfig) -> None:
     for cpu in (True, False):
         assert OmegaConf.create(prepare(replace(config, cpu=cpu, seed=7)).loop)[0].seed == 7
+
+
+def test_the_validation_subset_is_drawn_from_the_whole_file(config: TrainAgentConfig) -> None:
+    def ids(most: int, seed: int = 0) -> list[str]:
+        chosen = replace(config, validation=config.questions, validation_questions=most, seed=seed)
+        return [item.question.id for item in validation_questions(chosen) or []]
+
+    whole = ids(0)
+    assert len(ids(5)) == 5 and set(ids(5)) < set(whole) and ids(5) != whole[:5]
+    assert ids(5, seed=1) == ids(5)  # runs of several seeds are compared on the same questions
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:

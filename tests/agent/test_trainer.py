@@ -132,7 +132,7 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
 def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
     trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 2, 1, []
-    trainer.settings = SimpleNamespace(max_failed_search_share=0.0)
+    trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=0)
     trainer.config = OmegaConf.create(
         {"data": {"train_batch_size": 4},
          "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": 2}}}
@@ -144,12 +144,45 @@ def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch
     }
     monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
     batch = transfer_queue.KVBatchMeta(partition_id="train", keys=["b", "a"], tags=[{"seq_len": 3}, {"seq_len": 3}])
-    assert trainer._valid_in_order(batch).keys == ["a", "b"]
-    assert trainer._valid_in_order(batch).keys == ["a", "b"]
-    assert len(trainer.trajectories) == 4  # both updates of the step
+    assert sorted(trainer._valid_in_order(batch).keys) == ["a", "b"]
+    assert trainer._valid_in_order(batch).keys == trainer._valid_in_order(batch).keys
+    assert len(trainer.trajectories) == 6  # of all updates of the step
 
 
-def test_no_row_leaves_its_mini_batch_when_rows_are_put_in_order_of_length() -> None:
+def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, shown = 128, 16
+    rows = list(range(2 * size))  # of the data set: the first half is one benchmark, the second half another
+
+    def step_of(arrived: list[int], step: int, seed: int = 0) -> tuple[list[int], list[int]]:
+        trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
+        trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, step, []
+        trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=seed)
+        trainer.config = OmegaConf.create(
+            {"data": {"train_batch_size": 2 * size},
+             "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": size}}}
+        )  # fmt: skip
+        fields = {
+            "extra_fields": [outcome(1) | {"place": [row, 0], "trained_tokens": 2} for row in arrived],
+            "response_mask": torch.nested.as_nested_tensor([torch.ones(2)] * len(arrived), layout=torch.jagged),
+        }
+        monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
+        tags = [{"seq_len": row % 7} for row in arrived]
+        batch = transfer_queue.KVBatchMeta(partition_id="train", keys=[str(row) for row in arrived], tags=tags)
+        keys = [int(key) for key in trainer._valid_in_order(batch).keys]
+        return keys, [item["place"][0] for item in trainer.trajectories][:shown]
+
+    keys, first = step_of(rows, step=1)
+    assert sorted(keys) == rows
+    assert 0.35 < sum(row < size for row in keys[:size]) / size < 0.65
+    assert 3 < sum(row < size for row in first) < 13
+    assert step_of(rows[::-1], step=1) == (keys, first)  # whatever the order of arrival
+    assert set(step_of(rows, step=2)[0][:size]) != set(keys[:size])
+    assert set(step_of(rows, step=1, seed=1)[0][:size]) != set(keys[:size])
+
+
+def test_rows_of_a_mini_batch_are_put_in_order_of_length() -> None:
     rows = [(9, "a"), (3, "b"), (5, "c"), (2, "d"), (8, "e")]
     ordered = by_length_within(rows, 3, length=lambda row: row[0])
     assert ordered == [(3, "b"), (5, "c"), (9, "a"), (2, "d"), (8, "e")]
