@@ -66,6 +66,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self.rollout_log = RolloutLog(run_dir / "rollouts")
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
+        self.unlogged: dict[str, Any] | None = None
+        """Line of the loaded step that a kill kept from being written, while it waits for the step's validation."""
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 "(actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
             )
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
+        shown = self.trajectories[: self.settings.rollouts_per_step]
+        self.rollout_log.write(self.global_steps, [rollout_line(item, self.global_steps) for item in shown])
         return batch
 
     def _balance_batch(
@@ -142,8 +146,6 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         metrics.update(trajectory_metrics(self.trajectories))
         verdict = judge([*self.metrics_log.read(), {"step": global_steps, **plain(metrics)}], self.rule)
         metrics["agentic_r/stable"] = float(verdict.doubtful_from is None)
-        shown = self.trajectories[: self.settings.rollouts_per_step]
-        self.rollout_log.write(global_steps, [rollout_line(item, global_steps) for item in shown])
         self.metrics_log.append([{"step": global_steps, **plain(metrics)}])
         if global_steps in verdict.reasons:
             print(f"step {global_steps} is unstable: {'; '.join(verdict.reasons[global_steps])}", flush=True)
@@ -155,6 +157,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
     def _validate(self) -> dict[str, float]:
         """verl's validation; before the first step its numbers become line 0 of `metrics.jsonl`.
 
+        After a resume they may be what the last step's line still lacks.
+
         Raises:
             TrainingError: more searches failed than `max_failed_search_share`.
         """
@@ -164,6 +168,9 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             raise TrainingError(_too_many("validation", max(failed), self.settings.max_failed_search_share))
         if self.global_steps == 0:
             self.metrics_log.append([{"step": 0, **plain(metrics)}])
+        if self.unlogged is not None:
+            self.metrics_log.append([self.unlogged | plain(metrics)])
+            self.unlogged = None
         return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -194,10 +201,23 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
-        if self.global_steps and self.global_steps not in {record["step"] for record in self.metrics_log.read()}:
-            # The run was killed after the checkpoint and before its step's line.
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.metrics_log.append([read_json(folder / "metrics.json")])
+        if self.global_steps and not self.metrics_log.has(self.global_steps):
+            self._complete_last_step()
+
+    def _complete_last_step(self) -> None:
+        """After a kill between a checkpoint and its step's line: the line, with the validation if one was due.
+
+        verl validates after it has saved. It does so before it trains, and then not at all, if it is told to.
+        """
+        trainer = self.config.trainer
+        line = read_json(Path(trainer.default_local_dir) / f"global_step_{self.global_steps}" / "metrics.json")
+        last = self.global_steps >= self.total_training_steps
+        if trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
+            self.unlogged = line
+            with open_dict(self.config):
+                trainer.val_before_train, trainer.val_only = True, last
+        else:
+            self.metrics_log.append([line])
 
 
 @register_trainer("agentic_r_sync")

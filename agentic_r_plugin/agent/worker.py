@@ -34,18 +34,26 @@ def main(run_dir: Path, parent: int) -> int:
 
 
 def train(run_dir: Path) -> None:
-    """Run verl where steps are left to do, choose the checkpoint, and write `agent/` and `critic/`."""
+    """Run verl where something is left to do, choose the checkpoint, and write `agent/` and `critic/`."""
     from omegaconf import OmegaConf
 
     from agentic_r_plugin.agent.export import export_model
-    from agentic_r_plugin.agent.prepare import latest_step
 
     config: Any = OmegaConf.load(run_dir / "verl.yaml")
-    stopped = latest_step(run_dir) < int(config.trainer.total_training_steps) and not _trained_to_the_end(config)
+    stopped = _unfinished(run_dir, config) and not _trained_to_the_end(config)
     checkpoint = run_dir / "checkpoints" / f"global_step_{choose(run_dir, config, stopped=stopped)}"
     if (checkpoint / "critic").is_dir():
         export_model(checkpoint / "critic", run_dir / "critic")
     export_model(checkpoint / "actor", run_dir / "agent")
+
+
+def _unfinished(run_dir: Path, config: Any) -> bool:
+    """Whether steps are left to do, or the last one's line, which is written after its validation."""
+    from agentic_r_plugin.agent.metrics import StepLog
+    from agentic_r_plugin.agent.prepare import latest_step
+
+    step = latest_step(run_dir)
+    return step < int(config.trainer.total_training_steps) or not StepLog(run_dir / "metrics.jsonl").has(step)
 
 
 def _trained_to_the_end(config: Any) -> bool:

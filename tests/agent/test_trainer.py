@@ -16,24 +16,26 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from agentic_r_plugin.agent import worker
+from agentic_r_plugin.agent import export, worker
 from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
 from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, by_length_within
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
-from agentic_r_plugin.store import read_json
+from agentic_r_plugin.store import read_json, write_json
 
 
 def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
     """A trainer with its logs, without verl's workers."""
     made = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
     made.global_steps = 7
-    made.settings = SimpleNamespace(run_dir=str(folder), rollouts_per_step=1, keep_checkpoints=1, **settings)
+    made.settings = SimpleNamespace(
+        run_dir=str(folder), rollouts_per_step=1, keep_checkpoints=1, max_failed_search_share=0.0, **settings
+    )
     made.rule = StabilityRule(window=1, patience=2, on_collapse="stop")
     made.metrics_log, made.rollout_log = StepLog(folder / "metrics.jsonl"), RolloutLog(folder / "rollouts")
     made.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder / "checkpoints")}})
-    made.trajectories, made.step_metrics = [], {}
+    made.trajectories, made.step_metrics, made.unlogged = [], {}, None
     return made
 
 
@@ -81,7 +83,65 @@ def test_a_collapse_stops_the_training_once_it_is_certain(monkeypatch: pytest.Mo
     with pytest.raises(CollapseError, match=r"collapse at step 2: reward 0\.000, best 1\.000; .* stopped at step 3"):
         log(3, 0)
     assert [line["step"] for line in trainer.metrics_log.read()] == [1, 2, 3]
-    assert trainer.rollout_log.read(3)[0]["score"] == 0.0
+
+
+def test_a_saved_step_has_its_rollouts_before_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def step(self: Any, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        self.trajectories += [outcome(0), outcome(1)]
+
+    monkeypatch.setattr(PPOTrainerSync, "step", step)
+    trainer = trainer_in(tmp_path)
+    trainer.step({}, {})
+    assert [line["score"] for line in trainer.rollout_log.read(7)] == [0.0]
+    assert trainer.step_metrics["agentic_r/em"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("total", "test_freq", "validates", "ends"),
+    [(7, 50, True, True), (9, 7, True, False), (9, 50, False, False), (7, -1, False, False)],
+)
+def test_a_step_that_was_saved_but_not_logged_gets_its_line_with_the_validation_it_was_due(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: int, test_freq: int, validates: bool, ends: bool
+) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.total_training_steps = total
+    trainer.config.trainer.update({"test_freq": test_freq, "val_before_train": False, "val_only": False})
+    write_json(tmp_path / "checkpoints" / "global_step_7" / "metrics.json", {"step": 7, "agentic_r/em": 0.5})
+    trainer.metrics_log.append([{"step": 6}, {"step": 8}])
+    monkeypatch.setattr(PPOTrainer, "_load_checkpoint", lambda self: None)
+    monkeypatch.setattr(PPOTrainer, "_validate", lambda self: {"val-core/towns/acc/mean@1": 0.25})
+    trainer._load_checkpoint()
+    settings = trainer.config.trainer
+    assert (settings.val_before_train, settings.val_only) == (validates, ends)
+    line = {"step": 7, "agentic_r/em": 0.5}
+    if validates:
+        assert [record["step"] for record in trainer.metrics_log.read()] == [6]  # a kill now changes nothing
+        trainer._validate()
+        line["val-core/towns/acc/mean@1"] = 0.25
+    assert trainer.metrics_log.read() == [{"step": 6}, line]
+    trainer._validate()
+    assert trainer.metrics_log.read() == [{"step": 6}, line]
+
+
+def test_a_run_whose_last_line_is_missing_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = OmegaConf.create(
+        {"trainer": {"total_training_steps": 2}, "agentic_r": {"stability": to_dict(StabilityRule())}}
+    )
+    OmegaConf.save(config, tmp_path / "verl.yaml")
+    (tmp_path / "checkpoints" / "global_step_2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    log, started = StepLog(tmp_path / "metrics.jsonl"), []
+
+    def run_verl(config: Any) -> None:
+        started.append(1)
+        log.append([{"step": 2, "agentic_r/em": 1.0}])
+
+    monkeypatch.setattr(worker, "_run_verl", run_verl)
+    monkeypatch.setattr(export, "export_model", lambda *_: None)
+    log.append([{"step": 1, "agentic_r/em": 1.0}])
+    worker.train(tmp_path)
+    worker.train(tmp_path)
+    assert started == [1]
 
 
 def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
