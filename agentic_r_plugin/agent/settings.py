@@ -81,7 +81,10 @@ class TrainAgentConfig:
     rollouts_per_step: int = _help("trajectories of each step, drawn, written to rollouts/STEP.jsonl", default=4)
     loggers: list[str] = field(default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …"})
 
-    max_failed_search_share: float = _help("share of failed searches above which the run stops", default=0.1)
+    max_failed_search_share: float = _help(
+        "share of failed searches (asynchronous modes: also of agent loops that raised) above which the run stops",
+        default=0.1,
+    )
     max_concurrent_searches: int = _help("searches under way at once, per agent-loop worker", default=64)
     search_timeout_s: float = _help("limit of one attempt of a search", default=60.0)
     search_retries: int = _help("attempts after a search's first, with doubling pauses", default=5)

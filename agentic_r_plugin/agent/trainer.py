@@ -60,6 +60,9 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         super().__init__(config)
         self.settings = config.agentic_r
         self.replay_buffer.poll_interval = self.settings.poll_interval_s
+        self.lost = LostGroups(
+            self.replay_buffer, int(self.settings.max_failed_search_share * config.data.train_batch_size)
+        )
         self.rule = StabilityRule(**OmegaConf.to_container(self.settings.stability))  # type: ignore[arg-type]
         run_dir = Path(self.settings.run_dir)
         self.metrics_log = StepLog(run_dir / "metrics.jsonl")
@@ -75,9 +78,11 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         """One PPO step, of one update (sync) or several.
 
         Raises:
-            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not.
+            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not. Or too many
+                trajectories did not arrive.
         """
         self.trajectories = []
+        self.lost.count = 0
         batch: KVBatchMeta = super().step(metrics, timing_raw)
         bad = not_finite(metrics)
         if bad:
@@ -201,6 +206,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
+        if self.mode != "sync":
+            self.lost.ignore_present()
         if self.global_steps and not self.metrics_log.has(self.global_steps):
             self._complete_last_step()
 
@@ -277,6 +284,39 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
     share = sum(item["search_failed"] for item in trajectories) / len(trajectories)
     if share > max_share or share == 1:
         raise TrainingError(_too_many(f"step {step}", share, max_share))
+
+
+class LostGroups:
+    """Counts the question groups that verl's replay buffer replaces because an agent loop raised an error.
+
+    The asynchronous trainers replace such a group by the next question, without end; in the synchronous one the step
+    lacks its trajectories, which `check_trajectories` sees.
+
+    Args:
+        buffer: verl's replay buffer; from now on it raises where a step loses too many.
+        most: groups that a step may lose.
+    """
+
+    def __init__(self, buffer: Any, most: int) -> None:
+        self.buffer, self.most, self.count = buffer, most, 0
+        self.ignored: frozenset[str] = frozenset()
+        self._evict = buffer._evict_terminal_groups
+        buffer._evict_terminal_groups = self._evict_and_count
+
+    def ignore_present(self) -> None:
+        """Leave out groups that a checkpoint brought along: what failed them may be mended by now."""
+        self.buffer._sync_metadata_from_transfer_queue()
+        self.ignored = frozenset(self.buffer.failure_keys["train"])
+
+    def _evict_and_count(self, global_steps: int, partition_id: str, eviction_reasons: tuple[Any, ...]) -> Any:
+        self.count += len(eviction_reasons[2] - self.ignored)
+        if self.count > self.most:
+            raise TrainingError(
+                f"step {global_steps}: the agent loops of {self.count} questions raised an error, more than the "
+                f"{self.most} a step may lose (max_failed_search_share of batch_size); the training log shows it "
+                "('Error in _run_prompt')"
+            )
+        return self._evict(global_steps, partition_id, eviction_reasons)
 
 
 def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:

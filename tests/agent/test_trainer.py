@@ -11,6 +11,7 @@ import pytest
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -19,7 +20,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from agentic_r_plugin.agent import export, worker
 from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
-from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, by_length_within
+from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, by_length_within
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
@@ -36,6 +37,7 @@ def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
     made.metrics_log, made.rollout_log = StepLog(folder / "metrics.jsonl"), RolloutLog(folder / "rollouts")
     made.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder / "checkpoints")}})
     made.trajectories, made.step_metrics, made.unlogged = [], {}, None
+    made.lost = SimpleNamespace(count=0)  # type: ignore[assignment]
     return made
 
 
@@ -174,19 +176,43 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
 
     def init(self: Any, config: Any) -> None:
         seen.append(config.trainer.v1.trainer_mode)
-        self.replay_buffer = SimpleNamespace()
+        self.replay_buffer = SimpleNamespace(_evict_terminal_groups=None)
 
     monkeypatch.setattr(verls, "__init__", init)
     ours = get_trainer_cls(f"agentic_r_{mode}")
     config = OmegaConf.create(
         {
             "trainer": {"v1": {"trainer_mode": f"agentic_r_{mode}"}},
-            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "stability": to_dict(StabilityRule())},
+            "data": {"train_batch_size": 8},
+            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "max_failed_search_share": 0.25,
+                          "stability": to_dict(StabilityRule())},
         }
-    )
+    )  # fmt: skip
     made: Any = ours(config)
     assert issubclass(ours, verls) and seen == [mode]
     assert made.replay_buffer.poll_interval == 0.1 and made.rule == StabilityRule()
+    assert made.lost.most == 2
+
+
+def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: dict[str, dict[str, Any]] = {}
+
+    def ask(questions: int) -> None:
+        assert len(asked) < 100, "verl asks for new questions without end"
+        asked.append(questions)
+        queue.update({f"{len(asked)}.{number}": failed for number in range(questions)})
+
+    failed = {"is_prompt": True, "status": "failure", "global_steps": 1}
+    asked: list[int] = []
+    monkeypatch.setattr(transfer_queue, "kv_list", lambda: {"train": dict(queue)})
+    monkeypatch.setattr(transfer_queue, "kv_clear", lambda partition_id, keys: [queue.pop(key, None) for key in keys])
+    buffer = ReplayBufferAsync("separate_async", OmegaConf.create(), None, "drop", OmegaConf.create(), refill_fn=ask)
+    queue.update({"restored.0": failed, "restored.1": failed, "restored.2": failed, "restored.3": failed})
+    lost = LostGroups(buffer, most=3)
+    lost.ignore_present()
+    with pytest.raises(TrainingError, match=r"step 5: the agent loops of 4 questions raised an error, more than the 3"):
+        buffer.sample(global_steps=5, partition_id="train", batch_size=2)
+    assert asked == [4]
 
 
 def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
