@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, memory, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.errors import AgenticRError, ConfigError, OutputExistsError
+from agentic_r_plugin.errors import AgenticRError, ConfigError
 
 
 def run(config: TrainAgentConfig) -> None:
@@ -137,10 +137,9 @@ def _spread(lengths: list[int]) -> str:
 
 
 def _output_folder(folder: Path) -> str:
+    prepare.check_run_folder(folder)
     if folder.exists():
         step = prepare.latest_step(folder)
-        if not (folder / "run.json").is_file():
-            raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
         return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
     parent = next(item for item in folder.parents if item.exists())
     if not os.access(parent, os.W_OK):

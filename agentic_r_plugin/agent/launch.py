@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, latest_step, prepare
+from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
@@ -49,7 +49,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
         SearchUnavailableError: the retrieval service does not answer; nothing is written then.
-        OutputExistsError: the run folder exists, without `resume`.
+        OutputExistsError: the run folder exists, without `resume`; or it holds something else than a training.
         ManifestMismatchError: the run folder is another run's, or another process is writing it.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
@@ -60,6 +60,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     run_dir = Path(config.out).resolve()
     if not resume:
         require_absent(run_dir)
+    check_run_folder(run_dir)
     key = _fingerprint(config)
     if (run_dir / "run.json").is_file():
         _check_same(run_dir, key)
@@ -107,6 +108,9 @@ def _collapsed(run_dir: Path) -> bool:
 
 
 def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, key: str) -> None:
+    """Whose run this is comes first: inputs found here later are known to be of the same settings and files."""
+    if not (run_dir / "run.json").is_file():
+        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
     data = run_dir / "data"
     for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
@@ -117,8 +121,6 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, k
     (run_dir / "agent_loop.yaml").write_text(prepared.loop, encoding="utf-8")
     OmegaConf.save(prepared.verl, run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
-    if not (run_dir / "run.json").is_file():
-        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
     for stale in (FAULT, STABILITY, "done.json"):
         (run_dir / stale).unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
@@ -176,6 +176,18 @@ def compose(
         fresh=latest_step(Path(config.out)) == 0,
     )
     return composed, environment
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a training.
+
+    Raises:
+        OutputExistsError: it is not empty (hidden files aside), and no `run.json` says whose run it is.
+    """
+    if not folder.exists() or (folder / "run.json").is_file():
+        return
+    if not folder.is_dir() or any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
 
 
 def latest_step(run_dir: Path) -> int:

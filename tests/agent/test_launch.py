@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import verl_config
+from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import checkpoint_steps
-from agentic_r_plugin.agent.prepare import prepare, validation_questions
+from agentic_r_plugin.agent.prepare import check_run_folder, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -96,6 +96,38 @@ def test_an_existing_output_needs_resume_and_the_same_settings(config: TrainAgen
     write_json(out / "run.json", {"fingerprint": "of another run", "seconds": 0.0})
     with pytest.raises(ManifestMismatchError, match="other settings"):
         run(config, resume=True)
+
+
+def test_a_start_that_was_cut_off_is_known_by_its_settings(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, calls = Path(config.out), []
+
+    def killed(*_: object) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "write_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    other = tmp_path / "other" / "train.jsonl"
+    other.parent.mkdir()
+    other.write_text(Path(config.questions).read_text().replace("?", "!"))
+    with pytest.raises(ManifestMismatchError, match="other settings, questions or models"):
+        run(replace(config, questions=str(other)), resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, resume=True)
+    assert (calls, (out / "run.json").is_file()) == ([1, 1], True)
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(config: TrainAgentConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for attempt in (lambda: run(config, resume=True), lambda: check_run_folder(out / "notes.txt")):
+        with pytest.raises(OutputExistsError, match="is not the folder of a training"):
+            attempt()
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
 def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgentConfig) -> None:
