@@ -130,6 +130,23 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run(config: TrainAgentCon
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
+def test_a_dry_run_passes_for_a_critic_that_is_still_to_be_written(
+    config: TrainAgentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(replace(config, value_head="zero", dry_run=True))
+    printed = capsys.readouterr().out
+    assert f"path: {config.out}/critic-start" in printed and "ok      verl's own checks: passed" in printed
+    assert not Path(config.out).exists()
+
+
+def test_what_verl_cannot_build_is_one_of_the_dry_runs_lines(
+    config: TrainAgentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="dry run: 1 of 10 checks failed"):
+        run(replace(config, dry_run=True, verl=["critic.model.path=/nowhere"]))
+    assert "FAILED  verl's own checks: verl refuses the configuration: " in capsys.readouterr().out
+
+
 def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgentConfig) -> None:
     overrides = [f"{name}={getattr(config, name)}" for name in ("model", "questions", "retrieval_url", "out")]
     filled = load_config(TrainAgentConfig, overrides=[*overrides, "limits.max_searches=3", "kl_loss=true"])
