@@ -71,7 +71,7 @@ def _trained_to_the_end(config: Any) -> bool:
 
 
 def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
-    """Step of the checkpoint to export; the reason is written to `stability.json`.
+    """Step of the checkpoint to export; the reason is written to `stability.json`, also where there is none to take.
 
     Raises:
         TrainingError: no stable checkpoint.
@@ -83,11 +83,18 @@ def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
 
     rule = StabilityRule(**OmegaConf.to_container(config.agentic_r.stability))  # type: ignore[arg-type]
     verdict = judge(StepLog(run_dir / "metrics.jsonl").read(), rule)
-    step = last_stable(checkpoint_steps(run_dir / "checkpoints"), verdict)
     reasons = {str(number): list(words) for number, words in verdict.reasons.items()}
-    record = {"checkpoint": step, "stopped": stopped, "collapse": verdict.collapse, "verdict": verdict.describe()}
-    write_json(run_dir / STABILITY, record | {"unstable": reasons})
-    return step
+    record: dict[str, Any] = {
+        "checkpoint": None,
+        "stopped": stopped,
+        "collapse": verdict.collapse,
+        "verdict": verdict.describe(),
+    }
+    try:
+        record["checkpoint"] = last_stable(checkpoint_steps(run_dir / "checkpoints"), verdict)
+        return record["checkpoint"]
+    finally:
+        write_json(run_dir / STABILITY, record | {"unstable": reasons})
 
 
 def _run_verl(config: Any) -> None:

@@ -161,6 +161,18 @@ def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.Monk
     assert record["unstable"] == {"3": ["reward 0.000, best 1.000"], "4": ["reward 0.000, best 1.000"]}
 
 
+def test_a_collapse_before_the_first_checkpoint_says_so_in_the_error_and_in_the_file(tmp_path: Path) -> None:
+    rule = StabilityRule(window=1, patience=2)
+    StepLog(tmp_path / "metrics.jsonl").append(
+        [{"step": step, "agentic_r/em": em} for step, em in enumerate([1, 0, 0])]
+    )
+    config = OmegaConf.create({"agentic_r": {"stability": to_dict(rule)}})
+    with pytest.raises(TrainingError, match=r"collapse at step 1: .* before the first checkpoint: .*save_every"):
+        worker.choose(tmp_path, config, stopped=True)
+    record = read_json(tmp_path / "stability.json")
+    assert (record["checkpoint"], record["collapse"], record["stopped"]) == (None, 1, True)
+
+
 @pytest.mark.parametrize(
     ("mode", "verls"),
     [
