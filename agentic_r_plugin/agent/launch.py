@@ -147,6 +147,8 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
     for name, value in environment.items():
         if value is None:
             variables.pop(name, None)
+    # Steps after the checkpoint are done again: their old lines would be taken for news.
+    StepLog(run_dir / "metrics.jsonl").keep_until(latest_step(run_dir))
     debug = "--debug" in sys.argv
     started = time.monotonic()
     with (run_dir / "train.log").open("ab") as log:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent import dataset, launch, verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
-from agentic_r_plugin.agent.metrics import checkpoint_steps
+from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
 from agentic_r_plugin.agent.prepare import check_run_folder, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
@@ -253,6 +253,29 @@ def test_a_fault_is_found_behind_rays_wrapping() -> None:
     wrapped.cause = inner  # type: ignore[attr-defined]
     assert our_fault(wrapped) is inner
     assert our_fault(ValueError("x")) is None
+
+
+def test_after_a_resume_the_steps_done_again_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: TrainAgentConfig, tmp_path: Path
+) -> None:
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.append([{"step": step, "agentic_r/em": 0.0} for step in range(6)])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    write_json(tmp_path / "run.json", {"fingerprint": "", "seconds": 0.0})
+
+    class Training:
+        returncode = 0
+
+        def poll(self) -> int:
+            log.append([{"step": 4, "agentic_r/em": 0.5}])
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Training())
+    monkeypatch.setattr(launch, "end", lambda *_, **__: None)
+    with (tmp_path / ".lock").open("wb") as lock:
+        launch._train(tmp_path, config, {}, lock)
+    assert capsys.readouterr().err == "step 4/2  EM 0.500\n"
 
 
 def test_a_step_is_reported_in_one_line() -> None:
