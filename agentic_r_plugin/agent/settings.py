@@ -14,6 +14,7 @@ from agentic_r_plugin.protocol import Limits
 
 ALGORITHMS = ("ppo", "grpo")
 MODES = ("sync", "colocate_async", "separate_async")
+ENGINES = ("vllm", "sglang")
 
 
 def _help(text: str, **options: Any) -> Any:
@@ -101,14 +102,17 @@ class TrainAgentConfig:
         "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
     )
     threads: int | None = _help("CPU threads a worker; none: all cores", default=None)
-    engine: str = _help("verl's rollout engine on accelerators: vllm or sglang", default="vllm")
+    engine: str = _help(
+        "verl's rollout engine on accelerators: vllm, or sglang (composed and checked, never run)", default="vllm"
+    )
     dry_run: bool = _help(
         "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False
     )
     verl: list[str] = field(default_factory=list, metadata={"help": "further Hydra overrides for verl, applied last"})
 
     def __post_init__(self) -> None:
-        for name, known in (("preset", tuple(self.PRESETS)), ("algorithm", ALGORITHMS), ("mode", MODES)):
+        choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         if self.algorithm == "grpo" and self.samples < 2:

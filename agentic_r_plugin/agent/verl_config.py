@@ -128,7 +128,8 @@ def _settings(
                 "n": config.samples,
                 "temperature": config.temperature,
                 "seed": config.seed,
-                "max_model_len": config.limits.max_tokens,
+                # verl keeps one token of SGLang's room free, which the last turn may need.
+                "max_model_len": config.limits.max_tokens + (config.engine == "sglang"),
                 "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
             },
         },

@@ -178,6 +178,15 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
 
 
+def test_sglang_reads_text_and_leaves_the_last_token_its_room(config: TrainAgentConfig) -> None:
+    chosen = replace(config, engine="sglang", cpu=False)
+    composed = prepare(chosen).verl.actor_rollout_ref.rollout
+    assert (composed.name, composed.skip_tokenizer_init) == ("sglang", False)
+    assert composed.max_model_len - (LIMITS.max_tokens - 1) - 1 == 1  # verl's room for the last token of a trajectory
+    with pytest.raises(ConfigError, match="engine='trtllm': expected one of vllm, sglang"):
+        replace(config, engine="trtllm")
+
+
 def test_the_users_overrides_win_over_the_machines_and_ours(config: TrainAgentConfig) -> None:
     composed = verl_config.compose(
         replace(config, verl=["actor_rollout_ref.actor.grad_clip=0.5", "+data.my_key=1", "critic.strategy=fsdp"]),
