@@ -25,13 +25,13 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, latest_step, prepare
+from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, content_key, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
-from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
+from agentic_r_plugin.store import read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
@@ -83,15 +83,8 @@ def _fingerprint(config: TrainAgentConfig) -> str:
     for name in ("model", "critic", "questions", "validation"):
         if values[name] is not None and not Path(values[name]).exists():
             raise ConfigError(f"{name}: {values[name]} does not exist")
-        values[name] = values[name] and _content_key(Path(values[name]))
+        values[name] = values[name] and content_key(Path(values[name]))
     return fingerprint(values)
-
-
-def _content_key(path: Path) -> str:
-    """Hash of a file, or of a model folder's files and their names."""
-    if path.is_file():
-        return file_fingerprint(path)
-    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
 
 
 def _check_same(run_dir: Path, key: str) -> None:

@@ -13,10 +13,12 @@ from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.store import file_fingerprint
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -176,6 +178,13 @@ def compose(
         fresh=latest_step(Path(config.out)) == 0,
     )
     return composed, environment
+
+
+def content_key(path: Path) -> str:
+    """Hash of a file, or of a model folder's files and their names."""
+    if path.is_file():
+        return file_fingerprint(path)
+    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
 
 
 def check_run_folder(folder: Path) -> None:
