@@ -169,7 +169,10 @@ def compose(
         environment |= cpu_environment(num_threads=config.threads)
         environment |= dict.fromkeys(UNSET)
     else:
+        from agentic_r_plugin.agent.cpu.detect import SWITCH
+
         machine = accelerator_overrides(config)
+        environment[SWITCH] = "0"
     composed = verl_config.compose(
         config,
         machine=machine,

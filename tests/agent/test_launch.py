@@ -212,6 +212,11 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
     assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
 
 
+def test_the_training_processes_are_told_whether_to_take_the_cpu(config: TrainAgentConfig) -> None:
+    for cpu, switch in ((True, "1"), (False, "0")):
+        assert prepare(replace(config, cpu=cpu)).environment["AGENTIC_R_CPU"] == switch
+
+
 def test_requests_carry_seeds_on_the_cpu_and_on_accelerators(config: TrainAgentConfig) -> None:
     for cpu in (True, False):
         assert OmegaConf.create(prepare(replace(config, cpu=cpu, seed=7)).loop)[0].seed == 7
