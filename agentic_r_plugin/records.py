@@ -105,7 +105,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     elif is_dataclass(hint) and isinstance(value, Mapping):
         return _build(hint, dict(value), f"{where}.")
     elif isinstance(hint, type) and issubclass(hint, Enum):
-        if value in {option.value for option in hint}:
+        if value in [option.value for option in hint]:  # not a set: what was read may not be hashable
             return hint(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -152,17 +152,29 @@ class Passage:
     id: str
     title: str
     text: str
+    contents: str = ""
+    """FlashRAG's form, `"Title"\\ntext`, as the corpus holds it: the string that is encoded. Where it is not given, it
+    is made from title and text; text of one line without a title stands for itself."""
+
+    def __post_init__(self) -> None:
+        if not self.contents:
+            bare = not self.title and "\n" not in self.text
+            object.__setattr__(self, "contents", self.text if bare else f'"{self.title}"\n{self.text}')
 
     @classmethod
     def from_contents(cls, id: str, contents: str) -> Passage:
-        """From FlashRAG's `"Title"\\ntext`; contents of one line have no title."""
-        title, newline, text = contents.partition("\n")
-        return cls(id=id, title=title.strip().strip('"'), text=text) if newline else cls(id=id, title="", text=title)
+        """From FlashRAG's form; contents of one line have no title.
 
-    @property
-    def contents(self) -> str:
-        """FlashRAG's form, `"Title"\\ntext`: also the string that is encoded."""
-        return f'"{self.title}"\n{self.text}'
+        >>> Passage.from_contents("1", '""Heroes""\\nA song.').title
+        '"Heroes"'
+        """
+        first, newline, text = contents.partition("\n")
+        if not newline:
+            return cls(id=id, title="", text=contents, contents=contents)
+        title = first.strip()
+        if len(title) > 1 and title[0] == title[-1] == '"':
+            title = title[1:-1]
+        return cls(id=id, title=title, text=text, contents=contents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,8 @@ def test_a_trajectory_round_trips_with_its_schema_first():
         ({"em": "1"}, "field 'em': expected int, found str '1'"),
         ({"em": True}, "field 'em': expected int, found bool"),
         ({"stop_reason": "bored"}, "expected one of answered"),
+        ({"stop_reason": ["answered"]}, "field 'stop_reason': expected one of answered"),
+        ({"stop_reason": {}}, "field 'stop_reason': expected one of answered"),
         ({"turns": [{"turn": 1}]}, "missing field 'turns[0].reasoning'"),
         ({"turns": [{"turn": 1, "reasoning": "", "query": "", "passages": [{"id": 3, "score": 1}]}]}, "passages[0].id"),
         ({"extra": 1}, "unknown field 'extra'"),
@@ -133,7 +135,35 @@ def test_relevance_outside_its_range_is_refused():
 def test_a_passage_keeps_flashrags_contents():
     one = Passage.from_contents("7", '"Emma"\nA novel.\nBy Austen.')
     assert (one.title, one.text, one.contents) == ("Emma", "A novel.\nBy Austen.", '"Emma"\nA novel.\nBy Austen.')
+    assert one == Passage(id="7", title="Emma", text="A novel.\nBy Austen.")
     assert Passage.from_contents("8", "only text").text == "only text"
+
+
+@pytest.mark.parametrize(
+    ("contents", "title", "text"),
+    [
+        ('""Weird Al" Yankovic"\ntext', '"Weird Al" Yankovic', "text"),
+        ('""Heroes""\nx', '"Heroes"', "x"),
+        ("one line text", "", "one line text"),
+        ("", "", ""),
+        ('""\ntext', "", "text"),
+        ('""\none\ntwo', "", "one\ntwo"),
+        ('"\nx', '"', "x"),
+        ('"T"\n', "T", ""),
+        (' "T" \r\nx', "T", "x"),
+        ("No quotes\nx", "No quotes", "x"),
+        ('A "quoted" word\nx', 'A "quoted" word', "x"),
+    ],
+)
+def test_contents_are_given_back_as_the_corpus_holds_them(contents, title, text):
+    passage = Passage.from_contents("1", contents)
+    assert (passage.title, passage.text, passage.contents) == (title, text, contents)
+
+
+@pytest.mark.parametrize(("title", "text"), [('"Heroes"', "x"), ("", "one line"), ("", "two\nlines"), ("T", "")])
+def test_a_passage_made_of_title_and_text_is_found_again_in_its_contents(title, text):
+    passage = Passage(id="1", title=title, text=text)
+    assert Passage.from_contents("1", passage.contents) == passage
 
 
 def test_a_query_is_named_by_question_and_turn():

@@ -29,6 +29,8 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
         overrides += [f"{engine}.strategy=fsdp2", f"{fsdp}.strategy=fsdp2"]
         if engine != "actor_rollout_ref.ref":
             overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
+    if config.engine == "sglang":
+        overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # it finds stop strings in text only
     if config.micro_batch_tokens:
         overrides += [
             "actor_rollout_ref.actor.use_dynamic_bsz=true",  # the others follow it

@@ -41,6 +41,18 @@ NAME = "agentic_r"
 """Name of the loop in the YAML file and in `rollout.agent.default_agent_loop`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Names:
+    """What an engine calls those sampling parameters that verl hands to it unchanged."""
+
+    keep_stop: str
+    seed: str
+
+
+_VLLM = _Names(keep_stop="include_stop_str_in_output", seed="seed")  # ours on the CPU takes vLLM's
+_SGLANG = _Names(keep_stop="no_stop_trim", seed="sampling_seed")
+
+
 class SearchAgentLoop(AgentLoopBase):
     """Think, search, read, answer. verl makes one instance per trajectory.
 
@@ -111,14 +123,15 @@ class SearchAgentLoop(AgentLoopBase):
         return _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
+        names = _SGLANG if self.rollout_config.get("name") == "sglang" else _VLLM
         params = {
             **shared,
             "stop": list(self.protocol.stop),
-            "include_stop_str_in_output": True,
+            names.keep_stop: True,
             "max_tokens": session.budget,
         }
         if self.seed is not None and "global_steps" in fields:
-            params["seed"] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
+            params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
         return params
 
     async def _search(self, session: Session, action: Search) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class SourcedQuestion:
     source: str
 
 
-def read_questions(path: str | Path, *, limit: int | None = None) -> list[SourcedQuestion]:
-    """Questions of a file, in order; at most `limit`.
+def read_questions(path: str | Path) -> list[SourcedQuestion]:
+    """Questions of a file, in order.
 
     A file in FlashRAG layout belongs to the benchmark named by its folder; a Parquet file of `write_parquet` may hold
     several benchmarks.
@@ -36,7 +37,6 @@ def read_questions(path: str | Path, *, limit: int | None = None) -> list[Source
         found = [_from_verl(row, path, number) for number, row in read_lines(path)]
     else:
         found = [SourcedQuestion(question=question, source=source) for question in read_records(path, Question)]
-    found = found[:limit]
     if not found:
         raise ConfigError(f"{path}: expected at least one question, found none")
     seen: set[str] = set()
@@ -45,6 +45,14 @@ def read_questions(path: str | Path, *, limit: int | None = None) -> list[Source
             raise ConfigError(f"{path}: question id {item.question.id!r} stands twice; ids must be unique")
         seen.add(item.question.id)
     return found
+
+
+def draw(questions: list[SourcedQuestion], most: int, seed: int | str) -> list[SourcedQuestion]:
+    """At most `most` of them, drawn by the seed, in their order; 0: all."""
+    if not most or most >= len(questions):
+        return questions
+    chosen = sorted(random.Random(seed).sample(range(len(questions)), most))
+    return [questions[index] for index in chosen]
 
 
 def _is_verls(path: Path) -> bool:

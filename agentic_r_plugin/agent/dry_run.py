@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent import dataset, memory, prepare
+from agentic_r_plugin.agent import dataset, memory, prepare, verl_config
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.errors import AgenticRError, ConfigError, OutputExistsError
+from agentic_r_plugin.errors import AgenticRError, ConfigError
 
 
 def run(config: TrainAgentConfig) -> None:
@@ -51,7 +52,7 @@ def run(config: TrainAgentConfig) -> None:
     if composed is not None:
         print(OmegaConf.to_yaml(composed))
     if composed is not None and model is not None:  # verl's checks read the model's configuration
-        checks.make("verl's own checks", lambda: validate(composed))
+        checks.make("verl's own checks", lambda: validate(_with_critic(config, composed)))
         if not prepare.on_cpu(config):
             checks.make("memory", lambda: _memory(config, composed))
     print("\n".join(checks.lines))
@@ -102,9 +103,18 @@ def validate(composed: Any) -> str:
             validate_config(
                 checked, use_reference_policy=need_reference_policy(checked), use_critic=need_critic(checked)
             )
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, ValueError, TypeError, OSError, HydraException) as error:
         raise ConfigError(f"verl refuses the configuration: {error}") from error
     return "passed" + (", but for LoRA's rank: vLLM is not installed here" if unseen else "")
+
+
+def _with_critic(config: TrainAgentConfig, composed: Any) -> Any:
+    """The configuration with the agent in place of a critic that only the launch will write: they have one shape."""
+    if not verl_config.starts_from_zero_critic(config):
+        return composed
+    shown = copy.deepcopy(composed)
+    shown.critic.model.path = str(Path(config.model).resolve())
+    return shown
 
 
 def _model(config: TrainAgentConfig) -> str:
@@ -137,10 +147,9 @@ def _spread(lengths: list[int]) -> str:
 
 
 def _output_folder(folder: Path) -> str:
+    prepare.check_run_folder(folder)
     if folder.exists():
         step = prepare.latest_step(folder)
-        if not (folder / "run.json").is_file():
-            raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
         return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
     parent = next(item for item in folder.parents if item.exists())
     if not os.access(parent, os.W_OK):

@@ -25,13 +25,13 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, latest_step, prepare
+from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, content_key, latest_step, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
-from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
+from agentic_r_plugin.store import read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
@@ -49,7 +49,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
         SearchUnavailableError: the retrieval service does not answer; nothing is written then.
-        OutputExistsError: the run folder exists, without `resume`.
+        OutputExistsError: the run folder exists, without `resume`; or it holds something else than a training.
         ManifestMismatchError: the run folder is another run's, or another process is writing it.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
@@ -60,6 +60,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     run_dir = Path(config.out).resolve()
     if not resume:
         require_absent(run_dir)
+    check_run_folder(run_dir)
     key = _fingerprint(config)
     if (run_dir / "run.json").is_file():
         _check_same(run_dir, key)
@@ -82,15 +83,8 @@ def _fingerprint(config: TrainAgentConfig) -> str:
     for name in ("model", "critic", "questions", "validation"):
         if values[name] is not None and not Path(values[name]).exists():
             raise ConfigError(f"{name}: {values[name]} does not exist")
-        values[name] = values[name] and _content_key(Path(values[name]))
+        values[name] = values[name] and content_key(Path(values[name]))
     return fingerprint(values)
-
-
-def _content_key(path: Path) -> str:
-    """Hash of a file, or of a model folder's files and their names."""
-    if path.is_file():
-        return file_fingerprint(path)
-    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
 
 
 def _check_same(run_dir: Path, key: str) -> None:
@@ -107,6 +101,9 @@ def _collapsed(run_dir: Path) -> bool:
 
 
 def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, key: str) -> None:
+    """Whose run this is comes first: inputs found here later are known to be of the same settings and files."""
+    if not (run_dir / "run.json").is_file():
+        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
     data = run_dir / "data"
     for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
@@ -117,8 +114,6 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, k
     (run_dir / "agent_loop.yaml").write_text(prepared.loop, encoding="utf-8")
     OmegaConf.save(prepared.verl, run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
-    if not (run_dir / "run.json").is_file():
-        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
     for stale in (FAULT, STABILITY, "done.json"):
         (run_dir / stale).unlink(missing_ok=True)
 
@@ -145,6 +140,8 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
     for name, value in environment.items():
         if value is None:
             variables.pop(name, None)
+    # Steps after the checkpoint are done again: their old lines would be taken for news.
+    StepLog(run_dir / "metrics.jsonl").keep_until(latest_step(run_dir))
     debug = "--debug" in sys.argv
     started = time.monotonic()
     with (run_dir / "train.log").open("ab") as log:

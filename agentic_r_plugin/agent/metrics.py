@@ -88,6 +88,10 @@ class StepLog:
         whole = lines[: lines.rfind(b"\n") + 1]
         return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
+    def has(self, step: int) -> bool:
+        """Whether the step has a record."""
+        return any(record["step"] == step for record in self.read())
+
     def keep_until(self, step: int) -> None:
         """Take out records of later steps (all of them for step 0), and a last line that was cut off."""
         if not self.path.is_file():

@@ -13,10 +13,12 @@ from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.store import file_fingerprint
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -75,10 +77,13 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
 
 
 def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | None:
-    """The validation set, if one is asked for."""
+    """The validation set, if one is asked for: all of its file, or a draw from it.
+
+    The draw does not depend on the run's seed: runs and iterations of the loop are compared on the same questions.
+    """
     if config.validation is None:
         return None
-    return dataset.read_questions(config.validation, limit=config.validation_questions or None)
+    return dataset.draw(dataset.read_questions(config.validation), config.validation_questions, seed=0)
 
 
 def check_model(folder: Path) -> None:
@@ -164,7 +169,10 @@ def compose(
         environment |= cpu_environment(num_threads=config.threads)
         environment |= dict.fromkeys(UNSET)
     else:
+        from agentic_r_plugin.agent.cpu.detect import SWITCH
+
         machine = accelerator_overrides(config)
+        environment[SWITCH] = "0"
     composed = verl_config.compose(
         config,
         machine=machine,
@@ -173,6 +181,25 @@ def compose(
         fresh=latest_step(Path(config.out)) == 0,
     )
     return composed, environment
+
+
+def content_key(path: Path) -> str:
+    """Hash of a file, or of a model folder's files and their names."""
+    if path.is_file():
+        return file_fingerprint(path)
+    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else than a training.
+
+    Raises:
+        OutputExistsError: it is not empty (hidden files aside), and no `run.json` says whose run it is.
+    """
+    if not folder.exists() or (folder / "run.json").is_file():
+        return
+    if not folder.is_dir() or any(not file.name.startswith(".") for file in folder.iterdir()):
+        raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
 
 
 def latest_step(run_dir: Path) -> int:

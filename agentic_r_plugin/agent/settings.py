@@ -14,6 +14,7 @@ from agentic_r_plugin.protocol import Limits
 
 ALGORITHMS = ("ppo", "grpo")
 MODES = ("sync", "colocate_async", "separate_async")
+ENGINES = ("vllm", "sglang")
 
 
 def _help(text: str, **options: Any) -> Any:
@@ -41,7 +42,9 @@ class TrainAgentConfig:
     retrieval_url: str = _help("address of the retrieval service", default=MISSING)
     out: str = _help("folder of the run; the trained agent is written to OUT/agent", default=MISSING)
     validation: str | None = _help("questions to validate on; none: no validation", default=None)
-    validation_questions: int = _help("use only the first N validation questions; 0: all", default=0)
+    validation_questions: int = _help(
+        "use only N validation questions, the same draw for every seed; 0: all", default=0
+    )
     critic: str | None = _help("folder of a critic to start from; none: the agent with a new value head", default=None)
     value_head: str = _help(
         "how a new value head starts: random (verl's), or zero: values are 0 at first", default="random"
@@ -54,7 +57,7 @@ class TrainAgentConfig:
     algorithm: str = _help("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
     mode: str = _help("verl's trainer: sync, colocate_async or separate_async", default="sync")
     steps: int = _help("PPO steps in all", default=500)
-    seed: int = _help("of the data order, the sampling and the workers", default=0)
+    seed: int = _help("of the data order, all draws, the sampling and the workers", default=0)
     batch_size: int = _help("questions a step", default=512)
     samples: int = _help("trajectories a question", default=1)
     mini_batch_size: int = _help("questions an update", default=256)
@@ -76,10 +79,13 @@ class TrainAgentConfig:
     save_every: int = _help("steps between checkpoints; the last step is always saved", default=50)
     keep_checkpoints: int = _help("newest checkpoints to keep; 0: all", default=3)
     validate_every: int = _help("steps between validations; 0: only before the first and after the last", default=50)
-    rollouts_per_step: int = _help("trajectories of each step written to rollouts/STEP.jsonl", default=4)
+    rollouts_per_step: int = _help("trajectories of each step, drawn, written to rollouts/STEP.jsonl", default=4)
     loggers: list[str] = field(default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …"})
 
-    max_failed_search_share: float = _help("share of failed searches above which the run stops", default=0.1)
+    max_failed_search_share: float = _help(
+        "share of failed searches (asynchronous modes: also of agent loops that raised) above which the run stops",
+        default=0.1,
+    )
     max_concurrent_searches: int = _help("searches under way at once, per agent-loop worker", default=64)
     search_timeout_s: float = _help("limit of one attempt of a search", default=60.0)
     search_retries: int = _help("attempts after a search's first, with doubling pauses", default=5)
@@ -96,14 +102,17 @@ class TrainAgentConfig:
         "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
     )
     threads: int | None = _help("CPU threads a worker; none: all cores", default=None)
-    engine: str = _help("verl's rollout engine on accelerators: vllm or sglang", default="vllm")
+    engine: str = _help(
+        "verl's rollout engine on accelerators: vllm, or sglang (composed and checked, never run)", default="vllm"
+    )
     dry_run: bool = _help(
         "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False
     )
     verl: list[str] = field(default_factory=list, metadata={"help": "further Hydra overrides for verl, applied last"})
 
     def __post_init__(self) -> None:
-        for name, known in (("preset", tuple(self.PRESETS)), ("algorithm", ALGORITHMS), ("mode", MODES)):
+        choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
         if self.algorithm == "grpo" and self.samples < 2:

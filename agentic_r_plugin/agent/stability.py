@@ -114,14 +114,15 @@ def last_stable(checkpoints: Sequence[int], verdict: Verdict) -> int:
     Raises:
         TrainingError: there is none, or the training collapsed before the first.
     """
-    if not checkpoints:
-        raise TrainingError("expected a checkpoint, found none")
     stable = [step for step in checkpoints if verdict.collapse is None or step < verdict.collapse]
-    if not stable:
+    if not stable and verdict.collapse is not None:
+        first = f" (step {min(checkpoints)})" if checkpoints else ""
         raise TrainingError(
-            f"{verdict.describe()}, before the first checkpoint (step {min(checkpoints)}): no stable one. Train "
-            "again with lower learning rates or a higher kl_coef, or save more often (save_every)"
+            f"{verdict.describe()}, before the first checkpoint{first}: no stable one. Train again with lower learning "
+            "rates or a higher kl_coef, or save more often (save_every)"
         )
+    if not stable:
+        raise TrainingError("expected a checkpoint, found none")
     return max(stable)
 
 

@@ -1,13 +1,13 @@
 """verl's PPO trainers with what Agentic-R adds around each step.
 
 Losses, advantages and updates are verl's own. Added are: metrics of the trajectories, two log files, the removal of
-trajectories whose search failed, a fixed order of the batch (so that a resumed step equals the uninterrupted one), the
-stability rule, and a stop with a clear error where verl would go on: a loss that is not finite (its batch is saved),
-trajectories that never arrived, too many failed searches.
+trajectories whose search failed, an order of the batch drawn by seed and step (so that mini-batches mix the data sets
+and a resumed step equals the uninterrupted one), the stability rule, and a stop with a clear error where verl would go
+on: a loss that is not finite (its batch is saved), trajectories that never arrived, too many failed searches.
 
 One class for each of verl's modes: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
 values of `trainer.v1.trainer_mode`. Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
-`run_dir`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
+`run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from agentic_r_plugin.agent.agent_loop import request_seed
 from agentic_r_plugin.agent.culprit import save_culprit
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
@@ -59,12 +60,17 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         super().__init__(config)
         self.settings = config.agentic_r
         self.replay_buffer.poll_interval = self.settings.poll_interval_s
+        self.lost = LostGroups(
+            self.replay_buffer, int(self.settings.max_failed_search_share * config.data.train_batch_size)
+        )
         self.rule = StabilityRule(**OmegaConf.to_container(self.settings.stability))  # type: ignore[arg-type]
         run_dir = Path(self.settings.run_dir)
         self.metrics_log = StepLog(run_dir / "metrics.jsonl")
         self.rollout_log = RolloutLog(run_dir / "rollouts")
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
+        self.unlogged: dict[str, Any] | None = None
+        """Line of the loaded step that a kill kept from being written, while it waits for the step's validation."""
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -72,9 +78,11 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         """One PPO step, of one update (sync) or several.
 
         Raises:
-            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not.
+            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not. Or too many
+                trajectories did not arrive.
         """
         self.trajectories = []
+        self.lost.count = 0
         batch: KVBatchMeta = super().step(metrics, timing_raw)
         bad = not_finite(metrics)
         if bad:
@@ -86,6 +94,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 "(actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
             )
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
+        shown = self.trajectories[: self.settings.rollouts_per_step]
+        self.rollout_log.write(self.global_steps, [rollout_line(item, self.global_steps) for item in shown])
         return batch
 
     def _balance_batch(
@@ -98,7 +108,10 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """The batch without trajectories whose search failed, in an order that depends on the trajectories only.
+        """The batch without trajectories whose search failed, in an order drawn by the seed and the step.
+
+        verl takes mini-batches in the order it is given, and the order in which trajectories arrive is chance; the data
+        set's order would make them by data set.
 
         verl then fills the batch up to whole mini-batches with its own padding, which its losses and metrics skip; so
         every mini-batch holds at least one real trajectory.
@@ -111,12 +124,16 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         expected = prompts * self.config.actor_rollout_ref.rollout.n
         check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
         check_masks(extra, trained, self.global_steps)
-        self.trajectories += sorted(extra, key=_place)
+
+        def order(item: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+            return drawn(_place(item), self.settings.seed, self.global_steps)
+
+        self.trajectories += sorted(extra, key=order)
         failed = [key for key, item in zip(batch.keys, extra, strict=True) if item["search_failed"]]
         if failed:
             tq.kv_clear(keys=failed, partition_id=batch.partition_id)
         rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
-        rows.sort(key=lambda row: _place(row[2]))
+        rows.sort(key=lambda row: order(row[2]))
         size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         rows = by_length_within(rows, size, length=lambda row: row[1]["seq_len"])
         return KVBatchMeta(
@@ -134,8 +151,6 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         metrics.update(trajectory_metrics(self.trajectories))
         verdict = judge([*self.metrics_log.read(), {"step": global_steps, **plain(metrics)}], self.rule)
         metrics["agentic_r/stable"] = float(verdict.doubtful_from is None)
-        shown = self.trajectories[: self.settings.rollouts_per_step]
-        self.rollout_log.write(global_steps, [rollout_line(item, global_steps) for item in shown])
         self.metrics_log.append([{"step": global_steps, **plain(metrics)}])
         if global_steps in verdict.reasons:
             print(f"step {global_steps} is unstable: {'; '.join(verdict.reasons[global_steps])}", flush=True)
@@ -147,6 +162,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
     def _validate(self) -> dict[str, float]:
         """verl's validation; before the first step its numbers become line 0 of `metrics.jsonl`.
 
+        After a resume they may be what the last step's line still lacks.
+
         Raises:
             TrainingError: more searches failed than `max_failed_search_share`.
         """
@@ -156,6 +173,9 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             raise TrainingError(_too_many("validation", max(failed), self.settings.max_failed_search_share))
         if self.global_steps == 0:
             self.metrics_log.append([{"step": 0, **plain(metrics)}])
+        if self.unlogged is not None:
+            self.metrics_log.append([self.unlogged | plain(metrics)])
+            self.unlogged = None
         return metrics
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -186,10 +206,25 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
-        if self.global_steps and self.global_steps not in {record["step"] for record in self.metrics_log.read()}:
-            # The run was killed after the checkpoint and before its step's line.
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-            self.metrics_log.append([read_json(folder / "metrics.json")])
+        if self.mode != "sync":
+            self.lost.ignore_present()
+        if self.global_steps and not self.metrics_log.has(self.global_steps):
+            self._complete_last_step()
+
+    def _complete_last_step(self) -> None:
+        """After a kill between a checkpoint and its step's line: the line, with the validation if one was due.
+
+        verl validates after it has saved. It does so before it trains, and then not at all, if it is told to.
+        """
+        trainer = self.config.trainer
+        line = read_json(Path(trainer.default_local_dir) / f"global_step_{self.global_steps}" / "metrics.json")
+        last = self.global_steps >= self.total_training_steps
+        if trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
+            self.unlogged = line
+            with open_dict(self.config):
+                trainer.val_before_train, trainer.val_only = True, last
+        else:
+            self.metrics_log.append([line])
 
 
 @register_trainer("agentic_r_sync")
@@ -214,13 +249,25 @@ class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # t
 
 
 def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
-    """Rows of each mini-batch by length, so that a micro-batch pads little; no row changes its mini-batch.
+    """Rows of each run of `size` by length, so that a micro-batch pads little.
+
+    On one worker such a run is a mini-batch. verl deals the rows of a batch out to several workers by length, and takes
+    each worker's share of a mini-batch from those it got, in this order; there rows near a boundary may change sides.
 
     >>> by_length_within(["ccc", "a", "bb", "dd", "e"], 3, len)
     ['a', 'bb', 'ccc', 'e', 'dd']
     """
     starts = range(0, len(rows), size)
     return [row for start in starts for row in sorted(rows[start : start + size], key=length)]
+
+
+def drawn(place: tuple[int, ...], seed: int, step: int) -> tuple[int, tuple[int, ...]]:
+    """Sort key that puts a step's trajectories into an order of chance, the same one when the step is done again.
+
+    >>> sorted([(0, 0), (1, 0), (2, 0), (3, 0)], key=lambda place: drawn(place, 0, 1))
+    [(3, 0), (0, 0), (2, 0), (1, 0)]
+    """
+    return request_seed(seed, step, *place), place
 
 
 def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, max_share: float, step: int) -> None:
@@ -237,6 +284,39 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
     share = sum(item["search_failed"] for item in trajectories) / len(trajectories)
     if share > max_share or share == 1:
         raise TrainingError(_too_many(f"step {step}", share, max_share))
+
+
+class LostGroups:
+    """Counts the question groups that verl's replay buffer replaces because an agent loop raised an error.
+
+    The asynchronous trainers replace such a group by the next question, without end; in the synchronous one the step
+    lacks its trajectories, which `check_trajectories` sees.
+
+    Args:
+        buffer: verl's replay buffer; from now on it raises where a step loses too many.
+        most: groups that a step may lose.
+    """
+
+    def __init__(self, buffer: Any, most: int) -> None:
+        self.buffer, self.most, self.count = buffer, most, 0
+        self.ignored: frozenset[str] = frozenset()
+        self._evict = buffer._evict_terminal_groups
+        buffer._evict_terminal_groups = self._evict_and_count
+
+    def ignore_present(self) -> None:
+        """Leave out groups that a checkpoint brought along: what failed them may be mended by now."""
+        self.buffer._sync_metadata_from_transfer_queue()
+        self.ignored = frozenset(self.buffer.failure_keys["train"])
+
+    def _evict_and_count(self, global_steps: int, partition_id: str, eviction_reasons: tuple[Any, ...]) -> Any:
+        self.count += len(eviction_reasons[2] - self.ignored)
+        if self.count > self.most:
+            raise TrainingError(
+                f"step {global_steps}: the agent loops of {self.count} questions raised an error, more than the "
+                f"{self.most} a step may lose (max_failed_search_share of batch_size); the training log shows it "
+                "('Error in _run_prompt')"
+            )
+        return self._evict(global_steps, partition_id, eviction_reasons)
 
 
 def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:

@@ -128,7 +128,8 @@ def _settings(
                 "n": config.samples,
                 "temperature": config.temperature,
                 "seed": config.seed,
-                "max_model_len": config.limits.max_tokens,
+                # verl keeps one token of SGLang's room free, which the last turn may need.
+                "max_model_len": config.limits.max_tokens + (config.engine == "sglang"),
                 "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
             },
         },
@@ -161,6 +162,7 @@ def _settings(
         },
         "agentic_r": {
             "run_dir": str(run_dir),
+            "seed": config.seed,
             "max_failed_search_share": config.max_failed_search_share,
             "rollouts_per_step": config.rollouts_per_step,
             "keep_checkpoints": config.keep_checkpoints,

@@ -1,4 +1,6 @@
-"""What verl imports in every process (entry point `verl.plugins`): importing this registers all we add to verl.
+"""What verl imports in every process (entry point `verl.plugins`): importing this registers what the CPU needs in verl.
+
+The agent loop and the reward are named in verl's configuration, and the trainer is registered where it runs.
 
 verl swallows an error raised here (it logs it at DEBUG), so whoever starts a training calls `assert_registered()`, in
 each kind of process it can reach: a registration that did not happen must not pass for a training that runs.
@@ -6,14 +8,11 @@ each kind of process it can reach: a registration that did not happen must not p
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 
 from agentic_r_plugin.agent.cpu.detect import cpu_wanted
 from agentic_r_plugin.errors import UpstreamError
 
-AGENT_LOOP_MODULE = "agentic_r_plugin.agent.agent_loop"
 registered: tuple[str, ...] = ()
 """What was registered in this process; the last step of the import, so its being set means that all went well."""
 
@@ -60,9 +59,6 @@ def _register() -> tuple[str, ...]:
 
         platform.register()
         done += ["platform cpu", *hooks.install(), f"rollout {hooks.ROLLOUT_NAME}"]
-    if importlib.util.find_spec(AGENT_LOOP_MODULE) is not None:
-        importlib.import_module(AGENT_LOOP_MODULE)
-        done.append("agent loop")
     return (*done, "verl plugin")
 
 

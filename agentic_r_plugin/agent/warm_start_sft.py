@@ -18,10 +18,11 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
+from agentic_r_plugin.agent.prepare import content_key
 from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
 from agentic_r_plugin.records import Question
@@ -59,7 +60,7 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
         resume: leave a finished output alone, and go on from the last checkpoint of an unfinished one.
 
     Raises:
-        OutputExistsError: the output, or work on it, is there and `resume` was not asked for.
+        OutputExistsError: the output, or work on it, is there and `resume` was not asked for; or it is something else.
         ManifestMismatchError: resumed with another configuration or other inputs.
         RecordError: a broken question or corpus file, or unknown supporting passages.
         ConfigError: no such model.
@@ -69,6 +70,8 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
         require_absent(out)
         require_absent(work)
     identity = _identity(config)
+    if out.exists() and not (out / "identity.json").is_file():
+        raise OutputExistsError(f"{out} exists and is not an output of this command (no identity.json); choose another")
     for folder in (out, work):
         _check_identity(folder, identity)
     if out.exists():
@@ -103,14 +106,13 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
 
 def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
     settings = {key: value for key, value in to_dict(config).items() if key not in _FREE}
-    weights = sorted(Path(config.model).glob("*.safetensors"))
-    if not weights:
+    if not any(Path(config.model).glob("*.safetensors")):
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
     return {
         "config": fingerprint(settings),
         "questions": file_fingerprint(config.questions),
         "corpus": file_fingerprint(config.corpus),
-        "model": fingerprint([(file.name, file.stat().st_size) for file in weights]),
+        "model": content_key(Path(config.model)),
     }
 
 

@@ -34,18 +34,26 @@ def main(run_dir: Path, parent: int) -> int:
 
 
 def train(run_dir: Path) -> None:
-    """Run verl where steps are left to do, choose the checkpoint, and write `agent/` and `critic/`."""
+    """Run verl where something is left to do, choose the checkpoint, and write `agent/` and `critic/`."""
     from omegaconf import OmegaConf
 
     from agentic_r_plugin.agent.export import export_model
-    from agentic_r_plugin.agent.prepare import latest_step
 
     config: Any = OmegaConf.load(run_dir / "verl.yaml")
-    stopped = latest_step(run_dir) < int(config.trainer.total_training_steps) and not _trained_to_the_end(config)
+    stopped = _unfinished(run_dir, config) and not _trained_to_the_end(config)
     checkpoint = run_dir / "checkpoints" / f"global_step_{choose(run_dir, config, stopped=stopped)}"
     if (checkpoint / "critic").is_dir():
         export_model(checkpoint / "critic", run_dir / "critic")
     export_model(checkpoint / "actor", run_dir / "agent")
+
+
+def _unfinished(run_dir: Path, config: Any) -> bool:
+    """Whether steps are left to do, or the last one's line, which is written after its validation."""
+    from agentic_r_plugin.agent.metrics import StepLog
+    from agentic_r_plugin.agent.prepare import latest_step
+
+    step = latest_step(run_dir)
+    return step < int(config.trainer.total_training_steps) or not StepLog(run_dir / "metrics.jsonl").has(step)
 
 
 def _trained_to_the_end(config: Any) -> bool:
@@ -63,7 +71,7 @@ def _trained_to_the_end(config: Any) -> bool:
 
 
 def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
-    """Step of the checkpoint to export; the reason is written to `stability.json`.
+    """Step of the checkpoint to export; the reason is written to `stability.json`, also where there is none to take.
 
     Raises:
         TrainingError: no stable checkpoint.
@@ -75,11 +83,18 @@ def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
 
     rule = StabilityRule(**OmegaConf.to_container(config.agentic_r.stability))  # type: ignore[arg-type]
     verdict = judge(StepLog(run_dir / "metrics.jsonl").read(), rule)
-    step = last_stable(checkpoint_steps(run_dir / "checkpoints"), verdict)
     reasons = {str(number): list(words) for number, words in verdict.reasons.items()}
-    record = {"checkpoint": step, "stopped": stopped, "collapse": verdict.collapse, "verdict": verdict.describe()}
-    write_json(run_dir / STABILITY, record | {"unstable": reasons})
-    return step
+    record: dict[str, Any] = {
+        "checkpoint": None,
+        "stopped": stopped,
+        "collapse": verdict.collapse,
+        "verdict": verdict.describe(),
+    }
+    try:
+        record["checkpoint"] = last_stable(checkpoint_steps(run_dir / "checkpoints"), verdict)
+        return record["checkpoint"]
+    finally:
+        write_json(run_dir / STABILITY, record | {"unstable": reasons})
 
 
 def _run_verl(config: Any) -> None:

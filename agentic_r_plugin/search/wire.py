@@ -78,14 +78,15 @@ def _decode_hit(hit: Any, where: str) -> Hit:
 
 
 def _decode_document(document: Mapping[str, Any], where: str) -> Passage:
-    """Title and text as sent, or, from servers that send only `contents`, taken from those."""
+    """Title, text and contents as sent; servers may send only `contents`, or no `contents`."""
     identifier, title, text = document.get("id"), document.get("title"), document.get("text")
+    contents = document.get("contents")
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         identifier = str(identifier)
     if isinstance(identifier, str) and isinstance(title, str) and isinstance(text, str):
-        return Passage(id=identifier, title=title, text=text)
-    if isinstance(identifier, str) and isinstance(document.get("contents"), str):
-        return Passage.from_contents(identifier, document["contents"])
+        return Passage(id=identifier, title=title, text=text, contents=contents if isinstance(contents, str) else "")
+    if isinstance(identifier, str) and isinstance(contents, str):
+        return Passage.from_contents(identifier, contents)
     raise SearchError(f"{where}: expected a document with 'id', 'title' and 'text', found {_short(document)}")
 
 

@@ -6,7 +6,7 @@
 # RETRIEVAL_URL  retrieval service (agentic-r serve), default http://127.0.0.1:8000
 # OUT            folder of the run; the trained agent stands in $OUT/agent
 # PRESET         paper (default) or released_code
-# ENGINE         vllm (default) or sglang
+# ENGINE         vllm (default), or sglang (composed and checked, never run)
 # All further arguments go to train-agent: --dry-run, --resume, field=value, and verl's own overrides.
 train=${TRAIN-data/train.parquet}
 validation=${VAL-data/validation.parquet}

@@ -9,7 +9,6 @@ in `--out`. Question ids get the set's name in front, because FlashRAG numbers e
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from flashrag.config import Config
 from flashrag.utils import get_dataset
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent.dataset import SourcedQuestion, write_parquet
+from agentic_r_plugin.agent.dataset import SourcedQuestion, draw, write_parquet
 from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import require_absent
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         questions = [
             question
             for item in sets
-            for question in sample(load(options.data_dir, item), per_set, f"{options.seed}:{item}")
+            for question in draw(load(options.data_dir, item), per_set, f"{options.seed}:{item}")
         ]
         if not questions:
             continue
@@ -109,14 +108,6 @@ def _question(entry: Any, name: str, split: str) -> SourcedQuestion:
         return SourcedQuestion(question=Question.from_dict(data), source=name)
     except RecordError as error:
         raise RecordError(f"{name} {split}: {error}") from error
-
-
-def sample(questions: list[SourcedQuestion], most: int, seed: str) -> list[SourcedQuestion]:
-    """At most `most` of them, drawn by the seed, in their order; 0: all."""
-    if not most or most >= len(questions):
-        return questions
-    chosen = sorted(random.Random(seed).sample(range(len(questions)), most))
-    return [questions[index] for index in chosen]
 
 
 if __name__ == "__main__":

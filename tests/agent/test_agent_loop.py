@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, generator: HFGenerator | None = None, turns: list[list[int]] | None = None) -> None:
         self.generator, self.turns = generator, list(turns or [])
         self.asked: list[dict[str, Any]] = []
+        self.name = "vllm"
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
         self.asked.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
@@ -75,7 +76,8 @@ def make_loop(tokenizer: Any, engine: Engine, url: str, **options: Any) -> Searc
             **options,
         }
     )  # fmt: skip
-    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"prompt_length": 64}}, "data": {}})
+    rollout = {"prompt_length": 64, "name": getattr(engine, "name", "vllm")}
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}, "data": {}})
     return hydra.utils.instantiate(
         entry,
         trainer_config=DictConfigWrap(config),
@@ -124,6 +126,18 @@ def test_ids_mask_and_logprobs_are_those_of_each_writer(tokenizer: Any, service:
     assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (5, 6)
 
 
+def test_sglang_is_asked_in_its_own_words(tokenizer: Any, service: Service) -> None:
+    engine = Engine(turns=[tokenizer.encode("<answer> Bel </answer>")])
+    engine.name = "sglang"
+    run(tokenizer, engine, service.url, seed=3)
+    (asked,) = engine.asked
+    assert asked["no_stop_trim"] is True and asked["sampling_seed"] == request_seed(3, 5, 0, 1, 0)
+    # what is left goes into SGLang's SamplingParams, which refuses a name it does not know; verl takes out the last two
+    assert set(asked) - {"request_id", "prompt_ids", "no_stop_trim", "sampling_seed"} == {
+        "temperature", "top_p", "top_k", "stop", "max_tokens", "logprobs",
+    }  # fmt: skip
+
+
 def test_every_turn_asks_for_stop_strings_its_budget_and_the_same_session(tokenizer: Any, service: Service) -> None:
     codec = TokenizerCodec(tokenizer)
     engine = Engine(turns=[codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")])
@@ -132,6 +146,7 @@ def test_every_turn_asks_for_stop_strings_its_budget_and_the_same_session(tokeni
         assert asked["stop"] == ["</search>", "</answer>"]
         assert asked["include_stop_str_in_output"] is True
         assert asked["max_tokens"] == min(24, 160 - len(asked["prompt_ids"]))
+        assert "seed" in asked and "no_stop_trim" not in asked
     assert len({asked["request_id"] for asked in engine.asked}) == 1
     assert [asked["seed"] for asked in engine.asked] == [request_seed(3, 5, 0, 1, 0), request_seed(3, 5, 0, 1, 2)]
     assert output.num_turns == 4

@@ -48,7 +48,6 @@ def test_verl_reads_the_rows_as_our_loop_and_reward_need_them(tmp_path: Path, ag
 def test_a_file_made_for_verl_gives_back_its_questions_and_their_benchmarks(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL)
     assert read_questions(tmp_path / "train.parquet") == QUESTIONS
-    assert read_questions(tmp_path / "train.parquet", limit=1) == QUESTIONS[:1]
 
 
 def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import verl_config
+from agentic_r_plugin.agent import dataset, launch, verl_config
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
-from agentic_r_plugin.agent.metrics import checkpoint_steps
-from agentic_r_plugin.agent.prepare import prepare
+from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
+from agentic_r_plugin.agent.prepare import check_run_folder, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -98,6 +98,55 @@ def test_an_existing_output_needs_resume_and_the_same_settings(config: TrainAgen
         run(config, resume=True)
 
 
+def test_a_start_that_was_cut_off_is_known_by_its_settings(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, calls = Path(config.out), []
+
+    def killed(*_: object) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "write_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    other = tmp_path / "other" / "train.jsonl"
+    other.parent.mkdir()
+    other.write_text(Path(config.questions).read_text().replace("?", "!"))
+    with pytest.raises(ManifestMismatchError, match="other settings, questions or models"):
+        run(replace(config, questions=str(other)), resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, resume=True)
+    assert (calls, (out / "run.json").is_file()) == ([1, 1], True)
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(config: TrainAgentConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for attempt in (lambda: run(config, resume=True), lambda: check_run_folder(out / "notes.txt")):
+        with pytest.raises(OutputExistsError, match="is not the folder of a training"):
+            attempt()
+    assert [file.name for file in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_dry_run_passes_for_a_critic_that_is_still_to_be_written(
+    config: TrainAgentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(replace(config, value_head="zero", dry_run=True))
+    printed = capsys.readouterr().out
+    assert f"path: {config.out}/critic-start" in printed and "ok      verl's own checks: passed" in printed
+    assert not Path(config.out).exists()
+
+
+def test_what_verl_cannot_build_is_one_of_the_dry_runs_lines(
+    config: TrainAgentConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="dry run: 1 of 10 checks failed"):
+        run(replace(config, dry_run=True, verl=["critic.model.path=/nowhere"]))
+    assert "FAILED  verl's own checks: verl refuses the configuration: " in capsys.readouterr().out
+
+
 def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgentConfig) -> None:
     overrides = [f"{name}={getattr(config, name)}" for name in ("model", "questions", "retrieval_url", "out")]
     filled = load_config(TrainAgentConfig, overrides=[*overrides, "limits.max_searches=3", "kl_loss=true"])
@@ -129,6 +178,15 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
 
 
+def test_sglang_reads_text_and_leaves_the_last_token_its_room(config: TrainAgentConfig) -> None:
+    chosen = replace(config, engine="sglang", cpu=False)
+    composed = prepare(chosen).verl.actor_rollout_ref.rollout
+    assert (composed.name, composed.skip_tokenizer_init) == ("sglang", False)
+    assert composed.max_model_len - (LIMITS.max_tokens - 1) - 1 == 1  # verl's room for the last token of a trajectory
+    with pytest.raises(ConfigError, match="engine='trtllm': expected one of vllm, sglang"):
+        replace(config, engine="trtllm")
+
+
 def test_the_users_overrides_win_over_the_machines_and_ours(config: TrainAgentConfig) -> None:
     composed = verl_config.compose(
         replace(config, verl=["actor_rollout_ref.actor.grad_clip=0.5", "+data.my_key=1", "critic.strategy=fsdp"]),
@@ -154,9 +212,24 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
     assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
 
 
+def test_the_training_processes_are_told_whether_to_take_the_cpu(config: TrainAgentConfig) -> None:
+    for cpu, switch in ((True, "1"), (False, "0")):
+        assert prepare(replace(config, cpu=cpu)).environment["AGENTIC_R_CPU"] == switch
+
+
 def test_requests_carry_seeds_on_the_cpu_and_on_accelerators(config: TrainAgentConfig) -> None:
     for cpu in (True, False):
         assert OmegaConf.create(prepare(replace(config, cpu=cpu, seed=7)).loop)[0].seed == 7
+
+
+def test_the_validation_subset_is_drawn_from_the_whole_file(config: TrainAgentConfig) -> None:
+    def ids(most: int, seed: int = 0) -> list[str]:
+        chosen = replace(config, validation=config.questions, validation_questions=most, seed=seed)
+        return [item.question.id for item in validation_questions(chosen) or []]
+
+    whole = ids(0)
+    assert len(ids(5)) == 5 and set(ids(5)) < set(whole) and ids(5) != whole[:5]
+    assert ids(5, seed=1) == ids(5)  # runs of several seeds are compared on the same questions
 
 
 def outcome(failed: int = 0, generated: int = 5) -> dict[str, object]:
@@ -194,6 +267,29 @@ def test_a_fault_is_found_behind_rays_wrapping() -> None:
     wrapped.cause = inner  # type: ignore[attr-defined]
     assert our_fault(wrapped) is inner
     assert our_fault(ValueError("x")) is None
+
+
+def test_after_a_resume_the_steps_done_again_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: TrainAgentConfig, tmp_path: Path
+) -> None:
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.append([{"step": step, "agentic_r/em": 0.0} for step in range(6)])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    write_json(tmp_path / "run.json", {"fingerprint": "", "seconds": 0.0})
+
+    class Training:
+        returncode = 0
+
+        def poll(self) -> int:
+            log.append([{"step": 4, "agentic_r/em": 0.5}])
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Training())
+    monkeypatch.setattr(launch, "end", lambda *_, **__: None)
+    with (tmp_path / ".lock").open("wb") as lock:
+        launch._train(tmp_path, config, {}, lock)
+    assert capsys.readouterr().err == "step 4/2  EM 0.500\n"
 
 
 def test_a_step_is_reported_in_one_line() -> None:

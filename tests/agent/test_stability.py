@@ -87,8 +87,10 @@ def test_a_collapse_before_the_first_checkpoint_leaves_nothing_to_take() -> None
     verdict = judge(steps(0.4, 0.4, 0.0, 0.0, 0.0), RULE)
     with pytest.raises(TrainingError, match=r"collapse at step 4: .*before the first checkpoint \(step 5\)"):
         last_stable([5], verdict)
-    with pytest.raises(TrainingError, match="expected a checkpoint"):
+    with pytest.raises(TrainingError, match=r"collapse at step 4: .*, before the first checkpoint: no stable one"):
         last_stable([], verdict)
+    with pytest.raises(TrainingError, match="expected a checkpoint"):
+        last_stable([], judge([], StabilityRule()))
 
 
 def test_impossible_rules_are_refused() -> None:

@@ -11,29 +11,33 @@ import pytest
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from agentic_r_plugin.agent import worker
+from agentic_r_plugin.agent import export, worker
 from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
-from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, by_length_within
+from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, by_length_within
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
-from agentic_r_plugin.store import read_json
+from agentic_r_plugin.store import read_json, write_json
 
 
 def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
     """A trainer with its logs, without verl's workers."""
     made = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
     made.global_steps = 7
-    made.settings = SimpleNamespace(run_dir=str(folder), rollouts_per_step=1, keep_checkpoints=1, **settings)
+    made.settings = SimpleNamespace(
+        run_dir=str(folder), rollouts_per_step=1, keep_checkpoints=1, max_failed_search_share=0.0, **settings
+    )
     made.rule = StabilityRule(window=1, patience=2, on_collapse="stop")
     made.metrics_log, made.rollout_log = StepLog(folder / "metrics.jsonl"), RolloutLog(folder / "rollouts")
     made.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder / "checkpoints")}})
-    made.trajectories, made.step_metrics = [], {}
+    made.trajectories, made.step_metrics, made.unlogged = [], {}, None
+    made.lost = SimpleNamespace(count=0)  # type: ignore[assignment]
     return made
 
 
@@ -81,7 +85,65 @@ def test_a_collapse_stops_the_training_once_it_is_certain(monkeypatch: pytest.Mo
     with pytest.raises(CollapseError, match=r"collapse at step 2: reward 0\.000, best 1\.000; .* stopped at step 3"):
         log(3, 0)
     assert [line["step"] for line in trainer.metrics_log.read()] == [1, 2, 3]
-    assert trainer.rollout_log.read(3)[0]["score"] == 0.0
+
+
+def test_a_saved_step_has_its_rollouts_before_its_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def step(self: Any, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
+        self.trajectories += [outcome(0), outcome(1)]
+
+    monkeypatch.setattr(PPOTrainerSync, "step", step)
+    trainer = trainer_in(tmp_path)
+    trainer.step({}, {})
+    assert [line["score"] for line in trainer.rollout_log.read(7)] == [0.0]
+    assert trainer.step_metrics["agentic_r/em"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("total", "test_freq", "validates", "ends"),
+    [(7, 50, True, True), (9, 7, True, False), (9, 50, False, False), (7, -1, False, False)],
+)
+def test_a_step_that_was_saved_but_not_logged_gets_its_line_with_the_validation_it_was_due(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: int, test_freq: int, validates: bool, ends: bool
+) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.total_training_steps = total
+    trainer.config.trainer.update({"test_freq": test_freq, "val_before_train": False, "val_only": False})
+    write_json(tmp_path / "checkpoints" / "global_step_7" / "metrics.json", {"step": 7, "agentic_r/em": 0.5})
+    trainer.metrics_log.append([{"step": 6}, {"step": 8}])
+    monkeypatch.setattr(PPOTrainer, "_load_checkpoint", lambda self: None)
+    monkeypatch.setattr(PPOTrainer, "_validate", lambda self: {"val-core/towns/acc/mean@1": 0.25})
+    trainer._load_checkpoint()
+    settings = trainer.config.trainer
+    assert (settings.val_before_train, settings.val_only) == (validates, ends)
+    line = {"step": 7, "agentic_r/em": 0.5}
+    if validates:
+        assert [record["step"] for record in trainer.metrics_log.read()] == [6]  # a kill now changes nothing
+        trainer._validate()
+        line["val-core/towns/acc/mean@1"] = 0.25
+    assert trainer.metrics_log.read() == [{"step": 6}, line]
+    trainer._validate()
+    assert trainer.metrics_log.read() == [{"step": 6}, line]
+
+
+def test_a_run_whose_last_line_is_missing_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = OmegaConf.create(
+        {"trainer": {"total_training_steps": 2}, "agentic_r": {"stability": to_dict(StabilityRule())}}
+    )
+    OmegaConf.save(config, tmp_path / "verl.yaml")
+    (tmp_path / "checkpoints" / "global_step_2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    log, started = StepLog(tmp_path / "metrics.jsonl"), []
+
+    def run_verl(config: Any) -> None:
+        started.append(1)
+        log.append([{"step": 2, "agentic_r/em": 1.0}])
+
+    monkeypatch.setattr(worker, "_run_verl", run_verl)
+    monkeypatch.setattr(export, "export_model", lambda *_: None)
+    log.append([{"step": 1, "agentic_r/em": 1.0}])
+    worker.train(tmp_path)
+    worker.train(tmp_path)
+    assert started == [1]
 
 
 def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,6 +161,18 @@ def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.Monk
     assert record["unstable"] == {"3": ["reward 0.000, best 1.000"], "4": ["reward 0.000, best 1.000"]}
 
 
+def test_a_collapse_before_the_first_checkpoint_says_so_in_the_error_and_in_the_file(tmp_path: Path) -> None:
+    rule = StabilityRule(window=1, patience=2)
+    StepLog(tmp_path / "metrics.jsonl").append(
+        [{"step": step, "agentic_r/em": em} for step, em in enumerate([1, 0, 0])]
+    )
+    config = OmegaConf.create({"agentic_r": {"stability": to_dict(rule)}})
+    with pytest.raises(TrainingError, match=r"collapse at step 1: .* before the first checkpoint: .*save_every"):
+        worker.choose(tmp_path, config, stopped=True)
+    record = read_json(tmp_path / "stability.json")
+    assert (record["checkpoint"], record["collapse"], record["stopped"]) == (None, 1, True)
+
+
 @pytest.mark.parametrize(
     ("mode", "verls"),
     [
@@ -114,25 +188,49 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
 
     def init(self: Any, config: Any) -> None:
         seen.append(config.trainer.v1.trainer_mode)
-        self.replay_buffer = SimpleNamespace()
+        self.replay_buffer = SimpleNamespace(_evict_terminal_groups=None)
 
     monkeypatch.setattr(verls, "__init__", init)
     ours = get_trainer_cls(f"agentic_r_{mode}")
     config = OmegaConf.create(
         {
             "trainer": {"v1": {"trainer_mode": f"agentic_r_{mode}"}},
-            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "stability": to_dict(StabilityRule())},
+            "data": {"train_batch_size": 8},
+            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "max_failed_search_share": 0.25,
+                          "stability": to_dict(StabilityRule())},
         }
-    )
+    )  # fmt: skip
     made: Any = ours(config)
     assert issubclass(ours, verls) and seen == [mode]
     assert made.replay_buffer.poll_interval == 0.1 and made.rule == StabilityRule()
+    assert made.lost.most == 2
+
+
+def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: dict[str, dict[str, Any]] = {}
+
+    def ask(questions: int) -> None:
+        assert len(asked) < 100, "verl asks for new questions without end"
+        asked.append(questions)
+        queue.update({f"{len(asked)}.{number}": failed for number in range(questions)})
+
+    failed = {"is_prompt": True, "status": "failure", "global_steps": 1}
+    asked: list[int] = []
+    monkeypatch.setattr(transfer_queue, "kv_list", lambda: {"train": dict(queue)})
+    monkeypatch.setattr(transfer_queue, "kv_clear", lambda partition_id, keys: [queue.pop(key, None) for key in keys])
+    buffer = ReplayBufferAsync("separate_async", OmegaConf.create(), None, "drop", OmegaConf.create(), refill_fn=ask)
+    queue.update({"restored.0": failed, "restored.1": failed, "restored.2": failed, "restored.3": failed})
+    lost = LostGroups(buffer, most=3)
+    lost.ignore_present()
+    with pytest.raises(TrainingError, match=r"step 5: the agent loops of 4 questions raised an error, more than the 3"):
+        buffer.sample(global_steps=5, partition_id="train", batch_size=2)
+    assert asked == [4]
 
 
 def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
     trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 2, 1, []
-    trainer.settings = SimpleNamespace(max_failed_search_share=0.0)
+    trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=0)
     trainer.config = OmegaConf.create(
         {"data": {"train_batch_size": 4},
          "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": 2}}}
@@ -144,12 +242,45 @@ def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch
     }
     monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
     batch = transfer_queue.KVBatchMeta(partition_id="train", keys=["b", "a"], tags=[{"seq_len": 3}, {"seq_len": 3}])
-    assert trainer._valid_in_order(batch).keys == ["a", "b"]
-    assert trainer._valid_in_order(batch).keys == ["a", "b"]
-    assert len(trainer.trajectories) == 4  # both updates of the step
+    assert sorted(trainer._valid_in_order(batch).keys) == ["a", "b"]
+    assert trainer._valid_in_order(batch).keys == trainer._valid_in_order(batch).keys
+    assert len(trainer.trajectories) == 6  # of all updates of the step
 
 
-def test_no_row_leaves_its_mini_batch_when_rows_are_put_in_order_of_length() -> None:
+def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, shown = 128, 16
+    rows = list(range(2 * size))  # of the data set: the first half is one benchmark, the second half another
+
+    def step_of(arrived: list[int], step: int, seed: int = 0) -> tuple[list[int], list[int]]:
+        trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
+        trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, step, []
+        trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=seed)
+        trainer.config = OmegaConf.create(
+            {"data": {"train_batch_size": 2 * size},
+             "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": size}}}
+        )  # fmt: skip
+        fields = {
+            "extra_fields": [outcome(1) | {"place": [row, 0], "trained_tokens": 2} for row in arrived],
+            "response_mask": torch.nested.as_nested_tensor([torch.ones(2)] * len(arrived), layout=torch.jagged),
+        }
+        monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
+        tags = [{"seq_len": row % 7} for row in arrived]
+        batch = transfer_queue.KVBatchMeta(partition_id="train", keys=[str(row) for row in arrived], tags=tags)
+        keys = [int(key) for key in trainer._valid_in_order(batch).keys]
+        return keys, [item["place"][0] for item in trainer.trajectories][:shown]
+
+    keys, first = step_of(rows, step=1)
+    assert sorted(keys) == rows
+    assert 0.35 < sum(row < size for row in keys[:size]) / size < 0.65
+    assert 3 < sum(row < size for row in first) < 13
+    assert step_of(rows[::-1], step=1) == (keys, first)  # whatever the order of arrival
+    assert set(step_of(rows, step=2)[0][:size]) != set(keys[:size])
+    assert set(step_of(rows, step=1, seed=1)[0][:size]) != set(keys[:size])
+
+
+def test_rows_of_a_mini_batch_are_put_in_order_of_length() -> None:
     rows = [(9, "a"), (3, "b"), (5, "c"), (2, "d"), (8, "e")]
     ordered = by_length_within(rows, 3, length=lambda row: row[0])
     assert ordered == [(3, "b"), (5, "c"), (9, "a"), (2, "d"), (8, "e")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,24 @@ def test_a_finished_output_is_an_error_without_resume_left_alone_with_it_and_nev
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ManifestMismatchError, match="config"):
         warm_start_sft.run(_config(inputs, out, seed=1), resume=True)
+
+
+def test_another_folder_or_a_model_with_other_weights_of_the_same_size_does_not_count_as_done(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "agent"
+    out.mkdir()
+    with pytest.raises(OutputExistsError, match="not an output of this command"):
+        warm_start_sft.run(_config(inputs, out), resume=True)
+    out.rmdir()
+    model = tmp_path / "model"
+    shutil.copytree(inputs["model"], model)
+    warm_start_sft.run(_config(inputs | {"model": str(model)}, out))
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ManifestMismatchError, match="begun with another model"):
+        warm_start_sft.run(_config(inputs | {"model": str(model)}, out), resume=True)
 
 
 def test_a_folder_without_weights_is_refused(inputs: dict[str, str], tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from email.utils import formatdate
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
-from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.search.wire import decode_hits, encode_hits
 from tests.search.loopback import EchoBackend, Misbehaving, response, serving
 
 ONE = [SearchRequest(query="q")]
@@ -122,6 +124,13 @@ def test_documents_with_contents_alone_are_understood():
     with Misbehaving([response(200, body)]) as server:
         passage = both(server)[0]()[0][0].passage
     assert (passage.id, passage.title, passage.text) == ("7", "Emma", "A novel.")
+
+
+def test_contents_come_over_the_wire_as_the_corpus_holds_them():
+    passages = [Passage.from_contents(str(i), text) for i, text in enumerate(['""Heroes""\nx', "one line", "Bare\nx"])]
+    body = json.dumps(encode_hits([[Hit(passage=passage, score=1.0) for passage in passages]], with_scores=True))
+    hits = decode_hits(json.loads(body), num_requests=1, topk=3)[0]
+    assert [hit.passage for hit in hits] == passages
 
 
 def test_long_lists_are_asked_in_parts_and_come_back_in_order():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from agentic_r_plugin.agent.cpu import attention
 from agentic_r_plugin.upstream import Hook, apply
+
+_log = logging.getLogger(__name__)
 
 VERL = ("0.9.1",)
 ROLLOUT_NAME = "hf"
@@ -23,18 +26,26 @@ def gloo_process_group(owner: Any, attribute: str, original: Any) -> None:
 
 
 def configured_attention(owner: Any, attribute: str, original: Any) -> None:
-    """Load the critic with the attention its configuration names; verl asks for flash attention whatever it says."""
+    """Load the critic with the attention its configuration names; verl asks for flash attention whatever it says.
+
+    A model that cannot be loaded so is left to verl's own function: its error, or its value head of TRL, for which it
+    still asks for flash attention.
+    """
 
     def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
         from transformers import AutoModelForTokenClassification
 
-        return AutoModelForTokenClassification.from_pretrained(
-            pretrained_model_name_or_path=local_path,
-            dtype=torch_dtype,
-            config=model_config,
-            attn_implementation=model_config._attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        try:
+            return AutoModelForTokenClassification.from_pretrained(
+                pretrained_model_name_or_path=local_path,
+                dtype=torch_dtype,
+                config=model_config,
+                attn_implementation=model_config._attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        except Exception as error:
+            _log.warning("the critic %s could not be loaded: %s", local_path, error)
+            return original(local_path, torch_dtype, model_config, trust_remote_code)
 
     setattr(owner, attribute, load_valuehead_model)
 

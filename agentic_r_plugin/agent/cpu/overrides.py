@@ -47,8 +47,6 @@ def cpu_overrides(
         "reward.num_workers=1",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "data.dataloader_num_workers=0",
-        "trainer.v1.sampler.custom_sampler.path=pkg://agentic_r_plugin.agent.cpu.replay",
-        "trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer",
     ]
     for engine in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"):
         fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"

@@ -13,8 +13,6 @@ from typing import Any
 import psutil
 import torch
 
-from agentic_r_plugin.memory import trim_heap
-
 
 def _cpu_device_module() -> ModuleType:
     """`torch.cpu` with what verl uses of `torch.cuda` and `torch.cpu` lacks."""
@@ -42,7 +40,7 @@ def _cpu_device_module() -> ModuleType:
         max_memory_reserved=resident_bytes,
         mem_get_info=mem_get_info,
         get_device_name=lambda *args: "cpu",
-        empty_cache=trim_heap,  # verl calls it after each step, when it hands the weights on
+        empty_cache=nothing,
         ipc_collect=nothing,
         reset_peak_memory_stats=nothing,
         set_per_process_memory_fraction=nothing,
@@ -96,7 +94,7 @@ class CPUPlatform:
         return None
 
     def empty_cache(self) -> None:
-        trim_heap()
+        return None
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
