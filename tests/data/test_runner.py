@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from agentic_r_plugin.data import parts
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import Batch, RunnerSpec, flow
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
@@ -171,6 +172,46 @@ def test_too_many_judge_errors_stop_the_stage_early_and_only_they_are_asked_agai
     assert set(again) & set(first) == set(bad) & set(first) and report["errors"] == 1
     expected = [line for line in lines(folder / "whole.jsonl").splitlines() if f'"{IDS[3]}"'.encode() not in line]
     assert lines(folder / "o.jsonl").splitlines() == expected
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_while_a_part_is_written_anew_loses_and_repeats_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    """Its records are in place and its .json is not yet, or its .json is and the old records are not yet gone."""
+    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
+    behave(folder, errors=[IDS[1], IDS[4], IDS[40], IDS[41]])
+    with pytest.raises(JudgeError):
+        run_stage(stage_of(folder, part_size=10, share=0.03), resume=False)
+    behave(folder)
+    written = parts.write_json
+
+    def killed(path: Path, data: dict) -> None:
+        if data["first"] == 0:
+            if moment == "after":
+                written(path, data)
+            raise KeyboardInterrupt
+        written(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "write_json", killed)
+        run_stage(stage_of(folder, part_size=10), resume=True)
+    found = sorted(path.name for path in (folder / "o.jsonl.parts").glob("00000.*"))
+    assert found == ["00000.1.jsonl", "00000.json", "00000.jsonl"]
+    run_stage(stage_of(folder, part_size=10, sharded=True), resume=True)
+    assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl")
+    assert list(read_records(folder / "o.jsonl", SubAnswer)) == list(read_records(folder / "whole.jsonl", SubAnswer))
+
+
+def test_a_damaged_part_is_not_written_anew(folder: Path):
+    behave(folder, errors=[IDS[1], IDS[4], IDS[40], IDS[41]])
+    with pytest.raises(JudgeError):
+        run_stage(stage_of(folder, part_size=10, share=0.03), resume=False)
+    behave(folder)
+    part = folder / "o.jsonl.parts" / "00000.jsonl"
+    part.write_bytes(part.read_bytes().replace("é".encode(), b"ee", 1))
+    with pytest.raises(RecordError, match=r"00000\.jsonl: damaged: its checksum"):
+        run_stage(stage_of(folder, part_size=10), resume=True)
 
 
 def test_a_part_that_was_damaged_is_an_error_that_names_it(folder: Path):
