@@ -95,7 +95,7 @@ class RayExecutor:
 
     def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
-        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._finished)
+        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
 
     def close(self) -> None:
         """Stop the actors, and the cluster where it was started here."""
@@ -111,10 +111,10 @@ class RayExecutor:
         self._load[least] += 1
         return reference
 
-    def _finished(self, running: Sequence[Any]) -> tuple[Any, Result]:
+    def _first_done(self, running: Sequence[Any]) -> Any:
         (reference, *_), _ = self._ray.wait(list(running), num_returns=1)
         self._load[self._actor_of.pop(reference)] -= 1
-        return reference, self._get(reference)
+        return reference
 
     def _get(self, reference: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
@@ -248,13 +249,14 @@ class _Work:
 
         with tqdm(total=self.total, desc=self.stage.name, unit="unit", disable=None) as progress:
             self._check_errors()
-            for batch, (outcomes, spent) in executor.run(self._batches(progress)):
+            batches = takewhile(lambda _: not self._too_many_errors(), self._batches(progress))
+            for batch, (outcomes, spent) in executor.run(batches):
                 self.journal.append(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
                 progress.update(len(outcomes))
                 for position in batch.positions:
                     self._under_way[self.parts.number(position)] -= 1
-                self._check_errors()
                 self._close_parts()
+            self._check_errors()
             self._close_parts()
         if not self.total:
             self.parts.close(0, 0, self.journal.read)
@@ -301,11 +303,17 @@ class _Work:
                 self.journal.forget(range(first, first + length))
                 self._handed_out.remove(part)
 
+    def _num_errors(self) -> int:
+        return self.journal.num_errors + self.parts.num_current_errors(self.journal.round)
+
+    def _too_many_errors(self) -> bool:
+        """Whether the share of judge errors is certain to be too large; no further batch is begun then."""
+        return self._num_errors() > self.stage.max_error_share * self.total
+
     def _check_errors(self) -> None:
-        """Give up as soon as the share of judge errors is certain to be too large."""
-        round_ = self.journal.round
-        errors = self.journal.num_errors + self.parts.num_current_errors(round_)
-        if errors > self.stage.max_error_share * self.total:
+        """Give up where too many units failed."""
+        if self._too_many_errors():
+            round_, errors = self.journal.round, self._num_errors()
             first = self.parts.first_error(round_) or self.journal.first_error
             self.journal.next_round()
             raise JudgeError(
