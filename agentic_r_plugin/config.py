@@ -111,6 +111,20 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         raise ConfigError(f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}") from error
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, key by key, also within mappings.
+
+    >>> merged({"llm": {"model": "m", "dtype": "auto"}, "topk": 3}, {"llm": {"dtype": "float16"}})
+    {'llm': {'model': 'm', 'dtype': 'float16'}, 'topk': 3}
+    """
+    both = {
+        key: merged(base[key], value) if isinstance(value, Mapping) and isinstance(base[key], Mapping) else value
+        for key, value in over.items()
+        if key in base
+    }
+    return {**base, **over, **both}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain types, for saving and hashing."""
     return dataclasses.asdict(config)

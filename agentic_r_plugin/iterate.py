@@ -33,8 +33,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
@@ -59,7 +60,8 @@ _CHOICES = {
 class IterateConfig:
     """Agent and retriever train each other, K times.
 
-    The sections named after commands hold that command's own fields; the loop fills in paths, protocol and limits.
+    The sections named after commands hold that command's own fields. The loop fills in paths, models, protocol and
+    limits; what a section says of these goes on top, field by field, except where the output lies.
     """
 
     out: str = field(metadata={"help": "run folder"})
@@ -154,16 +156,50 @@ class Loop:
 
     def compose(self) -> None:
         """Build every phase's configuration once, with placeholder paths, so that a wrong key is found now."""
+        for name in (
+            "world",
+            "index",
+            "train_agent",
+            "train_agent_later",
+            *_STAGE_SECTIONS,
+            "train_retriever",
+            "evaluate",
+        ):
+            if "out" in getattr(self.config, name):
+                raise ConfigError(
+                    f"{name}.out: not a setting of the loop, whose run folder holds every output; set out"
+                )
         load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
         self._serve_config(0, "x")
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
         self._train_agent_config(2, "x", "http://127.0.0.1:1")
-        for name in self._data_stages():
-            self.stage_config(1, name, "x", "http://127.0.0.1:1")
-        self._train_retriever_config(1, "x", Path("x"))
+        self._check_stages()
+        components.load("retriever_trainer", self._train_retriever_config(1, "x", Path("x")).trainer)
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
+
+    def _check_stages(self) -> None:
+        """The data stages' settings, each and together."""
+        made = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        for name in ("relevance", "correctness", "groups"):
+            made[name].check()
+        judged = ["relevance"] if made["relevance"].scorer in _JUDGES else []
+        for name in [*judged, *(["sub-answers"] if self.config.judge else [])]:
+            if not made[name].llm.model:
+                raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
+        rule, rolled_out = made["groups"].rule(), made["correctness"]
+        if rule.use_correctness and not rolled_out.exhaustive:
+            if not rule.use_relevance:
+                raise ConfigError(
+                    "groups.use_relevance=false: without relevance the correctness of every candidate is needed; "
+                    "set correctness.exhaustive=true"
+                )
+            if rule.threshold < rolled_out.threshold:
+                raise ConfigError(
+                    f"groups.threshold={rule.threshold}: below correctness.threshold={rolled_out.threshold}, so the "
+                    "correctness of candidates between the two is not known"
+                )
 
     def check(self) -> None:
         """Everything that can be known to be wrong before the start.
@@ -192,7 +228,7 @@ class Loop:
         settings = load_config(plan.PlanConfig, values=self.config.plan)
         ppo = self._train_agent_config(1, "x", "http://127.0.0.1:1")
         stages = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
-        judged = stages["relevance"].scorer in ("listwise_judge", "pointwise_judge")
+        judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
         return plan.table(
@@ -343,7 +379,7 @@ class Loop:
         return load_config(server.ServeConfig, values={"port": 0} | self.config.serve | {"index": index_dir})
 
     def _train_agent_config(self, k: int, agent: str, url: str) -> launch.TrainAgentConfig:
-        values = self.config.train_agent | (self.config.train_agent_later if k > 1 else {})
+        section = merged(self.config.train_agent, self.config.train_agent_later if k > 1 else {})
         dev = {"validation": self._questions(self.config.dev_split)} if self.config.dev_split else {}
         paths = {
             "model": agent,
@@ -353,8 +389,8 @@ class Loop:
         }
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
-        values = {"seed": self._seed(k)} | values | self.protocol_settings() | dev | paths
-        return load_config(launch.TrainAgentConfig, values=values)
+        values = merged({"seed": self._seed(k)} | self.protocol_settings(), section)
+        return load_config(launch.TrainAgentConfig, values=values | dev | paths)
 
     def _seed(self, k: int) -> int:
         """Of what iteration k draws: no two iterations draw the same."""
@@ -365,7 +401,7 @@ class Loop:
         return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
 
     def stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
-        """A data stage's configuration: its own section, and the files and models that the loop knows."""
+        """A data stage's configuration: the files and models that the loop knows, and its own section on top."""
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
         llm = self.config.llm | {"model": agent}
@@ -376,7 +412,7 @@ class Loop:
             "in_": in_,
             "out": str(self._data(k, name)),
             "candidates": files["candidates"],
-            "relevance": files["relevance"],
+            "relevance": "" if section.get("exhaustive") else files["relevance"],
             "correctness": files["correctness"],
             "corpus": str(self.corpus),
             "questions": self._questions(self.config.train_split),
@@ -388,18 +424,19 @@ class Loop:
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}
         own = {field.name for field in fields(cls)}
-        return load_config(cls, values={key: value for key, value in known.items() if key in own} | section)
+        return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 
     def _train_retriever_config(self, k: int, start: str, training_groups: Path) -> training.TrainRetrieverConfig:
-        values = {
+        values = {"seed": self._seed(k)} | self.config.train_retriever
+        if values.get("trainer", "contrastive") != "contrastive":
+            values = {"relevance": str(self._data(k, "relevance"))} | values
+        paths = {
             "groups": str(training_groups),
             "corpus": str(self.corpus),
             "retriever": start,
             "out": str(self.folder / f"iteration-{k}" / "retriever"),
         }
-        return load_config(
-            training.TrainRetrieverConfig, values={"seed": self._seed(k)} | self.config.train_retriever | values
-        )
+        return load_config(training.TrainRetrieverConfig, values=values | paths)
 
     def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> EvaluateConfig:
         values = {
@@ -411,8 +448,12 @@ class Loop:
             "searches": {name: str(folder) for name, folder in indexes.items()},
             "settings": self.protocol_settings() | {"agent": self.config.llm},
         }
-        return load_config(EvaluateConfig, values=values | self.config.evaluate)
+        return load_config(EvaluateConfig, values=merged(values, self.config.evaluate))
 
+
+_STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
+_JUDGES = ("listwise_judge", "pointwise_judge")
+"""Scorers that ask a language model."""
 
 _CONFIG_OF: dict[str, type] = {
     "trajectories": trajectories.TrajectoriesConfig,
