@@ -187,21 +187,14 @@ class Experiment:
         return settings.out
 
     def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
-        values = {
-            "seed": self.loop.config.seed,
-            "retriever": self._of_run(self._first_retriever(), "retriever"),
-            **self.loop.config.train_retriever,
-            **plan.train,
-            "groups": str(groups_file),
-            "corpus": str(self._benchmark(self.main) / "corpus.jsonl"),
-            "out": str(out),
-        }
-        if values.get("trainer", "contrastive") != "contrastive":
-            values = {"relevance": str(self.data / "relevance.jsonl")} | values
-        return load_config(training.TrainRetrieverConfig, values=values)
+        """As the loop trains the iteration's retriever, but for what the plan changes."""
+        first = "retriever-0" if self.loop.config.retriever_from == "first" else self._first_retriever()
+        start = plan.train.get("retriever") or self._of_run(first, "retriever")
+        made = self.loop.train_retriever_config(self.config.iteration, start, groups_file, plan.train)
+        return replace(made, corpus=str(self._benchmark(self.main) / "corpus.jsonl"), out=str(out))
 
     def _first_retriever(self) -> str:
-        """That of the iteration's data."""
+        """The one that the iteration's data were made with."""
         return f"retriever-{self.config.iteration - 1}"
 
     def _regroup(self, home: Path, plan: RetrieverPlan) -> Path:

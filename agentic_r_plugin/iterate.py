@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from agentic_r_plugin import components
@@ -175,7 +176,7 @@ class Loop:
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
         self._train_agent_config(2, "x", "http://127.0.0.1:1")
         self._check_stages()
-        components.load("retriever_trainer", self._train_retriever_config(1, "x", Path("x")).trainer)
+        components.load("retriever_trainer", self.train_retriever_config(1, "x", Path("x")).trainer)
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
 
@@ -242,7 +243,7 @@ class Loop:
                 window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
                 sub_answers=self.config.judge,
                 exhaustive=stages["correctness"].exhaustive,
-                epochs=self._train_retriever_config(1, "x", Path("x")).epochs,
+                epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
             ),
             settings,
         )
@@ -333,7 +334,7 @@ class Loop:
 
     def train_retriever(self, k: int, start: str, training_groups: Path) -> str:
         """Contrastive training on iteration k's groups; returns the checkpoint's folder."""
-        config = self._train_retriever_config(k, start, training_groups)
+        config = self.train_retriever_config(k, start, training_groups)
         self._phase(k, "train-retriever", lambda: training.run_apart(config))
         return config.out
 
@@ -426,8 +427,11 @@ class Loop:
         own = {field.name for field in fields(cls)}
         return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 
-    def _train_retriever_config(self, k: int, start: str, training_groups: Path) -> training.TrainRetrieverConfig:
-        values = {"seed": self._seed(k)} | self.config.train_retriever
+    def train_retriever_config(
+        self, k: int, start: str, training_groups: Path, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> training.TrainRetrieverConfig:
+        """How retriever k is trained from `start`: the section, with `changes` on top, and what the loop fills in."""
+        values = {"seed": self._seed(k)} | self.config.train_retriever | dict(changes)
         if values.get("trainer", "contrastive") != "contrastive":
             values = {"relevance": str(self._data(k, "relevance"))} | values
         paths = {

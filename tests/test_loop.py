@@ -152,9 +152,9 @@ def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
 def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):
     loop = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
     assert loop.stage_config(1, "correctness", "agent", "http://host:1").relevance == ""
-    made = loop._train_retriever_config(2, "x", Path("g.jsonl"))
+    made = loop.train_retriever_config(2, "x", Path("g.jsonl"))
     assert made.relevance == str(tmp_path / "run" / "iteration-2" / "data" / "relevance.jsonl")
-    assert composed(tmp_path)._train_retriever_config(2, "x", Path("g.jsonl")).relevance is None
+    assert composed(tmp_path).train_retriever_config(2, "x", Path("g.jsonl")).relevance is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data.selection import SelectionRule, select
 from agentic_r_plugin.errors import ConfigError, OutputExistsError
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
+from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
@@ -158,6 +160,29 @@ def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(fin
         assert len(kept) == 4 and all(part.scores[name] == full.scores[name] for name in kept)
         assert part.scores.keys() == full.scores.keys()
     assert len({frozenset(name for name, score in record.scores.items() if score) for record in drawn}) > 1
+
+
+@pytest.mark.parametrize(("retriever_from", "first"), [("first", "0"), ("previous", "1")])
+def test_a_retriever_is_trained_from_the_start_and_with_the_seed_of_the_loop(
+    finished: Path, tmp_path: Path, retriever_from: str, first: str
+) -> None:
+    moved = tmp_path / "run"
+    moved.mkdir()
+    (moved / "iteration-1").symlink_to(finished / "iteration-1")
+    (moved / "iteration-2").symlink_to(finished / "iteration-1")
+    own = load_config(IterateConfig, finished / "config.yaml", ["seed=5", f"retriever_from={retriever_from}"])
+    save_config(own, moved / "config.yaml")
+    made = Experiment(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": {"train": {"epochs": 7}}}))
+    found = made._train_config(made.config.plan("x"), Path("groups.jsonl"), tmp_path / "x")
+    start = {"0": own.retriever, "1": str(moved / "iteration-1" / "retriever")}[first]
+    assert found == replace(
+        made.loop.train_retriever_config(2, start, Path("groups.jsonl")),
+        epochs=7, corpus=str(tmp_path / "out" / "benchmarks" / "toy" / "corpus.jsonl"), out=str(tmp_path / "x"),
+    )  # fmt: skip
+    assert found.seed == 6
+    scored = {"train": {"trainer": "replug"}}
+    found = made._train_config(load_config(RetrieverPlan, values=scored), Path("groups.jsonl"), tmp_path / "x")
+    assert found.relevance == str(moved / "iteration-2" / "data" / "relevance.jsonl")
 
 
 def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Path) -> None:
