@@ -25,7 +25,7 @@ from typing import Any
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.matrix import markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
@@ -33,7 +33,15 @@ from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Group, Relevance
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index
-from agentic_r_plugin.store import atomic_path, read_json, read_records, require_absent, write_json, write_records
+from agentic_r_plugin.store import (
+    atomic_path,
+    file_fingerprint,
+    read_json,
+    read_records,
+    require_absent,
+    write_json,
+    write_records,
+)
 from agentic_r_plugin.world import generate
 
 
@@ -43,6 +51,7 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
     Raises:
         OutputExistsError: the folder exists, without `resume`.
         ConfigError: a wrong setting, or a run folder that lacks what is asked for.
+        ManifestMismatchError: what is there was made from another run or under other settings.
         AgenticRError: whatever a stage raises; what is finished stays.
     """
     experiment = Experiment(config)
@@ -202,8 +211,7 @@ class Experiment:
         files = {item: str(self.data / f"{item}.jsonl") for item in ("candidates", "relevance", "correctness")}
         if plan.sampled:
             files["relevance"] = str(home / "relevance.jsonl")
-            if not Path(files["relevance"]).is_file():
-                self._sample(Path(files["relevance"]), plan.sampled)
+            self._sample(home / "relevance.jsonl", plan.sampled)
         if plan.exhaustive or plan.sampled:
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
         groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
@@ -214,15 +222,29 @@ class Experiment:
         return load_config(groups.GroupsConfig, values=values)
 
     def _sample(self, out: Path, count: int) -> None:
-        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives."""
+        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives.
+
+        Raises:
+            ManifestMismatchError: it is there, drawn from something else.
+        """
+        whole, manifest = self.data / "relevance.jsonl", out.with_name(out.name + ".manifest.json")
+        drawn_from = {"relevance": file_fingerprint(whole), "seed": self.loop.config.seed, "sampled": count}
+        if out.is_file():
+            found = read_json(manifest) if manifest.is_file() else None
+            if found != drawn_from:
+                raise ManifestMismatchError(
+                    f"{out}: was drawn from {found}, now {drawn_from}; choose another out, or remove {out.parent}"
+                )
+            return
 
         def drawn() -> Iterator[Relevance]:
-            for record in read_records(self.data / "relevance.jsonl", Relevance):
+            for record in read_records(whole, Relevance):
                 draw = random.Random(f"{self.loop.config.seed}/{record.id}/{record.turn}")
                 kept = set(draw.sample(sorted(record.scores), min(count, len(record.scores))))
                 scores = {name: score if name in kept else 0 for name, score in record.scores.items()}
                 yield replace(record, scores=scores)
 
+        write_json(manifest, drawn_from)
         write_records(out, drawn())
 
     def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
@@ -360,9 +382,18 @@ def _stands(built: Path, model: str) -> bool:
 
 
 def _link(link: Path, target: Path) -> None:
+    """Link to a file or folder of the run or a benchmark; one that leads nowhere (they were moved) is made anew.
+
+    Raises:
+        ConfigError: no such file or folder.
+        ManifestMismatchError: the link leads to another one.
+    """
     if not target.exists():
         raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")
-    if not link.is_symlink():
+    if link.exists() and link.resolve() != target.resolve():
+        raise ManifestMismatchError(f"{link}: leads to {link.resolve()}, now {target.resolve()}; choose another out")
+    if not link.exists():
+        link.unlink(missing_ok=True)
         link.symlink_to(target.resolve())
 
 

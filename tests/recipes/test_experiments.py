@@ -10,7 +10,7 @@ import pytest
 
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data.selection import SelectionRule, select
-from agentic_r_plugin.errors import ConfigError, OutputExistsError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
@@ -160,6 +160,36 @@ def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(fin
         assert len(kept) == 4 and all(part.scores[name] == full.scores[name] for name in kept)
         assert part.scores.keys() == full.scores.keys()
     assert len({frozenset(name for name, score in record.scores.items() if score) for record in drawn}) > 1
+
+
+def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
+    drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    file = tmp_path / "relevance.jsonl"
+    drawing._sample(file, 4)
+    before = file.stat().st_mtime_ns
+    drawing._sample(file, 4)
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(ManifestMismatchError, match=r"was drawn from .*'sampled': 4.*, now .*'sampled': 5"):
+        drawing._sample(file, 5)
+
+
+def test_a_link_to_another_run_is_refused_and_one_that_leads_nowhere_is_made_anew(
+    finished: Path, tmp_path: Path
+) -> None:
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
+    made.gather_benchmarks()
+    made.gather_benchmarks()
+    link = tmp_path / "out" / "benchmarks" / "toy" / "test.jsonl"
+    there = link.resolve()
+    for target, found in ((tmp_path / "nowhere", there), (tmp_path, None)):
+        link.unlink()
+        link.symlink_to(target)
+        if found is None:
+            with pytest.raises(ManifestMismatchError, match=r"test\.jsonl: leads to .*, now .*another out"):
+                made.gather_benchmarks()
+        else:
+            made.gather_benchmarks()
+            assert link.resolve() == found
 
 
 @pytest.mark.parametrize(("retriever_from", "first"), [("first", "0"), ("previous", "1")])
