@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
@@ -32,7 +31,7 @@ from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Group, Relevance
 from agentic_r_plugin.retriever import training
-from agentic_r_plugin.search import index
+from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import (
     atomic_path,
     file_fingerprint,
@@ -248,29 +247,28 @@ class Experiment:
         write_records(out, drawn())
 
     def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
-        """The stage `correctness` with the iteration's agent and first retriever. The exhaustive one is shared."""
+        """The stage `correctness`, with agent and search as in the loop. The exhaustive one is shared."""
         out = (self.out if plan.exhaustive else home) / "correctness.jsonl"
         first = self._first_retriever()
-        base = self._stage("correctness")
-        searching = SearchSpec(
-            backend="faiss", index=str(self._index(first, self._of_run(first, "retriever"), self.main, of_run=first))
-        )
-        settings = replace(
-            base,
-            candidates=str(self.data / "candidates.jsonl"),
-            relevance="" if plan.exhaustive else relevance,
-            exhaustive=plan.exhaustive,
-            corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
-            search=searching,
-            out=str(out),
-        )
-        correctness.run(settings, resume=True)
+        index_dir = self._index(first, self._of_run(first, "retriever"), self.main, of_run=first)
+        with server.running_service(
+            self.loop.serve_config(str(index_dir)), startup_timeout_s=self.loop.config.service_startup_timeout_s
+        ) as url:
+            settings = replace(
+                self._stage("correctness", url),
+                candidates=str(self.data / "candidates.jsonl"),
+                relevance="" if plan.exhaustive else relevance,
+                exhaustive=plan.exhaustive,
+                corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
+                out=str(out),
+            )
+            correctness.run(settings, resume=True)
         return out
 
-    def _stage(self, name: str) -> Any:
+    def _stage(self, name: str, url: str = "") -> Any:
         """The run's own settings of a data stage."""
         k = self.config.iteration
-        return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), "")
+        return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), url)
 
     # --- results
 

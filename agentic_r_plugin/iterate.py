@@ -89,6 +89,9 @@ class IterateConfig:
     world: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
     serve: dict[str, Any] = field(default_factory=dict)
+    service_startup_timeout_s: float = field(
+        default=300.0, metadata={"help": "how long the retrieval service may take to load its index"}
+    )
     train_agent: dict[str, Any] = field(default_factory=dict)
     train_agent_later: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on"}
@@ -172,7 +175,7 @@ class Loop:
                 )
         load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
-        self._serve_config(0, "x")
+        self.serve_config("x")
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
         self._train_agent_config(2, "x", "http://127.0.0.1:1")
         self._check_stages()
@@ -304,7 +307,9 @@ class Loop:
         if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
             yield ""
             return
-        with server.running_service(self._serve_config(k, str(index_dir))) as url:
+        with server.running_service(
+            self.serve_config(str(index_dir)), startup_timeout_s=self.config.service_startup_timeout_s
+        ) as url:
             yield url
 
     def train_agent(self, k: int, agent: str, url: str) -> str:
@@ -376,7 +381,8 @@ class Loop:
         values = {"corpus": str(self.corpus), "retriever": retriever, "out": out}
         return load_config(index.IndexConfig, values=self.config.index | values)
 
-    def _serve_config(self, k: int, index_dir: str) -> server.ServeConfig:
+    def serve_config(self, index_dir: str) -> server.ServeConfig:
+        """The retrieval service on an index."""
         return load_config(server.ServeConfig, values={"port": 0} | self.config.serve | {"index": index_dir})
 
     def _train_agent_config(self, k: int, agent: str, url: str) -> launch.TrainAgentConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.config import load_config, save_config
+from agentic_r_plugin.data import correctness
 from agentic_r_plugin.data.selection import SelectionRule, select
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
+from agentic_r_plugin.search import server
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
@@ -160,6 +164,26 @@ def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(fin
         assert len(kept) == 4 and all(part.scores[name] == full.scores[name] for name in kept)
         assert part.scores.keys() == full.scores.keys()
     assert len({frozenset(name for name, score in record.scores.items() if score) for record in drawn}) > 1
+
+
+def test_rollouts_share_one_retrieval_service_as_in_the_loop(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    served: list[Any] = []
+    run_with: list[Any] = []
+
+    @contextmanager
+    def service(config: Any, *, startup_timeout_s: float) -> Iterator[str]:
+        served.append((config.index, startup_timeout_s))
+        yield "http://host:1"
+
+    monkeypatch.setattr(server, "running_service", service)
+    monkeypatch.setattr(made, "_index", lambda *_, **__: tmp_path / "index")
+    monkeypatch.setattr(correctness, "run", lambda config, resume: run_with.append(config))
+    made._roll_out(tmp_path, made.config.plan("s"), "relevance.jsonl")
+    assert served == [(str(tmp_path / "index"), 300.0)]
+    assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
 
 
 def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
