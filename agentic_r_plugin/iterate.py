@@ -18,7 +18,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 | `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups; `data_report.md` |
 | `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
 | `evaluation/` | agents x retrievers on the test split |
-| `costs.jsonl` | one line a finished phase: seconds, searches, rollouts, tokens; its line means done |
+| `costs.jsonl` | one line a finished phase: seconds (of its workers, too), rollouts, tokens; its line means done |
 | `report.html`, `report.md` | the result |
 """
 
@@ -288,7 +288,9 @@ class Loop:
         started = time.monotonic()
         work()
         give_back_memory()
-        line = {"iteration": iteration, "phase": name, "seconds": round(time.monotonic() - started, 1)} | dict(cost())
+        seconds = round(time.monotonic() - started, 1)
+        spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
+        line = {"iteration": iteration, "phase": name, **spent, "seconds": seconds}
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
         self._done[iteration, name] = line

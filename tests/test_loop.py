@@ -149,6 +149,15 @@ def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
     assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
 
 
+def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
+    loop = composed(tmp_path)
+    loop.folder.mkdir()
+    loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
+    ((_, line),) = read_lines(loop.folder / "costs.jsonl")
+    assert 0.2 <= line.pop("seconds") < 60
+    assert line == {"iteration": 1, "phase": "relevance", "worker_seconds": 900.0, "rollouts": 3}
+
+
 def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):
     loop = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
     assert loop.stage_config(1, "correctness", "agent", "http://host:1").relevance == ""
