@@ -11,7 +11,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 
 | in RUN | holds |
 |---|---|
-| `config.yaml` | the resolved configuration; another one cannot go on here |
+| `config.yaml` | the resolved configuration; only what changes no result may differ when it goes on |
 | `benchmark/` | the generated benchmark, where none was given |
 | `iteration-0/index/` | the corpus under the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -36,6 +36,7 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
+from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
@@ -262,16 +263,17 @@ class Loop:
         saved = self.folder / "config.yaml"
         if self.folder.exists() and not resume:
             raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
-        if saved.exists():
-            before, now = to_dict(load_config(IterateConfig, saved)), to_dict(self.config)
-            changed = [key for key in now if before[key] != now[key] and key not in ("plan", "dry_run")]
-            if changed:
+        before = load_config(IterateConfig, saved) if saved.exists() else None
+        if before is not None:
+            then, now = _deciding(before), _deciding(self.config)
+            if changed := [key for key in now if then[key] != now[key]]:
                 raise ManifestMismatchError(
                     f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
                     "choose another out="
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, saved)
+        if before != self.config:
+            save_config(self.config, saved)
         costs = self.folder / "costs.jsonl"
         if costs.exists():
             self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
@@ -466,6 +468,42 @@ class Loop:
 _STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
 _JUDGES = ("listwise_judge", "pointwise_judge")
 """Scorers that ask a language model."""
+
+_LLM_FREE = {item.name for item in fields(LLMSpec)} - {"backend", "model", "tokenizer", "dtype"}
+_SEARCH_FREE = {item.name for item in fields(SearchSpec)} - {"backend", "index", "corpus", "retriever", "options"}
+_STAGE_FREE = {"batch_size", "runner", "max_error_share"}
+_SERVE_FREE = {item.name for item in fields(server.ServeConfig)} - {"backend", "corpus", "retriever", "options"}
+_INDEX_FREE = {"device", "batch_size", "max_batch_tokens", "ray_workers", "ray_address", "ray_gpus"}
+_TRAIN_AGENT_FREE = {
+    "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step", "threads", "max_concurrent_searches",
+    "search_timeout_s", "search_retries", "loggers", "device_memory_gb",
+}  # fmt: skip
+_TRAIN_RETRIEVER_FREE = {"device", "checkpoint_steps"}
+
+
+def _deciding(config: IterateConfig) -> dict[str, Any]:
+    """The settings that decide what the loop makes, without those that say where and how fast.
+
+    What a phase's own manifest refuses, it still refuses.
+    """
+    found = to_dict(config)
+    for name in ("plan", "dry_run", "report", "service_startup_timeout_s"):
+        del found[name]
+    for name in _STAGE_SECTIONS:
+        inner = {"llm": _LLM_FREE, "search": _SEARCH_FREE}
+        section = {key: _without(value, inner[key]) if key in inner else value for key, value in found[name].items()}
+        found[name] = _without(section, _STAGE_FREE)
+    for name, free in (
+        ("llm", _LLM_FREE), ("serve", _SERVE_FREE), ("index", _INDEX_FREE), ("train_agent", _TRAIN_AGENT_FREE),
+        ("train_agent_later", _TRAIN_AGENT_FREE), ("train_retriever", _TRAIN_RETRIEVER_FREE),
+    ):  # fmt: skip
+        found[name] = _without(found[name], free)
+    return found
+
+
+def _without(section: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in free and value != {}}
+
 
 _CONFIG_OF: dict[str, type] = {
     "trajectories": trajectories.TrajectoriesConfig,

@@ -149,6 +149,41 @@ def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
     assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
 
 
+FREE = (
+    "correctness.batch_size=7", "trajectories.runner.workers=2", "relevance.llm.concurrency=3", "llm.device=cpu",
+    "candidates.search.timeout_s=5", "serve.workers=2", "train_retriever.device=cpu", "relevance.max_error_share=0.5",
+    "train_agent.threads=2", "plan.gpus=4",
+)  # fmt: skip
+
+
+def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(tmp_path):
+    given = f"benchmark={tmp_path}"
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", given]))
+    loop.open(resume=False)
+    saved = loop.folder / "config.yaml"
+    before = saved.stat().st_mtime_ns
+    loop.open(resume=True)
+    assert saved.stat().st_mtime_ns == before
+    other = load_config(IterateConfig, saved, FREE)
+    Loop(other).open(resume=True)
+    assert load_config(IterateConfig, saved) == other
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "correctness.threshold=70", "relevance.llm.model=other", "llm.dtype=float16", "serve.options.nprobe=3",
+        "candidates.search.backend=bm25", "train_retriever.epochs=3", "train_agent.steps=3", "index.kind=SQ8",
+    ],
+)  # fmt: skip
+def test_a_resume_may_not_change_what_decides_results(tmp_path, override):
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
+    loop.open(resume=False)
+    other = load_config(IterateConfig, loop.folder / "config.yaml", [override])
+    with pytest.raises(ManifestMismatchError, match=rf"\({override.partition('.')[0]} differ from"):
+        Loop(other).open(resume=True)
+
+
 def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
     loop = composed(tmp_path)
     loop.folder.mkdir()
