@@ -48,7 +48,7 @@ from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
-from agentic_r_plugin.store import dump_line, read_json, read_lines
+from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines
 from agentic_r_plugin.world import generate
 
 _CHOICES = {
@@ -275,6 +275,7 @@ class Loop:
         if before != self.config:
             save_config(self.config, saved)
         costs = self.folder / "costs.jsonl"
+        drop_torn_end(costs)
         if costs.exists():
             self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
         if not self.config.benchmark:

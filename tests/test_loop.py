@@ -169,6 +169,18 @@ def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(t
     assert load_config(IterateConfig, saved) == other
 
 
+def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
+    loop.open(resume=False)
+    loop._phase(0, "index", lambda: None)
+    with (loop.folder / "costs.jsonl").open("ab") as stream:
+        stream.write(b'{"iteration": 1, "phase": "train-ag')
+    again = Loop(loop.config)
+    again.open(resume=True)
+    again._phase(1, "train-agent", lambda: None)
+    assert [line["phase"] for _, line in read_lines(loop.folder / "costs.jsonl")] == ["index", "train-agent"]
+
+
 @pytest.mark.parametrize(
     "override",
     [
