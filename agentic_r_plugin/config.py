@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.store import atomic_path
 
 T = TypeVar("T")
 
@@ -131,8 +132,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, file: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+    """Write the resolved configuration as YAML, atomically."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
 
 
 def fingerprint(*parts: Any) -> str:
