@@ -14,6 +14,9 @@ from typing import Any
 from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow, only_ours
 from agentic_r_plugin.errors import BackendError, ConfigError
 
+_CLOSE_S = 10.0
+"""A worker that is still busy after so long is stopped as it is."""
+
 
 class RayWorker:
     """A worker in a process of its own."""
@@ -98,8 +101,12 @@ class RayExecutor:
         yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
 
     def close(self) -> None:
-        """Stop the actors, and the cluster where it was started here."""
-        for actor in getattr(self, "_actors", []):
+        """Let the workers free what they hold, stop the actors, and the cluster where it was started here."""
+        actors = getattr(self, "_actors", [])
+        if actors:
+            closing = [actor.close.remote() for actor in actors]
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
+        for actor in actors:
             self._ray.kill(actor)
         if self._ours:
             self._ray.shutdown()
