@@ -48,7 +48,7 @@ class OpenAIBackend:
         timeout_s: for one request.
         max_retries: further attempts after 429, 5xx, a timeout, a broken or cut connection, or an answer that is not
             what the protocol says (no JSON, no choice, nothing); waits double from 0.5 s to 30 s, or are as long as the
-            server's `Retry-After`.
+            server's `Retry-After`, 30 s at most.
         requests_per_minute: no more are begun; 0 is no limit. Repeated ones count too.
         usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices, for the
             cost report; cached prompt tokens cost as much as others unless their price is given.
