@@ -45,9 +45,15 @@ def run_command(name: str, config: Any, *, processes: int = 1) -> None:
             end(child, session=True)
         if fault.is_file():
             said = read_json(fault)
-            raise getattr(errors, said["type"])(said["message"])
+            raise _fault_of(said["type"])(said["message"])
         if code:
             raise TrainingError(f"{name} ended with code {code}; what it printed stands above")
+
+
+def _fault_of(name: str) -> type[AgenticRError]:
+    """The fault of that name; of a third party's own, the base of all."""
+    found = getattr(errors, name, None)
+    return found if isinstance(found, type) and issubclass(found, AgenticRError) else AgenticRError
 
 
 def end(process: subprocess.Popen[bytes], *, session: bool = False) -> None:

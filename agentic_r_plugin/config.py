@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.store import atomic_path
 
 T = TypeVar("T")
 
@@ -111,14 +112,29 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         raise ConfigError(f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}") from error
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, key by key, also within mappings.
+
+    >>> merged({"llm": {"model": "m", "dtype": "auto"}, "topk": 3}, {"llm": {"dtype": "float16"}})
+    {'llm': {'model': 'm', 'dtype': 'float16'}, 'topk': 3}
+    """
+    both = {
+        key: merged(base[key], value) if isinstance(value, Mapping) and isinstance(base[key], Mapping) else value
+        for key, value in over.items()
+        if key in base
+    }
+    return {**base, **over, **both}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain types, for saving and hashing."""
     return dataclasses.asdict(config)
 
 
 def save_config(config: Any, file: str | Path) -> None:
-    """Write the resolved configuration as YAML."""
-    Path(file).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+    """Write the resolved configuration as YAML, atomically."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
 
 
 def fingerprint(*parts: Any) -> str:

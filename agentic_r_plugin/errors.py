@@ -60,8 +60,12 @@ class BackendError(AgenticRError):
     """A language-model backend failed after its retries."""
 
 
+class RequestRefusedError(BackendError):
+    """A language model does not take this one request, such as a prompt that is too long; it may take others."""
+
+
 class JudgeError(AgenticRError):
-    """A judge's reply does not hold what was asked for; counted and kept apart, never repaired."""
+    """A judge refuses what it is asked, or its reply does not hold it; counted and kept apart, never repaired."""
 
 
 class UpstreamError(AgenticRError):

@@ -22,18 +22,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.matrix import markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Group, Relevance
 from agentic_r_plugin.retriever import training
-from agentic_r_plugin.search import index
-from agentic_r_plugin.store import atomic_path, read_json, read_records, require_absent, write_json, write_records
+from agentic_r_plugin.search import index, server
+from agentic_r_plugin.store import (
+    atomic_path,
+    file_fingerprint,
+    read_json,
+    read_records,
+    require_absent,
+    write_json,
+    write_records,
+)
 from agentic_r_plugin.world import generate
 
 
@@ -43,6 +50,7 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
     Raises:
         OutputExistsError: the folder exists, without `resume`.
         ConfigError: a wrong setting, or a run folder that lacks what is asked for.
+        ManifestMismatchError: what is there was made from another run or under other settings.
         AgenticRError: whatever a stage raises; what is finished stays.
     """
     experiment = Experiment(config)
@@ -187,21 +195,14 @@ class Experiment:
         return settings.out
 
     def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
-        values = {
-            "seed": self.loop.config.seed,
-            "retriever": self._of_run(self._first_retriever(), "retriever"),
-            **self.loop.config.train_retriever,
-            **plan.train,
-            "groups": str(groups_file),
-            "corpus": str(self._benchmark(self.main) / "corpus.jsonl"),
-            "out": str(out),
-        }
-        if values.get("trainer", "contrastive") != "contrastive":
-            values = {"relevance": str(self.data / "relevance.jsonl")} | values
-        return load_config(training.TrainRetrieverConfig, values=values)
+        """As the loop trains the iteration's retriever, but for what the plan changes."""
+        first = "retriever-0" if self.loop.config.retriever_from == "first" else self._first_retriever()
+        start = plan.train.get("retriever") or self._of_run(first, "retriever")
+        made = self.loop.train_retriever_config(self.config.iteration, start, groups_file, plan.train)
+        return replace(made, corpus=str(self._benchmark(self.main) / "corpus.jsonl"), out=str(out))
 
     def _first_retriever(self) -> str:
-        """That of the iteration's data."""
+        """The one that the iteration's data were made with."""
         return f"retriever-{self.config.iteration - 1}"
 
     def _regroup(self, home: Path, plan: RetrieverPlan) -> Path:
@@ -209,8 +210,7 @@ class Experiment:
         files = {item: str(self.data / f"{item}.jsonl") for item in ("candidates", "relevance", "correctness")}
         if plan.sampled:
             files["relevance"] = str(home / "relevance.jsonl")
-            if not Path(files["relevance"]).is_file():
-                self._sample(Path(files["relevance"]), plan.sampled)
+            self._sample(home / "relevance.jsonl", plan.sampled)
         if plan.exhaustive or plan.sampled:
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
         groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
@@ -221,41 +221,54 @@ class Experiment:
         return load_config(groups.GroupsConfig, values=values)
 
     def _sample(self, out: Path, count: int) -> None:
-        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives."""
+        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives.
+
+        Raises:
+            ManifestMismatchError: it is there, drawn from something else.
+        """
+        whole, manifest = self.data / "relevance.jsonl", out.with_name(out.name + ".manifest.json")
+        drawn_from = {"relevance": file_fingerprint(whole), "seed": self.loop.config.seed, "sampled": count}
+        if out.is_file():
+            found = read_json(manifest) if manifest.is_file() else None
+            if found != drawn_from:
+                raise ManifestMismatchError(
+                    f"{out}: was drawn from {found}, now {drawn_from}; choose another out, or remove {out.parent}"
+                )
+            return
 
         def drawn() -> Iterator[Relevance]:
-            for record in read_records(self.data / "relevance.jsonl", Relevance):
+            for record in read_records(whole, Relevance):
                 draw = random.Random(f"{self.loop.config.seed}/{record.id}/{record.turn}")
                 kept = set(draw.sample(sorted(record.scores), min(count, len(record.scores))))
                 scores = {name: score if name in kept else 0 for name, score in record.scores.items()}
                 yield replace(record, scores=scores)
 
+        write_json(manifest, drawn_from)
         write_records(out, drawn())
 
     def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
-        """The stage `correctness` with the iteration's agent and first retriever. The exhaustive one is shared."""
+        """The stage `correctness`, with agent and search as in the loop. The exhaustive one is shared."""
         out = (self.out if plan.exhaustive else home) / "correctness.jsonl"
         first = self._first_retriever()
-        base = self._stage("correctness")
-        searching = SearchSpec(
-            backend="faiss", index=str(self._index(first, self._of_run(first, "retriever"), self.main, of_run=first))
-        )
-        settings = replace(
-            base,
-            candidates=str(self.data / "candidates.jsonl"),
-            relevance="" if plan.exhaustive else relevance,
-            exhaustive=plan.exhaustive,
-            corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
-            search=searching,
-            out=str(out),
-        )
-        correctness.run(settings, resume=True)
+        index_dir = self._index(first, self._of_run(first, "retriever"), self.main, of_run=first)
+        with server.running_service(
+            self.loop.serve_config(str(index_dir)), startup_timeout_s=self.loop.config.service_startup_timeout_s
+        ) as url:
+            settings = replace(
+                self._stage("correctness", url),
+                candidates=str(self.data / "candidates.jsonl"),
+                relevance="" if plan.exhaustive else relevance,
+                exhaustive=plan.exhaustive,
+                corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
+                out=str(out),
+            )
+            correctness.run(settings, resume=True)
         return out
 
-    def _stage(self, name: str) -> Any:
+    def _stage(self, name: str, url: str = "") -> Any:
         """The run's own settings of a data stage."""
         k = self.config.iteration
-        return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), "")
+        return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), url)
 
     # --- results
 
@@ -367,9 +380,18 @@ def _stands(built: Path, model: str) -> bool:
 
 
 def _link(link: Path, target: Path) -> None:
+    """Link to a file or folder of the run or a benchmark; one that leads nowhere (they were moved) is made anew.
+
+    Raises:
+        ConfigError: no such file or folder.
+        ManifestMismatchError: the link leads to another one.
+    """
     if not target.exists():
         raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")
-    if not link.is_symlink():
+    if link.exists() and link.resolve() != target.resolve():
+        raise ManifestMismatchError(f"{link}: leads to {link.resolve()}, now {target.resolve()}; choose another out")
+    if not link.exists():
+        link.unlink(missing_ok=True)
         link.symlink_to(target.resolve())
 
 

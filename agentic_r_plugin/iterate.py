@@ -11,14 +11,14 @@ Every phase is one of the package's commands on files in the run folder, so each
 
 | in RUN | holds |
 |---|---|
-| `config.yaml` | the resolved configuration; another one cannot go on here |
+| `config.yaml` | the resolved configuration; only what changes no result may differ when it goes on |
 | `benchmark/` | the generated benchmark, where none was given |
 | `iteration-0/index/` | the corpus under the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
 | `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups; `data_report.md` |
 | `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
 | `evaluation/` | agents x retrievers on the test split |
-| `costs.jsonl` | one line a finished phase: seconds, searches, rollouts, tokens; its line means done |
+| `costs.jsonl` | one line a finished phase: seconds (of its workers, too), rollouts, tokens; its line means done |
 | `report.html`, `report.md` | the result |
 """
 
@@ -26,15 +26,18 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.backends import LLMSpec, SearchSpec
+from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
@@ -45,7 +48,7 @@ from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
-from agentic_r_plugin.store import dump_line, read_json, read_lines
+from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines
 from agentic_r_plugin.world import generate
 
 _CHOICES = {
@@ -59,7 +62,8 @@ _CHOICES = {
 class IterateConfig:
     """Agent and retriever train each other, K times.
 
-    The sections named after commands hold that command's own fields; the loop fills in paths, protocol and limits.
+    The sections named after commands hold that command's own fields. The loop fills in paths, models, protocol and
+    limits; what a section says of these goes on top, field by field, except where the output lies.
     """
 
     out: str = field(metadata={"help": "run folder"})
@@ -86,6 +90,9 @@ class IterateConfig:
     world: dict[str, Any] = field(default_factory=dict)
     index: dict[str, Any] = field(default_factory=dict)
     serve: dict[str, Any] = field(default_factory=dict)
+    service_startup_timeout_s: float = field(
+        default=300.0, metadata={"help": "how long the retrieval service may take to load its index"}
+    )
     train_agent: dict[str, Any] = field(default_factory=dict)
     train_agent_later: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on"}
@@ -154,16 +161,50 @@ class Loop:
 
     def compose(self) -> None:
         """Build every phase's configuration once, with placeholder paths, so that a wrong key is found now."""
+        for name in (
+            "world",
+            "index",
+            "train_agent",
+            "train_agent_later",
+            *_STAGE_SECTIONS,
+            "train_retriever",
+            "evaluate",
+        ):
+            if "out" in getattr(self.config, name):
+                raise ConfigError(
+                    f"{name}.out: not a setting of the loop, whose run folder holds every output; set out"
+                )
         load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
-        self._serve_config(0, "x")
+        self.serve_config("x")
         self._train_agent_config(1, "x", "http://127.0.0.1:1")
         self._train_agent_config(2, "x", "http://127.0.0.1:1")
-        for name in self._data_stages():
-            self.stage_config(1, name, "x", "http://127.0.0.1:1")
-        self._train_retriever_config(1, "x", Path("x"))
+        self._check_stages()
+        components.load("retriever_trainer", self.train_retriever_config(1, "x", Path("x")).trainer)
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
+
+    def _check_stages(self) -> None:
+        """The data stages' settings, each and together."""
+        made = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        for name in ("relevance", "correctness", "groups"):
+            made[name].check()
+        judged = ["relevance"] if made["relevance"].scorer in _JUDGES else []
+        for name in [*judged, *(["sub-answers"] if self.config.judge else [])]:
+            if not made[name].llm.model:
+                raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
+        rule, rolled_out = made["groups"].rule(), made["correctness"]
+        if rule.use_correctness and not rolled_out.exhaustive:
+            if not rule.use_relevance:
+                raise ConfigError(
+                    "groups.use_relevance=false: without relevance the correctness of every candidate is needed; "
+                    "set correctness.exhaustive=true"
+                )
+            if rule.threshold < rolled_out.threshold:
+                raise ConfigError(
+                    f"groups.threshold={rule.threshold}: below correctness.threshold={rolled_out.threshold}, so the "
+                    "correctness of candidates between the two is not known"
+                )
 
     def check(self) -> None:
         """Everything that can be known to be wrong before the start.
@@ -192,7 +233,7 @@ class Loop:
         settings = load_config(plan.PlanConfig, values=self.config.plan)
         ppo = self._train_agent_config(1, "x", "http://127.0.0.1:1")
         stages = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
-        judged = stages["relevance"].scorer in ("listwise_judge", "pointwise_judge")
+        judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
         return plan.table(
@@ -206,7 +247,7 @@ class Loop:
                 window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
                 sub_answers=self.config.judge,
                 exhaustive=stages["correctness"].exhaustive,
-                epochs=self._train_retriever_config(1, "x", Path("x")).epochs,
+                epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
             ),
             settings,
         )
@@ -222,17 +263,19 @@ class Loop:
         saved = self.folder / "config.yaml"
         if self.folder.exists() and not resume:
             raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
-        if saved.exists():
-            before, now = to_dict(load_config(IterateConfig, saved)), to_dict(self.config)
-            changed = [key for key in now if before[key] != now[key] and key not in ("plan", "dry_run")]
-            if changed:
+        before = load_config(IterateConfig, saved) if saved.exists() else None
+        if before is not None:
+            then, now = _deciding(before), _deciding(self.config)
+            if changed := [key for key in now if then[key] != now[key]]:
                 raise ManifestMismatchError(
                     f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
                     "choose another out="
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, saved)
+        if before != self.config:
+            save_config(self.config, saved)
         costs = self.folder / "costs.jsonl"
+        drop_torn_end(costs)
         if costs.exists():
             self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
         if not self.config.benchmark:
@@ -248,7 +291,9 @@ class Loop:
         started = time.monotonic()
         work()
         give_back_memory()
-        line = {"iteration": iteration, "phase": name, "seconds": round(time.monotonic() - started, 1)} | dict(cost())
+        seconds = round(time.monotonic() - started, 1)
+        spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
+        line = {"iteration": iteration, "phase": name, **spent, "seconds": seconds}
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
         self._done[iteration, name] = line
@@ -267,7 +312,9 @@ class Loop:
         if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
             yield ""
             return
-        with server.running_service(self._serve_config(k, str(index_dir))) as url:
+        with server.running_service(
+            self.serve_config(str(index_dir)), startup_timeout_s=self.config.service_startup_timeout_s
+        ) as url:
             yield url
 
     def train_agent(self, k: int, agent: str, url: str) -> str:
@@ -297,7 +344,7 @@ class Loop:
 
     def train_retriever(self, k: int, start: str, training_groups: Path) -> str:
         """Contrastive training on iteration k's groups; returns the checkpoint's folder."""
-        config = self._train_retriever_config(k, start, training_groups)
+        config = self.train_retriever_config(k, start, training_groups)
         self._phase(k, "train-retriever", lambda: training.run_apart(config))
         return config.out
 
@@ -339,11 +386,12 @@ class Loop:
         values = {"corpus": str(self.corpus), "retriever": retriever, "out": out}
         return load_config(index.IndexConfig, values=self.config.index | values)
 
-    def _serve_config(self, k: int, index_dir: str) -> server.ServeConfig:
+    def serve_config(self, index_dir: str) -> server.ServeConfig:
+        """The retrieval service on an index."""
         return load_config(server.ServeConfig, values={"port": 0} | self.config.serve | {"index": index_dir})
 
     def _train_agent_config(self, k: int, agent: str, url: str) -> launch.TrainAgentConfig:
-        values = self.config.train_agent | (self.config.train_agent_later if k > 1 else {})
+        section = merged(self.config.train_agent, self.config.train_agent_later if k > 1 else {})
         dev = {"validation": self._questions(self.config.dev_split)} if self.config.dev_split else {}
         paths = {
             "model": agent,
@@ -353,8 +401,8 @@ class Loop:
         }
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
-        values = {"seed": self._seed(k)} | values | self.protocol_settings() | dev | paths
-        return load_config(launch.TrainAgentConfig, values=values)
+        values = merged({"seed": self._seed(k)} | self.protocol_settings(), section)
+        return load_config(launch.TrainAgentConfig, values=values | dev | paths)
 
     def _seed(self, k: int) -> int:
         """Of what iteration k draws: no two iterations draw the same."""
@@ -365,7 +413,7 @@ class Loop:
         return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
 
     def stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
-        """A data stage's configuration: its own section, and the files and models that the loop knows."""
+        """A data stage's configuration: the files and models that the loop knows, and its own section on top."""
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
         llm = self.config.llm | {"model": agent}
@@ -376,7 +424,7 @@ class Loop:
             "in_": in_,
             "out": str(self._data(k, name)),
             "candidates": files["candidates"],
-            "relevance": files["relevance"],
+            "relevance": "" if section.get("exhaustive") else files["relevance"],
             "correctness": files["correctness"],
             "corpus": str(self.corpus),
             "questions": self._questions(self.config.train_split),
@@ -388,18 +436,22 @@ class Loop:
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}
         own = {field.name for field in fields(cls)}
-        return load_config(cls, values={key: value for key, value in known.items() if key in own} | section)
+        return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 
-    def _train_retriever_config(self, k: int, start: str, training_groups: Path) -> training.TrainRetrieverConfig:
-        values = {
+    def train_retriever_config(
+        self, k: int, start: str, training_groups: Path, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> training.TrainRetrieverConfig:
+        """How retriever k is trained from `start`: the section, with `changes` on top, and what the loop fills in."""
+        values = {"seed": self._seed(k)} | self.config.train_retriever | dict(changes)
+        if values.get("trainer", "contrastive") != "contrastive":
+            values = {"relevance": str(self._data(k, "relevance"))} | values
+        paths = {
             "groups": str(training_groups),
             "corpus": str(self.corpus),
             "retriever": start,
             "out": str(self.folder / f"iteration-{k}" / "retriever"),
         }
-        return load_config(
-            training.TrainRetrieverConfig, values={"seed": self._seed(k)} | self.config.train_retriever | values
-        )
+        return load_config(training.TrainRetrieverConfig, values=values | paths)
 
     def _evaluate_config(self, agents: Mapping[str, str], indexes: Mapping[str, Path]) -> EvaluateConfig:
         values = {
@@ -411,7 +463,47 @@ class Loop:
             "searches": {name: str(folder) for name, folder in indexes.items()},
             "settings": self.protocol_settings() | {"agent": self.config.llm},
         }
-        return load_config(EvaluateConfig, values=values | self.config.evaluate)
+        return load_config(EvaluateConfig, values=merged(values, self.config.evaluate))
+
+
+_STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
+_JUDGES = ("listwise_judge", "pointwise_judge")
+"""Scorers that ask a language model."""
+
+_LLM_FREE = {item.name for item in fields(LLMSpec)} - {"backend", "model", "tokenizer", "dtype"}
+_SEARCH_FREE = {item.name for item in fields(SearchSpec)} - {"backend", "index", "corpus", "retriever", "options"}
+_STAGE_FREE = {"batch_size", "runner", "max_error_share"}
+_SERVE_FREE = {item.name for item in fields(server.ServeConfig)} - {"backend", "corpus", "retriever", "options"}
+_INDEX_FREE = {"device", "batch_size", "max_batch_tokens", "ray_workers", "ray_address", "ray_gpus"}
+_TRAIN_AGENT_FREE = {
+    "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step", "threads", "max_concurrent_searches",
+    "search_timeout_s", "search_retries", "loggers", "device_memory_gb",
+}  # fmt: skip
+_TRAIN_RETRIEVER_FREE = {"device", "checkpoint_steps"}
+
+
+def _deciding(config: IterateConfig) -> dict[str, Any]:
+    """The settings that decide what the loop makes, without those that say where and how fast.
+
+    What a phase's own manifest refuses, it still refuses.
+    """
+    found = to_dict(config)
+    for name in ("plan", "dry_run", "report", "service_startup_timeout_s"):
+        del found[name]
+    for name in _STAGE_SECTIONS:
+        inner = {"llm": _LLM_FREE, "search": _SEARCH_FREE}
+        section = {key: _without(value, inner[key]) if key in inner else value for key, value in found[name].items()}
+        found[name] = _without(section, _STAGE_FREE)
+    for name, free in (
+        ("llm", _LLM_FREE), ("serve", _SERVE_FREE), ("index", _INDEX_FREE), ("train_agent", _TRAIN_AGENT_FREE),
+        ("train_agent_later", _TRAIN_AGENT_FREE), ("train_retriever", _TRAIN_RETRIEVER_FREE),
+    ):  # fmt: skip
+        found[name] = _without(found[name], free)
+    return found
+
+
+def _without(section: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in free and value != {}}
 
 
 _CONFIG_OF: dict[str, type] = {

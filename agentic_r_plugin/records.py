@@ -1,7 +1,7 @@
 """The vocabulary as data: one frozen type per line of a data file (contract, section Files).
 
-Every record is checked when it is read: its schema tag, its fields and their types. An unknown field is kept out and
-reported, because a misspelt name is the commonest way to lose data.
+Every record is checked when it is read: its schema tag, its fields and their types. A record with an unknown field is
+refused, because a misspelt name is the commonest way to lose data.
 """
 
 from __future__ import annotations

@@ -136,6 +136,13 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
         return count
 
 
+def drop_torn_end(path: str | Path) -> None:
+    """Cut off what stands after the last newline: a process that was killed while it added a line left it there."""
+    if Path(path).is_file():
+        with Path(path).open("rb+") as stream:
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
 def dump_line(data: Any) -> bytes:
     """One JSON line in UTF-8, newline included."""
     return (json.dumps(data, ensure_ascii=False) + "\n").encode()

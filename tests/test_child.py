@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin import child
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import AgenticRError, RecordError
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig
 from agentic_r_plugin.store import read_json
 from agentic_r_plugin.world.generate import WorldConfig
@@ -32,6 +32,11 @@ def test_what_one_of_several_raises_is_raised_here(tmp_path: Path, capfd: pytest
     with pytest.raises(RecordError, match=r"groups\.jsonl:1"):
         child.run_command("train-retriever", config, processes=2)
     assert "Traceback" not in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_fault_that_is_a_third_partys_own_is_raised_as_the_base_of_all():
+    found = [child._fault_of(name) for name in ("RecordError", "TheirOwnError", "Path")]
+    assert found == [RecordError, AgenticRError, AgenticRError]
 
 
 PARENT = """

@@ -118,12 +118,115 @@ def test_a_run_folder_refuses_another_configuration_and_a_second_start(finished)
         run(other, resume=True)
 
 
+def composed(tmp_path: Path, *overrides: str) -> Loop:
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"agent={tmp_path}", *overrides]))
+    loop.check()
+    return loop
+
+
+def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
+    loop = composed(
+        tmp_path, "candidates.search.timeout_s=120", "correctness.llm.dtype=float16",
+        "trajectories.limits.max_searches=3", "train_agent.limits.max_searches=4",
+        "evaluate.settings.agent.dtype=float16",
+    )  # fmt: skip
+    candidates = loop.stage_config(1, "candidates", "agent", "http://host:1")
+    assert (candidates.search.backend, candidates.search.url, candidates.search.timeout_s) == (
+        "service", "http://host:1", 120,
+    )  # fmt: skip
+    correctness = loop.stage_config(1, "correctness", "agent", "http://host:1")
+    assert (correctness.llm.model, correctness.llm.dtype, correctness.llm.max_batch_tokens) == (
+        "agent",
+        "float16",
+        65536,
+    )
+    trajectories = loop.stage_config(1, "trajectories", "agent", "http://host:1")
+    assert (trajectories.limits.max_searches, trajectories.limits.max_tokens) == (3, 1600)
+    trained = loop._train_agent_config(1, "agent", "http://host:1")
+    assert (trained.limits.max_searches, trained.limits.max_tokens) == (4, 1600)
+    agents, indexes = {f"agent-{k}": "x" for k in range(3)}, {f"retriever-{k}": Path("x") for k in range(3)}
+    settings = loop._evaluate_config(agents, indexes).settings
+    assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
+
+
+FREE = (
+    "correctness.batch_size=7", "trajectories.runner.workers=2", "relevance.llm.concurrency=3", "llm.device=cpu",
+    "candidates.search.timeout_s=5", "serve.workers=2", "train_retriever.device=cpu", "relevance.max_error_share=0.5",
+    "train_agent.threads=2", "plan.gpus=4",
+)  # fmt: skip
+
+
+def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(tmp_path):
+    given = f"benchmark={tmp_path}"
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", given]))
+    loop.open(resume=False)
+    saved = loop.folder / "config.yaml"
+    before = saved.stat().st_mtime_ns
+    loop.open(resume=True)
+    assert saved.stat().st_mtime_ns == before
+    other = load_config(IterateConfig, saved, FREE)
+    Loop(other).open(resume=True)
+    assert load_config(IterateConfig, saved) == other
+
+
+def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
+    loop.open(resume=False)
+    loop._phase(0, "index", lambda: None)
+    with (loop.folder / "costs.jsonl").open("ab") as stream:
+        stream.write(b'{"iteration": 1, "phase": "train-ag')
+    again = Loop(loop.config)
+    again.open(resume=True)
+    again._phase(1, "train-agent", lambda: None)
+    assert [line["phase"] for _, line in read_lines(loop.folder / "costs.jsonl")] == ["index", "train-agent"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "correctness.threshold=70", "relevance.llm.model=other", "llm.dtype=float16", "serve.options.nprobe=3",
+        "candidates.search.backend=bm25", "train_retriever.epochs=3", "train_agent.steps=3", "index.kind=SQ8",
+    ],
+)  # fmt: skip
+def test_a_resume_may_not_change_what_decides_results(tmp_path, override):
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
+    loop.open(resume=False)
+    other = load_config(IterateConfig, loop.folder / "config.yaml", [override])
+    with pytest.raises(ManifestMismatchError, match=rf"\({override.partition('.')[0]} differ from"):
+        Loop(other).open(resume=True)
+
+
+def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
+    loop = composed(tmp_path)
+    loop.folder.mkdir()
+    loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
+    ((_, line),) = read_lines(loop.folder / "costs.jsonl")
+    assert 0.2 <= line.pop("seconds") < 60
+    assert line == {"iteration": 1, "phase": "relevance", "worker_seconds": 900.0, "rollouts": 3}
+
+
+def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):
+    loop = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
+    assert loop.stage_config(1, "correctness", "agent", "http://host:1").relevance == ""
+    made = loop.train_retriever_config(2, "x", Path("g.jsonl"))
+    assert made.relevance == str(tmp_path / "run" / "iteration-2" / "data" / "relevance.jsonl")
+    assert composed(tmp_path).train_retriever_config(2, "x", Path("g.jsonl")).relevance is None
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("groups.num_negativs=3", "num_negativs"),
         ("train_agent.steps=many", "steps"),
         ("iterations=0", "iterations"),
+        ("relevance.scorer=gold", "gold"),
+        ("relevance.scorer=listwise_judge", r"relevance\.llm\.model"),
+        ("judge=true", r"sub_answers\.llm\.model"),
+        ("groups.use_relevance=false", r"correctness\.exhaustive=true"),
+        ("groups.threshold=50", r"below correctness\.threshold=60"),
+        ("correctness={exhaustive: true, relevance: r.jsonl}", "either --relevance FILE"),
+        ("groups.out=elsewhere", r"groups\.out"),
+        ("train_retriever.trainer=none", "none"),
         ("agent_from=best", "agent_from"),
         ("agent=/no/such/folder", "agent"),
         ("benchmark=/no/such/benchmark", "benchmark"),

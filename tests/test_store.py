@@ -24,6 +24,7 @@ from agentic_r_plugin.records import (
 )
 from agentic_r_plugin.store import (
     atomic_path,
+    drop_torn_end,
     file_fingerprint,
     read_json,
     read_lines,
@@ -190,3 +191,15 @@ def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path):
     require_absent(tmp_path / "new")
     with pytest.raises(OutputExistsError, match="--resume"):
         require_absent(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b'{"a": 1}\n{"b"', b'{"a": 1}\n'), (b'{"a": 1}\n', b'{"a": 1}\n'), (b'{"a"', b""), (b"", b"")],
+)
+def test_a_torn_end_is_cut_off_and_whole_lines_stay(tmp_path: Path, before: bytes, after: bytes):
+    file = tmp_path / "log.jsonl"
+    drop_torn_end(file)
+    file.write_bytes(before)
+    drop_torn_end(file)
+    assert file.read_bytes() == after

@@ -54,6 +54,11 @@ class CorrectnessConfig:
     batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **UNRECORDED})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
+    def check(self) -> None:
+        """ConfigError where it is not said which candidates are rolled out."""
+        if self.exhaustive == bool(self.relevance):
+            raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+
 
 @dataclass
 class CorrectnessCost(RolloutCost):
@@ -274,8 +279,7 @@ class CorrectnessWorker:
 
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """The command `correctness`."""
-    if config.exhaustive == bool(config.relevance):
-        raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+    config.check()
     inputs, out = {"candidates": Path(config.candidates)}, Path(config.out)
     relevance = None
     if config.relevance:

@@ -70,6 +70,15 @@ class GroupsConfig:
             **PRESETS[self.preset],
         )
 
+    def check(self) -> None:
+        """ConfigError where settings contradict each other, or a file is missing that they need."""
+        rule = self.rule()
+        for role, needed in (("relevance", rule.use_relevance), ("correctness", rule.use_correctness)):
+            if needed and not getattr(self, role):
+                raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
+        if self.drop_duplicate_passages and not self.corpus:
+            raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionTask:
@@ -141,16 +150,12 @@ def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[
 
 def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """The command `groups`."""
+    config.check()
     rule, out = config.rule(), Path(config.out)
     inputs = {"candidates": Path(config.candidates)}
     for role, needed in (("relevance", rule.use_relevance), ("correctness", rule.use_correctness)):
-        path = getattr(config, role)
-        if needed and not path:
-            raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
         if needed:
-            inputs[role] = Path(path)
-    if config.drop_duplicate_passages and not config.corpus:
-        raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
+            inputs[role] = Path(getattr(config, role))
     relevance = keyed_relevance(inputs["relevance"], out.parent) if rule.use_relevance else None
     correctness = (
         KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)

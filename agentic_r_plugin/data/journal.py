@@ -158,6 +158,16 @@ class Journal:
                 self._error_round[line["position"]] = line["round"]
 
 
+def require_free(path: Path) -> None:
+    """Refuse a journal that another process has open; one that is not there is free.
+
+    Raises:
+        OutputExistsError: another process has it open.
+    """
+    if path.exists():
+        _locked(path).close()
+
+
 def _locked(path: Path) -> BinaryIO:
     """The file, open for reading and appending, and ours alone."""
     while True:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentic_r_plugin.errors import ConfigError, JudgeError
+from agentic_r_plugin.errors import ConfigError, JudgeError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.rollout import RolloutCost
 
@@ -65,6 +65,8 @@ def ask(
 ) -> list[Parsed | JudgeError]:
     """Send every prompt and parse its reply; replies that cannot be parsed are asked for again.
 
+    A prompt that the judge refuses is a judge error and not asked again: it would be refused again.
+
     Args:
         judge: the model.
         prompts: messages.
@@ -74,7 +76,7 @@ def ask(
         cost: added to.
 
     Returns:
-        For each prompt what its parser gave, or the last attempt's JudgeError.
+        For each prompt what its parser gave, or a JudgeError: the last attempt's, or what the judge refused.
 
     Raises:
         BackendError: the judge's backend failed.
@@ -91,12 +93,16 @@ def ask(
             temperature=_RETRY_TEMPERATURE if attempt else 0.0,
             seed=attempt,
         )
-        for index, reply in zip(waiting, replies, strict=True):
+        asked, waiting = waiting, []
+        for index, reply in zip(asked, replies, strict=True):
+            if isinstance(reply, RequestRefusedError):
+                results[index] = JudgeError(str(reply))
+                continue
             try:
                 results[index] = parsers[index](reply)
             except JudgeError as error:
                 results[index] = error
-        waiting = [index for index in waiting if isinstance(results[index], JudgeError)]
+                waiting.append(index)
         if not waiting:
             break
     cost.judge_prompt_tokens += usage.prompt_tokens - before.prompt_tokens

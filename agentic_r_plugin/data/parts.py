@@ -21,7 +21,7 @@ Line = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Part:
-    """What is known of a closed part; written after its records, so its presence means that they are whole."""
+    """What is known of a closed part; written after its records and names their file, so the two belong together."""
 
     first: int
     """Position of its first unit."""
@@ -32,6 +32,8 @@ class Part:
     """Position (as text) -> reason, of the dropped units."""
     errors: dict[str, Line] = field(default_factory=dict)
     """Position (as text) -> unit, error and round, of the units whose judge failed."""
+    version: int = 0
+    """How often the part was written anew; each time into a file of another name."""
     sha256: str = ""
     """Of the records file."""
 
@@ -39,8 +41,10 @@ class Part:
 class Parts:
     """The closed parts of an output, in a folder.
 
+    Records files that no `Part` names are leavings of a process that was killed; they are removed.
+
     Args:
-        folder: `00000.jsonl` holds a part's records and `00000.json` its `Part`.
+        folder: `00000.jsonl` holds a part's records (`00000.1.jsonl` once it is written anew), `00000.json` its `Part`.
         size: units a part.
     """
 
@@ -50,6 +54,10 @@ class Parts:
             int(path.stem): {int(position): line["round"] for position, line in read_json(path)["errors"].items()}
             for path in folder.glob("*.json")
         }
+        named = {self._records(number) for number in self._errors}
+        for path in folder.glob("*.jsonl"):
+            if path not in named:
+                path.unlink()
 
     def num_current_errors(self, round_: int) -> int:
         """Failed units in closed parts that are not asked again."""
@@ -88,12 +96,19 @@ class Parts:
             number: which.
             length: its number of units.
             line_of: a unit's line in the journal, by position; None where the closed part's own stands.
+
+        Raises:
+            RecordError: a unit has no line, or the part that is written anew is not what was written.
         """
         part = Part(first=number * self.size)
-        before = self._lines(number) if self.closed(number) else None
+        before = old = None
+        if self.closed(number):
+            self.check(number)
+            before, old = self._lines(number), self._records(number)
+            part.version = self.read(number).version + 1
         counts: Counter[str] = Counter()
         digest = hashlib.sha256()
-        with atomic_path(self._records(number)) as temporary, temporary.open("wb") as stream:
+        with atomic_path(self._file(number, part)) as temporary, temporary.open("wb") as stream:
             for position in range(part.first, part.first + length):
                 kept = next(before) if before is not None else None
                 line = line_of(position) or kept
@@ -112,6 +127,8 @@ class Parts:
             stream.flush()
         part.dropped, part.sha256 = dict(counts), digest.hexdigest()
         write_json(self._meta(number), asdict(part))
+        if old is not None:
+            old.unlink()
         self._errors[number] = {int(position): line["round"] for position, line in part.errors.items()}
 
     def read(self, number: int) -> Part:
@@ -140,15 +157,19 @@ class Parts:
     def _lines(self, number: int) -> Iterator[Line]:
         """The units of a closed part as journal lines."""
         part = self.read(number)
-        with self._records(number).open("rb") as stream:
+        path = self._file(number, part)
+        with path.open("rb") as stream:
             for offset, count in enumerate(part.num_records):
                 position = str(part.first + offset)
                 error = part.errors.get(position, {"unit": "", "error": None, "round": 0})
-                records = [parse_line(stream.readline(), self._records(number), 0) for _ in range(count)]
+                records = [parse_line(stream.readline(), path, 0) for _ in range(count)]
                 yield {"records": records, "dropped": part.reasons.get(position), **error}
 
     def _records(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.jsonl"
+        return self._file(number, self.read(number))
+
+    def _file(self, number: int, part: Part) -> Path:
+        return self.folder / (f"{number:05d}.{part.version}.jsonl" if part.version else f"{number:05d}.jsonl")
 
     def _meta(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"

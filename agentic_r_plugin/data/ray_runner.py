@@ -14,6 +14,9 @@ from typing import Any
 from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow, only_ours
 from agentic_r_plugin.errors import BackendError, ConfigError
 
+_CLOSE_S = 10.0
+"""A worker that is still busy after so long is stopped as it is."""
+
 
 class RayWorker:
     """A worker in a process of its own."""
@@ -95,11 +98,15 @@ class RayExecutor:
 
     def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
-        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._finished)
+        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
 
     def close(self) -> None:
-        """Stop the actors, and the cluster where it was started here."""
-        for actor in getattr(self, "_actors", []):
+        """Let the workers free what they hold, stop the actors, and the cluster where it was started here."""
+        actors = getattr(self, "_actors", [])
+        if actors:
+            closing = [actor.close.remote() for actor in actors]
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
+        for actor in actors:
             self._ray.kill(actor)
         if self._ours:
             self._ray.shutdown()
@@ -111,10 +118,10 @@ class RayExecutor:
         self._load[least] += 1
         return reference
 
-    def _finished(self, running: Sequence[Any]) -> tuple[Any, Result]:
+    def _first_done(self, running: Sequence[Any]) -> Any:
         (reference, *_), _ = self._ray.wait(list(running), num_returns=1)
         self._load[self._actor_of.pop(reference)] -= 1
-        return reference, self._get(reference)
+        return reference
 
     def _get(self, reference: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError

@@ -42,6 +42,13 @@ class RelevanceConfig:
     batch_size: int = field(default=64, metadata={"help": "queries scored at once", **UNRECORDED})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
 
+    def check(self) -> None:
+        """ConfigError where the scorer is unknown, or a file is missing that it needs."""
+        if components.load("relevance_scorer", self.scorer).needs_questions and not self.questions:
+            raise ConfigError(
+                f"relevance: the scorer {self.scorer} uses the benchmark's metadata; give --questions FILE"
+            )
+
 
 def task_of(
     query: Candidates, passages: PassageStore, *, question: Question | None = None, sub_answer: str | None = None
@@ -104,9 +111,8 @@ class RelevanceWorker:
 
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     """The command `relevance`."""
+    config.check()
     inputs, folder = {"candidates": Path(config.candidates)}, Path(config.out).parent
-    if components.load("relevance_scorer", config.scorer).needs_questions and not config.questions:
-        raise ConfigError(f"relevance: the scorer {config.scorer} uses the benchmark's metadata; give --questions FILE")
     questions: KeyedRecords[Question] | None = None
     if config.questions:
         inputs["questions"] = Path(config.questions)

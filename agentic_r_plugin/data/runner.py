@@ -95,7 +95,10 @@ class Executor(Protocol):
         """Of the workers' models, by role."""
 
     def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
-        """Finished batches, in any order. A None among the batches means: finish one before asking for more."""
+        """Finished batches, in any order. A None among the batches means: finish one before asking for more.
+
+        Where one fails, no further one is begun, and its error comes after all that are under way and end well.
+        """
 
     def close(self) -> None:
         """Stop the workers."""
@@ -155,12 +158,12 @@ class ThreadExecutor:
             finally:
                 self._free.put(worker)
 
-        def finished(running: Sequence[Future[Result]]) -> tuple[Future[Result], Result]:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            future = next(iter(done))
-            return future, future.result()
+        def first_done(running: Sequence[Future[Result]]) -> Future[Result]:
+            return next(iter(wait(running, return_when=FIRST_COMPLETED).done))
 
-        yield from flow(batches, len(self._workers), lambda batch: self._pool.submit(work, batch), finished)
+        yield from flow(
+            batches, len(self._workers), lambda batch: self._pool.submit(work, batch), first_done, Future.result
+        )
 
     def close(self) -> None:
         """See `Executor.close`."""
@@ -173,16 +176,20 @@ def flow(
     batches: Iterator[Batch[Any] | None],
     capacity: int,
     submit: Callable[[Batch[Any]], Any],
-    finished: Callable[[Sequence[Any]], tuple[Any, Result]],
+    first_done: Callable[[Sequence[Any]], Any],
+    result: Callable[[Any], Result],
 ) -> Iterator[tuple[Batch[Any], Result]]:
     """Keep up to `capacity` batches under way; take no batch from the iterator before there is room for it.
 
+    After an error no batch is taken; those under way are waited for, then the first error is raised.
+
     Args:
         submit: starts a batch; returns its handle.
-        finished: waits for one of the handles given; returns it with its result.
+        first_done: waits until one of the handles given is done; returns it.
+        result: of a handle that is done; raises what its batch raised.
     """
     running: dict[Any, Batch[Any]] = {}
-    more = True
+    more, failed = True, None
     while more or running:
         while more and len(running) < capacity:
             batch = next(batches, _END)
@@ -193,8 +200,16 @@ def flow(
             else:
                 running[submit(batch)] = batch  # type: ignore[arg-type]
         if running:
-            handle, result = finished(list(running))
-            yield running.pop(handle), result
+            handle = first_done(list(running))
+            batch = running.pop(handle)
+            try:
+                found = result(handle)
+            except Exception as error:
+                more, failed = False, failed or error
+                continue
+            yield batch, found
+    if failed is not None:
+        raise failed
 
 
 _END: Any = object()

@@ -25,13 +25,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
-from agentic_r_plugin.data.journal import Journal
+from agentic_r_plugin.data.journal import Journal, require_free
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.parts import Parts
 from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
@@ -110,16 +111,22 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         for side in stage.sides:
             stack.callback(side.close)
-        executor = open_executor(stage.worker, stage.runner)
-        stack.callback(executor.close)
         if stage.runner.forecast:
-            return _forecast(stage, executor)
-        manifest = _manifest(stage, executor.fingerprints())
-        if _finished(stage, manifest, resume=resume):
+            total = _check_input(stage)
+            return _forecast(stage, total, _opened(stage, stack))
+        _check_output(stage, resume=resume)
+        manifest = _manifest(stage)
+        finished = resume and stage.out.exists() and stage.beside(".report.json").exists()
+        if resume:
+            _check_same(stage, manifest, loaded=False)
+        total = 0 if finished else _check_input(stage)
+        executor = _opened(stage, stack)  # loads the models: what can be refused without them has been
+        manifest["made_from"] |= _models(stage.models | executor.fingerprints())
+        if resume:
+            _check_same(stage, manifest, loaded=True)
+        if finished:
             _clean_up(stage)
             return dict(read_json(stage.beside(".report.json")))
-        stage.out.parent.mkdir(parents=True, exist_ok=True)
-        total = _check_input(stage)
         manifest = _begin(stage, manifest)
         with Journal(stage.beside(".journal")) as journal:
             parts = Parts(_parts_folder(stage), manifest["part_size"])
@@ -131,20 +138,33 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
     return report
 
 
+def _opened(stage: Stage[Any], stack: ExitStack) -> Executor:
+    executor = open_executor(stage.worker, stage.runner)
+    stack.callback(executor.close)
+    return executor
+
+
 # --- Manifest ---------------------------------------------------------------------------------------------------------
 
 
-def _manifest(stage: Stage[Any], fingerprints: dict[str, str]) -> dict[str, Any]:
-    models = stage.models | fingerprints
+def _manifest(stage: Stage[Any]) -> dict[str, Any]:
+    """What is known before the workers have loaded their models."""
     return {
         "stage": stage.name,
         "version": __version__,
         "part_size": stage.runner.part_size,
         "made_from": _recorded(stage.config)
         | {f"input {role}": file_fingerprint(path) for role, path in stage.inputs.items()}
-        | {f"fingerprint of {role}": value for role, value in sorted(models.items())},
+        | _models(stage.models),
         "config": to_dict(stage.config),
     }
+
+
+_MODEL = "fingerprint of "
+
+
+def _models(fingerprints: dict[str, str]) -> dict[str, str]:
+    return {f"{_MODEL}{role}": value for role, value in sorted(fingerprints.items())}
 
 
 def _recorded(config: Any) -> dict[str, Any]:
@@ -157,8 +177,8 @@ def _recorded(config: Any) -> dict[str, Any]:
     }
 
 
-def _finished(stage: Stage[Any], manifest: dict[str, Any], *, resume: bool) -> bool:
-    """Whether nothing is left to do; refuses to touch what is not ours to go on with."""
+def _check_output(stage: Stage[Any], *, resume: bool) -> None:
+    """Refuses to touch what is not ours to go on with, or what another process works on."""
     manifest_path = stage.beside(".manifest.json")
     if not resume:
         require_absent(stage.out)
@@ -167,27 +187,32 @@ def _finished(stage: Stage[Any], manifest: dict[str, Any], *, resume: bool) -> b
                 raise OutputExistsError(
                     f"{path}: work on {stage.out} was begun; --resume goes on with it, or remove it"
                 )
-        return False
-    if not manifest_path.exists():
+    elif not manifest_path.exists():
         for path in (stage.out, stage.beside(".journal"), stage.beside(".parts")):
             if path.exists():
                 raise ManifestMismatchError(
                     f"{path} is there without {manifest_path.name}: what it was made from is unknown; "
                     "remove it or choose another path"
                 )
-        return False
-    before, now = read_json(manifest_path).get("made_from", {}), json.loads(json.dumps(manifest["made_from"]))
+    require_free(stage.beside(".journal"))
+
+
+def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) -> None:
+    """Refuses to go on with what was begun from something else; before they are `loaded`, models are left out."""
+    path = stage.beside(".manifest.json")
+    if not path.exists():
+        return
+    before, now = read_json(path).get("made_from", {}), json.loads(json.dumps(manifest["made_from"]))
     changed = [
         f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and (loaded or not key.startswith(_MODEL))
     ]
     if changed:
         raise ManifestMismatchError(
             f"{stage.out}: cannot go on with what was begun from something else: {'; '.join(changed)}. "
             "Give the same inputs, or another --out"
         )
-    return stage.out.exists() and stage.beside(".report.json").exists()
 
 
 def _begin(stage: Stage[Any], manifest: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +234,7 @@ def _short(value: Any) -> str:
 
 def _check_input(stage: Stage[Any]) -> int:
     """Read all inputs once, so that a broken line is found before anything expensive is done; the number of units."""
+    stage.out.parent.mkdir(parents=True, exist_ok=True)
     for side in stage.sides:
         side.open()
     index = HashIndex(stage.out.parent)
@@ -248,13 +274,14 @@ class _Work:
 
         with tqdm(total=self.total, desc=self.stage.name, unit="unit", disable=None) as progress:
             self._check_errors()
-            for batch, (outcomes, spent) in executor.run(self._batches(progress)):
+            batches = takewhile(lambda _: not self._too_many_errors(), self._batches(progress))
+            for batch, (outcomes, spent) in executor.run(batches):
                 self.journal.append(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
                 progress.update(len(outcomes))
                 for position in batch.positions:
                     self._under_way[self.parts.number(position)] -= 1
-                self._check_errors()
                 self._close_parts()
+            self._check_errors()
             self._close_parts()
         if not self.total:
             self.parts.close(0, 0, self.journal.read)
@@ -301,11 +328,17 @@ class _Work:
                 self.journal.forget(range(first, first + length))
                 self._handed_out.remove(part)
 
+    def _num_errors(self) -> int:
+        return self.journal.num_errors + self.parts.num_current_errors(self.journal.round)
+
+    def _too_many_errors(self) -> bool:
+        """Whether the share of judge errors is certain to be too large; no further batch is begun then."""
+        return self._num_errors() > self.stage.max_error_share * self.total
+
     def _check_errors(self) -> None:
-        """Give up as soon as the share of judge errors is certain to be too large."""
-        round_ = self.journal.round
-        errors = self.journal.num_errors + self.parts.num_current_errors(round_)
-        if errors > self.stage.max_error_share * self.total:
+        """Give up where too many units failed."""
+        if self._too_many_errors():
+            round_, errors = self.journal.round, self._num_errors()
             first = self.parts.first_error(round_) or self.journal.first_error
             self.journal.next_round()
             raise JudgeError(
@@ -314,10 +347,8 @@ class _Work:
             )
 
 
-def _forecast(stage: Stage[Any], executor: Executor) -> dict[str, Any]:
+def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, Any]:
     """Work on units spread over the input, write none of it, and say what all would cost."""
-    stage.out.parent.mkdir(parents=True, exist_ok=True)
-    total = _check_input(stage)
     wanted = min(stage.runner.forecast, total)
     picked = {index * total // wanted for index in range(wanted)} if wanted else set()
     ready = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.protocol import Codec
 
 
@@ -66,7 +67,7 @@ class LLMBackend(Protocol):
         """Continue every prompt; the i-th completion belongs to the i-th request.
 
         Raises:
-            BackendError: the model or its server failed after its retries. Never a shorter list.
+            BackendError: the model or its server failed after its retries, or refuses a prompt. Never a shorter list.
         """
 
     def fingerprint(self) -> str:
@@ -81,8 +82,8 @@ class ChatBackend(Protocol):
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str]:
-        """The reply to each prompt, sent as the only user message of its own conversation.
+    ) -> Sequence[str | RequestRefusedError]:
+        """The reply to each prompt, sent as the only user message of its own conversation, or why it is refused.
 
         Args:
             prompts: messages.

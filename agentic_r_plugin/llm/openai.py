@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpx
 
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.rate import Pace
@@ -26,6 +26,9 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+_REFUSALS = (400, 413, 422)
+"""Status of a request that is itself at fault: a prompt longer than the context, or one that a filter stops."""
 
 
 class OpenAIBackend:
@@ -45,7 +48,7 @@ class OpenAIBackend:
         timeout_s: for one request.
         max_retries: further attempts after 429, 5xx, a timeout, a broken or cut connection, or an answer that is not
             what the protocol says (no JSON, no choice, nothing); waits double from 0.5 s to 30 s, or are as long as the
-            server's `Retry-After`.
+            server's `Retry-After`, 30 s at most.
         requests_per_minute: no more are begun; 0 is no limit. Repeated ones count too.
         usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices, for the
             cost report; cached prompt tokens cost as much as others unless their price is given.
@@ -144,15 +147,18 @@ class OpenAIBackend:
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str]:
-        """The reply to each message."""
+    ) -> list[str | RequestRefusedError]:
+        """The reply to each message, or why the server refuses it."""
         settings = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
         if seed is not None and temperature > 0:
             settings["seed"] = seed
 
-        def reply(prompt: str) -> str:
+        def reply(prompt: str) -> str | RequestRefusedError:
             body = settings | {"messages": [{"role": "user", "content": prompt}]}
-            return self._post("chat/completions", body, _message)
+            try:
+                return self._post("chat/completions", body, _message)
+            except RequestRefusedError as error:
+                return error
 
         return self._all(reply, prompts)
 
@@ -212,7 +218,8 @@ class OpenAIBackend:
         """One request with its retries; what `parse` makes of its answer.
 
         Raises:
-            BackendError: refused, or still failing after the last retry.
+            RequestRefusedError: the server does not take this request.
+            BackendError: it takes none, or still fails after the last retry.
         """
         problem = ""
         for attempt in range(self._max_retries + 1):
@@ -226,6 +233,8 @@ class OpenAIBackend:
                     self._count(_usage(answer), attempt)
                     return parsed
                 problem = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code in _REFUSALS:
+                    raise RequestRefusedError(f"{response.url}: {problem}")
                 if response.status_code not in (408, 429) and response.status_code < 500:
                     raise BackendError(f"{response.url}: {problem}")
                 wait = _retry_after(response, wait)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 
@@ -66,8 +66,12 @@ class VLLMBackend:
         """Continue every prompt.
 
         Raises:
+            RequestRefusedError: a prompt fills the model's context.
             BackendError: the engine failed, or left a prompt without a continuation.
         """
+        for request in requests:
+            if (refused := self._refusal(request)) is not None:
+                raise refused
         params = [self._params(request, sampling) for request in requests]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         try:
@@ -82,14 +86,15 @@ class VLLMBackend:
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str]:
-        """The reply to each message, special tokens left out."""
+    ) -> list[str | RequestRefusedError]:
+        """The reply to each message, special tokens left out, or that it fills the model's context."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
-        completions = self.generate(requests, Sampling(temperature=temperature, seed=seed))
-        tokenizer = self.codec.tokenizer
-        return [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
+        refusals = [self._refusal(request) for request in requests]
+        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
+        completions = iter(self.generate(taken, Sampling(temperature=temperature, seed=seed)) if taken else [])
+        return [self._reply(next(completions)) if refused is None else refused for refused in refusals]
 
     def fingerprint(self) -> str:
         """Hash of the checkpoint's files, or of its hub name."""
@@ -103,6 +108,18 @@ class VLLMBackend:
     def close(self) -> None:
         """Free the engine."""
         self._engine = None
+
+    def _reply(self, done: Completion) -> str:
+        return str(self.codec.tokenizer.decode(list(done.token_ids), skip_special_tokens=True))
+
+    def _refusal(self, request: Request) -> RequestRefusedError | None:
+        """Why the engine would refuse a prompt, and with it the whole batch."""
+        length, limit = len(request.prompt_ids), self._engine.llm_engine.model_config.max_model_len
+        if length < limit:
+            return None
+        return RequestRefusedError(
+            f"vllm, {self.model}: a prompt of {length} tokens leaves no room in max_model_len={limit}"
+        )
 
     def _params(self, request: Request, sampling: Sampling) -> Any:
         drawn = sampling.seed is not None and sampling.temperature > 0

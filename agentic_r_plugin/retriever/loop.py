@@ -29,7 +29,7 @@ from agentic_r_plugin.retriever.loss import Loss, accuracy, similarities, target
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig, rate_share
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.store import atomic_path, dump_line, read_lines
+from agentic_r_plugin.store import atomic_path, drop_torn_end, dump_line, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Run:
             self.step, self.last_loss, self.best = state["step"], state["loss"], state["best"]
             log.info("going on from step %d", self.step)
         if self.rank == 0:
+            drop_torn_end(self.out / METRICS)
             lines = [data for _, data in read_lines(self.out / METRICS)] if self.step else []
             kept = [data for data in lines if data["step"] <= self.step]
             with atomic_path(self.out / METRICS) as temporary:

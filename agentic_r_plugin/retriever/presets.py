@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.processors import TemplateProcessing
 
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.query import DEFAULT_FORMULATION
 from agentic_r_plugin.retriever.settings import MAX_LENGTH, TrainRetrieverConfig
 from agentic_r_plugin.search.encoder import PRESETS, RECORD_FILE, Retriever, resolve
 
@@ -41,6 +42,10 @@ FAMILIES = {
 }
 _DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"})
 POOLINGS = ("mean", "cls", "lasttoken")
+_UNTRAINED = {
+    "formulation": DEFAULT_FORMULATION, "query_max_length": MAX_LENGTH, "passage_max_length": MAX_LENGTH,
+}  # fmt: skip
+"""What training records for a model without our record, where the settings do not say (method section 3)."""
 
 
 def initial_retriever(config: TrainRetrieverConfig) -> Retriever:
@@ -55,12 +60,14 @@ def initial_retriever(config: TrainRetrieverConfig) -> Retriever:
         raise ConfigError(f"pooling {config.pooling!r}: expected auto, {', '.join(POOLINGS)}")
     folder = Path(resolve(config.retriever))
     trained = (folder / RECORD_FILE).is_file()
-    overrides: dict[str, Any] = {"formulation": config.formulation}
+    overrides: dict[str, Any] = {} if trained else dict(_UNTRAINED)
+    lengths = {name: getattr(config, name) for name in ("query_max_length", "passage_max_length")}
     if config.preset != "auto":
         family = FAMILIES[config.preset]
         overrides |= {"query_prompt": family.query_prompt, "passage_prompt": family.passage_prompt}
     given = {"query_prompt": config.query_prompt, "passage_prompt": config.passage_prompt}
-    overrides |= {name: prompt for name, prompt in given.items() if prompt is not None}
+    given |= {"formulation": config.formulation} | lengths
+    overrides |= {name: value for name, value in given.items() if value is not None}
     precision = "auto" if config.precision == "float16" else config.precision
     preset = "auto" if config.preset == "auto" else "plain"
     retriever = Retriever.load(config.retriever, preset=preset, device=config.device, precision=precision, **overrides)
@@ -82,8 +89,8 @@ def initial_retriever(config: TrainRetrieverConfig) -> Retriever:
     positions -= _positions_lost(model)
     record = replace(
         record,
-        query_max_length=min(config.query_max_length, positions),
-        passage_max_length=min(config.passage_max_length, positions),
+        query_max_length=min(record.query_max_length, positions),
+        passage_max_length=min(record.passage_max_length, positions),
     )
     return Retriever(model, record, precision=precision, source=config.retriever)
 

@@ -32,7 +32,10 @@ class TrainRetrieverConfig:
     trainer: str = field(
         default="contrastive", metadata={"help": "registered retriever_trainer: contrastive, replug, llm_embedder"}
     )
-    formulation: str = field(default=DEFAULT_FORMULATION, metadata={"help": "registered query_formulation"})
+    formulation: str | None = field(
+        default=None,
+        metadata={"help": f"registered query_formulation; none: the checkpoint's record, else {DEFAULT_FORMULATION}"},
+    )
     epochs: int = field(default=2, metadata={"help": "passes over the groups"})
     learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW"})
     warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps that warm up"})
@@ -57,8 +60,12 @@ class TrainRetrieverConfig:
         default=None, metadata={"help": "correctness file (--exhaustive), added to the scores of replug, llm_embedder"}
     )
     teacher_temperature: float = field(default=0.1, metadata={"help": "of the softmax over the scores"})
-    query_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
-    passage_max_length: int = field(default=MAX_LENGTH, metadata={"help": "tokens; recorded in the checkpoint"})
+    query_max_length: int | None = field(
+        default=None, metadata={"help": f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}"}
+    )
+    passage_max_length: int | None = field(
+        default=None, metadata={"help": f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}"}
+    )
     mini_batch_tokens: int | None = field(
         default=None, metadata={"help": "tokens of one forward pass; 2048 on the CPU, else 8192"}
     )
@@ -97,11 +104,13 @@ class TrainRetrieverConfig:
     def __post_init__(self) -> None:
         for name in (
             "epochs", "learning_rate", "batch_size", "temperature", "teacher_temperature", "checkpoint_steps",
-            "max_grad_norm", "query_max_length", "passage_max_length", "processes",
+            "max_grad_norm", "processes",
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
-        for name in ("mini_batch_tokens", "max_steps", "dev_steps", "patience"):
+        for name in (
+            "query_max_length", "passage_max_length", "mini_batch_tokens", "max_steps", "dev_steps", "patience",
+        ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("kept_tokens", "lora_rank", "weight_decay"):

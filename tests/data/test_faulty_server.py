@@ -71,6 +71,19 @@ def test_a_job_on_a_server_that_misbehaves_and_recovers_is_that_of_a_healthy_one
     assert report["judge_requests"] == 40 and report["errors"] == 0
 
 
+def test_a_query_that_the_server_refuses_is_a_judge_error_of_that_query(folder: Path):
+    def refusing(path: str, body: dict) -> Answer:
+        too_long = "query 7 " in body["messages"][0]["content"]
+        return (400, "maximum context length is 8 tokens") if too_long else scores(body)
+
+    with serve(refusing) as server:
+        assert main(arguments(folder, server.url, "out.jsonl")) == 0
+    assert len(server.requests) == 40, "what is refused is not asked again"
+    (error,) = (json.loads(line) for line in (folder / "out.jsonl.errors.jsonl").read_text().splitlines())
+    assert error["unit"] == "q7/1" and "HTTP 400: maximum context length" in error["error"]
+    assert len(list(read_records(folder / "out.jsonl", Relevance))) == 39
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_server_that_does_not_recover_ends_the_job_and_what_was_finished_is_not_asked_again(
     folder: Path, fault: Answer, capsys: pytest.CaptureFixture

@@ -39,6 +39,7 @@ class Shouter:
     fail: bool = True
     stop_after: int | None = None
     seen: list[str] = field(default_factory=list)
+    opens: int = 0
     cost: RolloutCost = field(default_factory=RolloutCost)
 
     def work(self, batch: Sequence[Question]) -> list[Outcome]:
@@ -63,6 +64,10 @@ class Shouter:
     def close(self) -> None:
         pass
 
+    def opened(self) -> Shouter:
+        self.opens += 1
+        return self
+
     def run(self, *, resume: bool = False, models: dict[str, str] | None = None, **runner: Any) -> dict:
         stage = Stage(
             name="shout",
@@ -72,7 +77,7 @@ class Shouter:
             models=models or {},
             record=SubAnswer,
             units=lambda: ((question.id, question) for question in read_records(self.config.in_, Question)),
-            worker=lambda: self,
+            worker=self.opened,
             batch_size=3,
             runner=RunnerSpec(**runner),
             max_error_share=0.25,
@@ -176,6 +181,23 @@ def test_a_resume_with_something_else_is_refused_and_says_what_differs(config: U
         Shouter(replace(config, **change.get("config", {}))).run(resume=True, models=change.get("models"))
 
 
+def test_what_can_be_refused_without_the_models_is_so_before_they_are_loaded(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    begun = Shouter(config)
+    with pytest.raises(OutputExistsError):
+        begun.run()
+    other = Shouter(replace(config, suffix="?"))
+    with pytest.raises(ManifestMismatchError):
+        other.run(resume=True)
+    assert begun.opens == other.opens == 0
+    Shouter(config).run(resume=True)
+    there = Shouter(config)
+    with pytest.raises(OutputExistsError):
+        there.run()
+    assert there.opens == 0
+
+
 def test_moved_files_do_not_prevent_a_resume(config: UpperConfig, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
@@ -237,7 +259,7 @@ def test_a_broken_input_line_is_found_before_any_work_and_leaves_nothing_behind(
     stage = Shouter(config)
     with pytest.raises(RecordError, match=r"in\.jsonl:9"):
         stage.run()
-    assert stage.seen == [] and files(config) == []
+    assert stage.seen == [] and stage.opens == 0 and files(config) == []
 
 
 def test_a_unit_that_occurs_twice_is_an_error(config: UpperConfig):
@@ -249,11 +271,13 @@ def test_a_unit_that_occurs_twice_is_an_error(config: UpperConfig):
 def test_two_processes_cannot_work_on_one_output(config: UpperConfig):
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
+    second = Shouter(config)
     with (
         Journal(Path(config.out + ".journal")),
         pytest.raises(OutputExistsError, match="another process is working on it"),
     ):
-        Shouter(config).run(resume=True)
+        second.run(resume=True)
+    assert second.opens == 0
 
 
 def test_a_stage_without_units_writes_an_empty_output(config: UpperConfig):

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm import openai
 from agentic_r_plugin.llm.base import Request, Sampling
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from tests.data.scripted import CharCodec
-from tests.llm.loopback import CUT, chat, serve
+from tests.llm.loopback import CUT, Answer, chat, serve
 
 CODEC = CharCodec()
 
@@ -110,6 +110,20 @@ def test_a_refused_request_is_not_tried_again():
     ):
         backend(server.url).chat(["hello"], max_tokens=5)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_message_that_is_refused_is_so_alone_and_a_prompt_of_an_agent_is_an_error(status: int):
+    def answer(path: str, body: dict) -> Answer:
+        return (status, "context is 8 tokens") if "long" in str(body) or "prompt" in body else chat("fine")
+
+    with serve(answer) as server:
+        first, second, third = backend(server.url).chat(["a", "long", "b"], max_tokens=5)
+        assert (first, third) == ("fine", "fine") and isinstance(second, RequestRefusedError)
+        assert str(second).endswith(f"/v1/chat/completions: HTTP {status}: context is 8 tokens")
+        assert len(server.requests) == 3
+        with pytest.raises(BackendError, match="context is 8 tokens"):
+            backend(server.url).generate([request("a")], Sampling())
 
 
 def test_a_server_that_does_not_answer_in_time_is_an_error():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Request, Sampling, row_seed
 from agentic_r_plugin.llm.vllm import VLLMBackend
 
@@ -52,13 +52,20 @@ class LLM:
     enable_prefix_caching: bool
     tensor_parallel_size: int = 1
     said: str = "<search> q </search>"
+    max_model_len: int = 100
     calls: list[tuple[list, list, bool]] = field(default_factory=list)
+
+    @property
+    def llm_engine(self) -> SimpleNamespace:
+        return SimpleNamespace(model_config=SimpleNamespace(max_model_len=self.max_model_len))
 
     def get_tokenizer(self) -> Characters:
         return Characters()
 
     def generate(self, prompts: list[dict], sampling_params: list[SamplingParams], *, use_tqdm: bool) -> list:
         self.calls.append((prompts, sampling_params, use_tqdm))
+        if any(len(prompt["prompt_token_ids"]) >= self.max_model_len for prompt in prompts):
+            raise ValueError("a prompt is longer than the maximum model length")
         return [
             SimpleNamespace(
                 outputs=[SimpleNamespace(token_ids=tuple(map(ord, self.said))[: params.max_tokens])],
@@ -102,6 +109,17 @@ def test_a_drawn_sample_has_a_seed_of_its_own_prompt_and_chat_is_a_prompt():
     ((prompts, (params,), _),) = backend._engine.calls
     assert prompts == [{"prompt_token_ids": [104, 105]}]
     assert (params.temperature, params.seed) == (0.7, row_seed(3, (104, 105)))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_a_message_that_fills_the_context_is_refused_alone_and_a_prompt_of_an_agent_is_an_error():
+    backend = VLLMBackend("m", max_model_len=10)
+    first, second, third = backend.chat(["hi", "x" * 10, "ho"], max_tokens=8)
+    assert (first, third) == ("<search>", "<search>") and isinstance(second, RequestRefusedError)
+    assert str(second) == "vllm, m: a prompt of 10 tokens leaves no room in max_model_len=10"
+    assert len(backend._engine.calls) == 1
+    with pytest.raises(BackendError, match="leaves no room"):
+        backend.generate([Request(prompt_ids=(1,) * 11, max_tokens=5)], Sampling())
 
 
 @pytest.mark.usefixtures("vllm")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentic_r_plugin.config import load_config, save_config
+from agentic_r_plugin.data import correctness
 from agentic_r_plugin.data.selection import SelectionRule, select
-from agentic_r_plugin.errors import ConfigError, OutputExistsError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
+from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
+from agentic_r_plugin.search import server
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
@@ -158,6 +164,79 @@ def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(fin
         assert len(kept) == 4 and all(part.scores[name] == full.scores[name] for name in kept)
         assert part.scores.keys() == full.scores.keys()
     assert len({frozenset(name for name, score in record.scores.items() if score) for record in drawn}) > 1
+
+
+def test_rollouts_share_one_retrieval_service_as_in_the_loop(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    served: list[Any] = []
+    run_with: list[Any] = []
+
+    @contextmanager
+    def service(config: Any, *, startup_timeout_s: float) -> Iterator[str]:
+        served.append((config.index, startup_timeout_s))
+        yield "http://host:1"
+
+    monkeypatch.setattr(server, "running_service", service)
+    monkeypatch.setattr(made, "_index", lambda *_, **__: tmp_path / "index")
+    monkeypatch.setattr(correctness, "run", lambda config, resume: run_with.append(config))
+    made._roll_out(tmp_path, made.config.plan("s"), "relevance.jsonl")
+    assert served == [(str(tmp_path / "index"), 300.0)]
+    assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
+
+
+def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
+    drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    file = tmp_path / "relevance.jsonl"
+    drawing._sample(file, 4)
+    before = file.stat().st_mtime_ns
+    drawing._sample(file, 4)
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(ManifestMismatchError, match=r"was drawn from .*'sampled': 4.*, now .*'sampled': 5"):
+        drawing._sample(file, 5)
+
+
+def test_a_link_to_another_run_is_refused_and_one_that_leads_nowhere_is_made_anew(
+    finished: Path, tmp_path: Path
+) -> None:
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
+    made.gather_benchmarks()
+    made.gather_benchmarks()
+    link = tmp_path / "out" / "benchmarks" / "toy" / "test.jsonl"
+    there = link.resolve()
+    for target, found in ((tmp_path / "nowhere", there), (tmp_path, None)):
+        link.unlink()
+        link.symlink_to(target)
+        if found is None:
+            with pytest.raises(ManifestMismatchError, match=r"test\.jsonl: leads to .*, now .*another out"):
+                made.gather_benchmarks()
+        else:
+            made.gather_benchmarks()
+            assert link.resolve() == found
+
+
+@pytest.mark.parametrize(("retriever_from", "first"), [("first", "0"), ("previous", "1")])
+def test_a_retriever_is_trained_from_the_start_and_with_the_seed_of_the_loop(
+    finished: Path, tmp_path: Path, retriever_from: str, first: str
+) -> None:
+    moved = tmp_path / "run"
+    moved.mkdir()
+    (moved / "iteration-1").symlink_to(finished / "iteration-1")
+    (moved / "iteration-2").symlink_to(finished / "iteration-1")
+    own = load_config(IterateConfig, finished / "config.yaml", ["seed=5", f"retriever_from={retriever_from}"])
+    save_config(own, moved / "config.yaml")
+    made = Experiment(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": {"train": {"epochs": 7}}}))
+    found = made._train_config(made.config.plan("x"), Path("groups.jsonl"), tmp_path / "x")
+    start = {"0": own.retriever, "1": str(moved / "iteration-1" / "retriever")}[first]
+    assert found == replace(
+        made.loop.train_retriever_config(2, start, Path("groups.jsonl")),
+        epochs=7, corpus=str(tmp_path / "out" / "benchmarks" / "toy" / "corpus.jsonl"), out=str(tmp_path / "x"),
+    )  # fmt: skip
+    assert found.seed == 6
+    scored = {"train": {"trainer": "replug"}}
+    found = made._train_config(load_config(RetrieverPlan, values=scored), Path("groups.jsonl"), tmp_path / "x")
+    assert found.relevance == str(moved / "iteration-2" / "data" / "relevance.jsonl")
 
 
 def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(config, tmp_pat
         train(config)
     with pytest.raises(ManifestMismatchError, match="begun with other inputs or settings"):
         train(replace(config, seed=3), resume=True)
+    with (tmp_path / "trained" / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 7, "lo')
     train(config, resume=True)
     assert curve(config, "step") == list(range(1, 11))
     assert curve(config, "loss") == curve(whole, "loss")
