@@ -36,8 +36,10 @@ ROW = row_of(questions()[0], 0)
 class Engine:
     """verl's client, answering in this process: with a model, or with given turns."""
 
-    def __init__(self, generator: HFGenerator | None = None, turns: list[list[int]] | None = None) -> None:
-        self.generator, self.turns = generator, list(turns or [])
+    def __init__(
+        self, generator: HFGenerator | None = None, turns: list[list[int]] | None = None, seed: int = 0
+    ) -> None:
+        self.generator, self.turns, self.seed = generator, list(turns or []), seed
         self.asked: list[dict[str, Any]] = []
         self.name = "vllm"
 
@@ -49,7 +51,7 @@ class Engine:
         else:
             (made,) = self.generator.generate(
                 [prompt_ids], max_tokens=[sampling_params["max_tokens"]], stop=sampling_params["stop"],
-                temperature=sampling_params["temperature"], seed=[len(prompt_ids)], with_logprobs=True,
+                temperature=sampling_params["temperature"], seed=[1000 * self.seed + len(prompt_ids)], with_logprobs=True,
             )  # fmt: skip
             ids, logprobs = list(made.token_ids), list(made.logprobs or ())
         version = 4 + len(self.asked)
@@ -179,8 +181,8 @@ def test_sampled_trajectories_keep_within_all_limits_and_end_with_the_model(
 ) -> None:
     generator = HFGenerator(AutoModelForCausalLM.from_pretrained(agent_dir), tokenizer)
     searched = malformed = 0
-    for index, question in enumerate(questions()):
-        engine = Engine(generator)
+    for index, question in enumerate(questions() * 4):
+        engine = Engine(generator, seed=index)
         output = run(tokenizer, engine, service.url, row_of(question, index))
         assert len(output.prompt_ids) + len(output.response_ids) <= LIMITS.max_tokens
         assert len(output.response_mask) == len(output.response_ids) == len(output.response_logprobs or ())
