@@ -49,9 +49,10 @@ class Engine:
             ids = self.turns.pop(0)
             logprobs = [-float(index + 1) for index in range(len(ids))]
         else:
+            seed = 1000 * self.seed + len(prompt_ids)
             (made,) = self.generator.generate(
                 [prompt_ids], max_tokens=[sampling_params["max_tokens"]], stop=sampling_params["stop"],
-                temperature=sampling_params["temperature"], seed=[1000 * self.seed + len(prompt_ids)], with_logprobs=True,
+                temperature=sampling_params["temperature"], seed=[seed], with_logprobs=True,
             )  # fmt: skip
             ids, logprobs = list(made.token_ids), list(made.logprobs or ())
         version = 4 + len(self.asked)

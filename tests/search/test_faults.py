@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
@@ -193,6 +194,21 @@ def test_slow_clients_are_hung_up_on_and_do_not_hold_others_up():
             assert patient.post(f"{url}/retrieve", json={"queries": ["a"]}).status_code == 200
             time.sleep(0.8)
             assert patient.post(f"{url}/retrieve", json={"queries": ["a"]}).status_code == 200
+
+
+def test_a_head_without_end_is_hung_up_on():
+    with serving(EchoBackend()) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+        client.settimeout(5)
+        client.sendall(b"GET /health HTTP/1.1\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            for number in range(10_000):
+                line = f"X-{number}: {'x' * 1000}\r\n".encode()
+                client.sendall(line)
+                sent += len(line)
+            assert b"400" in client.recv(1000)
+        assert sent < 10_000_000
+        assert httpx.get(f"{url}/health").status_code == 200
 
 
 def test_reloading_is_refused_unless_it_was_allowed():
