@@ -135,6 +135,13 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
         text = service.metrics.render(service.fingerprint)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error is answered in our form."""
+
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
         return error.response()
@@ -148,8 +155,6 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
     async def unexpected(_: Request, error: Exception) -> Response:
         log.error("unexpected fault", exc_info=error)
         return RefusedError(500, "internal", f"unexpected {type(error).__name__}").response()
-
-    return app
 
 
 def _changes(body: bytes) -> dict[str, str]:
