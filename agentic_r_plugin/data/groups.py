@@ -70,11 +70,16 @@ class GroupsConfig:
             **PRESETS[self.preset],
         )
 
+    def files(self) -> dict[str, str]:
+        """The files of scores that the rule needs, by role; empty where one is not given."""
+        rule = self.rule()
+        needed = {"relevance": rule.use_relevance, "correctness": rule.use_correctness}
+        return {role: getattr(self, role) for role, wanted in needed.items() if wanted}
+
     def check(self) -> None:
         """ConfigError where settings contradict each other, or a file is missing that they need."""
-        rule = self.rule()
-        for role, needed in (("relevance", rule.use_relevance), ("correctness", rule.use_correctness)):
-            if needed and not getattr(self, role):
+        for role, path in self.files().items():
+            if not path:
                 raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
         if self.drop_duplicate_passages and not self.corpus:
             raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
@@ -152,10 +157,7 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """The command `groups`."""
     config.check()
     rule, out = config.rule(), Path(config.out)
-    inputs = {"candidates": Path(config.candidates)}
-    for role, needed in (("relevance", rule.use_relevance), ("correctness", rule.use_correctness)):
-        if needed:
-            inputs[role] = Path(getattr(config, role))
+    inputs = {role: Path(path) for role, path in {"candidates": config.candidates, **config.files()}.items()}
     relevance = keyed_relevance(inputs["relevance"], out.parent) if rule.use_relevance else None
     correctness = (
         KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)
