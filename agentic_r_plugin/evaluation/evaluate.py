@@ -221,7 +221,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
         for agent, search in _pairs(config):
             own = own_settings(config, agent).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
-            for where in (config.agents[agent], _place(config, search, benchmark)):
+            for where in (config.agents[agent], settings.agent.tokenizer, _place(config, search, benchmark)):
                 if where not in identities:
                     identities[where] = identity(where)
             cell = Cell(
@@ -276,7 +276,7 @@ def _made_from(
         "search_backend": settings.search.backend,
         "search_options": settings.search.options,
         "dtype": settings.agent.dtype,
-        "tokenizer": identity(settings.agent.tokenizer),
+        "tokenizer": identities[settings.agent.tokenizer],
         "level": config.level,
         "resamples": config.resamples,
         "sampling_seed": settings.seed,
