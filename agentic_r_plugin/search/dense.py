@@ -268,9 +268,8 @@ class _Part:
         read: BlockReader | None = None,
         kept: torch.Tensor | None = None,
     ) -> None:
-        self.begin, self.end, self.device, self.block_rows, self._read, self._kept = (
-            begin, end, device, block_rows, read, kept,
-        )  # fmt: skip
+        self.begin, self.end, self.device, self.block_rows = begin, end, device, block_rows
+        self._read, self._kept = read, kept
 
     @torch.inference_mode()
     def nearest(self, queries_QD: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,7 +300,7 @@ class _Part:
             torch.einsum("qwd,qd->qw", self._kept[some - self.begin].float(), query)
             for query, some in zip(queries.split(step), rows.split(step), strict=True)
         ]
-        return torch.cat(found) if found else rows.float()
+        return torch.cat(found)
 
 
 def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
