@@ -18,8 +18,11 @@ from typing import Any, Literal
 import torch
 
 from agentic_r_plugin.errors import BackendError
-from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore
+from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore, States, Window
 from agentic_r_plugin.llm.sampling import StopStrings, sample
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens of one forward pass, unless a single row has more."""
 
 FinishReason = Literal["stop", "length", "eos"]
 
@@ -142,8 +145,11 @@ class HFGenerator:
         ]
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows with about the same work together, each batch within the token budget."""
-        work = {row.index: len(row.prompt) - self.prefixes.find(row.prompt)[0] for row in rows}
+        """Rows with about the same work together, each batch within the token budget.
+
+        Work is compared in steps, so that rows of about the same length are neighbours within one.
+        """
+        work = {row.index: (len(row.prompt) - self.prefixes.find(row.prompt)[0]) // 64 for row in rows}
         batch: list[_Row] = []
         longest = 0
         for row in sorted(rows, key=lambda row: (work[row.index], len(row.prompt), row.index)):
@@ -186,7 +192,7 @@ class HFGenerator:
         valid_BC = torch.arange(capacity, device=device) >= start_B[:, None]
         active, end = list(rows), padded
         while True:
-            step = end - padded
+            step, begin = end - padded, int(start_B.min())
             uniform_B = torch.stack([row.uniform[step] for row in active]).to(device)
             token_B, logprob_B = sample(
                 logits_BV, uniform_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
@@ -203,10 +209,10 @@ class HFGenerator:
                 active = [active[slot] for slot in keep]
                 token_B, start_B, valid_BC = token_B[order], start_B[order], valid_BC[order]
             end += 1
-            self._cache.seek(end - 1)
+            self._cache.seek(Window(start=begin, position=end - 1))
             logits_BV = self.model(
                 input_ids=token_B[:, None],
-                attention_mask=self._mask(valid_BC[:, None, None, :end]),
+                attention_mask=self._mask(valid_BC[:, None, None, begin:end]),
                 position_ids=(end - 1 - start_B)[:, None],
                 past_key_values=self._cache,
                 use_cache=True,
@@ -216,27 +222,43 @@ class HFGenerator:
     def _prefill(self, rows: list[_Row], padded: int, capacity: int) -> torch.Tensor:
         """Compute the prompts, right-aligned, from where their kept beginnings end; logits `[B, V]` of the last token.
 
-        Every row computes the same number R of last tokens, so that nothing kept is overwritten by padding.
+        A few rows at a time; all of one pass compute the same number R of last tokens, so that nothing kept is
+        overwritten by padding.
         """
         self._cache.reserve(len(rows), capacity)
         kept = [self.prefixes.find(row.prompt[:-1]) for row in rows]
-        num_new = max(len(row.prompt) - length for row, (length, _) in zip(rows, kept, strict=True))
+        new = [len(row.prompt) - length for row, (length, _) in zip(rows, kept, strict=True)]
+        logits = []
+        for first, last in _passes(new):
+            num_new = max(new[first:last])
+            for slot in range(first, last):
+                self._recall(slot, rows[slot], kept[slot][1], padded, num_new)
+            logits.append(self._compute(rows[first:last], first, padded, num_new))
+        return torch.cat(logits)
+
+    def _recall(self, slot: int, row: _Row, states: list[States], padded: int, num_new: int) -> None:
+        """Put what is kept of a row before its last `num_new` tokens, and zeros before the row."""
+        start, recalled = padded - len(row.prompt), max(len(row.prompt) - num_new, 0)
+        row.cached_tokens = recalled
+        if recalled:
+            self._cache.copy_in(slot, start, states, recalled)
+        self._cache.blank(slot, start)  # what lies before a row is masked, but must be finite
+
+    def _compute(self, rows: list[_Row], slot: int, padded: int, num_new: int) -> torch.Tensor:
+        """Compute the last `num_new` tokens of rows that stand from `slot` on; logits `[B, V]` of the last one."""
         device = self.model.device
+        start = padded - max(num_new, *(len(row.prompt) for row in rows))
         ids_BR = torch.zeros((len(rows), num_new), dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids = torch.tensor(row.prompt[-num_new:])
+            ids_BR[place, num_new - len(ids) :] = ids
         start_B = torch.tensor([padded - len(row.prompt) for row in rows], device=device)
-        for slot, (row, (_, states)) in enumerate(zip(rows, kept, strict=True)):
-            new = row.prompt[-num_new:]
-            row.cached_tokens = len(row.prompt) - len(new)
-            ids_BR[slot, num_new - len(new) :] = torch.tensor(new)
-            if len(row.prompt) > num_new:
-                self._cache.copy_in(slot, padded - len(row.prompt), states, len(row.prompt) - num_new)
-            if padded > num_new:  # what lies before a row is masked, but must be finite
-                self._cache.blank(slot, min(padded - len(row.prompt), padded - num_new))
-        self._cache.seek(padded - num_new)
-        query_R, key_P = torch.arange(padded - num_new, padded, device=device), torch.arange(padded, device=device)
+        query_R = torch.arange(padded - num_new, padded, device=device)
+        key_P = torch.arange(start, padded, device=device)
         causal_RP = key_P <= query_R[:, None]
         allowed_BRP = causal_RP & (key_P >= start_B[:, None, None])
         allowed_BRP = allowed_BRP | (key_P == query_R[:, None])  # padding attends to itself: no empty softmax
+        self._cache.seek(Window(row=slot, start=start, position=padded - num_new))
         return self.model(
             input_ids=ids_BR.to(device),
             attention_mask=self._mask(allowed_BRP[:, None]),
@@ -275,6 +297,19 @@ class HFGenerator:
         if self.prefixes.max_tokens:
             tokens = (*row.prompt, *row.token_ids[:-1])
             self.prefixes.add(tokens, self._cache.copy_out(slot, end - len(tokens), end))
+
+
+def _passes(new: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and behind the last of the rows of each forward pass, by how many tokens each computes.
+
+    >>> list(_passes([900, 1000, 1100, 3000]))
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    first = 0
+    for last in range(1, len(new) + 1):
+        if last == len(new) or max(new[first : last + 1]) * (last + 1 - first) > PREFILL_TOKENS:
+            yield first, last
+            first = last
 
 
 def _append(row: _Row, token_id: int, logprob: float, sampling: _Sampling) -> None:

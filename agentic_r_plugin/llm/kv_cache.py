@@ -4,7 +4,8 @@ Legend: B rows, H key-value heads, C capacity in tokens, D head size, L layers.
 
 `BatchCache` is a Hugging Face `Cache` whose layers are written in place: growing `DynamicCache` copies every key and
 value at every token, which is most of the time of a small model on a CPU. Rows are right-aligned: all rows end at the
-same write position, and row `r` begins at `write position - length of r`.
+same write position, and row `r` begins at `write position - length of r`. A forward pass sees a window of it: some
+rows, from some position on.
 
 `PrefixStore` keeps the keys and values of finished rows, found again by blocks of tokens, so that the next turn of the
 same trajectory (or another candidate with the same prefix) computes only what is new.
@@ -23,19 +24,32 @@ States = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What the next forward pass sees and where it writes."""
+
+    row: int = 0
+    """Its first row."""
+    start: int = 0
+    """The first position it attends to."""
+    position: int = 0
+    """Where its tokens are written."""
+
+
 class BatchLayer(CacheLayerMixin):
-    """One layer's keys and values, `[B, H, C, D]`, preallocated; `update` writes at the owner's position."""
+    """One layer's keys and values, `[B, H, C, D]`, preallocated; `update` writes where the owner's window says."""
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows, self.capacity, self.position = 0, 0, 0
+        self.rows, self.capacity = 0, 0
+        self.window = Window()
         self._storage: States | None = None
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Lay out room for `rows` x `capacity` tokens, reusing the memory of earlier batches where it suffices."""
-        self.rows, self.capacity, self.position = rows, capacity, 0
+        self.rows, self.capacity, self.window = rows, capacity, Window()
         if self._storage is not None:
             self._lay_out()
 
@@ -51,21 +65,22 @@ class BatchLayer(CacheLayerMixin):
         views, storage = [], []
         for flat, (heads, size) in zip(self._storage, self._shapes, strict=True):
             needed = self.rows * heads * self.capacity * size
-            flat = flat if flat.numel() >= needed else flat.new_empty(needed)
+            flat = flat if flat.numel() >= needed else flat.new_zeros(needed)
             storage.append(flat)
             views.append(flat[:needed].view(self.rows, heads, self.capacity, size))
         self._storage = (storage[0], storage[1])
         self.keys, self.values = views
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> States:
-        """Write the new `[b, H, q, D]` at the position and return everything up to and with them."""
+        """Write the new `[b, H, q, D]` at the window's position and return the window up to and with them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.pair()
-        rows, end = key_states.shape[0], self.position + key_states.shape[2]
-        keys[:rows, :, self.position : end] = key_states
-        values[:rows, :, self.position : end] = value_states
-        return keys[:rows, :, :end], values[:rows, :, :end]
+        first, start, position = self.window.row, self.window.start, self.window.position
+        last, end = first + key_states.shape[0], position + key_states.shape[2]
+        keys[first:last, :, position:end] = key_states
+        values[first:last, :, position:end] = value_states
+        return keys[first:last, :, start:end], values[first:last, :, start:end]
 
     def pair(self) -> States:
         """The whole room for keys and for values, `[B, H, C, D]` each."""
@@ -73,17 +88,17 @@ class BatchLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return self.position
+        return self.window.position - self.window.start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.position + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_cache_shape(self) -> int:
         return self.capacity
 
 
 class BatchCache(Cache):
-    """The layers of one batch; the caller moves the write position after each forward pass."""
+    """The layers of one batch; the caller moves the window before each forward pass."""
 
     def __init__(self, num_layers: int) -> None:
         self.batch_layers = [BatchLayer() for _ in range(num_layers)]
@@ -94,16 +109,17 @@ class BatchCache(Cache):
         for layer in self.batch_layers:
             layer.reserve(rows, capacity)
 
-    def seek(self, position: int) -> None:
-        """Set where the next forward pass writes."""
+    def seek(self, window: Window) -> None:
+        """Set what the next forward pass sees and where it writes."""
         for layer in self.batch_layers:
-            layer.position = position
+            layer.window = window
 
     def blank(self, row: int, end: int) -> None:
-        """Zero the first `end` tokens of a row: masked positions must still be finite."""
+        """Zero the first `end` tokens of a row: masked positions must still be finite. New memory is zero as it is."""
         for layer in self.batch_layers:
-            for states in layer.pair():
-                states[row, :, :end] = 0
+            if layer.is_initialized:
+                for states in layer.pair():
+                    states[row, :, :end] = 0
 
     def move_row(self, source: int, target: int, end: int) -> None:
         """Copy row `source` over row `target`, up to `end` tokens."""
