@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +16,7 @@ from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data import correctness
 from agentic_r_plugin.data.selection import SelectionRule, select
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.evaluation.aggregate import AggregateConfig
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
@@ -41,6 +44,30 @@ def test_every_recipe_composes(recipe: Path) -> None:
         return
     found = load_config(ExperimentConfig, recipe)
     assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}"
+
+
+def test_the_script_of_several_seeds_asks_for_what_the_commands_take(tmp_path: Path) -> None:
+    recorder = tmp_path / "agentic-r"
+    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    recorder.chmod(0o755)
+    environment = os.environ | {"AGENTIC_R": str(recorder), "KEYS": "train_agent.steps=1 world.test_questions=2"}
+    out = tmp_path / "out"
+    subprocess.run([RECIPES / "seeds.sh", out, "3", "13"], env=environment, check=True)
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    one = ["iterate", "experiment", "experiment"]
+    assert [command for command, *_ in asked] == [*one, *one, "aggregate", "aggregate"]
+    kinds = {"iterate": IterateConfig, "experiment": ExperimentConfig}
+    for (command, flag, recipe, resume, *overrides), seed in zip(asked[:6], (3, 3, 3, 13, 13, 13), strict=True):
+        assert (flag, resume) == ("--config", "--resume")
+        config = load_config(kinds[command], recipe, overrides)
+        assert str(getattr(config, "run", config.out)) == f"{out}/{seed}/loop"
+        if isinstance(config, IterateConfig):
+            assert (config.seed, config.world["seed"], config.train_agent["steps"]) == (seed, 0, 1)
+    for _, resume, flag, folder, *overrides in asked[6:]:
+        assert (resume, flag) == ("--resume", "--out")
+        name = Path(folder).name
+        found = load_config(AggregateConfig, None, overrides, values={"out": folder})
+        assert found.runs == [f"{out}/{seed}/{name}" for seed in (3, 13)]
 
 
 def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:
