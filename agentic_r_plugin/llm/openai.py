@@ -229,8 +229,9 @@ class OpenAIBackend:
                 response = self._client.post(path, json=body)
                 if response.status_code == 200:
                     answer = _json(response)
+                    self._pay(_usage(answer))  # whatever it says, it was paid for
                     parsed = parse(answer)
-                    self._count(_usage(answer), attempt)
+                    self._count(attempt)
                     return parsed
                 problem = f"HTTP {response.status_code}: {response.text[:300]}"
                 if response.status_code in _REFUSALS:
@@ -246,16 +247,22 @@ class OpenAIBackend:
                 time.sleep(wait)
         raise BackendError(f"{self._client.base_url}{path}: {problem} (tried {self._max_retries + 1} times)")
 
-    def _count(self, usage: tuple[int, int, int], attempt: int) -> None:
-        prompt, cached, generated = usage
+    def _count(self, attempt: int) -> None:
         with self._lock:
             self.usage.requests += 1
             self.usage.retried += attempt
+
+    def _pay(self, usage: tuple[int, int, int]) -> None:
+        prompt, cached, generated = usage
+        with self._lock:
             self.usage.prompt_tokens += prompt
             self.usage.cached_tokens += cached
             self.usage.generated_tokens += generated
             paid = (prompt - cached, cached, generated)
             self.usage.usd += sum(tokens * price for tokens, price in zip(paid, self._prices, strict=True)) / 1e6
+
+
+_MISSING = object()
 
 
 class _NotAsAskedError(Exception):
@@ -280,9 +287,11 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(answer: dict[str, Any]) -> str:
-    """Text of a chat completion."""
+    """Text of a chat completion; none where the model was cut while it reasoned, or a filter took it: null."""
     message = _choice(answer).get("message")
-    content = message.get("content") if isinstance(message, dict) else None
+    content = message.get("content", _MISSING) if isinstance(message, dict) else _MISSING
+    if content is None:
+        return ""
     if not isinstance(content, str):
         raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
     return content

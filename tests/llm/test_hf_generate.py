@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from agentic_r_plugin.errors import BackendError
+from agentic_r_plugin.llm import hf_generate
 from agentic_r_plugin.llm.hf_generate import HFGenerator
 from agentic_r_plugin.llm.sampling import StopStrings, sample
 
@@ -67,6 +68,34 @@ def test_greedy_batch_equals_token_by_token_without_cache(
     assert [list(output.token_ids) for output in outputs] == [
         greedy_by_definition(model, prompt, limit) for prompt, limit in zip(batch, limits, strict=True)
     ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prefill_tokens", [8, 100])
+def test_prompts_in_many_passes_over_used_memory_equal_token_by_token(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    prefill_tokens: int,
+    attention: str,
+) -> None:
+    monkeypatch.setattr(hf_generate, "PREFILL_TOKENS", prefill_tokens)
+    model.set_attn_implementation(attention)
+    generator = HFGenerator(model, tokenizer, prefix_cache_tokens=10_000)
+    turn, new = prompts(9, seed=8, low=3, high=60), prompts(9, seed=9, low=5, high=40)
+    try:
+        for _ in range(3):
+            outputs = generator.generate(turn, max_tokens=[6] * 9)
+            written = [list(output.token_ids) for output in outputs]
+            assert written == [greedy_by_definition(model, prompt, 6) for prompt in turn]
+            for layer in generator._cache.batch_layers:  # what is not written or blanked must not be read
+                assert layer._storage is not None
+                with torch.inference_mode():
+                    for states in layer._storage:
+                        states.fill_(torch.nan)
+            turn = [[*prompt, *ids, *tail] for prompt, ids, tail in zip(turn, written, new, strict=True)]
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
 def test_later_turns_reuse_kept_prefixes_and_give_the_same(

@@ -163,6 +163,23 @@ def test_an_answer_that_is_cut_off_is_asked_for_again():
     assert (len(server.requests), made.usage.requests, made.usage.retried) == (3, 1, 2)
 
 
+def test_a_message_without_text_is_an_empty_reply_and_not_asked_again():
+    """As reasoning models give it when they are cut before they answer."""
+    with serve(lambda path, body: (200, {"choices": [{"message": {"content": None}}]})) as server:
+        assert backend(server.url).chat(["hello"], max_tokens=5) == [""]
+    assert len(server.requests) == 1
+
+
+def test_an_answer_that_cannot_be_read_was_paid_for_too():
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    answers = iter([(200, {"choices": [], "usage": usage}), (200, chat("x")[1] | {"usage": usage})])
+    with serve(lambda path, body: next(answers)) as server:
+        made = backend(server.url)
+        assert made.chat(["hello"], max_tokens=5) == ["x"]
+    found = made.usage
+    assert (found.prompt_tokens, found.generated_tokens, found.requests, found.retried) == (14, 6, 1, 1)
+
+
 def test_tokens_are_counted_and_paid_for():
     usage = {"prompt_tokens": 1000, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 400}}
     prices = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_generated_tokens": 10.0}
