@@ -84,15 +84,16 @@ def test_prompts_in_many_passes_over_used_memory_equal_token_by_token(
     generator = HFGenerator(model, tokenizer, prefix_cache_tokens=10_000)
     turn, new = prompts(9, seed=8, low=3, high=60), prompts(9, seed=9, low=5, high=40)
     try:
+        generator.generate(prompts(9, low=150, high=200), max_tokens=[20] * 9)  # no later turn needs more memory
         for _ in range(3):
-            outputs = generator.generate(turn, max_tokens=[6] * 9)
-            written = [list(output.token_ids) for output in outputs]
-            assert written == [greedy_by_definition(model, prompt, 6) for prompt in turn]
             for layer in generator._cache.batch_layers:  # what is not written or blanked must not be read
                 assert layer._storage is not None
                 with torch.inference_mode():
                     for states in layer._storage:
                         states.fill_(torch.nan)
+            outputs = generator.generate(turn, max_tokens=[6] * 9)
+            written = [list(output.token_ids) for output in outputs]
+            assert written == [greedy_by_definition(model, prompt, 6) for prompt in turn]
             turn = [[*prompt, *ids, *tail] for prompt, ids, tail in zip(turn, written, new, strict=True)]
     finally:
         model.set_attn_implementation("sdpa")
