@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin import __version__, components, memory
 from agentic_r_plugin.errors import AgenticRError, ConfigError
@@ -160,21 +160,29 @@ def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: datacl
 def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """Defaults, then the file, then flags, then overrides.
 
-    A configuration with a list field `verl` takes overrides that are not its own fields as verl's.
+    A configuration with a list field `verl` takes overrides that are not its own fields as verl's: `critic` is a field
+    of `train-agent`, `critic.optim.lr` a key of verl.
     """
     from agentic_r_plugin.config import load_config
 
-    own = {field.name for field in dataclasses.fields(config_class)}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for_verl = "verl" in fields
     flags = {
         key.removeprefix("field:"): value
         for key, value in vars(options).items()
         if key.startswith("field:") and value is not None
     }
-    ours = [item for item in overrides if item.partition("=")[0].split(".")[0] in own or "verl" not in own]
     for item in overrides:
-        if "=" not in item:
+        if "=" not in item and not (for_verl and item.startswith("~")):  # Hydra's way to delete a key
             raise ConfigError(f"argument {item!r}: expected key=value")
-    passed_on = [item for item in overrides if item not in ours]
+    hints = get_type_hints(config_class)
+
+    def is_ours(item: str) -> bool:
+        name, _, inner = item.partition("=")[0].partition(".")
+        return name in fields and (not inner or dataclasses.is_dataclass(hints[name]) or get_origin(hints[name]) is dict)
+
+    ours = [item for item in overrides if not for_verl or is_ours(item)]
+    passed_on = [item for item in overrides if for_verl and not is_ours(item)]
     return load_config(
         config_class, options.config, ours, values=flags, append={"verl": passed_on} if passed_on else {}
     )

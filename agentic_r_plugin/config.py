@@ -53,13 +53,24 @@ def load_config(
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value")
-        merged = _merge(merged, OmegaConf.from_dotlist([override]), f"override {override!r}")
+        merged = _merge(merged, _parsed(override), f"override {override!r}")
     for name, items in (append or {}).items():
         merged[name] = [*merged[name], *items]
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_reason(error, cls.__name__)) from error
+
+
+def _parsed(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (YAMLError, OmegaConfBaseException) as error:
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise ConfigError(f"override {override!r}: the value is not YAML: {problem}") from error
 
 
 def _preset(
@@ -95,7 +106,11 @@ def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    if not isinstance(content, DictConfig) or "extends" not in content:
+    if not isinstance(content, DictConfig):
+        raise ConfigError(
+            f"{file}: expected a mapping of settings, found {type(OmegaConf.to_container(content)).__name__}"
+        )
+    if "extends" not in content:
         return content
     parent, chain = (file.parent / str(content.pop("extends"))).resolve(), (*extended_by, file.resolve())
     if parent in chain:
@@ -107,9 +122,13 @@ def _merge(base: Any, update: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(base, update)
     except OmegaConfBaseException as error:
-        reason = str(error).partition("\n")[0]
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}") from error
+        raise ConfigError(_reason(error, source)) from error
+
+
+def _reason(error: OmegaConfBaseException, source: str) -> str:
+    """In one line: where it was given, which key, and why it cannot be."""
+    reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+    return f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}"
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

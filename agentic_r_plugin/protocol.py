@@ -199,11 +199,12 @@ class AgentProtocol:
         """Of a whole trajectory's text: (query, text up to and with its closing tag) of each search, in order.
 
         Searches that were carried out are the closing search tags right before an information block; a last one may end
-        the text. Tags in passages are disarmed, and a correction's tags are not followed by a block.
+        the text. Tags in passages are disarmed. What a correction follows was not carried out, whatever comes next.
         """
         opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
-        block = re.escape(f"\n\n{self.opening(self.information_tag)}")
-        ends = re.finditer(f"{closing}(?=[^<]{{0,{_SPILL}}}?(?:{block}|\\Z))", text)
+        block, correction = re.escape(f"\n\n{self.opening(self.information_tag)}"), re.escape(self.correction)
+        spill = f"[^<]{{0,{_SPILL}}}?"
+        ends = re.finditer(f"{closing}(?!{spill}{correction})(?={spill}(?:{block}|\\Z))", text)
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
 
     def render(self, passages: Sequence[Passage]) -> str:

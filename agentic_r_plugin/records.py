@@ -286,6 +286,13 @@ class Correctness(Record):
     searches: int
     """Searches made after the candidate was shown."""
 
+    def __post_init__(self) -> None:
+        if self.em not in (0, 1) or self.turn < 1 or self.searches < 0:
+            raise RecordError(
+                "expected em 0 or 1, turn from 1, searches from 0; "
+                f"found em {self.em}, turn {self.turn}, searches {self.searches}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group(Record):

@@ -112,13 +112,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     for key in _JSON_COLUMNS & row.keys():
-        if isinstance(row[key], str):
-            row[key] = parse_line(row[key].encode(), path, number)
+        found = row[key]
+        if isinstance(found, str):
+            row[key] = parse_line(found.encode(), path, number)
+        elif found is None:
+            del row[key]
+        elif isinstance(found, list):  # a map
+            row[key] = dict(found)
+        else:  # a struct, which has the keys of all rows
+            row[key] = {name: value for name, value in found.items() if value is not None}
     return row
 
 
 _JSON_COLUMNS = frozenset({"scores", "metadata"})
-"""Fields whose keys are data; Parquet would make every key a column, so they are kept as JSON text."""
+"""Fields whose keys are data. Parquet would make every key a column of every row, so they are kept as JSON text; others'
+files, with a struct or a map, are read as well."""
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:

@@ -142,6 +142,18 @@ def test_a_block_that_leaves_no_room_is_not_appended():
     assert one.response_mask == [1] * len("<search> a </search>")
 
 
+def test_a_malformed_search_is_not_carried_out_whatever_the_model_writes_next():
+    for malformed in ("<search>  </search>", "host of the cup </search>", "<search> </search> \n"):
+        for made_up in ("<information>made up</information>", "\n\n<information>made up</information>"):
+            one = session(max_malformed=2)
+            assert isinstance(write(one, malformed), Retry)
+            asked = write(one, f"{made_up}<search> x </search>")
+            assert isinstance(asked, Search) and asked.query == "x"
+            assert [query for query, _ in compact.searches(one.text)] == ["x"]
+            one.found(passages("p"))
+            assert [query for query, _ in compact.searches(one.text)] == [turn.query for turn in one.turns] == ["x"]
+
+
 def test_a_prefix_counts_as_the_environments_and_keeps_its_searches():
     one = Session(compact, CharacterCodec(), Limits(), "Q?", prefix="<search> a </search>", searches=5)
     one.found(passages("p"))

@@ -7,11 +7,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.records import (
     Candidates,
+    Correctness,
     Group,
     Question,
     Record,
@@ -70,6 +73,28 @@ def test_parquet_columns_keep_their_type_when_the_first_batch_is_empty(tmp_path:
     records = [empty] * 1500 + [other] * 3
     write_records(tmp_path / "t.parquet", records)
     assert list(read_records(tmp_path / "t.parquet", Trajectory)) == records
+
+
+def test_parquet_of_others_is_read_with_a_struct_a_map_or_nothing_where_keys_are_data(tmp_path: Path):
+    scores = [{"a": 3, "b": 100}, {"c": 7}]
+    rows = [{"schema": "relevance/1", "id": "q", "turn": turn, "scores": item} for turn, item in enumerate(scores, 1)]
+    expected = [Relevance(id="q", turn=turn, scores=item) for turn, item in enumerate(scores, 1)]
+    struct = pa.Table.from_pylist(rows)
+    of_map = pa.map_(pa.string(), pa.int64())
+    as_map = struct.set_column(3, "scores", pa.array([list(item.items()) for item in scores], type=of_map))
+    for table in (struct, as_map):
+        pq.write_table(table, tmp_path / "r.parquet")
+        assert list(read_records(tmp_path / "r.parquet", Relevance)) == expected
+    questions = [{"id": "1", "question": "Q", "golden_answers": ["x"], "metadata": item} for item in (None, {"k": 1})]
+    pq.write_table(pa.Table.from_pylist(questions), tmp_path / "q.parquet")
+    assert [item.metadata for item in read_records(tmp_path / "q.parquet", Question)] == [{}, {"k": 1}]
+
+
+def test_a_correctness_out_of_range_is_refused():
+    good = Correctness(id="q", turn=1, passage_id="p", em=1, answer=None, searches=0)
+    for change in ({"em": 7}, {"em": -1}, {"turn": 0}, {"searches": -1}):
+        with pytest.raises(RecordError, match="expected em 0 or 1, turn from 1, searches from 0; found"):
+            replace(good, **change)
 
 
 def test_a_file_without_records_is_read_as_such_in_every_format(tmp_path: Path):

@@ -12,7 +12,7 @@ from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Correctness, Group, Relevance
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_lines, read_records
+from agentic_r_plugin.store import read_lines, read_records, shards
 
 Key = tuple[str, int]
 """(question id, turn)."""
@@ -46,7 +46,7 @@ class Batch:
 def read_examples(
     groups: str | Path, corpus: Corpus, scores: Mapping[Key, Mapping[str, float]] | None = None
 ) -> list[Example]:
-    """All groups of a file.
+    """All groups of a file, or of a folder of shards.
 
     Args:
         scores: of each query's passages, for trainers that learn from scores (`read_scores`).
@@ -58,7 +58,8 @@ def read_examples(
     read: list[Example] = []
     positives: dict[Key, set[int]] = defaultdict(set)
     rows = _Rows(corpus)
-    for number, data in read_lines(groups):
+    lines = ((shard, number, data) for shard in shards(groups) for number, data in read_lines(shard))
+    for shard, number, data in lines:
         try:
             group = Group.from_dict(data)
             if not group.negatives or group.positive in group.negatives:
@@ -67,7 +68,7 @@ def read_examples(
             positive, *negatives = [rows[passage] for passage in passages]
             found = None if scores is None else tuple(_score(scores, key, passage) for passage in passages)
         except RecordError as error:
-            raise RecordError(str(error), path=groups, line=number) from error
+            raise RecordError(str(error), path=shard, line=number) from error
         positives[key].add(positive)
         read.append(
             Example(

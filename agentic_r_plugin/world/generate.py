@@ -14,12 +14,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import CorpusLine, Passage, Question
-from agentic_r_plugin.store import require_absent, write_records
+from agentic_r_plugin.store import read_json, require_absent, write_json, write_records
 from agentic_r_plugin.world.facts import SPLITS, Population, build_facts
 from agentic_r_plugin.world.prose import ProseConfig, write_passages
 from agentic_r_plugin.world.questions import QuestionConfig, write_questions
+
+MANIFEST = "world.json"
+"""The settings of a world, in its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +117,18 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError: no `out`, or a world too small for its questions.
         OutputExistsError: the folder exists; with `resume` a folder that exists is whole, and nothing is done.
+        ManifestMismatchError: with `resume`, the folder holds another world, or no world of this command.
     """
     if not config.out:
         raise ConfigError("world: expected --out DIR")
     folder = Path(config.out) / config.name
+    sizes = {name: value for name, value in to_dict(config).items() if name not in ("out", "name")}
     if resume and folder.exists():
+        found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+        if changed := sorted(name for name, value in sizes.items() if found.get(name) != value):
+            raise ManifestMismatchError(
+                f"{folder}: was written with another {', '.join(changed)}; choose another out or name, or remove it"
+            )
         return
     require_absent(folder)
     world = build_world(config)
@@ -127,6 +138,7 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
         write_records(temporary / "corpus.jsonl", (CorpusLine(id=p.id, contents=p.contents) for p in world.passages))
         for split in SPLITS:
             write_records(temporary / f"{split}.jsonl", world.questions[split])
+        write_json(temporary / MANIFEST, sizes)
         temporary.chmod(0o755)
         temporary.rename(folder)
     finally:

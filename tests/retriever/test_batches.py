@@ -51,6 +51,17 @@ def test_a_wrong_group_is_refused_with_file_and_line(tmp_path, corpus, change, m
         read_examples(write_groups(tmp_path / "g.jsonl", {}, change), Corpus(corpus))
 
 
+def test_a_folder_of_shards_is_read_like_one_file(tmp_path, corpus):
+    (tmp_path / "shards").mkdir()
+    write_groups(tmp_path / "shards" / "0.jsonl", {}, {"positive": "d9"})
+    write_groups(tmp_path / "shards" / "1.jsonl", {"turn": 2, "positive": "d1"})
+    whole = write_groups(tmp_path / "g.jsonl", {}, {"positive": "d9"}, {"turn": 2, "positive": "d1"})
+    assert read_examples(tmp_path / "shards", Corpus(corpus)) == read_examples(whole, Corpus(corpus))
+    write_groups(tmp_path / "shards" / "1.jsonl", {"positive": "gone"})
+    with pytest.raises(RecordError, match=r"shards/1\.jsonl:1: passage 'gone'"):
+        read_examples(tmp_path / "shards", Corpus(corpus))
+
+
 def test_no_groups_is_an_error(tmp_path, corpus):
     with pytest.raises(RecordError, match="no training groups"):
         read_examples(write_groups(tmp_path / "g.jsonl"), Corpus(corpus))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.answers import contains_answer
-from agentic_r_plugin.errors import ConfigError, OutputExistsError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.records import CorpusLine, Passage, Question
 from agentic_r_plugin.store import read_records
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world, run
@@ -147,7 +147,9 @@ def test_existing_output_is_an_error_and_left_as_it_is(tmp_path: Path) -> None:
     before = (tmp_path / "fictional_world" / "corpus.jsonl").read_bytes()
     with pytest.raises(OutputExistsError, match="already exists"):
         run(replace(config, seed=1))
-    run(replace(config, seed=1), resume=True)
+    run(config, resume=True)
+    with pytest.raises(ManifestMismatchError, match="was written with another people, seed; choose"):
+        run(replace(config, seed=1, people=SMALL.people + 1), resume=True)
     assert (tmp_path / "fictional_world" / "corpus.jsonl").read_bytes() == before
 
 
