@@ -179,7 +179,8 @@ def build_config(config_class: type, options: argparse.Namespace, overrides: Seq
 
     def is_ours(item: str) -> bool:
         name, _, inner = item.partition("=")[0].partition(".")
-        return name in fields and (not inner or dataclasses.is_dataclass(hints[name]) or get_origin(hints[name]) is dict)
+        hint = hints.get(name)
+        return name in fields and (not inner or dataclasses.is_dataclass(hint) or get_origin(hint) is dict)
 
     ours = [item for item in overrides if not for_verl or is_ours(item)]
     passed_on = [item for item in overrides if for_verl and not is_ours(item)]

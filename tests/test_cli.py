@@ -104,13 +104,13 @@ def test_an_unknown_key_names_the_key_and_the_file(capsys, tmp_path):
 
 
 def test_keys_of_verl_are_passed_on_and_fields_of_the_command_are_not():
-    given = ["critic.optim.lr=1e-6", "algorithm.gamma=0.9", "~trainer.logger", "limits.max_searches=2", "critic=C"]
-    given += ["actor_rollout_ref.actor.ppo_epochs=2", "algorithm=grpo"]
+    given = ["critic.optim.lr=1e-6", "algorithm.gamma=0.9", "~trainer.logger", "limits.max_searches=2"]
+    given += ["actor_rollout_ref.actor.ppo_epochs=2", "algorithm=ppo", "critic=C"]
     required = ["model=M", "questions=Q", "out=O", "retrieval_url=http://127.0.0.1:1"]
     options, overrides = cli.parse_command("train-agent", TrainAgentConfig, [*required, *given])
     config = cli.build_config(TrainAgentConfig, options, overrides)
-    assert (config.critic, config.algorithm, config.limits.max_searches) == ("C", "grpo", 2)
-    assert sorted(config.verl) == sorted([*given[:3], given[5]])
+    assert (config.critic, config.algorithm, config.limits.max_searches) == ("C", "ppo", 2)
+    assert sorted(config.verl) == sorted([*given[:3], given[4]])
     for wrong in (["critic"], ["~"]):
         with pytest.raises(ConfigError, match="expected key=value"):
             cli.build_config(WorldConfig, *cli.parse_command("world", WorldConfig, wrong))

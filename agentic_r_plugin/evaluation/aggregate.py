@@ -104,12 +104,20 @@ def _check_same(runs: Sequence[_Run]) -> None:
                 f"expected the cells of {first.folder}; not in both: {sorted(missing)[0]}", path=other.folder
             )
         for name in first.cells:
-            if first.scores(name)["id"] != other.scores(name)["id"]:
+            if _questions(first, name) != _questions(other, name):
                 raise RecordError(f"{name}: other questions than in {first.folder}", path=other.folder)
+            differing = [key for key in _KEPT if first.cells[name][key] != other.cells[name][key]]
+            if differing:
+                raise RecordError(f"{name}: another {', '.join(differing)} than in {first.folder}", path=other.folder)
         prints = ("agent_fingerprint", "search_fingerprint")
         of_run = tuple(other.cells[name][key] for name in first.cells for key in prints)
         if (same := made_by.setdefault(of_run, other.folder)) is not other.folder:
             raise RecordError(f"the agents and retrievers are those of {same}: not another seed", path=other.folder)
+
+
+def _questions(run: _Run, name: str) -> tuple[Any, Any]:
+    """Ids and file of a cell's questions; questions of different worlds have the same ids."""
+    return run.scores(name)["id"], run.cells[name].get("made_from", {}).get("questions")
 
 
 def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:

@@ -108,8 +108,16 @@ def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path]
     more = write_run(tmp_path / "more", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:3])
     same = write_run(tmp_path / "same", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
     twin = write_run(tmp_path / "twin", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    world = write_run(tmp_path / "world", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    limited = write_run(tmp_path / "limited", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    for each, change in ((world, {"made_from": {"questions": "others"}}), (limited, {"topk": 5})):
+        matrix = read_json(each / "evaluation" / "matrix.json")
+        matrix["cells"] = [cell | change for cell in matrix["cells"]]
+        write_json(each / "evaluation" / "matrix.json", matrix)
     cases: list[tuple[list[Path], type[AgenticRError], str]] = [
         ([seeds[0], other], RecordError, "other questions than in"),
+        ([seeds[0], world], RecordError, "other questions than in"),
+        ([seeds[0], limited], RecordError, "another topk than in"),
         ([seeds[0], more], RecordError, "not in both: agent-0-retriever-2"),
         ([same, twin], RecordError, "not another seed"),
         ([seeds[0], same, twin], RecordError, "are those of .*same.*: not another seed"),
