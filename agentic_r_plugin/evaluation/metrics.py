@@ -14,9 +14,20 @@ from flashrag.evaluator.metrics import BaseMetric
 
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation.settings import read_settings
+from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3
-"""The paper's agents are shown three passages a search; `answer_recall_at_3` is named after it."""
+"""The paper's agents are shown three passages a search; the recalls at 3 count no more of what was shown."""
+
+DEPTH = 20
+"""Passages of a search that the recalls at 20 count."""
+
+_LAST_TURNS = frozenset({StopReason.ANSWERED.value, StopReason.MAX_TURNS.value, StopReason.SEARCH_FAILED.value})
+"""Ends by a turn that is neither malformed nor a search that was carried out: an answer, or a search that was not."""
+
+Scores = tuple[dict[str, float | None], list[float | None]]
+"""What FlashRAG wants of a metric: means by name, and one score a question."""
 
 
 def mean(scores: Iterable[float | None]) -> float | None:
@@ -54,7 +65,7 @@ class QuestionMetric(BaseMetric):
         """Score of one question; None where the metric says nothing about it."""
         raise NotImplementedError
 
-    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+    def calculate_metric(self, data: Any) -> Scores:
         """FlashRAG's interface: `({name: mean}, one score per question)`."""
         scores = [self.score(item, gold) for item, gold in zip(data, self.get_dataset_answer(data), strict=True)]
         return {self.metric_name: mean(scores)}, scores
@@ -97,7 +108,7 @@ class SearchTurns(QuestionMetric):
 
 
 class AnswerRecall(QuestionMetric):
-    """Share of questions with a gold answer in any passage that the agent was shown; also per search.
+    """Share of questions with a gold answer in the first three passages shown for any search; also per search.
 
     Yes/no questions do not count: their answer is found everywhere.
     """
@@ -116,7 +127,7 @@ class AnswerRecall(QuestionMetric):
             return None
         return float(any(rank is not None for rank in self._ranks(item, golden_answers)))
 
-    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+    def calculate_metric(self, data: Any) -> Scores:
         result, scores = super().calculate_metric(data)
         per_turn = [
             float(rank is not None)
@@ -128,12 +139,25 @@ class AnswerRecall(QuestionMetric):
 
 
 class AnswerRecallAtDepth(AnswerRecall):
-    """The same among the first 20 passages that the retriever finds for the agent's queries (the settings' `depth`)."""
+    """The same among the first 20 passages that the retriever finds for the agent's queries.
+
+    None where the settings' `depth` is below 20: nobody looked so far.
+    """
 
     metric_name = "answer_recall_at_20"
 
     def _ranks(self, item: Any, golden_answers: Sequence[str]) -> list[int | None]:
-        return [row["answer_rank"] for row in item.output["retrieved"]]
+        ranks = [row["answer_rank"] for row in item.output["retrieved"]]
+        return [rank if rank is not None and rank <= DEPTH else None for rank in ranks]
+
+    def calculate_metric(self, data: Any) -> Scores:
+        return _where_looked(self.config, super().calculate_metric(data))
+
+
+def _where_looked(config: Any, found: Scores) -> Scores:
+    """`found`, or None throughout where the settings' `depth` does not reach down to 20."""
+    means, scores = found
+    return found if read_settings(config).depth >= DEPTH else (dict.fromkeys(means), [None] * len(scores))
 
 
 def answer_ranks(rows: Iterable[Sequence[dict[str, str]]], golden_answers: Sequence[str]) -> list[int | None]:
@@ -145,38 +169,44 @@ def answer_ranks(rows: Iterable[Sequence[dict[str, str]]], golden_answers: Seque
 
 
 class GoldDocumentRecall(QuestionMetric):
-    """Share of a question's gold documents (`metadata.gold_doc_ids`) that the agent was shown in any of its searches.
+    """Share of a question's gold documents (`metadata.gold_doc_ids`) in the first three passages shown for any search.
 
-    Multi-hop questions have several; `gold_documents_complete` is the share of questions with all of them shown.
+    Multi-hop questions have several; `gold_documents_complete` is the share of questions with all of them there.
     """
 
     metric_name = "gold_document_recall"
     complete_name = "gold_documents_complete"
 
     def _found(self, item: Any) -> set[str]:
-        return {passage["id"] for turn in trajectory(item)["turns"] for passage in turn["passages"]}
+        return {passage["id"] for turn in trajectory(item)["turns"] for passage in turn["passages"][:SHOWN_TOPK]}
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
         gold = {str(name) for name in (item.metadata or {}).get("gold_doc_ids", ())}
         return len(gold & self._found(item)) / len(gold) if gold else None
 
-    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+    def calculate_metric(self, data: Any) -> Scores:
         result, scores = super().calculate_metric(data)
         return result | {self.complete_name: mean(None if s is None else float(s == 1.0) for s in scores)}, scores
 
 
 class GoldDocumentRecallAtDepth(GoldDocumentRecall):
-    """The same among the first 20 passages that the retriever finds for the agent's queries."""
+    """The same among the first 20 passages that the retriever finds for the agent's queries; None as above."""
 
     metric_name = "gold_document_recall_at_20"
     complete_name = "gold_documents_complete_at_20"
 
     def _found(self, item: Any) -> set[str]:
-        return {name for row in item.output["retrieved"] for name in row["ids"]}
+        return {name for row in item.output["retrieved"] for name in row["ids"][:DEPTH]}
+
+    def calculate_metric(self, data: Any) -> Scores:
+        return _where_looked(self.config, super().calculate_metric(data))
 
 
 class MalformedShare(QuestionMetric):
-    """Share of the agent's turns that were neither a search nor an answer, over all questions together."""
+    """Share of the agent's turns that were neither a search nor an answer, over all questions together.
+
+    A last turn that asks for one search more than the limit allows, or for one that fails, counts as well-formed.
+    """
 
     metric_name = "malformed_share"
 
@@ -185,13 +215,13 @@ class MalformedShare(QuestionMetric):
         """(malformed turns, all turns of the model)."""
         record = trajectory(item)
         malformed = record["malformed_turns"]
-        return malformed, malformed + len(record["turns"]) + int(record["answer"] is not None)
+        return malformed, malformed + len(record["turns"]) + int(record["stop_reason"] in _LAST_TURNS)
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float:
         malformed, turns = self._counts(item)
         return malformed / max(turns, 1)
 
-    def calculate_metric(self, data: Any) -> tuple[dict[str, float | None], list[float | None]]:
+    def calculate_metric(self, data: Any) -> Scores:
         _, scores = super().calculate_metric(data)
         counts = [self._counts(item) for item in data]
         turns = sum(all_turns for _, all_turns in counts)

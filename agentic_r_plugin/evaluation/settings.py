@@ -44,7 +44,7 @@ class AgenticRSettings:
     protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as the agent folder says"})
     limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ from it"})
     topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as the agent folder"})
-    depth: int = field(default=20, metadata={"help": "passages looked at for recall at depth; 0 switches it off"})
+    depth: int = field(default=20, metadata={"help": "passages looked at for recall at 20; less, such as 0: none"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
     top_p: float = field(default=1.0, metadata={"help": "nucleus of the sampled tokens"})
     seed: int | None = field(default=None, metadata={"help": "seed of sampling"})

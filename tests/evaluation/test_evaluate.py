@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatchError, OutputExistsError
-from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
+from agentic_r_plugin.evaluation.report_results import columns
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.search.backends import BM25Backend
@@ -271,6 +273,18 @@ def test_a_cell_holds_trajectories_scores_and_result(tmp_path: Path) -> None:
     assert read_json(folder / "scores.json")["search_turns"] == [2.0] * 6
     assert result["metrics"]["agentic_em"]["mean"] == 1.0
     assert result["cost"]["searches"] == 12
+
+
+def test_recall_at_a_depth_that_is_switched_off_is_a_dash_in_every_table(tmp_path: Path) -> None:
+    result = run_rule(tmp_path, rule_cell(tmp_path, "bm25", depth=0), RuleAgent())
+    assert result["metrics"]["answer_recall_at_20"] == result["metrics"]["gold_document_recall_at_20"] == {"mean": None}
+    assert "bm25,answer_recall_at_20,,,,6" in csv_table([result])
+    assert not {"answer recall@20", "gold recall@20"} & {column.title for column in columns([result])}
+    deep = run_rule(tmp_path, rule_cell(tmp_path, "deep"), RuleAgent())
+    write_matrix(config(tmp_path, tmp_path), [result, deep], tmp_path / "out")
+    report.run(report.ReportConfig(run=str(tmp_path / "out")))
+    row = re.search(r"<tr.*?</tr>", (tmp_path / "out" / "report.html").read_text().partition("<tbody>")[2], re.DOTALL)
+    assert row is not None and row[0].count(">–</td>") == 2
 
 
 def test_an_interrupted_cell_goes_on_by_question_and_counts_its_cost_once(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def rows() -> list[dict[str, Any]]:
             {"gold_document_recall_at_20": 1.0, "gold_documents_complete_at_20": 1.0},
             [1.0, 1.0, None],
         ),
-        ("malformed_share", {"malformed_share": 3 / 7}, [0.0, 0.75, 0.0]),
+        ("malformed_share", {"malformed_share": 3 / 8}, [0.0, 0.75, 0.0]),
         ("generated_tokens", {"generated_tokens": 20.0}, [10.0, 10.0, 40.0]),
     ],
 )
@@ -137,6 +137,33 @@ def test_metrics_of_hand_made_trajectories_are_exact(
 ) -> None:
     config = flashrag_config(tmp_path)
     assert calculate(config, name, dataset(config, rows())) == (result, scores)
+
+
+def test_a_turn_that_asks_for_one_search_too_many_is_a_turn_of_the_agent(tmp_path: Path) -> None:
+    config = flashrag_config(tmp_path)
+    ended = answered([["1"]], [["no"]], answer=None, malformed_turns=1, stop_reason="max_turns")
+    found = calculate(config, "malformed_share", dataset(config, [{"golden_answers": ["x"], "output": ended}]))
+    assert found == ({"malformed_share": 1 / 3}, [1 / 3])
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+@pytest.mark.parametrize("name", ["answer_recall_at_20", "gold_document_recall_at_20"])
+def test_recall_at_20_is_none_where_nobody_looked_at_20(tmp_path: Path, name: str, depth: int) -> None:
+    config = flashrag_config(tmp_path, agentic_r={"depth": depth})
+    means, scores = calculate(config, name, dataset(config, rows()))
+    assert set(means.values()) == {None} and len(means) == 2 and scores == [None] * 3
+
+
+def test_recalls_count_no_more_passages_than_their_names_say(tmp_path: Path) -> None:
+    config = flashrag_config(tmp_path, agentic_r={"depth": 30, "topk": 5})
+    output = answered([["1", "7", "8", "2", "9"]], [["no", "no", "no", "In Rome.", "no"]])
+    output["retrieved"] = [{"ids": [str(i) for i in range(1, 31)], "answer_rank": 21}]
+    row = {"golden_answers": ["Rome"], "metadata": {"gold_doc_ids": ["1", "2", "20", "21"]}, "output": output}
+    found = {
+        name: calculate(config, name, dataset(config, [row]))[0][name]
+        for name in ("answer_recall_at_3", "answer_recall_at_20", "gold_document_recall", "gold_document_recall_at_20")
+    }
+    assert list(found.values()) == [0.0, 0.0, 0.25, 0.75]
 
 
 def test_a_metric_without_any_question_to_speak_of_is_none(tmp_path: Path) -> None:
