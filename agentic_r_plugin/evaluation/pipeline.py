@@ -238,6 +238,8 @@ def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
 def load_split(config: Any, split: str) -> Any:
     """One split through FlashRAG's `get_dataset`, checked line by line first.
 
+    FlashRAG takes a sample only of splits called test, val, dev or train; here every split's is taken, in the same way.
+
     Raises:
         ConfigError: the split has no file (FlashRAG gives None), or fewer questions than the sample asked for.
         RecordError: a broken line, a question without gold answers, an id that occurs twice; file and line.
@@ -250,6 +252,10 @@ def load_split(config: Any, split: str) -> Any:
         dataset = get_dataset(config)[split]
     except ValueError as error:
         raise RecordError(f"FlashRAG cannot read it: {error} (it takes no empty lines)", path=file) from error
+    sample = config["test_sample_num"]
+    if dataset is not None and sample is not None and len(dataset) > int(sample):
+        everything = dataset.data
+        dataset.data = random.sample(everything, int(sample)) if config["random_sample"] else everything[: int(sample)]
     if dataset is None or len(dataset) == 0:
         raise ConfigError(f"{file}: FlashRAG loaded no question from it")
     return dataset

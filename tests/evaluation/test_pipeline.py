@@ -150,6 +150,15 @@ def test_samples_are_the_first_or_seeded_random_questions(tmp_path: Path) -> Non
         load_split(flashrag_config(tmp_path, test_sample_num=7), "test")
 
 
+@pytest.mark.parametrize("random_sample", [False, True])
+def test_a_split_of_any_name_gives_the_same_sample(tmp_path: Path, random_sample: bool) -> None:
+    home = write_benchmark(tmp_path)
+    (home / "validation.jsonl").write_bytes((home / "test.jsonl").read_bytes())
+    config = flashrag_config(tmp_path, test_sample_num=3, random_sample=random_sample, seed=1)
+    found, expected = (load_split(config, name).id for name in ("validation", "test"))
+    assert found == expected and len(found) == 3
+
+
 @pytest.mark.parametrize("key", ["topkk", "limits.max_search", "agent.modell"])
 def test_an_unknown_key_below_our_settings_is_an_error(tmp_path: Path, key: str) -> None:
     write_benchmark(tmp_path)
