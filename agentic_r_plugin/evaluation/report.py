@@ -232,7 +232,7 @@ def _provenance(run: RunFolder) -> list[tuple[str, str]]:
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     present = (
         ("results", "Results", content["cells"]),
-        ("effects", "Effects", content["effects"]),
+        ("effects", "Effects", content["effects"] or content["comparisons"]),
         ("benchmarks", "Benchmarks", content["overview"]),
         ("matrix", "Matrix", content["heatmaps"]),
         ("breakdown", "By kind", content["breakdowns"]),

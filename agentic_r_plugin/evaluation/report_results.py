@@ -115,9 +115,13 @@ class Effect:
 def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
     """Of a loop: what every iteration gave, by agent, by retriever and by both. Else: everything against the first."""
     agents, retrievers = _names(cells)
-    rounds = _rounds(agents), _rounds(retrievers)
-    steps = _loop_steps(*rounds) if rounds[0] and rounds[1] else _baseline_steps(agents, retrievers)
-    return [effect for effect in _effects(run, cells, steps) if effect.differences]
+    for steps in (
+        _loop_steps(_rounds(agents, "agent"), _rounds(retrievers, "retriever")),
+        _baseline_steps(agents, retrievers),
+    ):
+        if found := [effect for effect in _effects(run, cells, steps) if effect.differences]:
+            return found
+    return []
 
 
 def headlines(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
@@ -152,29 +156,27 @@ def _effects(run: RunFolder, cells: Sequence[Cell], steps: Sequence[Step] | Iter
     ]
 
 
-def _rounds(names: Sequence[str]) -> dict[int, str]:
-    """Names by their number, where all are called alike but for it; else nothing.
+def _rounds(names: Sequence[str], stem: str) -> dict[int, str]:
+    """Names by their number, where all are the loop's own, `STEM-NUMBER`; else nothing.
 
-    >>> _rounds(["agent-0", "agent-2"]), _rounds(["e5", "bge"])
+    >>> _rounds(["agent-0", "agent-2"], "agent"), _rounds(["agent-2-max-1", "agent-2-max-2"], "agent")
     ({0: 'agent-0', 2: 'agent-2'}, {})
     """
-    found = [re.fullmatch(r"(.*?\D)(\d+)", name) for name in names]
-    stems = {match[1] if match else None for match in found}
-    return {int(match[2]): name for match, name in zip(found, names, strict=True) if match} if len(stems) == 1 else {}
+    found = {name: re.fullmatch(rf"{stem}-(\d+)", name) for name in names}
+    return {int(match[1]): name for name, match in found.items() if match} if all(found.values()) else {}
 
 
 def _loop_steps(agents: Mapping[int, str], retrievers: Mapping[int, str]) -> Iterator[Step]:
-    last = max(agents)
-    for k in range(min(agents) + 1, last + 1):
-        old, new = k - 1, k
-        if not {old, new} <= agents.keys() & retrievers.keys():
-            continue
-        group, middle = f"iteration {k}", (agents[new], retrievers[old])
+    shared = agents.keys() & retrievers.keys()
+    iterations = [k for k in sorted(shared) if k - 1 in shared]
+    for new in iterations:
+        old = new - 1
+        group, middle = f"iteration {new}", (agents[new], retrievers[old])
         yield group, "agent", (agents[old], retrievers[old]), middle
         yield group, "retriever", middle, (agents[new], retrievers[new])
         yield group, "both", (agents[old], retrievers[old]), (agents[new], retrievers[new])
-    if len(agents) > 2:
-        first, end = (agents[min(agents)], retrievers[min(retrievers)]), (agents[last], retrievers[max(retrievers)])
+    if iterations and len(agents) > 2:
+        first, end = ((agents[pick(agents)], retrievers[pick(retrievers)]) for pick in (min, max))
         yield "first to last", "agent", first, (end[0], first[1])
         yield "first to last", "retriever", (end[0], first[1]), end
         yield "first to last", "both", first, end

@@ -153,6 +153,50 @@ def test_other_names_are_compared_with_the_first(several: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("agents", "retrievers", "groups"),
+    [
+        (["agent-1"], ["retriever-0", "retriever-1"], ["against retriever-0"]),
+        (["agent-0", "agent-1", "agent-2"], ["retriever-0"], ["against agent-0"] * 2),
+        ([f"agent-2-max-{n}" for n in (1, 2)], ["retriever-1", "retriever-2"], None),
+        (["agent-0", "agent-1"], ["bm25-0", "bm25-1"], None),
+    ],
+)
+def test_only_rounds_of_the_loop_are_iterations(
+    tmp_path: Path, agents: list[str], retrievers: list[str], groups: list[str] | None
+) -> None:
+    folder = write_run(tmp_path / "run", num_questions=12, agents=agents, retrievers=retrievers)
+    read = read_run(folder)
+    found = report_results.effects(read, read.cells)
+    expected = [f"against {retrievers[0]}"] * 2 + [f"against {agents[0]}"] * 2
+    assert [effect.group for effect in found] == (expected if groups is None else groups)
+    run(ReportConfig(run=str(folder)))
+    assert "What every change gave" in page(folder).text and "comparisons of the evaluation" in page(folder).text
+    assert "### What every change gave" in (folder / "report.md").read_text()
+
+
+def test_comparisons_are_shown_where_no_change_stands_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_questions=12, agents=["a", "b"], retrievers=["x", "y", "z"])
+    file = folder / "evaluation" / "matrix.json"
+    matrix = json.loads(file.read_text())
+    matrix["cells"] = [cell for cell in matrix["cells"] if (cell["agent"], cell["retriever"]) in CHOSEN]
+    matrix["comparisons"] = [
+        item
+        for item in matrix["comparisons"]
+        if all((item[side]["agent"], item[side]["retriever"]) in CHOSEN for side in ("first", "second"))
+    ]
+    file.write_text(json.dumps(matrix))
+    read = read_run(folder)
+    assert report_results.effects(read, read.cells) == []
+    run(ReportConfig(run=str(folder)))
+    found = page(folder)
+    assert "All 2 comparisons of the evaluation" in found.text and "#effects" in found.references
+    assert found.open == []
+
+
+CHOSEN = {("a", "x"), ("b", "y"), ("b", "z")}
+
+
 def test_the_papers_figures_stand_beside_ours_where_it_has_the_benchmark(several: Path, finished: Path) -> None:
     cells = json.loads((several / "evaluation" / "matrix.json").read_text())["cells"]
     table = report_results.overview(cells)
