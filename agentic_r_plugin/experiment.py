@@ -22,14 +22,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.matrix import markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
-from agentic_r_plugin.records import Candidates, Group, Relevance
+from agentic_r_plugin.records import Group, Relevance
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import (
@@ -123,7 +123,7 @@ class Experiment:
                 self._of_run(plan.of_run, "retriever")
             elif not (plan.model or plan.bm25):
                 for file in ("candidates", "relevance", "correctness", "groups"):
-                    if not (self.data / f"{file}.jsonl").is_file():
+                    if not (self.data / f"{file}.jsonl").exists():
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
                 self._groups_config(plan, {}, Path("x"))
                 self._train_config(plan, Path("x"), Path("x"))
@@ -138,13 +138,13 @@ class Experiment:
 
     def gather_benchmarks(self) -> None:
         """All benchmarks below one folder: linked, or generated."""
-        given = {self.main: str(self.loop.benchmark), **self.config.benchmarks}
-        for name, folder in given.items():
+        given = {name: Path(folder) for name, folder in self.config.benchmarks.items()}
+        for name, folder in ({self.main: self.loop.benchmark} | self._evaluated_by_run() | given).items():
             target = self._benchmark(name)
             target.mkdir(parents=True, exist_ok=True)
-            own = Path(folder) / "corpus.jsonl"
-            _link(target / "corpus.jsonl", own if own.is_file() else self.loop.corpus)
-            for file in Path(folder).glob("*.jsonl"):
+            own = folder / "corpus.jsonl"
+            _link(target / "corpus.jsonl", own if name != self.main and own.is_file() else self.loop.corpus)
+            for file in folder.glob("*.jsonl"):
                 if file.name != "corpus.jsonl":
                     _link(target / file.name, file)
         for name in self.config.worlds:
@@ -158,8 +158,16 @@ class Experiment:
     def _benchmark(self, name: str) -> Path:
         return self.out / "benchmarks" / name
 
+    def _evaluated_by_run(self) -> dict[str, Path]:
+        """The benchmarks that the run itself is evaluated on, where it says so."""
+        own = self.loop.config.evaluate
+        folder = Path(own.get("data_dir", self.loop.benchmark.parent))
+        return {name: folder / name for name in own.get("benchmarks", []) if name != self.main}
+
     def _benchmarks(self) -> list[str]:
-        return [self.main, *self.config.benchmarks, *self.config.worlds]
+        """Those that are compared on."""
+        of_run = self.loop.config.evaluate.get("benchmarks", [self.main])
+        return list(dict.fromkeys([*of_run, *self.config.benchmarks, *self.config.worlds]))
 
     # --- retrievers
 
@@ -169,22 +177,29 @@ class Experiment:
         if plan.bm25:
             return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
         model = plan.model or (self._of_run(plan.of_run, "retriever") if plan.of_run else self._train(name, plan))
-        for benchmark in self._benchmarks():
+        for benchmark in dict.fromkeys([self.main, *self._benchmarks()]):
             self._index(name, model, benchmark, of_run=plan.of_run)
         return str(self.out / "index" / name / "{benchmark}")
 
     def _index(self, name: str, model: str, benchmark: str, *, of_run: str = "") -> Path:
-        """The benchmark's corpus under a retriever; the run's own index where it still stands for itself."""
+        """The benchmark's corpus under a retriever; the run's own index where it still stands for itself.
+
+        Benchmarks over the corpus of the run's own share its index.
+        """
         out = self.out / "index" / name / benchmark
         corpus = self._benchmark(benchmark) / "corpus.jsonl"
+        if benchmark != self.main and corpus.resolve() == (self._benchmark(self.main) / "corpus.jsonl").resolve():
+            _link(out, self.out / "index" / name / self.main)
+            return out
         built = self.run / f"iteration-{of_run.rpartition('-')[2]}" / "index"
         linked = out.is_symlink() or (bool(of_run) and not out.exists() and _stands(built, model))
         if linked and benchmark == self.main:
             out.parent.mkdir(parents=True, exist_ok=True)
             _link(out, built)
             return out
+        own = self.loop.config.index if of_run else _without_retriever_settings(self.loop.config.index)
         values = {"corpus": str(corpus), "retriever": model, "out": str(out)}
-        index.run(load_config(index.IndexConfig, values=self.loop.config.index | values), resume=True)
+        index.run(load_config(index.IndexConfig, values=own | values), resume=True)
         return out
 
     def _train(self, name: str, plan: RetrieverPlan) -> str:
@@ -291,8 +306,9 @@ class Experiment:
             "searches": dict(searches),
             "settings": self.loop.protocol_settings() | {"agent": self.loop.config.llm},
         }
-        values |= {**self.config.evaluate, **given, "out": str(self.out / folder)}
-        return load_config(evaluate.EvaluateConfig, values=values)
+        of_run = {key: value for key, value in self.loop.config.evaluate.items() if key not in _OF_THE_MATRIX}
+        values = merged(merged(values, of_run), self.config.evaluate)
+        return load_config(evaluate.EvaluateConfig, values={**values, **given, "out": str(self.out / folder)})
 
     def find_stop(self, searches: Mapping[str, str]) -> None:
         """Where the loop should have stopped, told on a split that is not the test's; `stop_rule.json`.
@@ -308,7 +324,7 @@ class Experiment:
 
     def _stop_config(self, searches: Mapping[str, str]) -> evaluate.EvaluateConfig:
         cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
-        given = {"benchmarks": [self.main], "split": self.config.stop_rule, "cells": cells}
+        given = {"benchmarks": [self.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
         return self._evaluate_config(searches, given, "stop_rule")
 
     def _rounds(self) -> list[int]:
@@ -344,7 +360,7 @@ class Experiment:
         print(text, flush=True)
 
     def _made_from(self, name: str) -> dict[str, Any]:
-        """Groups, the share of all queries with the run's positive (or, as there, with none), and the rollouts."""
+        """Groups, rollouts, and of the queries with a positive here or in the run the share where it is the same."""
         plan = self.config.plan(name)
         own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
         if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
@@ -352,7 +368,7 @@ class Experiment:
         home = self.out / "retrievers" / name
         own = home / "groups.jsonl" if plan.regroups else self.data / "groups.jsonl"
         positives, wanted = _positives(own), _positives(self.data / "groups.jsonl")
-        queries = [record.key for record in read_records(self.data / "candidates.jsonl", Candidates)]
+        queries = positives.keys() | wanted.keys()
         paid = {"exhaustive": self.out, "sampled": home, "pruned": self.data}
         kind = "exhaustive" if plan.exhaustive else "sampled" if plan.sampled else "pruned"
         judged = plan.groups.get("use_correctness", True)
@@ -362,6 +378,15 @@ class Experiment:
             "same_positive": sum(positives.get(key) == wanted.get(key) for key in queries) / max(len(queries), 1),
             "rollouts": report["rollouts"],
         }
+
+
+_OF_THE_MATRIX = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
+"""Settings of the run's own evaluation that an experiment has of its own."""
+
+
+def _without_retriever_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """An index section for another retriever than the run's: what that one recorded of itself holds."""
+    return {key: value for key, value in section.items() if key not in ("preset", "formulation", "max_length")}
 
 
 def _positives(file: Path) -> dict[tuple[str, int], list[str]]:

@@ -32,7 +32,7 @@ from agentic_r_plugin.retriever.batches import Example, read_examples
 from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.dev import measure
 from agentic_r_plugin.retriever.presets import initial_retriever
-from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
+from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run_apart
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import dump_line, read_json, read_lines, write_json
 
@@ -77,7 +77,8 @@ def run_cell(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         retriever = initial_retriever(config)
         trained: dict[str, Any] = {}
     else:
-        folder = train(config, resume=True)
+        run_apart(config)  # its memory is given back, and its peak is its own
+        folder = Path(config.out)
         retriever = Retriever.load(folder, precision=config.precision)
         steps = [line for _, line in read_lines(folder / "metrics.jsonl") if "seconds" in line]
         trained = {

@@ -21,7 +21,7 @@ from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
-from agentic_r_plugin.search import server
+from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
@@ -213,6 +213,28 @@ def test_rollouts_share_one_retrieval_service_as_in_the_loop(
     assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
 
 
+def test_without_relevance_the_groups_come_from_the_correctness_of_every_candidate(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"exhaustive": True, "groups": {"use_relevance": False}}
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"x": plan}))
+    queries = list(read_records(finished / "iteration-1" / "data" / "candidates.jsonl", Candidates))
+    right = {
+        query.key: f"p{5 - place}" for place, query in enumerate(queries)
+    }  # irrelevant, and never rolled out by the run
+    outcomes = [
+        Correctness(
+            id=query.id, turn=1, passage_id=passage.id, em=int(passage.id == right[query.key]), answer=None, searches=0
+        )
+        for query in queries
+        for passage in query.passages
+    ]
+    write_records(tmp_path / "correctness.jsonl", outcomes)
+    monkeypatch.setattr(made, "_roll_out", lambda home, plan, relevance: tmp_path / "correctness.jsonl")
+    found = made._regroup(tmp_path / "home", made.config.plan("x"))
+    assert {(group.id, group.turn): group.positive for group in read_records(found, Group)} == right
+
+
 def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
     drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
     file = tmp_path / "relevance.jsonl"
@@ -264,6 +286,58 @@ def test_a_retriever_is_trained_from_the_start_and_with_the_seed_of_the_loop(
     scored = {"train": {"trainer": "replug"}}
     found = made._train_config(load_config(RetrieverPlan, values=scored), Path("groups.jsonl"), tmp_path / "x")
     assert found.relevance == str(moved / "iteration-2" / "data" / "relevance.jsonl")
+
+
+def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished: Path, tmp_path: Path) -> None:
+    for name in ("musique", "nq"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "test.jsonl").write_bytes(b"")
+    (tmp_path / "data" / "nq" / "corpus.jsonl").write_bytes(b"of its own")
+    of_run = {
+        "data_dir": str(tmp_path / "data"), "benchmarks": ["musique", "nq"], "splits": {"nq": "dev"},
+        "cells": ["agent-1:retriever-1"], "settings": {"depth": 30, "agent": {"dtype": "float16"}}, "first": 5,
+    }  # fmt: skip
+    run_config = load_config(IterateConfig, finished / "config.yaml", values={"evaluate": of_run})
+    save_config(run_config, (tmp_path / "run" / "config.yaml"))
+    (tmp_path / "run" / "iteration-1").symlink_to(finished / "iteration-1")
+    made = Experiment(
+        experiment(
+            tmp_path / "run", tmp_path / "out", retrievers={"retriever-1": {"of_run": "retriever-1"}},
+            evaluate={"settings": {"batch_size": 7}, "first": 3},
+        )
+    )  # fmt: skip
+    found = made._evaluate_config({"retriever-1": "x"}, {}, "evaluation")
+    settings = found.settings
+    assert (settings.depth, settings.batch_size, settings.protocol, settings.agent.dtype) == (
+        30,
+        7,
+        "compact",
+        "float16",
+    )
+    assert settings.limits.max_searches == LIMITS["max_searches"]
+    assert (found.benchmarks, found.splits, found.first, found.cells) == (["musique", "nq"], {"nq": "dev"}, 3, [])
+    made.gather_benchmarks()
+    home = tmp_path / "out" / "benchmarks"
+    assert Path(found.data_dir) == home and (home / "nq" / "corpus.jsonl").read_bytes() == b"of its own"
+    assert (home / "musique" / "corpus.jsonl").resolve() == (home / "toy" / "corpus.jsonl").resolve()
+    built = tmp_path / "out" / "index" / "retriever-1" / "toy"
+    built.mkdir(parents=True)
+    assert made._index("retriever-1", "x", "musique").resolve() == built.resolve()
+    deciding = Experiment(replace(made.config, stop_rule="dev"))._stop_config({"retriever-1": "x"})
+    assert (deciding.benchmarks, deciding.split, deciding.splits) == (["toy"], "dev", {})
+
+
+def test_another_retriever_is_indexed_with_its_own_settings(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
+    made.loop.config.index.update({"formulation": "question_query", "max_length": 9, "shard_size": 3})
+    indexed: list[Any] = []
+    monkeypatch.setattr(index, "run", lambda config, resume: indexed.append(config))
+    made._index("of_run", "x", "toy", of_run="retriever-1")
+    made._index("trained", "x", "toy")
+    found = [(config.formulation, config.max_length, config.shard_size) for config in indexed]
+    assert found == [("question_query", 9, 3), (None, None, 3)]
 
 
 def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Path) -> None:
