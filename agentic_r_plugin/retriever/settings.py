@@ -17,7 +17,10 @@ ORDERS = ("shuffled", "questions")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRetrieverConfig:
-    """Settings of `agentic-r train-retriever`; the defaults are the paper's."""
+    """Settings of `agentic-r train-retriever`; the defaults are the paper's.
+
+    But for gradient checkpointing, which is off: gradient caching bounds the memory instead, with the same gradients.
+    """
 
     groups: str = field(metadata={"help": "training groups (agentic-r groups)"})
     corpus: str = field(metadata={"help": "corpus the groups' passages are in"})

@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--flashrag-batch", type=int, default=64)
     args = parser.parse_args()
+    if "AGENTIC_R_DATA" not in os.environ:
+        parser.error("AGENTIC_R_DATA: expected the folder that holds hotpotqa/corpus.jsonl")
     data = Path(os.environ["AGENTIC_R_DATA"]) / "hotpotqa"
     model = resolve("builtin:minilm")
     lines = (data / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
