@@ -28,11 +28,12 @@ from weakref import WeakKeyDictionary
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from agentic_r_plugin import components
-from agentic_r_plugin.errors import BackendError, SearchError
+from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Search, Session
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
+from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.client import RetrievalClient
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class SearchAgentLoop(AgentLoopBase):
         protocol: name of a registered agent protocol.
         limits: fields of `protocol.Limits`.
         retrieval_url: the retrieval service.
+        retrieval_token_env: environment variable that holds the service's token; empty: it wants none. The value is
+            read here, in the Ray worker: a runtime environment would carry it into Ray's and verl's logs.
         topk: passages shown for a search.
         max_concurrent_searches: searches under way at once in one agent-loop worker.
         search_timeout_s: limit of one attempt of a search.
@@ -67,6 +70,9 @@ class SearchAgentLoop(AgentLoopBase):
         mask_observations: off, the ablation: also what the environment wrote is trained on.
         seed: base of each request's own sampling seed; None leaves the draw to the engine. With a seed, a step that is
             done again after a resume draws the same tokens.
+
+    Raises:
+        ConfigError: the token's variable is not set in this Ray worker.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class SearchAgentLoop(AgentLoopBase):
         protocol: str,
         limits: Mapping[str, int],
         retrieval_url: str,
+        retrieval_token_env: str = "",
         topk: int = 3,
         max_concurrent_searches: int = 64,
         search_timeout_s: float = 60.0,
@@ -89,7 +96,7 @@ class SearchAgentLoop(AgentLoopBase):
         self.codec = TokenizerCodec(self.tokenizer)
         self.topk, self.seed, self.mask_observations = topk, seed, mask_observations
         self.client, self.searching = _shared_client(
-            retrieval_url, max_concurrent_searches, search_timeout_s, search_retries
+            retrieval_url, _token(retrieval_token_env), max_concurrent_searches, search_timeout_s, search_retries
         )
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
@@ -161,14 +168,24 @@ _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Any, ...], tup
 )
 
 
+def _token(variable: str) -> str | None:
+    try:
+        return token_from_env(variable)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. Workers of a Ray cluster have the environment of `ray start`: export {variable} before it, on "
+            "every machine"
+        ) from error
+
+
 def _shared_client(
-    url: str, concurrency: int, timeout_s: float, retries: int
+    url: str, token: str | None, concurrency: int, timeout_s: float, retries: int
 ) -> tuple[RetrievalClient, asyncio.Semaphore]:
     """One connection pool and one limit per worker process (event loop), for all its trajectories."""
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
-    key = (url, concurrency, timeout_s, retries)
+    key = (url, token, concurrency, timeout_s, retries)
     if key not in clients:
-        client = RetrievalClient(url, timeout_s=timeout_s, retries=retries, max_connections=concurrency)
+        client = RetrievalClient(url, timeout_s=timeout_s, retries=retries, max_connections=concurrency, token=token)
         clients[key] = (client, asyncio.Semaphore(concurrency))
     return clients[key]
 

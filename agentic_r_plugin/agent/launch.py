@@ -35,9 +35,9 @@ from agentic_r_plugin.store import read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
-_FREE = ("out", "retrieval_url", "steps", "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step",
-         "threads", "max_concurrent_searches", "max_failed_search_share", "search_timeout_s", "search_retries",
-         "stability", "loggers", "dry_run", "device_memory_gb")  # fmt: skip
+_FREE = ("out", "retrieval_url", "retrieval_token_env", "steps", "save_every", "keep_checkpoints", "validate_every",
+         "rollouts_per_step", "threads", "max_concurrent_searches", "max_failed_search_share", "search_timeout_s",
+         "search_retries", "stability", "loggers", "dry_run", "device_memory_gb")  # fmt: skip
 """Fields that may change between a run and its resumption."""
 
 _LOG_TAIL_LINES = 25
@@ -48,7 +48,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
     Raises:
         ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
-        SearchUnavailableError: the retrieval service does not answer; nothing is written then.
+        SearchError: the retrieval service does not answer, or refuses to search; nothing is written then.
         OutputExistsError: the run folder exists, without `resume`; or it holds something else than a training.
         ManifestMismatchError: the run folder is another run's, or another process is writing it.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.

@@ -16,6 +16,7 @@ from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
+from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.store import file_fingerprint
@@ -43,13 +44,13 @@ def prepare(config: TrainAgentConfig) -> Prepared:
 
     Raises:
         ConfigError, RecordError: impossible settings, missing or broken files.
-        SearchUnavailableError: the retrieval service does not answer.
+        SearchError: the retrieval service does not answer, or refuses to search.
     """
     protocol = components.load("agent_protocol", config.protocol)
     questions = training_questions(config)
     validation = validation_questions(config)
     check_model(Path(config.model))
-    check_service(config)
+    check_service(config, probe=questions[0].question.question)
     lengths = dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec(config.model), config.limits)
     composed, environment = compose(config, num_questions=len(questions), prompt_lengths=lengths)
     return Prepared(
@@ -112,31 +113,38 @@ def codec(model: str) -> Codec:
         raise ConfigError(f"model: the tokenizer of {model} cannot be loaded: {error}") from error
 
 
-def check_service(config: TrainAgentConfig, *, probe: str = "") -> str:
-    """Ask the retrieval service how it is, and for passages where a `probe` query is given.
+def check_service(config: TrainAgentConfig, *, probe: str) -> str:
+    """Ask the retrieval service how it is, and for passages: `/health` answers also whom a search is refused.
 
     Returns:
         What it says of itself.
 
     Raises:
-        ConfigError: an address that other machines cannot reach.
+        ConfigError: an address that other machines cannot reach; the token's variable is not set.
         SearchError: it does not answer, refuses, or finds fewer passages than `topk`.
     """
-    client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10)
+    token = token_from_env(config.retrieval_token_env)
+    client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10, token=token)
     host = httpx.URL(client.url).host
     if config.nodes + config.rollout_nodes > 1 and host in _LOOPBACK:
         raise ConfigError(
             f"retrieval_url={config.retrieval_url}: the other machines cannot reach a loopback address; give one that "
-            "all of them reach"
+            "all of them reach (serve host=0.0.0.0 token_env=NAME, and retrieval_token_env=NAME here)"
         )
     try:
         health = client.health()
-        if probe:
-            (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
-            if len(found) < config.topk:
-                raise SearchError(f"{client.url}: asked for {config.topk} passages, found {len(found)}")
+        (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
+    except SearchError as error:
+        if "HTTP 401" not in str(error):
+            raise
+        told = f"the one in {config.retrieval_token_env} is another" if token else "none is given"
+        raise SearchError(
+            f"{error}: the service wants its token, {told}; set retrieval_token_env to the variable that holds it"
+        ) from error
     finally:
         client.close()
+    if len(found) < config.topk:
+        raise SearchError(f"{client.url}: asked for {config.topk} passages, found {len(found)}")
     return f"{client.url}, fingerprint {health.get('fingerprint', 'unknown')}"
 
 

@@ -40,6 +40,9 @@ class TrainAgentConfig:
     model: str = _help("folder of the agent to start from (Hugging Face format)", default=MISSING)
     questions: str = _help("training questions (FlashRAG jsonl)", default=MISSING)
     retrieval_url: str = _help("address of the retrieval service", default=MISSING)
+    retrieval_token_env: str = _help(
+        "environment variable that holds the service's token; workers of a Ray cluster need it, too", default=""
+    )
     out: str = _help("folder of the run; the trained agent is written to OUT/agent", default=MISSING)
     validation: str | None = _help("questions to validate on; none: no validation", default=None)
     validation_questions: int = _help(

@@ -32,6 +32,7 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
         "protocol": config.protocol,
         "limits": asdict(config.limits),
         "retrieval_url": config.retrieval_url,
+        "retrieval_token_env": config.retrieval_token_env,
         "topk": config.topk,
         "max_concurrent_searches": config.max_concurrent_searches,
         "search_timeout_s": config.search_timeout_s,

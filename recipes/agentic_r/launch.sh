@@ -4,6 +4,7 @@
 # MODEL          folder of the agent to start from (Hugging Face format)
 # TRAIN, VAL     files of prepare_data.py (default data/train.parquet, data/validation.parquet); VAL= for no validation
 # RETRIEVAL_URL  retrieval service (agentic-r serve), default http://127.0.0.1:8000
+# RETRIEVAL_TOKEN_ENV  name of the variable that holds the service's token, where it wants one (serve --token-env)
 # OUT            folder of the run; the trained agent stands in $OUT/agent
 # PRESET         paper (default) or released_code
 # ENGINE         vllm (default), or sglang (composed and checked, never run)
@@ -22,5 +23,8 @@ arguments=(
 )
 if [[ -n $validation ]]; then
   arguments+=(--validation "$validation")
+fi
+if [[ -n ${RETRIEVAL_TOKEN_ENV:-} ]]; then
+  arguments+=(--retrieval-token-env "$RETRIEVAL_TOKEN_ENV")
 fi
 exec "${AGENTIC_R:-agentic-r}" train-agent "${arguments[@]}" ${SETTINGS[@]+"${SETTINGS[@]}"} "$@"

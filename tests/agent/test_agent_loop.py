@@ -22,6 +22,7 @@ from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
 from agentic_r_plugin.records import Question
 from tests.agent.tiny_world import LIMITS, Service, find, questions
+from tests.search import loopback
 
 PROTOCOL = components.load("agent_protocol", "compact")
 
@@ -104,6 +105,22 @@ def run(tokenizer: Any, engine: Engine, url: str, row: dict[str, Any] = ROW, **o
         return output
 
     return asyncio.run(main())
+
+
+def test_the_token_is_read_in_the_worker_and_sent_with_each_search(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = TokenizerCodec(tokenizer)
+    turns = [codec.encode("<search> Ada </search>"), codec.encode("<answer> Arn </answer>")]
+    monkeypatch.setenv("TOWN_TOKEN", "s3cret")
+    with loopback.serving(loopback.EchoBackend(), token="s3cret") as url:
+        output = run(tokenizer, Engine(turns=turns), url, retrieval_token_env="TOWN_TOKEN")
+        assert (output.extra_fields["searches"], output.extra_fields["search_failed"]) == (1, 0)
+        output = run(tokenizer, Engine(turns=turns), url)
+        assert output.extra_fields["search_failed"] == 1
+        monkeypatch.delenv("TOWN_TOKEN")
+        with pytest.raises(Exception, match=r"TOWN_TOKEN is not set.*export TOWN_TOKEN before it, on every machine"):
+            run(tokenizer, Engine(turns=turns), url, retrieval_token_env="TOWN_TOKEN")
 
 
 def test_ids_mask_and_logprobs_are_those_of_each_writer(tokenizer: Any, service: Service) -> None:

@@ -25,11 +25,13 @@ from agentic_r_plugin.errors import (
     ManifestMismatchError,
     OutputExistsError,
     RecordError,
+    SearchError,
     SearchUnavailableError,
     TrainingError,
 )
 from agentic_r_plugin.store import write_json
 from tests.agent.tiny_world import LIMITS, Service
+from tests.search import loopback
 
 
 @pytest.fixture
@@ -72,6 +74,31 @@ def test_a_model_folder_without_a_model_and_a_broken_question_are_named(
     with pytest.raises(RecordError, match=r"questions\.jsonl:2"):
         run(replace(config, questions=str(broken)))
     assert not Path(config.out).exists()
+
+
+def test_a_service_that_wants_a_token_is_searched_with_it_before_anything_starts(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOWN_TOKEN", "s3cret")
+    monkeypatch.setenv("OTHER_TOKEN", "0ther")
+    monkeypatch.delenv("NO_TOKEN", raising=False)
+    with loopback.serving(loopback.EchoBackend(), token="s3cret") as url:
+        prepared = prepare(replace(config, retrieval_url=url, retrieval_token_env="TOWN_TOKEN"))
+        for variable, error, message in (
+            ("", SearchError, r"/retrieve: .*HTTP 401.* none is given; set retrieval_token_env to the variable"),
+            ("OTHER_TOKEN", SearchError, "HTTP 401.* the one in OTHER_TOKEN is another"),
+            ("NO_TOKEN", ConfigError, "environment variable NO_TOKEN is not set"),
+        ):
+            with pytest.raises(error, match=message):
+                run(replace(config, retrieval_url=url, retrieval_token_env=variable))
+    assert not Path(config.out).exists()
+    assert OmegaConf.create(prepared.loop)[0].retrieval_token_env == "TOWN_TOKEN"
+    assert "s3cret" not in prepared.loop + OmegaConf.to_yaml(prepared.verl) + str(prepared.environment)
+
+
+def test_a_resume_may_name_another_variable_for_the_token(config: TrainAgentConfig) -> None:
+    named = replace(config, retrieval_token_env="TOWN_TOKEN")
+    assert launch._fingerprint(named) == launch._fingerprint(config)
 
 
 @pytest.mark.parametrize(

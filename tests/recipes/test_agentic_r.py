@@ -124,6 +124,12 @@ def test_the_variants_differ_in_what_their_names_say(qwen_7b: Path) -> None:
     assert "runs/agentic_r/iteration-1/agent/agent" in second
 
 
+def test_a_script_passes_the_name_of_the_variable_with_the_services_token_on() -> None:
+    script = RECIPE / "run_qwen2.5-7b_ppo_multinode.sh"
+    assert config_of(script).retrieval_token_env == ""
+    assert config_of(script, RETRIEVAL_TOKEN_ENV="RETRIEVAL_TOKEN").retrieval_token_env == "RETRIEVAL_TOKEN"
+
+
 def test_separate_async_has_rollout_machines_of_its_own(qwen_7b: Path) -> None:
     config = config_of(SCRIPTS[0], "mode=separate_async", "rollout_nodes=1", MODEL=str(qwen_7b))
     composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
