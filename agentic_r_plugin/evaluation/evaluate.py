@@ -7,7 +7,8 @@ interrupted goes on with its first batch of questions that was not answered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import load_config, save_config, to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
 
 _MADE_FROM = "made_from.json"
+_WAYS_OUT = "evaluate into another --out, or remove that folder"
 _OF_SCORES = frozenset({"metrics", "level", "resamples"})
 """What only a finished cell depends on: scores are made when the last question is answered."""
 
@@ -137,7 +139,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
 
     Raises:
         OutputExistsError: the output is there and `resume` was not asked for.
-        ManifestMismatchError: a cell that is there was made from something else.
+        ManifestMismatchError: a cell that is there was made from something else, or its service serves another index.
     """
     out = Path(config.out)
     if not resume:
@@ -145,6 +147,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     _check_inputs(config)
     cells = list(_cells(config))
     done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
+    _require_same_services([cell for cell in cells if cell.name in done], done, out)
     out.mkdir(parents=True, exist_ok=True)
     save_config(config, out / "config.yaml")
     _run_missing(config, [cell for cell in cells if cell.name not in done], done, out)
@@ -221,7 +224,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
         for agent, search in _pairs(config):
             own = own_settings(config, agent).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
-            for where in (config.agents[agent], settings.agent.tokenizer, _place(config, search, benchmark)):
+            retriever = (_place(config, search, benchmark), settings.search.retriever)
+            for where in (settings.agent.model, settings.agent.tokenizer, *retriever):
                 if where not in identities:
                     identities[where] = identity(where)
             cell = Cell(
@@ -237,7 +241,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 resamples=config.resamples,
                 metrics=tuple(config.metrics),
                 settings=settings,
-                made_from=_made_from(config, settings, benchmark, split, identities, agent, search),
+                made_from=_made_from(config, settings, benchmark, split, identities, search),
             )
             if cell.name in names:
                 raise ConfigError(f"two cells would be called {cell.name!r}; rename an agent, retriever or benchmark")
@@ -259,28 +263,32 @@ def _made_from(
     benchmark: str,
     split: str,
     identities: Mapping[str, str],
-    agent: str,
     search: str,
 ) -> dict[str, Any]:
-    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not."""
-    own = asdict(settings)
+    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not.
+
+    Of a backend's own options nobody here can tell which decide something, so that all of them count.
+    """
+    own, llm = asdict(settings), settings.agent
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
-        "agent": identities[config.agents[agent]],
+        "agent": llm.model if llm.backend == "openai" else identities[llm.model],
+        "agent_url": llm.url,
+        "agent_options": llm.options,
         "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
         "seed": config.seed,
         "metrics": sorted(config.metrics),
-        "agent_backend": settings.agent.backend,
+        "agent_backend": llm.backend,
         "search_backend": settings.search.backend,
         "search_options": settings.search.options,
-        "dtype": settings.agent.dtype,
-        "tokenizer": identities[settings.agent.tokenizer],
+        "search_retriever": identities[settings.search.retriever],
+        "dtype": llm.dtype,
+        "tokenizer": identities[llm.tokenizer],
         "level": config.level,
         "resamples": config.resamples,
         "sampling_seed": settings.seed,
-        **({"agent_model": settings.agent.model} if settings.agent.backend == "openai" else {}),
     } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p")}
 
 
@@ -301,12 +309,47 @@ def _require_same(folder: Path, made_from: Mapping[str, Any], *, free: frozenset
     if not (folder / _MADE_FROM).is_file():
         return
     before = read_json(folder / _MADE_FROM)
-    changed = sorted(key for key in made_from if key not in free and before.get(key) != made_from[key])
-    if changed:
+    wanted = made_from.keys() - free
+    if unknown := sorted(wanted - before.keys()):
         raise ManifestMismatchError(
-            f"{folder}: begun with another {', '.join(changed)} than now; evaluate into another --out, or remove that "
-            "folder"
+            f"{folder}: begun by an earlier version, whose {_MADE_FROM} does not tell {', '.join(unknown)}; {_WAYS_OUT}"
         )
+    if changed := sorted(key for key in wanted if before[key] != made_from[key]):
+        raise ManifestMismatchError(f"{folder}: begun with another {', '.join(changed)} than now; {_WAYS_OUT}")
+
+
+def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any], out: Path) -> None:
+    """A service's address does not tell what it serves: ask it.
+
+    A service that does not answer leaves its finished cells as they are; they are then not known to be out of date.
+
+    Raises:
+        ManifestMismatchError: a finished cell's service serves another index now.
+    """
+    served: dict[str, str | None] = {}
+    for cell in finished:
+        spec = cell.settings.search
+        if spec.backend != "service":
+            continue
+        if spec.url not in served:
+            served[spec.url] = _served(spec)
+        before, now = results[cell.name].get("search_fingerprint"), served[spec.url]
+        if now not in (None, before):
+            raise ManifestMismatchError(
+                f"{out / cell.name}: made with index {before} of {spec.url}, which serves {now} now; {_WAYS_OUT}"
+            )
+
+
+def _served(spec: SearchSpec) -> str | None:
+    """Fingerprint of what a service serves; None, with a line on stderr, where it does not say."""
+    try:
+        with open_search(replace(spec, max_retries=min(spec.max_retries, 1))) as search:
+            return search.fingerprint()
+    except SearchError as error:
+        print(
+            f"evaluate: finished cells of {spec.url} are kept without asking what it serves: {error}", file=sys.stderr
+        )
+        return None
 
 
 def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:

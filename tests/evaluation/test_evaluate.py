@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from agentic_r_plugin.evaluation.report_results import columns
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.search.backends import BM25Backend
-from agentic_r_plugin.store import read_json, read_records
+from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
 
 
@@ -166,6 +171,8 @@ def test_csv_holds_every_metric_and_latex_the_papers_table() -> None:
         ({"settings": {"search": {"options": {"k1": 1.2}}}}, "search_options"),
         ({"settings": {"agent": {"device": "cpu", "dtype": "bfloat16"}}}, "dtype"),
         ({"resamples": 100}, "resamples"),
+        ({"settings": {"agent": {"device": "cpu", "options": {"batch_wait_ms": 1}}}}, "agent_options"),
+        ({"settings": {"agent": {"device": "cpu"}, "search": {"retriever": "another"}}}, "search_retriever"),
     ],
 )
 def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
@@ -174,6 +181,62 @@ def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
     run(config(tmp_path, tiny_agent))
     with pytest.raises(ManifestMismatchError, match=f"begun with another {named} than now"):
         run(config(tmp_path, tiny_agent, **change), resume=True)
+
+
+def test_a_cell_of_another_model_of_the_same_agent_is_not_taken_for_this_one(tmp_path: Path, tiny_agent: Path) -> None:
+    run(config(tmp_path, tiny_agent))
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_agent, moved)
+    run(config(tmp_path, tiny_agent, per_agent={"tiny": {"llm": {"model": str(moved)}}}), resume=True)
+    (moved / "agent.json").write_text('{"protocol": "compact"}')
+    with pytest.raises(ManifestMismatchError, match="begun with another agent than now"):
+        run(config(tmp_path, tiny_agent, per_agent={"tiny": {"llm": {"model": str(moved)}}}), resume=True)
+
+
+def test_a_cell_of_an_earlier_version_is_refused_by_what_it_does_not_tell(tmp_path: Path, tiny_agent: Path) -> None:
+    run(config(tmp_path, tiny_agent))
+    file = tmp_path / "out" / "tiny-bm25-toy" / "made_from.json"
+    known = read_json(file)
+    write_json(file, {key: value for key, value in known.items() if key not in ("agent_options", "search_retriever")})
+    with pytest.raises(
+        ManifestMismatchError, match=r"earlier version.* does not tell agent_options, search_retriever;"
+    ):
+        run(config(tmp_path, tiny_agent), resume=True)
+
+
+@contextmanager
+def service(says: dict[str, str]) -> Iterator[int]:
+    """A retrieval service that can only say who it is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(says).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_a_finished_cell_is_kept_only_while_its_service_serves_the_same_index(
+    tmp_path: Path, tiny_agent: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = {"status": "ok", "fingerprint": "first"}
+    with service(says) as port:
+        asked = config(tmp_path, tiny_agent, searches={"served": f"http://127.0.0.1:{port}"})
+        run(asked)
+        run(asked, resume=True)
+        says["fingerprint"] = "second"
+        with pytest.raises(ManifestMismatchError, match=r"tiny-served-toy: made with index first .* serves second now"):
+            run(asked, resume=True)
+    capsys.readouterr()
+    run(asked, resume=True)
+    assert f"cells of http://127.0.0.1:{port} are kept without asking" in capsys.readouterr().err
 
 
 def test_a_cell_in_work_may_change_its_scores_but_not_its_retriever(
