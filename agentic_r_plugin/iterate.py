@@ -24,6 +24,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -51,6 +52,8 @@ from agentic_r_plugin.search import index, server
 from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines
 from agentic_r_plugin.world import generate
 
+_URL = "http://127.0.0.1:1"
+"""Stands for the retrieval service's address while nothing runs."""
 _CHOICES = {
     "agent_from": ("previous", "first"),
     "retriever_from": ("previous", "first"),
@@ -177,16 +180,16 @@ class Loop:
         load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
         self.serve_config("x")
-        self._train_agent_config(1, "x", "http://127.0.0.1:1")
-        self._train_agent_config(2, "x", "http://127.0.0.1:1")
-        self._check_stages()
+        self._train_agent_config(1, "x", _URL)
+        self._train_agent_config(2, "x", _URL)
+        self._check_reach(self._check_stages())
         components.load("retriever_trainer", self.train_retriever_config(1, "x", Path("x")).trainer)
         rounds = range(self.config.iterations + 1)
         self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
 
-    def _check_stages(self) -> None:
+    def _check_stages(self) -> dict[str, Any]:
         """The data stages' settings, each and together."""
-        made = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        made = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         for name in ("relevance", "correctness", "groups"):
             made[name].check()
         judged = ["relevance"] if made["relevance"].scorer in _JUDGES else []
@@ -205,6 +208,28 @@ class Loop:
                     f"groups.threshold={rule.threshold}: below correctness.threshold={rolled_out.threshold}, so the "
                     "correctness of candidates between the two is not known"
                 )
+        return made
+
+    def _check_reach(self, stages: Mapping[str, Any]) -> None:
+        """A service that answers this machine alone is of no use to workers on others."""
+        host = self.serve_config("x").host
+        if not server.is_loopback(host):
+            return
+        far = [
+            f"{name}.runner.address={stage.runner.address}"
+            for name, stage in stages.items()
+            if hasattr(stage, "search") and stage.search.url == _URL
+            if stage.runner.kind == "ray" and stage.runner.address not in ("", "local")
+        ]
+        ppo = [self._train_agent_config(k, "x", _URL) for k in (1, 2)]
+        if any(settings.nodes + settings.rollout_nodes > 1 for settings in ppo):
+            far.append("train_agent on several machines")
+        if far:
+            raise ConfigError(
+                f"serve.host={host}: other machines cannot reach it, and there is {', '.join(far)}; set "
+                "serve.host=0.0.0.0 (or this machine's address) and serve.token_env=NAME, a variable that is exported "
+                "here and before `ray start` on every machine"
+            )
 
     def check(self) -> None:
         """Everything that can be known to be wrong before the start.
@@ -217,6 +242,8 @@ class Loop:
         for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
             if self.config.benchmark and name and not (self.benchmark / f"{name}.jsonl").is_file():
                 missing.append(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
+        if self._token_env and not os.environ.get(self._token_env):
+            missing.append(f"serve.token_env: environment variable {self._token_env} is not set")
         if (self.config.benchmark or self.config.corpus) and not self.corpus.is_file():
             missing.append(f"corpus: {self.corpus} does not exist")
         if not Path(self.config.agent).is_dir():
@@ -231,8 +258,8 @@ class Loop:
     def forecast(self) -> str:
         """What the loop will cost, from the assumptions in `plan`."""
         settings = load_config(plan.PlanConfig, values=self.config.plan)
-        ppo = self._train_agent_config(1, "x", "http://127.0.0.1:1")
-        stages = {name: self.stage_config(1, name, "x", "http://127.0.0.1:1") for name in self._data_stages()}
+        ppo = self._train_agent_config(1, "x", _URL)
+        stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
@@ -399,10 +426,16 @@ class Loop:
             "retrieval_url": url,
             "out": str(self.folder / f"iteration-{k}" / "agent"),
         }
+        known = {"seed": self._seed(k), "retrieval_token_env": self._token_env}
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
-        values = merged({"seed": self._seed(k)} | self.protocol_settings(), section)
+        values = merged(known | self.protocol_settings(), section)
         return load_config(launch.TrainAgentConfig, values=values | dev | paths)
+
+    @property
+    def _token_env(self) -> str:
+        """Variable with the token of the loop's retrieval service, if it wants one."""
+        return str(self.config.serve.get("token_env", ""))
 
     def _seed(self, k: int) -> int:
         """Of what iteration k draws: no two iterations draw the same."""
@@ -417,7 +450,9 @@ class Loop:
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
         llm = self.config.llm | {"model": agent}
-        search = {"backend": "service", "url": url}
+        search: dict[str, Any] = {"backend": "service", "url": url}
+        if self._token_env and not section.get("search", {}).keys() & {"backend", "url"}:  # no other's business
+            search["options"] = {"token_env": self._token_env}
         files = {item: str(self._data(k, item)) for item in ("candidates", "relevance", "correctness", "groups")}
         in_ = self._questions(self.config.train_split) if name == "trajectories" else str(self._data(k, "trajectories"))
         known: dict[str, Any] = {
@@ -477,7 +512,7 @@ _SERVE_FREE = {item.name for item in fields(server.ServeConfig)} - {"backend", "
 _INDEX_FREE = {"device", "batch_size", "max_batch_tokens", "ray_workers", "ray_address", "ray_gpus"}
 _TRAIN_AGENT_FREE = {
     "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step", "threads", "max_concurrent_searches",
-    "search_timeout_s", "search_retries", "loggers", "device_memory_gb",
+    "search_timeout_s", "search_retries", "loggers", "device_memory_gb", "retrieval_token_env",
 }  # fmt: skip
 _TRAIN_RETRIEVER_FREE = {"device", "checkpoint_steps"}
 

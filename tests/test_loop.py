@@ -149,10 +149,50 @@ def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
     assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
 
 
+CLUSTER = ("correctness.runner={kind: ray, address: auto}", "serve.host=0.0.0.0", "serve.token_env=LOOP_TOKEN")
+
+
+def test_workers_on_other_machines_are_told_the_name_of_the_services_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOP_TOKEN", "s3cret")
+    loop = composed(tmp_path, *CLUSTER, "train_agent={nodes: 2, cpu: false}", "candidates.search.url=http://other:1")
+    for name in ("trajectories", "correctness"):
+        found = loop.stage_config(1, name, "agent", "http://host:1").search
+        assert (found.url, found.options) == ("http://host:1", {"token_env": "LOOP_TOKEN"})
+    assert loop.stage_config(1, "candidates", "agent", "http://host:1").search.options == {}  # another service's
+    assert loop._train_agent_config(2, "agent", "http://host:1").retrieval_token_env == "LOOP_TOKEN"
+    assert "s3cret" not in str(loop.config)
+    monkeypatch.delenv("LOOP_TOKEN")
+    with pytest.raises(ConfigError, match=r"serve\.token_env: environment variable LOOP_TOKEN is not set"):
+        loop.check()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["trajectories.runner={kind: ray, address: auto}"], r"trajectories\.runner\.address=auto"),
+        (["train_agent.nodes=2"], "train_agent on several machines"),
+        (["train_agent_later={mode: separate_async, rollout_nodes: 1}"], "train_agent on several machines"),
+        (["correctness.runner={kind: ray, address: 'h:1'}", "serve.token_env=T"], r"correctness\.runner\.address=h:1"),
+    ],
+)
+def test_a_service_that_other_machines_cannot_reach_is_refused(tmp_path, monkeypatch, overrides, named):
+    monkeypatch.setenv("T", "s3cret")
+    with pytest.raises(
+        ConfigError, match=rf"serve\.host=127\.0\.0\.1: other machines .*{named}; set serve\.host=0\.0\.0\.0"
+    ):
+        composed(tmp_path, *overrides)
+
+
+def test_stages_that_stay_here_or_search_elsewhere_need_no_open_service(tmp_path):
+    far = "runner={kind: ray, address: auto}"
+    composed(tmp_path, f"relevance.{far}", f"candidates.{far}", "candidates.search.url=http://other:1",
+             "correctness.runner={kind: ray, address: local}", "trajectories.runner={kind: ray}")  # fmt: skip
+
+
 FREE = (
     "correctness.batch_size=7", "trajectories.runner.workers=2", "relevance.llm.concurrency=3", "llm.device=cpu",
     "candidates.search.timeout_s=5", "serve.workers=2", "train_retriever.device=cpu", "relevance.max_error_share=0.5",
-    "train_agent.threads=2", "plan.gpus=4",
+    "train_agent.threads=2", "plan.gpus=4", "serve.token_env=OTHER",
 )  # fmt: skip
 
 

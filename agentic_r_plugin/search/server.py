@@ -53,7 +53,9 @@ class ServeConfig:
     retriever: str = field(default="", metadata={"help": "retriever folder, where it is not the index's own"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    host: str = field(default="127.0.0.1", metadata={"help": "address; one that is not loopback needs token_env"})
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "address, 0.0.0.0: all; one that is not loopback needs token_env"}
+    )
     port: int = field(default=8000, metadata={"help": "0: a free one"})
     token_env: str = field(default="", metadata={"help": "environment variable that holds the token clients must send"})
     workers: int = field(default=1, metadata={"help": "processes, each with a retriever; one that dies is replaced"})
@@ -84,13 +86,14 @@ class ServeConfig:
                 raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port {self.port}: expected 0 to 65535")
-        if not self.token_env and not _is_loopback(self.host):
+        if not self.token_env and not is_loopback(self.host):
             raise ConfigError(
                 f"host {self.host!r} can be reached from outside; set token_env, or serve on 127.0.0.1 only"
             )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -253,8 +256,22 @@ def _bound_socket(config: ServeConfig) -> socket.socket:
 
 
 def _url(host: str, listener: socket.socket) -> str:
+    """Where others reach the service: all addresses (0.0.0.0, ::) are announced as one that other machines can use."""
     port = listener.getsockname()[1]
+    if host in ("0.0.0.0", "::"):
+        host = _own_address(listener.family)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _own_address(family: int) -> str:
+    """The address that this machine sends from; its name where it has no route out. Nothing is sent."""
+    outside = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"  # reserved for documentation
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((outside, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()
 
 
 @contextmanager

@@ -38,8 +38,10 @@ def test_no_data_configuration_is_left_unchecked():
 
 
 def test_the_loop_composes_every_phase_on_a_node_and_with_the_overrides_for_a_cluster():
-    overrides = re.findall(r"(\w+\.runner\.\w+=\w+)", LOOP.read_text())
-    assert len(overrides) == 8
+    _, _, cluster = LOOP.read_text().partition("# On a Ray cluster")
+    _, _, command = cluster.partition("\n\n")[0].partition("agentic-r iterate")
+    overrides = [word for word in command.replace("#", " ").replace("\\", " ").split() if "=" in word]
+    assert len(overrides) == 10
     for given in ([], overrides):
         loop = Loop(load_config(IterateConfig, LOOP, given))
         loop.compose()
@@ -47,6 +49,7 @@ def test_the_loop_composes_every_phase_on_a_node_and_with_the_overrides_for_a_cl
         assert (rollouts.llm.backend, rollouts.llm.model, rollouts.runner.kind) == ("vllm", "models/agent", "ray")
         assert rollouts.runner.workers == (32 if given else 8) and rollouts.corpus == "data/wiki18_100w.jsonl"
         judged = loop.stage_config(1, "relevance", "models/agent", "http://127.0.0.1:1")
+        assert rollouts.search.options == ({"token_env": "RETRIEVAL_TOKEN"} if given else {})
         assert judged.llm.model == "models/Qwen2.5-72B-Instruct" and judged.llm.options["tensor_parallel_size"] == 8
 
 

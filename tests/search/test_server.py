@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import httpx
@@ -294,6 +295,18 @@ def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_fil
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     assert not ready.exists()
+
+
+def test_a_service_on_all_addresses_announces_one_that_other_machines_can_use(corpus_file, monkeypatch):
+    monkeypatch.setenv("SEARCH_TOKEN", "s3cret")
+    monkeypatch.setenv("NO_PROXY", "*")
+    config = ServeConfig(backend="bm25", corpus=str(corpus_file), port=0, host="0.0.0.0", token_env="SEARCH_TOKEN")
+    with running_service(config) as url:
+        host = httpx.URL(url).host
+        assert host != "0.0.0.0" and not server.is_loopback(host)
+        assert httpx.post(f"{url}/retrieve", json={"queries": ["q"]}).status_code == 401
+        with closing(RetrievalClient(url, token="s3cret")) as client:
+            assert len(client.search([SearchRequest(query="q")], 1)) == 1
 
 
 @pytest.mark.parametrize(
