@@ -19,6 +19,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 | `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
 | `evaluation/` | agents x retrievers on the test split |
 | `costs.jsonl` | one line a finished phase: seconds (of its workers, too), rollouts, tokens; its line means done |
+| `attempt.json` | seconds so far of the phase under way, all attempts together |
 | `report.html`, `report.md` | the result |
 """
 
@@ -26,10 +27,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -49,11 +51,14 @@ from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
-from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines
+from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines, write_json
 from agentic_r_plugin.world import generate
 
 _URL = "http://127.0.0.1:1"
 """Stands for the retrieval service's address while nothing runs."""
+_ATTEMPT = "attempt.json"
+_KEEP_S = 10.0
+"""Seconds between two writings of it."""
 _CHOICES = {
     "agent_from": ("previous", "first"),
     "retriever_from": ("previous", "first"),
@@ -177,6 +182,8 @@ class Loop:
                 raise ConfigError(
                     f"{name}.out: not a setting of the loop, whose run folder holds every output; set out"
                 )
+        for name in ("train_agent", "train_agent_later"):
+            _check_preset(name, getattr(self.config, name).get("preset", "paper"))
         load_config(plan.PlanConfig, values=self.config.plan)
         self._index_config(0, "x")
         self.serve_config("x")
@@ -258,26 +265,25 @@ class Loop:
     def forecast(self) -> str:
         """What the loop will cost, from the assumptions in `plan`."""
         settings = load_config(plan.PlanConfig, values=self.config.plan)
-        ppo = self._train_agent_config(1, "x", _URL)
+        rounds = range(1, self.config.iterations + 1)
+        ppo = [self._train_agent_config(k, "x", _URL) for k in rounds]
         stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
-        return plan.table(
-            plan.Scale(
-                iterations=self.config.iterations,
-                questions=stages["trajectories"].num_questions or questions,
-                passages=settings.corpus_passages or self._lines(self.corpus),
-                ppo_steps=ppo.steps,
-                ppo_batch=ppo.batch_size * ppo.samples,
-                candidates=stages["candidates"].topk,
-                window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
-                sub_answers=self.config.judge,
-                exhaustive=stages["correctness"].exhaustive,
-                epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
-            ),
-            settings,
+        first = plan.Scale(
+            questions=stages["trajectories"].num_questions or questions,
+            passages=settings.corpus_passages or self._lines(self.corpus),
+            ppo_steps=ppo[0].steps,
+            ppo_batch=ppo[0].batch_size * ppo[0].samples,
+            candidates=stages["candidates"].topk,
+            window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
+            sub_answers=self.config.judge,
+            exhaustive=stages["correctness"].exhaustive,
+            epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
         )
+        scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
+        return plan.table(scales, settings)
 
     def _lines(self, path: Path) -> int:
         if not path.is_file():
@@ -315,15 +321,39 @@ class Loop:
         if (iteration, name) in self._done:
             return
         print(f"[iteration {iteration}] {name}", file=sys.stderr, flush=True)
-        started = time.monotonic()
-        work()
-        give_back_memory()
-        seconds = round(time.monotonic() - started, 1)
+        with self._timed(iteration, name) as seconds:
+            work()
+            give_back_memory()
         spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
-        line = {"iteration": iteration, "phase": name, **spent, "seconds": seconds}
+        line = {"iteration": iteration, "phase": name, **spent, "seconds": round(seconds(), 1)}
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
         self._done[iteration, name] = line
+        (self.folder / _ATTEMPT).unlink(missing_ok=True)
+
+    @contextmanager
+    def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:
+        """Clock of a phase that goes on from its earlier attempts; a kill loses the last `_KEEP_S` seconds at most."""
+        file, phase = self.folder / _ATTEMPT, {"iteration": iteration, "phase": name}
+        before = read_json(file) if file.is_file() else {}
+        earlier = before["seconds"] if phase.items() <= before.items() else 0.0
+        started, ended = time.monotonic(), threading.Event()
+
+        def seconds() -> float:
+            return earlier + time.monotonic() - started
+
+        def keep() -> None:
+            while not ended.wait(_KEEP_S):
+                write_json(file, phase | {"seconds": seconds()})
+
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        try:
+            yield seconds
+        finally:
+            ended.set()
+            keeper.join()
+            write_json(file, phase | {"seconds": seconds()})
 
     # --- the phases
 
@@ -535,6 +565,18 @@ def _deciding(config: IterateConfig) -> dict[str, Any]:
     ):  # fmt: skip
         found[name] = _without(found[name], free)
     return found
+
+
+def _check_preset(section: str, preset: str) -> None:
+    """Refuse one that holds anything: the loop's limits, which data and evaluation share, would win over its own."""
+    held = dict(launch.TrainAgentConfig.PRESETS.get(preset, {}))
+    if held:
+        limits = [f"limits.{key}={value}" for key, value in held.pop("limits", {}).items()]
+        rest = [f"{section}.{key}={value}" for key, value in held.items()]
+        raise ConfigError(
+            f"{section}.preset={preset}: expected paper, because the limits of the loop hold for PPO, data and "
+            f"evaluation alike and not for PPO alone; set what it stands for: {' '.join([*limits, *rest])}"
+        )
 
 
 def _without(section: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from agentic_r_plugin import iterate
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.iterate import IterateConfig, Loop, run
 from agentic_r_plugin.records import Group
-from agentic_r_plugin.store import read_lines, read_records
+from agentic_r_plugin.store import read_json, read_lines, read_records, write_json
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart" / "loop.yaml"
@@ -245,6 +247,46 @@ def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_pat
     assert line == {"iteration": 1, "phase": "relevance", "worker_seconds": 900.0, "rollouts": 3}
 
 
+def test_a_phase_that_was_killed_is_charged_with_all_its_attempts(tmp_path, monkeypatch):
+    monkeypatch.setattr(iterate, "_KEEP_S", 0.05)
+    loop = composed(tmp_path)
+    loop.folder.mkdir()
+    attempt = loop.folder / "attempt.json"
+
+    def fails() -> None:
+        time.sleep(0.3)
+        assert read_json(attempt)["seconds"] >= 0.05  # kept while it runs: a kill -9 leaves no time for it
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            loop._phase(1, "relevance", fails)
+    assert 0.6 <= read_json(attempt)["seconds"] < 60
+    loop._phase(1, "relevance", lambda: time.sleep(0.1))
+    loop._phase(1, "groups", lambda: None)
+    first, second = (line["seconds"] for _, line in read_lines(loop.folder / "costs.jsonl"))
+    assert 0.7 <= first < 60 and second < first
+    assert not attempt.exists()
+
+
+def test_seconds_of_another_phase_are_not_taken_over(tmp_path):
+    loop = composed(tmp_path)
+    loop.folder.mkdir()
+    write_json(loop.folder / "attempt.json", {"iteration": 1, "phase": "relevance", "seconds": 1e6})
+    loop._phase(2, "relevance", lambda: None)
+    ((_, line),) = read_lines(loop.folder / "costs.jsonl")
+    assert line["seconds"] < 1000
+
+
+def test_the_forecast_knows_the_later_training_of_the_quick_start(tmp_path):
+    printed = composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}").forecast()
+    assert re.search(r"train-agent +12 steps +384 ", printed)
+    assert "From iteration 2 on: train-agent 6 steps, 192 rollouts" in printed
+    # 18 steps of 300 s on 8 accelerators are 12 GPU hours, three indexes of an hour each 3
+    (hours,) = re.findall(r"All 2, with the index before them: ([\d.]+) GPU hours", printed)
+    assert 15 < float(hours) < 15.5
+
+
 def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):
     loop = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
     assert loop.stage_config(1, "correctness", "agent", "http://host:1").relevance == ""
@@ -266,6 +308,9 @@ def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_
         ("groups.threshold=50", r"below correctness\.threshold=60"),
         ("correctness={exhaustive: true, relevance: r.jsonl}", "either --relevance FILE"),
         ("groups.out=elsewhere", r"groups\.out"),
+        ("train_agent.preset=released_code", r"expected paper.*limits\.max_searches=4 .*train_agent\.steps=400"),
+        ("train_agent_later.preset=released_code", r"train_agent_later\.steps=400"),
+        ("train_agent.preset=released", "preset='released'"),
         ("train_retriever.trainer=none", "none"),
         ("agent_from=best", "agent_from"),
         ("agent=/no/such/folder", "agent"),

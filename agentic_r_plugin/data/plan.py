@@ -8,8 +8,9 @@ sample (`runner.forecast=200`), the throughputs from the machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 
 from agentic_r_plugin.errors import ConfigError
 
@@ -54,9 +55,8 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the loop's own configuration says of its size."""
+    """What the loop's own configuration says of the size of one iteration."""
 
-    iterations: int
     questions: int
     passages: int
     ppo_steps: int
@@ -115,12 +115,12 @@ def phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
         what="groups",
         gpu_hours=groups * scale.epochs / plan.trained_groups_per_s / 3600,
     )
-    yield Phase(
-        name="index",
-        units=scale.passages,
-        what="passages",
-        gpu_hours=scale.passages / plan.encoded_passages_per_s / 3600,
-    )
+    yield _index(scale, plan)
+
+
+def _index(scale: Scale, plan: PlanConfig) -> Phase:
+    hours = scale.passages / plan.encoded_passages_per_s / 3600
+    return Phase(name="index", units=scale.passages, what="passages", gpu_hours=hours)
 
 
 def _rollouts(name: str, units: int, what: str, rollouts: int, calls: float, plan: PlanConfig) -> Phase:
@@ -142,31 +142,46 @@ def _judge(name: str, units: int, what: str, calls: int, prompt: int, plan: Plan
     )  # fmt: skip
 
 
-def table(scale: Scale, plan: PlanConfig) -> str:
-    """The forecast for people, with the assumptions it rests on and what the exhaustive job would cost."""
-    found = list(phases(scale, plan))
+def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
+    """The forecast for people, with the assumptions it rests on and what the exhaustive job would cost.
+
+    Args:
+        scales: of the iterations, in their order.
+    """
+    first, *_ = scales
+    found = list(phases(first, plan))
     rows = [
         f"{phase.name:16}{phase.units:>12,} {phase.what:10}{phase.rollouts:>12,}{_millions(phase.prompt_tokens)}"
         f"{_millions(phase.generated_tokens)}{phase.gpu_hours:>11,.1f}"
         for phase in found
     ]
-    hours = sum(phase.gpu_hours for phase in found)
-    exhaustive = next(
-        phase for phase in phases(Scale(**{**asdict(scale), "exhaustive": True}), plan) if phase.name == "correctness"
-    )
+    hours = [sum(phase.gpu_hours for phase in phases(scale, plan)) for scale in scales]
+    in_all = sum(hours) + _index(first, plan).gpu_hours  # the first retriever's, before iteration 1
+    exhaustive = next(phase for phase in phases(replace(first, exhaustive=True), plan) if phase.name == "correctness")
     data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
     lines = [
-        "Forecast of one iteration, from assumptions, not measured:",
+        "Forecast of iteration 1, from assumptions, not measured:",
         f"{'phase':16}{'units':>12} {'':10}{'rollouts':>12}{'prompt M':>12}{'written M':>12}{'GPU hours':>11}",
         *rows,
-        f"One iteration: {hours:,.0f} GPU hours, {hours / plan.gpus:,.0f} hours on {plan.gpus} GPUs where all are "
-        f"busy; data construction {data:,.0f} of them.",
-        f"All {scale.iterations}: {hours * scale.iterations:,.0f} GPU hours, without evaluation.",
+        f"Iteration 1: {hours[0]:,.1f} GPU hours, {hours[0] / plan.gpus:,.1f} hours on {plan.gpus} GPUs where all are "
+        f"busy; data construction {data:,.1f} of them.",
+        *_later(scales, hours),
+        f"All {len(scales)}, with the index before them: {in_all:,.1f} GPU hours, without evaluation.",
         f"Correctness without pruning: {exhaustive.rollouts:,} rollouts, {exhaustive.generated_tokens / 1e6:,.0f} M "
         f"tokens written, {exhaustive.gpu_hours:,.0f} GPU hours.",
         "Assumptions (plan.*): " + ", ".join(f"{name}={value:g}" for name, value in asdict(plan).items()),
     ]
     return "\n".join(lines)
+
+
+def _later(scales: Sequence[Scale], hours: Sequence[float]) -> Iterator[str]:
+    """Where an iteration's PPO is of another size than that of the one before; nothing else changes."""
+    for number, (before, now) in enumerate(pairwise(scales), start=2):
+        if now != before:
+            yield (
+                f"From iteration {number} on: train-agent {now.ppo_steps:,} steps, "
+                f"{now.ppo_steps * now.ppo_batch:,} rollouts; {hours[number - 1]:,.1f} GPU hours an iteration."
+            )
 
 
 def _millions(tokens: int) -> str:

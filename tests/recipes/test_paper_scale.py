@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_forecast_is_what_its_assumptions_say():
         agent_generated_tokens_per_s=100, judge_gpus=4, judge_prompt_tokens_per_s=1000,
         judge_generated_tokens_per_s=100, passage_tokens=100, judge_generated_tokens=50,
     )  # fmt: skip
-    scale = Scale(iterations=1, questions=100, passages=3600, ppo_steps=1, ppo_batch=4, candidates=20, window=10)
+    scale = Scale(questions=100, passages=3600, ppo_steps=1, ppo_batch=4, candidates=20, window=10)
     found = {phase.name: phase for phase in phases(scale, plan)}
     correctness, relevance = found["correctness"], found["relevance"]
     assert (correctness.units, correctness.rollouts) == (200, 600)
@@ -100,8 +101,28 @@ def test_the_forecast_is_what_its_assumptions_say():
     assert correctness.gpu_hours == pytest.approx((600 + 1200) / 3600)
     assert (relevance.prompt_tokens, relevance.generated_tokens) == (400 * 1350, 400 * 50)
     assert relevance.gpu_hours == pytest.approx((540 + 200) * 4 / 3600)
-    assert "Correctness without pruning: 4,000 rollouts" in table(scale, plan)
+    assert "Correctness without pruning: 4,000 rollouts" in table([scale], plan)
     assert "sub-answers" not in found
+
+
+def test_the_forecast_adds_up_iterations_of_different_ppo_and_the_index_before_them():
+    # An hour a step, an hour an index. Data: trajectories 150 + 300 s, relevance 2960 s, correctness 1800 s, training
+    # on 60 groups twice 240 s; in all 5450 s = 1.51 h.
+    plan = PlanConfig(
+        gpus=2, ppo_step_s=1800, encoded_passages_per_s=1, trained_groups_per_s=0.5, positive_share=0.3,
+        queries_per_question=2, rollouts_per_query=3, calls_per_rollout=2, turn_prompt_tokens=1000,
+        turn_cached_share=0.5, turn_generated_tokens=100, agent_prompt_tokens_per_s=1000,
+        agent_generated_tokens_per_s=100, judge_gpus=4, judge_prompt_tokens_per_s=1000,
+        judge_generated_tokens_per_s=100, passage_tokens=100, judge_generated_tokens=50,
+    )  # fmt: skip
+    first = Scale(questions=100, passages=3600, ppo_steps=12, ppo_batch=4, candidates=20, window=10)
+    later = replace(first, ppo_steps=6)
+    printed = table([first, later, later], plan)
+    assert "Iteration 1: 14.5 GPU hours, 7.3 hours on 2 GPUs" in printed
+    assert printed.count("From iteration") == 1
+    assert "From iteration 2 on: train-agent 6 steps, 24 rollouts; 8.5 GPU hours an iteration." in printed
+    assert "All 3, with the index before them: 32.5 GPU hours" in printed  # 14.514 + 2 * 8.514 + 1
+    assert "All 1, with the index before them: 15.5 GPU hours" in table([first], plan)
 
 
 def test_the_two_training_sets_become_one_benchmark_with_unique_ids(tmp_path: Path):
