@@ -5,7 +5,7 @@
 | `progress.journal` | answered questions so far; removed at the end |
 | `per_question.jsonl` | trajectory records, in the order of the questions |
 | `scores.json` | every metric's score of every question: `{"id": [...], METRIC: [...]}` |
-| `result.json` | means, intervals, cost, what it was made from; written last, so its existence means done |
+| `result.json` | means, intervals, cost, what it was made from and by; written last, so its existence means done |
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from flashrag.config import Config
 
 from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
+from agentic_r_plugin.evaluation.matrix import made_by, provenance
 from agentic_r_plugin.evaluation.metrics import recall_by_turn
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever
@@ -107,6 +108,7 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -
         ConfigError, RecordError: no such split, a broken question file.
         SearchError, BackendError: a part failed; answered questions are kept.
     """
+    made_by()  # now, since sources may be edited while questions are answered
     folder.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
@@ -123,6 +125,7 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -
                 "cost": cost,
                 "agent_fingerprint": llm.fingerprint(),
                 "search_fingerprint": search.fingerprint(),
+                "provenance": provenance(),
             }
             write_json(folder / RESULT, result)
             journal.path.unlink()

@@ -195,7 +195,7 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
     """`matrix.json` and its tables from the cells' results; prints the Markdown one."""
-    from agentic_r_plugin.evaluation.matrix import cell_name, compare, provenance, write_tables
+    from agentic_r_plugin.evaluation.matrix import cell_name, compare, shared_provenance, write_tables
 
     folders = {cell_name(result): out / cell_name(result) for result in results}
     comparisons = compare(results, folders, level=config.level, resamples=config.resamples, seed=config.seed)
@@ -204,7 +204,7 @@ def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: 
         "cells": results,
         "comparisons": comparisons,
         "config": to_dict(config),
-        **provenance(),
+        **shared_provenance(results),
     }
     table = write_tables(results, out)
     write_json(out / "matrix.json", matrix)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def provenance() -> dict[str, Any]:
-    """What a result cannot be reproduced without, beside its configuration and inputs."""
+@cache
+def made_by() -> dict[str, Any]:
+    """Code, releases, machine and command of this process, as first asked for: what is edited later is not loaded."""
     package = Path(__file__).parents[1]
     sources = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".txt", ".yaml", ".jinja"))
     return {
         "versions": versions(),
         "hardware": hardware(),
         "source_fingerprint": fingerprint([file_fingerprint(file) for file in sources]),
-        "command": sys.argv,
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": list(sys.argv),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """What a result cannot be reproduced without, beside its configuration and inputs."""
+    return made_by() | {"finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def shared_provenance(results: Sequence[Result]) -> dict[str, Any]:
+    """What all cells were made by; None for a part in which they differ, which `provenance_differs` then names.
+
+    Each cell's own is its `provenance`; `finished_at` is now.
+    """
+    own = [result.get("provenance", {}) for result in results]
+    parts = {part: [each.get(part) for each in own] for part in made_by()}
+    differing = [part for part, found in parts.items() if any(value != found[0] for value in found)]
+    shared = {part: None if part in differing else found[0] for part, found in parts.items()}
+    return provenance() | shared | {"provenance_differs": differing}
 
 
 def hardware() -> dict[str, Any]:

@@ -7,8 +7,9 @@ policy forbids the rest. What the run folder lacks is left out and named at the 
 from __future__ import annotations
 
 import math
+import shlex
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.resources import files
@@ -20,7 +21,7 @@ from agentic_r_plugin import __version__
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import report_results as results
 from agentic_r_plugin.evaluation import report_training as training
-from agentic_r_plugin.evaluation.matrix import markdown_table
+from agentic_r_plugin.evaluation.matrix import cell_name, markdown_table
 from agentic_r_plugin.evaluation.report_answers import embed, read_answers
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.store import atomic_path, require_absent
@@ -192,9 +193,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         facts.append(("questions", f"{max(cell['num_questions'] for cell in cells):,}"))
         if "num_seeds" in run.matrix:
             facts.append(("seeds", str(run.matrix["num_seeds"])))
-        machine = run.matrix["hardware"]
-        accelerators = ", ".join(machine["accelerators"]) or f"{machine['cpus']} CPU cores, no accelerator"
-        facts.append(("on", accelerators))
+        facts.append(("on", "; ".join(_by_cells(run, "hardware", _accelerators))))
     if run.iterations:
         facts.append(("iterations", str(max(iteration.number for iteration in run.iterations))))
     if run.costs:
@@ -212,16 +211,54 @@ def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str
     return [(key, sorted(values.items())) for key, values in counts.items()]
 
 
+def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str, list[str]]:
+    """What of a part of their provenance there is to tell -> the cells of which it is so.
+
+    Cells that hold none of their own (of several seeds, of an earlier version) have the matrix's.
+    """
+    groups: dict[str, list[str]] = {}
+    whole = run.matrix or {}
+    for cell in run.cells:
+        if (value := cell.get("provenance", whole).get(part)) is not None:
+            groups.setdefault(told(value), []).append(cell_name(cell))
+    return groups
+
+
+def _accelerators(machine: Mapping[str, Any]) -> str:
+    return ", ".join(machine["accelerators"]) or f"{machine['cpus']} CPU cores, no accelerator"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    cpu = f"{machine['cpu']}, {machine['cpus']} cores, {machine['memory_gib']} GiB"
+    return ", ".join([cpu, *machine["accelerators"]])
+
+
+def _releases(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+_MADE_BY: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("hardware", "hardware", _machine),
+    ("versions", "versions", _releases),
+    ("source_fingerprint", "sources", str),
+    ("command", "command", shlex.join),
+)
+
+
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    machine, cell = run.matrix["hardware"], run.cells[0]
+    cell = run.cells[0]
     rows = [
         ("protocol", f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"),
         ("questions", f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"),
-        ("hardware", f"{machine['cpu']}, {machine['cpus']} cores, {machine['memory_gib']} GiB"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in run.matrix["versions"].items())),
     ]
+    for part, label, told in _MADE_BY:
+        groups = _by_cells(run, part, told)
+        if len(groups) > 1:
+            rows.append((label, "differs: " + "; ".join(f"{text} ({', '.join(of)})" for text, of in groups.items())))
+        else:
+            rows += [(label, text) for text in groups]
     for key, label in (("agent", "agents"), ("retriever", "retrievers")):
         which = "search_fingerprint" if key == "retriever" else "agent_fingerprint"
         names = {item[key]: item.get(which, "") for item in run.cells}

@@ -116,6 +116,32 @@ def test_finished_cells_are_not_run_again_and_new_ones_are_added(
     run(config(tmp_path, tiny_agent, searches=searches), resume=True)
 
 
+def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_tells_where_cells_differ(
+    tmp_path: Path, tiny_agent: Path
+) -> None:
+    first = config(tmp_path, tiny_agent)
+    run(first)
+    file = tmp_path / "out" / "tiny-bm25-toy" / "result.json"
+    cell, matrix = read_json(file), read_json(tmp_path / "out" / "matrix.json")
+    assert matrix["provenance_differs"] == []
+    assert all(matrix[part] == cell["provenance"][part] for part in ("versions", "hardware", "command"))
+    elsewhere = {"hardware": cell["provenance"]["hardware"] | {"cpu": "Another"}, "source_fingerprint": "f" * 16}
+    write_json(file, cell | {"provenance": cell["provenance"] | elsewhere})
+    run(
+        config(tmp_path, tiny_agent, searches=dict.fromkeys(("bm25", "again"), first.searches["bm25"])),
+        resume=True,
+    )
+    matrix = read_json(tmp_path / "out" / "matrix.json")
+    assert matrix["provenance_differs"] == ["hardware", "source_fingerprint"]
+    assert matrix["hardware"] is None is matrix["source_fingerprint"]
+    assert matrix["versions"] == cell["provenance"]["versions"]
+    report.run(report.ReportConfig(run=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "report.md").read_text().partition("## Made from")[2]
+    own = cell["provenance"]["source_fingerprint"]
+    assert f"- sources: differs: {'f' * 16} (tiny-bm25-toy); {own} (tiny-again-toy)" in text
+    assert "- hardware: differs: Another" in text and "- versions: agentic-r-plugin" in text
+
+
 def test_each_agent_runs_under_its_own_settings_and_each_benchmark_has_its_own_retriever(
     tmp_path: Path, tiny_agent: Path
 ) -> None:
