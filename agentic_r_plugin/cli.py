@@ -96,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare_upstream() -> None:
     """Bound their caches; keep what they say at import, and their bars for loading weights, out of the output."""
-    for name, value in memory.ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    memory.bound_caches()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".* engine is not available", category=UserWarning)
 

@@ -18,6 +18,7 @@ from typing import Any
 from agentic_r_plugin import child, components
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
+from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import read_examples, read_scores
 from agentic_r_plugin.retriever.card import write_card
@@ -80,6 +81,7 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     out = Path(config.out)
+    bound_caches()
     with Corpus(config.corpus) as corpus, process_group() as (rank, world):
         if not resume:
             _require_empty(out)

@@ -182,12 +182,6 @@ def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgen
         load_config(TrainAgentConfig)
 
 
-def test_the_cpu_defaults_load(config: TrainAgentConfig) -> None:
-    file = Path(verl_config.__file__).parent / "config" / "cpu.yaml"
-    overrides = [f"{name}={getattr(config, name)}" for name in ("model", "questions", "retrieval_url", "out")]
-    assert load_config(TrainAgentConfig, file, overrides).cpu is True
-
-
 def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainAgentConfig) -> None:
     paper = TrainAgentConfig(model=config.model, questions="q", retrieval_url="u", out=config.out)
     composed = verl_config.compose(paper, machine=[], num_questions=10_000, prompt_lengths=[40, 60], fresh=True)

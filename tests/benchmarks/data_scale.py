@@ -205,10 +205,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--out", type=Path, default=None, help="folder for the files, removed at the end")
+    parser.add_argument("--out", type=Path, default=None, help="folder in which the files are, until the end")
     parser.add_argument("--runner", nargs="*", default=[], help="such as runner.workers=2")
     args = parser.parse_args()
     rows = []
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out) as scratch:
         for queries in args.queries:
             folder = Path(scratch) / str(queries)
