@@ -125,8 +125,8 @@ def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str,
 
 
 _JSON_COLUMNS = frozenset({"scores", "metadata"})
-"""Fields whose keys are data. Parquet would make every key a column of every row, so they are kept as JSON text; a struct
-or a map, as others write it, is read as well."""
+"""Fields whose keys are data. Parquet would make every key a column of every row, so they are kept as JSON text; a
+struct or a map, as others write it, is read as well."""
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
