@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MADE_FROM = "made_from.json"
 _WAYS_OUT = "evaluate into another --out, or remove that folder"
+_OF_SPEED = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"})
+"""Options of vLLM that decide where and how fast, and no answer."""
 _OF_SCORES = frozenset({"metrics", "level", "resamples"})
 """What only a finished cell depends on: scores are made when the last question is answered."""
 
@@ -267,14 +269,14 @@ def _made_from(
 ) -> dict[str, Any]:
     """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not.
 
-    Of a backend's own options nobody here can tell which decide something, so that all of them count.
+    Of a backend's own options all count but those known to say only how fast it is: nobody here can tell more.
     """
     own, llm = asdict(settings), settings.agent
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
         "agent_url": llm.url,
-        "agent_options": llm.options,
+        "agent_options": {key: value for key, value in llm.options.items() if key not in _OF_SPEED},
         "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
