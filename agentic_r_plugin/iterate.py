@@ -51,6 +51,7 @@ from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
+from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines, write_json
 from agentic_r_plugin.world import generate
 
@@ -220,7 +221,7 @@ class Loop:
     def _check_reach(self, stages: Mapping[str, Any]) -> None:
         """A service that answers this machine alone is of no use to workers on others."""
         host = self.serve_config("x").host
-        if not server.is_loopback(host):
+        if not is_loopback(host):
             return
         far = [
             f"{name}.runner.address={stage.runner.address}"

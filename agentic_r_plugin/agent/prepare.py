@@ -19,9 +19,8 @@ from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.store import file_fingerprint
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
     token = token_from_env(config.retrieval_token_env)
     client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10, token=token)
     host = httpx.URL(client.url).host
-    if config.nodes + config.rollout_nodes > 1 and host in _LOOPBACK:
+    if config.nodes + config.rollout_nodes > 1 and is_loopback(host):
         raise ConfigError(
             f"retrieval_url={config.retrieval_url}: the other machines cannot reach a loopback address; give one that "
             "all of them reach (serve host=0.0.0.0 token_env=NAME, and retrieval_token_env=NAME here)"

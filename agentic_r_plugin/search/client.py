@@ -20,14 +20,13 @@ import httpx
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests
+from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_DELAY_S = 0.2
 _MAX_DELAY_S = 10.0
 _MAX_RETRY_AFTER_S = 60.0
 _MAX_ANSWER_BYTES = 512 * 1024 * 1024
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class RetrievalClient:
@@ -234,7 +233,7 @@ class RetrievalClient:
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         limits = httpx.Limits(max_connections=self.max_connections, max_keepalive_connections=self.max_connections)
-        local = httpx.URL(self.url).host in _LOOPBACK
+        local = is_loopback(httpx.URL(self.url).host)
         return {"headers": headers, "limits": limits, "timeout": self.timeout_s, "trust_env": not local}
 
     def _sync_client(self) -> httpx.Client:

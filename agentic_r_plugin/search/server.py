@@ -7,7 +7,6 @@ taken its place, or its link may point elsewhere) and goes over to it without dr
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -28,7 +27,7 @@ from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.config import save_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
-from agentic_r_plugin.search.wire import MAX_PASSAGES
+from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
 from agentic_r_plugin.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -90,14 +89,6 @@ class ServeConfig:
             raise ConfigError(
                 f"host {self.host!r} can be reached from outside; set token_env, or serve on 127.0.0.1 only"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def run(config: ServeConfig, *, resume: bool = False) -> None:

@@ -7,6 +7,7 @@ list holds the documents themselves.
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,14 @@ from agentic_r_plugin.search.base import Hit, SearchRequest
 
 MAX_PASSAGES = 65_536
 """Queries times topk of one request: what the client asks for at most, and the service's default limit."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, Any]:

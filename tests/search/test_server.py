@@ -24,6 +24,7 @@ from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.server import ServeConfig, running_service
 from agentic_r_plugin.search.service import SearchService
+from agentic_r_plugin.search.wire import is_loopback
 from tests.search.loopback import LIMITS, EchoBackend, serving
 
 
@@ -303,7 +304,7 @@ def test_a_service_on_all_addresses_announces_one_that_other_machines_can_use(co
     config = ServeConfig(backend="bm25", corpus=str(corpus_file), port=0, host="0.0.0.0", token_env="SEARCH_TOKEN")
     with running_service(config) as url:
         host = httpx.URL(url).host
-        assert host != "0.0.0.0" and not server.is_loopback(host)
+        assert host != "0.0.0.0" and not is_loopback(host)
         assert httpx.post(f"{url}/retrieve", json={"queries": ["q"]}).status_code == 401
         with closing(RetrievalClient(url, token="s3cret")) as client:
             assert len(client.search([SearchRequest(query="q")], 1)) == 1
