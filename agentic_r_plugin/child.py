@@ -22,7 +22,6 @@ from typing import Any
 from agentic_r_plugin import errors
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
-from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.store import read_json, write_json
 
 _TERMINATE_S = 15.0
@@ -87,7 +86,6 @@ def die_with(parent: int, *, politely: bool = False) -> None:
 def _main(arguments: Sequence[str]) -> int:
     """`PARENT PROCESSES COMMAND CONFIG FAULT`; PARENT is empty in torchrun's own processes."""
     parent, processes, name, settings, fault = arguments
-    bound_caches()
     die_with(int(parent) if parent else os.getppid())
     if int(processes) > 1:
         return _torchrun(int(processes), ["", "1", name, settings, fault])

@@ -182,7 +182,7 @@ def build_config(config_class: type, options: argparse.Namespace, overrides: Seq
         return name in fields and (not inner or dataclasses.is_dataclass(hint) or get_origin(hint) is dict)
 
     ours = [item for item in overrides if not for_verl or is_ours(item)]
-    passed_on = [item for item in overrides if for_verl and not is_ours(item)]
+    passed_on = [item for item in overrides if item not in ours]
     return load_config(
         config_class, options.config, ours, values=flags, append={"verl": passed_on} if passed_on else {}
     )

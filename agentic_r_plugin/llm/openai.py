@@ -262,9 +262,6 @@ class OpenAIBackend:
             self.usage.usd += sum(tokens * price for tokens, price in zip(paid, self._prices, strict=True)) / 1e6
 
 
-_MISSING = object()
-
-
 class _NotAsAskedError(Exception):
     """An answer with status 200 that is not what the protocol says; it may be right the next time."""
 
@@ -288,13 +285,12 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _message(answer: dict[str, Any]) -> str:
     """Text of a chat completion; none where the model was cut while it reasoned, or a filter took it: null."""
-    message = _choice(answer).get("message")
-    content = message.get("content", _MISSING) if isinstance(message, dict) else _MISSING
-    if content is None:
-        return ""
-    if not isinstance(content, str):
-        raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
-    return content
+    match _choice(answer).get("message"):
+        case {"content": None}:
+            return ""
+        case {"content": str(text)}:
+            return text
+    raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
 
 
 def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
