@@ -56,6 +56,19 @@ class SearchUnavailableError(SearchError):
     """The retrieval service did not answer within its retries."""
 
 
+class SearchRefusedError(SearchError):
+    """The retrieval service refuses a request for good.
+
+    Args:
+        message: what it says.
+        status: its HTTP status.
+    """
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class BackendError(AgenticRError):
     """A language-model backend failed after its retries."""
 

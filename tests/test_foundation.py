@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +14,13 @@ from hypothesis import strategies as st
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, normalize
 from agentic_r_plugin.config import fingerprint, load_config, save_config
-from agentic_r_plugin.errors import ConfigError, RecordError, UnknownComponentError
+from agentic_r_plugin.errors import (
+    ConfigError,
+    RecordError,
+    SearchRefusedError,
+    UnknownComponentError,
+    UpstreamError,
+)
 from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import (
     Candidates,
@@ -120,6 +127,14 @@ def test_a_wrong_record_names_the_field(change, message):
     with pytest.raises(RecordError) as error:
         Trajectory.from_dict(TRAJECTORY.to_dict() | change)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fault", [RecordError("m", path="f", line=2), SearchRefusedError("m", status=401), UpstreamError("m")], ids=repr
+)
+def test_a_fault_comes_whole_out_of_another_process(fault):
+    copy = pickle.loads(pickle.dumps(fault))
+    assert (type(copy), str(copy), vars(copy)) == (type(fault), str(fault), vars(fault))
 
 
 def test_a_question_without_gold_answers_is_refused():

@@ -14,7 +14,7 @@ from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError
+from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
@@ -133,8 +133,8 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
     try:
         health = client.health()
         (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
-    except SearchError as error:
-        if "HTTP 401" not in str(error):
+    except SearchRefusedError as error:
+        if error.status != 401:
             raise
         told = f"the one in {config.retrieval_token_env} is another" if token else "none is given"
         raise SearchError(

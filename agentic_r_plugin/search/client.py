@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
 
@@ -122,7 +122,7 @@ class RetrievalClient:
         """
         try:
             return str(self.health().get("fingerprint", self.url))
-        except _RefusedError as error:
+        except SearchRefusedError as error:
             if error.status in (404, 405):
                 return self.url
             raise
@@ -147,7 +147,9 @@ class RetrievalClient:
             raise SearchError(f"{self.url}/reload: {_describe(error, timeout_s)}") from error
         if answer.status_code != 200:
             reason = f"HTTP {answer.status_code}: {_error_message(answer.content)}"
-            raise SearchError(f"{self.url}/reload: the service refused the request: {reason}")
+            raise SearchRefusedError(
+                f"{self.url}/reload: the service refused the request: {reason}", status=answer.status_code
+            )
         return str(answer.json()["fingerprint"])
 
     def close(self) -> None:
@@ -252,14 +254,6 @@ class RetrievalClient:
         return self._async[loop]
 
 
-class _RefusedError(SearchError):
-    """The service refuses a request for good."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class _Attempts:
     """Counts the attempts of one call and says how long to pause before the next."""
 
@@ -288,14 +282,14 @@ class _Attempts:
 
         Raises:
             SearchUnavailableError: no attempt is left.
-            SearchError: the service refuses this request for good.
+            SearchRefusedError: the service refuses this request for good.
         """
         if status == 200:
             return None
         reason = f"HTTP {status}: {_error_message(content)}"
         if status in _RETRIED_STATUS:
             return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
-        raise _RefusedError(status, f"{self.where}: the service refused the request: {reason}")
+        raise SearchRefusedError(f"{self.where}: the service refused the request: {reason}", status=status)
 
     def parse(self, content: bytes) -> Any:
         """The JSON document of an answer."""

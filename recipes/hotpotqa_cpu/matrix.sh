@@ -8,7 +8,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
 data=${AGENTIC_R_DATA:-../shared/data}
 agentic_r=${AGENTIC_R:-.venv/bin/agentic-r}
-"$here/run.sh" "$out"
+TEST=0 "$here/run.sh" "$out"
 
 for which in base trained; do
   mkdir -p "$out/index/$which"

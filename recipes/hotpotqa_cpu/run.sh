@@ -2,7 +2,8 @@
 # HotpotQA with SmolLM2-135M on a CPU, from the package on PyPI to the table: recipes/hotpotqa_cpu/run.sh [OUT]
 # Run it from the checkout. Stopped at any point, the same command goes on; what is done is not done again.
 # AGENTIC_R_DATA: folder that holds hotpotqa/ in FlashRAG layout (default ../shared/data).
-# QUESTIONS: training questions that data are made from (default 100, at most 240). TEST: test questions (default 100).
+# QUESTIONS: training questions that data are made from (default 100, at most 240). TEST: test questions (default 100;
+# 0: stop before the evaluation).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
@@ -40,10 +41,13 @@ step correctness "$agentic_r" correctness --config "$here/rollouts.yaml" --candi
 step groups "$agentic_r" groups --candidates "$out/candidates.jsonl" --relevance "$out/relevance.jsonl" \
   --correctness "$out/correctness.jsonl" --out "$out/groups.jsonl" --resume
 
-# The retriever, and the comparison: one agent, the base and the trained retriever, unseen questions.
+# The retriever.
 step train-retriever "$agentic_r" train-retriever --config "$here/retriever.yaml" --groups "$out/groups.jsonl" \
   --corpus "$corpus" --out "$out/retriever" --resume
 step index-trained "$agentic_r" index --corpus "$corpus" --retriever "$out/retriever" --out "$out/index_trained" --resume
+
+# The comparison: one agent, the base and the trained retriever, unseen questions.
+[ "${TEST:-100}" != 0 ] || exit 0
 step evaluate "$agentic_r" evaluate --config "$here/evaluate.yaml" --data-dir "$data" --out "$out/evaluation" \
   --first "${TEST:-100}" agents.smollm2="$out/agent" \
   searches.base="$out/index_base" searches.trained="$out/index_trained" --resume

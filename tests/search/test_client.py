@@ -12,7 +12,7 @@ from email.utils import formatdate
 
 import pytest
 
-from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
@@ -149,8 +149,9 @@ def test_long_lists_are_asked_in_parts_and_come_back_in_order():
 def test_a_service_without_health_is_known_by_its_address():
     with Misbehaving([response(404, b"{}"), response(401, b"{}")]) as server:
         assert RetrievalClient(server.url).fingerprint() == server.url
-        with pytest.raises(SearchError, match="HTTP 401"):
+        with pytest.raises(SearchRefusedError, match="HTTP 401") as refused:
             RetrievalClient(server.url).fingerprint()
+        assert refused.value.status == 401
 
 
 def test_deep_searches_go_out_in_smaller_requests():
