@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.agent.verl_config import critic_tokens
 from agentic_r_plugin.errors import ConfigError
 
 _ENGINES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
@@ -12,11 +14,9 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
     """Overrides for one machine or a Ray cluster; like the CPU's, they come before the user's own.
 
     Raises:
-        ConfigError: rollout engines that do not divide the devices.
+        ConfigError: rollout engines that do not divide the devices, or mini-batches that the devices do not divide.
     """
-    world = config.devices * config.nodes
-    if world % config.tensor_parallel:
-        raise ConfigError(f"tensor_parallel={config.tensor_parallel} must divide the {world} devices (devices x nodes)")
+    _check_shares(config)
     offload = str(config.offload).lower()
     overrides = [
         f"actor_rollout_ref.rollout.name={config.engine}",
@@ -33,12 +33,16 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
         overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # it finds stop strings in text only
     if config.micro_batch_tokens:
         overrides += [
-            "actor_rollout_ref.actor.use_dynamic_bsz=true",  # the others follow it
+            "actor_rollout_ref.actor.use_dynamic_bsz=true",  # reference and old log-probabilities follow it
             f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={config.micro_batch_tokens}",
-            f"critic.ppo_max_token_len_per_gpu={config.micro_batch_tokens}",
         ]
-    if config.nodes + config.rollout_nodes > 1:
-        overrides.append("+ray_kwargs.ray_init.address=auto")  # join the cluster that is running
+    overrides += critic_tokens(config.micro_batch_tokens or config.micro_batch_size * config.limits.max_tokens)
+    overrides += [
+        # Join the cluster that is running only where several machines are meant: Ray would look for one by itself.
+        f"+ray_kwargs.ray_init.address={'auto' if config.nodes + config.rollout_nodes > 1 else 'local'}",
+        # Other machines' processes have the environment of `ray start`; some of them see no accelerator.
+        f"+ray_kwargs.ray_init.runtime_env.env_vars.{SWITCH}='0'",
+    ]
     if config.lora_rank:
         overrides += [
             f"actor_rollout_ref.model.lora_rank={config.lora_rank}",
@@ -55,3 +59,18 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             f"trainer.v1.separate_async.parameter_sync_step={config.batch_size // config.mini_batch_size}",
         ]
     return overrides
+
+
+def _check_shares(config: TrainAgentConfig) -> None:
+    world = config.devices * config.nodes
+    devices = f"the {world} devices (devices x nodes)"
+    if world % config.tensor_parallel:
+        raise ConfigError(f"tensor_parallel={config.tensor_parallel} must divide {devices}")
+    trajectories = config.mini_batch_size * config.samples
+    if trajectories % world:
+        raise ConfigError(f"{devices} must divide the {trajectories} trajectories of a mini-batch")
+    if not config.micro_batch_tokens and trajectories // world % config.micro_batch_size:
+        raise ConfigError(
+            f"micro_batch_size={config.micro_batch_size} must divide the {trajectories // world} trajectories of a "
+            "mini-batch that a device gets; or set micro_batch_tokens"
+        )

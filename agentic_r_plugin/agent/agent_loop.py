@@ -18,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -30,7 +31,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetr
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Search, Session
+from agentic_r_plugin.protocol import Codec, Limits, Search, Session
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
 from agentic_r_plugin.search.backends import token_from_env
@@ -120,6 +121,7 @@ class SearchAgentLoop(AgentLoopBase):
             output = await self.server_manager.generate(
                 request_id=request_id, prompt_ids=session.ids, sampling_params=params
             )
+            cut_at_stop(output, self.protocol.stop, self.codec)
             log.took(output, perf_counter() - started)
             action = session.model_wrote(output.token_ids)
             if isinstance(action, Search):
@@ -151,6 +153,28 @@ class SearchAgentLoop(AgentLoopBase):
             session.search_failed()
             return
         session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+
+def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:
+    """Take away what an engine wrote after the token that completed a stop string.
+
+    Engines end there. But the asynchronous trainers abort requests and go on from the tokens so far (verl's
+    `workers/rollout/llm_server.py`), and an engine does not see a stop string that began before it was resumed.
+
+    Args:
+        output: verl's `TokenOutput`; `token_ids` and `log_probs` are changed.
+    """
+    ids = output.token_ids
+
+    def stopped(count: int) -> bool:
+        text = codec.decode(ids[:count])
+        return any(item in text for item in stop)
+
+    if not stopped(len(ids) - 1):
+        return
+    count = bisect_left(range(len(ids)), True, key=stopped)
+    output.token_ids = ids[:count]
+    output.log_probs = output.log_probs and output.log_probs[:count]
 
 
 def request_seed(*parts: int) -> int:

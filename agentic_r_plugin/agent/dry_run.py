@@ -160,8 +160,13 @@ def _output_folder(folder: Path) -> str:
 def _engine(config: TrainAgentConfig) -> str:
     if prepare.on_cpu(config):
         return "hf, on the CPU"
-    if importlib.util.find_spec(config.engine) is None:
-        return f"{config.engine} is not installed here; it must be on the machines that train"
+    # verl's models want flash attention: the package, or one from the hub through `kernels`.
+    flash = "flash_attn" if importlib.util.find_spec("kernels") is None else "kernels"
+    needed = [config.engine, flash, *(["cupy"] if config.mode == "separate_async" else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = f"verl[{config.engine},fsdp]"
+        return f"{', '.join(missing)}: not installed here; must be on the machines that train ({extras})"
     return config.engine
 
 

@@ -56,6 +56,24 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
+def shard_files(checkpoint: Path) -> list[Path]:
+    """The weights of a checkpoint's `actor` or `critic` folder, by rank.
+
+    Raises:
+        TrainingError: they are not all there.
+    """
+    record = checkpoint / "fsdp_config.json"
+    world_size = int(read_json(record)["world_size"]) if record.is_file() else 1
+    files = [checkpoint / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
+    for file in (record, *files):
+        if not file.is_file():
+            raise TrainingError(
+                f"{checkpoint}: {file.name} is missing; the checkpoint is not whole. Where several machines train, out "
+                "must be on a disk that all of them share"
+            )
+    return files
+
+
 def merged_weights(checkpoint: Path) -> dict[str, Any]:
     """All weights of a sharded checkpoint, whole, in their own precision.
 
@@ -64,13 +82,7 @@ def merged_weights(checkpoint: Path) -> dict[str, Any]:
     """
     import torch
 
-    world_size = int(read_json(checkpoint / "fsdp_config.json")["world_size"])
-    shards = []
-    for rank in range(world_size):
-        file = checkpoint / f"model_world_size_{world_size}_rank_{rank}.pt"
-        if not file.is_file():
-            raise TrainingError(f"{checkpoint}: shard {file.name} is missing; the checkpoint is not whole")
-        shards.append(torch.load(file, map_location="cpu", weights_only=False))
+    shards = [torch.load(file, map_location="cpu", weights_only=False) for file in shard_files(checkpoint)]
     return {name: join_shards(name, [shard[name] for shard in shards]) for name in shards[0]}
 
 

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, content_key, latest_step, prepare
+from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, content_key, latest_step, name_latest, prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
@@ -37,8 +37,12 @@ __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
 _FREE = ("out", "retrieval_url", "retrieval_token_env", "steps", "save_every", "keep_checkpoints", "validate_every",
          "rollouts_per_step", "threads", "max_concurrent_searches", "max_failed_search_share", "search_timeout_s",
-         "search_retries", "stability", "loggers", "dry_run", "device_memory_gb")  # fmt: skip
+         "search_retries", "stability", "loggers", "dry_run", "device_memory_gb", "micro_batch_size",
+         "micro_batch_tokens", "offload", "tensor_parallel")  # fmt: skip
 """Fields that may change between a run and its resumption."""
+_FREE_OF_VERL = ("gpu_memory_utilization", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "_offload",
+                 "enforce_eager", "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
+"""Ends of verl's keys that may: they say how memory is used, not what is learnt."""
 
 _LOG_TAIL_LINES = 25
 
@@ -80,6 +84,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
 def _fingerprint(config: TrainAgentConfig) -> str:
     values = {name: value for name, value in to_dict(config).items() if name not in _FREE}
+    values["verl"] = [item for item in config.verl if not item.partition("=")[0].endswith(_FREE_OF_VERL)]
     for name in ("model", "critic", "questions", "validation"):
         if values[name] is not None and not Path(values[name]).exists():
             raise ConfigError(f"{name}: {values[name]} does not exist")
@@ -92,7 +97,8 @@ def _check_same(run_dir: Path, key: str) -> None:
     if found != key:
         raise ManifestMismatchError(
             f"{run_dir} belongs to a run with other settings, questions or models (see its config.yaml); choose "
-            f"another folder, or give the same settings. May change: {', '.join(_FREE[1:])}"
+            f"another folder, or give the same settings. May change: {', '.join(_FREE[1:])}, and verl's "
+            f"*{', *'.join(_FREE_OF_VERL)}"
         )
 
 
@@ -140,6 +146,7 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
     for name, value in environment.items():
         if value is None:
             variables.pop(name, None)
+    name_latest(run_dir)
     # Steps after the checkpoint are done again: their old lines would be taken for news.
     StepLog(run_dir / "metrics.jsonl").keep_until(latest_step(run_dir))
     debug = "--debug" in sys.argv

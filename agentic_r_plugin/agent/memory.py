@@ -174,11 +174,14 @@ def _role(size: ModelSize, fsdp: Any, world: int, trained: int | None) -> dict[s
 def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) -> dict[str, float]:
     """GiB of one micro-batch's forward and backward pass, in bfloat16."""
     actor = composed.actor_rollout_ref.actor
-    own = actor if role == "actor" else composed.critic
     model = composed.actor_rollout_ref.model if role == "actor" else composed.critic.model
     longest = composed.data.max_prompt_length + composed.data.max_response_length
     longest = min(longest, composed.actor_rollout_ref.rollout.max_model_len or longest)
-    tokens = own.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else own.ppo_micro_batch_size_per_gpu * longest
+    if role == "critic":
+        tokens = composed.critic.ppo_infer_max_token_len_per_gpu
+    else:
+        packed = actor.use_dynamic_bsz
+        tokens = actor.ppo_max_token_len_per_gpu if packed else actor.ppo_micro_batch_size_per_gpu * longest
     inside = 2 * (8 * size.hidden + 3 * size.intermediate)
     kept = 2 * size.hidden * size.layers if model.enable_gradient_checkpointing else inside * size.layers
     return {

@@ -12,6 +12,7 @@ import httpx
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
+from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError, SearchRefusedError
@@ -20,7 +21,7 @@ from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.wire import is_loopback
-from agentic_r_plugin.store import file_fingerprint
+from agentic_r_plugin.store import atomic_path, file_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,21 @@ def check_run_folder(folder: Path) -> None:
 
 
 def latest_step(run_dir: Path) -> int:
-    """Step of the newest whole checkpoint; 0 without one. verl writes this file after everything else."""
-    file = run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(file.read_text()) if file.is_file() else 0
+    """Step of the newest whole checkpoint; 0 without one. verl writes its name after everything else."""
+    file = _latest_file(run_dir)
+    if not file.is_file():
+        return 0
+    # A kill while verl writes the name leaves the file empty: the newest folder was whole by then.
+    return int(file.read_text() or max(checkpoint_steps(file.parent), default=0))
+
+
+def name_latest(run_dir: Path) -> None:
+    """Write the newest checkpoint's name again where a kill left none, which verl cannot read."""
+    file = _latest_file(run_dir)
+    if file.is_file() and not file.read_text():
+        with atomic_path(file) as temporary:
+            temporary.write_text(str(latest_step(run_dir)))
+
+
+def _latest_file(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"

@@ -124,6 +124,11 @@ class TrainAgentConfig:
             raise ConfigError(
                 f"rollout_nodes={self.rollout_nodes}: separate_async needs at least 1, the other modes have none"
             )
+        if self.lora_rank and self.mode == "separate_async":
+            raise ConfigError(
+                f"lora_rank={self.lora_rank}: expected 0 with mode=separate_async, where verl sends base weights alone "
+                "to the rollout engines"
+            )
         positive = ("topk", "steps", "batch_size", "samples", "mini_batch_size", "micro_batch_size", "devices", "nodes")
         for name in (*positive, "save_every", "max_concurrent_searches", "tensor_parallel"):
             if getattr(self, name) < 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -30,6 +31,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from agentic_r_plugin.agent.agent_loop import request_seed
 from agentic_r_plugin.agent.culprit import save_culprit
+from agentic_r_plugin.agent.export import shard_files
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
     StepLog,
@@ -98,6 +100,12 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self.rollout_log.write(self.global_steps, [rollout_line(item, self.global_steps) for item in shown])
         return batch
 
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's. With LoRA it marks the batch as one for the actor without adapters; the critic, next, has none."""
+        batch = super()._compute_ref_log_prob(batch, metrics)
+        batch.extra_info.pop("no_lora_adapter", None)
+        return batch
+
     def _balance_batch(
         self,
         batch: KVBatchMeta,
@@ -109,6 +117,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
         """The batch without trajectories whose search failed, in an order drawn by the seed and the step.
+
+        GRPO compares the trajectories of a question: where one alone is left, it goes, too.
 
         verl takes mini-batches in the order it is given, and the order in which trajectories arrive is chance; the data
         set's order would make them by data set.
@@ -129,10 +139,13 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             return drawn(_place(item), self.settings.seed, self.global_steps)
 
         self.trajectories += sorted(extra, key=order)
-        failed = [key for key, item in zip(batch.keys, extra, strict=True) if item["search_failed"]]
-        if failed:
-            tq.kv_clear(keys=failed, partition_id=batch.partition_id)
         rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
+        if self.config.algorithm.adv_estimator == "grpo":
+            left = Counter(_place(item)[0] for _, _, item in rows)
+            rows = [row for row in rows if left[_place(row[2])[0]] > 1]
+        kept = {key for key, _, _ in rows}
+        if removed := [key for key in batch.keys if key not in kept]:
+            tq.kv_clear(keys=removed, partition_id=batch.partition_id)
         rows.sort(key=lambda row: order(row[2]))
         size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         rows = by_length_within(rows, size, length=lambda row: row[1]["seq_len"])
@@ -181,12 +194,18 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """verl's checkpoint, with this step's metrics beside it; then old checkpoints go, but never the last stable."""
+        """verl's checkpoint, with this step's metrics beside it; then old checkpoints go, but never the last stable.
+
+        Raises:
+            TrainingError: shards of other machines are not here.
+        """
         root = Path(self.config.trainer.default_local_dir)
         folder = root / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", {"step": self.global_steps, **self.step_metrics})
         super()._save_checkpoint()
+        for model in ("actor", "critic") if self.use_critic else ("actor",):
+            shard_files(folder / model)
         if self.settings.keep_checkpoints > 0:
             verdict = judge([*self.metrics_log.read(), {"step": self.global_steps, **self.step_metrics}], self.rule)
             steps = checkpoint_steps(root)

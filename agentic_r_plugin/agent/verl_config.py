@@ -173,6 +173,15 @@ def _settings(
     }
 
 
+def critic_tokens(most: int) -> list[str]:
+    """Overrides that pack the critic's micro-batches to `most` tokens a device.
+
+    verl 0.9.1 (`PPOTrainer._init_workers` in `trainer/ppo/v1/trainer_base.py`) takes the size of all its passes from a
+    key that its configuration does not hold, and ignores its micro-batch size.
+    """
+    return [f"critic.ppo_max_token_len_per_gpu={most}", f"++critic.ppo_infer_max_token_len_per_gpu={most}"]
+
+
 def starts_from_zero_critic(config: TrainAgentConfig) -> bool:
     """Whether `launch` must write a critic with a value head of zeros."""
     return config.algorithm == "ppo" and config.critic is None and config.value_head == "zero"

@@ -282,8 +282,8 @@ class Remote:
 class AbortingServer:
     """Writes a turn in two pieces: verl's trainer aborts the first and hands over new weights in between."""
 
-    def __init__(self, turns: list[list[int]]) -> None:
-        self.left = [list(turn) for turn in turns]
+    def __init__(self, turns: list[list[int]], aborted_after: int = 5) -> None:
+        self.left, self.aborted_after = [list(turn) for turn in turns], aborted_after
         self.asked: list[dict[str, Any]] = []
         self.version = 7
         self.generate = Remote(self._generate)
@@ -291,7 +291,7 @@ class AbortingServer:
     async def _generate(self, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any) -> TokenOutput:
         self.asked.append({"prompt_ids": list(prompt_ids), **sampling_params})
         turn, first = self.left[0], len(self.asked) == 1
-        piece = turn[:5] if first else turn
+        piece = turn[: self.aborted_after] if first else turn
         output = TokenOutput(
             token_ids=piece, log_probs=[-1.0] * len(piece), stop_reason="aborted" if first else "completed",
             extra_fields={"global_steps": self.version},
@@ -307,11 +307,37 @@ class AbortingServer:
 def test_a_turn_that_verls_asynchronous_trainer_interrupts_goes_on_token_for_token(
     tokenizer: Any, service: Service
 ) -> None:
-    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
-
     codec = TokenizerCodec(tokenizer)
     first, last = codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")
     server = AbortingServer([first, last])
+    output = run(tokenizer, client_of(server), service.url)
+    assert output.response_ids[: len(first)] == first and output.response_ids[-len(last) :] == last
+    assert server.asked[1]["prompt_ids"] == output.prompt_ids + first[:5]
+    assert server.asked[1]["max_tokens"] == server.asked[0]["max_tokens"] - 5
+    assert sum(output.response_mask) == len(first) + len(last)
+    assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (7, 8)
+    assert output.extra_fields["answer"] == "Bel"
+
+
+def test_what_is_written_after_a_stop_string_that_an_abort_cut_in_two_is_taken_away(
+    tokenizer: Any, service: Service
+) -> None:
+    codec = TokenizerCodec(tokenizer)
+    query, last = codec.encode("<search> Bo </search>"), codec.encode("<answer> Bel </answer>")
+    if len(codec.encode("</search>")) == 1:
+        query = [*codec.encode("<search> Bo "), *(item for char in "</search>" for item in codec.encode(char))]
+    invented = codec.encode("<information> Bo lies in Bel </information>")
+    server = AbortingServer([query + invented, last], aborted_after=len(query) - 1)
+    output = run(tokenizer, client_of(server), service.url)
+    assert "".join(segment["text"] for segment in output.extra_fields["segments"][:1]) == codec.decode(query)
+    assert output.response_ids[: len(query)] == query
+    assert sum(output.response_mask) == len(query) + len(last)
+    assert output.response_logprobs is not None and len(output.response_logprobs) == len(output.response_ids)
+
+
+def client_of(server: AbortingServer) -> Any:
+    """verl's client of the asynchronous trainers, which goes on where a request was aborted."""
+    from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 
     async def acquire(**_: Any) -> tuple[str, Any]:
         return "server", server
@@ -323,10 +349,4 @@ def test_a_turn_that_verls_asynchronous_trainer_interrupts_goes_on_token_for_tok
     balancer.acquire_server, balancer.release_server = Remote(acquire), Remote(lambda **_: None)
     balancer.require_acquire_fields = balancer.require_release_fields = Remote(fields)
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm", "response_length": 9}}})
-    output = run(tokenizer, FullyAsyncLLMServerClient(config, balancer), service.url)  # type: ignore[arg-type]
-    assert output.response_ids[: len(first)] == first and output.response_ids[-len(last) :] == last
-    assert server.asked[1]["prompt_ids"] == output.prompt_ids + first[:5]
-    assert server.asked[1]["max_tokens"] == server.asked[0]["max_tokens"] - 5
-    assert sum(output.response_mask) == len(first) + len(last)
-    assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (7, 8)
-    assert output.extra_fields["answer"] == "Bel"
+    return FullyAsyncLLMServerClient(config, balancer)  # type: ignore[arg-type]

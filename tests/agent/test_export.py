@@ -101,6 +101,6 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_leaves_nothing(tmp_path: 
     with pytest.raises(TrainingError, match=r"missing \['model\.norm\.weight'\]"):
         export_model(checkpoint, tmp_path / "agent")
     (checkpoint / "model_world_size_1_rank_0.pt").unlink()
-    with pytest.raises(TrainingError, match=r"shard model_world_size_1_rank_0\.pt is missing"):
+    with pytest.raises(TrainingError, match=r"actor: model_world_size_1_rank_0\.pt is missing"):
         export_model(checkpoint, tmp_path / "agent")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["actor"]

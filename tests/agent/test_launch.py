@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from agentic_r_plugin.agent import dataset, launch, verl_config
+from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
-from agentic_r_plugin.agent.prepare import check_run_folder, prepare, validation_questions
+from agentic_r_plugin.agent.prepare import check_run_folder, name_latest, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -38,7 +40,7 @@ from tests.search import loopback
 def config(tmp_path: Path, agent_dir: Path, question_file: Path, service: Service) -> TrainAgentConfig:
     return TrainAgentConfig(
         model=str(agent_dir), questions=str(question_file), retrieval_url=service.url, out=str(tmp_path / "run"),
-        protocol="compact", limits=LIMITS, topk=1, steps=2, batch_size=4, mini_batch_size=2, micro_batch_size=4,
+        protocol="compact", limits=LIMITS, topk=1, steps=2, batch_size=4, mini_batch_size=2, micro_batch_size=2,
         cpu=True,
     )  # fmt: skip
 
@@ -108,11 +110,62 @@ def test_a_resume_may_name_another_variable_for_the_token(config: TrainAgentConf
         ({"mini_batch_size": 3}, "batch_size=4 must be a multiple of mini_batch_size=3"),
         ({"actor_lr": 0.0}, "actor_lr"),
         ({"max_failed_search_share": 1.5}, "max_failed_search_share"),
+        ({"lora_rank": 8, "mode": "separate_async", "rollout_nodes": 1}, "lora_rank=8: expected 0 with mode=separate"),
     ],
 )
 def test_impossible_numbers_are_refused(config: TrainAgentConfig, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(config, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"devices": 3}, r"the 3 devices \(devices x nodes\) must divide the 4 trajectories of a mini-batch"),
+        ({"devices": 2, "tensor_parallel": 4}, "tensor_parallel=4 must divide the 2 devices"),
+        ({"micro_batch_size": 3}, "micro_batch_size=3 must divide the 4 trajectories of a mini-batch that a device"),
+    ],
+)
+def test_devices_that_cannot_share_a_mini_batch_are_refused(
+    config: TrainAgentConfig, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        accelerator_overrides(replace(config, mini_batch_size=4, **change))  # type: ignore[arg-type]
+
+
+def test_a_run_on_one_machine_joins_no_cluster_and_a_cluster_is_told_there_are_accelerators(
+    config: TrainAgentConfig,
+) -> None:
+    alone = prepare(replace(config, cpu=False, mini_batch_size=4, micro_batch_size=4)).verl
+    assert alone.ray_kwargs.ray_init.address == "local"
+    assert alone.ray_kwargs.ray_init.runtime_env.env_vars.AGENTIC_R_CPU == "0"
+    assert prepare(replace(config, cpu=True)).verl.ray_kwargs.ray_init.address == "local"
+    shared = accelerator_overrides(replace(config, nodes=2, mini_batch_size=4, micro_batch_size=2))
+    assert "+ray_kwargs.ray_init.address=auto" in shared
+
+
+def test_the_critics_passes_are_as_large_as_the_actors(config: TrainAgentConfig) -> None:
+    packed = prepare(replace(config, cpu=False, micro_batch_tokens=512)).verl
+    assert packed.actor_rollout_ref.actor.ppo_max_token_len_per_gpu == 512
+    assert packed.critic.ppo_infer_max_token_len_per_gpu == 512
+    counted = prepare(replace(config, cpu=False, mini_batch_size=4, micro_batch_size=2)).verl
+    assert counted.critic.ppo_infer_max_token_len_per_gpu == 2 * LIMITS.max_tokens
+    on_cpu = prepare(replace(config, cpu=True)).verl
+    assert on_cpu.critic.ppo_infer_max_token_len_per_gpu == on_cpu.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_with_settings_that_take_less(config: TrainAgentConfig) -> None:
+    rollout = "actor_rollout_ref.rollout"
+    begun = replace(config, verl=["critic.cliprange_value=0.2", f"{rollout}.gpu_memory_utilization=0.8"])
+    less = replace(
+        begun,
+        micro_batch_tokens=256,
+        offload=True,
+        verl=["critic.cliprange_value=0.2", f"{rollout}.gpu_memory_utilization=0.5"],
+    )
+    assert launch._fingerprint(less) == launch._fingerprint(begun)
+    other = replace(begun, verl=["critic.cliprange_value=0.3", *begun.verl[1:]])
+    assert launch._fingerprint(other) != launch._fingerprint(begun)
 
 
 def test_an_existing_output_needs_resume_and_the_same_settings(config: TrainAgentConfig) -> None:
@@ -279,7 +332,16 @@ def test_the_newest_checkpoint_is_the_one_verl_finished(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("9")
     assert checkpoint_steps(tmp_path / "checkpoints") == [2, 9, 10]
+    name_latest(tmp_path)
     assert latest_step(tmp_path) == 9
+
+
+def test_a_kill_while_verl_names_the_newest_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "global_step_10").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").touch()
+    assert latest_step(tmp_path) == 10
+    name_latest(tmp_path)
+    assert find_latest_ckpt_path(str(tmp_path / "checkpoints")) == str(tmp_path / "checkpoints" / "global_step_10")
 
 
 def test_a_fault_is_found_behind_rays_wrapping() -> None:

@@ -38,6 +38,7 @@ def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
     made.config = OmegaConf.create({"trainer": {"default_local_dir": str(folder / "checkpoints")}})
     made.trajectories, made.step_metrics, made.unlogged = [], {}, None
     made.lost = SimpleNamespace(count=0)  # type: ignore[assignment]
+    made.use_critic = True
     return made
 
 
@@ -147,8 +148,8 @@ def test_a_run_whose_last_line_is_missing_is_not_done(monkeypatch: pytest.Monkey
 
 
 def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: None)
     trainer = trainer_in(tmp_path)
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: save_shards(self, ranks=(0, 1)))
     for step, em in ((1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)):
         trainer.global_steps, trainer.step_metrics = step, {"agentic_r/em": em}
         trainer._save_checkpoint()
@@ -159,6 +160,35 @@ def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.Monk
     record = read_json(tmp_path / "stability.json")
     assert (record["checkpoint"], record["collapse"], record["stopped"]) == (2, 3, True)
     assert record["unstable"] == {"3": ["reward 0.000, best 1.000"], "4": ["reward 0.000, best 1.000"]}
+
+
+def save_shards(trainer: Any, ranks: tuple[int, ...]) -> None:
+    """As two ranks of verl's engine leave a checkpoint, as far as they write to this machine's disk."""
+    for model in ("actor", "critic"):
+        folder = Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}" / model
+        write_json(folder / "fsdp_config.json", {"world_size": 2})
+        for rank in ranks:
+            (folder / f"model_world_size_2_rank_{rank}.pt").touch()
+
+
+def test_shards_on_another_machines_disk_are_missed_at_the_first_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: save_shards(self, ranks=(0,)))
+    with pytest.raises(TrainingError, match=r"step_7/actor: model_world_size_2_rank_1\.pt is missing.*on a disk"):
+        trainer_in(tmp_path)._save_checkpoint()
+
+
+def test_with_lora_the_critic_is_not_asked_to_leave_adapters_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def reference(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
+        batch.extra_info.update({"temperature": 1.0, "no_lora_adapter": True})
+        return batch
+
+    monkeypatch.setattr(PPOTrainer, "_compute_ref_log_prob", reference)
+    batch = transfer_queue.KVBatchMeta(partition_id="train", keys=["a"], tags=[{}], extra_info={})
+    assert trainer_in(tmp_path)._compute_ref_log_prob(batch, {}).extra_info == {"temperature": 1.0}
 
 
 def test_a_collapse_before_the_first_checkpoint_says_so_in_the_error_and_in_the_file(tmp_path: Path) -> None:
@@ -232,7 +262,7 @@ def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch
     trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 2, 1, []
     trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=0)
     trainer.config = OmegaConf.create(
-        {"data": {"train_batch_size": 4},
+        {"data": {"train_batch_size": 4}, "algorithm": {"adv_estimator": "gae"},
          "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": 2}}}
     )  # fmt: skip
     items = [outcome(1) | {"place": [place, 0], "trained_tokens": 2} for place in (1, 0)]
@@ -258,7 +288,7 @@ def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_t
         trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, step, []
         trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=seed)
         trainer.config = OmegaConf.create(
-            {"data": {"train_batch_size": 2 * size},
+            {"data": {"train_batch_size": 2 * size}, "algorithm": {"adv_estimator": "gae"},
              "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": size}}}
         )  # fmt: skip
         fields = {
@@ -278,6 +308,31 @@ def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_t
     assert step_of(rows[::-1], step=1) == (keys, first)  # whatever the order of arrival
     assert set(step_of(rows, step=2)[0][:size]) != set(keys[:size])
     assert set(step_of(rows, step=1, seed=1)[0][:size]) != set(keys[:size])
+
+
+def test_grpo_leaves_out_a_trajectory_whose_group_lost_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
+    trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, 1, []
+    trainer.settings = SimpleNamespace(max_failed_search_share=0.5, seed=0)
+    trainer.config = OmegaConf.create(
+        {"data": {"train_batch_size": 2}, "algorithm": {"adv_estimator": "grpo"},
+         "actor_rollout_ref": {"rollout": {"n": 2}, "actor": {"ppo_mini_batch_size": 2}}}
+    )  # fmt: skip
+    places = {"a": [0, 0], "b": [0, 1], "c": [1, 0], "d": [1, 1]}
+    items = [
+        outcome(1) | {"place": place, "search_failed": int(key == "d"), "trained_tokens": 2 * (key != "d")}
+        for key, place in places.items()
+    ]
+    masks = [torch.full((2,), float(key != "d")) for key in places]
+    fields = {"extra_fields": items, "response_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}
+    cleared: list[str] = []
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
+    monkeypatch.setattr(transfer_queue, "kv_clear", lambda keys, partition_id: cleared.extend(keys))
+    batch = transfer_queue.KVBatchMeta(partition_id="train", keys=list(places), tags=[{"seq_len": 3}] * 4)
+    for estimator, kept in (("gae", ["a", "b", "c"]), ("grpo", ["a", "b"])):
+        trainer.config.algorithm.adv_estimator = estimator
+        cleared.clear()
+        assert (sorted(trainer._valid_in_order(batch).keys), cleared) == (kept, sorted(places.keys() - set(kept)))
 
 
 def test_rows_of_a_mini_batch_are_put_in_order_of_length() -> None:

@@ -27,6 +27,7 @@ def test_the_release_is_the_one_the_hooks_were_written_for() -> None:
     ("method", "expected"),
     [
         ("step", ["self", "metrics", "timing_raw"]),
+        ("_compute_ref_log_prob", ["self", "batch", "metrics"]),
         ("_balance_batch", ["self", "batch", "metrics", "logging_prefix", "keep_minibatch"]),
         ("_compute_metrics", ["self", "batch", "metrics", "timing_raw", "global_steps", "epoch"]),
         ("_validate", ["self"]),
@@ -46,6 +47,12 @@ def test_the_order_of_a_step_is_the_one_the_trainer_relies_on() -> None:
     assert fit.index("self.step(") < fit.index("self._save_checkpoint()") < fit.index("self._compute_metrics(")
     save = inspect.getsource(PPOTrainer._save_checkpoint)
     assert save.index("self.actor_rollout_wg.save_checkpoint") < save.index("latest_checkpointed_iteration.txt")
+
+
+def test_the_critics_micro_batches_are_sized_by_the_key_that_is_set_for_them() -> None:
+    source = inspect.getsource(PPOTrainer)
+    assert "critic_cfg.engine.max_token_len_per_gpu = critic_cfg.ppo_infer_max_token_len_per_gpu" in source
+    assert "critic_cfg.engine.infer_max_token_len_per_gpu = critic_cfg.ppo_infer_max_token_len_per_gpu" in source
 
 
 def test_verl_calls_a_steps_updates_and_metrics_as_the_trainer_overrides_them() -> None:

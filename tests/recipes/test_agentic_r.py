@@ -23,8 +23,8 @@ from tests.agent import tiny_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "agentic_r"
 SCRIPTS = sorted(RECIPE.glob("run_*.sh"))
-ADDED = ("agentic_r.", "ray_kwargs.ray_init.")
-"""Keys that verl's own configuration does not have: ours, and what goes to `ray.init`."""
+ADDED = ("agentic_r.", "ray_kwargs.ray_init.", "critic.ppo_infer_max_token_len_per_gpu")
+"""Keys that verl's own configuration does not have: ours, what goes to `ray.init`, and one that only its code reads."""
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 
 from agentic_r_plugin import memory
 from agentic_r_plugin.agent.cpu import attention
+from agentic_r_plugin.agent.verl_config import critic_tokens
 
 
 def cpu_overrides(
@@ -34,6 +35,7 @@ def cpu_overrides(
         "trainer.device=cpu",
         "trainer.nnodes=1",
         f"trainer.n_gpus_per_node={num_workers}",
+        "+ray_kwargs.ray_init.address=local",  # Ray would look for a running cluster first
         # verl counts GPUs and NPUs only; Ray is told of as many logical ones as there are workers.
         f"+ray_kwargs.ray_init.num_gpus={num_workers}",
         # Logical cores for verl's actors, which mostly sleep; Ray starts one Python process for each at once.
@@ -59,9 +61,9 @@ def cpu_overrides(
             f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
         ]
     overrides += [
-        "actor_rollout_ref.actor.use_dynamic_bsz=True",  # the others follow it
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",  # reference and old log-probabilities follow it
         f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={micro_batch_tokens}",
-        f"critic.ppo_max_token_len_per_gpu={micro_batch_tokens}",
+        *critic_tokens(micro_batch_tokens),
     ]
     overrides += ["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.ref.use_torch_compile=False"]
     for model in ("actor_rollout_ref.model", "critic.model"):
