@@ -30,7 +30,7 @@ class LLMSpec:
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
     max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch"})
     prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept"})
-    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time"})
+    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker"})
     timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server"})
     max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
