@@ -188,10 +188,19 @@ def test_the_cache_holds_no_more_passages_than_its_budget():
     hits = backend.search([SearchRequest(query="a")], 10)[0] * 5
     for query in ("a", "b"):
         service._remember(SearchRequest(query=query), 50, hits)
-    assert list(service._cache) == [SearchRequest(query="b")]
+    known = {query: service._cached(SearchRequest(query=query), 50) for query in ("a", "b")}
+    assert known == {"a": None, "b": hits}
     service._remember(SearchRequest(query="b"), 60, hits[:40])
     service._remember(SearchRequest(query="c"), 5, hits[:5])
     assert len(service._cache) == 2 and service._cached_hits == 45
+
+
+def test_what_the_cache_keeps_of_a_request_does_not_grow_with_its_history():
+    service = SearchService(EchoBackend(), max_batch=1, window_ms=0, cache_size=2, max_waiting=1)
+    long = SearchRequest(query="a", question="Q", history=("h" * 20_000,) * 64)
+    service._remember(long, 1, [])
+    assert service._cached(long, 1) == [] and service._cached(replace(long, history=()), 1) is None
+    assert sum(sys.getsizeof(key) for key in service._cache) < 100
 
 
 def test_ready_says_whether_searches_are_answered():
