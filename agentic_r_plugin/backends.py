@@ -52,6 +52,28 @@ class SearchSpec:
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
 
 
+_FREE_OPTIONS = frozenset(
+    {
+        "gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens",  # vllm
+        "requests_per_minute", "usd_per_million_prompt_tokens", "usd_per_million_cached_tokens",  # openai
+        "usd_per_million_generated_tokens",
+        "token_env", "max_connections",  # service
+        "mapped", "search_devices", "block_rows", "folder",  # faiss, torch, bm25
+    }
+)  # fmt: skip
+
+
+def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
+    """What of the settings decides answers, beside the models and indexes, whose contents their fingerprints tell.
+
+    Of a backend's own options all count but those known to say only where, how fast and at what price: nobody here can
+    tell more.
+    """
+    options = {name: value for name, value in spec.options.items() if name not in _FREE_OPTIONS}
+    dtype = {"dtype": spec.dtype} if isinstance(spec, LLMSpec) else {}
+    return {"backend": spec.backend, "options": options} | dtype
+
+
 @contextmanager
 def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
     """The language model that `spec` names; closed when the block ends.

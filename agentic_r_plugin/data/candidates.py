@@ -27,7 +27,7 @@ class CandidatesConfig:
 
     in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
     out: str = field(metadata={"help": "candidates file to write", **UNRECORDED})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever", **UNRECORDED})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
     topk: int = field(default=20, metadata={"help": "candidates a query"})
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})

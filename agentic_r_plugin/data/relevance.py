@@ -35,7 +35,7 @@ class RelevanceConfig:
     questions: str = field(default="", metadata={"help": "questions file, for scorers that use metadata", **UNRECORDED})
     sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **UNRECORDED})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the scorer's options"})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used"})
     max_error_share: float = field(
         default=0.1, metadata={"help": "largest share of queries the judge may fail on", **UNRECORDED}
     )

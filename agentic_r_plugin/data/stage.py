@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.journal import Journal, require_free
@@ -61,8 +62,8 @@ class Stage(Generic[Item]):
 
     Args:
         name: the command.
-        config: its configuration; fields with metadata `UNRECORDED` and the backends' settings stay out of the
-            comparison on resume.
+        config: its configuration; compared on resume, but for fields with metadata `UNRECORDED` and what of the
+            backends' settings decides no answer (`backends.deciding`).
         out: output file, or folder of shards (`runner.sharded`).
         inputs: files that are read, by role.
         models: fingerprints of what the caller uses, by role; the workers add theirs.
@@ -168,13 +169,17 @@ def _models(fingerprints: dict[str, str]) -> dict[str, str]:
 
 
 def _recorded(config: Any) -> dict[str, Any]:
-    """The configuration's fields that decide what the records are."""
-    return {
-        item.name: to_dict(value) if dataclasses.is_dataclass(value) else value
-        for item in dataclasses.fields(config)
-        if item.metadata.get("manifest", True)
-        for value in [getattr(config, item.name)]
-    }
+    """The configuration's fields that decide what the records are; of backends each setting by itself."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not item.metadata.get("manifest", True):
+            continue
+        if isinstance(value, LLMSpec | SearchSpec):
+            found |= {f"{item.name}.{name}": setting for name, setting in deciding(value).items()}
+        else:
+            found[item.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _check_output(stage: Stage[Any], *, resume: bool) -> None:
@@ -207,6 +212,7 @@ def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) ->
         f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and (loaded or not key.startswith(_MODEL))
+        if key in before or "." not in key  # earlier versions did not tell the backends' settings
     ]
     if changed:
         raise ManifestMismatchError(

@@ -32,7 +32,7 @@ class SubAnswersConfig:
 
     in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
     out: str = field(metadata={"help": "sub-answers file to write", **UNRECORDED})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge"})
     max_retries: int = field(default=3, metadata={"help": "further attempts after a reply that is not as asked"})
     max_tokens: int = field(default=512, metadata={"help": "longest reply"})
     max_error_share: float = field(

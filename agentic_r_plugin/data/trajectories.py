@@ -29,8 +29,8 @@ class TrajectoriesConfig:
 
     in_: str = field(metadata={"help": "questions file", **UNRECORDED})
     out: str = field(metadata={"help": "trajectories file to write", **UNRECORDED})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent", **UNRECORDED})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})

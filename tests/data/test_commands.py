@@ -113,7 +113,7 @@ def test_correctness_that_was_pruned_otherwise_is_refused_and_not_taken_for_quer
     assert "the correctness of every candidate is needed" in capsys.readouterr().err
     other = tmp_path / "relevance.jsonl"
     scored = read_records(whole / "relevance.jsonl", Relevance)
-    write_records(other, [replace(record, scores={key: 70 for key in record.scores}) for record in scored])
+    write_records(other, [replace(record, scores=dict.fromkeys(record.scores, 70)) for record in scored])
     line[line.index("--relevance") + 1] = str(other)
     assert main(line) == 1
     told = capsys.readouterr().err

@@ -53,7 +53,8 @@ def test_prompts_are_sent_as_token_ids_and_continuations_come_back_in_order():
     assert path == "/v1/completions"
     assert body | {"prompt": None} == {
         "model": "the-model", "prompt": None, "max_tokens": 50, "temperature": 0.0, "top_p": 1.0, "stop": ["</s>"],
-        "include_stop_str_in_output": True, "no_stop_trim": True, "skip_special_tokens": False, "return_token_ids": True,
+        "include_stop_str_in_output": True, "no_stop_trim": True, "skip_special_tokens": False,
+        "return_token_ids": True,
     }  # fmt: skip
 
 
