@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.store import absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,17 @@ def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
     options = {name: value for name, value in spec.options.items() if name not in _FREE_OPTIONS}
     dtype = {"dtype": spec.dtype} if isinstance(spec, LLMSpec) else {}
     return {"backend": spec.backend, "options": options} | dtype
+
+
+Spec = TypeVar("Spec", "LLMSpec", "SearchSpec")
+
+
+def with_absolute_paths(spec: Spec) -> Spec:
+    """The same for a process in another folder: paths that are there, absolute. A model that a server knows is none."""
+    names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else {"index", "corpus", "retriever"}
+    if spec.backend == "openai":
+        names -= {"model"}
+    return replace(spec, **{name: absolute(getattr(spec, name)) for name in names})
 
 
 @contextmanager

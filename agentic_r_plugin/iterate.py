@@ -218,7 +218,7 @@ class Loop:
             f"{name}.runner.address={stage.runner.address}"
             for name, stage in stages.items()
             if hasattr(stage, "search") and stage.search.url == _URL
-            if stage.runner.kind == "ray" and stage.runner.address not in ("", "local")
+            if stage.runner.elsewhere
         ]
         ppo = [self._train_agent_config(k, "x", _URL) for k in (1, 2)]
         if any(settings.nodes + settings.rollout_nodes > 1 for settings in ppo):

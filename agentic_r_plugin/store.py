@@ -281,6 +281,11 @@ def file_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def absolute(path: str) -> str:
+    """A path that is there, made absolute; what is none (a hub name, a URL, nothing) as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
 def require_absent(path: str | Path) -> None:
     """Refuse to overwrite.
 

@@ -22,7 +22,7 @@ from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
@@ -305,7 +305,7 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
             units=lambda: query_units(config.candidates),
             prepare=prepare,
             sides=[relevance] if relevance is not None else [],
-            worker=partial(CorrectnessWorker, config),
+            worker=partial(CorrectnessWorker, for_workers(config)),
             batch_size=config.batch_size,
             runner=config.runner,
         )

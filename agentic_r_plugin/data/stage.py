@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding, with_absolute_paths
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.journal import Journal, require_free
@@ -51,6 +51,7 @@ from agentic_r_plugin.store import (
 )
 
 Item = TypeVar("Item")
+Config = TypeVar("Config", bound=Any)
 
 UNRECORDED = {"manifest": False}
 """Metadata of a configuration field that does not change the records (paths, batch sizes)."""
@@ -71,7 +72,7 @@ class Stage(Generic[Item]):
         units: reads the input from its start: (key, item), each key once.
         prepare: item -> what a worker is given of it.
         sides: files that `prepare` looks things up in; read once before any work, closed at the end.
-        worker: builds a worker; picklable where `runner` is Ray.
+        worker: builds a worker (from `for_workers(config)`); picklable where `runner` is Ray.
         batch_size: units a batch; so many times the batches under way are lost when the process is killed.
         runner: where the work is done.
         max_error_share: more judge errors than this share of the units end the stage with an error.
@@ -94,6 +95,18 @@ class Stage(Generic[Item]):
     def beside(self, suffix: str) -> Path:
         """A file that belongs to OUT."""
         return self.out.with_name(self.out.name + suffix)
+
+
+def for_workers(config: Config) -> Config:
+    """The configuration that workers are built from: where they are in other folders, the backends' paths are absolute.
+
+    A relative path of the caller's means nothing to an actor of a Ray cluster that runs already.
+    """
+    if not config.runner.elsewhere:
+        return config
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    found = {name: value for name, value in values.items() if isinstance(value, LLMSpec | SearchSpec)}
+    return dataclasses.replace(config, **{name: with_absolute_paths(value) for name, value in found.items()})
 
 
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.faiss_files import ALIASES, empty_index, write_index
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
-from agentic_r_plugin.store import read_json, sampled_fingerprint, write_json
+from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,12 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
         _require_room(out, manifest)
         corpus.save_table(out)
         job = ShardJob(
-            corpus=config.corpus,
-            table=str(out),
-            retriever=config.retriever,
+            corpus=absolute(config.corpus),
+            table=absolute(str(out)),
+            retriever=absolute(config.retriever),
             retriever_fingerprint=manifest.retriever_fingerprint,
             load=load,
-            folder=str(out / _SHARDS),
+            folder=absolute(str(out / _SHARDS)),
             shard_size=config.shard_size,
             batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens,

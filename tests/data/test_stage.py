@@ -18,7 +18,8 @@ import pytest
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
@@ -229,6 +230,24 @@ def test_where_and_how_fast_a_model_runs_does_not_prevent_a_resume(config: Upper
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
     Shouter(replace(config, **FREE)).run(resume=True)
+
+
+def test_workers_of_a_cluster_that_runs_already_are_given_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("agent", "index", "served"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = TrajectoriesConfig(
+        in_="q.jsonl", out="t.jsonl", llm=LLMSpec(model="agent"), search=SearchSpec(index="index", retriever="hub/name")
+    )
+    assert for_workers(given) == given
+    far = replace(given, runner=RunnerSpec(kind="ray", address="auto"))
+    made = for_workers(far)
+    assert (made.llm.model, made.llm.tokenizer) == (str(tmp_path / "agent"), "")
+    assert (made.search.index, made.search.retriever) == (str(tmp_path / "index"), "hub/name")
+    asked = for_workers(replace(far, llm=LLMSpec(backend="openai", model="served", tokenizer="agent")))
+    assert (asked.llm.model, asked.llm.tokenizer) == ("served", str(tmp_path / "agent"))
 
 
 def test_a_manifest_of_an_earlier_version_which_does_not_tell_the_backends_is_gone_on_with(config: UpperConfig):

@@ -41,6 +41,40 @@ def test_several_workers_write_the_same_vectors(settings, tmp_path, corpus_file,
     assert read_manifest(tmp_path / "index").fingerprint() == read_manifest(index_folder).fingerprint()
 
 
+class _WritesElsewhere:
+    def encode(self, start: int) -> int:
+        return start
+
+
+def test_a_cluster_of_one_slot(tmp_path, corpus_file, model_folder, index_folder, monkeypatch):
+    """Entered, not started: its workers do not follow this process into other folders."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        with pytest.raises(ConfigError, match=r"2 workers want 2 CPU in all, the Ray cluster has 1; lower ray_workers"):
+            build_index(config_for(tmp_path / "small", corpus_file, model_folder, ray_workers=2))
+        (tmp_path / "model").symlink_to(model_folder)
+        (tmp_path / "corpus.jsonl").symlink_to(corpus_file)
+        monkeypatch.chdir(tmp_path)
+        build_index(config_for("index", "corpus.jsonl", "model", ray_workers=1))
+        np.testing.assert_allclose(vectors_of(tmp_path / "index"), vectors_of(index_folder), atol=1e-6)
+        elsewhere = shards.ShardJob(
+            corpus="", table="", retriever="", retriever_fingerprint="", load={}, folder=str(tmp_path / "unseen"),
+            shard_size=16, batch_size=8, max_batch_tokens=0,
+        )  # fmt: skip
+        actor = ray.remote(num_cpus=1)(_WritesElsewhere).remote()
+        with pytest.raises(ConfigError, match=r"0000000016\.npy: an actor .* on a disk that all machines share"):
+            next(shards._spread(elsewhere, [16], [actor]))
+    finally:
+        ray.shutdown()
+
+
+def test_an_address_without_a_cluster_is_an_error(tmp_path, corpus_file, model_folder):
+    with pytest.raises(ConfigError, match=r"ray_address='nonsense': no Ray cluster there"):
+        build_index(config_for(tmp_path / "i", corpus_file, model_folder, ray_workers=1, ray_address="nonsense"))
+
+
 def test_a_worker_that_dies_is_an_error(tmp_path, corpus_file, model_folder, monkeypatch):
     monkeypatch.setattr(shards, "_begin", os._exit)
     with pytest.raises(SearchError, match=r"an encoding worker \(devices cpu, cpu\) ended without a word"):
