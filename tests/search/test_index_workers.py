@@ -19,6 +19,7 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import PASSAGES, Corpus
 from agentic_r_plugin.search.dense import FaissBackend, FaissGPUBackend, TorchBackend
 from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.search.faiss_files import bytes_per_row
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
 
 NAME = "agentic_r_Flat.index"
@@ -117,6 +118,17 @@ def test_too_little_disk_is_said_before_anything_is_encoded(tmp_path, corpus_fil
     monkeypatch.setattr(indexes.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConfigError, match=r"needs up to 0\.0 GB of disk .* found 0\.0 GB free"):
         build_index(config_for(tmp_path / "index", corpus_file, model_folder))
+
+
+def test_the_disk_that_an_index_needs_follows_its_kind(tmp_path, corpus_file, model_folder, monkeypatch):
+    monkeypatch.setattr(indexes.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 7000})())
+    build_index(config_for(tmp_path / "small", corpus_file, model_folder, kind="SQ8"))
+    assert (tmp_path / "small" / "agentic_r_SQ8.index").stat().st_size >= 40 * bytes_per_row("SQ8", 32) == 40 * 32
+    with pytest.raises(ConfigError, match="vectors as shards, then the index"):
+        build_index(config_for(tmp_path / "large", corpus_file, model_folder))
+    assert [bytes_per_row(kind, 32) for kind in ("Flat", "SQfp16", "IVF4,SQ8", "IVF4,PQ8", "HNSW8")] == [
+        128, 64, 32 + 12, 8 + 12, 128,
+    ]  # fmt: skip
 
 
 def test_shards_of_an_unfinished_index_serve_another_kind(tmp_path, corpus_file, model_folder, monkeypatch):
