@@ -75,7 +75,7 @@ def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
     return {"backend": spec.backend, "options": options} | dtype
 
 
-Spec = TypeVar("Spec", "LLMSpec", "SearchSpec")
+Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)
 
 
 def with_absolute_paths(spec: Spec) -> Spec:
@@ -83,7 +83,8 @@ def with_absolute_paths(spec: Spec) -> Spec:
     names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else {"index", "corpus", "retriever"}
     if spec.backend == "openai":
         names -= {"model"}
-    return replace(spec, **{name: absolute(getattr(spec, name)) for name in names})
+    paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
+    return replace(spec, **paths)
 
 
 @contextmanager
