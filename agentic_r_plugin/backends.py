@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.store import absolute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class LLMSpec:
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
     max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch"})
     prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept"})
-    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time"})
+    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker"})
     timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server"})
     max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
@@ -50,6 +51,40 @@ class SearchSpec:
     timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service"})
     max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+
+
+_FREE_OPTIONS = frozenset(
+    {
+        "gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens",  # vllm
+        "requests_per_minute", "usd_per_million_prompt_tokens", "usd_per_million_cached_tokens",  # openai
+        "usd_per_million_generated_tokens",
+        "token_env", "max_connections",  # service
+        "mapped", "search_devices", "block_rows", "folder",  # faiss, torch, bm25
+    }
+)  # fmt: skip
+
+
+def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
+    """What of the settings decides answers, beside the models and indexes, whose contents their fingerprints tell.
+
+    Of a backend's own options all count but those known to say only where, how fast and at what price: nobody here can
+    tell more.
+    """
+    options = {name: value for name, value in spec.options.items() if name not in _FREE_OPTIONS}
+    dtype = {"dtype": spec.dtype} if isinstance(spec, LLMSpec) else {}
+    return {"backend": spec.backend, "options": options} | dtype
+
+
+Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)
+
+
+def with_absolute_paths(spec: Spec) -> Spec:
+    """The same for a process in another folder: paths that are there, absolute. A model that a server knows is none."""
+    names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else {"index", "corpus", "retriever"}
+    if spec.backend == "openai":
+        names -= {"model"}
+    paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
+    return replace(spec, **paths)
 
 
 @contextmanager

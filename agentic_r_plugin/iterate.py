@@ -206,16 +206,7 @@ class Loop:
                 raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
         rule, rolled_out = made["groups"].rule(), made["correctness"]
         if rule.use_correctness and not rolled_out.exhaustive:
-            if not rule.use_relevance:
-                raise ConfigError(
-                    "groups.use_relevance=false: without relevance the correctness of every candidate is needed; "
-                    "set correctness.exhaustive=true"
-                )
-            if rule.threshold < rolled_out.threshold:
-                raise ConfigError(
-                    f"groups.threshold={rule.threshold}: below correctness.threshold={rolled_out.threshold}, so the "
-                    "correctness of candidates between the two is not known"
-                )
+            groups.check_pruned(rule, rolled_out.threshold)
         return made
 
     def _check_reach(self, stages: Mapping[str, Any]) -> None:
@@ -227,7 +218,7 @@ class Loop:
             f"{name}.runner.address={stage.runner.address}"
             for name, stage in stages.items()
             if hasattr(stage, "search") and stage.search.url == _URL
-            if stage.runner.kind == "ray" and stage.runner.address not in ("", "local")
+            if stage.runner.elsewhere
         ]
         ppo = [self._train_agent_config(k, "x", _URL) for k in (1, 2)]
         if any(settings.nodes + settings.rollout_nodes > 1 for settings in ppo):

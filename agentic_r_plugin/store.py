@@ -13,7 +13,7 @@ import os
 import tempfile
 import types
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -58,17 +58,20 @@ def shards(path: str | Path) -> list[Path]:
     return found
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
     """(line number from 1, parsed JSON) of each non-empty line, or Parquet row as a dict.
 
+    Args:
+        columns: read these alone of a Parquet file, whatever the others hold; none: all.
+
     Raises:
-        RecordError: no such file, or a line that is not JSON in UTF-8.
+        RecordError: no such file, a line that is not JSON in UTF-8, or a Parquet file without one of the `columns`.
     """
     path = Path(path)
     if not path.is_file():
         raise RecordError("no such file", path=path)
     if path.suffix == ".parquet":
-        yield from _read_parquet(path)
+        yield from _read_parquet(path, columns)
         return
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
@@ -95,14 +98,19 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
         raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(_PARQUET_BATCH):
+            names = table.schema_arrow.names
+            for column in columns:
+                if column not in names:
+                    found = ", ".join(map(repr, names))
+                    raise RecordError(f"expected a column {column!r}, found only {found}", path=path)
+            for batch in table.iter_batches(_PARQUET_BATCH, columns=list(columns) or None):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, _from_parquet_row(row, path, number)
@@ -279,6 +287,11 @@ def file_fingerprint(path: str | Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def absolute(path: str) -> str:
+    """A path that is there, made absolute; what is none (a hub name, a URL, nothing) as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def require_absent(path: str | Path) -> None:

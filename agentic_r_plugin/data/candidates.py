@@ -12,7 +12,7 @@ from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
@@ -27,7 +27,7 @@ class CandidatesConfig:
 
     in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
     out: str = field(metadata={"help": "candidates file to write", **UNRECORDED})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever", **UNRECORDED})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
     topk: int = field(default=20, metadata={"help": "candidates a query"})
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
@@ -139,7 +139,7 @@ def run(config: CandidatesConfig, *, resume: bool = False) -> None:
         inputs={"trajectories": Path(config.in_)},
         record=Candidates,
         units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
-        worker=partial(CandidatesWorker, config),
+        worker=partial(CandidatesWorker, for_workers(config)),
         batch_size=config.batch_size,
         runner=config.runner,
     )

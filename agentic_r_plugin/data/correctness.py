@@ -22,7 +22,7 @@ from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
@@ -41,8 +41,8 @@ class CorrectnessConfig:
     corpus: str = field(metadata={"help": "corpus of the candidates", **UNRECORDED})
     relevance: str = field(default="", metadata={"help": "relevance file, for exact pruning", **UNRECORDED})
     exhaustive: bool = field(default=False, metadata={"help": "roll out every candidate; needs no relevance"})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent", **UNRECORDED})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a later search"})
@@ -305,7 +305,7 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
             units=lambda: query_units(config.candidates),
             prepare=prepare,
             sides=[relevance] if relevance is not None else [],
-            worker=partial(CorrectnessWorker, config),
+            worker=partial(CorrectnessWorker, for_workers(config)),
             batch_size=config.batch_size,
             runner=config.runner,
         )

@@ -14,11 +14,11 @@ from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import DUPLICATE_QUERY, PRESETS, SelectionRule, select
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_records
+from agentic_r_plugin.store import file_fingerprint, read_json, read_records
 
 Key = tuple[str, int]
 """(question id, turn)."""
@@ -124,6 +124,47 @@ class GroupsWorker:
         """Nothing is held."""
 
 
+def check_pruned(rule: SelectionRule, threshold: int) -> None:
+    """Whether correctness of candidates of relevance at least `threshold` alone holds all that the rule asks for.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not rule.use_relevance:
+        raise ConfigError(
+            "groups.use_relevance=false: without relevance the correctness of every candidate is needed; "
+            "set correctness.exhaustive=true"
+        )
+    if rule.threshold < threshold:
+        raise ConfigError(
+            f"groups.threshold={rule.threshold}: below correctness.threshold={threshold}, so the correctness of "
+            "candidates between the two is not known"
+        )
+
+
+def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
+    """What the manifest beside the correctness file, where there is one, says of the candidates it left out.
+
+    Raises:
+        ConfigError: it was pruned more than the rule allows.
+        ManifestMismatchError: it was pruned by another relevance file; queries would be lost for want of rollouts.
+    """
+    path = Path(config.correctness)
+    manifest = path.with_name(path.name + ".manifest.json")
+    if not manifest.is_file():
+        return
+    of_correctness = read_json(manifest)
+    made_from = of_correctness["made_from"]
+    if made_from["exhaustive"]:
+        return
+    check_pruned(rule, made_from["threshold"])
+    if (pruned_by := made_from["input relevance"]) != (given := file_fingerprint(config.relevance)):
+        raise ManifestMismatchError(
+            f"{path} was made with the relevance file {of_correctness['config']['relevance']} ({pruned_by}), which "
+            f"said what to roll out, and {config.relevance} ({given}) is another; make the correctness with it"
+        )
+
+
 def query_key(record: Candidates | Relevance | Correctness) -> str:
     """Names a query in files and journals."""
     return f"{record.id}/{record.turn}"
@@ -154,9 +195,15 @@ def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[
 
 
 def run(config: GroupsConfig, *, resume: bool = False) -> None:
-    """The command `groups`."""
+    """The command `groups`.
+
+    Raises:
+        ConfigError, ManifestMismatchError: correctness that was not made for this relevance and threshold.
+    """
     config.check()
     rule, out = config.rule(), Path(config.out)
+    if rule.use_correctness:
+        _check_correctness(config, rule)
     inputs = {role: Path(path) for role, path in {"candidates": config.candidates, **config.files()}.items()}
     relevance = keyed_relevance(inputs["relevance"], out.parent) if rule.use_relevance else None
     correctness = (

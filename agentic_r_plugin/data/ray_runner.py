@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow, only_ours
 from agentic_r_plugin.errors import BackendError, ConfigError
 
@@ -52,19 +53,17 @@ class RayExecutor:
         import ray
 
         self._ray, self._spec = ray, spec
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            try:
-                ray.init(
-                    address=spec.address or "local",
-                    log_to_driver=False,
-                    include_dashboard=False,
-                    configure_logging=False,
-                )
-            except (ConnectionError, ValueError) as error:
-                raise ConfigError(f"runner.address={spec.address!r}: no Ray cluster there: {error}") from error
-        self._require("CPU", spec.cpus_per_worker * spec.workers)
-        self._require("GPU", spec.gpus_per_worker * spec.workers)
+        self._ours = ray_cluster.enter(spec.address, "runner.address")
+        try:
+            ray_cluster.require(
+                spec.workers,
+                cpus=spec.cpus_per_worker,
+                gpus=spec.gpus_per_worker,
+                names="runner.workers, runner.cpus_per_worker or runner.gpus_per_worker",
+            )
+        except ConfigError:
+            self.close()
+            raise
         actor = ray.remote(RayWorker).options(  # type: ignore[attr-defined]
             num_cpus=spec.cpus_per_worker,
             num_gpus=spec.gpus_per_worker,
@@ -74,15 +73,6 @@ class RayExecutor:
         self._actors: list[Any] = [actor.remote(factory) for _ in range(spec.workers)]
         self._load: Counter[int] = Counter(dict.fromkeys(range(spec.workers), 0))
         self._actor_of: dict[Any, int] = {}
-
-    def _require(self, resource: str, wanted: float) -> None:
-        found = self._ray.cluster_resources().get(resource, 0.0)
-        if wanted > found:
-            self.close()
-            raise ConfigError(
-                f"runner: {self._spec.workers} workers want {wanted:g} {resource} in all, the Ray cluster has "
-                f"{found:g}; lower runner.workers or runner.{resource.lower()}s_per_worker"
-            )
 
     def fingerprints(self) -> dict[str, str]:
         """Of the workers' models; they must be the same on every node.

@@ -17,7 +17,7 @@ from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.keyed import KeyedRecords
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
@@ -35,7 +35,7 @@ class RelevanceConfig:
     questions: str = field(default="", metadata={"help": "questions file, for scorers that use metadata", **UNRECORDED})
     sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **UNRECORDED})
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the scorer's options"})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used"})
     max_error_share: float = field(
         default=0.1, metadata={"help": "largest share of queries the judge may fail on", **UNRECORDED}
     )
@@ -142,7 +142,7 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
             units=lambda: query_units(config.candidates),
             prepare=prepare,
             sides=[side for side in (questions, sub_answers) if side is not None],
-            worker=partial(RelevanceWorker, config),
+            worker=partial(RelevanceWorker, for_workers(config)),
             batch_size=config.batch_size,
             runner=config.runner,
             max_error_share=config.max_error_share,

@@ -47,6 +47,11 @@ class RunnerSpec:
             if getattr(self, name) < 1:
                 raise ConfigError(f"runner.{name}: expected at least 1, found {getattr(self, name)}")
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether workers are in a cluster that runs already, in folders of their own and perhaps on other machines."""
+        return self.kind == "ray" and self.address not in ("", "local")
+
 
 class Worker(Protocol[Given]):
     """Does the work of a stage; holds the models."""

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding, with_absolute_paths
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.journal import Journal, require_free
@@ -50,6 +51,7 @@ from agentic_r_plugin.store import (
 )
 
 Item = TypeVar("Item")
+Config = TypeVar("Config", bound=Any)
 
 UNRECORDED = {"manifest": False}
 """Metadata of a configuration field that does not change the records (paths, batch sizes)."""
@@ -61,8 +63,8 @@ class Stage(Generic[Item]):
 
     Args:
         name: the command.
-        config: its configuration; fields with metadata `UNRECORDED` and the backends' settings stay out of the
-            comparison on resume.
+        config: its configuration; compared on resume, but for fields with metadata `UNRECORDED` and what of the
+            backends' settings decides no answer (`backends.deciding`).
         out: output file, or folder of shards (`runner.sharded`).
         inputs: files that are read, by role.
         models: fingerprints of what the caller uses, by role; the workers add theirs.
@@ -70,7 +72,7 @@ class Stage(Generic[Item]):
         units: reads the input from its start: (key, item), each key once.
         prepare: item -> what a worker is given of it.
         sides: files that `prepare` looks things up in; read once before any work, closed at the end.
-        worker: builds a worker; picklable where `runner` is Ray.
+        worker: builds a worker (from `for_workers(config)`); picklable where `runner` is Ray.
         batch_size: units a batch; so many times the batches under way are lost when the process is killed.
         runner: where the work is done.
         max_error_share: more judge errors than this share of the units end the stage with an error.
@@ -93,6 +95,18 @@ class Stage(Generic[Item]):
     def beside(self, suffix: str) -> Path:
         """A file that belongs to OUT."""
         return self.out.with_name(self.out.name + suffix)
+
+
+def for_workers(config: Config) -> Config:
+    """The configuration that workers are built from: where they are in other folders, the backends' paths are absolute.
+
+    A relative path of the caller's means nothing to an actor of a Ray cluster that runs already.
+    """
+    if not config.runner.elsewhere:
+        return config
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    found = {name: value for name, value in values.items() if isinstance(value, LLMSpec | SearchSpec)}
+    return dataclasses.replace(config, **{name: with_absolute_paths(value) for name, value in found.items()})
 
 
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
@@ -168,13 +182,17 @@ def _models(fingerprints: dict[str, str]) -> dict[str, str]:
 
 
 def _recorded(config: Any) -> dict[str, Any]:
-    """The configuration's fields that decide what the records are."""
-    return {
-        item.name: to_dict(value) if dataclasses.is_dataclass(value) else value
-        for item in dataclasses.fields(config)
-        if item.metadata.get("manifest", True)
-        for value in [getattr(config, item.name)]
-    }
+    """The configuration's fields that decide what the records are; of backends each setting by itself."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if not item.metadata.get("manifest", True):
+            continue
+        if isinstance(value, LLMSpec | SearchSpec):
+            found |= {f"{item.name}.{name}": setting for name, setting in deciding(value).items()}
+        else:
+            found[item.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return found
 
 
 def _check_output(stage: Stage[Any], *, resume: bool) -> None:
@@ -207,6 +225,7 @@ def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) ->
         f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and (loaded or not key.startswith(_MODEL))
+        if key in before or "." not in key  # earlier versions did not tell the backends' settings
     ]
     if changed:
         raise ManifestMismatchError(

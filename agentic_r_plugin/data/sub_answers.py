@@ -16,7 +16,7 @@ from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory
@@ -32,7 +32,7 @@ class SubAnswersConfig:
 
     in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
     out: str = field(metadata={"help": "sub-answers file to write", **UNRECORDED})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge"})
     max_retries: int = field(default=3, metadata={"help": "further attempts after a reply that is not as asked"})
     max_tokens: int = field(default=512, metadata={"help": "longest reply"})
     max_error_share: float = field(
@@ -163,7 +163,7 @@ def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
         inputs={"trajectories": Path(config.in_)},
         record=SubAnswer,
         units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
-        worker=partial(SubAnswersWorker, config),
+        worker=partial(SubAnswersWorker, for_workers(config)),
         batch_size=config.batch_size,
         runner=config.runner,
         max_error_share=config.max_error_share,

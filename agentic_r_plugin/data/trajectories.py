@@ -14,7 +14,7 @@ from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
 from agentic_r_plugin.records import Question, Trajectory
@@ -29,8 +29,8 @@ class TrajectoriesConfig:
 
     in_: str = field(metadata={"help": "questions file", **UNRECORDED})
     out: str = field(metadata={"help": "trajectories file to write", **UNRECORDED})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent", **UNRECORDED})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever", **UNRECORDED})
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
+    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})
@@ -126,7 +126,7 @@ def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
         inputs={"questions": Path(config.in_)},
         record=Trajectory,
         units=lambda: ((question.id, question) for question in chosen_questions(config)),
-        worker=partial(TrajectoriesWorker, config),
+        worker=partial(TrajectoriesWorker, for_workers(config)),
         batch_size=config.batch_size,
         runner=config.runner,
     )

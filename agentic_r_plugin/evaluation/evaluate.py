@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding, open_llm, open_search
 from agentic_r_plugin.config import load_config, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _MADE_FROM = "made_from.json"
 _WAYS_OUT = "evaluate into another --out, or remove that folder"
-_OF_SPEED = frozenset({"gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens"})
-"""Options of vLLM that decide where and how fast, and no answer."""
 _OF_SCORES = frozenset({"metrics", "level", "resamples"})
 """What only a finished cell depends on: scores are made when the last question is answered."""
 
@@ -267,26 +265,24 @@ def _made_from(
     identities: Mapping[str, str],
     search: str,
 ) -> dict[str, Any]:
-    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not.
-
-    Of a backend's own options all count but those known to say only how fast it is: nobody here can tell more.
-    """
+    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not."""
     own, llm = asdict(settings), settings.agent
+    agent, searching = deciding(llm), deciding(settings.search)
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
         "agent_url": llm.url,
-        "agent_options": {key: value for key, value in llm.options.items() if key not in _OF_SPEED},
+        "agent_options": agent["options"],
         "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
         "seed": config.seed,
         "metrics": sorted(config.metrics),
-        "agent_backend": llm.backend,
-        "search_backend": settings.search.backend,
-        "search_options": settings.search.options,
+        "agent_backend": agent["backend"],
+        "search_backend": searching["backend"],
+        "search_options": searching["options"],
         "search_retriever": identities[settings.search.retriever],
-        "dtype": llm.dtype,
+        "dtype": agent["dtype"],
         "tokenizer": identities[llm.tokenizer],
         "level": config.level,
         "resamples": config.resamples,

@@ -18,6 +18,7 @@ from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedErr
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.rate import Pace
+from agentic_r_plugin.search.wire import is_loopback
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -36,20 +37,21 @@ class OpenAIBackend:
 
     Prompts are sent as token ids. Continuations are taken as token ids where the server gives them (vLLM's
     `return_token_ids`), else its text is tokenised, which is exact in text but may differ in ids: good for the data
-    stages, not for training. The server must keep stop strings in its output (`include_stop_str_in_output`, vLLM and
-    SGLang) or name the one it met (`stop_reason`).
+    stages, not for training. The server must keep stop strings in its output (vLLM's `include_stop_str_in_output`,
+    SGLang's `no_stop_trim`) or say what ended it (vLLM's `stop_reason`, SGLang's `matched_stop`). A server on this
+    machine is reached without a proxy.
 
     Args:
         url: base URL, with `/v1`.
         model: the name the server knows.
         tokenizer: directory or name of the model's tokenizer; not needed for `chat` alone.
         api_key: sent as bearer token when given.
-        concurrency: requests at the same time.
+        concurrency: requests of this backend at the same time; each worker of a stage has a backend of its own.
         timeout_s: for one request.
         max_retries: further attempts after 429, 5xx, a timeout, a broken or cut connection, or an answer that is not
             what the protocol says (no JSON, no choice, nothing); waits double from 0.5 s to 30 s, or are as long as the
             server's `Retry-After`, 30 s at most.
-        requests_per_minute: no more are begun; 0 is no limit. Repeated ones count too.
+        requests_per_minute: this backend begins no more; 0 is no limit. Repeated ones count too.
         usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices, for the
             cost report; cached prompt tokens cost as much as others unless their price is given.
 
@@ -92,13 +94,14 @@ class OpenAIBackend:
             timeout=timeout_s,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx.Limits(max_connections=self._concurrency),
+            trust_env=not is_loopback(httpx.URL(url).host),
         )
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> OpenAIBackend:
         """From the settings of a command; the key is read from the environment variable they name.
 
-        Options: `requests_per_minute` and the prices.
+        Options: `requests_per_minute` (per worker) and the prices.
 
         Raises:
             ConfigError: another option.
@@ -188,6 +191,7 @@ class OpenAIBackend:
             "top_p": sampling.top_p,
             "stop": list(sampling.stop),
             "include_stop_str_in_output": True,
+            "no_stop_trim": True,
             "skip_special_tokens": False,
             "return_token_ids": True,
         }
@@ -198,10 +202,7 @@ class OpenAIBackend:
         choice, text, cached = self._post("completions", body, _text_choice)
         ids = choice.get("token_ids")
         if not ids:
-            met = choice.get("stop_reason")
-            if met in sampling.stop and not text.endswith(met):
-                text += met
-            ids = codec.encode(text) or self._end_of_sequence(codec)
+            ids = codec.encode(_with_stop(choice, text, sampling.stop)) or self._end_of_sequence(codec)
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
@@ -299,6 +300,28 @@ def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
     if not isinstance(choice.get("text"), str):
         raise _NotAsAskedError(f"expected a choice with text, found {str(answer)[:300]}")
     return choice, choice["text"], _usage(answer)[1]
+
+
+def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
+    """The text of a choice with the stop string that ended it, which the server may have left out.
+
+    What ended it is a stop string, a token's id, or null for the end-of-sequence token (vLLM, SGLang for a cut text).
+
+    Raises:
+        BackendError: the model stopped by itself, no stop string ends the text, and the server does not say why: a
+            stop string may be lost, and with it a search or an answer.
+    """
+    if text.endswith(stop):
+        return text
+    told = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
+    if met := next((reason for reason in told if reason in stop), None):
+        return text + str(met)
+    if stop and not told and choice.get("finish_reason") == "stop":
+        raise BackendError(
+            "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says what "
+            f"ended a completion (stop_reason, matched_stop), found neither in {str(choice)[:300]}; use vLLM or SGLang"
+        )
+    return text
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int, int]:

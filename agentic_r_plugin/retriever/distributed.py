@@ -16,22 +16,43 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentic_r_plugin.errors import ConfigError
+
 _BUCKET_BYTES = 64 << 20
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """(rank, number of processes): of the group that is there, or that `torchrun` asks for."""
+def process_group(device: str = "auto") -> Iterator[tuple[int, int]]:
+    """(rank, number of processes): of the group that is there, or that `torchrun` asks for.
+
+    Tensors on the CPU travel over gloo, those on a GPU over NCCL.
+
+    Args:
+        device: what the processes train on; on GPUs each takes the one of its local rank.
+
+    Raises:
+        ConfigError: more processes on this machine than it has GPUs.
+    """
     ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if ours:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        there = torch.cuda.is_available()
+        if there and (device == "auto" or torch.device(device).type == "cuda"):
+            _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if there else "gloo")
     try:
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _take_gpu(local_rank: int) -> None:
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(
+            f"processes: expected at most one for each of this machine's GPUs ({count}), found a process of local rank "
+            f"{local_rank}; set processes={count}, or device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def from_first(value: Any) -> Any:

@@ -82,7 +82,7 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     out = Path(config.out)
     bound_caches()
-    with Corpus(config.corpus) as corpus, process_group() as (rank, world):
+    with Corpus(config.corpus) as corpus, process_group(config.device) as (rank, world):
         if not resume:
             _require_empty(out)
         from_first(None)  # every process has looked before the first writes

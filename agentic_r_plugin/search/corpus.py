@@ -250,7 +250,7 @@ def _plain_lines(path: Path) -> IO[bytes]:
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
     try:
         if path.suffix == ".parquet":
-            for _, row in read_lines(path):
+            for _, row in read_lines(path, columns=("id", "contents")):
                 stream.write(dump_line(row))
         else:
             with gzip.open(path, "rb") as packed:

@@ -119,7 +119,7 @@ class Retriever:
         """
         folder = resolve(str(name))
         try:
-            model = SentenceTransformer(folder, device=_device(device))
+            model = _load(folder, _device(device))
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"retriever {str(name)!r} cannot be loaded: {error}") from error
         record = _read_record(Path(folder)) or _untrained_record(model, str(name), preset)
@@ -277,9 +277,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _load(folder: str, device: str) -> SentenceTransformer:
+    """The model, the same at every load: weights that the checkpoint lacks are drawn from a seed of their own.
+
+    Of a BERT that was saved without its pooler, which nothing here uses, they are part of `Retriever.fingerprint`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return SentenceTransformer(folder, device=device)
 
 
 def _device(device: str) -> str:

@@ -55,6 +55,17 @@ def empty_index(kind: str, dim: int) -> faiss.Index:
         ) from error
 
 
+def bytes_per_row(kind: str, dim: int) -> int:
+    """Disk that a vector takes in an index while it is built: its code, and in an IVF its row and list numbers.
+
+    Of kinds that faiss does not tell it of (graphs, transforms) the vector's own size.
+    """
+    index = empty_index(kind, dim)
+    if isinstance(index, faiss.IndexIVF):
+        return int(index.code_size) + 8 + 4
+    return int(index.code_size) if isinstance(index, faiss.IndexFlatCodes) else 4 * dim
+
+
 def write_index(path: Path, shards: Sequence[Path], *, kind: str, rows: int, dim: int, train_rows: int) -> None:
     """Write the index file of `kind` over the vectors of `shards`.
 

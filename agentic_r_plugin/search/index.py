@@ -29,9 +29,9 @@ from agentic_r_plugin.errors import (
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.faiss_files import ALIASES, empty_index, write_index
+from agentic_r_plugin.search.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
-from agentic_r_plugin.store import read_json, sampled_fingerprint, write_json
+from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint, write_json
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,12 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
         _require_room(out, manifest)
         corpus.save_table(out)
         job = ShardJob(
-            corpus=config.corpus,
-            table=str(out),
-            retriever=config.retriever,
+            corpus=absolute(config.corpus),
+            table=absolute(str(out)),
+            retriever=absolute(config.retriever),
             retriever_fingerprint=manifest.retriever_fingerprint,
             load=load,
-            folder=str(out / _SHARDS),
+            folder=absolute(str(out / _SHARDS)),
             shard_size=config.shard_size,
             batch_size=config.batch_size,
             max_batch_tokens=config.max_batch_tokens,
@@ -196,13 +196,14 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
 
 
 def _require_room(out: Path, manifest: IndexManifest) -> None:
-    """Raises `ConfigError` when the vectors, as shards and as an index, cannot fit on the disk."""
+    """Raises `ConfigError` when the vectors as shards and the index beside them cannot fit on the disk."""
     vectors = manifest.rows * manifest.dim * 4
     there = sum(path.stat().st_size for path in (out / _SHARDS).glob("*.npy"))
-    needed, free = 2 * vectors - there, shutil.disk_usage(out).free
+    index = manifest.rows * bytes_per_row(manifest.kind, manifest.dim)
+    needed, free = vectors + index - there, shutil.disk_usage(out).free
     if needed > free:
         raise ConfigError(
-            f"{out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then as an index), found "
+            f"{out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then the index), found "
             f"{free / 1e9:.1f} GB free; choose another folder or make room"
         )
 

@@ -203,11 +203,14 @@ async def _reload_again(reloader: LocalReloader) -> None:
 
 
 def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
-    """What one of `count` workers uses: its GPU in turn, or its share of the processor's threads and a mapped index."""
+    """What one of `count` workers uses: its share of the processor's threads, a GPU in turn, and a mapped index.
+
+    The index of `faiss` is searched on the CPU, whatever the retriever encodes on: mapped, the workers share one copy.
+    """
     import torch
 
     if spec.device == "auto" and torch.cuda.is_available():
-        return replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
+        spec = replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     if spec.backend == "faiss":
         import faiss

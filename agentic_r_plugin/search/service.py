@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class SearchService:
         self.accepting = True
         """False while the service ends."""
         self._max_batch, self._window_s = max_batch, window_ms / 1000
-        self._cache: OrderedDict[SearchRequest, tuple[int, list[Hit]]] = OrderedDict()
+        self._cache: OrderedDict[bytes, tuple[int, list[Hit]]] = OrderedDict()
         self._cache_size, self._max_waiting, self._waiting = cache_size, max_waiting, 0
         self._cached_hits = 0
         self._queue: deque[_Waiting] = deque()
@@ -190,22 +191,31 @@ class SearchService:
                 item.future.set_result([found[request] for request in item.requests])
 
     def _cached(self, request: SearchRequest, topk: int) -> list[Hit] | None:
-        entry = self._cache.get(request)
+        if not self._cache_size:
+            return None
+        entry = self._cache.get(key := _key(request))
         if entry is None or entry[0] < topk:
             return None
-        self._cache.move_to_end(request)
+        self._cache.move_to_end(key)
         return entry[1][:topk]
 
     def _remember(self, request: SearchRequest, topk: int, hits: list[Hit]) -> None:
-        known_topk, known = self._cache.get(request, (0, []))
-        if not self._cache_size or known_topk > topk:
+        if not self._cache_size:
             return
-        self._cache[request] = (topk, hits)
-        self._cache.move_to_end(request)
+        known_topk, known = self._cache.get(key := _key(request), (0, []))
+        if known_topk > topk:
+            return
+        self._cache[key] = (topk, hits)
+        self._cache.move_to_end(key)
         self._cached_hits += len(hits) - len(known)
         while len(self._cache) > self._cache_size or self._cached_hits > _HITS_A_RESULT * self._cache_size:
             _, (_, dropped) = self._cache.popitem(last=False)
             self._cached_hits -= len(dropped)
+
+
+def _key(request: SearchRequest) -> bytes:
+    """Names a request in 16 bytes: with its history it may be a million characters long."""
+    return hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
 
 
 def _fail(item: _Waiting, error: SearchError) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
@@ -209,24 +210,14 @@ class RayWorkers:
 def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[int]:
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=workers.address or "local", log_to_driver=False, include_dashboard=False)
-    actor: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)(_RayEncoder)
-    count = min(workers.count, len(missing))
-    actors = [actor.remote(job, "cuda:0" if workers.gpus else "cpu") for _ in range(count)]
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for start in missing:
-        todo.put(start)
+    started = ray_cluster.enter(workers.address, "ray_address")
+    actors: list[Any] = []
     try:
-        running = {member.encode.remote(todo.get()): member for member in actors}
-        while running:
-            (reference,), _ = ray.wait(list(running), num_returns=1)
-            member = running.pop(reference)
-            start = ray.get(reference)
-            if not todo.empty():
-                running[member.encode.remote(todo.get())] = member
-            yield start
+        count = min(workers.count, len(missing))
+        ray_cluster.require(count, cpus=1, gpus=workers.gpus, names="ray_workers or ray_gpus")
+        actor: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)(_RayEncoder)
+        actors += [actor.remote(job, "cuda:0" if workers.gpus else "cpu") for _ in range(count)]
+        yield from _spread(job, missing, actors)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else SearchError(str(error)) from error
     except ray.exceptions.RayActorError as error:
@@ -238,6 +229,32 @@ def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[
             ray.kill(member)
         if started:
             ray.shutdown()
+
+
+def _spread(job: ShardJob, missing: list[int], actors: list[Any]) -> Iterator[int]:
+    """Give every actor a shard at a time.
+
+    Raises:
+        ConfigError: a shard that an actor has written is not to be seen here.
+    """
+    import ray
+
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for start in missing:
+        todo.put(start)
+    running = {member.encode.remote(todo.get()): member for member in actors}
+    while running:
+        (reference,), _ = ray.wait(list(running), num_returns=1)
+        member = running.pop(reference)
+        start = ray.get(reference)
+        if not job.path(start).is_file():
+            raise ConfigError(
+                f"{job.path(start)}: an actor of the Ray cluster has written it, and it is not to be seen here; "
+                "expected the index folder (--out) on a disk that all machines share"
+            )
+        if not todo.empty():
+            running[member.encode.remote(todo.get())] = member
+        yield start
 
 
 class _RayEncoder:

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, Trajectory
-from agentic_r_plugin.store import read_json, read_records
+from agentic_r_plugin.store import read_json, read_records, write_records
 
 
 def arguments(world: Path, out: Path) -> dict[str, list[str]]:
@@ -100,6 +101,26 @@ def test_pruned_and_exhaustive_correctness_give_the_same_groups_file(world: Path
     assert (tmp_path / "g.jsonl").read_bytes() == (whole / "groups.jsonl").read_bytes()
     groups = list(read_records(whole / "groups.jsonl", Group))
     assert [group.positive for group in groups][:1] == ["born-Ada"] and len(groups[0].negatives) == 7
+
+
+def test_correctness_that_was_pruned_otherwise_is_refused_and_not_taken_for_queries_without_rollouts(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    line = [*arguments(world, whole)["groups"][:-1], str(tmp_path / "g.jsonl")]
+    assert main([*line, "threshold=50"]) == 1
+    assert "groups.threshold=50: below correctness.threshold=60" in capsys.readouterr().err
+    assert main([*line, "use_relevance=false"]) == 1
+    assert "the correctness of every candidate is needed" in capsys.readouterr().err
+    other = tmp_path / "relevance.jsonl"
+    scored = read_records(whole / "relevance.jsonl", Relevance)
+    write_records(other, [replace(record, scores=dict.fromkeys(record.scores, 70)) for record in scored])
+    line[line.index("--relevance") + 1] = str(other)
+    assert main(line) == 1
+    told = capsys.readouterr().err
+    assert f"{whole / 'correctness.jsonl'} was made with the relevance file {whole / 'relevance.jsonl'}" in told
+    assert str(other) in told and not (tmp_path / "g.jsonl").exists()
+    line[line.index("--correctness") + 1] = str(whole / "exhaustive.jsonl")
+    assert main([*line, "threshold=50"]) == 0  # every candidate was rolled out
 
 
 _SLOW = """

@@ -15,13 +15,17 @@ from typing import Any
 
 import pytest
 
+from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.store import read_json, read_records, write_records
+from agentic_r_plugin.store import read_json, read_records, write_json, write_records
+
+OPTIONS = {"max_model_len": 512, "tensor_parallel_size": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class UpperConfig:
     in_: str = field(metadata=UNRECORDED)
     out: str = field(metadata=UNRECORDED)
     suffix: str = "!"
+    llm: LLMSpec = field(default_factory=lambda: LLMSpec(model="m", dtype="bfloat16", options=OPTIONS))
+    search: SearchSpec = field(default_factory=lambda: SearchSpec(options={"nprobe": 8}))
 
 
 @dataclass
@@ -170,6 +176,16 @@ def test_a_journal_damaged_in_the_middle_is_an_error(config: UpperConfig):
         ({"config": {"suffix": "?"}}, r'suffix was "!", now "\?"'),
         ({"models": {"agent": "other"}}, 'fingerprint of agent was absent, now "other"'),
         ({"input": True}, "input questions was"),
+        ({"config": {"llm": LLMSpec(options=OPTIONS)}}, r'llm\.dtype was "bfloat16", now "auto"'),
+        (
+            {"config": {"llm": LLMSpec(dtype="bfloat16", backend="vllm", options=OPTIONS)}},
+            'backend was "hf", now "vllm"',
+        ),
+        ({"config": {"llm": LLMSpec(dtype="bfloat16", options={"quantization": "fp8"})}}, r"llm\.options was .*512"),
+        (
+            {"config": {"search": SearchSpec(options={"nprobe": 1})}},
+            r'search\.options was {"nprobe": 8}, now {"nprobe": 1}',
+        ),
     ],
 )
 def test_a_resume_with_something_else_is_refused_and_says_what_differs(config: UpperConfig, change: dict, message: str):
@@ -196,6 +212,53 @@ def test_what_can_be_refused_without_the_models_is_so_before_they_are_loaded(con
     with pytest.raises(OutputExistsError):
         there.run()
     assert there.opens == 0
+
+
+FREE = {
+    "llm": LLMSpec(
+        model="moved", dtype="bfloat16", device="cuda", concurrency=3, max_batch_tokens=9, timeout_s=1.0, max_retries=1,
+        url="http://elsewhere:1/v1", api_key_env="OTHER", prefix_cache_tokens=7,
+        options={"max_model_len": 512, "tensor_parallel_size": 2},
+    ),
+    "search": SearchSpec(
+        index="moved", url="http://elsewhere:2", device="cuda", batch_size=3, options={"nprobe": 8, "token_env": "T"}
+    ),
+}  # fmt: skip
+
+
+def test_where_and_how_fast_a_model_runs_does_not_prevent_a_resume(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    Shouter(replace(config, **FREE)).run(resume=True)
+
+
+def test_workers_of_a_cluster_that_runs_already_are_given_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("agent", "index", "served"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = TrajectoriesConfig(
+        in_="q.jsonl", out="t.jsonl", llm=LLMSpec(model="agent"), search=SearchSpec(index="index", retriever="hub/name")
+    )
+    assert for_workers(given) == given
+    far = replace(given, runner=RunnerSpec(kind="ray", address="auto"))
+    made = for_workers(far)
+    assert (made.llm.model, made.llm.tokenizer) == (str(tmp_path / "agent"), "")
+    assert (made.search.index, made.search.retriever) == (str(tmp_path / "index"), "hub/name")
+    asked = for_workers(replace(far, llm=LLMSpec(backend="openai", model="served", tokenizer="agent")))
+    assert (asked.llm.model, asked.llm.tokenizer) == ("served", str(tmp_path / "agent"))
+
+
+def test_a_manifest_of_an_earlier_version_which_does_not_tell_the_backends_is_gone_on_with(config: UpperConfig):
+    with pytest.raises(KeyboardInterrupt):
+        Shouter(config, stop_after=4).run()
+    manifest = Path(config.out + ".manifest.json")
+    before = read_json(manifest)
+    kept = {key: value for key, value in before["made_from"].items() if not key.startswith(("llm.", "search."))}
+    assert len(before["made_from"]) - len(kept) == 5
+    write_json(manifest, before | {"made_from": kept})
+    Shouter(config).run(resume=True)
 
 
 def test_moved_files_do_not_prevent_a_resume(config: UpperConfig, tmp_path: Path):

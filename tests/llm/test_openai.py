@@ -53,7 +53,8 @@ def test_prompts_are_sent_as_token_ids_and_continuations_come_back_in_order():
     assert path == "/v1/completions"
     assert body | {"prompt": None} == {
         "model": "the-model", "prompt": None, "max_tokens": 50, "temperature": 0.0, "top_p": 1.0, "stop": ["</s>"],
-        "include_stop_str_in_output": True, "skip_special_tokens": False, "return_token_ids": True,
+        "include_stop_str_in_output": True, "no_stop_trim": True, "skip_special_tokens": False,
+        "return_token_ids": True,
     }  # fmt: skip
 
 
@@ -63,11 +64,47 @@ def test_token_ids_of_the_server_are_taken_as_they_are():
     assert done.token_ids == (7, 8)
 
 
-def test_a_stop_string_that_the_server_left_out_is_put_back():
-    stop = ("</search>", "</answer>")
-    with serve(lambda path, body: completion("<search> q ", stop_reason="</search>")) as server:
-        (done,) = backend(server.url).generate([request("a")], Sampling(stop=stop))
+STOP = Sampling(stop=("</search>", "</answer>"))
+
+
+@pytest.mark.parametrize("text", ["<search> q ", "<search> q </search>"])
+@pytest.mark.parametrize("name", ["stop_reason", "matched_stop"])
+def test_a_stop_string_that_vllm_or_sglang_left_out_is_put_back(name: str, text: str):
+    with serve(lambda path, body: completion(text, finish_reason="stop", **{name: "</search>"})) as server:
+        (done,) = backend(server.url).generate([request("a")], STOP)
     assert CODEC.decode(done.token_ids) == "<search> q </search>"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"finish_reason": "stop", "stop_reason": None},
+        {"finish_reason": "stop", "matched_stop": 151645},
+        {"finish_reason": "length"},
+    ],
+)
+def test_a_text_that_no_stop_string_ended_stays_as_it_is(told: dict):
+    with serve(lambda path, body: completion("I give up.", **told)) as server:
+        (done,) = backend(server.url).generate([request("a")], STOP)
+    assert CODEC.decode(done.token_ids) == "I give up."
+
+
+def test_a_server_that_may_have_dropped_the_stop_string_is_refused_and_one_that_keeps_it_is_not():
+    texts = iter(["<search> q </search>", "<search> q "])
+    with serve(lambda path, body: completion(next(texts), finish_reason="stop")) as server:
+        made = backend(server.url)
+        (done,) = made.generate([request("a")], STOP)
+        assert CODEC.decode(done.token_ids) == "<search> q </search>"
+        with pytest.raises(BackendError, match=r"keeps stop strings.*found neither in .*<search> q '"):
+            made.generate([request("a")], STOP)
+
+
+def test_a_server_on_this_machine_is_reached_without_a_proxy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with serve(lambda path, body: chat("near")) as server:
+        assert backend(server.url, max_retries=0).chat(["hello"], max_tokens=5) == ["near"]
 
 
 def test_no_continuation_is_longer_than_was_asked_for():

@@ -11,6 +11,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.retriever.distributed import process_group
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.store import read_json, read_lines
 from tests.retriever import two_processes
@@ -103,3 +105,27 @@ def test_an_output_that_exists_stops_every_process(two):
     for rank in (0, 1):
         found = torch.load(two / f"{rank}.pt")
         assert (found["exit code of training"], found["exit code where the output exists"]) == (0, 1)
+
+
+@pytest.fixture
+def third_of_three(monkeypatch):
+    """As torchrun starts it, on a machine that says it has one GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("took a GPU"))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_refused(third_of_three, device):
+    with pytest.raises(ConfigError, match=r"GPUs \(1\), found a process of local rank 2"), process_group(device):
+        pass
+
+
+def test_processes_on_the_cpu_take_no_gpu_and_talk_over_gloo(third_of_three, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with process_group("cpu") as place:
+        assert (place, asked) == ((0, 1), ["cpu:gloo,cuda:nccl"])

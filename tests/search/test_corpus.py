@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 
@@ -48,6 +49,17 @@ def test_gzipped_parquet_and_plain_forms_are_the_same_corpus(tmp_path):
     assert [corpus[2].title for corpus in corpora] == ["Ö"] * 3
     changed = write_jsonl(tmp_path / "d.jsonl", [*ROWS[:2], {"id": "ä", "contents": "x"}])
     assert Corpus(changed).fingerprint() != corpora[0].fingerprint()
+
+
+def test_other_columns_of_a_parquet_corpus_may_hold_anything(tmp_path):
+    others = {"metadata": "plain text", "scores": [1.5], "seen": datetime.datetime(2024, 5, 1)}
+    table = pyarrow.Table.from_pylist([row | others for row in ROWS])
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    plain = Corpus(write_jsonl(tmp_path / "c.jsonl", ROWS))
+    assert Corpus(tmp_path / "c.parquet").fingerprint() == plain.fingerprint()
+    pyarrow.parquet.write_table(table.drop_columns("contents"), tmp_path / "d.parquet")
+    with pytest.raises(RecordError, match=r"d\.parquet: expected a column 'contents', found only 'id', 'metadata'"):
+        Corpus(tmp_path / "d.parquet")
 
 
 def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):

@@ -16,6 +16,7 @@ from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.encoder import RECORD_FILE, Retriever
+from tests.search.tiny_retriever import make_model
 
 
 @pytest.fixture
@@ -73,6 +74,15 @@ def test_queries_and_passages_are_cut_at_their_own_lengths(trained):
 def test_the_separator_is_the_tokenizers_own(trained):
     ids = trained.model.tokenizer("q2 [SEP] q1")["input_ids"]
     assert ids.count(trained.model.tokenizer.sep_token_id) == 2
+
+
+def test_weights_that_a_checkpoint_lacks_are_the_same_at_every_load(tmp_path):
+    folder = make_model(tmp_path, pooler=False)
+    first = Retriever.load(folder)
+    assert any("pooler" in name for name in first.model.state_dict())  # drawn, since the checkpoint has none
+    state = torch.get_rng_state()
+    assert Retriever.load(folder).fingerprint() == first.fingerprint()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_fingerprints_follow_weights_and_record(trained):

@@ -19,6 +19,7 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import PASSAGES, Corpus
 from agentic_r_plugin.search.dense import FaissBackend, FaissGPUBackend, TorchBackend
 from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.search.faiss_files import bytes_per_row
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
 
 NAME = "agentic_r_Flat.index"
@@ -39,6 +40,40 @@ def test_several_workers_write_the_same_vectors(settings, tmp_path, corpus_file,
     build_index(config_for(tmp_path / "index", corpus_file, model_folder, **settings))
     np.testing.assert_allclose(vectors_of(tmp_path / "index"), vectors_of(index_folder), atol=1e-6)
     assert read_manifest(tmp_path / "index").fingerprint() == read_manifest(index_folder).fingerprint()
+
+
+class _WritesElsewhere:
+    def encode(self, start: int) -> int:
+        return start
+
+
+def test_a_cluster_of_one_slot(tmp_path, corpus_file, model_folder, index_folder, monkeypatch):
+    """Entered, not started: its workers do not follow this process into other folders."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        with pytest.raises(ConfigError, match=r"2 workers want 2 CPU in all, the Ray cluster has 1; lower ray_workers"):
+            build_index(config_for(tmp_path / "small", corpus_file, model_folder, ray_workers=2))
+        (tmp_path / "model").symlink_to(model_folder)
+        (tmp_path / "corpus.jsonl").symlink_to(corpus_file)
+        monkeypatch.chdir(tmp_path)
+        build_index(config_for("index", "corpus.jsonl", "model", ray_workers=1))
+        np.testing.assert_allclose(vectors_of(tmp_path / "index"), vectors_of(index_folder), atol=1e-6)
+        elsewhere = shards.ShardJob(
+            corpus="", table="", retriever="", retriever_fingerprint="", load={}, folder=str(tmp_path / "unseen"),
+            shard_size=16, batch_size=8, max_batch_tokens=0,
+        )  # fmt: skip
+        actor = ray.remote(num_cpus=1)(_WritesElsewhere).remote()
+        with pytest.raises(ConfigError, match=r"0000000016\.npy: an actor .* on a disk that all machines share"):
+            next(shards._spread(elsewhere, [16], [actor]))
+    finally:
+        ray.shutdown()
+
+
+def test_an_address_without_a_cluster_is_an_error(tmp_path, corpus_file, model_folder):
+    with pytest.raises(ConfigError, match=r"ray_address='nonsense': no Ray cluster there"):
+        build_index(config_for(tmp_path / "i", corpus_file, model_folder, ray_workers=1, ray_address="nonsense"))
 
 
 def test_a_worker_that_dies_is_an_error(tmp_path, corpus_file, model_folder, monkeypatch):
@@ -83,6 +118,17 @@ def test_too_little_disk_is_said_before_anything_is_encoded(tmp_path, corpus_fil
     monkeypatch.setattr(indexes.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConfigError, match=r"needs up to 0\.0 GB of disk .* found 0\.0 GB free"):
         build_index(config_for(tmp_path / "index", corpus_file, model_folder))
+
+
+def test_the_disk_that_an_index_needs_follows_its_kind(tmp_path, corpus_file, model_folder, monkeypatch):
+    monkeypatch.setattr(indexes.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 7000})())
+    build_index(config_for(tmp_path / "small", corpus_file, model_folder, kind="SQ8"))
+    assert (tmp_path / "small" / "agentic_r_SQ8.index").stat().st_size >= 40 * bytes_per_row("SQ8", 32) == 40 * 32
+    with pytest.raises(ConfigError, match="vectors as shards, then the index"):
+        build_index(config_for(tmp_path / "large", corpus_file, model_folder))
+    assert [bytes_per_row(kind, 32) for kind in ("Flat", "SQfp16", "IVF4,SQ8", "IVF4,PQ8", "HNSW8")] == [
+        128, 64, 32 + 12, 8 + 12, 128,
+    ]  # fmt: skip
 
 
 def test_shards_of_an_unfinished_index_serve_another_kind(tmp_path, corpus_file, model_folder, monkeypatch):

@@ -14,9 +14,12 @@ import time
 from contextlib import closing
 from dataclasses import replace
 
+import faiss
 import httpx
 import pytest
+import torch
 
+from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
 from agentic_r_plugin.search import server
 from agentic_r_plugin.search.base import SearchRequest
@@ -185,10 +188,19 @@ def test_the_cache_holds_no_more_passages_than_its_budget():
     hits = backend.search([SearchRequest(query="a")], 10)[0] * 5
     for query in ("a", "b"):
         service._remember(SearchRequest(query=query), 50, hits)
-    assert list(service._cache) == [SearchRequest(query="b")]
+    known = {query: service._cached(SearchRequest(query=query), 50) for query in ("a", "b")}
+    assert known == {"a": None, "b": hits}
     service._remember(SearchRequest(query="b"), 60, hits[:40])
     service._remember(SearchRequest(query="c"), 5, hits[:5])
     assert len(service._cache) == 2 and service._cached_hits == 45
+
+
+def test_what_the_cache_keeps_of_a_request_does_not_grow_with_its_history():
+    service = SearchService(EchoBackend(), max_batch=1, window_ms=0, cache_size=2, max_waiting=1)
+    long = SearchRequest(query="a", question="Q", history=("h" * 20_000,) * 64)
+    service._remember(long, 1, [])
+    assert service._cached(long, 1) == [] and service._cached(replace(long, history=()), 1) is None
+    assert sum(sys.getsizeof(key) for key in service._cache) < 100
 
 
 def test_ready_says_whether_searches_are_answered():
@@ -308,6 +320,23 @@ def test_a_service_on_all_addresses_announces_one_that_other_machines_can_use(co
         assert httpx.post(f"{url}/retrieve", json={"queries": ["q"]}).status_code == 401
         with closing(RetrievalClient(url, token="s3cret")) as client:
             assert len(client.search([SearchRequest(query="q")], 1)) == 1
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_each_worker_takes_its_share_of_the_machine_and_maps_the_index(monkeypatch, gpus):
+    threads, index_threads = torch.get_num_threads(), faiss.omp_get_max_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    try:
+        share = server.share_of_machine(SearchSpec(backend="faiss", index="i", options={"nprobe": 8}), 3, 4)
+        assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (3, 3)
+        assert (share.device, share.options) == ("cuda:1" if gpus else "auto", {"mapped": True, "nprobe": 8})
+        own = SearchSpec(backend="torch", index="i", device="cpu", options={"mapped": False})
+        assert server.share_of_machine(own, 3, 4) == own
+    finally:
+        torch.set_num_threads(threads)
+        faiss.omp_set_num_threads(index_threads)
 
 
 @pytest.mark.parametrize(

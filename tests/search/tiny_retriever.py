@@ -18,8 +18,8 @@ from transformers import BertConfig, BertModel, BertTokenizer
 NUM_WORDS = 30
 
 
-def make_model(folder: Path, *, dim: int = 32, seed: int = 0) -> str:
-    """Write an untrained sentence-transformers model; returns its folder."""
+def make_model(folder: Path, *, dim: int = 32, seed: int = 0, pooler: bool = True) -> str:
+    """Write an untrained sentence-transformers model; returns its folder. Without the `pooler` its weights lack it."""
     torch.manual_seed(seed)
     words = [f"{letter}{i}" for letter in "pq" for i in range(NUM_WORDS)] + ["query", "passage", "title", ":", '"']
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
@@ -38,6 +38,8 @@ def make_model(folder: Path, *, dim: int = 32, seed: int = 0) -> str:
     BertModel(config).save_pretrained(plain)
     transformer = Transformer(str(plain))
     model = SentenceTransformer(modules=[transformer, Pooling(dim, "mean")], device="cpu")
+    if not pooler:
+        model[0].auto_model.pooler = None
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return str(folder / "model")
 
