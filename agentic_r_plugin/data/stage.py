@@ -225,7 +225,6 @@ def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) ->
         f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and (loaded or not key.startswith(_MODEL))
-        if key in before or "." not in key  # earlier versions did not tell the backends' settings
     ]
     if changed:
         raise ManifestMismatchError(
