@@ -23,7 +23,7 @@ from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.store import read_json, read_records, write_json, write_records
+from agentic_r_plugin.store import read_json, read_records, write_records
 
 OPTIONS = {"max_model_len": 512, "tensor_parallel_size": 1}
 
@@ -248,17 +248,6 @@ def test_workers_of_a_cluster_that_runs_already_are_given_absolute_paths(
     assert (made.search.index, made.search.retriever) == (str(tmp_path / "index"), "hub/name")
     asked = for_workers(replace(far, llm=LLMSpec(backend="openai", model="served", tokenizer="agent")))
     assert (asked.llm.model, asked.llm.tokenizer) == ("served", str(tmp_path / "agent"))
-
-
-def test_a_manifest_of_an_earlier_version_which_does_not_tell_the_backends_is_gone_on_with(config: UpperConfig):
-    with pytest.raises(KeyboardInterrupt):
-        Shouter(config, stop_after=4).run()
-    manifest = Path(config.out + ".manifest.json")
-    before = read_json(manifest)
-    kept = {key: value for key, value in before["made_from"].items() if not key.startswith(("llm.", "search."))}
-    assert len(before["made_from"]) - len(kept) == 5
-    write_json(manifest, before | {"made_from": kept})
-    Shouter(config).run(resume=True)
 
 
 def test_moved_files_do_not_prevent_a_resume(config: UpperConfig, tmp_path: Path):
