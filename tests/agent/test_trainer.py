@@ -42,6 +42,18 @@ def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:
     return made
 
 
+def ordering(batch: int, *, mini_batch: int, step: int = 1, seed: int = 0, samples: int = 1, updates: int = 1) -> Any:
+    """A trainer with what `_valid_in_order` looks at: PPO, no failed search allowed."""
+    made: Any = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
+    made.parameter_sync_step, made.global_steps, made.trajectories = updates, step, []
+    made.settings = SimpleNamespace(max_failed_search_share=0.0, seed=seed)
+    made.config = OmegaConf.create(
+        {"data": {"train_batch_size": batch}, "algorithm": {"adv_estimator": "gae"},
+         "actor_rollout_ref": {"rollout": {"n": samples}, "actor": {"ppo_mini_batch_size": mini_batch}}}
+    )  # fmt: skip
+    return made
+
+
 def outcome(em: int) -> dict[str, Any]:
     """The agent loop's `extra_fields` of one trajectory."""
     trajectory = {"id": "q", "text": "t", "golden_answers": ["x"], "em": em}
@@ -258,13 +270,7 @@ def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: py
 
 
 def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
-    trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 2, 1, []
-    trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=0)
-    trainer.config = OmegaConf.create(
-        {"data": {"train_batch_size": 4}, "algorithm": {"adv_estimator": "gae"},
-         "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": 2}}}
-    )  # fmt: skip
+    trainer = ordering(4, mini_batch=2, updates=2)
     items = [outcome(1) | {"place": [place, 0], "trained_tokens": 2} for place in (1, 0)]
     fields = {
         "extra_fields": items,
@@ -284,13 +290,7 @@ def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_t
     rows = list(range(2 * size))  # of the data set: the first half is one benchmark, the second half another
 
     def step_of(arrived: list[int], step: int, seed: int = 0) -> tuple[list[int], list[int]]:
-        trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
-        trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, step, []
-        trainer.settings = SimpleNamespace(max_failed_search_share=0.0, seed=seed)
-        trainer.config = OmegaConf.create(
-            {"data": {"train_batch_size": 2 * size}, "algorithm": {"adv_estimator": "gae"},
-             "actor_rollout_ref": {"rollout": {"n": 1}, "actor": {"ppo_mini_batch_size": size}}}
-        )  # fmt: skip
+        trainer = ordering(2 * size, mini_batch=size, step=step, seed=seed)
         fields = {
             "extra_fields": [outcome(1) | {"place": [row, 0], "trained_tokens": 2} for row in arrived],
             "response_mask": torch.nested.as_nested_tensor([torch.ones(2)] * len(arrived), layout=torch.jagged),
@@ -311,13 +311,8 @@ def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_t
 
 
 def test_grpo_leaves_out_a_trajectory_whose_group_lost_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = AgenticPPOTrainer.__new__(AgenticPPOTrainer)
-    trainer.parameter_sync_step, trainer.global_steps, trainer.trajectories = 1, 1, []
-    trainer.settings = SimpleNamespace(max_failed_search_share=0.5, seed=0)
-    trainer.config = OmegaConf.create(
-        {"data": {"train_batch_size": 2}, "algorithm": {"adv_estimator": "grpo"},
-         "actor_rollout_ref": {"rollout": {"n": 2}, "actor": {"ppo_mini_batch_size": 2}}}
-    )  # fmt: skip
+    trainer = ordering(2, mini_batch=2, samples=2)
+    trainer.settings.max_failed_search_share = 0.5
     places = {"a": [0, 0], "b": [0, 1], "c": [1, 0], "d": [1, 1]}
     items = [
         outcome(1) | {"place": place, "search_failed": int(key == "d"), "trained_tokens": 2 * (key != "d")}
