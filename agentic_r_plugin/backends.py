@@ -6,7 +6,7 @@ only one backend knows go into `options`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -64,6 +64,9 @@ _FREE_OPTIONS = frozenset(
 )  # fmt: skip
 
 
+_PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
+
+
 def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
     """What of the settings decides answers, beside the models and indexes, whose contents their fingerprints tell.
 
@@ -84,7 +87,12 @@ def with_absolute_paths(spec: Spec) -> Spec:
     if spec.backend == "openai":
         names -= {"model"}
     paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
-    return replace(spec, **paths)
+    return replace(spec, **paths, options=absolute_options(spec.options))
+
+
+def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a backend or a scorer for a process in another folder: those that name files and folders, absolute."""
+    return {name: absolute(value) if name in _PATH_OPTIONS else value for name, value in options.items()}
 
 
 @contextmanager

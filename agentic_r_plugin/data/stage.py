@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding, with_absolute_paths
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, deciding, with_absolute_paths
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.journal import Journal, require_free
@@ -40,6 +40,7 @@ from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, op
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.store import (
+    absolute,
     atomic_path,
     dump_line,
     file_fingerprint,
@@ -98,15 +99,21 @@ class Stage(Generic[Item]):
 
 
 def for_workers(config: Config) -> Config:
-    """The configuration that workers are built from: where they are in other folders, the backends' paths are absolute.
+    """The configuration that workers are built from: where they are in other folders, the paths they open are absolute.
 
     A relative path of the caller's means nothing to an actor of a Ray cluster that runs already.
     """
     if not config.runner.elsewhere:
         return config
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    found = {name: value for name, value in values.items() if isinstance(value, LLMSpec | SearchSpec)}
-    return dataclasses.replace(config, **{name: with_absolute_paths(value) for name, value in found.items()})
+    made: dict[str, Any] = {
+        name: with_absolute_paths(value) for name, value in values.items() if isinstance(value, LLMSpec | SearchSpec)
+    }
+    if "prompt" in values:
+        made["prompt"] = absolute(values["prompt"])
+    if "options" in values:
+        made["options"] = absolute_options(values["options"])
+    return dataclasses.replace(config, **made)
 
 
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:

@@ -17,8 +17,10 @@ import pytest
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.sub_answers import SubAnswersConfig
 from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
@@ -248,6 +250,25 @@ def test_workers_of_a_cluster_that_runs_already_are_given_absolute_paths(
     assert (made.search.index, made.search.retriever) == (str(tmp_path / "index"), "hub/name")
     asked = for_workers(replace(far, llm=LLMSpec(backend="openai", model="served", tokenizer="agent")))
     assert (asked.llm.model, asked.llm.tokenizer) == ("served", str(tmp_path / "agent"))
+    mapped = for_workers(replace(far, search=SearchSpec(backend="bm25", options={"folder": "index", "k1": 0.9})))
+    assert mapped.search.options == {"folder": str(tmp_path / "index"), "k1": 0.9}
+
+
+def test_own_prompts_and_models_of_scorers_are_found_by_workers_of_a_cluster_that_runs_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("own.txt", "reranker"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    runner = RunnerSpec(kind="ray", address="auto")
+    sub_answers = SubAnswersConfig(in_="t.jsonl", out="s.jsonl", prompt="own.txt", runner=runner)
+    assert for_workers(sub_answers).prompt == str(tmp_path / "own.txt")
+    assert for_workers(replace(sub_answers, prompt="")).prompt == ""
+    relevance = RelevanceConfig(candidates="c.jsonl", out="r.jsonl", corpus="corpus.jsonl", runner=runner)
+    judged = for_workers(replace(relevance, options={"prompt": "own.txt", "window": 10}))
+    assert judged.options == {"prompt": str(tmp_path / "own.txt"), "window": 10}
+    scored = for_workers(replace(relevance, options={"model": "reranker", "text": "query"}))
+    assert scored.options == {"model": str(tmp_path / "reranker"), "text": "query"}
 
 
 def test_moved_files_do_not_prevent_a_resume(config: UpperConfig, tmp_path: Path):
