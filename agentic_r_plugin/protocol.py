@@ -25,8 +25,8 @@ from typing import Protocol
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
 
-_TAG_OPENING = re.compile(r"<(?=[/|!A-Za-z_])")
-"""A `<` that could open or close a tag, or start a special token such as `<|im_end|>`."""
+_TAG_OPENING = re.compile(r"<(?=[/|!｜A-Za-z_])")
+"""A `<` that could open or close a tag, or start a special token such as `<|im_end|>` or DeepSeek's `<｜User｜>`."""
 
 _BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 """Text whose braces are balanced, two levels deep."""
@@ -134,6 +134,11 @@ class AgentProtocol:
     def __post_init__(self) -> None:
         if self.instruction.count("{question}") != 1:
             raise ConfigError(f"agent protocol {self.name!r}: the instruction must hold '{{question}}' exactly once")
+        if re.findall(r"\{\w+\}", self.block_form) != ["{opening}", "{passages}", "{closing}"] or not self.correction:
+            raise ConfigError(
+                f"agent protocol {self.name!r}: block_form must hold '{{opening}}', '{{passages}}' and '{{closing}}', "
+                "and correction some text: both tell where a trajectory's searches were carried out"
+            )
 
     def prompt(self, question: str) -> str:
         """The text that is put before the agent."""
@@ -202,7 +207,8 @@ class AgentProtocol:
         the text. Tags in passages are disarmed. What a correction follows was not carried out, whatever comes next.
         """
         opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
-        block, correction = re.escape(f"\n\n{self.opening(self.information_tag)}"), re.escape(self.correction)
+        before = self.block_form.partition("{opening}")[0]
+        block, correction = re.escape(before + self.opening(self.information_tag)), re.escape(self.correction)
         spill = f"[^<]{{0,{_SPILL}}}?"
         ends = re.finditer(f"{closing}(?!{spill}{correction})(?={spill}(?:{block}|\\Z))", text)
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
@@ -421,9 +427,19 @@ class Session:
             if len(shown) > 1:
                 shown.pop()
                 continue
-            words = shown[0].text.split(" ")
-            keep = min(len(words) - 1, len(words) * self.limits.max_observation_tokens // len(ids))
-            shown = [Passage(id=shown[0].id, title=shown[0].title, text=" ".join(words[:keep]))] if keep > 0 else []
+            text = _shortened(shown[0].text, self.limits.max_observation_tokens, len(ids))
+            shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else []
+
+
+def _shortened(text: str, most: int, tokens: int) -> str:
+    """`most / tokens` of a text's words, or of its characters where it has too few (Chinese, Thai); always less.
+
+    >>> _shortened("one two three four", 1, 2), _shortened("一二三四", 1, 2), _shortened("x", 9, 10)
+    ('one two', '一二', '')
+    """
+    words = text.split(" ")
+    keep = min(len(words) - 1, len(words) * most // tokens)
+    return " ".join(words[:keep]) if keep > 0 else text[: max(0, min(len(text) - 1, len(text) * most // tokens))]
 
 
 # --- Registered protocols ---------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,6 +137,16 @@ def test_a_single_passage_too_long_loses_its_last_words():
     assert len(block.ids) <= 100 and "word word" in block.text and block.text.endswith("</information>\n\n")
 
 
+@pytest.mark.parametrize("text", ["字" * 200, "字" * 150 + " " + "字" * 150])
+def test_a_passage_too_long_and_without_spaces_loses_its_last_characters(text):
+    one = session(max_observation_tokens=100)
+    write(one, "<search> a </search>")
+    one.found([Passage(id="0", title="T", text=text), *passages("short")])
+    (turn,) = one.turns
+    assert [passage.id for passage in turn.passages] == ["0"]
+    assert len(one.segments[-1].ids) <= 100 and one.segments[-1].text.count("字") > 40
+
+
 def test_a_block_that_leaves_no_room_is_not_appended():
     one = session(max_tokens=len("Question: Who wrote Emma?\n") + 30)
     write(one, "<search> a </search>")
@@ -180,6 +192,25 @@ def test_calls_out_of_turn_are_errors():
 def test_an_instruction_without_the_question_is_refused():
     with pytest.raises(ConfigError, match="exactly once"):
         AgentProtocol(name="x", instruction="no place")
+
+
+def test_searches_are_found_in_a_protocol_with_a_block_of_its_own():
+    own = replace(search_r1, name="own", block_form="\n{opening}{passages}{closing}\n")
+    one = Session(own, CharacterCodec(), Limits(max_tokens=9_000, max_observation_tokens=3_000), "Q?")
+    write(one, "<search> a </search>")
+    one.found(passages("p"))
+    write(one, "<search> b </search>")
+    assert [query for query, _ in own.searches(one.text)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("change", [{"correction": ""}, {"block_form": "{passages}\n"}])
+def test_a_protocol_whose_searches_could_not_be_found_again_is_refused(change):
+    with pytest.raises(ConfigError, match="block_form must hold"):
+        replace(search_r1, **change)
+
+
+def test_special_tokens_of_deepseek_are_disarmed_too():
+    assert disarm("<｜end▁of▁sentence｜> <｜User｜>") == "‹｜end▁of▁sentence｜> ‹｜User｜>"
 
 
 def test_disarm_leaves_ordinary_text_alone():
