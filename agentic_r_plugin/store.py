@@ -6,6 +6,7 @@ at the end, so a file that exists is whole.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -19,7 +20,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.records import Record
@@ -84,16 +85,33 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
         raise RecordError(f"not a whole gzip file: {error}", path=path, line=number + 1) from error
 
 
+def parse_json(text: bytes | str) -> Any:
+    """One JSON value whose strings are text.
+
+    Raises:
+        ValueError: bad UTF-8, bad JSON, or half a surrogate pair (`\\ud83d` alone), which no tokenizer or file takes.
+        RecursionError: nested too deeply.
+    """
+    value = json.loads(text)
+    data = text.encode() if isinstance(text, str) else text
+    if rb"\ud" in data or rb"\uD" in data:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def parse_line(line: bytes, path: str | Path, number: int) -> Any:
     """One JSON value.
 
     Raises:
-        RecordError: bad UTF-8 or bad JSON.
+        RecordError: bad UTF-8, bad JSON, or half a surrogate pair.
     """
     try:
-        return json.loads(line)
+        return parse_json(line)
     except UnicodeDecodeError as error:
         raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RecordError(f"expected text, found {half!r}, half a surrogate pair", path=path, line=number) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
 
@@ -143,12 +161,16 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
             return _write_parquet(temporary, records)
-        opener = gzip.open if path.suffix == ".gz" else open
         count = 0
-        with opener(temporary, "wb") as stream:
+        with temporary.open("wb") as plain:
+            # Neither name nor time: the same records make the same bytes, which is what later stages know them by.
+            packed = gzip.GzipFile("", "wb", fileobj=plain, mtime=0) if path.suffix == ".gz" else None
+            stream = packed or plain
             for record in records:
                 stream.write(dump_line(record.to_dict()))
                 count += 1
+            if packed is not None:
+                packed.close()
         return count
 
 
@@ -294,13 +316,29 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
-def require_absent(path: str | Path) -> None:
+@contextmanager
+def only_writer(folder: str | Path) -> Iterator[IO[bytes]]:
+    """Hold a folder's lock; a child process that inherits the open file holds it as long as that lives.
+
+    Raises:
+        OutputExistsError: another process holds it.
+    """
+    with (Path(folder) / ".lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExistsError(f"{folder}: another process is working here; wait for it or end it") from error
+        yield lock
+
+
+def require_absent(path: str | Path, *, or_else: str = "pass --resume to continue it") -> None:
     """Refuse to overwrite.
+
+    Args:
+        or_else: what else than another path the caller can give.
 
     Raises:
         OutputExistsError: the path exists.
     """
     if Path(path).exists():
-        raise OutputExistsError(
-            f"{path} already exists; choose another path, remove it, or pass --resume to continue it"
-        )
+        raise OutputExistsError(f"{path} already exists; choose another path, remove it, or {or_else}")

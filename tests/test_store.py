@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from agentic_r_plugin.store import (
     atomic_path,
     drop_torn_end,
     file_fingerprint,
+    only_writer,
     read_json,
     read_lines,
     read_records,
@@ -120,6 +122,7 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
         (b'{"id": "b", "question": "Q", "golden_answers": ["x"], "answrs": 1}', "unknown field 'answrs'"),
         (b'{"id": 7, "question": "Q", "golden_answers": ["x"]}', "field 'id': expected str, found int '7'"),
         (b"[" * 100_000, "expected one JSON object a line"),
+        (b'{"id": "b", "question": "Q", "golden_answers": ["caf\\ud83d"]}', "half a surrogate pair"),
     ],
 )
 def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: bytes, message: str):
@@ -194,6 +197,19 @@ def test_gzipped_and_plain_files_hold_the_same_lines(tmp_path: Path):
     assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == (tmp_path / "a.jsonl").read_bytes()
 
 
+def test_a_character_that_is_written_as_a_surrogate_pair_is_read(tmp_path: Path):
+    (tmp_path / "q.jsonl").write_bytes(b'{"id": "a", "question": "\\ud83d\\ude00", "golden_answers": ["x"]}\n')
+    (question,) = read_records(tmp_path / "q.jsonl", Question)
+    assert question.question == "\U0001f600"
+
+
+def test_the_same_records_make_the_same_gzipped_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, now in (("a", 1.0), ("b", 2e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        write_records(tmp_path / f"{name}.jsonl.gz", RECORDS[:1])
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
 def test_json_documents_come_back_and_broken_ones_are_errors(tmp_path: Path):
     write_json(tmp_path / "m.json", {"ü": [1, None]})
     assert read_json(tmp_path / "m.json") == {"ü": [1, None]}
@@ -216,6 +232,16 @@ def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path):
     require_absent(tmp_path / "new")
     with pytest.raises(OutputExistsError, match="--resume"):
         require_absent(tmp_path)
+    with pytest.raises(OutputExistsError, match=r"remove it, or pass --overwrite$"):
+        require_absent(tmp_path, or_else="pass --overwrite")
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path):
+    held = pytest.raises(OutputExistsError, match="another process is working here")
+    with only_writer(tmp_path), held, only_writer(tmp_path):
+        pass
+    with only_writer(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

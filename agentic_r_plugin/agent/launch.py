@@ -8,14 +8,11 @@ done `stability.json` (which checkpoint was taken, and why), `agent/` (a plain H
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +28,7 @@ from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
-from agentic_r_plugin.store import read_json, require_absent, write_json
+from agentic_r_plugin.store import only_writer, read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
@@ -73,7 +70,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
             return
     prepared = prepare(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir) as lock:
+    with only_writer(run_dir) as lock:
         _write_inputs(run_dir, config, prepared, key)
         _train(run_dir, config, prepared.environment, lock)
         _finish(run_dir, config)
@@ -122,19 +119,6 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, k
     save_config(config, run_dir / "config.yaml")
     for stale in (FAULT, STABILITY, "done.json"):
         (run_dir / stale).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[IO[bytes]]:
-    """One writer a run folder. The training process inherits the lock, so it holds as long as that lives."""
-    with (run_dir / ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ManifestMismatchError(
-                f"{run_dir}: another process is training here; wait for it or end it"
-            ) from error
-        yield lock
 
 
 # --- while ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import file_fingerprint, read_json, read_records, require_absent, write_json
+from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, read_records, require_absent, write_json
 
 _FREE = ("model", "questions", "corpus", "out", "device")
 """Fields that may change between a run and its resumption; the files they name must hold the same."""
@@ -60,7 +60,8 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
         resume: leave a finished output alone, and go on from the last checkpoint of an unfinished one.
 
     Raises:
-        OutputExistsError: the output, or work on it, is there and `resume` was not asked for; or it is something else.
+        OutputExistsError: the output, or work on it, is there and `resume` was not asked for; it is something else; or
+            another process works on it.
         ManifestMismatchError: resumed with another configuration or other inputs.
         RecordError: a broken question or corpus file, or unknown supporting passages.
         ConfigError: no such model.
@@ -77,7 +78,12 @@ def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
     if out.exists():
         return
     work.mkdir(parents=True, exist_ok=True)
-    write_json(work / "identity.json", identity)
+    with only_writer(work):
+        write_json(work / "identity.json", identity)
+        _train(config, work, out)
+
+
+def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> None:
     started = time.monotonic()
     model, tokenizer = _load(config)
     epochs = _demonstrations(config, tokenizer)
@@ -108,7 +114,9 @@ def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
     settings = {key: value for key, value in to_dict(config).items() if key not in _FREE}
     if not any(Path(config.model).glob("*.safetensors")):
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
-    return {
+    index = Path(config.search.index)
+    known = {"search index": content_key(index)} if config.search.index and index.is_dir() else {}
+    return known | {
         "config": fingerprint(settings),
         "questions": file_fingerprint(config.questions),
         "corpus": file_fingerprint(config.corpus),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from agentic_r_plugin.errors import ConfigError, JudgeError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.store import parse_json
 
 Parsed = TypeVar("Parsed")
 
@@ -124,7 +124,7 @@ def parse_list(reply: str, length: int) -> list[Any]:
     """
     start, end = reply.find("["), reply.rfind("]")
     try:
-        found = json.loads(reply[start : end + 1]) if 0 <= start < end else None
+        found = parse_json(reply[start : end + 1]) if 0 <= start < end else None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):

@@ -290,7 +290,7 @@ def _message(answer: dict[str, Any]) -> str:
         case {"content": None}:
             return ""
         case {"content": str(text)}:
-            return text
+            return _whole(text)
     raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
 
 
@@ -299,7 +299,12 @@ def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
     choice = _choice(answer)
     if not isinstance(choice.get("text"), str):
         raise _NotAsAskedError(f"expected a choice with text, found {str(answer)[:300]}")
-    return choice, choice["text"], _usage(answer)[1]
+    return choice, _whole(choice["text"]), _usage(answer)[1]
+
+
+def _whole(text: str) -> str:
+    """Text with U+FFFD for halves of surrogate pairs, as tokenizers decode half a character; no file can hold them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:

@@ -21,6 +21,7 @@ import httpx
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
+from agentic_r_plugin.store import parse_json
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_DELAY_S = 0.2
@@ -294,7 +295,7 @@ class _Attempts:
     def parse(self, content: bytes) -> Any:
         """The JSON document of an answer."""
         try:
-            return json.loads(content)
+            return parse_json(content)
         except (ValueError, RecursionError) as error:
             found = content[:80]
             raise SearchError(f"{self.where}: malformed answer: expected JSON, found {found!r} ({error})") from error

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (sets, per_set) in chosen.items():
         path = options.out / f"{name}.parquet"
         if not options.overwrite:
-            require_absent(path)
+            require_absent(path, or_else="pass --overwrite")
         questions = [
             question
             for item in sets

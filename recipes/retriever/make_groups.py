@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, help="corpus file to write")
     args = parser.parse_args()
     for path in filter(None, (args.out, args.pool)):
-        require_absent(path)
+        require_absent(path, or_else="move it away")
     questions = list(islice(read_records(args.data / f"{args.split}.jsonl", Question), args.questions))
     search = BM25Backend(args.data / "corpus.jsonl")
     groups = make_groups(

@@ -16,9 +16,11 @@ from agentic_r_plugin.agent import warm_start_sft
 from agentic_r_plugin.agent.demonstrations import DemonstrationSettings
 from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune, token_loss
 from agentic_r_plugin.agent.warm_start_sft import WarmStartSFTConfig
+from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.evaluation.settings import read_agent_card
 from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.store import only_writer
 
 SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, bf16=False, save_every_steps=2)
 EXAMPLES = [Example(ids=tuple(range(start, start + 12)), mask=(0,) * 6 + (1,) * 6) for start in range(8)]
@@ -169,3 +171,20 @@ def test_another_folder_or_a_model_with_other_weights_of_the_same_size_does_not_
 def test_a_folder_without_weights_is_refused(inputs: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="safetensors"):
         warm_start_sft.run(_config(inputs | {"model": str(tmp_path)}, tmp_path / "agent"))
+
+
+def test_two_processes_do_not_train_in_one_folder_and_another_index_is_another_training(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    work = tmp_path / "agent.partial"
+    work.mkdir()
+    with only_writer(work), pytest.raises(OutputExistsError, match="another process is working here"):
+        warm_start_sft.run(_config(inputs, tmp_path / "agent"), resume=True)
+    index = tmp_path / "index"
+    index.mkdir()
+    keys = []
+    for vectors in ("first", "second"):
+        (index / "vectors").write_text(vectors)
+        search = SearchSpec(backend="faiss", index=str(index))
+        keys.append(warm_start_sft._identity(_config(inputs, tmp_path / "agent", search=search)))
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["search index"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.data.judge import parse_scores
+from agentic_r_plugin.data.judge import parse_list, parse_scores
 from agentic_r_plugin.data.relevance import RelevanceConfig, run, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources
 from agentic_r_plugin.data.scorers.gold_documents import GoldDocuments
@@ -116,6 +116,12 @@ def test_the_rule_has_no_options():
 def test_a_reply_without_exactly_the_scores_asked_for_is_refused(reply: str):
     with pytest.raises(JudgeError, match="expected"):
         parse_scores(reply, 3)
+
+
+def test_half_a_character_in_a_reply_is_the_judges_error():
+    assert parse_list('["caf\\ud83d\\ude00"]', 1) == ["caf\U0001f600"]
+    with pytest.raises(JudgeError, match="expected a JSON list"):
+        parse_list('["caf\\ud83d"]', 1)
 
 
 @pytest.mark.parametrize("reply", ["[0, 50, 100]", "```json\n[0, 50, 100]\n```", "Scores: [0,50,100]."])

@@ -58,6 +58,12 @@ def test_prompts_are_sent_as_token_ids_and_continuations_come_back_in_order():
     }  # fmt: skip
 
 
+def test_half_a_character_that_a_server_sends_becomes_the_replacement_character():
+    with serve(lambda path, body: completion("caf\ud83d \U0001f600")) as server:
+        (done,) = backend(server.url).generate([request("a")], Sampling())
+    assert CODEC.decode(done.token_ids) == "caf\ufffd \U0001f600"
+
+
 def test_token_ids_of_the_server_are_taken_as_they_are():
     with serve(lambda path, body: completion("xyz", token_ids=[7, 8])) as server:
         (done,) = backend(server.url).generate([request("a")], Sampling())
