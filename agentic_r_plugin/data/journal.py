@@ -123,13 +123,13 @@ class Journal:
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:
         position = self._stream.seek(0, os.SEEK_END)
-        block = bytearray()
-        for line in lines:
-            self._index(line, position + len(block))
-            block += _dump(line)
-        self._stream.write(block)
+        dumped = [_dump(line) for line in lines]
+        self._stream.write(b"".join(dumped))
         self._stream.flush()
         os.fsync(self._stream.fileno())
+        for line, written in zip(lines, dumped, strict=True):
+            self._index(line, position)
+            position += len(written)
 
     def _load(self) -> None:
         """Index what is there; a torn end is cut off."""

@@ -197,7 +197,10 @@ def flow(
     more, failed = True, None
     while more or running:
         while more and len(running) < capacity:
-            batch = next(batches, _END)
+            try:
+                batch = next(batches, _END)
+            except Exception as error:  # of what a batch is made from
+                batch, failed = _END, failed or error
             if batch is _END:
                 more = False
             elif batch is None:

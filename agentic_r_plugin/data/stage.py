@@ -143,13 +143,12 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         total = 0 if finished else _check_input(stage)
         executor = _opened(stage, stack)  # loads the models: what can be refused without them has been
         manifest["made_from"] |= _models(stage.models | executor.fingerprints())
-        if resume:
-            _check_same(stage, manifest, loaded=True)
         if finished:
+            _check_same(stage, manifest, loaded=True)
             _clean_up(stage)
             return dict(read_json(stage.beside(".report.json")))
-        manifest = _begin(stage, manifest)
         with Journal(stage.beside(".journal")) as journal:
+            manifest = _begin(stage, manifest, journal, resume=resume)
             parts = Parts(_parts_folder(stage), manifest["part_size"])
             _Work(stage, journal, parts, total).run(executor)
             _remove_leavings(stage.out)
@@ -214,7 +213,7 @@ def _check_output(stage: Stage[Any], *, resume: bool) -> None:
                 )
     elif not manifest_path.exists():
         for path in (stage.out, stage.beside(".journal"), stage.beside(".parts")):
-            if path.exists():
+            if path.exists() and (path.is_dir() or path.stat().st_size):  # the journal is there before the manifest
                 raise ManifestMismatchError(
                     f"{path} is there without {manifest_path.name}: what it was made from is unknown; "
                     "remove it or choose another path"
@@ -240,8 +239,18 @@ def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) ->
         )
 
 
-def _begin(stage: Stage[Any], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest; work that was begun keeps its size of parts."""
+def _begin(stage: Stage[Any], manifest: dict[str, Any], journal: Journal, *, resume: bool) -> dict[str, Any]:
+    """Write the manifest, once the journal is ours; work that was begun keeps its size of parts.
+
+    Raises:
+        OutputExistsError, ManifestMismatchError: another process began, or ended, while our models were loaded.
+    """
+    if resume:
+        _check_same(stage, manifest, loaded=True)
+    else:
+        require_absent(stage.out)
+        if journal.positions or stage.beside(".parts").exists():
+            raise OutputExistsError(f"{stage.out}: another process has begun it meanwhile; --resume goes on with it")
     path = stage.beside(".manifest.json")
     if path.exists():
         manifest |= {"part_size": read_json(path).get("part_size", manifest["part_size"])}

@@ -272,6 +272,18 @@ def test_after_an_error_those_under_way_are_finished_and_the_first_error_is_rais
     assert done == [0, 1, 2, 4, 6] and next(batches).tasks == (7,)
 
 
+def test_an_error_while_a_batch_is_prepared_leaves_those_under_way_their_end():
+    def batches() -> Iterator[Batch[int]]:
+        yield from (Batch((number,), (str(number),), (number,)) for number in range(3))
+        raise RecordError("the corpus does not hold a candidate")
+
+    done: list[int] = []
+    with pytest.raises(RecordError, match="does not hold"):
+        for batch, _ in flow(batches(), 8, lambda batch: batch.tasks[0], max, lambda handle: ([], {})):
+            done.append(batch.tasks[0])
+    assert done == [2, 1, 0]
+
+
 @pytest.mark.parametrize(("runner", "message"), [({"kind": "spark"}, "local, ray"), ({"workers": 0}, "at least 1")])
 def test_impossible_runners_are_refused(runner: dict, message: str):
     with pytest.raises(ConfigError, match=message):

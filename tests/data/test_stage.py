@@ -353,6 +353,27 @@ def test_two_processes_cannot_work_on_one_output(config: UpperConfig):
     assert second.opens == 0
 
 
+def test_a_process_that_began_while_ours_loaded_its_models_keeps_its_manifest(config: UpperConfig):
+    class Overtaken(Shouter):
+        def opened(self) -> Shouter:
+            with pytest.raises(KeyboardInterrupt):
+                Shouter(replace(self.config, suffix="?"), stop_after=4).run()
+            return super().opened()
+
+    with pytest.raises(OutputExistsError, match="another process has begun it meanwhile"):
+        Overtaken(config).run()
+    assert read_json(config.out + ".manifest.json")["config"]["suffix"] == "?"
+    Shouter(replace(config, suffix="?")).run(resume=True)
+    with pytest.raises(ManifestMismatchError, match="suffix"):
+        Shouter(config).run(resume=True)
+
+
+def test_an_empty_journal_is_no_work_of_unknown_origin(config: UpperConfig):
+    Path(config.out).parent.mkdir()
+    Path(config.out + ".journal").touch()  # a kill between the journal and the manifest
+    assert Shouter(config).run(resume=True)["read"] == 8
+
+
 def test_a_stage_without_units_writes_an_empty_output(config: UpperConfig):
     write_questions(Path(config.in_), [])
     report = Shouter(config).run()
