@@ -3,8 +3,8 @@
 The paper takes "the last stable checkpoint" by hand. Here it is a rule over the lines of `metrics.jsonl`:
 
 1. A step is unstable when a watched number breaks its bound. Reward, searches, length, KL, entropy and malformed share
-   are means over the last `window` steps; reward and malformed share are compared with their best mean so far, length,
-   searches, entropy and gradient norm with the first `window` steps. A number that is not finite makes its step
+   are means over the last `window` steps; reward and malformed share are compared with the best such mean so far,
+   length, searches, entropy and gradient norm with the first `window` steps. A number that is not finite makes its step
    unstable at once.
 2. The training has collapsed at the first of `patience` unstable steps in a row.
 3. The last stable checkpoint is the newest one before the collapse; without a collapse it is simply the newest.
@@ -13,7 +13,7 @@ The paper takes "the last stable checkpoint" by hand. Here it is a rule over the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,16 +142,14 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
         return tuple(f"{name} is not finite" for name in lost)
     found = []
     reward = _mean(steps[-rule.window :], "reward")
-    best = max(_mean(steps[max(0, end - rule.window) : end], "reward") or 0.0 for end in range(1, len(steps) + 1))
+    best = max(_of_windows(steps, rule, "reward"), default=0.0)
     least = best * (1 - rule.max_reward_drop) if rule.max_reward_drop is not None and best >= rule.min_reward else 0.0
     if reward is not None and reward < least:
         found.append(f"reward {reward:.3f}, best {best:.3f}")
     found += _above(steps, rule, "kl", rule.max_kl)
     if rule.max_malformed_rise is not None:
-        lowest = min(
-            _mean(steps[max(0, end - rule.window) : end], "malformed") or 0.0 for end in range(1, len(steps) + 1)
-        )
-        found += _above(steps, rule, "malformed", lowest + rule.max_malformed_rise)
+        lowest = min(_of_windows(steps, rule, "malformed"), default=None)
+        found += _above(steps, rule, "malformed", None if lowest is None else lowest + rule.max_malformed_rise)
     if len(steps) > rule.window:
         for name, factor in (
             ("entropy", rule.max_entropy_factor),
@@ -167,6 +165,12 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
         if entropy is not None and entropy < least:
             found.append(f"entropy {entropy:.3g}, below {least:.3g}")
     return tuple(found)
+
+
+def _of_windows(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str) -> Iterator[float]:
+    """Means over every whole window; one of fewer steps has more luck in it than the later ones it is held against."""
+    for end in range(rule.window, len(steps) + 1):
+        yield _mean(steps[end - rule.window : end], name) or 0.0
 
 
 def _above(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str, bound: float | None) -> list[str]:

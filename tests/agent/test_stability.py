@@ -45,6 +45,13 @@ def test_one_bad_step_is_no_collapse_but_makes_later_checkpoints_doubtful_until_
     assert to_keep([2, 4, 6], over, newest=1) == {6}
 
 
+def test_one_lucky_first_step_sets_no_bar_for_the_means_that_follow() -> None:
+    assert judge(steps(1.0, 0.4, 0.4, 0.4, 0.4), RULE).reasons == {}
+    assert judge(steps(0.6, 0.6, 0.2, 0.2, 0.2), RULE).collapse == 4
+    lucky = [0.0, *[0.6] * 5]
+    assert judge(steps(*[0.3] * 6, **{"agentic_r/malformed_share": lucky}), RULE).reasons == {}
+
+
 def test_small_rewards_may_fall_without_saying_anything() -> None:
     assert judge(steps(0.04, 0.03, 0.0, 0.0, 0.0), RULE).collapse is None
 
