@@ -114,7 +114,7 @@ def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
         "score": float(trajectory["em"]),
         "step": step,
     }
-    return verls | trajectory | {"segments": item["segments"]}
+    return verls | trajectory | {"segments": item["segments"], "trained_tokens": item["trained_tokens"]}
 
 
 class RolloutLog:

@@ -83,16 +83,17 @@ def page(title: str, rollouts: Mapping[int, Sequence[Mapping[str, Any]]]) -> str
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}: rollouts</title>'
         f"<style>{_STYLE}</style>\n<h1>{escape(title)}: sampled trajectories</h1>\n"
-        '<p><span class="model">Tokens the model wrote</span> are trained on; '
-        '<span class="masked">tokens the environment wrote</span> are masked in every loss. '
+        '<p><span class="model">Tokens the model wrote</span>, and '
+        '<span class="masked">tokens the environment wrote</span>, which are masked in every loss unless '
+        "mask_observations is off. A trajectory whose search failed is masked as a whole. "
         '<span class="tag">[n]</span>: tokens of the run of text after it.</p>\n'
         f"{sections}\n</html>\n"
     )
 
 
 def _trajectory(line: Mapping[str, Any]) -> str:
-    masked = sum(segment["tokens"] for segment in line["segments"] if not segment["by_model"])
     total = max(1, sum(segment["tokens"] for segment in line["segments"]))
+    masked = total - line["trained_tokens"]
     answer = "no answer" if line["answer"] is None else f"“{line['answer']}”"
     mark = ' class="right"' if line["em"] else ""
     summary = (
