@@ -37,6 +37,9 @@ from agentic_r_plugin.store import (
 TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
 """Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
 
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+"""How the names of corpora end."""
+
 _BLOCK = 3 * 65_536
 """Numbers that are written at once while a corpus is read."""
 
@@ -50,7 +53,7 @@ class Corpus:
     than `id` and `contents` are left out.
 
     Args:
-        path: `.jsonl`, `.jsonl.gz` or `.parquet` with the fields `id` and `contents`.
+        path: `.jsonl`, `.jsonl.gz` or `.parquet`, or a link to one, with the fields `id` and `contents`.
         table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored.
 
     Raises:
@@ -64,8 +67,9 @@ class Corpus:
             raise RecordError("no such corpus file", path=self.path)
         identity = _identity(self.path)
         saved = _read_table(Path(table), identity) if table is not None else None
-        if saved is not None and (not _is_packed(self.path) or (Path(table or "") / PASSAGES).is_file()):
-            source = Path(table or "") / PASSAGES if _is_packed(self.path) else self.path
+        packed = _is_packed(_named_by_form(self.path))
+        if saved is not None and (not packed or (Path(table or "") / PASSAGES).is_file()):
+            source = Path(table or "") / PASSAGES if packed else self.path
             self._fd = os.open(source, os.O_RDONLY)
             self._table, self._digest = saved
         else:
@@ -131,7 +135,7 @@ class Corpus:
     def save_table(self, folder: str | Path) -> None:
         """Write what `Corpus(path, table=folder)` needs; a packed corpus' passages are written out too."""
         folder = Path(folder)
-        if _is_packed(self.path):
+        if _is_packed(_named_by_form(self.path)):
             with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
                 for start in range(0, self._size, 1 << 20):
                     out.write(os.pread(self._fd, 1 << 20, start))
@@ -212,6 +216,12 @@ class Corpus:
         self.close()
 
 
+def _named_by_form(path: Path) -> Path:
+    """The name that tells a packed corpus: a link's own (a hub's cache has no other), or that of what it leads to."""
+    leads_to = path.resolve()
+    return leads_to if _is_packed(leads_to) else path
+
+
 def _is_packed(path: Path) -> bool:
     return path.suffix in (".gz", ".parquet")
 
@@ -245,6 +255,7 @@ def _read_table(folder: Path, identity: dict[str, Any]) -> tuple[NDArray[np.int6
 
 def _plain_lines(path: Path) -> IO[bytes]:
     """The corpus as an open JSON Lines file."""
+    path = _named_by_form(path)
     if not _is_packed(path):
         return path.open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)

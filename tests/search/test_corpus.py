@@ -51,6 +51,24 @@ def test_gzipped_parquet_and_plain_forms_are_the_same_corpus(tmp_path):
     assert Corpus(changed).fingerprint() != corpora[0].fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("own", "leads_to"), [("c.jsonl", "wiki.jsonl.gz"), ("c.jsonl.gz", "blob"), ("c.jsonl", "w.parquet")]
+)
+def test_a_link_to_a_packed_corpus_is_read_whichever_of_the_names_tells_it(tmp_path, own, leads_to):
+    rows = [{"id": "a", "contents": '"T"\nx'}, {"id": "b", "contents": '"U"\ny'}]
+    target = tmp_path / leads_to
+    if leads_to.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), target)
+    else:
+        target.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    (tmp_path / own).symlink_to(target)
+    with Corpus(tmp_path / own) as corpus:
+        assert [passage.id for passage in corpus] == ["a", "b"]
+        corpus.save_table(tmp_path)
+    with Corpus(tmp_path / own, table=tmp_path) as corpus:
+        assert corpus.by_id("b").title == "U"
+
+
 def test_other_columns_of_a_parquet_corpus_may_hold_anything(tmp_path):
     others = {"metadata": "plain text", "scores": [1.5], "seen": datetime.datetime(2024, 5, 1)}
     table = pyarrow.Table.from_pylist([row | others for row in ROWS])
