@@ -1,7 +1,7 @@
 """`agentic-r aggregate`: the matrices of several seeds as one, with intervals over seeds and questions.
 
 Every run holds the same cells on the same questions and was trained with another seed. The result is a matrix of the
-same form (`matrix.json`, `.md`, `.csv`, `.tex`), each metric with its mean per seed; the method is
+same form (`matrix.json`, `.md`, `.csv`, `.tex`), each metric that all runs have with its mean per seed; the method is
 `statistics.seeds_interval`.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.evaluation.evaluate import check_statistics
 from agentic_r_plugin.evaluation.matrix import (
     COMPARED,
     Result,
@@ -29,6 +30,14 @@ from agentic_r_plugin.store import read_json, require_absent, write_json
 METHOD = "half-widths of Student's t over the seeds' means and over the questions' means, added in quadrature"
 _KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", "seed", "protocol", "limits", "topk")
 """Fields of a cell that are the same for all seeds."""
+
+_OF_A_SEED = frozenset(
+    {
+        "agent", "agent_url", "tokenizer", "retriever", "search_retriever", "sampling_seed",
+        "level", "resamples", "metrics",
+    }
+)  # fmt: skip
+"""Of what a cell was made from: what seeds differ in, and what touches no score of a question."""
 
 Scores = dict[str, list[float | None]]
 
@@ -46,6 +55,7 @@ class AggregateConfig:
     def __post_init__(self) -> None:
         if len(self.runs) < 2 or len({Path(run).resolve() for run in self.runs}) < len(self.runs):
             raise ConfigError(f"runs: expected at least two different folders, found {', '.join(self.runs) or 'none'}")
+        check_statistics(self.level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +117,9 @@ def _check_same(runs: Sequence[_Run]) -> None:
             if _questions(first, name) != _questions(other, name):
                 raise RecordError(f"{name}: other questions than in {first.folder}", path=other.folder)
             differing = [key for key in _KEPT if first.cells[name][key] != other.cells[name][key]]
-            if differing:
+            before, now = (run.cells[name].get("made_from", {}) for run in (first, other))
+            shared = (before.keys() & now.keys()) - _OF_A_SEED
+            if differing := differing or sorted(key for key in shared if before[key] != now[key]):
                 raise RecordError(f"{name}: another {', '.join(differing)} than in {first.folder}", path=other.folder)
         prints = ("agent_fingerprint", "search_fingerprint")
         of_run = tuple(other.cells[name][key] for name in first.cells for key in prints)
@@ -124,6 +136,8 @@ def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
     first, scores = runs[0].cells[name], [each.scores(name) for each in runs]
     metrics: dict[str, Any] = {}
     for metric, entry in first["metrics"].items():
+        if any(metric not in each.cells[name]["metrics"] for each in runs):
+            continue
         means = [each.cells[name]["metrics"][metric]["mean"] for each in runs]
         found = _interval([each[metric] for each in scores], level) if "low" in entry else None
         if found is not None:
@@ -138,7 +152,7 @@ def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: floa
     before, after = ([each.scores(cell_name(side)) for each in runs] for side in (first, second))
     metrics = {}
     for metric in COMPARED:
-        if metric not in before[0] or metric not in after[0]:
+        if any(metric not in scores for scores in (*before, *after)):
             continue
         pairs = [list(zip(a[metric], b[metric], strict=True)) for a, b in zip(before, after, strict=True)]
         differences = [[None if None in (x, y) else y - x for x, y in row] for row in pairs]  # type: ignore[operator]

@@ -15,9 +15,9 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from agentic_r_plugin.evaluation.metrics import recall_by_turn
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever
 from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
-from agentic_r_plugin.evaluation.statistics import bootstrap_interval
+from agentic_r_plugin.evaluation.statistics import bootstrap_interval, wilson_interval
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
@@ -43,6 +43,9 @@ JOURNAL = "progress.journal"
 
 BREAKDOWNS = ("hops", "type", "level")
 """Question metadata by which exact match is broken down, where the benchmark has it."""
+
+_YES_OR_NO = frozenset({"agentic_em", "agentic_sub_em"})
+"""Metrics that are 0 or 1 for a question."""
 
 _RATIOS = frozenset({"malformed_share"})
 """Metrics that are a ratio of sums: a bootstrap of per-question scores would be of something else."""
@@ -101,8 +104,17 @@ class _Answered(Record):
     output: dict[str, Any]
 
 
-def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -> dict[str, Any]:
+def run_cell(
+    cell: Cell,
+    llm: LLMBackend,
+    search: SearchBackend,
+    folder: Path,
+    begin: Callable[[], dict[str, Any] | None] = lambda: None,
+) -> dict[str, Any]:
     """Answer all questions, or those that are left, and write the cell's files; returns the result.
+
+    Args:
+        begin: called once the cell is ours; what it returns is the result of a process that was faster.
 
     Raises:
         ConfigError, RecordError: no such split, a broken question file.
@@ -115,6 +127,9 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, folder: Path) -
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
         dataset = load_split(config, cell.split)
         with Journal(folder / JOURNAL) as journal:
+            if (done := begin()) is not None:
+                journal.path.unlink()
+                return done
             _answer(pipeline, dataset, journal)
             cost = {name: round(value, 3) for name, value in sorted(journal.cost.items())}
             records = [Trajectory.from_dict(item.trajectory) for item in dataset]
@@ -183,7 +198,10 @@ def _result(
 def _intervals(
     cell: Cell, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
 ) -> dict[str, Any]:
-    """Each metric's value, with an interval where that is the mean of per-question scores (corpus BLEU's is not)."""
+    """Each metric's value, with an interval where that is the mean of per-question scores (corpus BLEU's is not).
+
+    Where all questions are right, or all wrong, a bootstrap has nothing to draw from: Wilson's interval then.
+    """
     table: dict[str, Any] = {}
     for name, mean in means.items():
         present = [score for score in scores.get(name, ()) if score is not None]
@@ -191,9 +209,11 @@ def _intervals(
         if name in _RATIOS or not averaged:
             table[name] = {"mean": mean}
         else:
-            table[name] = asdict(
-                bootstrap_interval(present, level=cell.level, resamples=cell.resamples, seed=cell.seed)
-            )
+            interval = bootstrap_interval(present, level=cell.level, resamples=cell.resamples, seed=cell.seed)
+            if name in _YES_OR_NO and mean in (0, 1):
+                low, high = wilson_interval(round(sum(present)), len(present), level=cell.level)
+                interval = replace(interval, low=low, high=high)
+            table[name] = asdict(interval)
     return table
 
 

@@ -68,13 +68,14 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> nice_ticks(3, 38)
     [0.0, 10.0, 20.0, 30.0, 40.0]
     """
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):  # equal, but for the last digits
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     raw = (high - low) / max(count - 1, 1)
     scale = 10.0 ** math.floor(math.log10(raw))
     step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= raw * 0.8)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
+    digits = 10 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 def running_mean(points: Points, window: int) -> list[Smoothed]:

@@ -8,9 +8,10 @@ interrupted goes on with its first batch of questions that was not answered.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,7 @@ class EvaluateConfig:
         if self.first is not None and self.random is not None:
             raise ConfigError("first, random: give at most one of the two")
         object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in self.metrics)))
+        check_statistics(self.level, self.resamples)
         if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
             raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
         for cell in self.cells:
@@ -123,6 +125,14 @@ class EvaluateConfig:
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
+
+
+def check_statistics(level: float, resamples: int = 1) -> None:
+    """ConfigError where no interval can be made: found now, and not when all questions are answered."""
+    if not 0 < level < 1:
+        raise ConfigError(f"level: expected a share between 0 and 1 (0.95), found {level}")
+    if resamples < 1:
+        raise ConfigError(f"resamples: expected at least 1, found {resamples}")
 
 
 def own_settings(config: EvaluateConfig, agent: str) -> AgentSettings:
@@ -144,7 +154,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     out = Path(config.out)
     if not resume:
         require_absent(out)
-    _check_inputs(config)
+    check_inputs(config)
     cells = list(_cells(config))
     done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
     _require_same_services([cell for cell in cells if cell.name in done], done, out)
@@ -154,17 +164,26 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     write_matrix(config, [done[cell.name] for cell in cells], out)
 
 
-def _check_inputs(config: EvaluateConfig) -> None:
-    """Find what cannot work before a model is loaded or a folder made; what no cell uses is left alone."""
+def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> None:
+    """Find what cannot work before a model is loaded or a folder made; what no cell uses is left alone.
+
+    Args:
+        config: agents, searches and benchmarks as they are to be evaluated.
+        later: names of agents and searches that are still to be made.
+
+    Raises:
+        ConfigError: a split, an agent or an index that is not there, or fewer questions than asked for.
+        RecordError: a broken question file.
+    """
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random)
     agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
-    for name in agents:
+    for name in (name for name in agents if name not in later):
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
-    for name in searches:
+    for name in (name for name in searches if name not in later):
         for benchmark in config.benchmarks:
             searching = _search_spec(config, name, benchmark)
             where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
@@ -186,9 +205,8 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
                 with open_search(searching) as search:
                     opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
                     for cell in cells:
-                        _require_same(out / cell.name, opened)
-                        write_json(out / cell.name / _MADE_FROM, dict(cell.made_from) | opened)
-                        result = run_cell(cell, llm, search, out / cell.name)
+                        begin = partial(_begin, cell, opened, out / cell.name)
+                        result = run_cell(cell, llm, search, out / cell.name, begin)
                         done[cell.name] = result
                         print(_one_line(result), flush=True)
 
@@ -296,17 +314,29 @@ def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
     Raises:
         ManifestMismatchError: it, or the work on it, was made from something else.
     """
-    result = folder / "result.json"
-    done = result.is_file()
-    _require_same(folder, cell.made_from, free=frozenset() if done else _OF_SCORES)
-    return dict(read_json(result)) if done else None
+    file = folder / "result.json"
+    result = dict(read_json(file)) if file.is_file() else None
+    begun = folder / _MADE_FROM
+    before = read_json(begun) if begun.is_file() else result.get("made_from", {}) if result is not None else None
+    if before is not None:
+        _require_same(folder, before, cell.made_from, free=_OF_SCORES if result is None else frozenset())
+    return result
 
 
-def _require_same(folder: Path, made_from: Mapping[str, Any], *, free: frozenset[str] = frozenset()) -> None:
+def _begin(cell: Cell, opened: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
+    """Note what a cell is made from; another process may have begun it, or ended it, while the models were loaded."""
+    if (result := _finished(cell, folder)) is not None:
+        return result
+    if (folder / _MADE_FROM).is_file():
+        _require_same(folder, read_json(folder / _MADE_FROM), opened)
+    write_json(folder / _MADE_FROM, {**cell.made_from, **opened})
+    return None
+
+
+def _require_same(
+    folder: Path, before: Mapping[str, Any], made_from: Mapping[str, Any], *, free: frozenset[str] = frozenset()
+) -> None:
     """Raises `ManifestMismatchError` where the cell was begun with something else than `made_from` says."""
-    if not (folder / _MADE_FROM).is_file():
-        return
-    before = read_json(folder / _MADE_FROM)
     wanted = made_from.keys() - free
     if unknown := sorted(wanted - before.keys()):
         raise ManifestMismatchError(

@@ -72,7 +72,10 @@ class QuestionMetric(BaseMetric):
 
 
 class AgenticExactMatch(QuestionMetric):
-    """Exact match; FlashRAG's `em`, but a missing answer never matches."""
+    """Exact match; FlashRAG's `em`, but a missing answer never matches.
+
+    FlashRAG takes the gold answers of its data set `curatedtrec` as regular expressions; here they are words.
+    """
 
     metric_name = "agentic_em"
 

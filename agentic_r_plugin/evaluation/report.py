@@ -201,14 +201,17 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     return facts
 
 
-def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """For each kind of breakdown, its values with their number of questions."""
-    counts: dict[str, dict[str, int]] = {}
+def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str, int | None]]]]:
+    """For each kind of breakdown, its values with their number of questions; None where cells differ in it."""
+    counts: dict[str, dict[str, set[int]]] = {}
     for cell in cells:
         for key, groups in cell.get("breakdown", {}).items():
             for value, group in groups.items():
-                counts.setdefault(key, {}).setdefault(value, group["num_questions"])
-    return [(key, sorted(values.items())) for key, values in counts.items()]
+                counts.setdefault(key, {}).setdefault(value, set()).add(group["num_questions"])
+    return [
+        (key, [(value, found.pop() if len(found) == 1 else None) for value, found in sorted(values.items())])
+        for key, values in counts.items()
+    ]
 
 
 def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str, list[str]]:
@@ -248,22 +251,44 @@ _MADE_BY: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    cell = run.cells[0]
-    rows = [
-        ("protocol", f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"),
-        ("questions", f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"),
-    ]
+    agents: dict[str, list[str]] = {}
+    benchmarks: dict[str, list[str]] = {}
+    for cell in run.cells:
+        agents.setdefault(_protocol(cell), []).append(cell["agent"])
+        benchmarks.setdefault(_questions(cell), []).append(cell["benchmark"])
+    rows = [*_told("protocol", agents), *_told("questions", benchmarks)]
     for part, label, told in _MADE_BY:
-        groups = _by_cells(run, part, told)
-        if len(groups) > 1:
-            rows.append((label, "differs: " + "; ".join(f"{text} ({', '.join(of)})" for text, of in groups.items())))
-        else:
-            rows += [(label, text) for text in groups]
-    for key, label in (("agent", "agents"), ("retriever", "retrievers")):
-        which = "search_fingerprint" if key == "retriever" else "agent_fingerprint"
-        names = {item[key]: item.get(which, "") for item in run.cells}
-        rows.append((label, ", ".join(f"{name} {print_}".strip() for name, print_ in names.items())))
+        rows += _told(label, _by_cells(run, part, told))
+    for key, which in (("agent", "agent_fingerprint"), ("retriever", "search_fingerprint")):
+        names: dict[str, dict[str, list[str]]] = {}
+        for cell in run.cells:
+            names.setdefault(cell[key], {}).setdefault(cell.get(which, ""), []).append(cell["benchmark"])
+        rows.append((f"{key}s", ", ".join(_prints(name, prints) for name, prints in names.items())))
     return rows
+
+
+def _protocol(cell: results.Cell) -> str:
+    return f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"
+
+
+def _questions(cell: results.Cell) -> str:
+    return f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"
+
+
+def _told(label: str, groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """What is told of cells -> those of which it is so, as a row; they are named where there is more than one group."""
+    if len(groups) < 2:
+        return [(label, text) for text in groups]
+    each = (f"{text} ({', '.join(dict.fromkeys(of))})" for text, of in groups.items())
+    return [(label, "differs: " + "; ".join(each))]
+
+
+def _prints(name: str, benchmarks: Mapping[str, Sequence[str]]) -> str:
+    """A name with its fingerprint; with those of each benchmark where it has an index for each."""
+    if len(benchmarks) == 1:
+        return f"{name} {next(iter(benchmarks))}".strip()
+    each = (f"{found} ({', '.join(dict.fromkeys(of))})" for found, of in benchmarks.items())
+    return f"{name} {', '.join(each)}"
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:

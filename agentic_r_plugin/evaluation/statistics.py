@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,8 +144,8 @@ def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInt
     )
 
 
-def wilson_interval(successes: int, total: int, *, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share; good also near 0 and 1.
+def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share; good also at 0 and 1, where a bootstrap finds no spread at all.
 
     >>> low, high = wilson_interval(8, 10)
     >>> round(low, 4), round(high, 4)
@@ -152,10 +153,11 @@ def wilson_interval(successes: int, total: int, *, z: float = 1.959963984540054)
     """
     if not 0 <= successes <= total or total == 0:
         raise ValueError(f"expected 0 <= successes <= total and total > 0, found {successes} of {total}")
+    z = NormalDist().inv_cdf((1 + level) / 2)
     share, weight = successes / total, z * z / total
     centre = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if successes else 0.0), (centre + half if successes < total else 1.0)
 
 
 def _checked(values: Values, level: float) -> NDArray[np.float64]:

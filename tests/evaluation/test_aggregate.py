@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, OutputExistsError, RecordError
 from agentic_r_plugin.evaluation.aggregate import AggregateConfig, run
+from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.evaluation.statistics import seeds_interval
 from agentic_r_plugin.store import read_json, write_json
 from tests.evaluation.evaluation_run import write_run
@@ -29,6 +32,16 @@ def test_the_interval_covers_other_seeds_and_other_questions_at_least_as_often_a
     intervals = [seeds_interval(draw(rng, seeds, 60, spread)) for _ in range(400)]
     covered = sum(interval.low <= 0.5 <= interval.high for interval in intervals) / len(intervals)
     assert covered >= 0.92
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(2, 0.4), (3, 0.1), (3, 0.4), (3, 0.9), (5, 0.4)])
+def test_the_interval_of_exact_match_covers_at_least_as_often_as_it_says(seeds: int, share: float) -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(1_000):
+        chance = rng.beta(share * 2, (1 - share) * 2, (1, 125))  # of each question, the same for all seeds
+        found = seeds_interval((rng.random((seeds, 125)) < chance).astype(float))
+        covered += found.low <= share <= found.high
+    assert covered / 1_000 >= 0.945
 
 
 def test_seeds_that_agree_leave_the_interval_of_the_questions_alone() -> None:
@@ -103,6 +116,23 @@ def test_the_command_writes_a_matrix_with_the_mean_of_every_seed(seeds: list[Pat
     run(config, resume=True)
 
 
+def test_a_metric_that_a_run_does_not_have_is_left_out(seeds: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(seeds[1], other)
+    file = other / "evaluation" / "matrix.json"
+    matrix = read_json(file)
+    for cell in matrix["cells"]:
+        del cell["metrics"]["search_turns"]
+        scores = other / "evaluation" / cell_name(cell) / "scores.json"
+        write_json(scores, {key: value for key, value in read_json(scores).items() if key != "search_turns"})
+    write_json(file, matrix)
+    for runs in ([seeds[0], other], [other, seeds[0]]):
+        run(aggregate(runs, tmp_path / "out"), resume=True)
+        found = read_json(tmp_path / "out" / "matrix.json")
+        assert all("search_turns" not in cell["metrics"] for cell in [*found["cells"], *found["comparisons"]])
+        assert all("agentic_em" in cell["metrics"] for cell in [*found["cells"], *found["comparisons"]])
+
+
 def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path], tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", num_questions=30, agents=AGENTS, retrievers=RETRIEVERS[:2])
     more = write_run(tmp_path / "more", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:3])
@@ -110,7 +140,15 @@ def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path]
     twin = write_run(tmp_path / "twin", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
     world = write_run(tmp_path / "world", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
     limited = write_run(tmp_path / "limited", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
-    for each, change in ((world, {"made_from": {"questions": "others"}}), (limited, {"topk": 5})):
+    cold = write_run(tmp_path / "cold", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    hot = write_run(tmp_path / "hot", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2])
+    changes: list[tuple[Path, dict[str, Any]]] = [
+        (world, {"made_from": {"questions": "others"}}),
+        (limited, {"topk": 5}),
+        (cold, {"made_from": {"temperature": 0.0, "agent": "a"}}),
+        (hot, {"made_from": {"temperature": 1.0, "agent": "b"}, "search_fingerprint": "another"}),
+    ]
+    for each, change in changes:
         matrix = read_json(each / "evaluation" / "matrix.json")
         matrix["cells"] = [cell | change for cell in matrix["cells"]]
         write_json(each / "evaluation" / "matrix.json", matrix)
@@ -118,6 +156,7 @@ def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path]
         ([seeds[0], other], RecordError, "other questions than in"),
         ([seeds[0], world], RecordError, "other questions than in"),
         ([seeds[0], limited], RecordError, "another topk than in"),
+        ([cold, hot], RecordError, "another temperature than in"),
         ([seeds[0], more], RecordError, "not in both: agent-0-retriever-2"),
         ([same, twin], RecordError, "not another seed"),
         ([seeds[0], same, twin], RecordError, "are those of .*same.*: not another seed"),

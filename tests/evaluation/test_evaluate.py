@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
-from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, _begin, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.report_results import columns
@@ -85,7 +86,8 @@ def test_the_command_writes_cells_and_matrix_with_all_they_were_made_from(
     assert (cell["num_questions"], cell["sample"], cell["seed"]) == (4, "first", 0)
     assert (cell["protocol"], cell["topk"], cell["limits"]["max_tokens"]) == ("compact", 2, 256)
     assert cell["stop_reasons"] == {"malformed": 4}
-    assert cell["metrics"]["agentic_em"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "num_questions": 4}
+    em = cell["metrics"]["agentic_em"]
+    assert em == {"mean": 0.0, "low": 0.0, "high": pytest.approx(0.49, abs=1e-3), "num_questions": 4}  # Wilson's
     assert cell["metrics"]["malformed_share"] == {"mean": 1.0}
     assert cell["cost"]["rollouts"] == 4 and cell["cost"]["generated_tokens"] == 4 * 2 * 8
     assert {"torch", "flashrag-dev", "agentic-r-plugin", "python"} <= set(matrix["versions"])
@@ -93,7 +95,7 @@ def test_the_command_writes_cells_and_matrix_with_all_they_were_made_from(
     assert matrix["hardware"]["threads"] >= 1 and len(matrix["source_fingerprint"]) == 16 and matrix["command"]
     assert cell["by_turn"] == []
     table = (tmp_path / "out" / "matrix.md").read_text()
-    assert "| toy       | tiny  | bm25      | 4         | 0.0 [0.0, 0.0] |" in table
+    assert "| toy       | tiny  | bm25      | 4         | 0.0 [0.0, 49.0] |" in table
     assert table in capsys.readouterr().out
 
 
@@ -209,6 +211,31 @@ def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
         run(config(tmp_path, tiny_agent, **change), resume=True)
 
 
+def test_a_finished_cell_is_known_by_its_result_where_what_it_was_made_from_is_gone(
+    tmp_path: Path, tiny_agent: Path
+) -> None:
+    run(config(tmp_path, tiny_agent))
+    (tmp_path / "out" / "tiny-bm25-toy" / "made_from.json").unlink()
+    run(config(tmp_path, tiny_agent), resume=True)
+    with pytest.raises(ManifestMismatchError, match="begun with another resamples than now"):
+        run(config(tmp_path, tiny_agent, resamples=100), resume=True)
+
+
+def test_a_cell_that_another_process_began_or_ended_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
+    cell = rule_cell(tmp_path, "bm25")
+    folder = tmp_path / "out" / cell.name
+    folder.mkdir(parents=True)
+    write_json(folder / "made_from.json", {"search_fingerprint": "theirs"})
+    with pytest.raises(ManifestMismatchError, match="another search_fingerprint"):
+        _begin(cell, {"search_fingerprint": "ours"}, folder)
+    assert read_json(folder / "made_from.json") == {"search_fingerprint": "theirs"}
+    write_json(folder / "result.json", {"em": 1})
+    with open_search(SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))) as search:
+        begin = partial(_begin, cell, {"search_fingerprint": "ours"}, folder)
+        assert run_cell(cell, RuleAgent(), search, folder, begin) == {"em": 1}
+    assert sorted(path.name for path in folder.iterdir()) == ["made_from.json", "result.json"]
+
+
 def test_a_cell_of_another_model_of_the_same_agent_is_not_taken_for_this_one(tmp_path: Path, tiny_agent: Path) -> None:
     run(config(tmp_path, tiny_agent))
     moved = tmp_path / "moved"
@@ -302,10 +329,20 @@ def test_an_interval_is_given_only_where_a_metric_is_the_mean_of_its_scores(tmp_
     assert table["corpus"] == {"mean": 0.5} and table["none"] == {"mean": None}
 
 
+def test_exact_match_of_all_or_nothing_has_an_interval_with_a_width(tmp_path: Path) -> None:
+    cell = rule_cell(tmp_path, "x")
+    none, every = [0.0] * 20, [1.0] * 20
+    table = _intervals(cell, {"agentic_em": 0.0, "agentic_sub_em": 1.0}, {"agentic_em": none, "agentic_sub_em": every})
+    assert (table["agentic_em"]["low"], table["agentic_sub_em"]["high"]) == (0.0, 1.0)
+    assert table["agentic_em"]["high"] == pytest.approx(0.161, abs=1e-3) == 1 - table["agentic_sub_em"]["low"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"benchmarks": []}, "benchmarks: expected at least one"),
+        ({"level": 95}, "level: expected a share between 0 and 1"),
+        ({"resamples": 0}, "resamples: expected at least 1"),
         ({"first": 1, "random": 1}, "at most one of the two"),
         ({"cells": ["tiny:bm52"]}, "'tiny:bm52' is not AGENT:SEARCH"),
         ({"split": "dev"}, "split 'dev'"),

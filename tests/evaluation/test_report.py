@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from agentic_r_plugin.evaluation.run_folder import read_run
 from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.evaluation.transcript import pieces
 from agentic_r_plugin.protocol import compact, search_r1
+from agentic_r_plugin.store import read_json, write_json
 from tests.evaluation.evaluation_run import HOSTILE, write_run
 
 VOID = {"meta", "link", "br", "input", "img", "hr", "circle", "line", "path"}
@@ -251,6 +253,30 @@ def test_several_seeds_together_show_each_seeds_figure(finished: Path, tmp_path:
     assert "90 % intervals over seeds and questions" in text and "seeds 2" in text
     assert f"{em * 100 - 10:.1f} · {em * 100 + 10:.1f}" in text
     assert "which questions flip is left out" in text and "Question by question" not in text
+
+
+def test_what_differs_between_cells_is_told_of_each(several: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(several, folder)
+    file = folder / "evaluation" / "matrix.json"
+    matrix = read_json(file)
+    first, *others = matrix["cells"]
+    agent, benchmark, retriever = first["agent"], first["benchmark"], first["retriever"]
+    for cell in matrix["cells"]:
+        if cell["agent"] == agent:
+            cell["limits"] = cell["limits"] | {"max_searches": 10}
+        if cell["benchmark"] == benchmark:
+            cell["split"], cell["search_fingerprint"] = "dev", f"of {benchmark}"
+            cell["breakdown"]["hops"]["2"]["num_questions"] = 7
+    assert {cell["agent"] for cell in others} - {agent} and {cell["benchmark"] for cell in others} - {benchmark}
+    write_json(file, matrix)
+    run(ReportConfig(run=str(folder), out=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "report.md").read_text().partition("## Made from")[2]
+    assert re.search(rf"protocol: differs: compact, 3 passages a search, at most 10 \({agent}\); .*at most 5 \(", text)
+    assert re.search(rf"questions: differs: all of dev, seed 0 \({benchmark}\); all of test, seed 0 \(", text)
+    assert f"{retriever} of {benchmark} ({benchmark}), fedcba9876543210 (" in text
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "hops 1<small>40 questions" in html and "hops 2</th>" in html and "searches, 7 questions" in html
 
 
 def test_text_of_questions_and_passages_is_escaped(finished: Path) -> None:
