@@ -73,9 +73,13 @@ def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
     Of a backend's own options all count but those known to say only where, how fast and at what price: nobody here can
     tell more.
     """
-    options = {name: value for name, value in spec.options.items() if name not in _FREE_OPTIONS}
     dtype = {"dtype": spec.dtype} if isinstance(spec, LLMSpec) else {}
-    return {"backend": spec.backend, "options": options} | dtype
+    return {"backend": spec.backend, "options": deciding_options(spec.options)} | dtype
+
+
+def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a backend's own options that may decide answers."""
+    return {name: value for name, value in options.items() if name not in _FREE_OPTIONS}
 
 
 Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)

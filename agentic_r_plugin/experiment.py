@@ -6,7 +6,7 @@ evaluates agents x retrievers x benchmarks in one matrix. All of it is resumable
 
 | in OUT | holds |
 |---|---|
-| `benchmarks/NAME/` | links to the run's benchmark and to others; generated worlds |
+| `benchmarks/NAME/` | links to the run's benchmark and to others (`corpus.jsonl` also to a packed corpus); worlds |
 | `retrievers/NAME/` | data that were made anew, and `retriever/` |
 | `index/NAME/BENCHMARK/` | the benchmark's corpus under the retriever |
 | `evaluation/` | the matrix; `stop_rule/` one on the split that decides where to stop |
@@ -32,6 +32,7 @@ from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Group, Relevance
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
+from agentic_r_plugin.search.corpus import SUFFIXES
 from agentic_r_plugin.store import (
     atomic_path,
     file_fingerprint,
@@ -60,6 +61,7 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
     experiment.out.mkdir(parents=True, exist_ok=True)
     save_config(config, experiment.out / "config.yaml")
     experiment.gather_benchmarks()
+    experiment.check_evaluation()
     searches = {name: experiment.make_retriever(name) for name in config.retrievers}
     experiment.compare(searches)
     if config.stop_rule:
@@ -133,6 +135,21 @@ class Experiment:
             self._stop_config(searches)
         for name in self.config.worlds:
             self._world_config(name)
+        for name, folder in self.config.benchmarks.items():
+            if not Path(folder).is_dir():
+                raise ConfigError(f"benchmarks.{name}: {folder}: no such folder")
+
+    def check_evaluation(self) -> None:
+        """Find before anything is trained what cannot be evaluated: once the benchmarks are gathered.
+
+        Raises:
+            ConfigError, RecordError: an agent or a split that is not there, too few questions, a broken question.
+        """
+        searches = dict.fromkeys(self.config.retrievers, "x")
+        wanted = [self._evaluate_config(searches, {}, "x")]
+        wanted += [self._stop_config(searches)] if self.config.stop_rule else []
+        for config in wanted:
+            evaluate.check_inputs(config, later=searches.keys())
 
     # --- benchmarks
 
@@ -142,10 +159,10 @@ class Experiment:
         for name, folder in ({self.main: self.loop.benchmark} | self._evaluated_by_run() | given).items():
             target = self._benchmark(name)
             target.mkdir(parents=True, exist_ok=True)
-            own = folder / "corpus.jsonl"
-            _link(target / "corpus.jsonl", own if name != self.main and own.is_file() else self.loop.corpus)
-            for file in folder.glob("*.jsonl"):
-                if file.name != "corpus.jsonl":
+            own = [folder / f"corpus{suffix}" for suffix in SUFFIXES if (folder / f"corpus{suffix}").is_file()]
+            _link(target / "corpus.jsonl", own[0] if name != self.main and own else self.loop.corpus)
+            for file in sorted(folder.iterdir()):
+                if file.suffix in _QUESTIONS and not file.name.startswith("corpus."):
                     _link(target / file.name, file)
         for name in self.config.worlds:
             generate.run(self._world_config(name), resume=True)
@@ -379,6 +396,9 @@ class Experiment:
             "rollouts": report["rollouts"],
         }
 
+
+_QUESTIONS = (".jsonl", ".json", ".parquet")
+"""Forms of question files that FlashRAG reads."""
 
 _OF_THE_MATRIX = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
 """Settings of the run's own evaluation that an experiment has of its own."""

@@ -25,8 +25,15 @@ class RetrieverPlan:
     train: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs in training"})
 
     def __post_init__(self) -> None:
-        if sum(map(bool, (self.of_run, self.model, self.bm25))) > 1 or (self.exhaustive and self.sampled):
+        ready = [name for name in ("of_run", "model", "bm25") if getattr(self, name)]
+        if len(ready) > 1 or (self.exhaustive and self.sampled):
             raise ConfigError("a retriever is one of: of_run, model, bm25, trained (exhaustive or sampled)")
+        trained = [name for name in ("exhaustive", "sampled", "groups", "train") if getattr(self, name)]
+        if ready and trained:
+            raise ConfigError(
+                f"{ready[0]}: is taken as it is, so {', '.join(trained)} would change nothing; to train from a "
+                "retriever of your choice give train: {retriever: FOLDER_OR_NAME} alone"
+            )
 
     @property
     def regroups(self) -> bool:

@@ -12,6 +12,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 | in RUN | holds |
 |---|---|
 | `config.yaml` | the resolved configuration; only what changes no result may differ when it goes on |
+| `inputs.json` | fingerprints of what was given: agent, retriever, questions; they may not change under a run |
 | `benchmark/` | the generated benchmark, where none was given |
 | `iteration-0/index/` | the corpus under the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
@@ -39,7 +40,7 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.backends import LLMSpec, SearchSpec
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding_options
 from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
@@ -47,6 +48,7 @@ from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
+from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.retriever import training
@@ -57,7 +59,7 @@ from agentic_r_plugin.world import generate
 
 _URL = "http://127.0.0.1:1"
 """Stands for the retrieval service's address while nothing runs."""
-_ATTEMPT = "attempt.json"
+_ATTEMPT, _INPUTS = "attempt.json", "inputs.json"
 _KEEP_S = 10.0
 """Seconds between two writings of it."""
 _CHOICES = {
@@ -192,8 +194,7 @@ class Loop:
         self._train_agent_config(2, "x", _URL)
         self._check_reach(self._check_stages())
         components.load("retriever_trainer", self.train_retriever_config(1, "x", Path("x")).trainer)
-        rounds = range(self.config.iterations + 1)
-        self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
+        self._planned_evaluation()
 
     def _check_stages(self) -> dict[str, Any]:
         """The data stages' settings, each and together."""
@@ -251,8 +252,24 @@ class Loop:
             model = getattr(self.config, name).get("llm", {}).get("model", "")
             if model.startswith(("/", "./", "models/")) and not Path(model).exists():
                 missing.append(f"{name}.llm.model: {model} does not exist")
+        try:
+            self._check_evaluation()
+        except ConfigError as error:
+            missing.append(f"evaluate: {error}")
         if missing:
             raise ConfigError("; ".join(missing))
+
+    def _planned_evaluation(self) -> EvaluateConfig:
+        """The evaluation, with placeholders for what the loop makes."""
+        rounds = range(self.config.iterations + 1)
+        return self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
+
+    def _check_evaluation(self) -> None:
+        """Benchmarks, and agents and retrievers beside the loop's own; a world that is not there yet is left alone."""
+        config = self._planned_evaluation()
+        made = {name for name, where in (config.agents | config.searches).items() if where == "x"}
+        if self.config.benchmark or config.data_dir != str(self.benchmark.parent):
+            evaluate.check_inputs(config, later=made)
 
     def forecast(self) -> str:
         """What the loop will cost, from the assumptions in `plan`."""
@@ -297,6 +314,7 @@ class Loop:
                     "choose another out="
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_inputs()
         if before != self.config:
             save_config(self.config, saved)
         costs = self.folder / "costs.jsonl"
@@ -305,6 +323,20 @@ class Loop:
             self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
         if not self.config.benchmark:
             self._phase(0, "world", lambda: generate.run(self._world_config(), resume=True))
+
+    def _check_inputs(self) -> None:
+        """Phases are done once, so what they were given must stay; the corpus is known by the indexes over it."""
+        config, kept = self.config, self.folder / _INPUTS
+        now = {"agent": identity(config.agent), "retriever": identity(config.retriever)}
+        if config.benchmark:
+            for split in filter(None, (config.train_split, config.dev_split, config.test_split)):
+                now[f"questions of {split}"] = identity(self._questions(split))
+        before = read_json(kept) if kept.is_file() else now
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            raise ManifestMismatchError(
+                f"{self.folder} was begun with other contents of {', '.join(changed)}; choose another out="
+            )
+        write_json(kept, now)
 
     def _phase(
         self, iteration: int, name: str, work: Callable[[], None], cost: Callable[[], Mapping[str, Any]] = dict
@@ -527,7 +559,7 @@ _STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "co
 _JUDGES = ("listwise_judge", "pointwise_judge")
 """Scorers that ask a language model."""
 
-_LLM_FREE = {item.name for item in fields(LLMSpec)} - {"backend", "model", "tokenizer", "dtype"}
+_LLM_FREE = {item.name for item in fields(LLMSpec)} - {"backend", "model", "tokenizer", "dtype", "options"}
 _SEARCH_FREE = {item.name for item in fields(SearchSpec)} - {"backend", "index", "corpus", "retriever", "options"}
 _STAGE_FREE = {"batch_size", "runner", "max_error_share"}
 _SERVE_FREE = {item.name for item in fields(server.ServeConfig)} - {"backend", "corpus", "retriever", "options"}
@@ -572,7 +604,8 @@ def _check_preset(section: str, preset: str) -> None:
 
 
 def _without(section: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in free and value != {}}
+    told = {"options": deciding_options(section["options"])} if "options" in section else {}
+    return {key: value for key, value in {**section, **told}.items() if key not in free and value != {}}
 
 
 _CONFIG_OF: dict[str, type] = {

@@ -19,6 +19,7 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputEx
 from agentic_r_plugin.iterate import IterateConfig, Loop, run
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_json
+from tests.evaluation.evaluation_toy import write_benchmark
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart" / "loop.yaml"
@@ -228,6 +229,7 @@ def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
     [
         "correctness.threshold=70", "relevance.llm.model=other", "llm.dtype=float16", "serve.options.nprobe=3",
         "candidates.search.backend=bm25", "train_retriever.epochs=3", "train_agent.steps=3", "index.kind=SQ8",
+        "llm.options.quantization=fp8",
     ],
 )  # fmt: skip
 def test_a_resume_may_not_change_what_decides_results(tmp_path, override):
@@ -236,6 +238,34 @@ def test_a_resume_may_not_change_what_decides_results(tmp_path, override):
     other = load_config(IterateConfig, loop.folder / "config.yaml", [override])
     with pytest.raises(ManifestMismatchError, match=rf"\({override.partition('.')[0]} differ from"):
         Loop(other).open(resume=True)
+
+
+def test_what_a_run_was_given_may_not_change_under_it(tmp_path):
+    agent, questions = tmp_path / "agent", tmp_path / "train.jsonl"
+    agent.mkdir()
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("questions")
+    overrides = [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", f"agent={agent}"]
+    config = load_config(IterateConfig, RECIPE, overrides)
+    Loop(config).open(resume=False)
+    Loop(config).open(resume=True)
+    questions.write_text("other questions")
+    with pytest.raises(ManifestMismatchError, match="other contents of questions of train;"):
+        Loop(config).open(resume=True)
+    questions.write_text("questions")
+    (agent / "model.safetensors").write_text("weights")
+    with pytest.raises(ManifestMismatchError, match="other contents of agent;"):
+        Loop(config).open(resume=True)
+
+
+def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluate: split 'test': no .*data/nq/test\.jsonl"):
+        composed(tmp_path, f"evaluate.data_dir={tmp_path / 'data'}", "evaluate.benchmarks=[nq]")
+    write_benchmark(tmp_path / "data")
+    where = f"evaluate.data_dir={tmp_path / 'data'}"
+    composed(tmp_path, where, "evaluate.benchmarks=[toy]")
+    with pytest.raises(ConfigError, match=r"evaluate: searches\.e5: 'nowhere' does not exist"):
+        composed(tmp_path, where, "evaluate.benchmarks=[toy]", "evaluate.searches.e5=nowhere")
 
 
 def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):

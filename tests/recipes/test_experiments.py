@@ -20,8 +20,9 @@ from agentic_r_plugin.evaluation.aggregate import AggregateConfig
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
-from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, ScoredPassage
+from agentic_r_plugin.records import Candidates, CorpusLine, Correctness, Group, Question, Relevance, ScoredPassage
 from agentic_r_plugin.search import index, server
+from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
@@ -354,6 +355,8 @@ def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Pa
         ({"retrievers": {}}, "expected at least one of each"),
         ({"retrievers": {"x": {"modell": "y"}}}, r"retrievers\.x: .*modell"),
         ({"retrievers": {"x": {"bm25": True, "model": "y"}}}, "a retriever is one of"),
+        ({"retrievers": {"x": {"model": "y", "train": {"epochs": 1}}}}, r"model: is taken as it is, so train would"),
+        ({"retrievers": {"x": {"of_run": "retriever-1", "groups": {"seed": 1}}}}, "so groups would change nothing"),
         ({"agents": ["agent-7"]}, r"agent-7: the run has no .*iteration-7"),
         ({"agents": ["retriever-1"]}, "expected agent-K"),
         ({"retrievers": {"x": {"of_run": "retriever-2"}}}, r"retriever-2: the run has no"),
@@ -372,6 +375,41 @@ def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(
     with pytest.raises(ConfigError, match=message):
         run(experiment(finished, tmp_path / "out", **{"retrievers": {"b": {"bm25": True}}} | values))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"agents": ["mine=runs/typo"]}, "agents.mine: no directory 'runs/typo'"),
+        ({"benchmarks": {"nq": "data/nowhere"}}, "data/nowhere: no such folder"),
+        ({"evaluate": {"first": 99}}, "99 questions were asked for"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
+    finished: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(experiment(finished, tmp_path / "out", retrievers={"x": {"train": {"epochs": 1}}}, **values))
+    assert not (tmp_path / "out" / "retrievers").exists()
+
+
+@pytest.mark.parametrize("form", ["corpus.jsonl.gz", "corpus.parquet"])
+def test_a_benchmark_with_a_packed_corpus_of_its_own_is_searched_in_that(
+    finished: Path, tmp_path: Path, form: str
+) -> None:
+    folder = write_benchmark(tmp_path / "other")
+    plain = folder / "corpus.jsonl"
+    lines = [line for _, line in read_lines(plain)][:5]
+    write_records(folder / form, [CorpusLine.from_dict(line) for line in lines])
+    plain.unlink()
+    made = Experiment(
+        experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}, benchmarks={"o": str(folder)})
+    )
+    made.gather_benchmarks()
+    made.check_evaluation()
+    with Corpus(made._benchmark("o") / "corpus.jsonl") as corpus:
+        assert len(corpus) == 5
+    assert made.make_retriever("b").startswith("bm25:")
 
 
 def test_groups_of_the_toy_run_name_the_correct_passage(finished: Path) -> None:
