@@ -1,8 +1,9 @@
 # Two commands on a fresh clone: `make quickstart` runs the whole loop on a CPU, `make test` runs every test.
-# Both set up .venv/ first. PYTHON and TORCH can be overridden: make quickstart PYTHON=python3.12
+# Both set up .venv/ first. PYTHON, TORCH and TORCH_INDEX can be overridden: make quickstart PYTHON=python3.12
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
@@ -23,11 +24,12 @@ lint: install
 
 install: .venv/installed
 
-# torch first: a looser requirement of another package would bring several gigabytes of CUDA.
+# torch first, and from the index of CPU builds: on Linux, PyPI's own brings several gigabytes of CUDA. An index that cannot
+# be reached is passed over with warnings; TORCH_INDEX= asks PyPI alone.
 .venv/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[quickstart,test]"
 	$(BIN)/pip check
 	touch $@
