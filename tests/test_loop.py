@@ -265,7 +265,9 @@ def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
     where = f"evaluate.data_dir={tmp_path / 'data'}"
     composed(tmp_path, where, "evaluate.benchmarks=[toy]")
     with pytest.raises(ConfigError, match=r"evaluate: searches\.e5: 'nowhere' does not exist"):
-        composed(tmp_path, where, "evaluate.benchmarks=[toy]", "evaluate.searches.e5=nowhere")
+        composed(
+            tmp_path, where, "evaluate.benchmarks=[toy]", "evaluate.searches.e5=nowhere", "evaluate.cells=[agent-0:e5]"
+        )
 
 
 def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
