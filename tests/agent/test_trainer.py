@@ -59,7 +59,8 @@ def outcome(em: int) -> dict[str, Any]:
     trajectory = {"id": "q", "text": "t", "golden_answers": ["x"], "em": em}
     return {
         "em": em, "f1": em, "searches": 1, "malformed_turns": 0, "search_failed": 0, "masked_token_share": 0.5,
-        "generated_tokens": 5, "stop_reason": "answered", "trajectory": trajectory, "prompt": "p", "segments": [],
+        "generated_tokens": 5, "trained_tokens": 2, "stop_reason": "answered", "trajectory": trajectory, "prompt": "p",
+        "segments": [],
     }  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: py
 
 def test_an_asynchronous_step_expects_the_trajectories_of_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = ordering(4, mini_batch=2, updates=2)
-    items = [outcome(1) | {"place": [place, 0], "trained_tokens": 2} for place in (1, 0)]
+    items = [outcome(1) | {"place": [place, 0]} for place in (1, 0)]
     fields = {
         "extra_fields": items,
         "response_mask": torch.nested.as_nested_tensor([torch.ones(2), torch.ones(2)], layout=torch.jagged),
@@ -292,7 +293,7 @@ def test_mini_batches_and_shown_rollouts_mix_the_data_sets_and_are_drawn_again_t
     def step_of(arrived: list[int], step: int, seed: int = 0) -> tuple[list[int], list[int]]:
         trainer = ordering(2 * size, mini_batch=size, step=step, seed=seed)
         fields = {
-            "extra_fields": [outcome(1) | {"place": [row, 0], "trained_tokens": 2} for row in arrived],
+            "extra_fields": [outcome(1) | {"place": [row, 0]} for row in arrived],
             "response_mask": torch.nested.as_nested_tensor([torch.ones(2)] * len(arrived), layout=torch.jagged),
         }
         monkeypatch.setattr(transfer_queue, "kv_batch_get", lambda **_: fields)
