@@ -66,9 +66,9 @@ def test_a_dry_run_prints_the_plan_and_then_every_missing_path(capsys: pytest.Ca
 
 def test_a_dry_run_of_what_is_there_succeeds_and_writes_nothing(capsys: pytest.CaptureFixture, tmp_path: Path):
     (tmp_path / "agent").mkdir()
-    line = json.dumps({"id": "q", "question": "Q", "golden_answers": ["a"]}) + "\n"
+    lines = [json.dumps({"id": f"q{i}", "question": "Q", "golden_answers": ["a"]}) + "\n" for i in range(40)]
     for split in ("train", "dev", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(line * 40)
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
     (tmp_path / "corpus.jsonl").write_text('{"id": "p", "contents": "x"}\n' * 1000)
     arguments = [
         f"agent={tmp_path / 'agent'}",
