@@ -68,7 +68,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> nice_ticks(3, 38)
     [0.0, 10.0, 20.0, 30.0, 40.0]
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):  # equal, but for the last digits
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, but for the last digits
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     raw = (high - low) / max(count - 1, 1)
     scale = 10.0 ** math.floor(math.log10(raw))

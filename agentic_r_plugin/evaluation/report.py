@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.resources import files
@@ -219,11 +219,18 @@ def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str
 
     Cells that hold none of their own (of several seeds, of an earlier version) have the matrix's.
     """
-    groups: dict[str, list[str]] = {}
     whole = run.matrix or {}
-    for cell in run.cells:
-        if (value := cell.get("provenance", whole).get(part)) is not None:
-            groups.setdefault(told(value), []).append(cell_name(cell))
+    found = ((cell.get("provenance", whole).get(part), cell_name(cell)) for cell in run.cells)
+    return _grouped((told(value), name) for value, name in found if value is not None)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """What is told -> of whom, each once, in order."""
+    groups: dict[str, list[str]] = {}
+    for told, of in pairs:
+        names = groups.setdefault(told, [])
+        if of not in names:
+            names.append(of)
     return groups
 
 
@@ -251,19 +258,19 @@ _MADE_BY: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    agents: dict[str, list[str]] = {}
-    benchmarks: dict[str, list[str]] = {}
-    for cell in run.cells:
-        agents.setdefault(_protocol(cell), []).append(cell["agent"])
-        benchmarks.setdefault(_questions(cell), []).append(cell["benchmark"])
-    rows = [*_told("protocol", agents), *_told("questions", benchmarks)]
+    rows = [
+        *_told("protocol", _grouped((_protocol(cell), cell["agent"]) for cell in run.cells)),
+        *_told("questions", _grouped((_questions(cell), cell["benchmark"]) for cell in run.cells)),
+    ]
     for part, label, told in _MADE_BY:
         rows += _told(label, _by_cells(run, part, told))
     for key, which in (("agent", "agent_fingerprint"), ("retriever", "search_fingerprint")):
-        names: dict[str, dict[str, list[str]]] = {}
-        for cell in run.cells:
-            names.setdefault(cell[key], {}).setdefault(cell.get(which, ""), []).append(cell["benchmark"])
-        rows.append((f"{key}s", ", ".join(_prints(name, prints) for name, prints in names.items())))
+        named = []
+        for name in dict.fromkeys(cell[key] for cell in run.cells):
+            mine = [cell for cell in run.cells if cell[key] == name]
+            prints = _grouped((cell.get(which, ""), cell["benchmark"]) for cell in mine)
+            named.append(f"{name} {', '.join(_each(prints))}".strip())
+        rows.append((f"{key}s", ", ".join(named)))
     return rows
 
 
@@ -277,18 +284,13 @@ def _questions(cell: results.Cell) -> str:
 
 def _told(label: str, groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """What is told of cells -> those of which it is so, as a row; they are named where there is more than one group."""
-    if len(groups) < 2:
-        return [(label, text) for text in groups]
-    each = (f"{text} ({', '.join(dict.fromkeys(of))})" for text, of in groups.items())
-    return [(label, "differs: " + "; ".join(each))]
+    differs = "differs: " if len(groups) > 1 else ""
+    return [(label, differs + "; ".join(_each(groups)))] if groups else []
 
 
-def _prints(name: str, benchmarks: Mapping[str, Sequence[str]]) -> str:
-    """A name with its fingerprint; with those of each benchmark where it has an index for each."""
-    if len(benchmarks) == 1:
-        return f"{name} {next(iter(benchmarks))}".strip()
-    each = (f"{found} ({', '.join(dict.fromkeys(of))})" for found, of in benchmarks.items())
-    return f"{name} {', '.join(each)}"
+def _each(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is told, with those of whom it is so where there is more than one group."""
+    return list(groups) if len(groups) < 2 else [f"{text} ({', '.join(of)})" for text, of in groups.items()]
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:
