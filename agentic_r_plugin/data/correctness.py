@@ -285,7 +285,7 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     if config.relevance:
         inputs["relevance"] = Path(config.relevance)
         relevance = keyed_relevance(config.relevance, out.parent)
-    with Corpus(config.corpus, table=config.search.index or None) as corpus:
+    with Corpus(config.corpus, table=config.search.index) as corpus:
 
         def prepare(query: Candidates) -> CorrectnessTask:
             scored = relevance.get(query_key(query)) if relevance is not None else None

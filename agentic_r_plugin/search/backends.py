@@ -52,7 +52,7 @@ class BM25Backend:
         import Stemmer
 
         self._stem, self._tokenize = Stemmer.Stemmer("english"), bm25s.tokenize
-        self.corpus, self._k1, self._b = Corpus(corpus, table=folder or None), k1, b
+        self.corpus, self._k1, self._b = Corpus(corpus, table=folder), k1, b
         kept = Path(folder) / _BM25_KEY if folder else None
         if kept is not None and kept.is_file():
             if (found := read_json(kept)) != self.fingerprint():

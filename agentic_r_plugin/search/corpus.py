@@ -54,7 +54,8 @@ class Corpus:
 
     Args:
         path: `.jsonl`, `.jsonl.gz` or `.parquet`, or a link to one, with the fields `id` and `contents`.
-        table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored.
+        table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored. None or "":
+            none.
 
     Raises:
         RecordError: no such file, no passage, a broken line, a missing field, or an id that stands there twice; names
@@ -66,14 +67,15 @@ class Corpus:
         if not self.path.is_file():
             raise RecordError("no such corpus file", path=self.path)
         identity = _identity(self.path)
-        saved = _read_table(Path(table), identity) if table is not None else None
-        packed = _is_packed(_named_by_form(self.path))
-        if saved is not None and (not packed or (Path(table or "") / PASSAGES).is_file()):
-            source = Path(table or "") / PASSAGES if packed else self.path
+        named = _named_by_form(self.path)
+        self._packed = _is_packed(named)
+        saved = _read_table(Path(table), identity) if table else None
+        source = Path(table or "") / PASSAGES if self._packed else self.path
+        if saved is not None and source.is_file():
             self._fd = os.open(source, os.O_RDONLY)
             self._table, self._digest = saved
         else:
-            with _plain_lines(self.path) as stream:
+            with _plain_lines(named) as stream:
                 self._fd = os.dup(stream.fileno())
                 try:
                     self._table, self._digest = self._scan(stream)
@@ -135,7 +137,7 @@ class Corpus:
     def save_table(self, folder: str | Path) -> None:
         """Write what `Corpus(path, table=folder)` needs; a packed corpus' passages are written out too."""
         folder = Path(folder)
-        if _is_packed(_named_by_form(self.path)):
+        if self._packed:
             with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
                 for start in range(0, self._size, 1 << 20):
                     out.write(os.pread(self._fd, 1 << 20, start))
@@ -255,7 +257,6 @@ def _read_table(folder: Path, identity: dict[str, Any]) -> tuple[NDArray[np.int6
 
 def _plain_lines(path: Path) -> IO[bytes]:
     """The corpus as an open JSON Lines file."""
-    path = _named_by_form(path)
     if not _is_packed(path):
         return path.open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)

@@ -141,10 +141,10 @@ def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
         ConfigError: none is named (a remote service does not say where its corpus lies).
     """
     if spec.corpus:
-        return Corpus(spec.corpus, table=spec.index or None)
+        return Corpus(spec.corpus, table=spec.index)
     if (path := getattr(getattr(backend, "corpus", None), "path", None)) is None:
         raise ConfigError(f"search backend {spec.backend!r} names no corpus; set 'corpus' to the file it searches")
-    return Corpus(path, table=spec.index or None)
+    return Corpus(path, table=spec.index)
 
 
 class _Kept:
