@@ -26,6 +26,7 @@ from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation.benchmarks import QUESTION_SUFFIXES
 from agentic_r_plugin.evaluation.matrix import markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
@@ -129,10 +130,7 @@ class Experiment:
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
                 self._groups_config(plan, {}, Path("x"))
                 self._train_config(plan, Path("x"), Path("x"))
-        searches = dict.fromkeys(self.config.retrievers, "x")
-        self._evaluate_config(searches, {}, "x")
-        if self.config.stop_rule:
-            self._stop_config(searches)
+        self._planned_evaluations()
         for name in self.config.worlds:
             self._world_config(name)
         for name, folder in self.config.benchmarks.items():
@@ -145,11 +143,14 @@ class Experiment:
         Raises:
             ConfigError, RecordError: an agent or a split that is not there, too few questions, a broken question.
         """
+        for config in self._planned_evaluations():
+            evaluate.check_inputs(config, later=config.searches.keys())
+
+    def _planned_evaluations(self) -> list[evaluate.EvaluateConfig]:
+        """What is going to be evaluated, with placeholders for the retrievers' places."""
         searches = dict.fromkeys(self.config.retrievers, "x")
-        wanted = [self._evaluate_config(searches, {}, "x")]
-        wanted += [self._stop_config(searches)] if self.config.stop_rule else []
-        for config in wanted:
-            evaluate.check_inputs(config, later=searches.keys())
+        stop = [self._stop_config(searches)] if self.config.stop_rule else []
+        return [self._evaluate_config(searches, {}, "x"), *stop]
 
     # --- benchmarks
 
@@ -162,7 +163,7 @@ class Experiment:
             own = [folder / f"corpus{suffix}" for suffix in SUFFIXES if (folder / f"corpus{suffix}").is_file()]
             _link(target / "corpus.jsonl", own[0] if name != self.main and own else self.loop.corpus)
             for file in sorted(folder.iterdir()):
-                if file.suffix in _QUESTIONS and not file.name.startswith("corpus."):
+                if file.suffix[1:] in QUESTION_SUFFIXES and not file.name.startswith("corpus."):
                     _link(target / file.name, file)
         for name in self.config.worlds:
             generate.run(self._world_config(name), resume=True)
@@ -396,9 +397,6 @@ class Experiment:
             "rollouts": report["rollouts"],
         }
 
-
-_QUESTIONS = (".jsonl", ".json", ".parquet")
-"""Forms of question files that FlashRAG reads."""
 
 _OF_THE_MATRIX = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
 """Settings of the run's own evaluation that an experiment has of its own."""

@@ -8,7 +8,7 @@ from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import read_records
 
-_SUFFIXES = ("jsonl", "json", "parquet")
+QUESTION_SUFFIXES = ("jsonl", "json", "parquet")
 """FlashRAG's order of preference."""
 
 
@@ -18,7 +18,7 @@ def split_file(folder: Path, split: str) -> Path:
     Raises:
         ConfigError: there is none (FlashRAG gives None for that split); the message lists what is there.
     """
-    for suffix in _SUFFIXES:
+    for suffix in QUESTION_SUFFIXES:
         if (file := folder / f"{split}.{suffix}").is_file():
             return file
     there = sorted(path.name for path in folder.glob("*.*")) if folder.is_dir() else []
