@@ -63,8 +63,8 @@ _FREE_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
+"""Options of backends and scorers that name a file or a folder."""
 
 
 def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:

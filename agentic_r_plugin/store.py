@@ -15,7 +15,7 @@ import tempfile
 import types
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from itertools import chain, islice
@@ -162,15 +162,13 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
         if path.suffix == ".parquet":
             return _write_parquet(temporary, records)
         count = 0
-        with temporary.open("wb") as plain:
-            # Neither name nor time: the same records make the same bytes, which is what later stages know them by.
-            packed = gzip.GzipFile("", "wb", fileobj=plain, mtime=0) if path.suffix == ".gz" else None
-            stream = packed or plain
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(temporary.open("wb"))
+            if path.suffix == ".gz":  # neither name nor time: later stages know the same records by the same bytes
+                stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=stream, mtime=0))
             for record in records:
                 stream.write(dump_line(record.to_dict()))
                 count += 1
-            if packed is not None:
-                packed.close()
         return count
 
 

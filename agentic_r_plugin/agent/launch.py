@@ -50,8 +50,9 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
         SearchError: the retrieval service does not answer, or refuses to search; nothing is written then.
-        OutputExistsError: the run folder exists, without `resume`; or it holds something else than a training.
-        ManifestMismatchError: the run folder is another run's, or another process is writing it.
+        OutputExistsError: the run folder exists, without `resume`; it holds something else than a training; or another
+            process is writing it.
+        ManifestMismatchError: the run folder is another run's.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
     if config.dry_run:
