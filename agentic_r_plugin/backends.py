@@ -27,7 +27,7 @@ class LLMSpec:
     tokenizer: str = field(default="", metadata={"help": "tokenizer directory where it is not the model's"})
     url: str = field(default="", metadata={"help": "base URL of an OpenAI-compatible server, with /v1"})
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the key"})
-    dtype: str = field(default="auto", metadata={"help": "weights' type: auto (as saved), float32, bfloat16, float16"})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, auto (as saved), fast"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
     max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch"})
     prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept"})

@@ -27,6 +27,8 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
     for engine in _ENGINES:
         fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
         overrides += [f"{engine}.strategy=fsdp2", f"{fsdp}.strategy=fsdp2"]
+        if config.precision != "auto":
+            overrides.append(f"+{fsdp}.mixed_precision.param_dtype={config.precision}")
         if engine != "actor_rollout_ref.ref":
             overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
     if config.engine == "sglang":

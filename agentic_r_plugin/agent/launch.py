@@ -22,7 +22,15 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, check_run_folder, content_key, latest_step, name_latest, prepare
+from agentic_r_plugin.agent.prepare import (
+    Prepared,
+    check_run_folder,
+    content_key,
+    latest_step,
+    name_latest,
+    precision,
+    prepare,
+)
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
@@ -63,16 +71,16 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     if not resume:
         require_absent(run_dir)
     check_run_folder(run_dir)
-    key = _fingerprint(config)
+    key, dtype = _fingerprint(config), precision(config)
     if (run_dir / "run.json").is_file():
-        _check_same(run_dir, key)
+        _check_same(run_dir, key, dtype)
         if (run_dir / "done.json").is_file() and (latest_step(run_dir) >= config.steps or _collapsed(run_dir)):
             print(f"train-agent: {run_dir} is done", file=sys.stderr)
             return
     prepared = prepare(config)
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_writer(run_dir) as lock:
-        _write_inputs(run_dir, config, prepared, key)
+        _write_inputs(run_dir, config, prepared, {"fingerprint": key, "precision": dtype})
         _train(run_dir, config, prepared.environment, lock)
         _finish(run_dir, config)
 
@@ -82,6 +90,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
 def _fingerprint(config: TrainAgentConfig) -> str:
     values = {name: value for name, value in to_dict(config).items() if name not in _FREE}
+    values["precision"] = precision(config)
     values["verl"] = [item for item in config.verl if not item.partition("=")[0].endswith(_FREE_OF_VERL)]
     for name in ("model", "critic", "questions", "validation"):
         if values[name] is not None and not Path(values[name]).exists():
@@ -90,9 +99,14 @@ def _fingerprint(config: TrainAgentConfig) -> str:
     return fingerprint(values)
 
 
-def _check_same(run_dir: Path, key: str) -> None:
-    found = read_json(run_dir / "run.json")["fingerprint"]
-    if found != key:
+def _check_same(run_dir: Path, key: str, dtype: str) -> None:
+    found = read_json(run_dir / "run.json")
+    if (begun := found.get("precision", dtype)) != dtype:
+        raise ManifestMismatchError(
+            f"{run_dir} was begun in {begun}, and precision=auto is {dtype} on this machine; go on with "
+            f"precision={begun}, or choose another folder"
+        )
+    if found["fingerprint"] != key:
         raise ManifestMismatchError(
             f"{run_dir} belongs to a run with other settings, questions or models (see its config.yaml); choose "
             f"another folder, or give the same settings. May change: {', '.join(_FREE[1:])}, and verl's "
@@ -104,10 +118,10 @@ def _collapsed(run_dir: Path) -> bool:
     return bool(read_json(run_dir / "done.json").get("stopped"))
 
 
-def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, key: str) -> None:
+def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, made_from: dict[str, str]) -> None:
     """Whose run this is comes first: inputs found here later are known to be of the same settings and files."""
     if not (run_dir / "run.json").is_file():
-        write_json(run_dir / "run.json", {"fingerprint": key, "seconds": 0.0})
+        write_json(run_dir / "run.json", made_from | {"seconds": 0.0})
     data = run_dir / "data"
     for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
@@ -217,6 +231,7 @@ def _finish(run_dir: Path, config: TrainAgentConfig) -> None:
         "seconds": round(read_json(run_dir / "run.json")["seconds"], 1),
         "step_seconds": round(sum(record.get("timing_s/step") or 0 for record in metrics), 1),
         "agent": "agent",
+        "precision": precision(config),
         "critic": "critic" if (run_dir / "critic").is_dir() else None,
     }
     write_json(run_dir / "done.json", done)

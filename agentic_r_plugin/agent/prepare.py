@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from agentic_r_plugin import components
+from agentic_r_plugin import components, compute
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
@@ -157,6 +157,11 @@ def on_cpu(config: TrainAgentConfig) -> bool:
     return cpu_wanted()
 
 
+def precision(config: TrainAgentConfig) -> str:
+    """The type that actor, reference and critic compute in; `auto` where verl's configuration decides."""
+    return compute.resolve(config.precision, "cpu") if on_cpu(config) else config.precision
+
+
 def compose(
     config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int]
 ) -> tuple[Any, dict[str, str | None]]:
@@ -173,7 +178,9 @@ def compose(
 
         if config.mode != "sync" or config.lora_rank or config.nodes > 1:
             raise ConfigError("on the CPU: expected mode=sync, lora_rank=0 and nodes=1")
-        machine = cpu_overrides(num_workers=config.devices, longest_trajectory=config.limits.max_tokens)
+        machine = cpu_overrides(
+            num_workers=config.devices, train_dtype=config.precision, longest_trajectory=config.limits.max_tokens
+        )
         environment |= cpu_environment(num_threads=config.threads)
         environment |= dict.fromkeys(UNSET)
     else:

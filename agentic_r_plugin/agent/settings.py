@@ -15,6 +15,7 @@ from agentic_r_plugin.protocol import Limits
 ALGORITHMS = ("ppo", "grpo")
 MODES = ("sync", "colocate_async", "separate_async")
 ENGINES = ("vllm", "sglang")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def _help(text: str, **options: Any) -> Any:
@@ -104,6 +105,10 @@ class TrainAgentConfig:
     micro_batch_tokens: int = _help(
         "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
     )
+    precision: str = _help(
+        "float32, bfloat16: type that actor, reference and critic compute in; auto: what a CPU is fast in, or verl's",
+        default="auto",
+    )
     threads: int | None = _help("CPU threads a worker; none: all cores", default=None)
     engine: str = _help(
         "verl's rollout engine on accelerators: vllm, or sglang (composed and checked, never run)", default="vllm"
@@ -115,6 +120,7 @@ class TrainAgentConfig:
 
     def __post_init__(self) -> None:
         choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}
+        choices["precision"] = PRECISIONS
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a Hugging Face causal language model on the tokens that an agent is to write.
 
 One trajectory at a time goes through the model (no padding, and logits only where a token is trained), gradients are
-added up over an optimiser step, in bfloat16 autocast where the processor gains by it. Checkpoints let an interrupted
+added up over an optimiser step, in bfloat16 autocast where the device has it. Checkpoints let an interrupted
 run go on with the same batches.
 
 Legend: T tokens of one trajectory, M of them written by the agent, V vocabulary.
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from agentic_r_plugin import compute
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.store import atomic_path
@@ -49,13 +50,17 @@ class FineTuneSettings:
     warmup_share: float = field(default=0.1, metadata={"help": "share of the steps with a rising learning rate"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient norm is clipped to this"})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast; weights stay float32"})
+    precision: str = field(
+        default="auto", metadata={"help": "autocast to float32 (none) or bfloat16; auto: as the device is fast"}
+    )
     save_every_steps: int = field(default=10, metadata={"help": "steps between checkpoints for a resume"})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision: expected auto, float32 or bfloat16, found {self.precision!r}")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate: expected more than 0, found {self.learning_rate}")
 
@@ -146,7 +151,7 @@ def _step(
     num_targets = sum(sum(example.mask[1:]) for example in batch)
     total = 0.0
     for example in batch:
-        loss = token_loss(model, example, bf16=settings.bf16)
+        loss = token_loss(model, example, precision=settings.precision)
         (loss / num_targets).backward()
         total += float(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
@@ -157,12 +162,13 @@ def _step(
     return total / num_targets, norm
 
 
-def token_loss(model: Any, example: Example, *, bf16: bool) -> torch.Tensor:
+def token_loss(model: Any, example: Example, *, precision: str) -> torch.Tensor:
     """Sum of the cross entropy of the agent's tokens, a scalar."""
     device = model.device
     ids_1T = torch.tensor([example.ids], device=device)
     target_M = torch.tensor(example.mask[1:], device=device).nonzero().squeeze(1) + 1
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    bfloat16 = compute.resolve(precision, device) == "bfloat16"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
         logits_1MV = model(input_ids=ids_1T, logits_to_keep=target_M - 1, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits_1MV[0].float(), ids_1T[0, target_M], reduction="sum")
 

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import components
+from agentic_r_plugin import components, compute
 from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
 from agentic_r_plugin.agent.prepare import content_key
 from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
@@ -112,16 +112,22 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> None:
 
 def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
     settings = {key: value for key, value in to_dict(config).items() if key not in _FREE}
+    settings["training"] |= {"precision": _precision(config)}
     if not any(Path(config.model).glob("*.safetensors")):
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
     index = Path(config.search.index)
     known = {"search index": content_key(index)} if config.search.index and index.is_dir() else {}
     return known | {
         "config": fingerprint(settings),
+        "precision": _precision(config),
         "questions": file_fingerprint(config.questions),
         "corpus": file_fingerprint(config.corpus),
         "model": content_key(Path(config.model)),
     }
+
+
+def _precision(config: WarmStartSFTConfig) -> str:
+    return compute.resolve(config.training.precision, config.device)
 
 
 def _check_identity(folder: Path, identity: dict[str, str]) -> None:
@@ -189,6 +195,7 @@ def _finish(
         final / "warm_start.json",
         {
             **describe([session for sessions in epochs for session in sessions]),
+            "precision": _precision(config),
             "steps": len(records),
             "tokens": sum(record.tokens for record in records),
             "model_tokens": sum(record.model_tokens for record in records),

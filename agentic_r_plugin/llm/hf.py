@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
@@ -15,7 +16,7 @@ from agentic_r_plugin.store import file_fingerprint
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPES = ("auto", *compute.TYPES, "fast")
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "chat_template*", "*.model")
 
@@ -26,7 +27,8 @@ class HFBackend:
     Args:
         model: directory of a checkpoint with its tokenizer.
         tokenizer: directory of the tokenizer, where it is not the model's.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        dtype: type to compute in: `auto` (as saved, or float32 where the device would emulate that), `fast`
+            (`compute.fast_type`), `float32`, `bfloat16` or `float16`.
         device: `auto` (cuda where there is one) or a torch device.
         max_batch_tokens: rows of a batch times their longest possible length stay within this.
         prefix_cache_tokens: tokens whose keys and values are kept between calls.
@@ -59,14 +61,18 @@ class HFBackend:
             raise ConfigError(f"llm.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        asked = compute.fast_type(device) if dtype == "fast" else dtype
         try:
             loaded: Any = AutoTokenizer.from_pretrained(tokenizer_path)
-            weights: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+            weights: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=asked)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: not a checkpoint that transformers can load: {error}") from error
+        if asked == "auto":
+            asked = compute.type_for(str(weights.dtype).removeprefix("torch."), device)
+        self.dtype = asked
         self.codec = TokenizerCodec(loaded)
         self._generator = HFGenerator(
-            weights.to(device),
+            weights.to(device, getattr(torch, asked)),
             loaded,
             max_batch_tokens=max_batch_tokens,
             prefix_cache_tokens=prefix_cache_tokens,
@@ -122,8 +128,11 @@ class HFBackend:
         return [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
 
     def fingerprint(self) -> str:
-        """Hash of weights, configuration and tokenizer files."""
-        return self._fingerprint
+        """Hash of weights, configuration and tokenizer files, and the type that is computed in.
+
+        With the type, work that was begun on another kind of processor is refused instead of mixed.
+        """
+        return f"{self._fingerprint} {self.dtype}"
 
     def close(self) -> None:
         """Free the model."""

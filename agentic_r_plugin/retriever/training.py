@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import child, components
+from agentic_r_plugin import child, components, compute
 from agentic_r_plugin.config import fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.memory import bound_caches
@@ -95,7 +95,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
             return out
         training = Run(config, corpus, retriever, loss, rank, world)
         if rank == 0:
-            _begin(out, key, config)
+            _begin(out, key, compute.resolve(config.precision, retriever.model.device), config)
         from_first(None)  # the folder is begun
         if not (out / _WORK).is_file():
             raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
@@ -126,6 +126,7 @@ def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: li
         "best_step": training.best["step"] if config.patience else training.step,
         "processes": training.world,
         "device": str(training.model.device.type),
+        "precision": compute.resolve(config.precision, training.model.device),
         "packed": training.encoder.packs,
         "peak_memory_bytes": peak_memory_bytes(training.model.device),
         "groups_fingerprint": file_fingerprint(config.groups),
@@ -138,7 +139,7 @@ _NOT_OF_THE_WEIGHTS = ("groups", "corpus", "out", "retriever", "device", "proces
 
 def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> str:
     """What the weights depend on."""
-    settings = to_dict(config)
+    settings = to_dict(config) | {"precision": compute.resolve(config.precision, retriever.model.device)}
     for name in _NOT_OF_THE_WEIGHTS:
         settings.pop(name)
     for name in ("relevance", "correctness", "dev_groups"):
@@ -154,9 +155,12 @@ def _is_done(out: Path, key: str) -> bool:
     return True
 
 
-def _begin(out: Path, key: str, config: TrainRetrieverConfig) -> None:
+def _begin(out: Path, key: str, precision: str, config: TrainRetrieverConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    if (out / _WORK).is_file() and read_json(out / _WORK) != {"key": key}:
-        raise ManifestMismatchError(f"{out} was begun with other inputs or settings; remove it or choose another out")
+    work = {"key": key, "precision": precision}
+    if (out / _WORK).is_file() and (found := read_json(out / _WORK)) != work:
+        begun = found.get("precision", precision)
+        other = f"precision {begun} instead of {precision}" if begun != precision else "other inputs or settings"
+        raise ManifestMismatchError(f"{out} was begun with {other}; remove it or choose another out")
     save_config(config, out / "config.yaml")
-    write_json(out / _WORK, {"key": key})
+    write_json(out / _WORK, work)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
 
-from agentic_r_plugin import components
+from agentic_r_plugin import components, compute
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Passage, Record
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
 """Tokens, where neither record nor model say otherwise (method section 3)."""
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TEXTS_AT_ONCE = 8192
 """Texts that are tokenised, sorted and held as token ids together."""
@@ -75,17 +73,16 @@ class Retriever:
     Args:
         model: the sentence-transformers model; a `Normalize` module is added when the record asks for it.
         record: formulation, prefixes and lengths.
-        precision: `float32`, `bfloat16` or `float16` (autocast), or `auto`: bfloat16 where the processor multiplies it
-            natively. Measured on 256 HotpotQA passages with MiniLM: lowest cosine of bfloat16 to float32 .99998, and
-            faster.
+        precision: `float32`, `bfloat16` or `float16` (autocast), or `auto` (`compute.fast_type`). Measured on 256
+            HotpotQA passages with MiniLM: lowest cosine of bfloat16 to float32 .99998, and faster.
         source: where it came from, for messages.
     """
 
     def __init__(
         self, model: SentenceTransformer, record: RetrieverRecord, *, precision: str = "auto", source: str = ""
     ) -> None:
-        if precision not in ("auto", *_DTYPES):
-            raise ConfigError(f"precision {precision!r}: expected auto, {', '.join(_DTYPES)}")
+        if precision not in ("auto", *compute.TYPES):
+            raise ConfigError(f"precision {precision!r}: expected auto, {', '.join(compute.TYPES)}")
         components.load("query_formulation", record.formulation)
         if record.normalize and not any(isinstance(module, Normalize) for module in model):
             model.append(Normalize())
@@ -269,17 +266,8 @@ def resolve(name: str) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context for a forward pass, as `precision` asks."""
-    if precision == "auto":
-        precision = "bfloat16" if _native_bf16(device) else "float32"
-    dtype = _DTYPES[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def _native_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    precision = compute.resolve(precision, device)
+    return torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32")
 
 
 def _load(folder: str, device: str) -> SentenceTransformer:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import faiss
 
+from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint, save_config
 from agentic_r_plugin.errors import (
     AgenticRError,
@@ -96,6 +97,8 @@ class IndexManifest(Record):
     versions: dict[str, str]
     kind: str = "Flat"
     """faiss' factory string."""
+    precision: str | None = None
+    """Type that the passages were encoded in."""
     index_bytes: int | None = None
     """Size of the index file when it was finished."""
     index_sample: str | None = None
@@ -149,9 +152,11 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
     devices = resolve_devices(config.device)
     with Corpus(config.corpus, table=out) as corpus:
         load = _overrides(config.formulation, config.max_length)
-        load |= {"preset": config.preset, "precision": config.precision}
+        # Ray's workers may have other devices than this process: they resolve `auto` themselves.
+        precision = config.precision if config.ray_workers else compute.resolve(config.precision, devices[0])
+        load |= {"preset": config.preset, "precision": precision}
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
-        manifest = _manifest(config, corpus, retriever)
+        manifest = replace(_manifest(config, corpus, retriever), precision=precision)
         if (out / MANIFEST).is_file():
             found = read_manifest(out)
             _require_same(out, found, manifest)
@@ -244,12 +249,17 @@ def _require_same(out: Path, found: IndexManifest, wanted: IndexManifest) -> Non
 
 def _begin(out: Path, manifest: IndexManifest, config: IndexConfig) -> None:
     """Note what the shards are made from, or check that those found were made from the same."""
-    key = {"vectors": manifest.vectors_fingerprint(), "shard_size": config.shard_size}
+    key = {
+        "vectors": manifest.vectors_fingerprint(),
+        "shard_size": config.shard_size,
+        "precision": manifest.precision,
+    }
     (out / _SHARDS).mkdir(parents=True, exist_ok=True)
     if (out / _WORK).is_file():
         if (found := read_json(out / _WORK)) != key:
             raise ManifestMismatchError(
-                f"{out} was begun with another corpus, retriever or shard_size ({found} instead of {key}); remove it"
+                f"{out} was begun with another corpus, retriever, precision or shard_size ({found} instead of {key}); "
+                "remove it"
             )
     elif any((out / _SHARDS).iterdir()):
         raise ManifestMismatchError(f"{out / _SHARDS} holds vectors of unknown origin; remove {out}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agentic_r_plugin.compute import fast_type
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, compact
@@ -107,7 +108,12 @@ def run(config: WarmStartConfig, *, resume: bool = False) -> None:
     try:
         model.to(torch.bfloat16).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        record = {"config": asdict(config) | {"out": out.name}, "loss": curve, "seconds": time.monotonic() - started}
+        record = {
+            "config": asdict(config) | {"out": out.name},
+            "precision": fast_type(config.device),
+            "loss": curve,
+            "seconds": time.monotonic() - started,
+        }
         (temporary / "warm_start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         for file in temporary.iterdir():
@@ -173,7 +179,7 @@ def loss_of(model: Any, batch: list[Example], pad: int) -> torch.Tensor:
     length = max(len(ids) for ids, _ in batch)
     ids_BT = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in batch]).to(model.device)
     mask_BT = torch.tensor([mask + [0] * (length - len(mask)) for _, mask in batch], dtype=torch.bool).to(model.device)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=fast_type(model.device) == "bfloat16"):
         hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
         logits_NV = model.lm_head(hidden_ND)

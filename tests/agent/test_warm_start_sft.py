@@ -22,7 +22,7 @@ from agentic_r_plugin.evaluation.settings import read_agent_card
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.store import only_writer
 
-SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, bf16=False, save_every_steps=2)
+SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, precision="float32", save_every_steps=2)
 EXAMPLES = [Example(ids=tuple(range(start, start + 12)), mask=(0,) * 6 + (1,) * 6) for start in range(8)]
 
 
@@ -40,7 +40,7 @@ def test_the_loss_is_the_cross_entropy_of_the_agents_tokens_alone() -> None:
     model, example = _model().eval(), EXAMPLES[0]
     with torch.no_grad():
         logits_TV = model(input_ids=torch.tensor([example.ids])).logits[0].float()
-        found = token_loss(model, example, bf16=False)
+        found = token_loss(model, example, precision="float32")
     expected = -sum(
         float(logits_TV[place - 1].log_softmax(-1)[example.ids[place]])
         for place in range(1, len(example.ids))

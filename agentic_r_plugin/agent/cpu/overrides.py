@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from agentic_r_plugin import memory
+from agentic_r_plugin import compute, memory
 from agentic_r_plugin.agent.cpu import attention
 from agentic_r_plugin.agent.verl_config import critic_tokens
 
@@ -12,7 +12,7 @@ from agentic_r_plugin.agent.verl_config import critic_tokens
 def cpu_overrides(
     *,
     num_workers: int = 1,
-    train_dtype: str = "bf16",
+    train_dtype: str = "auto",
     rollout_dtype: str = "float32",
     longest_trajectory: int = 4096,
     micro_batch_tokens: int = 1024,
@@ -23,7 +23,8 @@ def cpu_overrides(
 
     Args:
         num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
-        train_dtype: in which actor, reference and critic compute, `bf16` or `fp32`; weights stay in fp32.
+        train_dtype: in which actor, reference and critic compute: `bfloat16`, `float32`, or `auto`
+            (`compute.fast_type`); weights stay in float32.
         rollout_dtype: of the rollout engine's weights and computation.
         longest_trajectory: in tokens, prompt included.
         micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens, or of one longest
@@ -56,7 +57,7 @@ def cpu_overrides(
             f"{engine}.strategy=fsdp2",  # FSDP1 synchronises module states on an accelerator
             f"{fsdp}.strategy=fsdp2",
             f"{fsdp}.use_torch_compile=False",
-            f"+{fsdp}.mixed_precision.param_dtype={train_dtype}",
+            f"+{fsdp}.mixed_precision.param_dtype={compute.resolve(train_dtype, 'cpu')}",
             f"+{fsdp}.mixed_precision.reduce_dtype=fp32",
             f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
         ]
