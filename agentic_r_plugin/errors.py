@@ -78,7 +78,11 @@ class RequestRefusedError(BackendError):
 
 
 class JudgeError(AgenticRError):
-    """A judge refuses what it is asked, or its reply does not hold it; counted and kept apart, never repaired."""
+    """The reply of a judge does not hold what it was asked for; counted and kept apart, never repaired."""
+
+
+class JudgeRefusedError(JudgeError):
+    """The judge's model does not take this one prompt; it is not asked again."""
 
 
 class UpstreamError(AgenticRError):

@@ -262,10 +262,11 @@ class Session:
         searches: searches already made in the prefix, its last one included.
         history: the queries of the prefix, its last one included; later searches are made with them.
 
-    A prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`).
+    A prompt or a prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`); for a
+    prompt `refusal` says so.
 
     Raises:
-        ConfigError: the prompt alone leaves no room for the model, or an information block no room for a passage.
+        ConfigError: an information block leaves no room for a passage.
     """
 
     protocol: AgentProtocol
@@ -281,22 +282,24 @@ class Session:
     turns: list[Turn] = field(init=False, default_factory=list)
     malformed: int = field(init=False, default=0)
     finished: Finished | None = field(init=False, default=None)
+    refusal: str | None = field(init=False, default=None)
+    """Why the limits, the model or the retriever do not take this trajectory; it is finished then."""
     _pending: Search | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.protocol.prompt_ids(self.question, self.codec)
-        if self._room < 1:
-            raise ConfigError(
-                f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
-                f"{self.question[:60]!r} leave none for the model"
-            )
         bare = len(self.codec.encode(self.protocol.render([])))
         if bare > self.limits.max_observation_tokens:
             raise ConfigError(
                 f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages alone "
                 f"takes {bare}"
             )
-        if self.prefix:
+        if self._room < 1:
+            self.refused(
+                f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
+                f"{self.question[:60]!r} leave none for the model"
+            )
+        elif self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
             self._pending = _PREFIX_SEARCH
             if self._room < 1:
@@ -379,10 +382,20 @@ class Session:
         self._append(block_ids, block, by_model=False)
         return None
 
-    def search_failed(self) -> Finished:
-        """End here: the search could not be carried out. Never rendered as an empty result."""
+    def refused(self, reason: str) -> Finished:
+        """End here without an answer: there is no room for the prompt, or the model does not take it."""
+        self._expect(pending=False)
+        self.refusal = reason
+        return self._finish(Finished(StopReason.MAX_TOKENS))
+
+    def search_failed(self, refusal: str | None = None) -> Finished:
+        """End here: the search could not be carried out. Never rendered as an empty result.
+
+        Args:
+            refusal: why, where the retriever does not take this query but may take others.
+        """
         self._expect(pending=True)
-        self._pending = None
+        self._pending, self.refusal = None, refusal
         return self._finish(Finished(StopReason.SEARCH_FAILED))
 
     # Inside

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling, Usage
+from agentic_r_plugin.errors import RequestRefusedError, SearchRefusedError
+from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 
 
 @dataclass
@@ -51,7 +52,8 @@ def run_sessions(
     cost: RolloutCost | None = None,
     on_search: Callable[[Session, list[Hit]], None] | None = None,
 ) -> None:
-    """Drive every session to its end, in place.
+    """Drive every session to its end, in place. One that the model or the retriever refuses ends, and says so
+    (`Session.refusal`); the others go on.
 
     Args:
         sessions: fresh sessions, or sessions that have just been shown a passage; all of one protocol.
@@ -71,9 +73,12 @@ def run_sessions(
         sampling = replace(sampling, stop=active[0].protocol.stop)
         requests = [Request(prompt_ids=tuple(s.ids), max_tokens=s.budget) for s in active]
         with _paid(llm, cost):
-            completions = llm.generate(requests, sampling)
+            completions = _generate(llm, requests, sampling)
         waiting: list[tuple[Session, Search]] = []
         for session, completion in zip(active, completions, strict=True):
+            if isinstance(completion, RequestRefusedError):
+                session.refused(str(completion))
+                continue
             cost.prompt_tokens += completion.prompt_tokens
             cost.cached_tokens += completion.cached_tokens
             cost.generated_tokens += len(completion.token_ids)
@@ -82,6 +87,18 @@ def run_sessions(
                 waiting.append((session, action))
         _answer_searches(waiting, search, topk, cost, on_search)
         active = [session for session in active if session.finished is None]
+
+
+def _generate(
+    llm: LLMBackend, requests: Sequence[Request], sampling: Sampling
+) -> Sequence[Completion | RequestRefusedError]:
+    """What the backend gives; one that raises for the whole batch where it refuses a prompt is asked one by one."""
+    try:
+        return llm.generate(requests, sampling)
+    except RequestRefusedError as error:
+        if len(requests) == 1:
+            return [error]
+    return [completion for request in requests for completion in _generate(llm, [request], sampling)]
 
 
 @contextmanager
@@ -105,7 +122,10 @@ def _answer_searches(
         return
     requests = [search_request(session, action) for session, action in waiting]
     cost.searches += len(requests)
-    for (session, _), hits in zip(waiting, search.search(requests, topk), strict=True):
+    for (session, _), hits in zip(waiting, search_each(search, requests, topk), strict=True):
+        if isinstance(hits, SearchRefusedError):
+            session.search_failed(str(hits))
+            continue
         if on_search is not None:
             on_search(session, hits)
         session.found([hit.passage for hit in hits], [hit.score for hit in hits])

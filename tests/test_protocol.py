@@ -173,9 +173,10 @@ def test_a_prefix_counts_as_the_environments_and_keeps_its_searches():
     assert write(one, "<search> b </search>") == Finished(StopReason.MAX_TURNS)
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error():
-    with pytest.raises(ConfigError, match="leave none for the model"):
-        session(max_tokens=5)
+def test_a_prompt_that_leaves_no_room_ends_the_session_at_once():
+    one = session(max_tokens=5)
+    assert one.finished == Finished(StopReason.MAX_TOKENS)
+    assert one.refusal.startswith("limits.max_tokens=5: the ") and one.refusal.endswith("leave none for the model")
 
 
 def test_calls_out_of_turn_are_errors():

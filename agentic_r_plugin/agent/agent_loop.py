@@ -113,6 +113,8 @@ class SearchAgentLoop(AgentLoopBase):
         """
         question = _question(kwargs["extra_info"])
         session = Session(self.protocol, self.codec, self.limits, question.question)
+        if session.refusal is not None:
+            raise ConfigError(session.refusal)
         log = _EngineLog()
         request_id = uuid4().hex
         while session.finished is None:

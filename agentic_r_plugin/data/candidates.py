@@ -13,11 +13,11 @@ from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.search.base import SearchBackend, SearchRequest
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.store import read_records
 
 
@@ -71,8 +71,9 @@ def find_candidates(
     topk: int = 20,
     max_turn: int = 0,
     cost: RolloutCost | None = None,
-) -> Iterator[list[Candidates]]:
-    """The queries of each trajectory with their candidates; all trajectories given are searched for at once.
+) -> Iterator[list[Candidates] | SearchRefusedError]:
+    """The queries of each trajectory with their candidates, or why one of its queries is refused; all trajectories
+    given are searched for at once.
 
     Args:
         trajectories: one batch.
@@ -97,12 +98,19 @@ def find_candidates(
     ]
     if cost is not None:
         cost.searches += len(requests)
-    found = iter(search.search(requests, topk) if requests else [])
+    found = iter(search_each(search, requests, topk))
     for of_trajectory in queries:
-        yield [
-            replace(query, passages=tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in next(found)))
-            for query in of_trajectory
+        results = [next(found) for _ in of_trajectory]
+        refused = next((result for result in results if isinstance(result, SearchRefusedError)), None)
+        yield refused or [
+            replace(query, passages=_scored(hits))
+            for query, hits in zip(of_trajectory, results, strict=True)
+            if not isinstance(hits, SearchRefusedError)
         ]
+
+
+def _scored(hits: Sequence[Hit]) -> tuple[ScoredPassage, ...]:
+    return tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits)
 
 
 class CandidatesWorker:
@@ -118,12 +126,17 @@ class CandidatesWorker:
         return {"retriever": self._search.fingerprint()}
 
     def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
-        """The queries of each trajectory."""
+        """The queries of each trajectory, or why one of them is refused."""
         config = self.config
         found = find_candidates(
             batch, self._search, protocol=self._protocol, topk=config.topk, max_turn=config.max_turn, cost=self.cost
         )
-        return [Outcome(records=tuple(queries), dropped=None if queries else "no_search") for queries in found]
+        return [
+            Outcome.refused(queries)
+            if isinstance(queries, SearchRefusedError)
+            else Outcome(records=tuple(queries), dropped=None if queries else "no_search")
+            for queries in found
+        ]
 
     def close(self) -> None:
         """Free the retriever."""

@@ -23,7 +23,7 @@ from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
 from agentic_r_plugin.records import Candidates, Correctness, Passage
@@ -81,6 +81,8 @@ class Continuation:
 
     answer: str | None
     searches: int
+    refusal: str | None = None
+    """Why it could not be carried out: the model or the retriever does not take it."""
 
 
 class Continuations:
@@ -155,13 +157,14 @@ def _key(session: Session) -> bytes:
 
 def _outcome(session: Session) -> Continuation:
     assert session.finished is not None
-    return Continuation(answer=session.finished.answer, searches=len(session.turns))
+    return Continuation(answer=session.finished.answer, searches=len(session.turns), refusal=session.refusal)
 
 
 def judge_candidates(
     queries: Iterable[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
-) -> Iterator[list[Correctness]]:
-    """Correctness of each query's candidates, in retrieval order; those that were not needed are left out.
+) -> Iterator[list[Correctness] | RequestRefusedError]:
+    """Correctness of each query's candidates, in retrieval order; those that were not needed are left out. A query with
+    a candidate that the model or the retriever refuses gives that refusal: which candidate wins is unknown then.
 
     All queries go through their levels together, so that the model is given large batches.
 
@@ -174,6 +177,7 @@ def judge_candidates(
     """
     queries = list(queries)
     found: list[dict[str, Correctness]] = [{} for _ in queries]
+    refused: dict[int, RequestRefusedError] = {}
     depth, active = 0, [index for index, (_, levels) in enumerate(queries) if levels]
     while active:
         places = [(index, passage) for index in active for passage in queries[index][1][depth]]
@@ -181,6 +185,9 @@ def judge_candidates(
         correct: set[int] = set()
         for (index, passage), outcome in zip(places, outcomes, strict=True):
             query = queries[index][0]
+            if outcome.refusal is not None:
+                refused.setdefault(index, RequestRefusedError(outcome.refusal))
+                continue
             em = int(exact_match(outcome.answer, query.golden_answers))
             if em:
                 correct.add(index)
@@ -193,9 +200,10 @@ def judge_candidates(
                 searches=outcome.searches,
             )
         depth += 1
-        active = [index for index in active if index not in correct and len(queries[index][1]) > depth]
-    for (query, _), records in zip(queries, found, strict=True):
-        yield [records[passage.id] for passage in query.passages if passage.id in records]
+        ended = correct | refused.keys()
+        active = [index for index in active if index not in ended and len(queries[index][1]) > depth]
+    for index, ((query, _), records) in enumerate(zip(queries, found, strict=True)):
+        yield refused.get(index) or [records[passage.id] for passage in query.passages if passage.id in records]
 
 
 def levels_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
@@ -266,6 +274,9 @@ class CorrectnessWorker:
         plans = [(task.query, [] if isinstance(task.levels, str) else task.levels) for task in batch]
         outcomes = []
         for task, records in zip(batch, judge_candidates(plans, self._continuations), strict=True):
+            if isinstance(records, RequestRefusedError):
+                outcomes.append(Outcome.refused(records))
+                continue
             self.cost.candidates += len(task.query.passages)
             self.cost.pruned += len(task.query.passages) - len(records)
             reason = task.levels if isinstance(task.levels, str) else None

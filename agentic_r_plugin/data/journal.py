@@ -24,8 +24,17 @@ class Outcome:
     dropped: str | None = None
     """Why the unit gave no record; counted by this reason."""
     error: str | None = None
-    """What the judge did wrong; the unit is kept apart. A finished outcome like the others: only a resume after the
-    stage gave up (too many errors) asks again."""
+    """What went wrong; the unit is kept apart. A finished outcome like the others: only a resume after the stage gave
+    up (too many errors) asks again. With `dropped` too, the unit was refused, which is no judge's error."""
+
+    @classmethod
+    def refused(cls, error: object) -> Outcome:
+        """A unit that a model, a retriever or the limits do not take; others may be taken."""
+        return cls(dropped=REFUSED, error=str(error))
+
+
+REFUSED = "refused"
+"""Reason of units that were refused."""
 
 
 class Journal:
@@ -46,6 +55,7 @@ class Journal:
         """How often the stage gave up because of judge errors; errors of earlier rounds are asked again."""
         self._offsets: dict[int, int] = {}
         self._error_round: dict[int, int] = {}
+        self._refused: set[int] = set()
 
     def __enter__(self) -> Journal:
         self._stream = _locked(self.path)
@@ -63,7 +73,12 @@ class Journal:
     @property
     def num_errors(self) -> int:
         """Units here whose judge failed in this round."""
-        return sum(of == self.round for of in self._error_round.values())
+        return sum(of == self.round and p not in self._refused for p, of in self._error_round.items())
+
+    @property
+    def num_refused(self) -> int:
+        """Units here that were refused in this round."""
+        return sum(of == self.round and p in self._refused for p, of in self._error_round.items())
 
     @property
     def first_error(self) -> str | None:
@@ -115,7 +130,7 @@ class Journal:
         beside = self.path.with_name(f".{self.path.name}.rewrite.tmp")
         beside.unlink(missing_ok=True)
         before, self._stream = self._stream, _locked(beside)
-        self._offsets, self._error_round = {}, {}
+        self._offsets, self._error_round, self._refused = {}, {}, set()
         spent, self.cost = dict(self.cost), Counter()
         self._write([{"round_ends": self.round - 1}, {"spent": spent}, *(line for line in kept if line is not None)])
         beside.replace(self.path)
@@ -154,8 +169,11 @@ class Journal:
         else:
             self._offsets[line["position"]] = offset
             self._error_round.pop(line["position"], None)
+            self._refused.discard(line["position"])
             if line["error"] is not None:
                 self._error_round[line["position"]] = line["round"]
+                if line["dropped"] is not None:
+                    self._refused.add(line["position"])
 
 
 def require_free(path: Path) -> None:

@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentic_r_plugin.errors import ConfigError, JudgeError, RequestRefusedError
+from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import parse_json
@@ -65,7 +66,7 @@ def ask(
 ) -> list[Parsed | JudgeError]:
     """Send every prompt and parse its reply; replies that cannot be parsed are asked for again.
 
-    A prompt that the judge refuses is a judge error and not asked again: it would be refused again.
+    A prompt that the judge refuses is not asked again: it would be refused again.
 
     Args:
         judge: the model.
@@ -76,7 +77,7 @@ def ask(
         cost: added to.
 
     Returns:
-        For each prompt what its parser gave, or a JudgeError: the last attempt's, or what the judge refused.
+        For each prompt what its parser gave, or a JudgeError: the last attempt's, or a JudgeRefusedError.
 
     Raises:
         BackendError: the judge's backend failed.
@@ -96,7 +97,7 @@ def ask(
         asked, waiting = waiting, []
         for index, reply in zip(asked, replies, strict=True):
             if isinstance(reply, RequestRefusedError):
-                results[index] = JudgeError(str(reply))
+                results[index] = JudgeRefusedError(str(reply))
                 continue
             try:
                 results[index] = parsers[index](reply)
@@ -111,6 +112,11 @@ def ask(
     cost.retried_requests += usage.retried - before.retried
     cost.usd += usage.usd - before.usd
     return results
+
+
+def outcome_of(error: JudgeError) -> Outcome:
+    """What becomes of a unit that a judge gave nothing for: refused units do not count as the judge's errors."""
+    return Outcome.refused(error) if isinstance(error, JudgeRefusedError) else Outcome(error=str(error))
 
 
 def parse_list(reply: str, length: int) -> list[Any]:

@@ -31,7 +31,8 @@ class Part:
     reasons: dict[str, str] = field(default_factory=dict)
     """Position (as text) -> reason, of the dropped units."""
     errors: dict[str, Line] = field(default_factory=dict)
-    """Position (as text) -> unit, error and round, of the units whose judge failed."""
+    """Position (as text) -> unit, error and round, of the units whose judge failed and of those that were refused
+    (these have a reason, too)."""
     version: int = 0
     """How often the part was written anew; each time into a file of another name."""
     sha256: str = ""
@@ -50,10 +51,10 @@ class Parts:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.size = folder, size
-        self._errors: dict[int, dict[int, int]] = {
-            int(path.stem): {int(position): line["round"] for position, line in read_json(path)["errors"].items()}
-            for path in folder.glob("*.json")
-        }
+        self._errors: dict[int, dict[int, int]] = {}
+        self._refused: dict[int, set[int]] = {}
+        for path in folder.glob("*.json"):
+            self._note(int(path.stem), Part(**read_json(path)))
         named = {self._records(number) for number in self._errors}
         for path in folder.glob("*.jsonl"):
             if path not in named:
@@ -61,6 +62,17 @@ class Parts:
 
     def num_current_errors(self, round_: int) -> int:
         """Failed units in closed parts that are not asked again."""
+        return self._num_kept_apart(round_) - self.num_refused(round_)
+
+    def num_refused(self, round_: int) -> int:
+        """Refused units in closed parts that are not asked again."""
+        return sum(
+            errors.get(position) == round_
+            for number, errors in self._errors.items()
+            for position in self._refused.get(number, ())
+        )
+
+    def _num_kept_apart(self, round_: int) -> int:
         return sum(of == round_ for errors in self._errors.values() for of in errors.values())
 
     def first_error(self, round_: int) -> str | None:
@@ -129,7 +141,11 @@ class Parts:
         write_json(self._meta(number), asdict(part))
         if old is not None:
             old.unlink()
+        self._note(number, part)
+
+    def _note(self, number: int, part: Part) -> None:
         self._errors[number] = {int(position): line["round"] for position, line in part.errors.items()}
+        self._refused[number] = {int(position) for position in part.errors if position in part.reasons}
 
     def read(self, number: int) -> Part:
         """What is known of a closed part."""

@@ -14,6 +14,7 @@ from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.data.correctness import PassageStore
 from agentic_r_plugin.data.groups import query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
+from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.keyed import KeyedRecords
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
@@ -100,7 +101,7 @@ class RelevanceWorker:
     def work(self, batch: Sequence[ScoringTask]) -> list[Outcome]:
         """Relevance of each query's candidates, or what the judge did wrong."""
         return [
-            Outcome(error=str(scored)) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
+            outcome_of(scored) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
             for scored in score_candidates(batch, self._scorer)
         ]
 

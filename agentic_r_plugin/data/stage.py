@@ -11,7 +11,7 @@ which workers finish. `OUT.report.json` is written last: its existence means don
 | `OUT.manifest.json` | configuration and fingerprints of inputs and models; a resume with others is refused |
 | `OUT.journal` | units of the parts in work; removed at the end |
 | `OUT.parts/` | finished parts and their checksums; they become OUT at the end |
-| `OUT.errors.jsonl` | units whose judge failed, when there are any |
+| `OUT.errors.jsonl` | units whose judge failed and units that were refused, when there are any |
 | `OUT.report.json` | counts of read, kept and dropped, and the cost |
 """
 
@@ -21,6 +21,7 @@ import dataclasses
 import glob
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -33,11 +34,17 @@ from agentic_r_plugin import __version__
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, deciding, with_absolute_paths
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.data import cost
-from agentic_r_plugin.data.journal import Journal, require_free
+from agentic_r_plugin.data.journal import REFUSED, Journal, require_free
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.parts import Parts
 from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
-from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
+from agentic_r_plugin.errors import (
+    JudgeError,
+    ManifestMismatchError,
+    OutputExistsError,
+    RecordError,
+    RequestRefusedError,
+)
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.store import (
     absolute,
@@ -127,6 +134,7 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         ManifestMismatchError: resumed with another configuration, input or model than it was begun with.
         RecordError: the input holds a broken record or one unit twice, or the journal is damaged.
         JudgeError: too large a share of the units failed; they are tried again by a resume.
+        RequestRefusedError: every unit was refused; they are tried again by a resume.
         BackendError, SearchError: a model or a retriever failed after its retries; what is finished stays.
     """
     with ExitStack() as stack:
@@ -316,6 +324,7 @@ class _Work:
                     self._under_way[self.parts.number(position)] -= 1
                 self._close_parts()
             self._check_errors()
+            self._check_refused()
             self._close_parts()
         if not self.total:
             self.parts.close(0, 0, self.journal.read)
@@ -380,6 +389,19 @@ class _Work:
                 f"max_error_share={self.stage.max_error_share}; first, {first}. --resume tries these again"
             )
 
+    def _check_refused(self) -> None:
+        """Give up where nothing was taken: that is a wrong setting, not a unit of a special kind."""
+        round_ = self.journal.round
+        refused = self.journal.num_refused + self.parts.num_refused(round_)
+        if not refused or refused + self._num_errors() < self.total:
+            return
+        first = self.parts.first_error(round_) or self.journal.first_error
+        self.journal.next_round()
+        raise RequestRefusedError(
+            f"{self.stage.name}: all of the {self.total} units were refused, none could be worked on; first, {first}. "
+            "--resume tries these again"
+        )
+
 
 def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, Any]:
     """Work on units spread over the input, write none of it, and say what all would cost."""
@@ -405,6 +427,7 @@ def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> di
     kept = records = 0
     dropped: Counter[str] = Counter()
     numbers = range(max(1, -(-total // parts.size)))
+    first_apart: dict[str, Any] | None = None
     num_errors = 0
     with atomic_path(stage.beside(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
         for number in numbers:
@@ -412,11 +435,14 @@ def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> di
             kept += sum(map(bool, part.num_records))
             records += sum(part.num_records)
             dropped.update(part.dropped)
-            for line in part.errors.values():
-                num_errors += 1
+            for position, line in part.errors.items():
+                num_errors += position not in part.reasons
+                first_apart = first_apart or line
                 errors.write(dump_line({"unit": line["unit"], "error": line["error"]}))
-    if not num_errors:
+    if first_apart is None:
         stage.beside(".errors.jsonl").unlink()
+    else:
+        _say_kept_apart(stage, total, num_errors, dropped[REFUSED], first_apart)
     _write_output(stage, parts, numbers)
     return {
         "stage": stage.name,
@@ -427,6 +453,15 @@ def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> di
         "errors": num_errors,
         **cost.summary(journal.cost, total),
     }
+
+
+def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, first: dict[str, Any]) -> None:
+    counts = [f"{count} {what}" for count, what in ((refused, "refused"), (errors, "judge errors")) if count]
+    print(
+        f"{stage.name}: of {total} units {' and '.join(counts)}, kept apart in {stage.beside('.errors.jsonl')}; first, "
+        f"{first['unit']}: {first['error']}",
+        file=sys.stderr,
+    )
 
 
 def _write_output(stage: Stage[Any], parts: Parts, numbers: range) -> None:

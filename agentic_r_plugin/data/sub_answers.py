@@ -14,7 +14,7 @@ from pathlib import Path
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.journal import Outcome
-from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list
+from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import JudgeError
@@ -143,7 +143,7 @@ class SubAnswersWorker:
             cost=self.cost,
         )
         return [
-            Outcome(error=str(result))
+            outcome_of(result)
             if isinstance(result, JudgeError)
             else Outcome(records=tuple(result), dropped=None if result else "no_search")
             for result in named

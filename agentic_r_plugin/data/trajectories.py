@@ -15,6 +15,7 @@ from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
 from agentic_r_plugin.records import Question, Trajectory
@@ -52,8 +53,9 @@ def answer_questions(
     topk: int = 3,
     sampling: Sampling | None = None,
     cost: RolloutCost | None = None,
-) -> Iterator[Trajectory]:
-    """One trajectory a question, in order; all questions given are answered at once.
+) -> Iterator[Trajectory | RequestRefusedError]:
+    """One trajectory per question, in order, or why the question is refused: its prompt, a later turn or a query is too
+    long for the limits, the model or the retriever. All questions given are answered at once.
 
     Args:
         questions: one batch.
@@ -68,7 +70,6 @@ def answer_questions(
     Raises:
         BackendError: the agent's backend failed.
         SearchError: the retriever failed.
-        ConfigError: a prompt leaves the model no room.
     """
     questions = list(questions)
     sessions = [
@@ -76,7 +77,7 @@ def answer_questions(
     ]
     run_sessions(sessions, llm, search, topk=topk, sampling=sampling or Sampling(), cost=cost)
     for session, question in zip(sessions, questions, strict=True):
-        yield to_trajectory(session, question)
+        yield to_trajectory(session, question) if session.refusal is None else RequestRefusedError(session.refusal)
 
 
 class TrajectoriesWorker:
@@ -93,14 +94,16 @@ class TrajectoriesWorker:
         return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
 
     def work(self, batch: Sequence[Question]) -> list[Outcome]:
-        """A trajectory each."""
+        """A trajectory each, or why the question is refused."""
         config = self.config
         sampling = Sampling(temperature=config.temperature, seed=config.seed)
         found = answer_questions(
             batch, self._llm, self._search, protocol=self._protocol, limits=config.limits, topk=config.topk,
             sampling=sampling, cost=self.cost,
         )  # fmt: skip
-        return [Outcome(records=(trajectory,)) for trajectory in found]
+        return [
+            Outcome.refused(one) if isinstance(one, RequestRefusedError) else Outcome(records=(one,)) for one in found
+        ]
 
     def close(self) -> None:
         """Free the models."""

@@ -24,6 +24,7 @@ from typing import Any
 from flashrag.config import Config
 
 from agentic_r_plugin.data.journal import Journal, Outcome
+from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.matrix import made_by, provenance
 from agentic_r_plugin.evaluation.metrics import recall_by_turn
@@ -119,6 +120,7 @@ def run_cell(
     Raises:
         ConfigError, RecordError: no such split, a broken question file.
         SearchError, BackendError: a part failed; answered questions are kept.
+        RequestRefusedError: every question was refused; a resume asks them again.
     """
     made_by()  # now, since sources may be edited while questions are answered
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +133,7 @@ def run_cell(
                 journal.path.unlink()
                 return done
             _answer(pipeline, dataset, journal)
+            _check_refused(cell, dataset, journal)
             cost = {name: round(value, 3) for name, value in sorted(journal.cost.items())}
             records = [Trajectory.from_dict(item.trajectory) for item in dataset]
             write_records(folder / PER_QUESTION, records)
@@ -172,6 +175,22 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> 
         pipeline.run(dataset, finished=finished, on_batch=keep)
 
 
+def _check_refused(cell: Cell, dataset: Any, journal: Journal) -> None:
+    """Say how many questions were refused; where all were, that is a wrong setting and no result."""
+    refused = _refused(dataset)
+    if not refused:
+        return
+    first = f"first, {refused[0].id}: {refused[0].output['refusal']}"
+    if len(refused) == len(dataset):
+        journal.forget(range(len(dataset)))
+        raise RequestRefusedError(f"{cell.name}: all of the {len(dataset)} questions were refused; {first}")
+    print(f"{cell.name}: {len(refused)} of {len(dataset)} questions were refused and count as unanswered; {first}")
+
+
+def _refused(dataset: Any) -> list[Any]:
+    return [item for item in dataset if item.output.get("refusal") is not None]
+
+
 def _result(
     cell: Cell, pipeline: Any, dataset: Any, records: Sequence[Trajectory], scores: Mapping[str, Sequence[float | None]]
 ) -> dict[str, Any]:
@@ -189,6 +208,7 @@ def _result(
         "topk": pipeline.topk,
         "metrics": _intervals(cell, pipeline.evaluator.result, scores),
         "stop_reasons": dict(sorted(Counter(record.stop_reason.value for record in records).items())),
+        "refused": len(_refused(dataset)),
         "breakdown": _breakdown(dataset, records),
         "by_turn": recall_by_turn(dataset),
         "made_from": dict(cell.made_from),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling
 
 _IGNORED = frozenset({"do_sample", "return_dict", "return_scores", "return_raw_output", "batch_size"})
@@ -39,14 +39,19 @@ class AgenticGenerator:
 
         Raises:
             ConfigError: a parameter that would be ignored silently.
-            BackendError: the model failed.
+            BackendError: the model failed, or refuses a prompt: FlashRAG has no form for a prompt without a text.
         """
         prompts = [input_list] if isinstance(input_list, str) else list(input_list)
         max_tokens, sampling = self._read(params)
         codec = self.llm.codec
         requests = [Request(prompt_ids=tuple(codec.encode(text)), max_tokens=max_tokens) for text in prompts]
         completions = self.llm.generate(requests, sampling) if requests else []
-        return [codec.decode(self._without_end(completion.token_ids)) for completion in completions]
+        texts = []
+        for completion in completions:
+            if isinstance(completion, RequestRefusedError):
+                raise completion
+            texts.append(codec.decode(self._without_end(completion.token_ids)))
+        return texts
 
     def _read(self, params: dict[str, Any]) -> tuple[int, Sampling]:
         known = {"stop", "max_tokens", "max_new_tokens", "temperature", "top_p", "top_k", "seed"}

@@ -78,7 +78,8 @@ class AgenticSearchPipeline(SearchR1Pipeline):
     Each item gets `pred` (empty where the agent gave no answer), `answer` (None there), `trajectory` (the record),
     `retrieval_result` (all passages shown, in order), `retrieval_results` (per search, as FlashRAG's reasoning
     pipelines write it), `retrieved` (per search: ids to the settings' depth, and the first rank with a gold answer),
-    `prompt`, `retrieved_times`, `finish_flag`, `finish_reason`.
+    `prompt`, `retrieved_times`, `finish_flag`, `finish_reason`, and `refusal`: None, or why the model, the retriever or
+    the limits do not take the question; it has no answer then, and stop reason `max_tokens` or `search_failed`.
 
     Args:
         config: FlashRAG's `Config`; our settings under `agentic_r`.
@@ -218,6 +219,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             "retrieved_times": len(record.turns),
             "finish_flag": True,
             "finish_reason": record.stop_reason.value,
+            "refusal": session.refusal,
         }
         for key, value in outputs.items():
             item.update_output(key, value)

@@ -63,11 +63,12 @@ class LLMBackend(Protocol):
 
     codec: Codec
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Continue every prompt; the i-th completion belongs to the i-th request.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Completion | RequestRefusedError]:
+        """Continue every prompt; the i-th completion, or why it is refused, belongs to the i-th request.
 
         Raises:
-            BackendError: the model or its server failed after its retries, or refuses a prompt. Never a shorter list.
+            BackendError: the model or its server failed after its retries. Never a shorter list.
+            RequestRefusedError: a backend that cannot refuse one prompt alone refuses the batch for one of them.
         """
 
     def fingerprint(self) -> str:
@@ -107,7 +108,8 @@ def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 
 def count(usage: Usage, completions: Sequence[Completion]) -> None:
     """Add completions to a meter."""
-    usage.requests += len(completions)
-    usage.prompt_tokens += sum(done.prompt_tokens for done in completions)
-    usage.cached_tokens += sum(done.cached_tokens for done in completions)
-    usage.generated_tokens += sum(len(done.token_ids) for done in completions)
+    for done in completions:
+        usage.requests += 1
+        usage.prompt_tokens += done.prompt_tokens
+        usage.cached_tokens += done.cached_tokens
+        usage.generated_tokens += len(done.token_ids)

@@ -143,8 +143,8 @@ class OpenAIBackend:
                 raise ConfigError(f"llm.tokenizer={self._tokenizer!r}: cannot be loaded: {error}") from error
         return self._codec
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Continue every prompt."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
+        """Continue every prompt; a refused one, such as one longer than the model's context, gives its refusal."""
         codec = self.codec  # loaded here, before the threads need it
         return self._all(lambda request: self._complete(request, sampling, codec), requests)
 
@@ -156,12 +156,10 @@ class OpenAIBackend:
         if seed is not None and temperature > 0:
             settings["seed"] = seed
 
-        def reply(prompt: str) -> str | RequestRefusedError:
-            body = settings | {"messages": [{"role": "user", "content": prompt}]}
-            try:
-                return self._post("chat/completions", body, _message)
-            except RequestRefusedError as error:
-                return error
+        def reply(prompt: str) -> str:
+            return self._post(
+                "chat/completions", settings | {"messages": [{"role": "user", "content": prompt}]}, _message
+            )
 
         return self._all(reply, prompts)
 
@@ -173,10 +171,17 @@ class OpenAIBackend:
         """Close the connections."""
         self._client.close()
 
-    def _all(self, function: Callable[[Input], Output], inputs: Sequence[Input]) -> list[Output]:
-        """`function` of each input, `concurrency` at a time; the first error ends it all."""
+    def _all(self, function: Callable[[Input], Output], inputs: Sequence[Input]) -> list[Output | RequestRefusedError]:
+        """`function` of each input, or its refusal, `concurrency` at a time; the first other error ends it all."""
+
+        def one(item: Input) -> Output | RequestRefusedError:
+            try:
+                return function(item)
+            except RequestRefusedError as error:
+                return error
+
         with ThreadPoolExecutor(self._concurrency) as pool:
-            futures = [pool.submit(function, item) for item in inputs]
+            futures = [pool.submit(one, item) for item in inputs]
             try:
                 return [future.result() for future in futures]
             finally:

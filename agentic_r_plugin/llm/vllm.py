@@ -62,16 +62,18 @@ class VLLMBackend:
         """From the settings of a command; `options` go to the engine."""
         return cls(spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, **spec.options)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Continue every prompt.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
+        """Continue every prompt; one that fills the model's context is refused.
 
         Raises:
-            RequestRefusedError: a prompt fills the model's context.
             BackendError: the engine failed, or left a prompt without a continuation.
         """
-        for request in requests:
-            if (refused := self._refusal(request)) is not None:
-                raise refused
+        refusals = [self._refusal(request) for request in requests]
+        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
+        completions = iter(self._continue(taken, sampling) if taken else [])
+        return [next(completions) if refused is None else refused for refused in refusals]
+
+    def _continue(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         params = [self._params(request, sampling) for request in requests]
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         try:
@@ -91,10 +93,8 @@ class VLLMBackend:
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
-        refusals = [self._refusal(request) for request in requests]
-        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
-        completions = iter(self.generate(taken, Sampling(temperature=temperature, seed=seed)) if taken else [])
-        return [self._reply(next(completions)) if refused is None else refused for refused in refusals]
+        found = self.generate(requests, Sampling(temperature=temperature, seed=seed))
+        return [done if isinstance(done, RequestRefusedError) else self._reply(done) for done in found]
 
     def fingerprint(self) -> str:
         """Hash of the checkpoint's files, or of its hub name."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError
 from agentic_r_plugin.records import Passage
 
 if TYPE_CHECKING:
@@ -46,6 +46,30 @@ class SearchBackend(Protocol):
 
     def close(self) -> None:
         """Free what it holds; safe to call twice."""
+
+
+_OF_ONE_REQUEST = frozenset({400, 413, 422})
+"""Statuses by which a service refuses what it was sent; others refuse the caller, or all requests."""
+
+
+def search_each(
+    search: SearchBackend, requests: Sequence[SearchRequest], topk: int
+) -> list[list[Hit] | SearchRefusedError]:
+    """As `SearchBackend.search`, but a request that a service refuses (a query that is too long) fails alone.
+
+    Raises:
+        SearchError: the search could not be carried out, or the service refuses the caller.
+    """
+    if not requests:
+        return []
+    try:
+        return list(search.search(requests, topk))
+    except SearchRefusedError as error:
+        if error.status not in _OF_ONE_REQUEST:
+            raise
+        if len(requests) == 1:
+            return [error]
+    return [found for request in requests for found in search_each(search, [request], topk)]
 
 
 def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:

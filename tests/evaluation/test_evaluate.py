@@ -17,7 +17,13 @@ import pytest
 
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import load_config
-from agentic_r_plugin.errors import AgenticRError, ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.errors import (
+    AgenticRError,
+    ConfigError,
+    ManifestMismatchError,
+    OutputExistsError,
+    RequestRefusedError,
+)
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, _begin, run, write_matrix
@@ -467,3 +473,34 @@ def test_the_matrix_compares_cells_question_by_question(tmp_path: Path, tiny_age
     assert (em["difference"], em["beyond_chance"], em["num_questions"]) == (1.0, True, 6)
     assert em["p_value"] == pytest.approx(2 / 64, abs=0.02)
     assert comparison["metrics"]["search_turns"]["difference"] == 2.0
+
+
+class _RefusingAgent(RuleAgent):
+    """Refuses the prompts that hold one of some words."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def generate(self, requests: Any, sampling: Any) -> Any:
+        prompts = [self.codec.decode(request.prompt_ids) for request in requests]
+        if any(word in prompt for prompt in prompts for word in self.words):
+            raise RequestRefusedError("the context is too short")
+        return super().generate(requests, sampling)
+
+
+def test_a_question_that_the_model_refuses_is_unanswered_and_the_cell_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cell = rule_cell(tmp_path, "refusing")
+    with pytest.raises(RequestRefusedError, match=r"all of the 6 questions were refused; first, .*the context is too"):
+        run_rule(tmp_path, cell, _RefusingAgent(""))
+    capsys.readouterr()
+    result = run_rule(tmp_path, cell, _RefusingAgent(PEOPLE[1]))
+    records = list(read_records(tmp_path / "out" / cell.name / "per_question.jsonl", Trajectory))
+    assert sorted((record.em, record.stop_reason.value) for record in records) == [
+        (0, "max_tokens"), *[(1, "answered")] * 5
+    ]  # fmt: skip
+    assert result["refused"] == 1 and result["metrics"]["agentic_em"]["mean"] == pytest.approx(5 / 6)
+    said = capsys.readouterr().err
+    assert f"{cell.name}: 1 of 6 questions were refused and count as unanswered" in said

@@ -112,14 +112,16 @@ def test_a_drawn_sample_has_a_seed_of_its_own_prompt_and_chat_is_a_prompt():
 
 
 @pytest.mark.usefixtures("vllm")
-def test_a_message_that_fills_the_context_is_refused_alone_and_a_prompt_of_an_agent_is_an_error():
+def test_a_message_or_a_prompt_that_fills_the_context_is_refused_alone():
     backend = VLLMBackend("m", max_model_len=10)
     first, second, third = backend.chat(["hi", "x" * 10, "ho"], max_tokens=8)
     assert (first, third) == ("<search>", "<search>") and isinstance(second, RequestRefusedError)
     assert str(second) == "vllm, m: a prompt of 10 tokens leaves no room in max_model_len=10"
     assert len(backend._engine.calls) == 1
-    with pytest.raises(BackendError, match="leaves no room"):
-        backend.generate([Request(prompt_ids=(1,) * 11, max_tokens=5)], Sampling())
+    lengths = (2, 11, 3)
+    found = backend.generate([Request(prompt_ids=(1,) * length, max_tokens=5) for length in lengths], Sampling())
+    assert [one.prompt_tokens for one in (found[0], found[2])] == [2, 3]
+    assert isinstance(found[1], RequestRefusedError) and "a prompt of 11 tokens leaves no room" in str(found[1])
 
 
 @pytest.mark.usefixtures("vllm")
