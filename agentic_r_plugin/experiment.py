@@ -128,7 +128,7 @@ class Experiment:
                 for file in ("candidates", "relevance", "correctness", "groups"):
                     if not (self.data / f"{file}.jsonl").exists():
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
-                self._groups_config(plan, {}, Path("x"))
+                self._check_correctness(name, plan)
                 self._train_config(plan, Path("x"), Path("x"))
         self._planned_evaluations()
         for name in self.config.worlds:
@@ -136,6 +136,16 @@ class Experiment:
         for name, folder in self.config.benchmarks.items():
             if not Path(folder).is_dir():
                 raise ConfigError(f"benchmarks.{name}: {folder}: no such folder")
+
+    def _check_correctness(self, name: str, plan: RetrieverPlan) -> None:
+        """Check that the run's correctness, where the plan uses it, was not pruned below what its groups need."""
+        rule = self._groups_config(plan, {}, Path("x")).rule()
+        rolled_out = self._stage("correctness")
+        if rule.use_correctness and not (plan.exhaustive or plan.sampled or rolled_out.exhaustive):
+            try:
+                groups.check_pruned(rule, rolled_out.rule())
+            except ConfigError as error:
+                raise ConfigError(f"retrievers.{name}: {error} (or exhaustive: true here)") from error
 
     def check_evaluation(self) -> None:
         """Find before anything is trained what cannot be evaluated: once the benchmarks are gathered.
@@ -292,6 +302,7 @@ class Experiment:
                 candidates=str(self.data / "candidates.jsonl"),
                 relevance="" if plan.exhaustive else relevance,
                 exhaustive=plan.exhaustive,
+                preset=self._groups_config(plan, {}, Path("x")).preset,
                 corpus=str(self._benchmark(self.main) / "corpus.jsonl"),
                 out=str(out),
             )

@@ -207,7 +207,7 @@ class Loop:
                 raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
         rule, rolled_out = made["groups"].rule(), made["correctness"]
         if rule.use_correctness and not rolled_out.exhaustive:
-            groups.check_pruned(rule, rolled_out.threshold)
+            groups.check_pruned(rule, rolled_out.rule())
         return made
 
     def _check_reach(self, stages: Mapping[str, Any]) -> None:
@@ -524,6 +524,8 @@ class Loop:
         }
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}
+        if name == "correctness" and "preset" in self.config.groups:
+            known["preset"] = self.config.groups["preset"]  # pruned for the groups that will be made
         own = {field.name for field in fields(cls)}
         return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 

@@ -327,6 +327,17 @@ def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_
     assert composed(tmp_path).train_retriever_config(2, "x", Path("g.jsonl")).relevance is None
 
 
+def test_correctness_is_pruned_for_the_groups_that_will_be_made(tmp_path):
+    def preset(*settings: str) -> str:
+        return composed(tmp_path, *settings).stage_config(1, "correctness", "agent", "http://host:1").preset
+
+    assert preset() == "paper"
+    assert preset("groups.preset=released_code") == "released_code"
+    assert preset("correctness.preset=released_code") == "released_code"
+    with pytest.raises(ConfigError, match="up to 3 tied candidates"):
+        composed(tmp_path, "groups.preset=released_code", "correctness.preset=paper")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -1,8 +1,13 @@
 """Correctness: does the agent answer rightly when it goes on from one candidate alone? (method sections 4 and 4a)
 
-Rolling out every candidate is what makes the method dear. With the relevance at hand only candidates that can become a
-positive are rolled out: of relevance at least the threshold, in falling relevance, a tie level at a time, up to the
-first level with a correct one. The training groups are the same, byte for byte.
+Rolling out every candidate dominates the cost of the method. Given the relevance, only candidates that can become a
+positive are rolled out: those of relevance at least the threshold, in falling relevance. The paper's rule takes one
+positive, so a query is done at its first correct candidate; the released code's takes ties, so its levels of equal
+relevance are rolled out whole. The training groups are the same, byte for byte, as after rolling out everything.
+
+The queries of a batch take their steps together: the first candidate of every query, then the second of those without
+a success, and so on. A step of one candidate per query saves most rollouts, and the batch keeps the model busy:
+`tests/benchmarks/pruning.py` compares it with whole levels and with all candidates.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, tie_levels
+from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, SelectionRule, preset_rule, rollout_order
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
@@ -47,6 +52,10 @@ class CorrectnessConfig:
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a later search"})
     threshold: int = field(default=60, metadata={"help": "candidates of less relevance are not rolled out"})
+    preset: str = field(
+        default="paper",
+        metadata={"help": "prune for these groups: paper, or released_code (serves both, with more rollouts)"},
+    )
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
     num_candidates: int = field(
         default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
@@ -58,6 +67,15 @@ class CorrectnessConfig:
         """ConfigError where it is not said which candidates are rolled out."""
         if self.exhaustive == bool(self.relevance):
             raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+        self.rule()
+
+    def rule(self) -> SelectionRule:
+        """The rule of the groups that candidates are pruned for.
+
+        Raises:
+            ConfigError: an unknown preset.
+        """
+        return preset_rule(self.preset, threshold=self.threshold)
 
 
 @dataclass
@@ -166,10 +184,10 @@ def judge_candidates(
     """Correctness of each query's candidates, in retrieval order; those that were not needed are left out. A query with
     a candidate that the model or the retriever refuses gives that refusal: which candidate wins is unknown then.
 
-    All queries go through their levels together, so that the model is given large batches.
+    All queries take their steps together, so that the model is given large batches.
 
     Args:
-        queries: each with its levels of candidates (passage ids): after a level with a correct one the rest is left.
+        queries: each with its steps, lists of candidates (passage ids); after a step with a correct one it is done.
         continuations: who goes on.
 
     Raises:
@@ -178,7 +196,7 @@ def judge_candidates(
     queries = list(queries)
     found: list[dict[str, Correctness]] = [{} for _ in queries]
     refused: dict[int, RequestRefusedError] = {}
-    depth, active = 0, [index for index, (_, levels) in enumerate(queries) if levels]
+    depth, active = 0, [index for index, (_, steps) in enumerate(queries) if steps]
     while active:
         places = [(index, passage) for index in active for passage in queries[index][1][depth]]
         outcomes = continuations.run([(queries[index][0], passage) for index, passage in places])
@@ -206,8 +224,8 @@ def judge_candidates(
         yield refused.get(index) or [records[passage.id] for passage in query.passages if passage.id in records]
 
 
-def levels_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
-    """Which candidates of a query to roll out, level by level, or why none.
+def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
+    """Which candidates of a query to roll out, step by step, or why none.
 
     Args:
         query: with its candidates.
@@ -226,15 +244,15 @@ def levels_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str,
         return [passages]
     if scores is None:
         return NO_RELEVANCE
-    return tie_levels(passages, scores, config.threshold) or BELOW_THRESHOLD
+    return rollout_order(passages, scores, config.rule()) or BELOW_THRESHOLD
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectnessTask:
-    """One query, its levels of candidates or the reason why it has none, and the passages of those candidates."""
+    """One query, its candidates step by step or the reason why it has none, and the passages of those candidates."""
 
     query: Candidates
-    levels: list[list[str]] | str
+    steps: list[list[str]] | str
     passages: dict[str, Passage]
 
 
@@ -271,7 +289,7 @@ class CorrectnessWorker:
         self._continuations.passages = _Shown(
             {identifier: passage for task in batch for identifier, passage in task.passages.items()}
         )
-        plans = [(task.query, [] if isinstance(task.levels, str) else task.levels) for task in batch]
+        plans = [(task.query, [] if isinstance(task.steps, str) else task.steps) for task in batch]
         outcomes = []
         for task, records in zip(batch, judge_candidates(plans, self._continuations), strict=True):
             if isinstance(records, RequestRefusedError):
@@ -279,7 +297,7 @@ class CorrectnessWorker:
                 continue
             self.cost.candidates += len(task.query.passages)
             self.cost.pruned += len(task.query.passages) - len(records)
-            reason = task.levels if isinstance(task.levels, str) else None
+            reason = task.steps if isinstance(task.steps, str) else None
             outcomes.append(Outcome(records=tuple(records), dropped=reason))
         return outcomes
 
@@ -300,10 +318,10 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
 
         def prepare(query: Candidates) -> CorrectnessTask:
             scored = relevance.get(query_key(query)) if relevance is not None else None
-            levels = levels_of(query, config, scored.scores if scored is not None else None)
-            wanted = [] if isinstance(levels, str) else [passage for level in levels for passage in level]
+            steps = steps_of(query, config, scored.scores if scored is not None else None)
+            wanted = [] if isinstance(steps, str) else [passage for step in steps for passage in step]
             return CorrectnessTask(
-                query=query, levels=levels, passages={identifier: corpus.by_id(identifier) for identifier in wanted}
+                query=query, steps=steps, passages={identifier: corpus.by_id(identifier) for identifier in wanted}
             )
 
         stage = Stage(

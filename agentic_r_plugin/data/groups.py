@@ -12,7 +12,7 @@ from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.selection import DUPLICATE_QUERY, PRESETS, SelectionRule, select
+from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, preset_rule, select
 from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
@@ -33,7 +33,9 @@ class GroupsConfig:
     correctness: str = field(default="", metadata={"help": "correctness file", **UNRECORDED})
     out: str = field(metadata={"help": "groups file to write", **UNRECORDED})
     corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **UNRECORDED})
-    preset: str = field(default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives"})
+    preset: str = field(
+        default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives, further ties left out"}
+    )
     threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
     num_negatives: int = field(default=15, metadata={"help": "negatives a group"})
     use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
@@ -57,9 +59,8 @@ class GroupsConfig:
         Raises:
             ConfigError: an unknown preset, or settings that contradict each other.
         """
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
-        return SelectionRule(
+        return preset_rule(
+            self.preset,
             threshold=self.threshold,
             num_negatives=self.num_negatives,
             use_relevance=self.use_relevance,
@@ -67,7 +68,6 @@ class GroupsConfig:
             seed=self.seed,
             false_negative_relevance=self.false_negative_relevance,
             hard_negatives=self.hard_negatives,
-            **PRESETS[self.preset],
         )
 
     def files(self) -> dict[str, str]:
@@ -124,21 +124,31 @@ class GroupsWorker:
         """Nothing is held."""
 
 
-def check_pruned(rule: SelectionRule, threshold: int) -> None:
-    """Whether correctness of candidates of relevance at least `threshold` alone holds all that the rule asks for.
+def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
+    """Check that correctness pruned for one rule holds all that another asks for.
+
+    Args:
+        rule: picks the groups.
+        pruned_for: decided which candidates were rolled out.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: candidates that `rule` needs were not rolled out.
     """
     if not rule.use_relevance:
         raise ConfigError(
             "groups.use_relevance=false: without relevance the correctness of every candidate is needed; "
             "set correctness.exhaustive=true"
         )
-    if rule.threshold < threshold:
+    if rule.threshold < pruned_for.threshold:
         raise ConfigError(
-            f"groups.threshold={rule.threshold}: below correctness.threshold={threshold}, so the correctness of "
-            "candidates between the two is not known"
+            f"groups.threshold={rule.threshold}: below correctness.threshold={pruned_for.threshold}, so the "
+            "correctness of candidates between the two is not known"
+        )
+    if rule.whole_levels and not pruned_for.whole_levels:
+        raise ConfigError(
+            f"groups: this preset takes up to {rule.max_positives} tied candidates, but the correctness was made for "
+            "the paper's rule, which stops at the first correct one; make it with correctness.preset=released_code "
+            "(groups of the paper's rule can be made from that, too)"
         )
 
 
@@ -157,7 +167,8 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
     made_from = of_correctness["made_from"]
     if made_from["exhaustive"]:
         return
-    check_pruned(rule, made_from["threshold"])
+    # A file without a preset is of a version that always rolled out whole levels.
+    check_pruned(rule, preset_rule(made_from.get("preset", "released_code"), threshold=made_from["threshold"]))
     if (pruned_by := made_from["input relevance"]) != (given := file_fingerprint(config.relevance)):
         raise ManifestMismatchError(
             f"{path} was made with the relevance file {of_correctness['config']['relevance']} ({pruned_by}), which "

@@ -1,8 +1,8 @@
 """The rule that turns a query's candidates into training groups (method sections 4 and 4a). No I/O.
 
-Candidates are ordered by (correctness, relevance), both falling. Correctness is needed only to find the first level of
-equal relevance that holds a correct candidate: that is why the correctness stage may stop there, and why negatives are
-sampled from retrieval order, which no score changes.
+Candidates are ordered by (correctness, relevance), both falling. Correctness is needed only to find the positives: that
+is why the correctness stage may stop at the first correct candidate (or, where several ties are taken, at the first
+level with one), and why negatives are sampled from retrieval order, which no score changes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Candidates, Group
@@ -30,7 +31,9 @@ class SelectionRule:
     """A positive's least relevance."""
     num_negatives: int = 15
     max_positives: int = 1
-    """Candidates tied for the first place that are taken, one group each; further ties are negatives."""
+    """Candidates tied for the first place that are taken, one group each."""
+    further_ties_are_negatives: bool = True
+    """False: ties beyond `max_positives` are neither positives nor negatives."""
     use_relevance: bool = True
     """False: ablation without relevance; all candidates are one level."""
     use_correctness: bool = True
@@ -53,9 +56,28 @@ class SelectionRule:
         if self.false_negative_relevance and not self.use_relevance:
             raise ConfigError("false_negative_relevance needs use_relevance: it is told by the relevance")
 
+    @property
+    def whole_levels(self) -> bool:
+        """Whether the correctness of every candidate of the winning level is needed, not only of the first ones."""
+        return self.max_positives > 1 or not self.further_ties_are_negatives
 
-PRESETS = {"paper": {"max_positives": 1}, "released_code": {"max_positives": 3}}
-"""What each preset sets."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"max_positives": 1},
+    "released_code": {"max_positives": 3, "further_ties_are_negatives": False},
+}
+"""What each preset sets (method section 4, step 6)."""
+
+
+def preset_rule(preset: str, **settings: Any) -> SelectionRule:
+    """The rule of a preset, with further settings.
+
+    Raises:
+        ConfigError: an unknown preset, or settings that contradict each other.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+    return SelectionRule(**settings, **PRESETS[preset])
 
 
 def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold: int) -> list[list[str]]:
@@ -72,6 +94,24 @@ def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold:
         raise RecordError(f"no relevance for passage {unscored[0]!r}; the relevance file is of other candidates")
     scores = sorted({relevance[passage] for passage in passages if relevance[passage] >= threshold}, reverse=True)
     return [[passage for passage in passages if relevance[passage] == score] for score in scores]
+
+
+def rollout_order(passages: Sequence[str], relevance: Mapping[str, int], rule: SelectionRule) -> list[list[str]]:
+    """Steps in which to roll out a query's candidates: its groups are known after the first step with a success.
+
+    Where only the first correct candidate matters, a step is a single candidate, in falling relevance and, among
+    equals, in retrieval order. Where ties are taken too, a step is a whole level.
+
+    Raises:
+        RecordError: a passage has no relevance.
+
+    >>> rollout_order(["a", "b", "c", "d"], {"a": 70, "b": 90, "c": 70, "d": 10}, preset_rule("paper"))
+    [['b'], ['a'], ['c']]
+    >>> rollout_order(["a", "b", "c", "d"], {"a": 70, "b": 90, "c": 70, "d": 10}, preset_rule("released_code"))
+    [['b'], ['a', 'c']]
+    """
+    levels = tie_levels(passages, relevance, rule.threshold)
+    return levels if rule.whole_levels else [[passage] for level in levels for passage in level]
 
 
 def select(
@@ -106,11 +146,12 @@ def select(
             return BELOW_THRESHOLD
     if rule.use_correctness and not correctness:
         return NOT_ROLLED_OUT
-    winners = _winners(candidates, levels, correctness if rule.use_correctness else None)
+    winners = _winners(candidates, levels, correctness if rule.use_correctness else None, rule)
     positives = winners[: rule.max_positives]
     if not positives:
         return NO_CORRECT
-    others = [passage for passage in passages if passage not in positives]
+    taken = positives if rule.further_ties_are_negatives else winners
+    others = [passage for passage in passages if passage not in taken]
     if rule.false_negative_relevance and relevance is not None:
         others = [passage for passage in others if relevance[passage] < rule.false_negative_relevance]
     if same_text is not None:
@@ -146,19 +187,27 @@ def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text:
 
 
 def _winners(
-    candidates: Candidates, levels: Sequence[Sequence[str]], correctness: Mapping[str, int] | None
+    candidates: Candidates, levels: Sequence[Sequence[str]], correctness: Mapping[str, int] | None, rule: SelectionRule
 ) -> list[str]:
-    """Candidates that tie for the first place, in retrieval order; none when no candidate is correct."""
+    """Candidates that tie for the first place, in retrieval order (only the first one, where no more is needed).
+
+    None when no candidate is correct.
+    """
     if correctness is None:
         return list(levels[0])
     for level in levels:
-        unknown = [passage for passage in level if passage not in correctness]
-        if unknown:
-            raise RecordError(
-                f"query {candidates.key}: the correctness of passage {unknown[0]!r} is needed and unknown; the "
-                "correctness file was made with other relevance scores or a higher threshold, make it again"
-            )
-        winners = [passage for passage in level if correctness[passage]]
+        winners = []
+        for passage in level:
+            if passage not in correctness:
+                raise RecordError(
+                    f"query {candidates.key}: the correctness of passage {passage!r} is needed and unknown; the "
+                    "correctness file was made with other relevance scores, a higher threshold or another preset, "
+                    "make it again"
+                )
+            if correctness[passage]:
+                winners.append(passage)
+                if not rule.whole_levels:
+                    break
         if winners:
             return winners
     return []

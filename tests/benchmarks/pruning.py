@@ -1,26 +1,31 @@
-"""Pruned against exhaustive correctness with real rollouts: are the groups the same, and what was saved?
+"""Correctness pruned two ways and exhaustive, with real rollouts: are the groups the same, and what was saved?
 
     python tests/benchmarks/pruning.py --out DIR       # the embedded benchmark and its agent
     python tests/benchmarks/pruning.py --out DIR --data $AGENTIC_R_DATA/hotpotqa --skip 160 --questions 16 \\
         --agent runs/hotpotqa_cpu/agent --rollouts recipes/hotpotqa_cpu/rollouts.yaml
 
-Runs the data stages as commands (BM25, relevance from the gold documents), correctness both ways, and compares the two
-groups files byte for byte; fails when they differ. Stopped, the same command goes on. Prints rollouts, tokens and
-seconds of both and what pruning saved.
+Runs the data stages as commands (BM25, relevance from the gold documents) with correctness pruned up to the first
+correct candidate (the paper's rule), pruned by whole levels of equal relevance (the released code's rule), and
+exhaustive. Prints rollouts, tokens and CPU seconds of each, and compares the groups files byte for byte; fails when
+they differ. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from agentic_r_plugin.cli import main as agentic_r
 from agentic_r_plugin.config import load_config
+from agentic_r_plugin.data.selection import PRESETS
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.store import read_json
 
 ROOT = Path(__file__).parents[2]
+WAYS = {"pruned": ["preset=paper"], "levels": ["preset=released_code"], "exhaustive": []}
 
 
 def command(*arguments: str) -> None:
@@ -77,24 +82,38 @@ def compare(args: argparse.Namespace, out: Path) -> None:
     command("candidates", "--in", file["trajectories"], "--out", file["candidates"], f"protocol={protocol}", *search)
     scored = ["--candidates", file["candidates"], "--corpus", corpus]
     command("relevance", *scored, "--questions", str(questions), "--out", file["relevance"])
-    reports = {}
-    for name, how in (("pruned", ["--relevance", file["relevance"]]), ("exhaustive", ["--exhaustive"])):
-        correctness, groups = str(out / f"correctness-{name}.jsonl"), str(out / f"groups-{name}.jsonl")
-        command("correctness", *scored, *how, *agent, "--out", correctness)
+    reports, spent = {}, {}
+    for name, how in WAYS.items():
+        correctness = str(out / f"correctness-{name}.jsonl")
+        pruned_by = ["--exhaustive"] if name == "exhaustive" else ["--relevance", file["relevance"], *how]
+        cpu_s = time.process_time()
+        command("correctness", *scored, *pruned_by, *agent, "--out", correctness)
+        spent[name] = round(time.process_time() - cpu_s, 1)
         made_of = ["--candidates", file["candidates"], "--relevance", file["relevance"], "--correctness", correctness]
-        command("groups", *made_of, "--out", groups, f"num_negatives={args.negatives}")
+        for preset in PRESETS if name != "pruned" else ("paper",):
+            groups = str(out / f"groups-{name}-{preset}.jsonl")
+            command("groups", *made_of, "--out", groups, f"num_negatives={args.negatives}", "--preset", preset)
         reports[name] = read_json(correctness + ".report.json")
-    same = (out / "groups-pruned.jsonl").read_bytes() == (out / "groups-exhaustive.jsonl").read_bytes()
-    count = read_json(out / "groups-pruned.jsonl.report.json")["records"]
-    queries = reports["pruned"]["read"]
-    print(f"\n{queries} queries, {count} groups, identical: {same}\n")
-    print(f"| {'':16} | pruned | exhaustive | share |\n|---|---|---|---|")
-    for name in ("rollouts", "reused", "prompt_tokens", "generated_tokens", "searches", "seconds"):
-        pruned, whole = (reports[kind][name] for kind in ("pruned", "exhaustive"))
-        print(f"| {name:16} | {pruned:,} | {whole:,} | {f'{pruned / whole:.3f}' if whole else '-'} |")
-    for kind, report in reports.items():
-        print(f"prefix-cache hit rate, {kind}: {report.get('prefix_hit_rate', 0)}")
-    if not same:
+    report(out, reports, spent)
+
+
+def report(out: Path, reports: dict[str, dict[str, Any]], spent: dict[str, float]) -> None:
+    """Print the table; SystemExit where groups differ."""
+    whole = reports["exhaustive"]
+    print(f"\n{whole['read']} queries, {whole['candidates']:,} candidates\n")
+    print("| | pruned | share | levels | share | exhaustive |\n|---|---|---|---|---|---|")
+    for name in ("rollouts", "reused", "searches", "prompt_tokens", "cached_tokens", "generated_tokens"):
+        cells = [f"{reports[way][name]:,} | {reports[way][name] / max(whole[name], 1):.3f}" for way in WAYS]
+        print(f"| {name} | {' | '.join(cells[:2])} | {whole[name]:,} |")
+    # A run that was resumed did part of its work in an earlier process.
+    print(f"| CPU seconds of this process | {spent['pruned']} | | {spent['levels']} | | {spent['exhaustive']} |")
+    same = {}
+    for preset, ways in (("paper", ("pruned", "levels")), ("released_code", ("levels",))):
+        wanted = (out / f"groups-exhaustive-{preset}.jsonl").read_bytes()
+        same |= {f"{preset}, {way}": (out / f"groups-{way}-{preset}.jsonl").read_bytes() == wanted for way in ways}
+        print(f"groups of {preset}: {wanted.count(bytes([10]))}")
+    print("same groups as exhaustive:", same)
+    if not all(same.values()):
         raise SystemExit("pruned and exhaustive correctness gave different groups")
 
 

@@ -111,6 +111,8 @@ def test_correctness_that_was_pruned_otherwise_is_refused_and_not_taken_for_quer
     assert "groups.threshold=50: below correctness.threshold=60" in capsys.readouterr().err
     assert main([*line, "use_relevance=false"]) == 1
     assert "the correctness of every candidate is needed" in capsys.readouterr().err
+    assert main([*line, "preset=released_code"]) == 1
+    assert "takes up to 3 tied candidates" in (told := capsys.readouterr().err) and "preset=released_code" in told
     other = tmp_path / "relevance.jsonl"
     scored = read_records(whole / "relevance.jsonl", Relevance)
     write_records(other, [replace(record, scores=dict.fromkeys(record.scores, 70)) for record in scored])

@@ -11,8 +11,8 @@ from agentic_r_plugin.data.correctness import (
     CorrectnessConfig,
     CorrectnessCost,
     judge_candidates,
-    levels_of,
     run,
+    steps_of,
 )
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits, compact
@@ -64,7 +64,7 @@ def test_searches_of_the_prefix_count_against_the_limit():
     assert judge(found, (query("a"), [["a"]])) == [[("a", 0, None, 1)]]
 
 
-def test_levels_are_rolled_out_until_one_holds_a_correct_candidate_and_all_queries_share_a_batch():
+def test_steps_are_rolled_out_until_one_holds_a_correct_candidate_and_all_queries_share_a_batch():
     def policy(prompt: str) -> str:
         right = "text of c" in prompt or "text of e" in prompt
         return f"<answer> {'Ann' if right else 'Bob'} </answer>"
@@ -76,7 +76,7 @@ def test_levels_are_rolled_out_until_one_holds_a_correct_candidate_and_all_queri
         [("a", 0), ("b", 0), ("c", 1)],
         [("e", 1), ("f", 0)],
     ]
-    assert found.llm.batches == [3, 2], "a level of every query at once; d is never rolled out"
+    assert found.llm.batches == [3, 2], "a step of every query at once; d is never rolled out"
 
 
 def test_a_prompt_that_was_run_before_is_looked_up():
@@ -107,17 +107,26 @@ def settings(**changes) -> CorrectnessConfig:
 
 def test_without_exhaustive_only_candidates_above_the_threshold_are_rolled_out():
     scores = {"a": 59, "b": 60, "c": 90}
-    assert levels_of(query("a", "b", "c"), settings(), scores) == [["c"], ["b"]]
-    assert levels_of(query("a"), settings(), scores) == "relevance_below_threshold"
-    assert levels_of(query("a"), settings(), None) == "no_relevance"
-    assert levels_of(query("a", "b"), settings(exhaustive=True, relevance=""), None) == [["a", "b"]]
+    assert steps_of(query("a", "b", "c"), settings(), scores) == [["c"], ["b"]]
+    assert steps_of(query("a"), settings(), scores) == "relevance_below_threshold"
+    assert steps_of(query("a"), settings(), None) == "no_relevance"
+    assert steps_of(query("a", "b"), settings(exhaustive=True, relevance=""), None) == [["a", "b"]]
+
+
+def test_ties_are_tried_one_by_one_in_retrieval_order_for_the_papers_rule_and_together_for_the_released_codes():
+    scores = {"a": 80, "b": 95, "c": 80, "d": 80, "e": 59}
+    of_five = query("a", "b", "c", "d", "e")
+    assert steps_of(of_five, settings(), scores) == [["b"], ["a"], ["c"], ["d"]]
+    assert steps_of(of_five, settings(preset="released_code"), scores) == [["b"], ["a", "c", "d"]]
+    with pytest.raises(ConfigError, match="preset='papre': expected one of paper, released_code"):
+        settings(preset="papre").check()
 
 
 def test_the_released_codes_omissions_are_options():
     scores = {"a": 90}
-    assert levels_of(query("a"), settings(max_turn=1), scores) == "turn_left_out"
-    assert levels_of(query("a"), settings(num_candidates=20), scores) == "other_number_of_candidates"
-    assert levels_of(query("a"), settings(max_turn=2, num_candidates=1), scores) == [["a"]]
+    assert steps_of(query("a"), settings(max_turn=1), scores) == "turn_left_out"
+    assert steps_of(query("a"), settings(num_candidates=20), scores) == "other_number_of_candidates"
+    assert steps_of(query("a"), settings(max_turn=2, num_candidates=1), scores) == [["a"]]
 
 
 @pytest.mark.parametrize("changes", [{"relevance": ""}, {"exhaustive": True}])

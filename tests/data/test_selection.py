@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
-from agentic_r_plugin.data.selection import PRESETS, SelectionRule, select, tie_levels
+from agentic_r_plugin.data.selection import PRESETS, SelectionRule, preset_rule, rollout_order, select
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Group, ScoredPassage
@@ -56,12 +56,24 @@ def test_of_tied_candidates_the_earlier_in_retrieval_order_is_the_positive():
     assert positives(picked) == ["c"]
 
 
-def test_the_released_code_takes_up_to_three_ties_which_share_their_negatives():
-    rule = replace(RULE, **PRESETS["released_code"])
+def test_the_released_code_takes_up_to_three_ties_which_share_their_negatives_and_leaves_out_further_ties():
+    rule = replace(RULE, **PRESETS["released_code"], num_negatives=5)
     picked = select(query(9), scores(a=80, b=80, c=80, d=80, e=79), dict.fromkeys("abcd", 1), rule)
     assert positives(picked) == ["a", "b", "c"]
     assert isinstance(picked, list) and len({group.negatives for group in picked}) == 1
-    assert not set(picked[0].negatives) & set("abc")
+    assert sorted(picked[0].negatives) == list("efghi"), "d ties with the positives"
+
+
+def test_the_papers_rule_takes_the_other_ties_as_negatives():
+    picked = select(query(4), scores(a=80, b=80), {"a": 1, "b": 1}, RULE)
+    assert isinstance(picked, list) and sorted(picked[0].negatives) == list("bcd")
+
+
+def test_the_papers_rule_needs_no_correctness_behind_the_first_success_and_the_released_codes_does():
+    ties = scores(a=80, b=80, c=80)
+    assert positives(select(query(8), ties, {"a": 0, "b": 1}, RULE)) == ["b"]
+    with pytest.raises(RecordError, match=r"passage 'c' is needed and unknown.*another preset"):
+        select(query(8), ties, {"a": 0, "b": 1}, replace(RULE, **PRESETS["released_code"]))
 
 
 def test_negatives_are_all_other_candidates_sampled_without_replacement():
@@ -186,7 +198,7 @@ def naive_groups(
     best = ranked[0]
     ties = [item for item in ranked if (correctness[item], relevance[item]) == (1, relevance[best])]
     chosen = ties[: rule.max_positives]
-    rest = [item for item in order if item not in chosen]
+    rest = [item for item in order if item not in (chosen if rule.max_positives == 1 else ties)]
     if len(rest) < rule.num_negatives:
         return "too_few_negatives"
     sampled = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}").sample(rest, rule.num_negatives)
@@ -218,7 +230,7 @@ query_scores = st.lists(
 @settings(max_examples=120, deadline=None)
 @given(st.lists(query_scores, min_size=1, max_size=4), st.sampled_from(sorted(PRESETS)), st.integers(0, 5))
 def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(drawn, preset: str, num_negatives: int):
-    rule = SelectionRule(num_negatives=num_negatives, seed=3, **PRESETS[preset])
+    rule = preset_rule(preset, num_negatives=num_negatives, seed=3)
     queries = [
         replace(query(len(of_query), turn), prefix="<search> find it </search>" * turn)
         for turn, of_query in enumerate(drawn, start=1)
@@ -231,13 +243,13 @@ def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(dr
     written, rollouts = [], []
     for exhaustive in (False, True):
         cost = CorrectnessCost()
-        levels = [
+        steps = [
             [[item.id for item in q.passages]]
             if exhaustive
-            else tie_levels([item.id for item in q.passages], scored, rule.threshold)
+            else rollout_order([item.id for item in q.passages], scored, rule)
             for q, scored in zip(queries, relevance, strict=True)
         ]
-        judged = judge_candidates(zip(queries, levels, strict=True), continuations(correct, cost))
+        judged = judge_candidates(zip(queries, steps, strict=True), continuations(correct, cost))
         picked = [
             select(q, scored, {record.passage_id: record.em for record in records}, rule)
             for q, scored, records in zip(queries, relevance, judged, strict=True)
@@ -254,11 +266,13 @@ def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(dr
         ]
     assert written[0] == written[1]
     assert rollouts[1] == sum(map(len, drawn))
-    assert rollouts[0] == sum(least_rollouts(of_query, rule.threshold) for of_query in drawn)
+    assert rollouts[0] == sum(least_rollouts(of_query, rule) for of_query in drawn)
 
 
-def least_rollouts(drawn: list[tuple[int, bool]], threshold: int) -> int:
-    """Candidates in the levels down to the first with a correct one, or of all levels above the threshold."""
-    correct = [lr for lr, gac in drawn if gac and lr >= threshold]
-    lowest = max(correct, default=threshold)
-    return sum(lr >= lowest for lr, _ in drawn)
+def least_rollouts(drawn: list[tuple[int, bool]], rule: SelectionRule) -> int:
+    """Candidates up to the first correct one in the order of trying, or down to the end of its level for ties."""
+    tried = sorted((item for item in drawn if item[0] >= rule.threshold), key=lambda item: -item[0])
+    first = next((place for place, (_, gac) in enumerate(tried) if gac), None)
+    if first is None:
+        return len(tried)
+    return first + 1 if rule.max_positives == 1 else sum(lr >= tried[first][0] for lr, _ in tried)

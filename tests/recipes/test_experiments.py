@@ -236,6 +236,15 @@ def test_without_relevance_the_groups_come_from_the_correctness_of_every_candida
     assert {(group.id, group.turn): group.positive for group in read_records(found, Group)} == right
 
 
+def test_groups_of_ties_are_refused_where_the_runs_correctness_stopped_at_the_first_success(
+    finished: Path, tmp_path: Path
+) -> None:
+    plans = {"x": {"groups": {"preset": "released_code"}}}
+    with pytest.raises(ConfigError, match=r"retrievers\.x: groups: .*up to 3 tied candidates.*exhaustive: true"):
+        Experiment(experiment(finished, tmp_path / "out", retrievers=plans)).check()
+    Experiment(experiment(finished, tmp_path / "out", retrievers={"x": {**plans["x"], "exhaustive": True}})).check()
+
+
 def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
     drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
     file = tmp_path / "relevance.jsonl"
