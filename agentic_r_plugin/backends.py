@@ -1,7 +1,8 @@
 """Opens language models and retrievers by name: the typed settings of the two backend kinds, shared by all commands.
 
 A backend class (component kinds `llm_backend` and `search_backend`) has a class method `from_spec(spec)`; settings that
-only one backend knows go into `options`.
+only one backend knows go into `options`. Those that cannot change the result are declared in a dataclass `Options` in
+the class (`config.options_of`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from agentic_r_plugin import components
+from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
@@ -23,18 +25,24 @@ class LLMSpec:
     """Which language model, and how to reach it."""
 
     backend: str = field(default="hf", metadata={"help": "registered llm_backend"})
-    model: str = field(default="", metadata={"help": "model directory, or the name a server knows"})
-    tokenizer: str = field(default="", metadata={"help": "tokenizer directory where it is not the model's"})
-    url: str = field(default="", metadata={"help": "base URL of an OpenAI-compatible server, with /v1"})
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the key"})
+    model: str = field(default="", metadata={"help": "model directory, or the name a server knows", **BY_CONTENTS})
+    tokenizer: str = field(
+        default="", metadata={"help": "tokenizer directory where it is not the model's", **BY_CONTENTS}
+    )
+    url: str = field(default="", metadata={"help": "base URL of an OpenAI-compatible server, with /v1", **FREE})
+    api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the key", **FREE}
+    )
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, auto (as saved), fast"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch"})
-    prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept"})
-    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker"})
-    timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server"})
-    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
+    max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch", **FREE})
+    prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept", **FREE})
+    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker", **FREE})
+    timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server", **FREE})
+    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("llm_backend")}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,44 +50,23 @@ class SearchSpec:
     """Which retriever, and how to reach it."""
 
     backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    index: str = field(default="", metadata={"help": "index directory (faiss)"})
-    corpus: str = field(default="", metadata={"help": "corpus file, where the backend needs one (bm25)"})
-    retriever: str = field(default="", metadata={"help": "retriever checkpoint, where it is not the index's own"})
-    url: str = field(default="", metadata={"help": "base URL of a running retrieval service"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service"})
-    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing"})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
+    index: str = field(default="", metadata={"help": "index directory (faiss)", **BY_CONTENTS})
+    corpus: str = field(default="", metadata={"help": "corpus file, where the backend needs one (bm25)", **BY_CONTENTS})
+    retriever: str = field(
+        default="", metadata={"help": "retriever checkpoint, where it is not the index's own", **BY_CONTENTS}
+    )
+    url: str = field(default="", metadata={"help": "base URL of a running retrieval service", **FREE})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
+    batch_size: int = field(default=64, metadata={"help": "queries encoded at once", **FREE})
+    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service", **FREE})
+    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
+    )
 
-
-_FREE_OPTIONS = frozenset(
-    {
-        "gpu_memory_utilization", "tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens",  # vllm
-        "requests_per_minute", "usd_per_million_prompt_tokens", "usd_per_million_cached_tokens",  # openai
-        "usd_per_million_generated_tokens",
-        "token_env", "max_connections",  # service
-        "mapped", "search_devices", "block_rows", "folder",  # faiss, torch, bm25
-    }
-)  # fmt: skip
 
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
 """Options of backends and scorers that name a file or a folder."""
-
-
-def deciding(spec: LLMSpec | SearchSpec) -> dict[str, Any]:
-    """What of the settings decides answers, beside the models and indexes, whose contents their fingerprints tell.
-
-    Of a backend's own options all count but those known to say only where, how fast and at what price: nobody here can
-    tell more.
-    """
-    dtype = {"dtype": spec.dtype} if isinstance(spec, LLMSpec) else {}
-    return {"backend": spec.backend, "options": deciding_options(spec.options)} | dtype
-
-
-def deciding_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a backend's own options that may decide answers."""
-    return {name: value for name, value in options.items() if name not in _FREE_OPTIONS}
 
 
 Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)

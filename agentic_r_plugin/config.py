@@ -17,10 +17,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.store import atomic_path
 
 T = TypeVar("T")
+
+FREE: Mapping[str, Any] = {"decides": False}
+"""Metadata of a setting that cannot change the result (speed, memory, retries, log output, the output's own path).
+
+It may differ when work is resumed. A setting without one of these flags decides the result.
+"""
+
+BY_CONTENTS: Mapping[str, Any] = {"decides": "contents"}
+"""Metadata of a setting that names a file, a folder or a model: its contents decide the result, its name does not."""
+
+
+def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
+    """Metadata of a dictionary with the options of one component; `field` next to it holds the component's name.
+
+    A component declares its options in a dataclass `Options` in its class, whose fields carry the same flags.
+    An option that is not declared decides the result.
+    """
+    return {"options_of": (kind, field)}
 
 
 def load_config(
@@ -148,6 +167,61 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain types, for saving and hashing."""
     return dataclasses.asdict(config)
+
+
+def deciding(config: Any, *, names: bool = False) -> dict[str, Any]:
+    """The settings that can change the result, nested ones too, as plain types.
+
+    Work that is resumed compares these with the settings it was begun with.
+
+    Args:
+        config: an object of a dataclass of settings. The metadata `decides` of a field is True (the default), False
+            (`FREE`), "contents" (`BY_CONTENTS`), another string (compared elsewhere), or a function that reduces the
+            value to what decides.
+        names: whether the names of files and models are compared (work that does not know their contents).
+
+    >>> @dataclasses.dataclass
+    ... class Settings:
+    ...     out: str = dataclasses.field(metadata=FREE)
+    ...     model: str = dataclasses.field(metadata=BY_CONTENTS)
+    ...     seed: int = 0
+    >>> deciding(Settings("runs/1", "e5")), deciding(Settings("runs/1", "e5"), names=True)
+    ({'seed': 0}, {'model': 'e5', 'seed': 0})
+    """
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        decides, value = item.metadata.get("decides", True), getattr(config, item.name)
+        if _left_out(decides, names):
+            continue
+        if callable(decides):
+            value = decides(value)
+        elif "options_of" in item.metadata:
+            kind, named_by = item.metadata["options_of"]
+            value = _deciding_options(kind, getattr(config, named_by), value, names)
+        elif dataclasses.is_dataclass(value):
+            value = deciding(value, names=names)
+        found[item.name] = value
+    return found
+
+
+def _left_out(decides: Any, names: bool) -> bool:
+    return decides is False or (isinstance(decides, str) and not (names and decides == BY_CONTENTS["decides"]))
+
+
+def _deciding_options(kind: str, name: str, options: Mapping[str, Any], names: bool) -> dict[str, Any]:
+    declared = getattr(components.load(kind, name), "Options", None) if options else None
+    known = {item.name: item.metadata.get("decides", True) for item in dataclasses.fields(declared or _NoOptions)}
+    return {option: value for option, value in options.items() if not _left_out(known.get(option, True), names)}
+
+
+@dataclasses.dataclass
+class _NoOptions:
+    """Of a component that declares none."""
+
+
+def free_settings(cls: type) -> list[str]:
+    """Names of the fields of `cls` that may differ when work is resumed."""
+    return [item.name for item in dataclasses.fields(cls) if _left_out(item.metadata.get("decides", True), names=True)]
 
 
 def save_config(config: Any, file: str | Path) -> None:

@@ -30,7 +30,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -40,8 +40,8 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding_options
-from agentic_r_plugin.config import load_config, merged, save_config, to_dict
+from agentic_r_plugin.backends import LLMSpec
+from agentic_r_plugin.config import FREE, deciding, load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
@@ -68,6 +68,9 @@ _CHOICES = {
     "critic_from": ("new", "previous"),
 }
 
+_SECTION = {"decides": "phases"}
+"""Metadata of a section: the settings of the phases that are made from it are compared on a resume (`_deciding`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IterateConfig:
@@ -77,13 +80,15 @@ class IterateConfig:
     limits; what a section says of these goes on top, field by field, except where the output lies.
     """
 
-    out: str = field(metadata={"help": "run folder"})
+    out: str = field(metadata={"help": "run folder", **FREE})
     agent: str = field(metadata={"help": "folder of the agent to start from"})
     retriever: str = field(metadata={"help": "retriever to start from: folder, or builtin:NAME"})
     benchmark: str = field(default="", metadata={"help": "benchmark in FlashRAG layout; empty: generate one (world)"})
     corpus: str = field(default="", metadata={"help": "corpus, where it is not the benchmark's corpus.jsonl"})
     iterations: int = field(default=2, metadata={"help": "K"})
-    dry_run: bool = field(default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop", **FREE}
+    )
     seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
     agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
     critic_from: str = field(
@@ -97,27 +102,31 @@ class IterateConfig:
     dev_split: str = field(default="dev", metadata={"help": "questions PPO is validated on; empty: none"})
     test_split: str = field(default="test", metadata={"help": "questions of the evaluation"})
     judge: bool = field(default=False, metadata={"help": "ask a judge for sub-answers (needs a sub_answers section)"})
-    llm: dict[str, Any] = field(default_factory=dict, metadata={"help": "how the agent is run outside PPO (LLMSpec)"})
-    world: dict[str, Any] = field(default_factory=dict)
-    index: dict[str, Any] = field(default_factory=dict)
-    serve: dict[str, Any] = field(default_factory=dict)
+    llm: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "how the agent is run outside PPO (LLMSpec)", **_SECTION}
+    )
+    world: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    index: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    serve: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
     service_startup_timeout_s: float = field(
-        default=300.0, metadata={"help": "how long the retrieval service may take to load its index"}
+        default=300.0, metadata={"help": "how long the retrieval service may take to load its index", **FREE}
     )
-    train_agent: dict[str, Any] = field(default_factory=dict)
+    train_agent: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
     train_agent_later: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on"}
+        default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on", **_SECTION}
     )
-    trajectories: dict[str, Any] = field(default_factory=dict)
-    candidates: dict[str, Any] = field(default_factory=dict)
-    sub_answers: dict[str, Any] = field(default_factory=dict)
-    relevance: dict[str, Any] = field(default_factory=dict)
-    correctness: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
-    train_retriever: dict[str, Any] = field(default_factory=dict)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict, metadata={"help": "assumptions of the forecast (PlanConfig)"})
+    trajectories: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    candidates: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    sub_answers: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    relevance: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    correctness: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    groups: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    evaluate: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    report: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    plan: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "assumptions of the forecast (PlanConfig)", **FREE}
+    )
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -188,13 +197,26 @@ class Loop:
         for name in ("train_agent", "train_agent_later"):
             _check_preset(name, getattr(self.config, name).get("preset", "paper"))
         load_config(plan.PlanConfig, values=self.config.plan)
-        self._index_config(0, "x")
-        self.serve_config("x")
-        self._train_agent_config(1, "x", _URL)
-        self._train_agent_config(2, "x", _URL)
+        phases = self.phases()
         self._check_reach(self._check_stages())
-        components.load("retriever_trainer", self.train_retriever_config(1, "x", Path("x")).trainer)
-        self._planned_evaluation()
+        components.load("retriever_trainer", phases["train_retriever"].trainer)
+
+    def phases(self) -> dict[str, Any]:
+        """The configuration of each phase in the first iteration (`train_agent_later`: in the second), by section.
+
+        Paths of what the loop itself makes are placeholders.
+        """
+        world = {} if self.config.benchmark else {"world": self._world_config()}
+        return {
+            **world,
+            "index": self._index_config(0, "x"),
+            "serve": self.serve_config("x"),
+            "train_agent": self._train_agent_config(1, "x", _URL),
+            "train_agent_later": self._train_agent_config(2, "x", _URL),
+            **{name.replace("-", "_"): self.stage_config(1, name, "x", _URL) for name in self._data_stages()},
+            "train_retriever": self.train_retriever_config(1, "x", Path("x")),
+            "evaluate": self._planned_evaluation(),
+        }
 
     def _check_stages(self) -> dict[str, Any]:
         """The data stages' settings, each and together."""
@@ -306,9 +328,9 @@ class Loop:
         if self.folder.exists() and not resume:
             raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
         before = load_config(IterateConfig, saved) if saved.exists() else None
-        if before is not None:
-            then, now = _deciding(before), _deciding(self.config)
-            if changed := [key for key in now if then[key] != now[key]]:
+        if before is not None and before != self.config:
+            then, now = _deciding(Loop(replace(before, out=self.config.out))), _deciding(self)
+            if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
                 raise ManifestMismatchError(
                     f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
                     "choose another out="
@@ -561,36 +583,23 @@ _STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "co
 _JUDGES = ("listwise_judge", "pointwise_judge")
 """Scorers that ask a language model."""
 
-_LLM_FREE = {item.name for item in fields(LLMSpec)} - {"backend", "model", "tokenizer", "dtype", "options"}
-_SEARCH_FREE = {item.name for item in fields(SearchSpec)} - {"backend", "index", "corpus", "retriever", "options"}
-_STAGE_FREE = {"batch_size", "runner", "max_error_share"}
-_SERVE_FREE = {item.name for item in fields(server.ServeConfig)} - {"backend", "corpus", "retriever", "options"}
-_INDEX_FREE = {"device", "batch_size", "max_batch_tokens", "ray_workers", "ray_address", "ray_gpus"}
-_TRAIN_AGENT_FREE = {
-    "save_every", "keep_checkpoints", "validate_every", "rollouts_per_step", "threads", "max_concurrent_searches",
-    "search_timeout_s", "search_retries", "loggers", "device_memory_gb", "retrieval_token_env",
-}  # fmt: skip
-_TRAIN_RETRIEVER_FREE = {"device", "checkpoint_steps"}
 
+def _deciding(loop: Loop) -> dict[str, Any]:
+    """The settings that decide what the loop makes, by dotted name.
 
-def _deciding(config: IterateConfig) -> dict[str, Any]:
-    """The settings that decide what the loop makes, without those that say where and how fast.
-
-    What a phase's own manifest refuses, it still refuses.
+    Of the sections, those of the phases that they compose: each command's own fields say which decide.
     """
-    found = to_dict(config)
-    for name in ("plan", "dry_run", "report", "service_startup_timeout_s"):
-        del found[name]
-    for name in _STAGE_SECTIONS:
-        inner = {"llm": _LLM_FREE, "search": _SEARCH_FREE}
-        section = {key: _without(value, inner[key]) if key in inner else value for key, value in found[name].items()}
-        found[name] = _without(section, _STAGE_FREE)
-    for name, free in (
-        ("llm", _LLM_FREE), ("serve", _SERVE_FREE), ("index", _INDEX_FREE), ("train_agent", _TRAIN_AGENT_FREE),
-        ("train_agent_later", _TRAIN_AGENT_FREE), ("train_retriever", _TRAIN_RETRIEVER_FREE),
-    ):  # fmt: skip
-        found[name] = _without(found[name], free)
-    return found
+    phases = {"llm": load_config(LLMSpec, values={"model": "x"} | loop.config.llm)} | loop.phases()
+    found = deciding(loop.config) | {name: deciding(phase, names=True) for name, phase in phases.items()}
+    return dict(_flat(found))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _check_preset(section: str, preset: str) -> None:
@@ -603,11 +612,6 @@ def _check_preset(section: str, preset: str) -> None:
             f"{section}.preset={preset}: expected paper, because the limits of the loop hold for PPO, data and "
             f"evaluation alike and not for PPO alone; set what it stands for: {' '.join([*limits, *rest])}"
         )
-
-
-def _without(section: Mapping[str, Any], free: Set[str]) -> dict[str, Any]:
-    told = {"options": deciding_options(section["options"])} if "options" in section else {}
-    return {key: value for key, value in {**section, **told}.items() if key not in free and value != {}}
 
 
 _CONFIG_OF: dict[str, type] = {

@@ -192,26 +192,6 @@ def test_stages_that_stay_here_or_search_elsewhere_need_no_open_service(tmp_path
              "correctness.runner={kind: ray, address: local}", "trajectories.runner={kind: ray}")  # fmt: skip
 
 
-FREE = (
-    "correctness.batch_size=7", "trajectories.runner.workers=2", "relevance.llm.concurrency=3", "llm.device=cpu",
-    "candidates.search.timeout_s=5", "serve.workers=2", "train_retriever.device=cpu", "relevance.max_error_share=0.5",
-    "train_agent.threads=2", "plan.gpus=4", "serve.token_env=OTHER",
-)  # fmt: skip
-
-
-def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(tmp_path):
-    given = f"benchmark={tmp_path}"
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", given]))
-    loop.open(resume=False)
-    saved = loop.folder / "config.yaml"
-    before = saved.stat().st_mtime_ns
-    loop.open(resume=True)
-    assert saved.stat().st_mtime_ns == before
-    other = load_config(IterateConfig, saved, FREE)
-    Loop(other).open(resume=True)
-    assert load_config(IterateConfig, saved) == other
-
-
 def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
     loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
     loop.open(resume=False)
@@ -222,22 +202,6 @@ def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
     again.open(resume=True)
     again._phase(1, "train-agent", lambda: None)
     assert [line["phase"] for _, line in read_lines(loop.folder / "costs.jsonl")] == ["index", "train-agent"]
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "correctness.threshold=70", "relevance.llm.model=other", "llm.dtype=float16", "serve.options.nprobe=3",
-        "candidates.search.backend=bm25", "train_retriever.epochs=3", "train_agent.steps=3", "index.kind=SQ8",
-        "llm.options.quantization=fp8",
-    ],
-)  # fmt: skip
-def test_a_resume_may_not_change_what_decides_results(tmp_path, override):
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
-    loop.open(resume=False)
-    other = load_config(IterateConfig, loop.folder / "config.yaml", [override])
-    with pytest.raises(ManifestMismatchError, match=rf"\({override.partition('.')[0]} differ from"):
-        Loop(other).open(resume=True)
 
 
 def test_what_a_run_was_given_may_not_change_under_it(tmp_path):

@@ -34,20 +34,11 @@ from agentic_r_plugin.agent.prepare import (
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
-from agentic_r_plugin.config import fingerprint, save_config, to_dict
+from agentic_r_plugin.config import deciding, fingerprint, free_settings, save_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
 from agentic_r_plugin.store import only_writer, read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
-
-_FREE = ("out", "retrieval_url", "retrieval_token_env", "steps", "save_every", "keep_checkpoints", "validate_every",
-         "rollouts_per_step", "threads", "max_concurrent_searches", "max_failed_search_share", "search_timeout_s",
-         "search_retries", "stability", "loggers", "dry_run", "device_memory_gb", "micro_batch_size",
-         "micro_batch_tokens", "offload", "tensor_parallel")  # fmt: skip
-"""Fields that may change between a run and its resumption."""
-_FREE_OF_VERL = ("gpu_memory_utilization", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "_offload",
-                 "enforce_eager", "max_num_seqs", "max_num_batched_tokens")  # fmt: skip
-"""Ends of verl's keys that may: they say how memory is used, not what is learnt."""
 
 _LOG_TAIL_LINES = 25
 
@@ -89,13 +80,14 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
 
 def _fingerprint(config: TrainAgentConfig) -> str:
-    values = {name: value for name, value in to_dict(config).items() if name not in _FREE}
+    values = deciding(config)
+    del values["steps"]  # a finished training may go on for more steps
     values["precision"] = precision(config)
-    values["verl"] = [item for item in config.verl if not item.partition("=")[0].endswith(_FREE_OF_VERL)]
     for name in ("model", "critic", "questions", "validation"):
-        if values[name] is not None and not Path(values[name]).exists():
-            raise ConfigError(f"{name}: {values[name]} does not exist")
-        values[name] = values[name] and content_key(Path(values[name]))
+        path = getattr(config, name)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name}: {path} does not exist")
+        values[name] = path and content_key(Path(path))
     return fingerprint(values)
 
 
@@ -109,8 +101,8 @@ def _check_same(run_dir: Path, key: str, dtype: str) -> None:
     if found["fingerprint"] != key:
         raise ManifestMismatchError(
             f"{run_dir} belongs to a run with other settings, questions or models (see its config.yaml); choose "
-            f"another folder, or give the same settings. May change: {', '.join(_FREE[1:])}, and verl's "
-            f"*{', *'.join(_FREE_OF_VERL)}"
+            "another folder, or give the same settings. May change: steps, "
+            f"{', '.join(free_settings(TrainAgentConfig))}, and verl's settings of memory"
         )
 
 

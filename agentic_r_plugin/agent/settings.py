@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from agentic_r_plugin.agent.stability import StabilityRule
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
 
@@ -20,6 +21,25 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 def _help(text: str, **options: Any) -> Any:
     return field(metadata={"help": text}, **options)
+
+
+def _free(text: str, **options: Any) -> Any:
+    return field(metadata={"help": text, **FREE}, **options)
+
+
+def _file(text: str, **options: Any) -> Any:
+    return field(metadata={"help": text, **BY_CONTENTS}, **options)
+
+
+_MEMORY_OF_VERL = (
+    "gpu_memory_utilization", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "_offload", "enforce_eager",
+    "max_num_seqs", "max_num_batched_tokens",
+)  # fmt: skip
+"""Ends of verl's keys that say how memory is used and not what is learnt."""
+
+
+def _deciding_overrides(overrides: list[str]) -> list[str]:
+    return [item for item in overrides if not item.partition("=")[0].endswith(_MEMORY_OF_VERL)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +58,18 @@ class TrainAgentConfig:
     preset: str = _help(
         "paper, or released_code: 4 searches, 800 tokens a turn and an observation, 400 steps", default="paper"
     )
-    model: str = _help("folder of the agent to start from (Hugging Face format)", default=MISSING)
-    questions: str = _help("training questions (FlashRAG jsonl)", default=MISSING)
-    retrieval_url: str = _help("address of the retrieval service", default=MISSING)
-    retrieval_token_env: str = _help(
+    model: str = _file("folder of the agent to start from (Hugging Face format)", default=MISSING)
+    questions: str = _file("training questions (FlashRAG jsonl)", default=MISSING)
+    retrieval_url: str = _free("address of the retrieval service", default=MISSING)
+    retrieval_token_env: str = _free(
         "environment variable that holds the service's token; workers of a Ray cluster need it, too", default=""
     )
-    out: str = _help("folder of the run; the trained agent is written to OUT/agent", default=MISSING)
-    validation: str | None = _help("questions to validate on; none: no validation", default=None)
+    out: str = _free("folder of the run; the trained agent is written to OUT/agent", default=MISSING)
+    validation: str | None = _file("questions to validate on; none: no validation", default=None)
     validation_questions: int = _help(
         "use only N validation questions, the same draw for every seed; 0: all", default=0
     )
-    critic: str | None = _help("folder of a critic to start from; none: the agent with a new value head", default=None)
+    critic: str | None = _file("folder of a critic to start from; none: the agent with a new value head", default=None)
     value_head: str = _help(
         "how a new value head starts: random (verl's), or zero: values are 0 at first", default="random"
     )
@@ -65,7 +85,7 @@ class TrainAgentConfig:
     batch_size: int = _help("questions a step", default=512)
     samples: int = _help("trajectories a question", default=1)
     mini_batch_size: int = _help("questions an update", default=256)
-    micro_batch_size: int = _help("trajectories a forward and backward pass, per device", default=8)
+    micro_batch_size: int = _free("trajectories a forward and backward pass, per device", default=8)
     temperature: float = _help("of sampling while training; validation is greedy", default=1.0)
     actor_lr: float = _help("learning rate of the actor", default=1e-6)
     actor_warmup: float = _help("share of all steps over which the actor's learning rate rises", default=0.285)
@@ -79,44 +99,51 @@ class TrainAgentConfig:
     lora_rank: int = _help("rank of LoRA adapters on the actor; 0: all weights are trained", default=0)
     lora_alpha: int = _help("scale of the adapters, divided by their rank", default=32)
 
-    stability: StabilityRule = field(default_factory=StabilityRule, metadata={"help": "when training has collapsed"})
-    save_every: int = _help("steps between checkpoints; the last step is always saved", default=50)
-    keep_checkpoints: int = _help("newest checkpoints to keep; 0: all", default=3)
-    validate_every: int = _help("steps between validations; 0: only before the first and after the last", default=50)
-    rollouts_per_step: int = _help("trajectories of each step, drawn, written to rollouts/STEP.jsonl", default=4)
-    loggers: list[str] = field(default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …"})
+    stability: StabilityRule = field(
+        default_factory=StabilityRule, metadata={"help": "when training has collapsed", **FREE}
+    )
+    save_every: int = _free("steps between checkpoints; the last step is always saved", default=50)
+    keep_checkpoints: int = _free("newest checkpoints to keep; 0: all", default=3)
+    validate_every: int = _free("steps between validations; 0: only before the first and after the last", default=50)
+    rollouts_per_step: int = _free("trajectories of each step, drawn, written to rollouts/STEP.jsonl", default=4)
+    loggers: list[str] = field(
+        default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …", **FREE}
+    )
 
-    max_failed_search_share: float = _help(
+    max_failed_search_share: float = _free(
         "share of failed searches (asynchronous modes: also of agent loops that raised) above which the run stops",
         default=0.1,
     )
-    max_concurrent_searches: int = _help("searches under way at once, per agent-loop worker", default=64)
-    search_timeout_s: float = _help("limit of one attempt of a search", default=60.0)
-    search_retries: int = _help("attempts after a search's first, with doubling pauses", default=5)
+    max_concurrent_searches: int = _free("searches under way at once, per agent-loop worker", default=64)
+    search_timeout_s: float = _free("limit of one attempt of a search", default=60.0)
+    search_retries: int = _free("attempts after a search's first, with doubling pauses", default=5)
     cpu: bool | None = _help("train on the CPU; none: where no accelerator is found", default=None)
     devices: int = _help("accelerators (or CPU worker processes) on this machine", default=1)
     nodes: int = _help(
         "machines of that many devices, in one Ray cluster; more than 1: out is on a shared disk", default=1
     )
     rollout_nodes: int = _help("further machines for rollouts alone (separate_async)", default=0)
-    device_memory_gb: float = _help("memory of one accelerator, for the estimate of --dry-run", default=80.0)
-    tensor_parallel: int = _help("accelerators that share one rollout engine", default=1)
-    offload: bool = _help("keep weights and optimizer states in host memory while they are not used", default=True)
-    micro_batch_tokens: int = _help(
+    device_memory_gb: float = _free("memory of one accelerator, for the estimate of --dry-run", default=80.0)
+    tensor_parallel: int = _free("accelerators that share one rollout engine", default=1)
+    offload: bool = _free("keep weights and optimizer states in host memory while they are not used", default=True)
+    micro_batch_tokens: int = _free(
         "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
     )
     precision: str = _help(
         "float32, bfloat16: type that actor, reference and critic compute in; auto: what a CPU is fast in, or verl's",
         default="auto",
     )
-    threads: int | None = _help("CPU threads a worker; none: all cores", default=None)
+    threads: int | None = _free("CPU threads a worker; none: all cores", default=None)
     engine: str = _help(
         "verl's rollout engine on accelerators: vllm, or sglang (composed and checked, never run)", default="vllm"
     )
-    dry_run: bool = _help(
+    dry_run: bool = _free(
         "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False
     )
-    verl: list[str] = field(default_factory=list, metadata={"help": "further Hydra overrides for verl, applied last"})
+    verl: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further Hydra overrides for verl, applied last", "decides": _deciding_overrides},
+    )
 
     def __post_init__(self) -> None:
         choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}

@@ -21,7 +21,7 @@ from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonst
 from agentic_r_plugin.agent.prepare import content_key
 from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import fingerprint, save_config, to_dict
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, fingerprint, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
@@ -29,24 +29,25 @@ from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, read_records, require_absent, write_json
 
-_FREE = ("model", "questions", "corpus", "out", "device")
-"""Fields that may change between a run and its resumption; the files they name must hold the same."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStartSFTConfig:
     """Supervised warm start of a causal language model on scripted search trajectories."""
 
-    model: str = field(default="???", metadata={"help": "folder of a Hugging Face causal language model"})
-    questions: str = field(default="???", metadata={"help": "questions whose metadata names supporting passages"})
-    corpus: str = field(default="???", metadata={"help": "corpus file"})
-    out: str = field(default="???", metadata={"help": "folder of the trained model"})
+    model: str = field(
+        default="???", metadata={"help": "folder of a Hugging Face causal language model", **BY_CONTENTS}
+    )
+    questions: str = field(
+        default="???", metadata={"help": "questions whose metadata names supporting passages", **BY_CONTENTS}
+    )
+    corpus: str = field(default="???", metadata={"help": "corpus file", **BY_CONTENTS})
+    out: str = field(default="???", metadata={"help": "folder of the trained model", **FREE})
     protocol: str = field(default="compact", metadata={"help": "registered agent_protocol"})
     supporting_field: str = field(default="gold_doc_ids", metadata={"help": "field of metadata with the passage ids"})
     skip: int = field(default=0, metadata={"help": "questions left out at the start of the file"})
     limit: int = field(default=0, metadata={"help": "questions used after that (0: all)"})
     seed: int = field(default=0, metadata={"help": "of the demonstrations and the order of training"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     limits: Limits = field(default_factory=Limits)
     search: SearchSpec = field(default_factory=lambda: SearchSpec(backend="bm25"))
     demonstrations: DemonstrationSettings = field(default_factory=DemonstrationSettings)
@@ -111,7 +112,7 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> None:
 
 
 def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
-    settings = {key: value for key, value in to_dict(config).items() if key not in _FREE}
+    settings = deciding(config)
     settings["training"] |= {"precision": _precision(config)}
     if not any(Path(config.model).glob("*.safetensors")):
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")

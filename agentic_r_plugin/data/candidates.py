@@ -10,9 +10,10 @@ from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
@@ -25,14 +26,14 @@ from agentic_r_plugin.store import read_records
 class CandidatesConfig:
     """Retrieve the candidate passages of every query of every trajectory."""
 
-    in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
-    out: str = field(metadata={"help": "candidates file to write", **UNRECORDED})
+    in_: str = field(metadata={"help": "trajectories file", **BY_CONTENTS})
+    out: str = field(metadata={"help": "candidates file to write", **FREE})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
     topk: int = field(default=20, metadata={"help": "candidates a query"})
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
-    batch_size: int = field(default=64, metadata={"help": "trajectories at once", **UNRECORDED})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    batch_size: int = field(default=64, metadata={"help": "trajectories at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:

@@ -23,11 +23,12 @@ from typing import Protocol
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, SelectionRule, preset_rule, rollout_order
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
@@ -41,10 +42,10 @@ from agentic_r_plugin.search.corpus import Corpus
 class CorrectnessConfig:
     """Let the agent go on from single candidates, and compare its answers with the gold ones."""
 
-    candidates: str = field(metadata={"help": "candidates file", **UNRECORDED})
-    out: str = field(metadata={"help": "correctness file to write", **UNRECORDED})
-    corpus: str = field(metadata={"help": "corpus of the candidates", **UNRECORDED})
-    relevance: str = field(default="", metadata={"help": "relevance file, for exact pruning", **UNRECORDED})
+    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
+    out: str = field(metadata={"help": "correctness file to write", **FREE})
+    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
+    relevance: str = field(default="", metadata={"help": "relevance file, for exact pruning", **BY_CONTENTS})
     exhaustive: bool = field(default=False, metadata={"help": "roll out every candidate; needs no relevance"})
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
@@ -60,8 +61,8 @@ class CorrectnessConfig:
     num_candidates: int = field(
         default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
     )
-    batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **UNRECORDED})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def check(self) -> None:
         """ConfigError where it is not said which candidates are rolled out."""

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
+from agentic_r_plugin.config import FREE
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, preset_rule, select
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
 from agentic_r_plugin.rollout import RolloutCost
@@ -28,11 +29,11 @@ Key = tuple[str, int]
 class GroupsConfig:
     """Pick the positive and the negatives of every query."""
 
-    candidates: str = field(metadata={"help": "candidates file", **UNRECORDED})
-    relevance: str = field(default="", metadata={"help": "relevance file", **UNRECORDED})
-    correctness: str = field(default="", metadata={"help": "correctness file", **UNRECORDED})
-    out: str = field(metadata={"help": "groups file to write", **UNRECORDED})
-    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **UNRECORDED})
+    candidates: str = field(metadata={"help": "candidates file", **FREE})
+    relevance: str = field(default="", metadata={"help": "relevance file", **FREE})
+    correctness: str = field(default="", metadata={"help": "correctness file", **FREE})
+    out: str = field(metadata={"help": "groups file to write", **FREE})
+    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **FREE})
     preset: str = field(
         default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives, further ties left out"}
     )
@@ -51,7 +52,7 @@ class GroupsConfig:
     drop_duplicate_passages: bool = field(
         default=False, metadata={"help": "ours: negatives of equal text only once, and none of the positive's text"}
     )
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def rule(self) -> SelectionRule:
         """The rule these settings ask for.

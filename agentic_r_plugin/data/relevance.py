@@ -11,6 +11,7 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
+from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.data.correctness import PassageStore
 from agentic_r_plugin.data.groups import query_key, query_units
 from agentic_r_plugin.data.journal import Outcome
@@ -18,7 +19,7 @@ from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.keyed import KeyedRecords
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
@@ -29,19 +30,23 @@ from agentic_r_plugin.search.corpus import Corpus
 class RelevanceConfig:
     """Score the candidates of every query."""
 
-    candidates: str = field(metadata={"help": "candidates file", **UNRECORDED})
-    out: str = field(metadata={"help": "relevance file to write", **UNRECORDED})
-    corpus: str = field(metadata={"help": "corpus of the candidates", **UNRECORDED})
+    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
+    out: str = field(metadata={"help": "relevance file to write", **FREE})
+    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
     scorer: str = field(default="gold_documents", metadata={"help": "registered relevance_scorer"})
-    questions: str = field(default="", metadata={"help": "questions file, for scorers that use metadata", **UNRECORDED})
-    sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **UNRECORDED})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the scorer's options"})
+    questions: str = field(
+        default="", metadata={"help": "questions file, for scorers that use metadata", **BY_CONTENTS}
+    )
+    sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **BY_CONTENTS})
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "the scorer's options", **options_of("relevance_scorer", "scorer")}
+    )
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used"})
     max_error_share: float = field(
-        default=0.1, metadata={"help": "largest share of queries the judge may fail on", **UNRECORDED}
+        default=0.1, metadata={"help": "largest share of queries the judge may fail on", **FREE}
     )
-    batch_size: int = field(default=64, metadata={"help": "queries scored at once", **UNRECORDED})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    batch_size: int = field(default=64, metadata={"help": "queries scored at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def check(self) -> None:
         """ConfigError where the scorer is unknown, or a file is missing that it needs."""

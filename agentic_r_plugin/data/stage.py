@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar, cast
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, deciding, with_absolute_paths
-from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, with_absolute_paths
+from agentic_r_plugin.config import deciding, to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.journal import REFUSED, Journal, require_free
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
@@ -61,9 +61,6 @@ from agentic_r_plugin.store import (
 Item = TypeVar("Item")
 Config = TypeVar("Config", bound=Any)
 
-UNRECORDED = {"manifest": False}
-"""Metadata of a configuration field that does not change the records (paths, batch sizes)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[Item]):
@@ -71,8 +68,7 @@ class Stage(Generic[Item]):
 
     Args:
         name: the command.
-        config: its configuration; compared on resume, but for fields with metadata `UNRECORDED` and what of the
-            backends' settings decides no answer (`backends.deciding`).
+        config: its configuration; what decides the result (`config.deciding`) is compared on resume.
         out: output file, or folder of shards (`runner.sharded`).
         inputs: files that are read, by role.
         models: fingerprints of what the caller uses, by role; the workers add theirs.
@@ -196,16 +192,11 @@ def _models(fingerprints: dict[str, str]) -> dict[str, str]:
 
 
 def _recorded(config: Any) -> dict[str, Any]:
-    """The configuration's fields that decide what the records are; of backends each setting by itself."""
+    """The settings that decide what the records are; of a backend each setting under its own name."""
     found: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if not item.metadata.get("manifest", True):
-            continue
-        if isinstance(value, LLMSpec | SearchSpec):
-            found |= {f"{item.name}.{name}": setting for name, setting in deciding(value).items()}
-        else:
-            found[item.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    for name, value in deciding(config).items():
+        is_backend = isinstance(getattr(config, name), LLMSpec | SearchSpec)
+        found |= {f"{name}.{key}": setting for key, setting in value.items()} if is_backend else {name: value}
     return found
 
 

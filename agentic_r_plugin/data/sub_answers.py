@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory
@@ -30,17 +30,17 @@ _PROMPT = "sub_answers"
 class SubAnswersConfig:
     """Let a judge name what each query was after."""
 
-    in_: str = field(metadata={"help": "trajectories file", **UNRECORDED})
-    out: str = field(metadata={"help": "sub-answers file to write", **UNRECORDED})
+    in_: str = field(metadata={"help": "trajectories file", **BY_CONTENTS})
+    out: str = field(metadata={"help": "sub-answers file to write", **FREE})
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge"})
     max_retries: int = field(default=3, metadata={"help": "further attempts after a reply that is not as asked"})
     max_tokens: int = field(default=512, metadata={"help": "longest reply"})
     max_error_share: float = field(
-        default=0.1, metadata={"help": "largest share of trajectories the judge may fail on", **UNRECORDED}
+        default=0.1, metadata={"help": "largest share of trajectories the judge may fail on", **FREE}
     )
-    prompt: str = field(default="", metadata={"help": "own prompt file in place of sub_answers.txt", **UNRECORDED})
-    batch_size: int = field(default=64, metadata={"help": "trajectories judged at once", **UNRECORDED})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    prompt: str = field(default="", metadata={"help": "own prompt file in place of sub_answers.txt", **BY_CONTENTS})
+    batch_size: int = field(default=64, metadata={"help": "trajectories judged at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
 
 def name_sub_answers(

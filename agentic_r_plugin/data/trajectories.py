@@ -12,9 +12,10 @@ from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
@@ -28,8 +29,8 @@ from agentic_r_plugin.store import read_records
 class TrajectoriesConfig:
     """Let the agent answer every question, and write what it did."""
 
-    in_: str = field(metadata={"help": "questions file", **UNRECORDED})
-    out: str = field(metadata={"help": "trajectories file to write", **UNRECORDED})
+    in_: str = field(metadata={"help": "questions file", **BY_CONTENTS})
+    out: str = field(metadata={"help": "trajectories file to write", **FREE})
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
@@ -39,8 +40,8 @@ class TrajectoriesConfig:
     seed: int = field(default=0, metadata={"help": "of random_sample, and of the draw where the temperature is not 0"})
     num_questions: int = field(default=0, metadata={"help": "only so many, from the start of the file; 0: all"})
     random_sample: bool = field(default=False, metadata={"help": "so many drawn at random, in the file's order"})
-    batch_size: int = field(default=64, metadata={"help": "questions answered at once", **UNRECORDED})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **UNRECORDED})
+    batch_size: int = field(default=64, metadata={"help": "questions answered at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
 
 def answer_questions(

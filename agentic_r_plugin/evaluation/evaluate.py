@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, deciding, open_llm, open_search
-from agentic_r_plugin.config import load_config, save_config, to_dict
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.config import deciding, load_config, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
@@ -284,8 +284,8 @@ def _made_from(
     search: str,
 ) -> dict[str, Any]:
     """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not."""
-    own, llm = asdict(settings), settings.agent
-    agent, searching = deciding(llm), deciding(settings.search)
+    own, llm = deciding(settings), settings.agent
+    agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
@@ -304,8 +304,8 @@ def _made_from(
         "tokenizer": identities[llm.tokenizer],
         "level": config.level,
         "resamples": config.resamples,
-        "sampling_seed": settings.seed,
-    } | {name: own[name] for name in ("protocol", "limits", "topk", "depth", "temperature", "top_p")}
+        "sampling_seed": sampling_seed,
+    } | own
 
 
 def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import load_config
+from agentic_r_plugin.config import FREE, load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits
@@ -48,7 +48,7 @@ class AgenticRSettings:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
     top_p: float = field(default=1.0, metadata={"help": "nucleus of the sampled tokens"})
     seed: int | None = field(default=None, metadata={"help": "seed of sampling"})
-    batch_size: int = field(default=64, metadata={"help": "questions that are answered together"})
+    batch_size: int = field(default=64, metadata={"help": "questions that are answered together", **FREE})
     agent: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent's language model"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
 

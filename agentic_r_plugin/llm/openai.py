@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -58,6 +59,15 @@ class OpenAIBackend:
     Raises:
         ConfigError: no url or no model.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `LLMSpec.options` may hold."""
+
+        requests_per_minute: float = field(default=0.0, metadata=FREE)
+        usd_per_million_prompt_tokens: float = field(default=0.0, metadata=FREE)
+        usd_per_million_cached_tokens: float | None = field(default=None, metadata=FREE)
+        usd_per_million_generated_tokens: float = field(default=0.0, metadata=FREE)
 
     def __init__(
         self,
@@ -106,12 +116,7 @@ class OpenAIBackend:
         Raises:
             ConfigError: another option.
         """
-        known = {
-            "requests_per_minute",
-            "usd_per_million_prompt_tokens",
-            "usd_per_million_cached_tokens",
-            "usd_per_million_generated_tokens",
-        }
+        known = {item.name for item in fields(cls.Options)}
         if unknown := sorted(set(spec.options) - known):
             raise ConfigError(f"llm.options: openai has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return cls(

@@ -7,10 +7,11 @@ against a stand-in of that interface only, not run on an accelerator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -34,6 +35,15 @@ class VLLMBackend:
     Raises:
         ConfigError: vllm is not installed, or the engine refuses its arguments.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """Engine arguments that cannot change the output; every other one can."""
+
+        gpu_memory_utilization: float = field(default=0.9, metadata=FREE)
+        tensor_parallel_size: int = field(default=1, metadata=FREE)
+        max_num_seqs: int | None = field(default=None, metadata=FREE)
+        max_num_batched_tokens: int | None = field(default=None, metadata=FREE)
 
     def __init__(self, model: str, *, tokenizer: str = "", dtype: str = "auto", **options: Any) -> None:
         if not model:

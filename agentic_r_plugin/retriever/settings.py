@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 
@@ -22,10 +23,12 @@ class TrainRetrieverConfig:
     But for gradient checkpointing, which is off: gradient caching bounds the memory instead, with the same gradients.
     """
 
-    groups: str = field(metadata={"help": "training groups (agentic-r groups)"})
-    corpus: str = field(metadata={"help": "corpus the groups' passages are in"})
-    out: str = field(metadata={"help": "checkpoint folder to write"})
-    retriever: str = field(default="intfloat/e5-base-v2", metadata={"help": "model to start from, or builtin:minilm"})
+    groups: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
+    corpus: str = field(metadata={"help": "corpus the groups' passages are in", **BY_CONTENTS})
+    out: str = field(metadata={"help": "checkpoint folder to write", **FREE})
+    retriever: str = field(
+        default="intfloat/e5-base-v2", metadata={"help": "model to start from, or builtin:minilm", **BY_CONTENTS}
+    )
     preset: str = field(
         default="auto", metadata={"help": "family of an untrained model: auto, e5, bge, minilm, decoder, plain"}
     )
@@ -57,10 +60,14 @@ class TrainRetrieverConfig:
         metadata={"help": "a query's known positives, by id or text, are none of its negatives; off as in the paper"},
     )
     relevance: str | None = field(
-        default=None, metadata={"help": "relevance file; replug and llm_embedder learn from its scores"}
+        default=None, metadata={"help": "relevance file; replug and llm_embedder learn from its scores", **BY_CONTENTS}
     )
     correctness: str | None = field(
-        default=None, metadata={"help": "correctness file (--exhaustive), added to the scores of replug, llm_embedder"}
+        default=None,
+        metadata={
+            "help": "correctness file (--exhaustive), added to the scores of replug, llm_embedder",
+            **BY_CONTENTS,
+        },
     )
     teacher_temperature: float = field(default=0.1, metadata={"help": "of the softmax over the scores"})
     query_max_length: int | None = field(
@@ -91,12 +98,12 @@ class TrainRetrieverConfig:
     )
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps"})
-    checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points"})
-    dev_groups: str | None = field(default=None, metadata={"help": "held-out groups to measure on"})
+    checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points", **FREE})
+    dev_groups: str | None = field(default=None, metadata={"help": "held-out groups to measure on", **BY_CONTENTS})
     dev_steps: int | None = field(default=None, metadata={"help": "steps between two measurements; an epoch"})
     dev_corpus: bool = field(default=False, metadata={"help": "measure by searching the whole corpus as well"})
     dev_metric: str = field(default="dev_ndcg_at_10", metadata={"help": "what early stopping watches"})

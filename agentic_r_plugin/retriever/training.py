@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import child, components, compute
-from agentic_r_plugin.config import fingerprint, save_config, to_dict
+from agentic_r_plugin.config import deciding, fingerprint, save_config
 from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.retriever import loss as losses
@@ -134,16 +134,13 @@ def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: li
     }
 
 
-_NOT_OF_THE_WEIGHTS = ("groups", "corpus", "out", "retriever", "device", "processes", "checkpoint_steps")
-
-
 def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> str:
     """What the weights depend on."""
-    settings = to_dict(config) | {"precision": compute.resolve(config.precision, retriever.model.device)}
-    for name in _NOT_OF_THE_WEIGHTS:
-        settings.pop(name)
+    settings = deciding(config) | {"precision": compute.resolve(config.precision, retriever.model.device)}
+    del settings["processes"]  # part of `world`
     for name in ("relevance", "correctness", "dev_groups"):
-        settings[name] = file_fingerprint(settings[name]) if settings[name] else None
+        path = getattr(config, name)
+        settings[name] = file_fingerprint(path) if path else None
     return fingerprint(settings, file_fingerprint(config.groups), corpus.fingerprint(), retriever.fingerprint(), world)
 
 

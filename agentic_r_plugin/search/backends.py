@@ -14,12 +14,13 @@ The dense ones live in `dense`; this module imports neither faiss nor torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError
-from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, known_options
+from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import read_json, write_json
@@ -46,6 +47,14 @@ class BM25Backend:
     Raises:
         IndexMismatchError: the folder holds an index of another corpus or of other parameters.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `SearchSpec.options` may hold."""
+
+        k1: float = 0.9
+        b: float = 0.4
+        folder: str = field(default="", metadata=FREE)
 
     def __init__(self, corpus: str | Path, *, k1: float = 0.9, b: float = 0.4, folder: str = "") -> None:
         import bm25s
@@ -74,7 +83,7 @@ class BM25Backend:
         """From the settings shared by all commands; options: `k1`, `b`, `folder`."""
         if not spec.corpus:
             raise ConfigError("search backend 'bm25' needs 'corpus', a corpus file")
-        return cls(spec.corpus, **known_options(spec, "k1", "b", "folder"))
+        return cls(spec.corpus, **typed_options(spec, cls.Options))
 
     def _tokens(self, texts: list[str]) -> Any:
         return self._tokenize(texts, stopwords="en", stemmer=self._stem, return_ids=False, show_progress=False)
@@ -107,6 +116,13 @@ class ServiceBackend:
         client: how to reach it.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `SearchSpec.options` may hold."""
+
+        token_env: str = field(default="", metadata=FREE)
+        max_connections: int = field(default=32, metadata=FREE)
+
     def __init__(self, client: RetrievalClient) -> None:
         self.client = client
 
@@ -115,8 +131,8 @@ class ServiceBackend:
         """From the settings shared by all commands; options: `token_env`, `max_connections`."""
         if not spec.url:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
-        options = known_options(spec, "token_env", "max_connections")
-        token = token_from_env(str(options.pop("token_env", "")))
+        options = typed_options(spec, cls.Options)
+        token = token_from_env(options.pop("token_env"))
         return cls(
             RetrievalClient(spec.url, timeout_s=spec.timeout_s, retries=spec.max_retries, token=token, **options)
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agentic_r_plugin.config import load_config, to_dict
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError
 from agentic_r_plugin.records import Passage
 
@@ -81,6 +82,15 @@ def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:
     if unknown := sorted(set(spec.options) - set(known)):
         raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     return dict(spec.options)
+
+
+def typed_options(spec: SearchSpec, cls: type) -> dict[str, Any]:
+    """A backend's own options, checked against `cls`, the dataclass that declares them, and with its defaults.
+
+    Raises:
+        ConfigError: one that it does not have, or of a wrong type.
+    """
+    return to_dict(load_config(cls, values=known_options(spec, *(item.name for item in fields(cls)))))
 
 
 def bounded_topk(topk: int, rows: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from agentic_r_plugin.backends import SearchSpec
+from agentic_r_plugin.config import FREE
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.search import index as indexes
-from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, known_options
+from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.faiss_files import flat_vectors, open_index, set_search_depth
@@ -42,8 +44,12 @@ class DenseBackend(ABC):
     """
 
     name: str
-    options: tuple[str, ...] = ("precision",)
-    """Keyword arguments that `SearchSpec.options` may set."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `SearchSpec.options` may hold, for every dense backend."""
+
+        precision: str = "auto"
 
     def __init__(
         self,
@@ -81,7 +87,7 @@ class DenseBackend(ABC):
             spec.corpus or None,
             device=spec.device,
             batch_size=spec.batch_size,
-            **known_options(spec, *cls.options),
+            **typed_options(spec, cls.Options),
         )
 
     @abstractmethod
@@ -120,7 +126,14 @@ class FaissBackend(DenseBackend):
     """
 
     name = "faiss"
-    options = ("precision", "mapped", "nprobe", "ef_search")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(DenseBackend.Options):
+        """What `SearchSpec.options` may hold."""
+
+        mapped: bool = field(default=False, metadata=FREE)
+        nprobe: int = 64
+        ef_search: int = 128
 
     def __init__(
         self,
@@ -154,7 +167,13 @@ class FaissGPUBackend(DenseBackend):
     """
 
     name = "faiss_gpu"
-    options = ("precision", "float16", "nprobe")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(DenseBackend.Options):
+        """What `SearchSpec.options` may hold."""
+
+        float16: bool = True
+        nprobe: int = 64
 
     def __init__(
         self,
@@ -204,7 +223,14 @@ class TorchBackend(DenseBackend):
     """
 
     name = "torch"
-    options = ("precision", "search_devices", "dtype", "block_rows")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(DenseBackend.Options):
+        """What `SearchSpec.options` may hold."""
+
+        search_devices: str = field(default="auto", metadata=FREE)
+        dtype: str = "float16"
+        block_rows: int = field(default=65_536, metadata=FREE)
 
     def __init__(
         self,

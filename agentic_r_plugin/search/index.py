@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import faiss
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import fingerprint, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, save_config
 from agentic_r_plugin.errors import (
     AgenticRError,
     ConfigError,
@@ -44,23 +44,31 @@ _WORK, _SHARDS = "work.json", "shards"
 class IndexConfig:
     """Settings of `agentic-r index`."""
 
-    corpus: str = field(metadata={"help": "corpus file: jsonl, jsonl.gz or parquet with id and contents"})
-    retriever: str = field(metadata={"help": "retriever checkpoint folder, hub name, or builtin:minilm"})
-    out: str = field(metadata={"help": "index folder to write"})
+    corpus: str = field(
+        metadata={"help": "corpus file: jsonl, jsonl.gz or parquet with id and contents", **BY_CONTENTS}
+    )
+    retriever: str = field(metadata={"help": "retriever checkpoint folder, hub name, or builtin:minilm", **BY_CONTENTS})
+    out: str = field(metadata={"help": "index folder to write", **FREE})
     kind: str = field(default="Flat", metadata={"help": "faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …"})
     method: str = field(default="agentic_r", metadata={"help": "FlashRAG's retrieval_method; names the index file"})
     preset: str = field(default="auto", metadata={"help": "prefixes of an untrained model: auto, e5, bge, plain"})
     formulation: str | None = field(default=None, metadata={"help": "query formulation in place of the recorded one"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of query and passage, in place of recorded"})
-    device: str = field(default="auto", metadata={"help": "auto: all GPUs of this node, else cpu; or cuda:0,cuda:1"})
+    device: str = field(
+        default="auto", metadata={"help": "auto: all GPUs of this node, else cpu; or cuda:0,cuda:1", **FREE}
+    )
     precision: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 where native"})
-    batch_size: int = field(default=1024, metadata={"help": "passages of one forward pass at most"})
-    max_batch_tokens: int = field(default=0, metadata={"help": "tokens of one forward pass at most; 0: by the device"})
+    batch_size: int = field(default=1024, metadata={"help": "passages of one forward pass at most", **FREE})
+    max_batch_tokens: int = field(
+        default=0, metadata={"help": "tokens of one forward pass at most; 0: by the device", **FREE}
+    )
     shard_size: int = field(default=2048, metadata={"help": "passages between two resume points"})
     train_rows: int = field(default=262_144, metadata={"help": "vectors that SQ8, IVF and PQ are trained on at most"})
-    ray_workers: int = field(default=0, metadata={"help": "encode with so many Ray actors; 0: without Ray"})
-    ray_address: str = field(default="", metadata={"help": "Ray cluster (auto, ray://…); empty: one on this machine"})
-    ray_gpus: float = field(default=0.0, metadata={"help": "GPUs of one Ray actor"})
+    ray_workers: int = field(default=0, metadata={"help": "encode with so many Ray actors; 0: without Ray", **FREE})
+    ray_address: str = field(
+        default="", metadata={"help": "Ray cluster (auto, ray://…); empty: one on this machine", **FREE}
+    )
+    ray_gpus: float = field(default=0.0, metadata={"help": "GPUs of one Ray actor", **FREE})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size", "train_rows"):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.child import die_with, end
-from agentic_r_plugin.config import save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
@@ -46,34 +46,53 @@ _STOP_S = 10
 class ServeConfig:
     """Settings of `agentic-r serve`."""
 
-    index: str = field(default="", metadata={"help": "index folder built by agentic-r index (backend faiss)"})
-    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
-    retriever: str = field(default="", metadata={"help": "retriever folder, where it is not the index's own"})
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "what only this backend knows"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu"})
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "address, 0.0.0.0: all; one that is not loopback needs token_env"}
+    index: str = field(
+        default="", metadata={"help": "index folder built by agentic-r index (backend faiss)", **BY_CONTENTS}
     )
-    port: int = field(default=8000, metadata={"help": "0: a free one"})
-    token_env: str = field(default="", metadata={"help": "environment variable that holds the token clients must send"})
-    workers: int = field(default=1, metadata={"help": "processes, each with a retriever; one that dies is replaced"})
-    allow_reload: bool = field(default=False, metadata={"help": "take POST /reload (from whoever may search)"})
-    ready_file: str = field(default="", metadata={"help": "gets JSON {url, pid, fingerprint} when the service answers"})
-    exit_with_parent: bool = field(default=False, metadata={"help": "end when the process that started it ends"})
-    default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say"})
-    max_queries: int = field(default=1024, metadata={"help": "queries of one request"})
-    max_topk: int = field(default=1000, metadata={"help": "passages for one query"})
-    max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request"})
-    max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question"})
-    max_history: int = field(default=64, metadata={"help": "earlier queries of one query"})
-    max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request"})
-    max_waiting: int = field(default=8192, metadata={"help": "queries waiting before new ones are refused (503)"})
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request"})
-    header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head"})
-    batch_size: int = field(default=64, metadata={"help": "queries encoded at once"})
-    window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company"})
-    cache_size: int = field(default=10_000, metadata={"help": "results kept, 32 passages each on average; 0: none"})
+    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
+    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own", **BY_CONTENTS})
+    retriever: str = field(
+        default="", metadata={"help": "retriever folder, where it is not the index's own", **BY_CONTENTS}
+    )
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
+    )
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "address, 0.0.0.0: all; one that is not loopback needs token_env", **FREE},
+    )
+    port: int = field(default=8000, metadata={"help": "0: a free one", **FREE})
+    token_env: str = field(
+        default="", metadata={"help": "environment variable that holds the token clients must send", **FREE}
+    )
+    workers: int = field(
+        default=1, metadata={"help": "processes, each with a retriever; one that dies is replaced", **FREE}
+    )
+    allow_reload: bool = field(default=False, metadata={"help": "take POST /reload (from whoever may search)", **FREE})
+    ready_file: str = field(
+        default="", metadata={"help": "gets JSON {url, pid, fingerprint} when the service answers", **FREE}
+    )
+    exit_with_parent: bool = field(
+        default=False, metadata={"help": "end when the process that started it ends", **FREE}
+    )
+    default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say", **FREE})
+    max_queries: int = field(default=1024, metadata={"help": "queries of one request", **FREE})
+    max_topk: int = field(default=1000, metadata={"help": "passages for one query", **FREE})
+    max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request", **FREE})
+    max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question", **FREE})
+    max_history: int = field(default=64, metadata={"help": "earlier queries of one query", **FREE})
+    max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request", **FREE})
+    max_waiting: int = field(
+        default=8192, metadata={"help": "queries waiting before new ones are refused (503)", **FREE}
+    )
+    timeout_s: float = field(default=60.0, metadata={"help": "for one request", **FREE})
+    header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head", **FREE})
+    batch_size: int = field(default=64, metadata={"help": "queries encoded at once", **FREE})
+    window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company", **FREE})
+    cache_size: int = field(
+        default=10_000, metadata={"help": "results kept, 32 passages each on average; 0: none", **FREE}
+    )
 
     def __post_init__(self) -> None:
         positive = ("default_topk", "max_queries", "max_topk", "max_passages", "max_query_chars", "max_body_bytes")

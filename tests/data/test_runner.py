@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from agentic_r_plugin.config import FREE
 from agentic_r_plugin.data import parts
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import Batch, RunnerSpec, flow
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, run_stage
+from agentic_r_plugin.data.stage import Stage, run_stage
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
@@ -26,8 +27,8 @@ from agentic_r_plugin.store import read_json, read_records, write_records
 
 @dataclass(frozen=True, kw_only=True)
 class EchoConfig:
-    in_: str = field(metadata=UNRECORDED)
-    out: str = field(metadata=UNRECORDED)
+    in_: str = field(metadata=FREE)
+    out: str = field(metadata=FREE)
 
 
 class Echo:

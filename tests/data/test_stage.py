@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
+from agentic_r_plugin.config import FREE
 from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import UNRECORDED, Stage, for_workers, run_stage
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.data.sub_answers import SubAnswersConfig
 from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
@@ -32,10 +33,10 @@ OPTIONS = {"max_model_len": 512, "tensor_parallel_size": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class UpperConfig:
-    in_: str = field(metadata=UNRECORDED)
-    out: str = field(metadata=UNRECORDED)
+    in_: str = field(metadata=FREE)
+    out: str = field(metadata=FREE)
     suffix: str = "!"
-    llm: LLMSpec = field(default_factory=lambda: LLMSpec(model="m", dtype="bfloat16", options=OPTIONS))
+    llm: LLMSpec = field(default_factory=lambda: LLMSpec(backend="vllm", model="m", dtype="bfloat16", options=OPTIONS))
     search: SearchSpec = field(default_factory=lambda: SearchSpec(options={"nprobe": 8}))
 
 
@@ -178,12 +179,15 @@ def test_a_journal_damaged_in_the_middle_is_an_error(config: UpperConfig):
         ({"config": {"suffix": "?"}}, r'suffix was "!", now "\?"'),
         ({"models": {"agent": "other"}}, 'fingerprint of agent was absent, now "other"'),
         ({"input": True}, "input questions was"),
-        ({"config": {"llm": LLMSpec(options=OPTIONS)}}, r'llm\.dtype was "bfloat16", now "auto"'),
+        ({"config": {"llm": LLMSpec(backend="vllm", options=OPTIONS)}}, r'llm\.dtype was "bfloat16", now "auto"'),
         (
-            {"config": {"llm": LLMSpec(dtype="bfloat16", backend="vllm", options=OPTIONS)}},
-            'backend was "hf", now "vllm"',
+            {"config": {"llm": LLMSpec(dtype="bfloat16", options=OPTIONS)}},
+            'backend was "vllm", now "hf"',
         ),
-        ({"config": {"llm": LLMSpec(dtype="bfloat16", options={"quantization": "fp8"})}}, r"llm\.options was .*512"),
+        (
+            {"config": {"llm": LLMSpec(backend="vllm", dtype="bfloat16", options={"quantization": "fp8"})}},
+            r"llm\.options was .*512",
+        ),
         (
             {"config": {"search": SearchSpec(options={"nprobe": 1})}},
             r'search\.options was {"nprobe": 8}, now {"nprobe": 1}',
@@ -216,14 +220,15 @@ def test_what_can_be_refused_without_the_models_is_so_before_they_are_loaded(con
     assert there.opens == 0
 
 
-FREE = {
+ELSEWHERE = {
     "llm": LLMSpec(
-        model="moved", dtype="bfloat16", device="cuda", concurrency=3, max_batch_tokens=9, timeout_s=1.0, max_retries=1,
+        backend="vllm", model="moved", dtype="bfloat16", device="cuda", concurrency=3, max_batch_tokens=9,
+        timeout_s=1.0, max_retries=1,
         url="http://elsewhere:1/v1", api_key_env="OTHER", prefix_cache_tokens=7,
         options={"max_model_len": 512, "tensor_parallel_size": 2},
     ),
     "search": SearchSpec(
-        index="moved", url="http://elsewhere:2", device="cuda", batch_size=3, options={"nprobe": 8, "token_env": "T"}
+        index="moved", url="http://elsewhere:2", device="cuda", batch_size=3, options={"nprobe": 8, "mapped": True}
     ),
 }  # fmt: skip
 
@@ -231,7 +236,7 @@ FREE = {
 def test_where_and_how_fast_a_model_runs_does_not_prevent_a_resume(config: UpperConfig):
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
-    Shouter(replace(config, **FREE)).run(resume=True)
+    Shouter(replace(config, **ELSEWHERE)).run(resume=True)
 
 
 def test_workers_of_a_cluster_that_runs_already_are_given_absolute_paths(

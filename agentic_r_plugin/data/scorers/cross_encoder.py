@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
 from agentic_r_plugin.store import file_fingerprint
@@ -30,6 +31,16 @@ class CrossEncoderScorer:
     Raises:
         ConfigError: no such model, or one with several labels.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What the command's `options` may hold."""
+
+        model: str = ""
+        text: str = "query"
+        batch_size: int = field(default=64, metadata=FREE)
+        max_length: int = 0
+        device: str = field(default="auto", metadata=FREE)
 
     needs_questions = False
 
@@ -66,7 +77,7 @@ class CrossEncoderScorer:
         Raises:
             ConfigError: another option, or no model.
         """
-        check_options("cross_encoder", options, "model", "text", "batch_size", "max_length", "device")
+        check_options("cross_encoder", options, *(item.name for item in fields(cls.Options)))
         return cls(**{"model": ""} | dict(options))
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
