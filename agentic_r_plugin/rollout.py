@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.errors import RequestRefusedError, SearchRefusedError
+from agentic_r_plugin.errors import RequestRefusedError, SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order, search_each
+
+OnSearch = Callable[[Session, list[Hit], list[Hit]], None]
+"""Called with a session, the passages it is shown, and the passages found down to the depth asked for."""
 
 
 @dataclass
@@ -50,7 +53,8 @@ def run_sessions(
     topk: int,
     sampling: Sampling,
     cost: RolloutCost | None = None,
-    on_search: Callable[[Session, list[Hit]], None] | None = None,
+    depth: int = 0,
+    on_search: OnSearch | None = None,
 ) -> None:
     """Drive every session to its end, in place. One that the model or the retriever refuses ends, and says so
     (`Session.refusal`); the others go on.
@@ -60,11 +64,12 @@ def run_sessions(
         topk: passages the agent is shown for a search.
         sampling: how the model draws; the protocol's stop strings are added.
         cost: added to, when given.
-        on_search: called with each session and what its search found.
+        depth: passages to search for `on_search`, where that is more than `topk`; the agent sees the first `topk`.
+        on_search: called with each session, the passages it is shown, and those found down to `depth`.
 
     Raises:
         BackendError: the model failed.
-        SearchError: the retriever failed; no session takes that for an empty result.
+        SearchError: the retriever failed, or refuses this depth; no session takes that for an empty result.
     """
     cost = cost if cost is not None else RolloutCost()
     cost.rollouts += len(sessions)
@@ -85,7 +90,7 @@ def run_sessions(
             action = session.model_wrote(completion.token_ids)
             if isinstance(action, Search):
                 waiting.append((session, action))
-        _answer_searches(waiting, search, topk, cost, on_search)
+        _answer_searches(waiting, search, topk, depth, cost, on_search)
         active = [session for session in active if session.finished is None]
 
 
@@ -115,20 +120,43 @@ def _answer_searches(
     waiting: Sequence[tuple[Session, Search]],
     search: SearchBackend,
     topk: int,
+    depth: int,
     cost: RolloutCost,
-    on_search: Callable[[Session, list[Hit]], None] | None,
+    on_search: OnSearch | None,
 ) -> None:
     if not waiting:
         return
     requests = [search_request(session, action) for session, action in waiting]
     cost.searches += len(requests)
-    for (session, _), hits in zip(waiting, search_each(search, requests, topk), strict=True):
-        if isinstance(hits, SearchRefusedError):
-            session.search_failed(str(hits))
+    for (session, _), found in zip(waiting, _find(search, requests, topk, depth), strict=True):
+        if isinstance(found, SearchRefusedError):
+            session.search_failed(str(found))
             continue
+        hits, deeper = found
         if on_search is not None:
-            on_search(session, hits)
+            on_search(session, hits, deeper)
         session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+
+def _find(
+    search: SearchBackend, requests: Sequence[SearchRequest], topk: int, depth: int
+) -> list[tuple[list[Hit], list[Hit]] | SearchRefusedError]:
+    """For each request its best `topk` passages and its best `depth`, from one search where the backend allows it."""
+    found = search_each(search, requests, max(topk, depth))
+    if depth <= topk:
+        return [hits if isinstance(hits, SearchRefusedError) else (hits, hits[:depth]) for hits in found]
+    pairs: list[tuple[list[Hit], list[Hit]] | SearchRefusedError] = []
+    again = [isinstance(hits, SearchRefusedError) or depth_changes_order(search) for hits in found]
+    shown = iter(search_each(search, [request for request, ask in zip(requests, again, strict=True) if ask], topk))
+    for hits, ask in zip(found, again, strict=True):
+        first = next(shown) if ask or isinstance(hits, SearchRefusedError) else hits[:topk]
+        if isinstance(first, SearchRefusedError):
+            pairs.append(first)
+        elif isinstance(hits, SearchRefusedError):  # the query is good, and only the depth is refused
+            raise SearchError(f"the retriever refuses {depth} passages for a search, and gives {topk}: {hits}")
+        else:
+            pairs.append((first, hits))
+    return pairs
 
 
 def search_request(session: Session, action: Search) -> SearchRequest:

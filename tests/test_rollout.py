@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from agentic_r_plugin.errors import SearchError
+from agentic_r_plugin.errors import SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import Limits, Session, compact
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.search.base import Hit
 from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
 GREEDY = Sampling()
@@ -94,9 +95,52 @@ def test_every_search_is_told_to_the_listener():
     told = []
     run_sessions(
         [session("1?")], ScriptedAgent(policy), ListedSearch(FOUND), topk=2, sampling=GREEDY,
-        on_search=lambda item, hits: told.append((item.question, [hit.passage.id for hit in hits])),
+        on_search=lambda item, hits, deeper: told.append((item.question, ids(hits), ids(deeper))),
     )  # fmt: skip
-    assert told == [("1?", ["a", "b"])]
+    assert told == [("1?", ["a", "b"], [])]
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.passage.id for hit in hits]
+
+
+class Reranking(ListedSearch):
+    """Turns what it found around: the best of three is not the best of two."""
+
+    depth_changes_order = True
+
+    def search(self, requests, topk):
+        return [hits[::-1] for hits in super().search(requests, topk)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "searches", "shown", "found"),
+    [
+        (ListedSearch, 3, 1, ["a", "b"], ["a", "b", "c"]),
+        (ListedSearch, 1, 1, ["a", "b"], ["a"]),
+        (Reranking, 3, 2, ["b", "a"], ["c", "b", "a"]),
+    ],
+)
+def test_one_search_serves_the_agent_and_the_listener_unless_the_retriever_reranks(kind, depth, searches, shown, found):
+    told, search, cost, item = [], kind(FOUND), RolloutCost(), session("1?")
+    run_sessions(
+        [item], ScriptedAgent(policy), search, topk=2, sampling=GREEDY, cost=cost, depth=depth,
+        on_search=lambda _, hits, deeper: told.append((ids(hits), ids(deeper))),
+    )  # fmt: skip
+    assert told == [(shown, found)]
+    assert [passage.id for passage in item.turns[0].passages] == shown
+    assert (len(search.requests), cost.searches) == (searches, 1)
+
+
+def test_a_retriever_that_refuses_the_depth_is_an_error_and_not_a_failed_search():
+    class Shallow(ListedSearch):
+        def search(self, requests, topk):
+            if topk > 2:
+                raise SearchRefusedError("topk 20: max 2", status=413)
+            return super().search(requests, topk)
+
+    with pytest.raises(SearchError, match="refuses 20 passages for a search, and gives 2: topk 20: max 2"):
+        run_sessions([session("1?")], ScriptedAgent(policy), Shallow(FOUND), topk=2, sampling=GREEDY, depth=20)
 
 
 def test_a_finished_session_becomes_a_record_with_its_scores():

@@ -13,7 +13,7 @@ from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order
 from agentic_r_plugin.store import dump_line, parse_line
 
 SCHEMA = "retrieval_cache/1"
@@ -38,7 +38,8 @@ class CachedSearch:
         self.backend, self.path, self.save = backend, path, save
         self.looked_up = 0
         """Searches answered from the cache."""
-        self._kept: dict[SearchRequest, tuple[int, list[Hit]]] = {}
+        self.depth_changes_order = depth_changes_order(backend)
+        self._kept: dict[SearchRequest, dict[int, list[Hit]]] = {}
         if path.is_file():
             self._read()
         elif save:
@@ -62,7 +63,7 @@ class CachedSearch:
                     Hit(passage=Passage.from_contents(row["id"], row["contents"]), score=row["score"])
                     for row in data["passages"]
                 ]
-                self._kept[request] = (data["topk"], hits)
+                self._kept.setdefault(request, {})[data["topk"]] = hits
             except (KeyError, TypeError) as error:
                 raise RecordError(
                     f"expected a cached search, found {line[:80]!r}", path=self.path, line=number
@@ -78,17 +79,22 @@ class CachedSearch:
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`; each request that is not known, or not so deep, is searched once."""
-        missing = [
-            request for request in dict.fromkeys(requests) if request not in self._kept or self._kept[request][0] < topk
-        ]
+        missing = [request for request in dict.fromkeys(requests) if self._known(request, topk) is None]
         self.looked_up += len(requests) - len(missing)
         if missing:
             found = self.backend.search(missing, topk)
-            self._kept |= {request: (topk, hits) for request, hits in zip(missing, found, strict=True)}
+            for request, hits in zip(missing, found, strict=True):
+                self._kept.setdefault(request, {})[topk] = hits
             if self.save:
                 with self.path.open("ab") as stream:
-                    stream.writelines(dump_line(_line(request, topk, self._kept[request][1])) for request in missing)
-        return [self._kept[request][1][:topk] for request in requests]
+                    stream.writelines(dump_line(_line(request, topk, self._kept[request][topk])) for request in missing)
+        return [self._known(request, topk) or [] for request in requests]
+
+    def _known(self, request: SearchRequest, topk: int) -> list[Hit] | None:
+        """What is kept of a search: of this depth, or of a deeper one where its first passages are the same."""
+        kept = self._kept.get(request, {})
+        depth = topk if self.depth_changes_order else max(kept, default=0)
+        return kept[depth][:topk] if depth >= topk and depth in kept else None
 
     def fingerprint(self) -> str:
         """The backend's: a cache changes no result."""

@@ -29,7 +29,7 @@ from agentic_r_plugin.evaluation.settings import read_agent_card, read_settings,
 from agentic_r_plugin.protocol import AgentProtocol, Session
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
-from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.search.base import Hit
 
 
 class StrictEvaluator(Evaluator):
@@ -165,10 +165,12 @@ class AgenticSearchPipeline(SearchR1Pipeline):
     def _answer(self, items: Sequence[Any]) -> None:
         codec = self.generator.llm.codec
         sessions = [Session(self.protocol, codec, self.limits, item.question) for item in items]
-        seen: dict[int, dict[str, Hit]] = {id(session): {} for session in sessions}
+        shown: dict[int, dict[str, Hit]] = {id(session): {} for session in sessions}
+        deep: dict[int, list[list[Hit]]] = {id(session): [] for session in sessions}
 
-        def remember(session: Session, hits: list[Hit]) -> None:
-            seen[id(session)].update({hit.passage.id: hit for hit in hits})
+        def remember(session: Session, hits: list[Hit], deeper: list[Hit]) -> None:
+            shown[id(session)].update({hit.passage.id: hit for hit in hits})
+            deep[id(session)].append(deeper)
 
         run_sessions(
             sessions,
@@ -177,25 +179,11 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             topk=self.topk,
             sampling=self.settings.sampling(),
             cost=self.cost,
+            depth=self.settings.depth,
             on_search=remember,
         )
-        for item, session, deep in zip(items, sessions, self._look_deeper(sessions), strict=True):
-            self._write(item, session, seen[id(session)], deep)
-
-    def _look_deeper(self, sessions: Sequence[Session]) -> list[list[list[Hit]]]:
-        """For each session and search, the passages down to the settings' depth; not counted as searches."""
-        requests = [
-            SearchRequest(
-                query=turn.query,
-                question=session.question,
-                history=tuple(earlier.query for earlier in session.turns[:position]),
-            )
-            for session in sessions
-            for position, turn in enumerate(session.turns)
-        ]
-        depth = self.settings.depth
-        found = iter(self.backend.search(requests, depth) if requests and depth else [[] for _ in requests])
-        return [[next(found) for _ in session.turns] for session in sessions]
+        for item, session in zip(items, sessions, strict=True):
+            self._write(item, session, shown[id(session)], deep[id(session)])
 
     def _write(self, item: Any, session: Session, seen: Mapping[str, Hit], deep: Sequence[Sequence[Hit]]) -> None:
         question = Question(id=str(item.id), question=item.question, golden_answers=tuple(item.golden_answers))

@@ -86,6 +86,7 @@ class FlashRAGBackend:
     def __init__(self, retriever: Any, *, formulation: str = "query") -> None:
         self.retriever = retriever
         self.formulation = formulation
+        self.depth_changes_order = bool(getattr(retriever, "use_reranker", False))
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """Best `topk` passages of each request; a passage that FlashRAG repeats is kept once.

@@ -33,7 +33,14 @@ class Hit:
 
 
 class SearchBackend(Protocol):
-    """Finds passages. A search that finds nothing is an empty list; one that fails raises."""
+    """Finds passages. A search that finds nothing is an empty list; one that fails raises.
+
+    The best passages of a search are taken to be the first ones of a deeper search, which holds for exact indexes, IVF
+    and BM25. HNSW and half-precision scores look at more passages for a larger `topk`, so the first ones of a deeper
+    search can be better than those of a search for a few; they are then what the agent is shown. A backend of which it
+    does not hold at all, since it reranks as many passages as it is asked for, has a true attribute
+    `depth_changes_order` and is asked once for each depth.
+    """
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """Best `topk` passages of each request, best first; fewer only when the corpus is smaller.
@@ -47,6 +54,11 @@ class SearchBackend(Protocol):
 
     def close(self) -> None:
         """Free what it holds; safe to call twice."""
+
+
+def depth_changes_order(search: SearchBackend) -> bool:
+    """Whether the best passages of a search may be other than the first ones of a deeper search."""
+    return bool(getattr(search, "depth_changes_order", False))
 
 
 _OF_ONE_REQUEST = frozenset({400, 413, 422})

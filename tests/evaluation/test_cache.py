@@ -32,7 +32,7 @@ def test_a_second_run_searches_nothing_and_finds_the_same(tmp_path: Path) -> Non
     first, asked = answered(tmp_path, save_retrieval_cache=True)
     second, asked_again = answered(tmp_path, use_retrieval_cache=True)
     assert first == second == plain
-    assert len(asked.requests) == 24 and asked_again.requests == []  # 12 searches, looked at twice: 3 and 20 deep
+    assert len(asked.requests) == 12 and asked_again.requests == []
     with pytest.raises(ConfigError, match="is there already; set use_retrieval_cache"):
         answered(tmp_path, save_retrieval_cache=True)
 
@@ -52,6 +52,18 @@ def test_a_search_is_known_by_question_history_and_depth_too(tmp_path: Path) -> 
     assert cache.search(requests[:1], 5)[0][:3] == found[0] and len(search.requests) == 4
     again = CachedSearch(search, tmp_path / "c.jsonl", save=False)
     assert again.search(requests, 3) == found and len(search.requests) == 4
+
+
+def test_of_a_reranking_retriever_each_depth_is_kept_apart(tmp_path: Path) -> None:
+    search = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl")
+    search.depth_changes_order = True  # type: ignore[attr-defined]
+    cache = CachedSearch(search, tmp_path / "c.jsonl")
+    for topk in (20, 3, 20):
+        cache.search([SearchRequest(query="Ada")], topk)
+    assert len(search.requests) == 2
+    again = CachedSearch(search, tmp_path / "c.jsonl", save=False)
+    assert [len(again.search([SearchRequest(query="Ada")], topk)[0]) for topk in (3, 20)] == [3, 12]
+    assert len(search.requests) == 2
 
 
 def test_a_line_that_was_cut_off_is_searched_again_and_the_file_is_whole(tmp_path: Path) -> None:

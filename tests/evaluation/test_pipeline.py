@@ -66,6 +66,32 @@ def test_trajectories_are_those_of_the_rollout_driver(tmp_path: Path) -> None:
     assert expected[1].malformed_turns == 3
 
 
+@pytest.mark.parametrize(("reranks", "searches"), [(False, 12), (True, 24)])
+def test_recall_at_20_is_of_the_agents_own_searches_with_the_same_trajectories(
+    tmp_path: Path, reranks: bool, searches: int
+) -> None:
+    write_benchmark(tmp_path)
+    outputs, scores, asked = [], [], []
+    for depth in (20, 0):
+        pipeline = build(tmp_path, agentic_r={"depth": depth}, metrics=[*METRIC_NAMES, "em"])
+        pipeline.backend.depth_changes_order = reranks
+        outputs.append([item.output for item in pipeline.run(load_split(pipeline.config, "test"))])
+        scores.append(pipeline.evaluator.result)
+        asked.append((len(pipeline.backend.requests), pipeline.cost.searches))
+    assert asked == [(searches, 12), (12, 12)]
+    deep, shallow = outputs
+    for with_depth, without in zip(deep, shallow, strict=True):
+        assert with_depth["trajectory"] == without["trajectory"]
+        assert with_depth["retrieval_results"] == without["retrieval_results"]
+        for found, turn in zip(with_depth["retrieved"], with_depth["trajectory"]["turns"], strict=True):
+            assert len(found["ids"]) == 12 and found["ids"][:3] == [passage["id"] for passage in turn["passages"]]
+    at_20 = {name for name in scores[0] if name.endswith("_20") or "_20_" in name}
+    assert {name: scores[0][name] for name in scores[0].keys() - at_20} == {
+        name: scores[1][name] for name in scores[1].keys() - at_20
+    }
+    assert scores[0]["gold_document_recall_at_20"] == 1.0 and scores[1]["gold_document_recall_at_20"] is None
+
+
 def test_the_retriever_is_given_question_and_history(tmp_path: Path) -> None:
     write_benchmark(tmp_path, num_questions=1)
     pipeline = build(tmp_path, agentic_r={"depth": 0})
