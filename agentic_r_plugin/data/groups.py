@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.config import FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.runner import RunnerSpec
@@ -29,11 +29,11 @@ Key = tuple[str, int]
 class GroupsConfig:
     """Pick the positive and the negatives of every query."""
 
-    candidates: str = field(metadata={"help": "candidates file", **FREE})
-    relevance: str = field(default="", metadata={"help": "relevance file", **FREE})
-    correctness: str = field(default="", metadata={"help": "correctness file", **FREE})
+    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
+    relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
+    correctness: str = field(default="", metadata={"help": "correctness file", **BY_CONTENTS})
     out: str = field(metadata={"help": "groups file to write", **FREE})
-    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **FREE})
+    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **BY_CONTENTS})
     preset: str = field(
         default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives, further ties left out"}
     )
