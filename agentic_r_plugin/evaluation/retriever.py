@@ -87,9 +87,12 @@ class FlashRAGBackend:
         self.retriever = retriever
         self.formulation = formulation
         self.depth_changes_order = bool(getattr(retriever, "use_reranker", False))
+        self._is_bm25 = "bm25" in type(retriever).__name__.lower() and not self.depth_changes_order
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """Best `topk` passages of each request; a passage that FlashRAG repeats is kept once.
+        """Best `topk` passages of each request.
+
+        A passage that FlashRAG repeats is kept once; what its BM25 fills up with (score 0, no common word) is left out.
 
         Raises:
             SearchError: the retriever gave another number of results than queries.
@@ -105,10 +108,11 @@ class FlashRAGBackend:
             raise SearchError(f"expected {len(inputs)} results from {type(self.retriever).__name__}, found {len(docs)}")
         return [self._hits(*row) for row in zip(docs, scores, strict=True)]
 
-    @staticmethod
-    def _hits(docs: Sequence[FlashRAGDoc], scores: Sequence[float]) -> list[Hit]:
+    def _hits(self, docs: Sequence[FlashRAGDoc], scores: Sequence[float]) -> list[Hit]:
         hits: dict[str, Hit] = {}
         for doc, score in zip(docs, scores, strict=True):
+            if self._is_bm25 and score <= 0:
+                continue
             passage = Passage.from_contents(str(doc["id"]), doc["contents"])
             hits.setdefault(passage.id, Hit(passage=passage, score=float(score)))
         return list(hits.values())

@@ -13,13 +13,14 @@ The dense ones live in `dense`; this module imports neither faiss nor torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import FREE, fingerprint
-from agentic_r_plugin.errors import ConfigError, IndexMismatchError
+from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
@@ -32,11 +33,42 @@ if TYPE_CHECKING:
 _BM25_KEY = "bm25.json"
 """Written last: its presence means that the folder is whole."""
 
+_UNSPACED = (
+    "\u0900-\u0963\u0966-\u0dff"  # Indic: words have spaces, but `\\w` does not match their vowel signs
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf\u1000-\u1049\u1780-\u17d3"  # Thai, Lao, Burmese, Khmer
+    "\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "\uac00-\ud7af"  # Korean, whose words carry their particles
+)
+"""Characters of scripts in which spaces do not set words apart."""
+
+_RUN = re.compile(f"[{_UNSPACED}]+")
+_TOKEN = rf"(?u)[{_UNSPACED}]+|\b\w\w+\b"
+
+
+def cut_runs(text: str, *, singles: bool = False) -> str:
+    """Cut text of scripts without spaces into overlapping pairs of characters; other text stays as it is.
+
+    Args:
+        singles: add every single character, so that a query of one character finds it (for passages).
+
+    >>> cut_runs("Li Bai (李白出生) 唐"), cut_runs("李白", singles=True)
+    ('Li Bai ( 李白 白出 出生 )  唐 ', ' 李白 李 白 ')
+    """
+
+    def cut(found: re.Match[str]) -> str:
+        run = found.group()
+        pairs = [run[at : at + 2] for at in range(len(run) - 1)]
+        return f" {' '.join([*pairs, *run] if singles or not pairs else pairs)} "
+
+    return _RUN.sub(cut, text)
+
 
 class BM25Backend:
     """Sparse retrieval in this process (bm25s), stemmed and without stop words on both sides.
 
-    The query alone is searched for: a formulation is part of a trained retriever, and BM25 has none.
+    The query alone is searched for: a formulation is part of a trained retriever, and BM25 has none. Words are runs of
+    at least two letters or digits; in scripts without spaces, pairs of characters (`cut_runs`).
 
     Args:
         corpus: the corpus file.
@@ -45,7 +77,8 @@ class BM25Backend:
             held in memory. (Building holds the corpus' words in memory either way.)
 
     Raises:
-        IndexMismatchError: the folder holds an index of another corpus or of other parameters.
+        IndexMismatchError: the folder holds an index of another corpus, of other parameters, or of an earlier version.
+        RecordError: a broken corpus, or one without words.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -67,12 +100,16 @@ class BM25Backend:
             if (found := read_json(kept)) != self.fingerprint():
                 raise IndexMismatchError(
                     f"{folder}: BM25 index {found} does not belong to corpus {corpus} with k1 {k1:g} and b {b:g} "
-                    f"({self.fingerprint()}); remove it or choose another folder"
+                    f"({self.fingerprint()}), or an earlier version built it with other rules for words; remove it or "
+                    "choose another folder"
                 )
             self._bm25 = bm25s.BM25.load(folder, mmap=True)
             return
         self._bm25 = bm25s.BM25(k1=k1, b=b)
-        self._bm25.index(self._tokens([passage.contents for passage in self.corpus]), show_progress=False)
+        words = self._tokens([cut_runs(passage.contents, singles=True) for passage in self.corpus])
+        if not any(words):
+            raise RecordError("no passage holds a word that BM25 could find", path=self.corpus.path)
+        self._bm25.index(words, show_progress=False)
         if kept is not None:
             self._bm25.save(folder)
             self.corpus.save_table(folder)
@@ -86,23 +123,27 @@ class BM25Backend:
         return cls(spec.corpus, **typed_options(spec, cls.Options))
 
     def _tokens(self, texts: list[str]) -> Any:
-        return self._tokenize(texts, stopwords="en", stemmer=self._stem, return_ids=False, show_progress=False)
+        return self._tokenize(
+            texts, token_pattern=_TOKEN, stopwords="en", stemmer=self._stem, return_ids=False, show_progress=False
+        )
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """See `SearchBackend.search`; passages that share no term with the query have score 0."""
+        """See `SearchBackend.search`; passages that share no word with the query are not found."""
         topk = bounded_topk(topk, len(self.corpus))
         if not requests:
             return []
-        tokens = [found or [""] for found in self._tokens([request.query for request in requests])]
+        words = self._tokens([cut_runs(request.query) for request in requests])
+        tokens = [found or [""] for found in words]  # bm25s takes no empty query
         rows, scores = self._bm25.retrieve(tokens, k=topk, show_progress=False, n_threads=0)
         return [
-            [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True)]
+            # bm25s fills up with passages of score 0, which share no word with the query
+            [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True) if score > 0]
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`."""
-        return fingerprint("bm25", self.corpus.fingerprint(), self._k1, self._b)
+        return fingerprint("bm25/2", self.corpus.fingerprint(), self._k1, self._b)
 
     def close(self) -> None:
         """Unmap the corpus."""

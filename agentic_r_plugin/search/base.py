@@ -43,7 +43,7 @@ class SearchBackend(Protocol):
     """
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """Best `topk` passages of each request, best first; fewer only when the corpus is smaller.
+        """Best `topk` passages of each request, best first; fewer where the corpus is smaller or no more are found.
 
         Raises:
             SearchError: the search could not be carried out.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import FREE
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, SearchError
 from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.corpus import Corpus
@@ -95,13 +95,23 @@ class DenseBackend(ABC):
         """(scores, rows), both (Q, K), best first; row -1 where an approximate index found fewer."""
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """See `SearchBackend.search`; scores are inner products."""
+        """See `SearchBackend.search`; scores are inner products.
+
+        Raises:
+            SearchError: a vector or a score is not finite.
+        """
         topk = bounded_topk(topk, len(self.corpus))
         if not requests:
             return []
         with self._lock:
             vectors = self.retriever.encode_queries(requests, batch_size=self.batch_size)
             scores, rows = self.nearest(vectors, topk)
+        # faiss finds nothing for a vector of NaN, which would pass for an empty result
+        if not (np.isfinite(vectors).all() and np.isfinite(scores[rows >= 0]).all()):
+            raise SearchError(
+                f"{self.index_path}: a query's vector or a score is not a finite number; the retriever may overflow in "
+                f"half precision (set search.options.precision=float32), or the index was built from such vectors"
+            )
         return [
             [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True) if row >= 0]
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
