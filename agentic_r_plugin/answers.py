@@ -1,6 +1,13 @@
 """Answers: normalisation, exact match and F1 (method section 2; SQuAD's rules).
 
-The same function scores PPO rewards, correctness rollouts and evaluation, so the three can never disagree.
+PPO rewards, correctness rollouts and evaluation all score with these functions, so the three cannot disagree.
+
+SQuAD's normalisation drops articles and punctuation, which leaves nothing of the answers "The The", "!!!" and "A". Such
+an answer is compared with its articles, and if it has no words at all, as it is written; letter case and white space
+never count. An empty prediction therefore matches nothing. All other answers are compared as FlashRAG compares them.
+
+Chinese, Japanese, Thai and other scripts do not separate words by spaces (and Korean joins particles to them). Answer
+recall and F1 count each character of these scripts as one word.
 """
 
 from __future__ import annotations
@@ -12,6 +19,17 @@ from collections.abc import Iterable
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLE_WORDS = frozenset({"a", "an", "the"})
+_UNSPACED = re.compile(
+    "["
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u0f00-\u109f"  # Tibetan, Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"  # Korean
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "]"
+)
 
 
 def normalize(text: str) -> str:
@@ -24,51 +42,82 @@ def normalize(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
+def tokens(text: str) -> list[str]:
+    """Words of the normalised text; each character of a script without spaces is a word.
+
+    >>> tokens("The Tokyo 東京!")
+    ['tokyo', '東', '京']
+    """
+    return _UNSPACED.sub(r" \g<0> ", normalize(text)).split()
+
+
+def _levels(text: str) -> tuple[str, str, str]:
+    """The text normalised; with its articles; with its punctuation too."""
+    plain = " ".join(text.lower().split())
+    return normalize(text), " ".join(plain.translate(_PUNCTUATION).split()), plain
+
+
+def _compared(text: str) -> str:
+    """The first of the levels at which something is left of the text."""
+    return next(filter(None, _levels(text)), "")
+
+
+def _holds_words(text: str, gold: str) -> bool:
+    """Whether the text holds a gold answer that normalises to nothing, as whole words of the gold answer's level."""
+    levels = zip(_levels(text), _levels(gold), strict=True)
+    return any(wanted and f" {wanted} " in f" {given} " for given, wanted in levels)
+
+
 def _as_list(golden_answers: str | Iterable[str]) -> list[str]:
     return [golden_answers] if isinstance(golden_answers, str) else list(golden_answers)
 
 
 def is_closed(golden_answers: str | Iterable[str]) -> bool:
-    """Whether every gold answer is yes or no: such words stand in most passages, so finding them says nothing.
+    """Whether finding a gold answer in a passage says nothing: all are yes, no or an article, or there is none.
 
-    >>> is_closed(["Yes."]), is_closed(["no", "Norway"])
-    (True, False)
+    >>> is_closed(["Yes."]), is_closed(["no", "Norway"]), is_closed([])
+    (True, False, True)
     """
-    return all(normalize(gold) in {"yes", "no"} for gold in _as_list(golden_answers))
+    return all(_compared(gold) in {"yes", "no", *_ARTICLE_WORDS} for gold in _as_list(golden_answers))
 
 
 def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
-    """Whether the prediction equals any gold answer after normalisation; no prediction never matches.
+    """Whether the prediction equals any gold answer after normalisation; an empty prediction, or none, never matches.
 
     >>> exact_match("the Nile", ["Nile", "River Nile"])
     True
-    >>> exact_match(None, ["None"])
-    False
+    >>> exact_match(None, ["None"]), exact_match("", ["The The"]), exact_match("the the", ["The The"])
+    (False, False, True)
     """
-    if prediction is None:
-        return False
-    found = normalize(prediction)
-    return any(found == normalize(gold) for gold in _as_list(golden_answers))
+    found = _compared(prediction or "")
+    return bool(found) and any(found == _compared(gold) for gold in _as_list(golden_answers))
 
 
 def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
     """Whether the prediction holds any gold answer after normalisation, words cut or not (FlashRAG's `acc`).
 
-    >>> sub_exact_match("It is the Nile.", ["Nile"]), sub_exact_match(None, ["The"])
-    (True, False)
+    A gold answer that normalises to nothing is looked for as whole words.
+
+    >>> sub_exact_match("It is the Nile.", ["Nile"]), sub_exact_match(None, ["The"]), sub_exact_match("Paris", ["The"])
+    (True, False, False)
     """
     if prediction is None:
         return False
     found = normalize(prediction)
-    return any(normalize(gold) in found for gold in _as_list(golden_answers))
+    wanted = {gold: normalize(gold) for gold in _as_list(golden_answers)}
+    return any(name in found if name else _holds_words(prediction, gold) for gold, name in wanted.items())
 
 
 def _f1_one(prediction: str, gold: str) -> float:
     found, wanted = normalize(prediction), normalize(gold)
+    if not found or not wanted:
+        found, wanted = _compared(prediction), _compared(gold)
+        found_tokens, wanted_tokens = found.split(), wanted.split()
+    else:
+        found_tokens, wanted_tokens = tokens(prediction), tokens(gold)
     closed = {"yes", "no", "noanswer"}
     if found != wanted and (found in closed or wanted in closed):
         return 0.0
-    found_tokens, wanted_tokens = found.split(), wanted.split()
     common = sum((Counter(found_tokens) & Counter(wanted_tokens)).values())
     if common == 0:
         return 0.0
@@ -92,10 +141,19 @@ def f1(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
 def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
     """Whether the text holds any gold answer as a run of whole normalised words (answer recall).
 
+    A gold answer that normalises to nothing is looked for with its articles and punctuation; an article alone, which
+    nearly every text holds, is never found.
+
     >>> contains_answer("He was born in Paris, France.", ["paris"])
     True
-    >>> contains_answer("Parisian cafes", ["Paris"])
-    False
+    >>> contains_answer("Parisian cafes", ["Paris"]), contains_answer("他出生于东京。", ["东京"])
+    (False, True)
     """
-    haystack = f" {normalize(text)} "
-    return any(gold and f" {gold} " in haystack for gold in map(normalize, _as_list(golden_answers)))
+    haystack = f" {' '.join(tokens(text))} "
+
+    def holds(gold: str) -> bool:
+        if words := tokens(gold):
+            return f" {' '.join(words)} " in haystack
+        return _compared(gold) not in _ARTICLE_WORDS and _holds_words(text, gold)
+
+    return any(map(holds, _as_list(golden_answers)))
