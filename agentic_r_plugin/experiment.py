@@ -27,13 +27,13 @@ from agentic_r_plugin.data import correctness, groups
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.benchmarks import QUESTION_SUFFIXES
-from agentic_r_plugin.evaluation.matrix import markdown
+from agentic_r_plugin.evaluation.matrix import figure, markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Group, Relevance
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
-from agentic_r_plugin.search.corpus import SUFFIXES
+from agentic_r_plugin.search.corpus import corpus_file
 from agentic_r_plugin.store import (
     atomic_path,
     file_fingerprint,
@@ -170,10 +170,10 @@ class Experiment:
         for name, folder in ({self.main: self.loop.benchmark} | self._evaluated_by_run() | given).items():
             target = self._benchmark(name)
             target.mkdir(parents=True, exist_ok=True)
-            own = [folder / f"corpus{suffix}" for suffix in SUFFIXES if (folder / f"corpus{suffix}").is_file()]
-            _link(target / "corpus.jsonl", own[0] if name != self.main and own else self.loop.corpus)
+            own = corpus_file(folder)
+            _link(target / "corpus.jsonl", own if name != self.main and own.is_file() else self.loop.corpus)
             for file in sorted(folder.iterdir()):
-                if file.suffix[1:] in QUESTION_SUFFIXES and not file.name.startswith("corpus."):
+                if file.name.endswith(QUESTION_SUFFIXES) and not file.name.startswith("corpus."):
                     _link(target / file.name, file)
         for name in self.config.worlds:
             generate.run(self._world_config(name), resume=True)
@@ -347,6 +347,8 @@ class Experiment:
         evaluate.run(self._stop_config(searches), resume=True)
         found = read_json(self.out / "stop_rule" / "matrix.json")["cells"]
         scores = [cell["metrics"]["agentic_em"]["mean"] for cell in found]
+        if None in scores:
+            raise ConfigError(f"stop_rule: split {self.config.stop_rule!r} has no gold answers to decide by")
         result = {"split": self.config.stop_rule, "em": scores, "stops_at": self._rounds()[stops_at(scores) - 1]}
         write_json(self.out / "stop_rule.json", result)
         print(f"stop rule on {self.config.stop_rule}: K = {result['stops_at']}", flush=True)
@@ -369,7 +371,6 @@ class Experiment:
         table = [["retriever", "groups", "same positive", "rollouts", "agent", "benchmark", "EM", "searches"]]
         for cell in cells:
             made, metrics = rows[cell["retriever"]], cell["metrics"]
-            em, turns = metrics["agentic_em"], metrics.get("search_turns", {"mean": float("nan")})
             same = made["same_positive"]
             table.append(
                 [
@@ -379,8 +380,8 @@ class Experiment:
                     _shown(made["rollouts"]),
                     cell["agent"],
                     cell["benchmark"],
-                    f"{em['mean'] * 100:.1f} [{em['low'] * 100:.1f}, {em['high'] * 100:.1f}]",
-                    f"{turns['mean']:.2f}",
+                    figure(metrics["agentic_em"], with_interval=True),
+                    figure(metrics.get("search_turns"), 1),
                 ]
             )
         text = markdown(table)

@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -47,12 +47,15 @@ from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
+from agentic_r_plugin.search.corpus import corpus_file, count_lines
 from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines, write_json
 from agentic_r_plugin.world import generate
@@ -174,7 +177,7 @@ class Loop:
         self.config = config
         self.folder = Path(config.out)
         self.benchmark = Path(config.benchmark) if config.benchmark else self.folder / "benchmark" / "fictional_world"
-        self.corpus = Path(config.corpus) if config.corpus else self.benchmark / "corpus.jsonl"
+        self.corpus = Path(config.corpus) if config.corpus else corpus_file(self.benchmark)
         self._done: dict[tuple[int, str], Any] = {}
 
     # --- before
@@ -262,8 +265,8 @@ class Loop:
         self.compose()
         missing = []
         for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
-            if self.config.benchmark and name and not (self.benchmark / f"{name}.jsonl").is_file():
-                missing.append(f"benchmark: {self.benchmark / f'{name}.jsonl'} does not exist")
+            if self.config.benchmark and name and not Path(self._questions(name)).is_file():
+                missing.append(f"benchmark: {self._questions(name)} does not exist")
         if self._token_env and not os.environ.get(self._token_env):
             missing.append(f"serve.token_env: environment variable {self._token_env} is not set")
         if (self.config.benchmark or self.config.corpus) and not self.corpus.is_file():
@@ -301,10 +304,11 @@ class Loop:
         stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
-        questions = settings.train_questions or self._lines(Path(self._questions(self.config.train_split)))
+        train = Path(self._questions(self.config.train_split))
+        questions = settings.train_questions or (sum(1 for _ in read_questions(train)) if train.is_file() else 0)
         first = plan.Scale(
             questions=stages["trajectories"].num_questions or questions,
-            passages=settings.corpus_passages or self._lines(self.corpus),
+            passages=settings.corpus_passages or count_lines(self.corpus),
             ppo_steps=ppo[0].steps,
             ppo_batch=ppo[0].batch_size * ppo[0].samples,
             candidates=stages["candidates"].topk,
@@ -315,12 +319,6 @@ class Loop:
         )
         scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
         return plan.table(scales, settings)
-
-    def _lines(self, path: Path) -> int:
-        if not path.is_file():
-            return 0
-        with path.open("rb") as stream:
-            return sum(1 for _ in stream)
 
     def open(self, *, resume: bool) -> None:
         """Create the run folder, or check that it is this run's and read what is done."""
@@ -478,7 +476,9 @@ class Loop:
         return self.folder / f"iteration-{k}" / "data" / f"{name.replace('-', '_')}.jsonl"
 
     def _questions(self, split: str) -> str:
-        return str(self.benchmark / f"{split}.jsonl")
+        with suppress(ConfigError):
+            return str(split_file(self.benchmark, split))
+        return str(self.benchmark / f"{split}.jsonl")  # of a world that is still to be made
 
     def _world_config(self) -> generate.WorldConfig:
         parent = {"out": str(self.benchmark.parent), "name": self.benchmark.name}

@@ -1,7 +1,8 @@
 """The vocabulary as data: one frozen type per line of a data file (contract, section Files).
 
-Every record is checked when it is read: its schema tag, its fields and their types. A record with an unknown field is
-refused, because a misspelt name is the commonest way to lose data.
+Every record is checked when it is read: its schema tag, its fields and their types. A record of our own with an unknown
+field is refused, because a misspelt name is the commonest way to lose data. Questions and passages come from others;
+`forms` says which of their forms are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.forms import contents_of, question_fields
 
 RecordType = TypeVar("RecordType", bound="Record")
 
@@ -130,9 +132,16 @@ class Question(Record):
     id: str
     question: str
     golden_answers: tuple[str, ...]
+    """Empty for a question without a label: it can be asked, but neither scored nor trained on."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def from_dict(cls, data: Any) -> Question:
+        """From any form that `forms.question_fields` reads; fields that we do not know are left out."""
+        return super().from_dict(question_fields(data) if isinstance(data, Mapping) else data)
+
+    def require_label(self) -> None:
+        """RecordError where there is no gold answer."""
         if not self.golden_answers:
             raise RecordError(f"question {self.id!r} has no golden answers; expected at least one in 'golden_answers'")
 
@@ -158,8 +167,7 @@ class Passage:
 
     def __post_init__(self) -> None:
         if not self.contents:
-            bare = not self.title and "\n" not in self.text
-            object.__setattr__(self, "contents", self.text if bare else f'"{self.title}"\n{self.text}')
+            object.__setattr__(self, "contents", contents_of(self.title, self.text))
 
     @classmethod
     def from_contents(cls, id: str, contents: str) -> Passage:

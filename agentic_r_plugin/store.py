@@ -6,11 +6,13 @@ at the end, so a file that exists is whole.
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import gzip
 import hashlib
 import json
 import os
+import re
 import tempfile
 import types
 import zlib
@@ -62,6 +64,8 @@ def shards(path: str | Path) -> list[Path]:
 def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
     """(line number from 1, parsed JSON) of each non-empty line, or Parquet row as a dict.
 
+    A file that holds one JSON list gives the list's items, each with the line that it begins on.
+
     Args:
         columns: read these alone of a Parquet file, whatever the others hold; none: all.
 
@@ -75,11 +79,15 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
         yield from _read_parquet(path, columns)
         return
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number, started = 0, False
     try:
         with opener(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
+                if not started and line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"["):
+                    yield from _read_list(line + stream.read(), path, number)
+                    return
                 if line.strip():
+                    started = True
                     yield number, parse_line(line, path, number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"not a whole gzip file: {error}", path=path, line=number + 1) from error
@@ -116,6 +124,32 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
         raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
 
 
+def _read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON list, each with the line that it begins on; `line` is that of the data's first byte."""
+    decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+    try:
+        text, counted, comma = data.decode("utf-8-sig"), 0, ","
+        position = text.index("[") + 1
+        while text[position : position + 1].isspace():
+            position += 1
+        while text[position : position + 1] != "]" or (counted and comma):
+            if not comma:
+                raise ValueError("expected a comma between two items")
+            line, counted = line + text.count("\n", counted, position), position
+            _, end = decoder.raw_decode(text, position)
+            yield line, parse_line(text[position:end].encode(), path, line)
+            found = separator.match(text, end)
+            assert found is not None
+            comma, position = found[1], found.end()
+        if text[position + 1 :].strip():
+            raise ValueError("something follows the list")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"expected UTF-8: {error}", path=path) from error
+    except (ValueError, RecursionError) as error:
+        expected = "expected one JSON object a line, or a list of them"
+        raise RecordError(f"{expected}: {error}", path=path, line=line) from error
+
+
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
@@ -140,7 +174,8 @@ def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str,
     for key in _JSON_COLUMNS & row.keys():
         found = row[key]
         if isinstance(found, str):
-            row[key] = parse_line(found.encode(), path, number)
+            if key == "scores":  # metadata that is no JSON may be another project's text
+                row[key] = parse_line(found.encode(), path, number)
         elif found is None:
             del row[key]
         elif isinstance(found, list):  # a map

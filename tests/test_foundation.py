@@ -137,9 +137,11 @@ def test_a_fault_comes_whole_out_of_another_process(fault):
     assert (type(copy), str(copy), vars(copy)) == (type(fault), str(fault), vars(fault))
 
 
-def test_a_question_without_gold_answers_is_refused():
-    with pytest.raises(RecordError, match="has no golden answers"):
-        Question.from_dict({"id": "1", "question": "Q", "golden_answers": []})
+def test_a_question_without_gold_answers_is_refused_where_they_are_wanted():
+    question = Question.from_dict({"id": "1", "question": "Q", "golden_answers": []})
+    assert question.golden_answers == ()
+    with pytest.raises(RecordError, match="question '1' has no golden answers"):
+        question.require_label()
 
 
 def test_relevance_outside_its_range_is_refused():

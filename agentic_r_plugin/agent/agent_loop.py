@@ -105,13 +105,14 @@ class SearchAgentLoop(AgentLoopBase):
 
         Args:
             sampling_params: verl's sampling parameters; shared between trajectories, never changed here.
-            kwargs: the data set's fields; `extra_info` holds `id`, `question` and `golden_answers`.
+            kwargs: the data set's fields; `extra_info` holds `id`, `question` and `golden_answers`, or the row is one
+                of Search-R1's or verl's (`forms.question_fields`).
 
         Raises:
             BackendError: the engine returned no tokens, or log-probabilities that do not match them.
             ConfigError: the prompt alone leaves no room for the model.
         """
-        question = _question(kwargs["extra_info"])
+        question = _question(kwargs)
         session = Session(self.protocol, self.codec, self.limits, question.question)
         if session.refusal is not None:
             raise ConfigError(session.refusal)
@@ -221,12 +222,9 @@ def _place(fields: Mapping[str, Any]) -> tuple[int, int]:
     return int(fields["extra_info"]["index"]), int(fields.get("session_id", 0))
 
 
-def _question(extra_info: Mapping[str, Any]) -> Question:
-    return Question(
-        id=str(extra_info["id"]),
-        question=str(extra_info["question"]),
-        golden_answers=tuple(str(answer) for answer in extra_info["golden_answers"]),
-    )
+def _question(fields: Mapping[str, Any]) -> Question:
+    row = {name: fields.get(name) for name in ("data_source", "reward_model", "extra_info")}
+    return Question.from_dict(row | {"prompt": fields.get("raw_prompt")})
 
 
 @dataclass

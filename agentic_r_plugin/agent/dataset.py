@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits
+from agentic_r_plugin.questions import read_rows
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.store import atomic_path, read_lines, read_records
+from agentic_r_plugin.store import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +24,22 @@ class SourcedQuestion:
 
 
 def read_questions(path: str | Path) -> list[SourcedQuestion]:
-    """Questions of a file, in order.
+    """Questions of a file, in order, each with gold answers.
 
-    A file in FlashRAG layout belongs to the benchmark named by its folder; a Parquet file of `write_parquet` may hold
-    several benchmarks.
+    The benchmark is the row's `data_source`, where it has one (Parquet of `write_parquet`, of Search-R1, of verl), else
+    the name of the file's folder, as in FlashRAG's layout.
 
     Raises:
-        RecordError: no such file, or a broken line (file and line).
-        ConfigError: no question in it, or an id that stands twice.
+        RecordError: as `questions.read_rows`.
+        ConfigError: no question in it.
     """
-    source = data_source_name(path)
-    if _is_verls(Path(path)):
-        found = [_from_verl(row, path, number) for number, row in read_lines(path)]
-    else:
-        found = [SourcedQuestion(question=question, source=source) for question in read_records(path, Question)]
+    folder = data_source_name(path)
+    found = [
+        SourcedQuestion(question=question, source=str(row.get("data_source") or folder))
+        for question, row in read_rows(path, labelled=True)
+    ]
     if not found:
         raise ConfigError(f"{path}: expected at least one question, found none")
-    seen: set[str] = set()
-    for item in found:
-        if item.question.id in seen:
-            raise ConfigError(f"{path}: question id {item.question.id!r} stands twice; ids must be unique")
-        seen.add(item.question.id)
     return found
 
 
@@ -53,26 +49,6 @@ def draw(questions: list[SourcedQuestion], most: int, seed: int | str) -> list[S
         return questions
     chosen = sorted(random.Random(seed).sample(range(len(questions)), most))
     return [questions[index] for index in chosen]
-
-
-def _is_verls(path: Path) -> bool:
-    if path.suffix != ".parquet" or not path.is_file():
-        return False
-    import pyarrow.parquet
-
-    try:
-        return "extra_info" in pyarrow.parquet.read_schema(path).names
-    except pyarrow.ArrowException as error:
-        raise RecordError(f"not a Parquet file: {error}", path=path) from error
-
-
-def _from_verl(row: Mapping[str, Any], path: str | Path, number: int) -> SourcedQuestion:
-    info = row["extra_info"] or {}
-    try:
-        question = Question.from_dict({name: info.get(name) for name in ("id", "question", "golden_answers")})
-    except RecordError as error:
-        raise RecordError(f"extra_info: {error}", path=path, line=number) from error
-    return SourcedQuestion(question=question, source=str(row["data_source"]))
 
 
 def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from agentic_r_plugin.agent.scripted_agent import THOUGHTS, Script, write_turn
 from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.forms import listed
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Search, Session
 from agentic_r_plugin.records import Passage, Question
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest
@@ -89,12 +90,10 @@ def supporting_passages(question: Question, corpus: Corpus, supporting_field: st
     Raises:
         RecordError: no ids, or an id that the corpus does not hold.
     """
-    ids = question.metadata.get(supporting_field)
-    if not isinstance(ids, list) or not ids:
-        raise RecordError(
-            f"question {question.id!r}: expected a list of passage ids in metadata[{supporting_field!r}], found {ids!r}"
-        )
-    return tuple(corpus.by_id(str(identifier)) for identifier in ids)
+    ids = listed(question.metadata, supporting_field)
+    if not ids:
+        raise RecordError(f"question {question.id!r}: expected passage ids in metadata.{supporting_field}, found none")
+    return tuple(map(corpus.by_id, ids))
 
 
 def _script(

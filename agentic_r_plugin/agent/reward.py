@@ -6,11 +6,12 @@ the one the agent loop took from the model's own tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.errors import TrainingError
+from agentic_r_plugin.forms import answers
 
 NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share", "generated_tokens")
 """Fields of the loop that are passed on, so that validation reports them as `val-aux/<data source>/<field>/mean@1`."""
@@ -19,7 +20,7 @@ NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share",
 def compute_score(
     data_source: str,
     solution_str: str,
-    ground_truth: Iterable[str],
+    ground_truth: Any,
     extra_info: Mapping[str, Any],
     **kwargs: Any,
 ) -> dict[str, float]:
@@ -28,7 +29,7 @@ def compute_score(
     Args:
         data_source: name of the benchmark.
         solution_str: the response as text; not used.
-        ground_truth: gold answers.
+        ground_truth: gold answers, in any form that `forms.answers` reads.
         extra_info: the agent loop's `extra_fields`.
 
     Returns:
@@ -36,14 +37,16 @@ def compute_score(
         and the loop's `NUMBERS`.
 
     Raises:
-        TrainingError: the trajectory does not come from our agent loop.
+        TrainingError: the trajectory does not come from our agent loop, or its question has no gold answers.
     """
     if "stop_reason" not in extra_info:
         raise TrainingError(
             "the reward is read from the agent loop's own record, and this trajectory has none; set "
             "actor_rollout_ref.rollout.agent.default_agent_loop=agentic_r"
         )
-    answer, gold = extra_info["answer"], [str(item) for item in ground_truth]
+    answer, gold = extra_info["answer"], answers(ground_truth, "ground_truth")
+    if not gold:
+        raise TrainingError("a question without gold answers cannot be rewarded; leave it out of the training data")
     correct = float(exact_match(answer, gold))
     scores = {"score": correct, "acc": correct, "em": correct, "f1": float(f1(answer, gold))}
     return scores | {name: float(extra_info[name]) for name in NUMBERS}

@@ -25,9 +25,9 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, fingerprint, sa
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
-from agentic_r_plugin.records import Question
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, read_records, require_absent, write_json
+from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, require_absent, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
 def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Session]]:
     """The sessions of each epoch."""
     last = config.skip + config.limit if config.limit else None
-    questions = list(islice(read_records(config.questions, Question), config.skip, last))
+    questions = list(islice(read_questions(config.questions, labelled=True), config.skip, last))
     spec = config.search
     if spec.backend == "bm25" and not spec.corpus:
         spec = SearchSpec(**(to_dict(spec) | {"corpus": config.corpus}))

@@ -29,7 +29,7 @@ from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, SelectionRule, preset_rule, rollout_order
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError, RequestRefusedError
+from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
 from agentic_r_plugin.records import Candidates, Correctness, Passage
@@ -307,6 +307,21 @@ class CorrectnessWorker:
         self._stack.close()
 
 
+def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
+    """The queries, each with the gold answers that correctness compares with.
+
+    Raises:
+        RecordError: a query of a question without gold answers.
+    """
+    for key, query in query_units(path):
+        if not query.golden_answers:
+            raise RecordError(
+                f"question {query.id!r} has no golden answers, which correctness compares with; leave its queries out",
+                path=path,
+            )
+        yield key, query
+
+
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """The command `correctness`."""
     config.check()
@@ -332,7 +347,7 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
             inputs=inputs,
             models={"corpus": corpus.fingerprint()},
             record=Correctness,
-            units=lambda: query_units(config.candidates),
+            units=lambda: _labelled_units(config.candidates),
             prepare=prepare,
             sides=[relevance] if relevance is not None else [],
             worker=partial(CorrectnessWorker, for_workers(config)),

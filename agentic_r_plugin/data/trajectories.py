@@ -19,10 +19,10 @@ from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.store import read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +114,11 @@ class TrajectoriesWorker:
 def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
     """The questions that are answered, in the file's order."""
     if not config.num_questions or not config.random_sample:
-        yield from islice(read_records(config.in_, Question), config.num_questions or None)
+        yield from islice(read_questions(config.in_), config.num_questions or None)
         return
-    total = sum(1 for _ in read_records(config.in_, Question))
+    total = sum(1 for _ in read_questions(config.in_))
     drawn = frozenset(random.Random(config.seed).sample(range(total), min(config.num_questions, total)))
-    yield from (question for place, question in enumerate(read_records(config.in_, Question)) if place in drawn)
+    yield from (question for place, question in enumerate(read_questions(config.in_)) if place in drawn)
 
 
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:

@@ -404,9 +404,12 @@ def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpe
 
 
 def _one_line(result: Mapping[str, Any]) -> str:
-    em, turns = result["metrics"]["agentic_em"], result["metrics"].get("search_turns", {"mean": float("nan")})
+    from agentic_r_plugin.evaluation.matrix import figure
+
+    metrics = result["metrics"]
+    unlabelled = result["num_questions"] - metrics["agentic_em"].get("num_questions", 0)
     return (
         f"{result['agent']} + {result['retriever']} on {result['benchmark']} {result['split']}: "
-        f"EM {em['mean'] * 100:.1f} [{em['low'] * 100:.1f}, {em['high'] * 100:.1f}], "
-        f"{turns['mean']:.2f} searches, {result['num_questions']} questions"
+        f"EM {figure(metrics['agentic_em'], with_interval=True)}, {figure(metrics.get('search_turns'), 1)} searches, "
+        f"{result['num_questions']} questions" + (f", {unlabelled} of them without gold answers" if unlabelled else "")
     )

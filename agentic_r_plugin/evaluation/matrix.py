@@ -209,7 +209,8 @@ def latex_table(results: Sequence[Result]) -> str:
     if len(benchmarks) > 1:
         for found in rows.values():
             if len(found) == len(benchmarks):
-                found["mean"] = {"mean": sum(entry["mean"] for entry in found.values()) / len(benchmarks)}
+                means = [entry["mean"] for entry in found.values()]
+                found["mean"] = {"mean": None if None in means else sum(means) / len(benchmarks)}
         benchmarks.append("mean")
     lines = [
         f"\\begin{{tabular}}{{ll{'r' * len(benchmarks)}}}",
@@ -236,10 +237,10 @@ def _tex(text: str) -> str:
 
 
 def _tex_figure(entry: Result | None, rivals: Sequence[Result]) -> str:
-    if entry is None:
+    if entry is None or entry["mean"] is None:
         return "--"
     text = f"{entry['mean'] * 100:.2f}"
-    if len(rivals) > 1 and entry["mean"] == max(rival["mean"] for rival in rivals):
+    if len(rivals) > 1 and entry["mean"] == max(rival["mean"] for rival in rivals if rival["mean"] is not None):
         text = f"\\textbf{{{text}}}"
     if "low" in entry:
         text += f" {{\\scriptsize [{entry['low'] * 100:.1f}, {entry['high'] * 100:.1f}]}}"
@@ -252,7 +253,7 @@ def markdown_table(results: Iterable[Result]) -> str:
     for result in results:
         row = [result["benchmark"], result["agent"], result["retriever"], str(result["num_questions"])]
         for name, _, scale in _COLUMNS:
-            row.append(_figure(result["metrics"].get(name), scale, with_interval=name == "agentic_em"))
+            row.append(figure(result["metrics"].get(name), scale, with_interval=name == "agentic_em"))
         rows.append(row)
     return markdown(rows)
 
@@ -273,7 +274,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def _figure(entry: Result | None, scale: float, *, with_interval: bool) -> str:
+def figure(entry: Result | None, scale: float = 100.0, *, with_interval: bool = False) -> str:
+    """A metric as a table shows it; a dash where there is none, such as the exact match of unlabelled questions."""
     if entry is None or entry["mean"] is None:
         return "–"
     digits = 1 if scale == 100.0 else 2

@@ -2,7 +2,7 @@
 
 FlashRAG finds a metric through the subclasses of its `BaseMetric`, so this module must be imported before an
 `Evaluator` is built (`evaluation.pipeline` does). A question for which a metric says nothing (no gold documents in its
-metadata, a yes/no answer) scores None and does not count.
+metadata, no gold answers, a yes/no answer) scores None and does not count.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from flashrag.evaluator.metrics import BaseMetric
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.settings import read_settings
+from agentic_r_plugin.forms import answers as gold_answers
+from agentic_r_plugin.forms import listed
 from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3
@@ -65,6 +67,10 @@ class QuestionMetric(BaseMetric):
         """Score of one question; None where the metric says nothing about it."""
         raise NotImplementedError
 
+    def get_dataset_answer(self, data: Any) -> list[list[str]]:
+        """Gold answers of each question, none for an unlabelled one."""
+        return [gold_answers(golden) for golden in super().get_dataset_answer(data)]
+
     def calculate_metric(self, data: Any) -> Scores:
         """FlashRAG's interface: `({name: mean}, one score per question)`."""
         scores = [self.score(item, gold) for item, gold in zip(data, self.get_dataset_answer(data), strict=True)]
@@ -72,33 +78,33 @@ class QuestionMetric(BaseMetric):
 
 
 class AgenticExactMatch(QuestionMetric):
-    """Exact match; FlashRAG's `em`, but a missing answer never matches.
+    """Exact match; FlashRAG's `em`, but a missing or empty answer never matches (`agentic_r_plugin.answers`).
 
     FlashRAG takes the gold answers of its data set `curatedtrec` as regular expressions; here they are words.
     """
 
     metric_name = "agentic_em"
 
-    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
-        return float(exact_match(prediction(item), golden_answers))
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        return float(exact_match(prediction(item), golden_answers)) if golden_answers else None
 
 
 class AgenticSubExactMatch(QuestionMetric):
-    """Whether the answer holds a gold answer; FlashRAG's `acc`, but a missing answer never matches."""
+    """Whether the answer holds a gold answer; FlashRAG's `acc`, but a missing or empty answer never matches."""
 
     metric_name = "agentic_sub_em"
 
-    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
-        return float(sub_exact_match(prediction(item), golden_answers))
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        return float(sub_exact_match(prediction(item), golden_answers)) if golden_answers else None
 
 
 class AgenticF1(QuestionMetric):
-    """Token F1; FlashRAG's `f1`, but a missing answer scores 0."""
+    """Token F1; FlashRAG's `f1`, but a missing answer scores 0, and characters of scripts without spaces are tokens."""
 
     metric_name = "agentic_f1"
 
-    def score(self, item: Any, golden_answers: Sequence[str]) -> float:
-        return f1(prediction(item), golden_answers)
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        return f1(prediction(item), golden_answers) if golden_answers else None
 
 
 class SearchTurns(QuestionMetric):
@@ -113,7 +119,7 @@ class SearchTurns(QuestionMetric):
 class AnswerRecall(QuestionMetric):
     """Share of questions with a gold answer in the first three passages shown for any search; also per search.
 
-    Yes/no questions do not count: their answer is found everywhere.
+    Questions whose answer is found everywhere do not count (`answers.is_closed`: yes, no, an article, none at all).
     """
 
     metric_name = "answer_recall_at_3"
@@ -184,7 +190,7 @@ class GoldDocumentRecall(QuestionMetric):
         return {passage["id"] for turn in trajectory(item)["turns"] for passage in turn["passages"][:SHOWN_TOPK]}
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
-        gold = {str(name) for name in (item.metadata or {}).get("gold_doc_ids", ())}
+        gold = set(listed(item.metadata, "gold_doc_ids"))
         return len(gold & self._found(item)) / len(gold) if gold else None
 
     def calculate_metric(self, data: Any) -> Scores:
@@ -269,11 +275,12 @@ def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
     rows: list[tuple[list[bool] | None, list[float | None]]] = []
     for item in items:
         turns = trajectory(item)["turns"]
-        gold = {str(name) for name in (item.metadata or {}).get("gold_doc_ids", ())}
+        gold = set(listed(item.metadata, "gold_doc_ids"))
         shown = [{passage["id"] for passage in turn["passages"]} for turn in turns]
         docs = [row["docs"] for row in item.output["retrieval_results"].values()]
-        found = [rank is not None for rank in answer_ranks(docs, item.golden_answers)]
-        closed = is_closed(item.golden_answers)
+        golden = gold_answers(item.golden_answers)
+        found = [rank is not None for rank in answer_ranks(docs, golden)]
+        closed = is_closed(golden)
         rows.append((None if closed else found, [len(gold & ids) / len(gold) if gold else None for ids in shown]))
     table: list[dict[str, float | int | None]] = []
     for turn in range(max((len(documents) for _, documents in rows), default=0)):

@@ -14,19 +14,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flashrag.dataset import Dataset
 from flashrag.evaluator import Evaluator
 from flashrag.pipeline import SearchR1Pipeline
-from flashrag.utils import get_dataset
 
 from agentic_r_plugin.backends import open_llm, open_search
-from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation.benchmarks import check_number, split_file
 from agentic_r_plugin.evaluation.cache import with_cache
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
 from agentic_r_plugin.evaluation.settings import read_agent_card, read_settings, resolve_agent
+from agentic_r_plugin.forms import answers
 from agentic_r_plugin.protocol import AgentProtocol, Session
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit
@@ -186,7 +188,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             self._write(item, session, shown[id(session)], deep[id(session)])
 
     def _write(self, item: Any, session: Session, seen: Mapping[str, Hit], deep: Sequence[Sequence[Hit]]) -> None:
-        question = Question(id=str(item.id), question=item.question, golden_answers=tuple(item.golden_answers))
+        question = Question(id=str(item.id), question=item.question, golden_answers=tuple(answers(item.golden_answers)))
         record = to_trajectory(session, question)
         shown = [[to_doc(seen[passage.id].passage) for passage in turn.passages] for turn in record.turns]
         ranks = answer_ranks([[to_doc(hit.passage) for hit in hits] for hits in deep], question.golden_answers)
@@ -226,26 +228,19 @@ def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
 
 
 def load_split(config: Any, split: str) -> Any:
-    """One split through FlashRAG's `get_dataset`, checked line by line first.
+    """One split as a FlashRAG `Dataset` of checked questions.
 
-    FlashRAG takes a sample only of splits called test, val, dev or train; here every split's is taken, in the same way.
+    FlashRAG's own reader takes a text for a list of letters and questions without ids, so the rows are read here. The
+    sample is drawn as FlashRAG draws it, of splits with any name (FlashRAG: test, val, dev and train).
 
     Raises:
         ConfigError: the split has no file (FlashRAG gives None), or fewer questions than the sample asked for.
-        RecordError: a broken line, a question without gold answers, an id that occurs twice; file and line.
+        RecordError: as `questions.read_questions`.
     """
-    file = split_file(Path(config["dataset_path"]), split)
-    check_questions(file, config["test_sample_num"])
-    config["split"] = [split]
+    file, sample = split_file(Path(config["dataset_path"]), split), config["test_sample_num"]
+    items = [question.to_dict() for question in read_questions(file)]
+    check_number(file, len(items), sample)
     random.seed(config["seed"])
-    try:
-        dataset = get_dataset(config)[split]
-    except ValueError as error:
-        raise RecordError(f"FlashRAG cannot read it: {error} (it takes no empty lines)", path=file) from error
-    sample = config["test_sample_num"]
-    if dataset is not None and sample is not None and len(dataset) > int(sample):
-        everything = dataset.data
-        dataset.data = random.sample(everything, int(sample)) if config["random_sample"] else everything[: int(sample)]
-    if dataset is None or len(dataset) == 0:
-        raise ConfigError(f"{file}: FlashRAG loaded no question from it")
-    return dataset
+    if sample is not None:
+        items = random.sample(items, int(sample)) if config["random_sample"] else items[: int(sample)]
+    return Dataset(config, str(file), data=items, sample_num=sample, random_sample=config["random_sample"])

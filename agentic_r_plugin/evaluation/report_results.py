@@ -218,6 +218,8 @@ def heatmaps(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for benchmark, mine in by_benchmark(cells).items():
         agents, retrievers = _names(mine)
         ems = {pair(cell): cell["metrics"]["agentic_em"] for cell in mine}
+        if any(entry["mean"] is None for entry in ems.values()):  # no question has a gold answer
+            continue
         low, high = (fold(entry["mean"] for entry in ems.values()) for fold in (min, max))
         shade = {key: (entry["mean"] - low) / (high - low) if high > low else 0.5 for key, entry in ems.items()}
         if len(agents) > 1 or len(retrievers) > 1:
@@ -302,7 +304,12 @@ def overview(cells: Sequence[Cell]) -> dict[str, Any] | None:
     rows = []
     for agent, retriever in dict.fromkeys(map(pair, cells)):
         metrics = [there.get((agent, retriever, name)) for name in groups]
-        values = [_entry(found["agentic_em"], found.get("search_turns")) if found else None for found in metrics]
+        values = [
+            _entry(found["agentic_em"], found.get("search_turns"))
+            if found and found["agentic_em"]["mean"] is not None
+            else None
+            for found in metrics
+        ]
         rows.append(_overview_row(agent, retriever, values, is_paper=False))
     return {"heads": heads, "rows": rows + _paper_rows(list(groups)), "has_paper": bool(groups.keys() & known.keys())}
 

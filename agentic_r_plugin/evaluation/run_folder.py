@@ -56,12 +56,12 @@ class RunFolder:
         return list(self.matrix["cells"]) if self.matrix else []
 
     def outcomes(self, cell: Mapping[str, Any]) -> dict[str, bool]:
-        """Whether each question was answered right, by its id; empty where the cell's scores are missing."""
+        """Whether each labelled question was answered right, by its id; empty where the cell's scores are missing."""
         file = self._cell_folder(cell) / "scores.json"
         if not file.is_file():
             return {}
         scores = read_json(file)
-        return {key: bool(em) for key, em in zip(scores["id"], scores["agentic_em"], strict=True)}
+        return {key: bool(em) for key, em in zip(scores["id"], scores["agentic_em"], strict=True) if em is not None}
 
     def trajectories(self, cell: Mapping[str, Any]) -> Iterator[Trajectory]:
         """A cell's trajectories, one at a time; none where its file is missing."""

@@ -1,4 +1,4 @@
-"""A corpus in FlashRAG's format, read where it lies: no text is held in memory, only where each passage starts.
+"""A corpus, read where it lies: no text is held in memory, only where each passage starts.
 
 JSON Lines are read in place, one passage at a time; gzipped and Parquet corpora are unpacked once into an unnamed
 temporary file, which vanishes with the process. What reading a corpus from end to end finds out (where passages start,
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.store import (
     atomic_path,
@@ -49,11 +50,11 @@ _STARTS, _LINES, _HASHES, _ORDER = range(4)
 class Corpus:
     """Passages by row and by id; row order is index order. Use from any number of threads and processes.
 
-    Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table. Fields other
-    than `id` and `contents` are left out.
+    Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table.
 
     Args:
-        path: `.jsonl`, `.jsonl.gz` or `.parquet`, or a link to one, with the fields `id` and `contents`.
+        path: `.jsonl`, `.jsonl.gz` or `.parquet`, or a link to one, with the fields that `forms.passage_fields` reads:
+            `id` and `contents`, or title and text as Search-R1, BEIR and Tevatron have them. Others are left out.
         table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored. None or "":
             none.
 
@@ -96,7 +97,10 @@ class Corpus:
             start, position = position, position + len(line)
             if not line.strip():
                 continue
-            identifier, contents = _fields(parse_line(line, self.path, number), self.path, number)
+            try:
+                identifier, contents = passage_fields(parse_line(line, self.path, number))
+            except RecordError as error:
+                raise error if error.path else RecordError(str(error), path=self.path, line=number) from error
             block.extend((start, number, _hash(identifier)))
             count += 1
             if len(block) >= _BLOCK:
@@ -160,9 +164,8 @@ class Corpus:
         start = int(self._table[_STARTS, row])
         end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._size
         try:
-            data = json.loads(os.pread(self._fd, end - start, start))
-            return Passage.from_contents(str(data["id"]), data["contents"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return Passage.from_contents(*passage_fields(json.loads(os.pread(self._fd, end - start, start))))
+        except (ValueError, RecordError) as error:
             raise RecordError(
                 f"no passage stands where row {row} was; the file has changed since it was opened",
                 path=self.path,
@@ -198,7 +201,7 @@ class Corpus:
         return self[row]
 
     def fingerprint(self) -> str:
-        """Hash of all ids and contents in order; the same for JSON Lines, gzipped and Parquet forms of one corpus."""
+        """Hash of all ids and contents in order; the same for all forms of one corpus."""
         return self._digest
 
     def close(self) -> None:
@@ -216,6 +219,25 @@ class Corpus:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def corpus_file(folder: Path) -> Path:
+    """The corpus in a benchmark's folder; `corpus.jsonl` where there is none yet."""
+    files = [folder / f"corpus{suffix}" for suffix in SUFFIXES]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def count_lines(path: Path) -> int:
+    """About how many passages a corpus holds, without reading them; 0: no such file."""
+    if not path.is_file():
+        return 0
+    named = _named_by_form(path)
+    if named.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    with gzip.open(path, "rb") if named.suffix == ".gz" else path.open("rb") as stream:
+        return sum(1 for _ in stream)
 
 
 def _named_by_form(path: Path) -> Path:
@@ -262,7 +284,7 @@ def _plain_lines(path: Path) -> IO[bytes]:
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
     try:
         if path.suffix == ".parquet":
-            for _, row in read_lines(path, columns=("id", "contents")):
+            for _, row in read_lines(path, columns=_columns(path)):
                 stream.write(dump_line(row))
         else:
             with gzip.open(path, "rb") as packed:
@@ -277,17 +299,23 @@ def _plain_lines(path: Path) -> IO[bytes]:
     return stream
 
 
-def _fields(data: Any, path: Path, line: int) -> tuple[str, str]:
-    if not isinstance(data, dict):
-        raise RecordError(f"expected a JSON object, found {type(data).__name__}", path=path, line=line)
-    identifier, contents = data.get("id"), data.get("contents")
-    if isinstance(identifier, int) and not isinstance(identifier, bool):
-        identifier = str(identifier)
-    for name, value in (("id", identifier), ("contents", contents)):
-        if not isinstance(value, str):
-            found = f"found {type(value).__name__}" if name in data else f"found only {', '.join(map(repr, data))}"
-            raise RecordError(f"expected a string field {name!r}, {found}", path=path, line=line)
-    return identifier, contents  # type: ignore[return-value]
+def _columns(path: Path) -> list[str]:
+    """The columns of a Parquet corpus that make a passage; others may be large, or of types that JSON does not have.
+
+    Raises:
+        RecordError: no Parquet file, or no columns that make a passage.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        passage_fields(dict.fromkeys(names, ""))
+    except pyarrow.ArrowException as error:
+        raise RecordError(f"not a whole Parquet file: {error}", path=path) from error
+    except RecordError as error:
+        raise RecordError(str(error), path=path) from error
+    return [name for name in PASSAGE_FIELDS if name in names]
 
 
 def _hash(identifier: str) -> int:

@@ -4,8 +4,8 @@ For every question: whether a gold answer stands anywhere in the corpus (as whol
 answer recall), whether its gold documents are there, and at which rank the retriever finds them for the plain question.
 A corpus that lacks documents (wiki-18 does) caps every retriever, and the cap belongs beside each result.
 
-Questions whose answers are yes or no are left out of the answers' shares, and questions without gold documents in their
-metadata (`gold_doc_ids`, or `supporting_titles`) out of the documents'.
+Questions without gold answers, and those whose answers are yes, no or an article, are left out of the answers' shares;
+questions without gold documents in their metadata (`gold_doc_ids`, or `supporting_titles`) out of the documents'.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from agentic_r_plugin.answers import contains_answer, is_closed, normalize
+from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import fingerprint, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
+from agentic_r_plugin.forms import listed
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question, Record
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
@@ -32,7 +34,6 @@ from agentic_r_plugin.store import (
     atomic_path,
     file_fingerprint,
     read_json,
-    read_records,
     require_absent,
     write_json,
     write_records,
@@ -78,7 +79,7 @@ class Coverage(Record):
 
     id: str
     answer_in_corpus: bool | None
-    """None for a yes/no question."""
+    """None where finding an answer would say nothing (`answers.is_closed`)."""
     answer_rank: int | None
     """From 1: first passage with a gold answer; None when there is none within the largest depth."""
     gold: int
@@ -103,7 +104,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     elif out.exists():
         log.warning("%s is done already", out)
         return
-    questions = list(read_records(config.questions, Question))[: config.max_questions or None]
+    questions = list(read_questions(config.questions))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)
     spec, depth = config.spec(), max(config.topk)
@@ -170,7 +171,7 @@ Kept = Callable[[str, Callable[[], Any]], Any]
 
 
 class AnswerFinder:
-    """Which of many answers stand in a text, by one pass over its words; agrees with `answers.contains_answer`.
+    """Which of many answers a text holds, by one pass over its words; agrees with `answers.contains_answer`.
 
     >>> sorted(AnswerFinder([["Paris"], ["the Nile", "Amazon"]]).find("The River Nile, or the Amazon; not Parisian"))
     [1]
@@ -178,14 +179,18 @@ class AnswerFinder:
 
     def __init__(self, answers: Sequence[Iterable[str]]) -> None:
         self._by_first_word: dict[str, list[tuple[list[str], int]]] = defaultdict(list)
+        self._without_words: list[tuple[str, int]] = []
         for number, golden_answers in enumerate(answers):
             for answer in golden_answers:
-                if words := normalize(answer).split():
+                if words := tokens(answer):
                     self._by_first_word[words[0]].append((words, number))
+                else:
+                    self._without_words.append((answer, number))
 
     def find(self, text: str) -> set[int]:
         """Numbers of the answers found."""
-        words, found = normalize(text).split(), set()
+        words = tokens(text)
+        found = {number for answer, number in self._without_words if contains_answer(text, answer)}
         for place, word in enumerate(words):
             for answer, number in self._by_first_word.get(word, ()):
                 if words[place : place + len(answer)] == answer:
@@ -261,13 +266,12 @@ def _ranks(question: Question, hits: Sequence[Hit]) -> Ranks:
 
 
 def _ids(question: Question) -> frozenset[str]:
-    return frozenset(map(str, question.metadata.get("gold_doc_ids") or ()))
+    return frozenset(listed(question.metadata, "gold_doc_ids"))
 
 
 def _titles(question: Question) -> frozenset[str]:
     """Where there are no ids."""
-    titles = question.metadata.get("supporting_titles") or ()
-    return frozenset() if _ids(question) else frozenset(normalize(str(title)) for title in titles)
+    return frozenset() if _ids(question) else frozenset(map(normalize, listed(question.metadata, "supporting_titles")))
 
 
 def _record(question: Question, answered: bool, titles: set[str], corpus: Corpus, ranks: Ranks) -> Coverage:

@@ -146,6 +146,18 @@ def test_ids_mask_and_logprobs_are_those_of_each_writer(tokenizer: Any, service:
     assert (output.extra_fields["min_global_steps"], output.extra_fields["max_global_steps"]) == (5, 6)
 
 
+def test_rows_of_search_r1_can_be_trained_on_as_they_are(tokenizer: Any, service: Service) -> None:
+    row = {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "Answer it. Question: Where was Ada born?\n"}],
+        "reward_model": {"ground_truth": {"target": ["Arn"]}},
+        "extra_info": {"split": "train", "index": 0},
+    }
+    output = run(tokenizer, Engine(turns=[tokenizer.encode("<answer> Arn </answer>")]), service.url, row)
+    assert output.prompt_ids == TokenizerCodec(tokenizer).encode("Question: Where was Ada born?\n")
+    assert (output.extra_fields["em"], output.extra_fields["answer"]) == (1, "Arn")
+
+
 def test_sglang_is_asked_in_its_own_words(tokenizer: Any, service: Service) -> None:
     engine = Engine(turns=[tokenizer.encode("<answer> Bel </answer>")])
     engine.name = "sglang"

@@ -56,7 +56,7 @@ def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None
     with pytest.raises(RecordError, match=r"train\.jsonl:1: question 'a' has no golden answers"):
         read_questions(path)
     write_records(path, [RECORDS[0], RECORDS[0]])
-    with pytest.raises(ConfigError, match="'a' stands twice"):
+    with pytest.raises(RecordError, match=r"train\.jsonl:2: question id 'a' occurs twice"):
         read_questions(path)
     path.write_text("")
     with pytest.raises(ConfigError, match="at least one question"):

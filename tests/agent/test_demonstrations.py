@@ -139,7 +139,7 @@ def test_unknown_supporting_passages_and_settings_are_refused(corpus_file: Path)
     without = Question(id="x", question="Who?", golden_answers=("y",))
     with pytest.raises(RecordError, match="'99'"):
         _demonstrate(corpus_file, [unknown])
-    with pytest.raises(RecordError, match=r"metadata\['gold_doc_ids'\]"):
+    with pytest.raises(RecordError, match=r"in metadata\.gold_doc_ids, found none"):
         _demonstrate(corpus_file, [without])
     with pytest.raises(ConfigError, match="question, title, excerpt, short"):
         DemonstrationSettings(thoughts="long")

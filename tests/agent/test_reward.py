@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from agentic_r_plugin.agent.reward import compute_score
@@ -45,3 +46,17 @@ def test_a_partly_right_answer_has_f1_but_no_reward() -> None:
 def test_a_trajectory_of_another_agent_loop_is_refused() -> None:
     with pytest.raises(TrainingError, match="default_agent_loop=agentic_r"):
         compute_score("nq", "<answer> Nile </answer>", ["Nile"], {"num_turns": 2})
+
+
+@pytest.mark.parametrize(
+    "gold", ["the Nile", ["Nile"], np.array(["Nile"]), {"target": "Nile"}, {"target": ["x", "Nile"]}]
+)
+def test_gold_answers_are_read_in_the_forms_of_search_r1_and_verl(gold: object) -> None:
+    assert compute_score("nq", "", gold, LOOP)["score"] == 1.0
+    assert compute_score("nq", "", gold, LOOP | {"answer": "t"})["score"] == 0.0
+
+
+def test_an_empty_answer_earns_nothing_and_an_unlabelled_question_is_refused() -> None:
+    assert compute_score("nq", "", ["The The"], LOOP | {"answer": ""})["score"] == 0.0
+    with pytest.raises(TrainingError, match="without gold answers"):
+        compute_score("nq", "", [], LOOP)

@@ -176,3 +176,17 @@ def test_another_agent_is_not_taken_for_the_one_the_work_was_begun_with(
     ]
     assert main([*line, "--resume"]) == 1
     assert "fingerprint of agent was" in capsys.readouterr().err
+
+
+def test_unlabelled_questions_are_asked_but_need_a_label_for_correctness(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lines = arguments(world, tmp_path)
+    asked = tmp_path / "asked.json"
+    asked.write_text('[{"id": 7, "question": "Where was Ada Brook born?", "split": "test"}]')
+    lines["trajectories"][2] = str(asked)
+    assert main(lines["trajectories"]) == main(lines["candidates"]) == 0
+    (record,) = read_records(tmp_path / "trajectories.jsonl", Trajectory)
+    assert (record.id, record.golden_answers, record.em, record.f1) == ("7", (), 0, 0.0) and record.answer
+    assert main(lines["exhaustive"]) == 1
+    assert "candidates.jsonl: question '7' has no golden answers" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from agentic_r_plugin.errors import (
     ConfigError,
     ManifestMismatchError,
     OutputExistsError,
+    RecordError,
     RequestRefusedError,
 )
 from agentic_r_plugin.evaluation import evaluate, report
@@ -35,6 +36,7 @@ from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
+from tests.test_questions import write_form
 
 
 @pytest.fixture(scope="module")
@@ -504,3 +506,41 @@ def test_a_question_that_the_model_refuses_is_unanswered_and_the_cell_goes_on(
     assert result["refused"] == 1 and result["metrics"]["agentic_em"]["mean"] == pytest.approx(5 / 6)
     said = capsys.readouterr().err
     assert f"{cell.name}: 1 of 6 questions were refused and count as unanswered" in said
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.jsonl.gz", "test.parquet"])
+def test_questions_are_checked_alike_in_every_form_and_a_text_is_one_answer(
+    tmp_path: Path, tiny_agent: Path, name: str
+) -> None:
+    settings = config(tmp_path, tiny_agent)
+    rows = [{"id": i, "question": f"Where is {i}?", "golden_answers": "Lindholm", "metadata": None} for i in range(2)]
+    (tmp_path / "toy" / "test.jsonl").unlink()
+    write_form(tmp_path / "toy" / name, rows)
+    run(settings)
+    records = list(read_records(tmp_path / "out" / "tiny-bm25-toy" / "per_question.jsonl", Trajectory))
+    assert [(record.id, record.golden_answers) for record in records] == [("0", ("Lindholm",)), ("1", ("Lindholm",))]
+    write_form(tmp_path / "toy" / name, [rows[0], rows[0]])
+    with pytest.raises(RecordError, match=rf"{name}:2: question id '0' occurs twice"):
+        run(config(tmp_path, tiny_agent, out=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("labels", [[None, ["x"]], [None, []]], ids=["one label", "no label"])
+def test_unlabelled_questions_are_answered_and_left_out_of_the_scores(
+    tmp_path: Path, tiny_agent: Path, labels: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path, tiny_agent)
+    rows = [
+        {"id": str(i), "question": "Where?", "golden_answers": golden, "metadata": {"gold_doc_ids": "p0"}}
+        for i, golden in enumerate(labels)
+    ]
+    write_form(tmp_path / "toy" / "test.jsonl", rows)
+    run(settings)
+    cell = read_json(tmp_path / "out" / "tiny-bm25-toy" / "result.json")
+    labelled = sum(map(bool, labels))
+    assert cell["num_questions"] == 2
+    assert cell["metrics"]["agentic_em"]["mean"] == (0.0 if labelled else None)
+    assert cell["metrics"]["agentic_em"].get("num_questions", 0) == labelled
+    assert cell["metrics"]["gold_document_recall"]["mean"] == 0.0
+    assert f"2 questions, {2 - labelled} of them without gold answers" in capsys.readouterr().out
+    report.run(report.ReportConfig(run=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "report.html").is_file()

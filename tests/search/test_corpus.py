@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import gzip
 import json
@@ -11,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.corpus import Corpus
 
 ROWS = [
@@ -76,7 +78,7 @@ def test_other_columns_of_a_parquet_corpus_may_hold_anything(tmp_path):
     plain = Corpus(write_jsonl(tmp_path / "c.jsonl", ROWS))
     assert Corpus(tmp_path / "c.parquet").fingerprint() == plain.fingerprint()
     pyarrow.parquet.write_table(table.drop_columns("contents"), tmp_path / "d.parquet")
-    with pytest.raises(RecordError, match=r"d\.parquet: expected a column 'contents', found only 'id', 'metadata'"):
+    with pytest.raises(RecordError, match=r"d\.parquet: expected text in field 'contents', .* only 'id', 'metadata'"):
         Corpus(tmp_path / "d.parquet")
 
 
@@ -91,9 +93,11 @@ def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):
     [
         ('{"id": "a", "contents": ""}\n\n{"id": "a", "contents": ""}\n', r":3: duplicate passage id 'a', first at"),
         ('{"id": "a", "contents": "x"}\n{"id": "b", \n', r":2: expected one JSON object a line"),
-        ('{"id": "a", "text": "x"}\n', r":1: expected a string field 'contents', found only 'id', 'text'"),
-        ('{"contents": "x"}\n', r":1: expected a string field 'id'"),
-        ('{"id": "a", "contents": 3}\n', r":1: expected a string field 'contents', found int"),
+        ('{"id": "a", "body": "x"}\n', r":1: expected text in field 'contents', .* found only 'id', 'body'; rename"),
+        ('{"contents": "x"}\n', r":1: expected an id in field 'id' \('_id', 'docid'\), found only 'contents'"),
+        ('{"id": true, "contents": "x"}\n', r":1: field 'id': expected text or a whole number, found bool 'True'"),
+        ('{"id": "a", "contents": 3}\n', r":1: field 'contents': expected text, found int '3'"),
+        ('{"id": "a", "text": ["x"]}\n', r":1: field 'text': expected text, found list"),
         ("[1]\n", r":1: expected a JSON object, found list"),
         ("", "the corpus is empty"),
         ("\n\n", "the corpus is empty"),
@@ -116,3 +120,51 @@ def test_bad_utf8_and_cut_gzip_are_refused(tmp_path):
         Corpus(cut)
     with pytest.raises(RecordError, match="no such corpus file"):
         Corpus(tmp_path / "none.jsonl")
+
+
+FORMS = {
+    "contents": lambda id, title, text: {"id": id, "contents": Passage(id="", title=title, text=text).contents},
+    "title and text": lambda id, title, text: {"id": id, "title": title, "text": text},
+    "all four": lambda id, title, text: {
+        "id": id, "title": "x", "text": "y", "contents": Passage(id="", title=title, text=text).contents
+    },
+    "beir": lambda id, title, text: {"_id": id, "title": title, "text": text, "metadata": {"url": "u"}},
+    "tevatron": lambda id, title, text: {"docid": id, "title": title, "text": text, "__index_level_0__": 3},
+}  # fmt: skip
+PASSAGES = [("1", "Ann", "first\nsecond"), ("2", '"Heroes"', "A\u2028song."), ("3", "", "no title"), ("4", "T", "")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet"])
+@pytest.mark.parametrize("ids", [str, int], ids=["text ids", "number ids"])
+def test_every_form_of_a_corpus_gives_the_same_passages(tmp_path, form, name, ids):
+    plain = write_jsonl(tmp_path / "plain.jsonl", [FORMS["contents"](*passage) for passage in PASSAGES])
+    rows = [FORMS[form](ids(id), title, text) for id, title, text in PASSAGES]
+    file = tmp_path / name
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        data = codecs.BOM_UTF8 + "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode()
+        file.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with Corpus(file) as corpus, Corpus(plain) as expected:
+        assert [(passage.id, passage.title, passage.text) for passage in corpus] == PASSAGES
+        assert list(corpus) == list(expected) and corpus.by_id("3") == expected.by_id("3")
+        assert corpus.fingerprint() == expected.fingerprint()
+        corpus.save_table(tmp_path)
+    with Corpus(file, table=tmp_path) as corpus:
+        assert corpus.by_id("2").title == '"Heroes"'
+
+
+def test_a_passage_without_title_or_text_keeps_its_row(tmp_path):
+    file = tmp_path / "c.jsonl"
+    lines = (
+        '{"id": 1, "title": NaN, "text": "x"}',
+        '{"id": 2.0, "title": 1984, "text": "y"}',
+        '{"id": "3", "title": "T", "text": null}',
+        '{"id": "4", "contents": ""}',
+        '{"id": "5", "contents": null, "title": "two\\nlines", "text": "z"}',
+    )
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with Corpus(file) as corpus:
+        found = [(passage.id, passage.title, passage.text) for passage in corpus]
+    assert found == [("1", "", "x"), ("2", "1984", "y"), ("3", "T", ""), ("4", "", ""), ("5", "two lines", "z")]

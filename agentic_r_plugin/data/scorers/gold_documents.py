@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from agentic_r_plugin.answers import contains_answer, normalize
+from agentic_r_plugin.answers import contains_answer, normalize, tokens
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
+from agentic_r_plugin.forms import listed
 from agentic_r_plugin.records import Passage
 
 _QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$")
@@ -98,14 +99,14 @@ def score_passages(task: ScoringTask) -> dict[str, int]:
 def _metadata(task: ScoringTask) -> tuple[frozenset[str], frozenset[str], list[str]]:
     """(gold passage ids, normalised gold titles, hop answers)."""
     metadata = task.question.metadata if task.question is not None else {}
-    ids = frozenset(map(str, metadata.get("gold_doc_ids") or ()))
-    titles = frozenset(normalize(str(title)) for title in metadata.get("supporting_titles") or ())
+    ids = frozenset(listed(metadata, "gold_doc_ids"))
+    titles = frozenset(map(normalize, listed(metadata, "supporting_titles")))
     if not ids and not titles:
         raise RecordError(
             f"question {task.query.id!r} has neither 'gold_doc_ids' nor 'supporting_titles' in its metadata, which "
             "the scorer gold_documents needs: take a benchmark that has them, or another scorer (listwise_judge)"
         )
-    return ids, titles, [str(answer) for answer in metadata.get("hop_answers") or ()]
+    return ids, titles, listed(metadata, "hop_answers")
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -114,7 +115,7 @@ def content_words(text: str) -> frozenset[str]:
     >>> sorted(content_words("Where was the author of Emma born?"))
     ['author', 'born', 'emma']
     """
-    return frozenset(word for word in normalize(text.replace("-", " ")).split() if word not in _STOPWORDS)
+    return frozenset(word for word in tokens(text.replace("-", " ")) if word not in _STOPWORDS)
 
 
 def _names_title(query: frozenset[str], passage: Passage) -> bool:

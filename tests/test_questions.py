@@ -1,0 +1,218 @@
+"""Questions: the same records from every form of a file, and an error with file and line for what is none."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agentic_r_plugin.agent.dataset import read_questions as read_for_training
+from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.evaluation.benchmarks import split_file
+from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.records import Question
+from agentic_r_plugin.store import read_records
+
+FORMS = ("q.jsonl", "lines.json", "list.json", "pretty.json", "q.jsonl.gz", "crlf.jsonl", "bom.jsonl", "q.parquet")
+
+
+def write_form(file: Path, rows: list[dict]) -> Path:
+    """One benchmark in one of `FORMS`."""
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif file.name in ("list.json", "pretty.json"):
+        indent = 2 if file.name == "pretty.json" else None
+        file.write_text(json.dumps(rows, ensure_ascii=False, indent=indent), encoding="utf-8")
+    elif file.suffix == ".gz":
+        file.write_bytes(gzip.compress(b"".join(lines)))
+    elif file.name == "crlf.jsonl":
+        file.write_bytes(b"".join(lines).replace(b"\n", b"\r\n"))
+    else:
+        file.write_bytes((codecs.BOM_UTF8 if file.name == "bom.jsonl" else b"") + b"".join(lines))
+    return file
+
+
+def write(folder: Path, row: dict, name: str = "q.jsonl") -> Path:
+    return write_form(folder / name, [row])
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(str.strip)
+ANSWERS = st.lists(TEXT.filter(lambda text: not text.lstrip().startswith("[")), min_size=1, max_size=3)
+METADATA = st.none() | st.fixed_dictionaries(
+    {"gold_doc_ids": st.none() | st.lists(TEXT, max_size=2), "type": st.none() | TEXT}
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(TEXT, ANSWERS, METADATA), min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_every_form_of_a_benchmark_gives_the_same_records(tmp_path, benchmark, number_ids, with_columns):
+    rows = [
+        {
+            "id": number if number_ids else f"q{number}",
+            "question": f"{question}\u2028?",
+            "golden_answers": golden,
+            "metadata": metadata,
+        }
+        | ({"__index_level_0__": number, "index": number, "split": "test"} if with_columns else {})
+        for number, (question, golden, metadata) in enumerate(benchmark)
+    ]
+    wanted = [
+        Question(
+            id=str(row["id"]),
+            question=row["question"],
+            golden_answers=tuple(row["golden_answers"]),
+            metadata={key: value for key, value in (row["metadata"] or {}).items() if value is not None},
+        )
+        for row in rows
+    ]
+    for form in FORMS:
+        file = write_form(tmp_path / form, rows)
+        assert list(read_questions(file)) == wanted, form
+        assert list(read_records(file, Question)) == wanted, form
+        assert [item.question for item in read_for_training(file)] == wanted, form
+
+
+FAULTS = [
+    ({"id": None}, "missing field 'id'"),
+    ({"id": "q0"}, "question id 'q0' occurs twice"),
+    ({"question": None}, "expected a text field 'question'"),
+    ({"golden_answers": '["a", "b"]'}, "a list that is written as text"),
+    ({"metadata": "plain"}, "field 'metadata': expected an object, found str 'plain'"),
+    ({"golden_answers": 1921.5}, "field 'golden_answers': expected text, found float '1921.5'; write each answer"),
+    ({"golden_answers": True}, "field 'golden_answers': expected text, found bool 'True'"),
+    ({"metadata": {"gold_doc_ids": True}}, "field 'metadata.gold_doc_ids': expected text or a whole number"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [(form, *fault) for form in FORMS for fault in (FAULTS[:5] if form == "q.parquet" else FAULTS)],
+)
+def test_a_broken_question_is_refused_with_file_and_line_in_every_form(tmp_path, form, change, message):
+    good = {"id": "q0", "question": "Q", "golden_answers": ["x"], "metadata": {"gold_doc_ids": ["1"]}}
+    bad = good | {"id": "q1"} | change
+    if form == "q.parquet":  # whose columns have one type
+        good |= {key: None for key, value in bad.items() if type(value) is not type(good[key])} | {"id": "q0"}
+        good["question"] = "Q"
+    with pytest.raises(RecordError) as caught:
+        list(read_questions(write_form(tmp_path / form, [good, bad])))
+    assert message in str(caught.value)
+    assert caught.value.path == str(tmp_path / form)
+    assert caught.value.line == {"list.json": 1, "pretty.json": 14}.get(form, 2)
+
+
+@pytest.mark.parametrize(
+    ("golden", "wanted"),
+    [
+        ("Lindholm", ("Lindholm",)),
+        (["a", None, math.nan, " "], ("a",)),
+        (1921, ("1921",)),
+        ([1921, "x"], ("1921", "x")),
+        (None, ()),
+        (math.nan, ()),
+        ([], ()),
+        ({"text": ["a", "b"], "answer_start": [1, 2]}, ("a", "b")),
+        ({"value": "a", "aliases": ["a", "b"]}, ("a", "b")),
+        ({"target": "a"}, ("a",)),
+    ],
+)  # fmt: skip
+def test_gold_answers_are_texts_and_never_letters(tmp_path, golden, wanted):
+    (question,) = read_questions(write(tmp_path, {"id": 0, "question": "Q", "golden_answers": golden}))
+    assert (question.id, question.golden_answers) == ("0", wanted)
+
+
+@pytest.mark.parametrize("golden", [1921.0, [1921.0], True, ["x", False], {"a": 1}, [["x"]]])
+def test_gold_answers_of_other_types_are_refused(tmp_path, golden):
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: field 'golden_answers': expected text"):
+        list(read_questions(write(tmp_path, {"id": "a", "question": "Q", "golden_answers": golden})))
+
+
+def test_a_place_among_choices_is_that_choice(tmp_path):
+    row = {"id": "a", "question": "Q", "golden_answers": [1], "choices": ["Oslo", "Rome"]}
+    assert next(read_questions(write(tmp_path, row))).golden_answers == ("Rome",)
+    with pytest.raises(RecordError, match="expected places in the 2 choices"):
+        list(read_questions(write(tmp_path, row | {"golden_answers": [2]})))
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("12", ["12"]), (12, ["12"]), (12.0, ["12"]), ([1, "b", None], ["1", "b"]), (None, None), (math.nan, None)],
+)
+def test_one_gold_document_is_a_list_of_one_and_null_is_absent(tmp_path, value, wanted):
+    row = {"id": "a", "question": "Q", "golden_answers": ["x"], "metadata": {"gold_doc_ids": value, "hops": 2}}
+    (question,) = read_questions(write(tmp_path, row))
+    assert question.metadata.get("gold_doc_ids") == wanted and question.metadata["hops"] == 2
+
+
+def test_questions_without_labels_are_read_unless_labels_are_wanted(tmp_path):
+    file = write(tmp_path, {"id": "a", "question": "Q"})
+    assert next(read_questions(file)).golden_answers == ()
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: question 'a' has no golden answers"):
+        list(read_questions(file, labelled=True))
+
+
+# --- Search-R1 and verl -----------------------------------------------------------------------------------------------
+
+PROMPT = [
+    {"role": "system", "content": "Question: none"},
+    {"role": "user", "content": "Answer it. For example, Question: x. Question: Who is it?\n"},
+]
+VERL = {
+    "data_source": "nq",
+    "prompt": PROMPT,
+    "ability": "fact-reasoning",
+    "reward_model": {"style": "rule", "ground_truth": {"target": ["a", "b"]}},
+    "extra_info": {"split": "train", "index": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, ("nq/train/3", "Who is it?", ("a", "b"))),
+        ({"id": "q3", "question": "Q?", "golden_answers": ["c"]}, ("q3", "Q?", ("c",))),
+        ({"question": "Q?", "golden_answers": []}, ("nq/train/3", "Q?", ("a", "b"))),
+        ({"extra_info": {"split": "train", "index": 3, "question": "E?"}}, ("nq/train/3", "E?", ("a", "b"))),
+        ({"reward_model": {"ground_truth": {"target": "a"}}}, ("nq/train/3", "Who is it?", ("a",))),
+        ({"reward_model": {"ground_truth": "a"}}, ("nq/train/3", "Who is it?", ("a",))),
+        ({"extra_info": {"index": 3}}, ("nq/3", "Who is it?", ("a", "b"))),
+    ],
+)
+def test_rows_of_search_r1_and_verl_are_read(tmp_path, name, change, wanted):
+    (item,) = read_for_training(write_form(tmp_path / name, [VERL | change]))
+    assert (item.question.id, item.question.question, item.question.golden_answers) == wanted
+    assert item.source == "nq"
+
+
+def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
+    rows = [
+        VERL
+        | {"id": "train_0", "question": source, "data_source": source, "extra_info": {"split": "train", "index": 0}}
+        for source in ("nq", "hotpotqa")
+    ]
+    file = write_form(tmp_path / "t.parquet", rows)
+    assert [question.id for question in read_questions(file)] == ["nq/train/0", "hotpotqa/train/0"]
+    file = write_form(tmp_path / "t.parquet", [rows[0], rows[1] | {"id": "train_1"}])
+    assert [question.id for question in read_questions(file)] == ["train_0", "train_1"]
+
+
+def test_a_prompt_without_a_question_is_refused(tmp_path):
+    row = VERL | {"prompt": [{"role": "user", "content": "Compute 1 + 1"}]}
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: expected a text field 'question' \(or a prompt with"):
+        list(read_questions(write(tmp_path, row)))
+
+
+def test_a_split_is_found_under_every_suffix(tmp_path):
+    for name in ("test.jsonl.gz", "test.parquet", "test.json", "test.jsonl"):  # later ones are preferred
+        write(tmp_path, {"id": "a", "question": "Q", "golden_answers": ["x"]}, name)
+        assert split_file(tmp_path, "test").name == name
