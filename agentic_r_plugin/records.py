@@ -7,6 +7,7 @@ field is refused, because a misspelt name is the commonest way to lose data. Que
 
 from __future__ import annotations
 
+import hashlib
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -183,6 +184,19 @@ class Passage:
         if len(title) > 1 and title[0] == title[-1] == '"':
             title = title[1:-1]
         return cls(id=id, title=title, text=text, contents=contents)
+
+
+TEXT_ID = "text-"
+"""How the id of a passage begins that a retrieval service gave without one."""
+
+
+def text_id(contents: str) -> str:
+    """The id of a passage without one: a hash of its contents.
+
+    >>> text_id("A song.")
+    'text-387fb93a06af808c'
+    """
+    return TEXT_ID + hashlib.blake2b(contents.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import ConfigError, OutputExistsError, SearchError, SearchRefusedError
+from agentic_r_plugin.errors import (
+    ConfigError,
+    OutputExistsError,
+    SearchError,
+    SearchRefusedError,
+    SearchUnavailableError,
+)
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
@@ -114,14 +121,14 @@ def codec(model: str) -> Codec:
 
 
 def check_service(config: TrainAgentConfig, *, probe: str) -> str:
-    """Ask the retrieval service how it is, and for passages: `/health` answers also whom a search is refused.
+    """Ask the retrieval service for passages. A service of others need not have `/health`.
 
     Returns:
-        What it says of itself.
+        Its address, what it serves (where it says so), and how many passages it found.
 
     Raises:
         ConfigError: an address that other machines cannot reach; the token's variable is not set.
-        SearchError: it does not answer, refuses, or finds fewer passages than `topk`.
+        SearchError: it does not answer, or refuses to search.
     """
     token = token_from_env(config.retrieval_token_env)
     client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10, token=token)
@@ -131,9 +138,11 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
             f"retrieval_url={config.retrieval_url}: the other machines cannot reach a loopback address; give one that "
             "all of them reach (serve host=0.0.0.0 token_env=NAME, and retrieval_token_env=NAME here)"
         )
+    served = client.url
     try:
-        health = client.health()
         (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
+        with suppress(SearchUnavailableError):  # the search decides
+            served = client.fingerprint()
     except SearchRefusedError as error:
         if error.status != 401:
             raise
@@ -143,9 +152,8 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
         ) from error
     finally:
         client.close()
-    if len(found) < config.topk:
-        raise SearchError(f"{client.url}: asked for {config.topk} passages, found {len(found)}")
-    return f"{client.url}, fingerprint {health.get('fingerprint', 'unknown')}"
+    known_by = "without a fingerprint" if served == client.url else f"fingerprint {served}"
+    return f"{client.url}, {known_by}, {len(found)} of {config.topk} passages for {probe[:60]!r}"
 
 
 def on_cpu(config: TrainAgentConfig) -> bool:

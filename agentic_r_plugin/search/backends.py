@@ -163,13 +163,14 @@ class ServiceBackend:
 
         token_env: str = field(default="", metadata=FREE)
         max_connections: int = field(default=32, metadata=FREE)
+        max_batch: int = field(default=256, metadata=FREE)
 
     def __init__(self, client: RetrievalClient) -> None:
         self.client = client
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> ServiceBackend:
-        """From the settings shared by all commands; options: `token_env`, `max_connections`."""
+        """From the settings shared by all commands; options: `token_env`, `max_connections`, `max_batch`."""
         if not spec.url:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
         options = typed_options(spec, cls.Options)

@@ -61,7 +61,7 @@ def depth_changes_order(search: SearchBackend) -> bool:
     return bool(getattr(search, "depth_changes_order", False))
 
 
-_OF_ONE_REQUEST = frozenset({400, 413, 422})
+OF_ONE_REQUEST = frozenset({400, 413, 422})
 """Statuses by which a service refuses what it was sent; others refuse the caller, or all requests."""
 
 
@@ -78,7 +78,7 @@ def search_each(
     try:
         return list(search.search(requests, topk))
     except SearchRefusedError as error:
-        if error.status not in _OF_ONE_REQUEST:
+        if error.status not in OF_ONE_REQUEST:
             raise
         if len(requests) == 1:
             return [error]

@@ -12,14 +12,15 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import httpx
 
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
-from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
 from agentic_r_plugin.store import parse_json
 
@@ -92,7 +93,8 @@ class RetrievalClient:
         """
         found: list[list[Hit]] = []
         for batch in self._batches(requests, topk):
-            answer = await self._acall("POST", "/retrieve", encode_requests(batch, topk))
+            with _explained(batch):
+                answer = await self._acall("POST", "/retrieve", encode_requests(batch, topk))
             found += self._decode(answer, len(batch), topk)
         return found
 
@@ -100,7 +102,8 @@ class RetrievalClient:
         """As `asearch`, blocking; safe from several threads."""
         found: list[list[Hit]] = []
         for batch in self._batches(requests, topk):
-            answer = self._call("POST", "/retrieve", encode_requests(batch, topk))
+            with _explained(batch):
+                answer = self._call("POST", "/retrieve", encode_requests(batch, topk))
             found += self._decode(answer, len(batch), topk)
         return found
 
@@ -116,17 +119,20 @@ class RetrievalClient:
         return answer
 
     def fingerprint(self) -> str:
-        """The served index' own; the address where the service has no `/health` (Search-R1's).
+        """The served index' own; the address where the service has no `/health` of ours (Search-R1's).
 
         Raises:
-            SearchError: as for `search`.
+            SearchUnavailableError: no answer within the retries.
+            SearchRefusedError: the service refuses the caller (401, 403).
         """
         try:
-            return str(self.health().get("fingerprint", self.url))
-        except SearchRefusedError as error:
-            if error.status in (404, 405):
-                return self.url
+            return str(self.health().get("fingerprint") or self.url)
+        except SearchUnavailableError:
             raise
+        except SearchError as error:
+            if isinstance(error, SearchRefusedError) and error.status in (401, 403):
+                raise
+            return self.url  # a refusal, or a page of something else
 
     def reload(self, index: str, *, retriever: str = "", corpus: str = "", timeout_s: float = 600.0) -> str:
         """Have the service go over to another index; returns the fingerprint of what it serves then.
@@ -174,6 +180,8 @@ class RetrievalClient:
                 status, headers, content = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
             except (httpx.TransportError, asyncio.TimeoutError, TimeoutError) as error:
                 delay_s = attempts.failed(_describe(error, self.timeout_s))
+            except httpx.DecodingError as error:
+                raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
                 pause_s = attempts.judge(status, headers, content)
                 if pause_s is None:
@@ -188,6 +196,8 @@ class RetrievalClient:
                 status, headers, content = self._fetch(method, path, body)
             except (httpx.TransportError, TimeoutError) as error:
                 delay_s = attempts.failed(_describe(error, self.timeout_s))
+            except httpx.DecodingError as error:
+                raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
                 pause_s = attempts.judge(status, headers, content)
                 if pause_s is None:
@@ -198,7 +208,7 @@ class RetrievalClient:
     async def _afetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
         content = bytearray()
         async with self._async_client().stream(method, self.url + path, json=body) as response:
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 content += chunk
                 self._check_size(content)
         return response.status_code, response.headers, bytes(content)
@@ -206,7 +216,7 @@ class RetrievalClient:
     def _fetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
         content, deadline = bytearray(), time.monotonic() + self.timeout_s
         with self._sync_client().stream(method, self.url + path, json=body) as response:
-            for chunk in response.iter_raw():
+            for chunk in response.iter_bytes():
                 content += chunk
                 self._check_size(content)
                 if time.monotonic() > deadline:
@@ -255,6 +265,21 @@ class RetrievalClient:
         return self._async[loop]
 
 
+@contextmanager
+def _explained(batch: Sequence[SearchRequest]) -> Iterator[None]:
+    """Where a service refuses many queries at once, say how to send fewer."""
+    try:
+        yield
+    except SearchRefusedError as error:
+        if len(batch) == 1 or error.status not in OF_ONE_REQUEST:
+            raise
+        raise SearchRefusedError(
+            f"{error} (it was asked {len(batch)} queries in one request; where it takes fewer, set "
+            "search.options.max_batch)",
+            status=error.status,
+        ) from error
+
+
 class _Attempts:
     """Counts the attempts of one call and says how long to pause before the next."""
 
@@ -288,6 +313,8 @@ class _Attempts:
         if status == 200:
             return None
         reason = f"HTTP {status}: {_error_message(content)}"
+        if 300 <= status < 400 and "Location" in headers:
+            reason = f"HTTP {status}: it redirects to {headers['Location']}; give the address that answers itself"
         if status in _RETRIED_STATUS:
             return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
         raise SearchRefusedError(f"{self.where}: the service refused the request: {reason}", status=status)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields
-from agentic_r_plugin.records import Passage
+from agentic_r_plugin.records import TEXT_ID, Passage
 from agentic_r_plugin.store import (
     atomic_path,
     dump_line,
@@ -197,7 +197,12 @@ class Corpus:
         """
         row = self.row_of(identifier)
         if row is None:
-            raise RecordError(f"no passage with id {identifier!r} in this corpus", path=self.path)
+            hint = (
+                "; the retrieval service gave this passage without an id: use a service whose documents have the ids "
+                "of this corpus (agentic-r serve)"
+            )
+            reason = f"no passage with id {identifier!r} in this corpus{hint if identifier.startswith(TEXT_ID) else ''}"
+            raise RecordError(reason, path=self.path)
         return self[row]
 
     def fingerprint(self) -> str:

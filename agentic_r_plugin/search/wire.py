@@ -2,7 +2,12 @@
 
 Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]]}`,
 answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`; without scores each inner
-list holds the documents themselves.
+list holds the documents themselves. Both may hold further fields, which are ignored; a `topk` of 0 or null is the
+service's default.
+
+Answers of other services are read too: documents with `contents`, with `text` and perhaps `title`, or with all of them;
+the id (`id`, `docid`, `_id`, a string or a whole number) in the document or next to it; answers without scores (0 is
+recorded); fewer passages than asked for. A document without an id is known by a hash of its text (`records.text_id`).
 """
 
 from __future__ import annotations
@@ -10,10 +15,11 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentic_r_plugin.errors import SearchError
-from agentic_r_plugin.records import Passage
+from agentic_r_plugin.records import TEXT_ID, Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
 MAX_PASSAGES = 65_536
@@ -53,10 +59,13 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     """Hits of a parsed answer, best first.
 
     Raises:
-        SearchError: not exactly one list per request, more hits than asked for, a passage twice, a document without
-            text fields, or a score that is not a finite number. An answer that is not whole is never an empty result.
+        SearchError: an answer that reports an error, not exactly one list per request, more hits than asked for, a
+            passage twice, a document without text, or a score that is not a finite number. An answer that is not whole
+            is never an empty result.
     """
     result = body.get("result") if isinstance(body, Mapping) else None
+    if isinstance(body, Mapping) and body.get("error"):
+        raise SearchError(f"the service answered with an error: {_short(body['error'])}")
     if not isinstance(result, list):
         raise SearchError(f"malformed answer: expected an object with a list 'result', found {_short(body)}")
     if len(result) != num_requests:
@@ -70,33 +79,54 @@ def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
         raise SearchError(f"{where}: expected a list, found {_short(hits)}")
     if len(hits) > topk:
         raise SearchError(f"{where}: expected at most {topk} hits, found {len(hits)}")
-    found = [_decode_hit(hit, f"{where}[{rank}]") for rank, hit in enumerate(hits)]
-    if len({hit.passage.id for hit in found}) != len(found):
-        raise SearchError(f"{where}: the same passage id stands there twice")
-    return found
+    found: dict[str, Hit] = {}
+    for rank, hit in enumerate(hits):
+        decoded = _decode_hit(hit, f"{where}[{rank}]")
+        if decoded.passage.id in found and not decoded.passage.id.startswith(TEXT_ID):
+            raise SearchError(f"{where}: the same passage id stands there twice")
+        found.setdefault(decoded.passage.id, decoded)
+    return list(found.values())
 
 
 def _decode_hit(hit: Any, where: str) -> Hit:
-    document = hit.get("document") if isinstance(hit, Mapping) else None
+    """A document with a score next to it, or (without scores) the document itself."""
+    if not isinstance(hit, Mapping):
+        raise SearchError(f"{where}: expected an object with 'document' or the document itself, found {_short(hit)}")
+    document = hit.get("document", hit)
+    if isinstance(document, str):
+        document = {"contents": document}
     if not isinstance(document, Mapping):
-        raise SearchError(f"{where}: expected an object with 'document' and 'score', found {_short(hit)}")
+        raise SearchError(f"{where}: expected an object as 'document', found {_short(document)}")
     score = hit.get("score")
+    if score is None:
+        score = 0.0
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
         raise SearchError(f"{where}: expected a finite number as 'score', found {_short(score)}")
-    return Hit(passage=_decode_document(document, where), score=float(score))
+    return Hit(passage=_decode_document(document, _identifier(document) or _identifier(hit), where), score=float(score))
 
 
-def _decode_document(document: Mapping[str, Any], where: str) -> Passage:
-    """Title, text and contents as sent; servers may send only `contents`, or no `contents`."""
-    identifier, title, text = document.get("id"), document.get("title"), document.get("text")
-    contents = document.get("contents")
-    if isinstance(identifier, int) and not isinstance(identifier, bool):
-        identifier = str(identifier)
-    if isinstance(identifier, str) and isinstance(title, str) and isinstance(text, str):
-        return Passage(id=identifier, title=title, text=text, contents=contents if isinstance(contents, str) else "")
-    if isinstance(identifier, str) and isinstance(contents, str):
-        return Passage.from_contents(identifier, contents)
-    raise SearchError(f"{where}: expected a document with 'id', 'title' and 'text', found {_short(document)}")
+def _identifier(fields: Mapping[str, Any]) -> str:
+    """The id in one of its fields; empty where there is none."""
+    for name in ("id", "docid", "_id"):
+        value = fields.get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return str(value)
+    return ""
+
+
+def _decode_document(document: Mapping[str, Any], identifier: str, where: str) -> Passage:
+    """Title, text and contents as sent; services may send only `contents`, or no `contents`."""
+    title, text, contents = document.get("title"), document.get("text"), document.get("contents")
+    if isinstance(text, str) and (isinstance(title, str) or not isinstance(contents, str)):
+        title = title if isinstance(title, str) else ""
+        passage = Passage(id=identifier, title=title, text=text, contents=contents if isinstance(contents, str) else "")
+    elif isinstance(contents, str):
+        passage = Passage.from_contents(identifier, contents)
+    else:
+        raise SearchError(f"{where}: expected a document with 'contents' or 'text', found {_short(document)}")
+    return passage if identifier else replace(passage, id=text_id(passage.contents))
 
 
 def _short(value: Any) -> str:

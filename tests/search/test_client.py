@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import hashlib
 import json
 import multiprocessing
 import pickle
@@ -12,6 +14,7 @@ from email.utils import formatdate
 
 import pytest
 
+from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
@@ -86,11 +89,15 @@ def test_what_does_not_pass_is_unavailable_with_address_attempts_and_last_fault(
         (b'{"result": []}', "expected 1 results, one per query, found 0"),
         (b'{"result": [[], []]}', "expected 1 results, one per query, found 2"),
         (b'{"result": [null]}', r"result\[0\]: expected a list"),
-        (b'{"result": [["x"]]}', r"result\[0\]\[0\]: expected an object with 'document'"),
-        (b'{"result": [[{"document": {"id": "1", "title": "T"}, "score": 1}]]}', "'id', 'title' and 'text'"),
+        (b'{"result": [["x"]]}', r"result\[0\]\[0\]: expected an object with 'document' or"),
+        (b'{"result": [[{"document": {"id": "1", "title": "T"}, "score": 1}]]}', "'contents' or 'text', found"),
         (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}, "score": NaN}]]}', "finite number"),
         (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}, "score": "1"}]]}', "finite number"),
-        (b'{"result": [[{"document": {"id": "1", "title": "T", "text": "x"}}]]}', "finite number"),
+        (b'{"result": [[{"document": 3}]]}', r"result\[0\]\[0\]: expected an object as 'document'"),
+        (b'{"result": [[{"id": "1", "score": 0.5}]]}', "'contents' or 'text', found"),
+        (b'{"error": "index not loaded"}', "answered with an error: 'index not loaded'"),
+        (b'{"result": [[]], "error": {"message": "no index"}}', "answered with an error: .*no index"),
+        (b'{"status": "failed"}', "an object with a list 'result'"),
         (json.dumps({"result": [[HIT, HIT]]}).encode(), "the same passage id stands there twice"),
         (json.dumps({"result": [[HIT, HIT, HIT, HIT]]}).encode(), "at most 3 hits, found 4"),
     ],
@@ -126,6 +133,60 @@ def test_documents_with_contents_alone_are_understood():
     assert (passage.id, passage.title, passage.text) == ("7", "Emma", "A novel.")
 
 
+HASHED = f"text-{hashlib.blake2b(b'A novel.', digest_size=8).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    ("hits", "expected"),
+    [
+        ([{"document": {"id": 7, "contents": '"Emma"\nA novel.'}, "score": 2}], [("7", "Emma", "A novel.", 2.0)]),
+        ([{"document": {"title": "Emma", "text": "A novel."}, "docid": "d9", "score": 1.5}],
+         [("d9", "Emma", "A novel.", 1.5)]),
+        ([{"document": {"title": "Emma", "text": "A novel."}, "docid": 9}], [("9", "Emma", "A novel.", 0.0)]),
+        ([{"document": {"contents": "A novel."}, "id": "n", "score": None}], [("n", "", "A novel.", 0.0)]),
+        ([{"id": 3.0, "contents": "A novel."}], [("3", "", "A novel.", 0.0)]),
+        ([{"_id": "b", "title": None, "text": "A novel.", "score": 0.1}], [("b", "", "A novel.", 0.1)]),
+        ([{"document": "A novel."}], [(HASHED, "", "A novel.", 0.0)]),
+        ([{"document": {"id": None, "contents": "A novel."}}] * 2, [(HASHED, "", "A novel.", 0.0)]),
+        ([{"document": {"id": "", "text": "A novel."}, "score": 1}], [(HASHED, "", "A novel.", 1.0)]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_answers_of_other_services_are_understood(hits, expected):
+    with Misbehaving([response(200, json.dumps({"result": [hits], "took": 3}).encode())]) as server:
+        [found] = both(server)[0]()
+    assert [(hit.passage.id, hit.passage.title, hit.passage.text, hit.score) for hit in found] == expected
+
+
+def test_a_compressed_answer_is_read_and_a_broken_one_is_an_error():
+    packed = gzip.compress(json.dumps({"result": [[HIT]]}).encode())
+    with Misbehaving([response(200, packed, "Content-Encoding: gzip")] * 2) as server:
+        assert [way()[0][0].passage.id for way in both(server)] == ["1", "1"]
+    for way in (0, 1):
+        with Misbehaving([response(200, b"not gzip", "Content-Encoding: gzip")]) as server:
+            with pytest.raises(SearchError, match="malformed answer"):
+                both(server)[way]()
+            assert server.taken == 1
+
+
+def test_a_redirect_is_an_error_that_names_where_it_leads():
+    with (
+        Misbehaving([response(307, b"", "Location: http://other:1/retrieve/")]) as server,
+        pytest.raises(SearchRefusedError, match="redirects to http://other:1/retrieve/; give the address that answers"),
+    ):
+        both(server)[0]()
+
+
+def test_a_service_that_refuses_many_queries_is_asked_fewer_at_once():
+    requests = [SearchRequest(query=str(number)) for number in range(20)]
+    with serving(EchoBackend()) as url:
+        with pytest.raises(SearchRefusedError, match=r"asked 20 queries in one request; .* search\.options\.max_batch"):
+            RetrievalClient(url).search(requests, 1)
+        spec = SearchSpec(backend="service", url=url, options={"max_batch": 8})
+        with open_search(spec) as backend:
+            assert len(backend.search(requests, 1)) == 20
+
+
 def test_contents_come_over_the_wire_as_the_corpus_holds_them():
     passages = [Passage.from_contents(str(i), text) for i, text in enumerate(['""Heroes""\nx', "one line", "Bare\nx"])]
     body = json.dumps(encode_hits([[Hit(passage=passage, score=1.0) for passage in passages]], with_scores=True))
@@ -147,8 +208,10 @@ def test_long_lists_are_asked_in_parts_and_come_back_in_order():
 
 
 def test_a_service_without_health_is_known_by_its_address():
-    with Misbehaving([response(404, b"{}"), response(401, b"{}")]) as server:
-        assert RetrievalClient(server.url).fingerprint() == server.url
+    others = [response(404, b"{}"), response(501, b""), response(200, b"<html>"), response(200, b'{"status": "ok"}')]
+    with Misbehaving([*others, response(401, b"{}")]) as server:
+        for _ in others:
+            assert RetrievalClient(server.url).fingerprint() == server.url
         with pytest.raises(SearchRefusedError, match="HTTP 401") as refused:
             RetrievalClient(server.url).fingerprint()
         assert refused.value.status == 401
