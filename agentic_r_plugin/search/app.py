@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 Reload = Callable[[dict[str, str]], Awaitable[str]]
 """Opens and puts in place what the changed settings (`index`, `retriever`, `corpus`) name; returns its fingerprint."""
 
-_FIELDS = frozenset({"queries", "topk", "return_scores", "questions", "histories"})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -194,17 +192,15 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, bool]:
-    """(searches, topk, with scores) of a `/retrieve` body.
+    """(searches, topk, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
 
     Raises:
-        RefusedError: not JSON, a field that is unknown or of a wrong type, or more than the limits allow.
+        RefusedError: not JSON, a field of a wrong type, or more than the limits allow.
     """
     data = _object(body)
-    if unknown := sorted(set(data) - _FIELDS):
-        raise _invalid(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}")
     queries = data.get("queries")
     if not isinstance(queries, list):
-        raise _invalid("expected a list of strings in 'queries'")
+        raise _invalid(f"expected a list of strings in 'queries', found {type(queries).__name__}")
     if len(queries) > limits.max_queries:
         raise RefusedError(413, "too_large", f"{len(queries)} queries; at most {limits.max_queries} are allowed")
     questions = _parallel(data, "questions", len(queries), None)
@@ -268,10 +264,12 @@ def _history(value: Any, where: str, limits: Limits) -> tuple[str, ...]:
 
 
 def _topk(value: Any, limits: Limits) -> int:
-    if value is None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | None) or (value or 0) < 0:
+        raise _invalid(f"expected a whole number in 'topk' (0 or null: the default), found {str(value)[:40]!r}")
+    if not value:
         return limits.default_topk
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _invalid(f"expected a whole number of at least 1 in 'topk', found {str(value)[:40]!r}")
     if value > limits.max_topk:
         raise RefusedError(413, "too_large", f"topk {value if value < 10**9 else 'too large'}: max {limits.max_topk}")
     return value

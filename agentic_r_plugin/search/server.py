@@ -77,7 +77,7 @@ class ServeConfig:
         default=False, metadata={"help": "end when the process that started it ends", **FREE}
     )
     default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say", **FREE})
-    max_queries: int = field(default=1024, metadata={"help": "queries of one request", **FREE})
+    max_queries: int = field(default=4096, metadata={"help": "queries of one request", **FREE})
     max_topk: int = field(default=1000, metadata={"help": "passages for one query", **FREE})
     max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request", **FREE})
     max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question", **FREE})

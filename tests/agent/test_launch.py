@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
-from agentic_r_plugin.agent.prepare import check_run_folder, name_latest, prepare, validation_questions
+from agentic_r_plugin.agent.prepare import check_run_folder, check_service, name_latest, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
@@ -45,6 +46,15 @@ def config(tmp_path: Path, agent_dir: Path, question_file: Path, service: Servic
     )  # fmt: skip
 
 
+def test_a_service_of_others_is_good_for_training_when_its_search_is(config: TrainAgentConfig) -> None:
+    answers = [{"result": [[{"document": {"contents": "x"}}]]}, {"result": [[]]}]
+    for answer, found in zip(answers, ("1 of 1", "0 of 1"), strict=True):
+        good = loopback.response(200, json.dumps(answer).encode())
+        with loopback.Misbehaving([good, loopback.response(404, b"<html>")]) as other:
+            told = check_service(replace(config, retrieval_url=other.url), probe="Who?")
+        assert told == f"{other.url}, without a fingerprint, {found} passages for 'Who?'"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -52,7 +62,7 @@ def config(tmp_path: Path, agent_dir: Path, question_file: Path, service: Servic
         ({"questions": "/nowhere.jsonl"}, ConfigError, "questions: /nowhere.jsonl does not exist"),
         ({"protocol": "unknown"}, ConfigError, "unknown agent_protocol 'unknown'; registered: .*compact"),
         ({"batch_size": 64, "mini_batch_size": 64}, ConfigError, "12 questions are fewer than batch_size=64"),
-        ({"retrieval_url": "http://127.0.0.1:9"}, SearchUnavailableError, "127.0.0.1:9/health"),
+        ({"retrieval_url": "http://127.0.0.1:9"}, SearchUnavailableError, "127.0.0.1:9/retrieve"),
         ({"limits": replace(LIMITS, max_tokens=20)}, ConfigError, "leave the question out"),
         ({"verl": ["actor_rollout_ref.actor.no_such_key=1"]}, ConfigError, "no_such_key"),
     ],

@@ -63,11 +63,10 @@ def test_questions_and_histories_reach_the_retriever(url):
         (b'{"queries": ["\\ud800"]}', 400, "queries[0]: not valid Unicode"),
         (b"[" * 15_000, 400, "expected a JSON object"),
         (b'{"queries": ' + b"[" * 9000 + b"]" * 9000 + b"}", 400, ""),
-        (b'{"queries": "q"}', 400, "a list of strings in 'queries'"),
+        (b'{"queries": "q"}', 400, "a list of strings in 'queries', found str"),
         (b'{"queries": [1]}', 400, "queries[0]: expected a string, found int"),
         (b'{"queries": ["q", null]}', 400, "queries[1]: expected a string, found NoneType"),
         (b"{}", 400, "a list of strings in 'queries'"),
-        (b'{"queries": ["q"], "topk": 0}', 400, "topk"),
         (b'{"queries": ["q"], "topk": -1}', 400, "topk"),
         (b'{"queries": ["q"], "topk": true}', 400, "topk"),
         (b'{"queries": ["q"], "topk": 1.5}', 400, "topk"),
@@ -81,7 +80,6 @@ def test_questions_and_histories_reach_the_retriever(url):
         (b'{"queries": ["q"], "questions": [3]}', 400, "questions[0]"),
         (b'{"queries": ["q"], "histories": ["h"]}', 400, "histories[0]: expected a list"),
         (b'{"queries": ["q"], "histories": [["a", "b", "c", "d", "e"]]}', 413, "more than 4"),
-        (b'{"queries": ["q"], "question": ["a"]}', 400, "unknown field 'question'"),
         (b'{"queries": ["' + b"x" * 201 + b'"]}', 413, "queries[0]: 201 characters"),
         (b'{"queries": ["q","q","q","q","q","q","q","q","q"]}', 413, "9 queries; at most 8"),
         (b'{"queries": ["a", "b", "c"], "topk": 34}', 413, "3 queries of topk 34; at most 100 passages"),
@@ -94,6 +92,38 @@ def test_what_is_not_a_request_gets_a_typed_error(url, body, status, message):
     error = answer.json()["error"]
     assert error["type"] == {400: "invalid_request", 413: "too_large"}[status]
     assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ('"topk": 0', 2), ('"topk": null', 2), ('"topk": 3.0', 3), ('"return_scores": null, "topk": 1', 1),
+        ('"topk": 1, "timeout": 30, "user": {"name": []}', 1),
+    ],
+)  # fmt: skip
+def test_what_clients_of_other_services_send_is_taken(url, fields, found):
+    # curl sends this type of content with -d
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = httpx.post(f"{url}/retrieve", content='{"queries": ["q", ""], ' + fields + "}", headers=headers)
+    assert answer.status_code == 200
+    assert [[document["id"] for document in row] for row in answer.json()["result"]] == [["0", "1", "2"][:found]] * 2
+
+
+def test_all_queries_of_a_grpo_batch_fit_into_one_request_by_default():
+    config = ServeConfig()
+    names = ("max_queries", "max_passages", "max_body_bytes")
+    limits = replace(LIMITS, **{name: getattr(config, name) for name in names})
+    body = {"queries": [f"town {number}" for number in range(512 * 5)], "topk": 3, "return_scores": True}
+    with serving(EchoBackend(), limits=limits, max_waiting=config.max_waiting) as url:
+        answer = httpx.post(f"{url}/retrieve", json=body, timeout=60)
+    assert answer.status_code == 200
+    assert [row[2]["document"]["text"] for row in answer.json()["result"]] == [
+        f"None|()|town {number}" for number in range(2560)
+    ]
+
+
+def test_no_query_is_no_result(url):
+    assert httpx.post(f"{url}/retrieve", json={"queries": []}).json() == {"result": []}
 
 
 def test_unknown_paths_and_methods_get_typed_errors(url):
