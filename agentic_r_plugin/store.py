@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import fcntl
+import glob
 import gzip
 import hashlib
 import json
@@ -289,6 +290,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(path: str | Path) -> None:
+    """Delete what a killed process left of `atomic_path(path)`; for the one process that may write `path`."""
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):  # as `mkstemp` names them
+        left.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -70,8 +70,8 @@ def finished(tmp_path_factory) -> Path:
     log = out.parent / "log"
     checkpoint = out / "iteration-1" / "agent" / "checkpoints" / "latest_checkpointed_iteration.txt"
     kill_when(out, checkpoint.is_file, log)
-    journal = out / "iteration-1" / "data" / "correctness.jsonl.journal"
-    kill_when(out, lambda: journal.is_file() and journal.stat().st_size > 0, log)
+    work = out / "iteration-1" / "data" / "correctness.jsonl.work"
+    kill_when(out, lambda: work.is_file() and work.stat().st_size > 0, log)
     done = subprocess.run(command(out), capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -11,7 +11,6 @@ from pathlib import Path
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
@@ -19,6 +18,7 @@ from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
+from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_records
 
 

@@ -25,7 +25,6 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, SelectionRule, preset_rule, rollout_order
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
@@ -36,6 +35,7 @@ from agentic_r_plugin.records import Candidates, Correctness, Passage
 from agentic_r_plugin.rollout import RolloutCost, run_sessions
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.storage.table import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

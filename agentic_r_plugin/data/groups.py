@@ -10,8 +10,6 @@ from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE
-from agentic_r_plugin.data.journal import Outcome
-from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, preset_rule, select
 from agentic_r_plugin.data.stage import Stage, run_stage
@@ -19,6 +17,8 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordEr
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import file_fingerprint, read_json, read_records
 
 Key = tuple[str, int]

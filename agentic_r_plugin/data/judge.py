@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import parse_json
 
 Parsed = TypeVar("Parsed")

@@ -1,8 +1,8 @@
-"""The work of a stage on Ray: actors hold the models, the driver feeds them and alone writes the journal.
+"""The work of a stage on Ray: actors hold the models, only the driver feeds them and writes files.
 
 Plain actors, because a stage needs what `ray.data.map_batches` hides: every finished batch at the driver at once, in
-any order, to be journalled. Back-pressure is the number of batches under way. An actor whose process dies is started
-again with its batch (`max_restarts`); what it had finished before is in the journal and is not asked for again.
+any order, to be kept. Back-pressure is the number of batches under way. An actor whose process dies is started
+again with its batch (`max_restarts`); what it had finished before is kept and is not asked for again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class RayExecutor:
                 raise ConfigError(f"runner: the workers' models differ from node to node: {first} and {other}")
         return dict(first)
 
-    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
         yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
 

@@ -14,9 +14,7 @@ from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.data.correctness import PassageStore
 from agentic_r_plugin.data.groups import query_key, query_units
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.judge import outcome_of
-from agentic_r_plugin.data.keyed import KeyedRecords
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
@@ -24,6 +22,8 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.storage.lookup import KeyedRecords
+from agentic_r_plugin.storage.table import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.data.groups import correctness_of, keyed_relevance, query_key, query_units
-from agentic_r_plugin.data.keyed import KeyedRecords
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Correctness, Group
+from agentic_r_plugin.storage.lookup import KeyedRecords
 from agentic_r_plugin.store import read_json, require_absent, write_json
 
 BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentic_r_plugin.config import to_dict
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.storage.table import Outcome
 
 Task = TypeVar("Task")
 Given = TypeVar("Given", contravariant=True)
@@ -36,8 +36,8 @@ class RunnerSpec:
     gpus_per_worker: float = field(default=0.0, metadata={"help": "what Ray reserves for a worker"})
     address: str = field(default="", metadata={"help": "of a Ray cluster ('auto': this node's); empty: start one here"})
     max_restarts: int = field(default=3, metadata={"help": "how often Ray starts a worker again whose process died"})
-    part_size: int = field(default=8192, metadata={"help": "units between two compactions of the journal"})
-    sharded: bool = field(default=False, metadata={"help": "leave the output as a folder of shards of part_size units"})
+    part_size: int = field(default=8192, metadata={"help": "units per file of an output that is sharded"})
+    sharded: bool = field(default=False, metadata={"help": "write the output as a folder of files"})
     forecast: int = field(default=0, metadata={"help": "only work on so many units, write nothing, say what all cost"})
 
     def __post_init__(self) -> None:
@@ -99,8 +99,8 @@ class Executor(Protocol):
     def fingerprints(self) -> dict[str, str]:
         """Of the workers' models, by role."""
 
-    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
-        """Finished batches, in any order. A None among the batches means: finish one before asking for more.
+    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
+        """Finished batches, in any order.
 
         Where one fails, no further one is begun, and its error comes after all that are under way and end well.
         """
@@ -128,11 +128,10 @@ class LocalExecutor:
         """See `Executor.fingerprints`."""
         return self._worker.fingerprints()
 
-    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
         for batch in batches:
-            if batch is not None:
-                yield batch, do_batch(self._worker, batch.tasks)
+            yield batch, do_batch(self._worker, batch.tasks)
 
     def close(self) -> None:
         """See `Executor.close`."""
@@ -153,7 +152,7 @@ class ThreadExecutor:
         """See `Executor.fingerprints`."""
         return self._workers[0].fingerprints()
 
-    def run(self, batches: Iterator[Batch[Any] | None]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
 
         def work(batch: Batch[Any]) -> Result:
@@ -178,7 +177,7 @@ class ThreadExecutor:
 
 
 def flow(
-    batches: Iterator[Batch[Any] | None],
+    batches: Iterator[Batch[Any]],
     capacity: int,
     submit: Callable[[Batch[Any]], Any],
     first_done: Callable[[Sequence[Any]], Any],
@@ -203,10 +202,8 @@ def flow(
                 batch, failed = _END, failed or error
             if batch is _END:
                 more = False
-            elif batch is None:
-                break
             else:
-                running[submit(batch)] = batch  # type: ignore[arg-type]
+                running[submit(batch)] = batch
         if running:
             handle = first_done(list(running))
             batch = running.pop(handle)

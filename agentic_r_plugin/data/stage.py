@@ -1,59 +1,47 @@
 """The shell around a data stage: files, progress, resume and the report. The stage itself is a function on records.
 
-A stage works on units (a question, a query), each known by its position in the input. Finished units are appended to
-`OUT.journal`, one line each with its checksum, and synced after every batch; a process that is killed loses at most the
-batches under way. Every `part_size` units the journal is compacted into a part, in input order, so memory does not grow
-with the input; at the end the parts become OUT, which therefore does not depend on interruptions or on the order in
-which workers finish. `OUT.report.json` is written last: its existence means done.
+A stage works on units (a question, a query), each known by its position in the input. Finished units go into a table
+(`storage.table`), a batch at a time, so a process that is killed loses at most the batches under way. At the end the
+table becomes OUT, in input order: OUT does not depend on interruptions or on the order in which workers finish, and
+memory does not grow with the input.
 
-| beside OUT | holds |
+| next to OUT | holds |
 |---|---|
 | `OUT.manifest.json` | configuration and fingerprints of inputs and models; a resume with others is refused |
-| `OUT.journal` | units of the parts in work; removed at the end |
-| `OUT.parts/` | finished parts and their checksums; they become OUT at the end |
+| `OUT.work` | finished units; removed at the end |
 | `OUT.errors.jsonl` | units whose judge failed and units that were refused, when there are any |
-| `OUT.report.json` | counts of read, kept and dropped, and the cost |
+| `OUT.report.json` | counts of read, kept and dropped, and the cost; written last, so its existence means done |
 """
 
 from __future__ import annotations
 
 import dataclasses
-import glob
-import json
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-from agentic_r_plugin import __version__
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
 from agentic_r_plugin.data import cost
-from agentic_r_plugin.data.journal import REFUSED, Journal, require_free
-from agentic_r_plugin.data.keyed import HashIndex, KeyedRecords, key_hash
-from agentic_r_plugin.data.parts import Parts
 from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
-from agentic_r_plugin.errors import (
-    JudgeError,
-    ManifestMismatchError,
-    OutputExistsError,
-    RecordError,
-    RequestRefusedError,
-)
+from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.records import Record
+from agentic_r_plugin.storage.claim import Claim, claim
+from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.storage.table import REFUSED, Row, WorkTable
 from agentic_r_plugin.store import (
     absolute,
     atomic_path,
     dump_line,
     file_fingerprint,
-    read_json,
-    read_records,
-    require_absent,
+    parse_line,
+    remove_temporaries,
     write_json,
     write_records,
 )
@@ -77,7 +65,7 @@ class Stage(Generic[Item]):
         prepare: item -> what a worker is given of it.
         sides: files that `prepare` looks things up in; read once before any work, closed at the end.
         worker: builds a worker (from `for_workers(config)`); picklable where `runner` is Ray.
-        batch_size: units a batch; so many times the batches under way are lost when the process is killed.
+        batch_size: units per batch; the batches under way are lost when the process is killed.
         runner: where the work is done.
         max_error_share: more judge errors than this share of the units end the stage with an error.
     """
@@ -128,10 +116,10 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         OutputExistsError: the output, or work on it, is there and `resume` was not asked for; or another process
             works on it.
         ManifestMismatchError: resumed with another configuration, input or model than it was begun with.
-        RecordError: the input holds a broken record or one unit twice, or the journal is damaged.
+        RecordError: the input holds a broken record or one unit twice, or the kept work is damaged.
         JudgeError: too large a share of the units failed; they are tried again by a resume.
         RequestRefusedError: every unit was refused; they are tried again by a resume.
-        BackendError, SearchError: a model or a retriever failed after its retries; what is finished stays.
+        BackendError, SearchError: a model or a retriever failed after its retries; finished units are kept.
     """
     with ExitStack() as stack:
         for side in stage.sides:
@@ -139,27 +127,18 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         if stage.runner.forecast:
             total = _check_input(stage)
             return _forecast(stage, total, _opened(stage, stack))
-        _check_output(stage, resume=resume)
-        manifest = _manifest(stage)
-        finished = resume and stage.out.exists() and stage.beside(".report.json").exists()
-        if resume:
-            _check_same(stage, manifest, loaded=False)
-        total = 0 if finished else _check_input(stage)
+        _refuse_earlier_form(stage)
+        held = stack.enter_context(claim(stage.out, _made_from(stage), resume=resume, done=".report.json", late=_MODEL))
+        total = 0 if held.finished else _check_input(stage)
         executor = _opened(stage, stack)  # loads the models: what can be refused without them has been
-        manifest["made_from"] |= _models(stage.models | executor.fingerprints())
-        if finished:
-            _check_same(stage, manifest, loaded=True)
-            _clean_up(stage)
-            return dict(read_json(stage.beside(".report.json")))
-        with Journal(stage.beside(".journal")) as journal:
-            manifest = _begin(stage, manifest, journal, resume=resume)
-            parts = Parts(_parts_folder(stage), manifest["part_size"])
-            _Work(stage, journal, parts, total).run(executor)
-            _remove_leavings(stage.out)
-            report = _finish(stage, journal, parts, total)
-            write_json(stage.beside(".report.json"), report)
-            _clean_up(stage)
-    return report
+        held.begin(_models(executor.fingerprints()), stage=stage.name, config=to_dict(stage.config))
+        if held.finished is None:
+            with WorkTable(held.work) as table:
+                _work(stage, table, total, executor)
+                held.finish(_finish(stage, table, total))
+        _clean_up(held)
+        assert held.finished is not None
+        return held.finished
 
 
 def _opened(stage: Stage[Any], stack: ExitStack) -> Executor:
@@ -168,20 +147,13 @@ def _opened(stage: Stage[Any], stack: ExitStack) -> Executor:
     return executor
 
 
-# --- Manifest ---------------------------------------------------------------------------------------------------------
+# --- What it is made from --------------------------------------------------------------------------------------------
 
 
-def _manifest(stage: Stage[Any]) -> dict[str, Any]:
-    """What is known before the workers have loaded their models."""
-    return {
-        "stage": stage.name,
-        "version": __version__,
-        "part_size": stage.runner.part_size,
-        "made_from": _recorded(stage.config)
-        | {f"input {role}": file_fingerprint(path) for role, path in stage.inputs.items()}
-        | _models(stage.models),
-        "config": to_dict(stage.config),
-    }
+def _made_from(stage: Stage[Any]) -> dict[str, Any]:
+    """All that decides the output and is known before the workers have loaded their models."""
+    inputs = {f"input {role}": file_fingerprint(path) for role, path in stage.inputs.items()}
+    return _recorded(stage.config) | inputs | _models(stage.models)
 
 
 _MODEL = "fingerprint of "
@@ -200,66 +172,14 @@ def _recorded(config: Any) -> dict[str, Any]:
     return found
 
 
-def _check_output(stage: Stage[Any], *, resume: bool) -> None:
-    """Refuses to touch what is not ours to go on with, or what another process works on."""
-    manifest_path = stage.beside(".manifest.json")
-    if not resume:
-        require_absent(stage.out)
-        for path in (stage.beside(".journal"), stage.beside(".parts")):
-            if path.exists():
-                raise OutputExistsError(
-                    f"{path}: work on {stage.out} was begun; --resume goes on with it, or remove it"
-                )
-    elif not manifest_path.exists():
-        for path in (stage.out, stage.beside(".journal"), stage.beside(".parts")):
-            if path.exists() and (path.is_dir() or path.stat().st_size):  # the journal is there before the manifest
-                raise ManifestMismatchError(
-                    f"{path} is there without {manifest_path.name}: what it was made from is unknown; "
-                    "remove it or choose another path"
-                )
-    require_free(stage.beside(".journal"))
-
-
-def _check_same(stage: Stage[Any], manifest: dict[str, Any], *, loaded: bool) -> None:
-    """Refuses to go on with what was begun from something else; before they are `loaded`, models are left out."""
-    path = stage.beside(".manifest.json")
-    if not path.exists():
-        return
-    before, now = read_json(path).get("made_from", {}), json.loads(json.dumps(manifest["made_from"]))
-    changed = [
-        f"{key} was {_short(before.get(key))}, now {_short(now.get(key))}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and (loaded or not key.startswith(_MODEL))
-    ]
-    if changed:
-        raise ManifestMismatchError(
-            f"{stage.out}: cannot go on with what was begun from something else: {'; '.join(changed)}. "
-            "Give the same inputs, or another --out"
-        )
-
-
-def _begin(stage: Stage[Any], manifest: dict[str, Any], journal: Journal, *, resume: bool) -> dict[str, Any]:
-    """Write the manifest, once the journal is ours; work that was begun keeps its size of parts.
-
-    Raises:
-        OutputExistsError, ManifestMismatchError: another process began, or ended, while our models were loaded.
-    """
-    if resume:
-        _check_same(stage, manifest, loaded=True)
-    else:
-        require_absent(stage.out)
-        if journal.positions or stage.beside(".parts").exists():
-            raise OutputExistsError(f"{stage.out}: another process has begun it meanwhile; --resume goes on with it")
-    path = stage.beside(".manifest.json")
-    if path.exists():
-        manifest |= {"part_size": read_json(path).get("part_size", manifest["part_size"])}
-    write_json(path, manifest)
-    return manifest
-
-
-def _short(value: Any) -> str:
-    text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _refuse_earlier_form(stage: Stage[Any]) -> None:
+    """Earlier versions kept unfinished work in another form, which is not read: it would be done again unnoticed."""
+    for path in (stage.beside(".journal"), stage.beside(".parts")):
+        if path.exists():
+            raise OutputExistsError(
+                f"{path}: unfinished work of an earlier version; finish it with that version, or remove it to begin "
+                "again"
+            )
 
 
 # --- Work -------------------------------------------------------------------------------------------------------------
@@ -286,112 +206,56 @@ def _check_input(stage: Stage[Any]) -> int:
         index.close()
 
 
-class _Work:
-    """Feeds the executor with what is not done, journals what comes back, closes parts."""
+def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -> None:
+    """Work on all units that are not finished."""
+    from tqdm import tqdm
 
-    def __init__(self, stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> None:
-        self.stage, self.journal, self.parts, self.total = stage, journal, parts, total
-        self._under_way: Counter[int] = Counter()
-        self._handed_out: set[int] = set()
-        leftovers = [p for p in journal.positions if self._stands(parts.number(p))]
-        if leftovers:
-            journal.forget(leftovers)
+    done = table.finished(total)
+    _check_errors(stage, table, total)
+    with tqdm(total=total, initial=sum(done), desc=stage.name, unit="unit", disable=None) as progress:
+        # No further batch is begun once the share of errors is certain to be too large.
+        batches = takewhile(lambda _: not _too_many_errors(stage, table, total), _batches(stage, done))
+        for batch, (outcomes, spent) in executor.run(batches):
+            table.add(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
+            progress.update(len(outcomes))
+    _check_errors(stage, table, total)
+    _check_refused(stage, table, total)
 
-    def _stands(self, part: int) -> bool:
-        """Whether a part is closed and has nothing to be asked again."""
-        return self.parts.closed(part) and not self.parts.error_of_earlier_round(part, self.journal.round)
 
-    def run(self, executor: Executor) -> None:
-        """Work everything off."""
-        from tqdm import tqdm
+def _batches(stage: Stage[Any], done: bytearray) -> Iterator[Batch[Any]]:
+    """Units that are not done, in input order."""
+    left = (
+        (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if not done[position]
+    )
+    while ready := list(islice(left, stage.batch_size)):
+        yield Batch(*zip(*ready, strict=True))
 
-        with tqdm(total=self.total, desc=self.stage.name, unit="unit", disable=None) as progress:
-            self._check_errors()
-            batches = takewhile(lambda _: not self._too_many_errors(), self._batches(progress))
-            for batch, (outcomes, spent) in executor.run(batches):
-                self.journal.append(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
-                progress.update(len(outcomes))
-                for position in batch.positions:
-                    self._under_way[self.parts.number(position)] -= 1
-                self._close_parts()
-            self._check_errors()
-            self._check_refused()
-            self._close_parts()
-        if not self.total:
-            self.parts.close(0, 0, self.journal.read)
 
-    def _batches(self, progress: Any) -> Iterator[Batch[Any] | None]:
-        """What is not done, in input order; at most two parts are in work."""
-        ready: list[tuple[int, str, Any]] = []
-        current = -1
-        for position, (key, item) in enumerate(self.stage.units()):
-            part = self.parts.number(position)
-            if part != current:
-                if current >= 0 and not self._stands(current):
-                    self._handed_out.add(current)
-                    self._close_parts()
-                current = part
-                if len(self._handed_out) > 1 and ready:
-                    yield self._batch(ready)
-                while len(self._handed_out) > 1:
-                    yield None
-                    self._close_parts()
-            if self._stands(part) or self.journal.done(position) or self.parts.done(position, self.journal.round):
-                progress.update(1)
-                continue
-            ready.append((position, key, self.stage.prepare(item)))
-            self._under_way[part] += 1
-            if len(ready) == self.stage.batch_size:
-                yield self._batch(ready)
-        if current >= 0 and not self._stands(current):
-            self._handed_out.add(current)
-        if ready:
-            yield self._batch(ready)
+def _too_many_errors(stage: Stage[Any], table: WorkTable, total: int) -> bool:
+    return table.num_errors > stage.max_error_share * total
 
-    def _batch(self, ready: list[tuple[int, str, Any]]) -> Batch[Any]:
-        batch: Batch[Any] = Batch(*zip(*ready, strict=True))
-        ready.clear()
-        return batch
 
-    def _close_parts(self) -> None:
-        for part in sorted(self._handed_out):
-            if not self._under_way[part]:
-                first = part * self.parts.size
-                length = min(self.parts.size, self.total - first)
-                self.parts.close(part, length, self.journal.read)
-                self.journal.forget(range(first, first + length))
-                self._handed_out.remove(part)
-
-    def _num_errors(self) -> int:
-        return self.journal.num_errors + self.parts.num_current_errors(self.journal.round)
-
-    def _too_many_errors(self) -> bool:
-        """Whether the share of judge errors is certain to be too large; no further batch is begun then."""
-        return self._num_errors() > self.stage.max_error_share * self.total
-
-    def _check_errors(self) -> None:
-        """Give up where too many units failed."""
-        if self._too_many_errors():
-            round_, errors = self.journal.round, self._num_errors()
-            first = self.parts.first_error(round_) or self.journal.first_error
-            self.journal.next_round()
-            raise JudgeError(
-                f"{self.stage.name}: the judge failed on {errors} of {self.total} units, more than "
-                f"max_error_share={self.stage.max_error_share}; first, {first}. --resume tries these again"
-            )
-
-    def _check_refused(self) -> None:
-        """Give up where nothing was taken: that is a wrong setting, not a unit of a special kind."""
-        round_ = self.journal.round
-        refused = self.journal.num_refused + self.parts.num_refused(round_)
-        if not refused or refused + self._num_errors() < self.total:
-            return
-        first = self.parts.first_error(round_) or self.journal.first_error
-        self.journal.next_round()
-        raise RequestRefusedError(
-            f"{self.stage.name}: all of the {self.total} units were refused, none could be worked on; first, {first}. "
-            "--resume tries these again"
+def _check_errors(stage: Stage[Any], table: WorkTable, total: int) -> None:
+    """Give up when too many units failed."""
+    if _too_many_errors(stage, table, total):
+        errors, first = table.num_errors, table.first_error()
+        table.next_round()
+        raise JudgeError(
+            f"{stage.name}: the judge failed on {errors} of {total} units, more than "
+            f"max_error_share={stage.max_error_share}; first, {first}. --resume tries these again"
         )
+
+
+def _check_refused(stage: Stage[Any], table: WorkTable, total: int) -> None:
+    """Give up when no unit was taken: that is a wrong setting, not a special kind of unit."""
+    if not table.num_refused or table.num_refused + table.num_errors < total:
+        return
+    first = table.first_error()
+    table.next_round()
+    raise RequestRefusedError(
+        f"{stage.name}: all of the {total} units were refused, none could be worked on; first, {first}. "
+        "--resume tries these again"
+    )
 
 
 def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, Any]:
@@ -413,28 +277,35 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
 # --- The end ----------------------------------------------------------------------------------------------------------
 
 
-def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> dict[str, Any]:
-    """Make OUT of the parts; returns the report."""
-    kept = records = 0
+def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
+    """Make OUT from the table; returns the report."""
+    kept = records = num_errors = 0
     dropped: Counter[str] = Counter()
-    numbers = range(max(1, -(-total // parts.size)))
-    first_apart: dict[str, Any] | None = None
-    num_errors = 0
+    first_apart: str | None = None
+    _remove_leftovers(stage.out)
     with atomic_path(stage.beside(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
-        for number in numbers:
-            part = parts.read(number)
-            kept += sum(map(bool, part.num_records))
-            records += sum(part.num_records)
-            dropped.update(part.dropped)
-            for position, line in part.errors.items():
-                num_errors += position not in part.reasons
-                first_apart = first_apart or line
-                errors.write(dump_line({"unit": line["unit"], "error": line["error"]}))
+
+        def counted(first: int, last: int) -> Iterator[Row]:
+            nonlocal kept, records, num_errors, first_apart
+            for row in table.rows(first, last):
+                kept += row.count > 0
+                records += row.count
+                if row.dropped is not None:
+                    dropped[row.dropped] += 1
+                if row.error is not None:
+                    num_errors += row.dropped is None
+                    first_apart = first_apart or f"{row.key}: {row.error}"
+                    errors.write(dump_line({"unit": row.key, "error": row.error}))
+                yield row
+
+        if stage.runner.sharded:
+            _write_shards(stage, counted, total)
+        else:
+            _write(stage.out, stage.record, counted(0, total))
     if first_apart is None:
         stage.beside(".errors.jsonl").unlink()
     else:
         _say_kept_apart(stage, total, num_errors, dropped[REFUSED], first_apart)
-    _write_output(stage, parts, numbers)
     return {
         "stage": stage.name,
         "read": total,
@@ -442,51 +313,52 @@ def _finish(stage: Stage[Any], journal: Journal, parts: Parts, total: int) -> di
         "records": records,
         "dropped": dict(sorted(dropped.items())),
         "errors": num_errors,
-        **cost.summary(journal.cost, total),
+        **cost.summary(table.cost, total),
     }
 
 
-def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, first: dict[str, Any]) -> None:
+def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, first: str) -> None:
     counts = [f"{count} {what}" for count, what in ((refused, "refused"), (errors, "judge errors")) if count]
     print(
         f"{stage.name}: of {total} units {' and '.join(counts)}, kept apart in {stage.beside('.errors.jsonl')}; first, "
-        f"{first['unit']}: {first['error']}",
+        f"{first}",
         file=sys.stderr,
     )
 
 
-def _write_output(stage: Stage[Any], parts: Parts, numbers: range) -> None:
-    if stage.runner.sharded:
-        for number in numbers:
-            parts.check(number)
-        if parts.folder != stage.out:
-            parts.folder.replace(stage.out)
-    elif stage.out.suffix in (".gz", ".parquet"):
-        for number in numbers:
-            parts.check(number)
-        write_records(stage.out, read_records(parts.folder, stage.record))
-    else:
-        with atomic_path(stage.out) as temporary, temporary.open("wb") as stream:
-            for number in numbers:
-                parts.copy(number, cast(BinaryIO, stream))
+def _write(path: Path, record: type[Record], rows: Iterable[Row]) -> None:
+    if path.suffix in (".gz", ".parquet"):
+        lines = (line for row in rows for line in row.records.splitlines())
+        write_records(path, (record.from_dict(parse_line(line, path, 0)) for line in lines))
+        return
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        for row in rows:
+            stream.write(row.records)
 
 
-def _parts_folder(stage: Stage[Any]) -> Path:
-    """Where the parts are: beside OUT, or OUT itself where they have become it."""
-    folder = stage.out if stage.runner.sharded and stage.out.is_dir() else stage.beside(".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _write_shards(stage: Stage[Any], rows: Callable[[int, int], Iterator[Row]], total: int) -> None:
+    """A folder of files of `part_size` units each; it takes its name when it is whole."""
+    folder, size = _shards(stage.out), stage.runner.part_size
+    folder.mkdir()
+    for number in range(max(1, -(-total // size))):
+        _write(folder / f"{number:05d}.jsonl", stage.record, rows(number * size, min(total, (number + 1) * size)))
+    if stage.out.exists():  # whole, but a kill came before the report
+        shutil.rmtree(stage.out)
+    folder.replace(stage.out)
 
 
-def _clean_up(stage: Stage[Any]) -> None:
-    shutil.rmtree(stage.beside(".parts"), ignore_errors=True)
-    stage.beside(".journal").unlink(missing_ok=True)
+def _shards(out: Path) -> Path:
+    """Folder of the shards before they become OUT."""
+    return out.with_name(f".{out.name}.shards.tmp")
 
 
-def _remove_leavings(out: Path) -> None:
-    """Temporary files of a process that was killed while it wrote OUT or a file beside it."""
-    for path in [
-        *out.parent.glob(f".{glob.escape(out.name)}*.tmp"),
-        *out.parent.glob(f"{glob.escape(out.name)}.parts/.*.tmp"),
-    ]:
-        path.unlink()
+def _clean_up(held: Claim) -> None:
+    WorkTable.remove(held.work)
+    _remove_leftovers(held.out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Temporary files of a process that was killed while it wrote OUT or a file next to it."""
+    for suffix in ("", ".errors.jsonl", ".manifest.json", ".report.json"):
+        remove_temporaries(out.with_name(out.name + suffix))
+    shutil.rmtree(_shards(out), ignore_errors=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
@@ -23,6 +22,8 @@ from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.store import read_records
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 | in the cell's folder | holds |
 |---|---|
-| `progress.journal` | answered questions so far; removed at the end |
+| `.work` | answered questions so far; removed at the end |
 | `per_question.jsonl` | trajectory records, in the order of the questions |
 | `scores.json` | every metric's score of every question: `{"id": [...], METRIC: [...]}` |
 | `result.json` | means, intervals, cost, what it was made from and by; written last, so its existence means done |
@@ -23,7 +23,6 @@ from typing import Any
 
 from flashrag.config import Config
 
-from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.matrix import made_by, provenance
@@ -35,12 +34,13 @@ from agentic_r_plugin.evaluation.statistics import bootstrap_interval, wilson_in
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.store import write_json, write_records
+from agentic_r_plugin.storage.claim import WORK, locked
+from agentic_r_plugin.storage.table import Outcome, WorkTable
+from agentic_r_plugin.store import parse_json, write_json, write_records
 
 RESULT = "result.json"
 SCORES = "scores.json"
 PER_QUESTION = "per_question.jsonl"
-JOURNAL = "progress.journal"
 
 BREAKDOWNS = ("hops", "type", "level")
 """Question metadata by which exact match is broken down, where the benchmark has it."""
@@ -99,7 +99,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answered(Record):
-    """A finished question in the journal: what the pipeline wrote to its item."""
+    """A finished question: what the pipeline wrote to its item."""
 
     id: str
     output: dict[str, Any]
@@ -128,13 +128,13 @@ def run_cell(
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
         dataset = load_split(config, cell.split)
-        with Journal(folder / JOURNAL) as journal:
+        with locked(folder, folder=True):
             if (done := begin()) is not None:
-                journal.path.unlink()
                 return done
-            _answer(pipeline, dataset, journal)
-            _check_refused(cell, dataset, journal)
-            cost = {name: round(value, 3) for name, value in sorted(journal.cost.items())}
+            with WorkTable(folder / WORK) as table:
+                _answer(pipeline, dataset, table)
+                _check_refused(cell, dataset, table)
+                cost = {name: round(value, 3) for name, value in sorted(table.cost.items())}
             records = [Trajectory.from_dict(item.trajectory) for item in dataset]
             write_records(folder / PER_QUESTION, records)
             scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
@@ -146,19 +146,15 @@ def run_cell(
                 "provenance": provenance(),
             }
             write_json(folder / RESULT, result)
-            journal.path.unlink()
+            WorkTable.remove(folder / WORK)
     return result
 
 
-def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> None:
+def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable) -> None:
     from tqdm import tqdm
 
     position = {str(item.id): place for place, item in enumerate(dataset)}
-    finished = {
-        identifier: line["records"][0]["output"]
-        for identifier, place in position.items()
-        if (line := journal.read(place)) is not None
-    }
+    finished = {row.key: parse_json(row.records)["output"] for row in table.rows()}
     before, since = asdict(pipeline.cost), time.monotonic()
 
     with tqdm(total=len(dataset), initial=len(finished), desc="evaluate", unit="question", disable=None) as progress:
@@ -168,21 +164,21 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, journal: Journal) -> 
             now, clock = asdict(pipeline.cost), time.monotonic()
             spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
             answered = [_Answered(id=str(item.id), output=item.output) for item in items]
-            journal.append([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
+            table.add([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
             before, since = now, clock
             progress.update(len(items))
 
         pipeline.run(dataset, finished=finished, on_batch=keep)
 
 
-def _check_refused(cell: Cell, dataset: Any, journal: Journal) -> None:
+def _check_refused(cell: Cell, dataset: Any, table: WorkTable) -> None:
     """Say how many questions were refused; where all were, that is a wrong setting and no result."""
     refused = _refused(dataset)
     if not refused:
         return
     first = f"first, {refused[0].id}: {refused[0].output['refusal']}"
     if len(refused) == len(dataset):
-        journal.forget(range(len(dataset)))
+        table.clear()
         raise RequestRefusedError(f"{cell.name}: all of the {len(dataset)} questions were refused; {first}")
     print(f"{cell.name}: {len(refused)} of {len(dataset)} questions were refused and count as unanswered; {first}")
 

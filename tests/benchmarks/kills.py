@@ -5,8 +5,8 @@
 A loopback server speaks the OpenAI protocol as agent and judge, and answers by a hash of what it is asked (some judge
 replies are bad, some stay bad and become judge errors). First every stage runs uninterrupted, one unit a batch, and the
 server notes which request belongs to which unit. Then the stages run in a process that is killed, with all its
-children, again and again at random moments spread over the stages, and resumed; a request of a unit that was in the
-journal before its process began is a call made twice. At the end the files must equal those of the first run byte for
+children, again and again at random moments spread over the stages, and resumed; a request of a unit that was kept
+before its process began is a call made twice. At the end the files must equal those of the first run byte for
 byte.
 """
 
@@ -20,12 +20,13 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -159,21 +160,16 @@ def units(folder: Path, stage: str) -> list[str]:
 
 
 def finished(folder: Path) -> set[tuple[str, str]]:
-    """Units with an outcome on disk: in a whole journal line, a closed part or a finished file."""
+    """Units with an outcome on disk: in the table of unfinished work or in a finished file."""
     found: set[tuple[str, str]] = set()
     for stage in STAGES:
-        out = folder / f"{stage}.jsonl"
+        out, work = folder / f"{stage}.jsonl", folder / f"{stage}.jsonl.work"
         if (folder / f"{stage}.jsonl.report.json").exists() or out.exists():
             found |= {(stage, key) for key in units(folder, stage)}
-            continue
-        for meta in sorted((folder / f"{stage}.jsonl.parts").glob("*.json")):
-            part = read_json(meta)
-            keys = units(folder, stage)[part["first"] : part["first"] + len(part["num_records"])]
-            found |= {(stage, key) for key in keys}
-        journal = folder / f"{stage}.jsonl.journal"
-        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else []:
-            if line.endswith(b"\n") and (data := json.loads(line.partition(b" ")[2])).get("unit") is not None:
-                found.add((stage, data["unit"]))
+        elif work.exists():
+            with closing(sqlite3.connect(work)) as db:
+                if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'unit'").fetchone():
+                    found |= {(stage, key) for (key,) in db.execute("SELECT key FROM unit")}
     return found
 
 

@@ -126,31 +126,32 @@ def test_correctness_that_was_pruned_otherwise_is_refused_and_not_taken_for_quer
 
 
 _SLOW = """
-import sys, time
+import pathlib, sys, time
 from agentic_r_plugin.cli import main
-from agentic_r_plugin.data.journal import Journal
+from agentic_r_plugin.storage.table import WorkTable
 
-append = Journal.append
+add = WorkTable.add
 
-def append_and_wait(*arguments):
-    append(*arguments)
+def add_and_wait(*arguments):
+    add(*arguments)
+    pathlib.Path(sys.argv[1]).touch()
     time.sleep(1)
 
-Journal.append = append_and_wait
-sys.exit(main(sys.argv[1:]))
+WorkTable.add = add_and_wait
+sys.exit(main(sys.argv[2:]))
 """
 
 
 def test_a_command_killed_in_its_work_and_resumed_writes_the_same_bytes(world: Path, whole: Path, tmp_path: Path):
     name = "correctness"
     line = [*arguments(world, whole)[name][:-1], str(tmp_path / f"{name}.jsonl"), "--resume"]
-    command = [sys.executable, "-c", _SLOW, *line]
+    command = [sys.executable, "-c", _SLOW, str(tmp_path / "kept"), *line]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    journal, out = tmp_path / f"{name}.jsonl.journal", tmp_path / f"{name}.jsonl"
+    out = tmp_path / f"{name}.jsonl"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.stat().st_size > 0:
+        if (tmp_path / "kept").exists():
             break
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.config import FREE
-from agentic_r_plugin.data import parts
-from agentic_r_plugin.data.journal import Outcome
 from agentic_r_plugin.data.runner import Batch, RunnerSpec, flow
 from agentic_r_plugin.data.stage import Stage, run_stage
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.storage.claim import Claim
+from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_json, read_records, write_records
 
 
@@ -120,7 +120,7 @@ def test_parts_threads_and_shards_change_nothing(folder: Path, runner: dict):
         key: whole[key] for key in ("read", "kept", "records", "searches")
     }
     assert list(read_records(folder / "o.jsonl", SubAnswer)) == list(read_records(folder / "whole.jsonl", SubAnswer))
-    assert not list(folder.glob("*.journal")) and not list(folder.glob("*.parts"))
+    assert not list(folder.glob("*.work*")) and not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize("name", ["o.parquet", "o.jsonl.gz"])
@@ -143,7 +143,6 @@ def test_a_backend_that_fails_loses_only_the_batch_that_failed(folder: Path, wor
     again = set(asked(folder)) & set(first)
     assert IDS[60] in again and len(again) <= 7, "the other batches under way were waited for and kept"
     assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl")
-    assert read_json(folder / "o.jsonl.manifest.json")["part_size"] == 16, "work goes on in the parts it was begun with"
 
 
 def test_judge_errors_are_finished_work_unless_there_were_too_many(folder: Path):
@@ -176,55 +175,33 @@ def test_too_many_judge_errors_stop_the_stage_early_and_only_they_are_asked_agai
     assert lines(folder / "o.jsonl").splitlines() == expected
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_kill_while_a_part_is_written_anew_loses_and_repeats_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-):
-    """Its records are in place and its .json is not yet, or its .json is and the old records are not yet gone."""
-    run_stage(stage_of(folder, "whole.jsonl"), resume=False)
-    behave(folder, errors=[IDS[1], IDS[4], IDS[40], IDS[41]])
-    with pytest.raises(JudgeError):
-        run_stage(stage_of(folder, part_size=10, share=0.03), resume=False)
-    behave(folder)
-    written = parts.write_json
-
-    def killed(path: Path, data: dict) -> None:
-        if data["first"] == 0:
-            if moment == "after":
-                written(path, data)
-            raise KeyboardInterrupt
-        written(path, data)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(parts, "write_json", killed)
-        run_stage(stage_of(folder, part_size=10), resume=True)
-    found = sorted(path.name for path in (folder / "o.jsonl.parts").glob("00000.*"))
-    assert found == ["00000.1.jsonl", "00000.json", "00000.jsonl"]
-    run_stage(stage_of(folder, part_size=10, sharded=True), resume=True)
-    assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl")
-    assert list(read_records(folder / "o.jsonl", SubAnswer)) == list(read_records(folder / "whole.jsonl", SubAnswer))
-
-
-def test_a_damaged_part_is_not_written_anew(folder: Path):
-    behave(folder, errors=[IDS[1], IDS[4], IDS[40], IDS[41]])
-    with pytest.raises(JudgeError):
-        run_stage(stage_of(folder, part_size=10, share=0.03), resume=False)
-    behave(folder)
-    part = folder / "o.jsonl.parts" / "00000.jsonl"
-    part.write_bytes(part.read_bytes().replace("é".encode(), b"ee", 1))
-    with pytest.raises(RecordError, match=r"00000\.jsonl: damaged: its checksum"):
-        run_stage(stage_of(folder, part_size=10), resume=True)
-
-
-def test_a_part_that_was_damaged_is_an_error_that_names_it(folder: Path):
+def test_kept_units_that_were_damaged_are_an_error_that_names_them(folder: Path):
     behave(folder, down=[IDS[60]])
     with pytest.raises(BackendError):
-        run_stage(stage_of(folder, part_size=10), resume=False)
+        run_stage(stage_of(folder), resume=False)
     behave(folder)
-    part = folder / "o.jsonl.parts" / "00002.jsonl"
-    part.write_bytes(part.read_bytes().replace("é".encode(), b"ee", 1))
-    with pytest.raises(RecordError, match=r"00002\.jsonl: damaged: its checksum"):
-        run_stage(stage_of(folder, part_size=10), resume=True)
+    work = folder / "o.jsonl.work"
+    work.write_bytes(work.read_bytes().replace("é".encode(), b"ee", 1))
+    with pytest.raises(RecordError, match=r"o\.jsonl\.work: damaged: the checksum of unit 'q.*' is wrong; remove it"):
+        run_stage(stage_of(folder), resume=True)
+    work.write_bytes(b"no table" * 1000)
+    with pytest.raises(RecordError, match=r"o\.jsonl\.work: damaged \(file is not a database\); remove it"):
+        run_stage(stage_of(folder), resume=True)
+
+
+def test_a_sharded_output_that_a_kill_left_without_a_report_is_written_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Claim, "finish", killed)
+        run_stage(stage_of(folder, sharded=True, part_size=30), resume=False)
+    asked(folder)
+    report = run_stage(stage_of(folder, sharded=True, part_size=30), resume=True)
+    assert asked(folder) == [] and report["records"] == 100
+    assert sorted(path.name for path in (folder / "o.jsonl").iterdir()) == [f"0000{n}.jsonl" for n in range(4)]
 
 
 def test_a_forecast_works_on_a_sample_and_writes_no_output(folder: Path, capsys: pytest.CaptureFixture):

@@ -17,7 +17,6 @@ import pytest
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import FREE
-from agentic_r_plugin.data.journal import Journal, Outcome
 from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
@@ -26,6 +25,8 @@ from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.storage.claim import locked
+from agentic_r_plugin.storage.table import Outcome, WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_records
 
 OPTIONS = {"max_model_len": 512, "tensor_parallel_size": 1}
@@ -150,29 +151,6 @@ def test_interrupted_work_goes_on_and_repeats_at_most_one_batch(config: UpperCon
     assert Path(whole.config.out).read_bytes() == Path(config.out).read_bytes()
 
 
-def test_a_torn_last_line_is_dropped_and_its_unit_done_again(config: UpperConfig):
-    with pytest.raises(KeyboardInterrupt):
-        Shouter(config, stop_after=6).run()
-    journal = Path(config.out + ".journal")
-    lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 8, "two batches of three units and their cost"
-    journal.write_bytes(b"".join(lines[:6]) + lines[6][:9])
-    second = Shouter(config)
-    second.run(resume=True)
-    assert second.seen == list("fgh"), "e failed, which is an outcome; f was torn"
-    assert [record.id for record in read_records(config.out, SubAnswer)] == list("abcfgh")
-
-
-def test_a_journal_damaged_in_the_middle_is_an_error(config: UpperConfig):
-    with pytest.raises(KeyboardInterrupt):
-        Shouter(config, stop_after=6).run()
-    journal = Path(config.out + ".journal")
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + b'{"unit": \n' + b"".join(lines[2:]))
-    with pytest.raises(RecordError, match=r"journal:2: damaged: the checksum of"):
-        Shouter(config).run(resume=True)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -294,28 +272,36 @@ def test_an_output_of_unknown_origin_is_not_resumed(config: UpperConfig):
 
 @pytest.mark.parametrize("missing", [[".report.json"], [".report.json", ""], []])
 def test_a_kill_between_the_last_writes_is_made_good_by_resume(config: UpperConfig, missing: list[str]):
-    journal = Path(config.out + ".journal")
+    work = Path(config.out + ".work")
     Shouter(config, fail=False).run()
     before = Path(config.out).read_bytes()
-    with Journal(journal) as kept:
+    with WorkTable(work) as kept:
         units = list(read_records(config.in_, Question))
         outcomes = Shouter(config, fail=False).work(units)
-        kept.append([(at, unit.id, made) for at, (unit, made) in enumerate(zip(units, outcomes, strict=True))], {})
+        kept.add([(at, unit.id, made) for at, (unit, made) in enumerate(zip(units, outcomes, strict=True))], {})
     for suffix in missing:
         Path(config.out + suffix).unlink()
-    leaving = Path(config.out).parent / ".o.jsonl.abc.tmp"
-    leaving.write_text("half")
+    left = Path(config.out).parent / ".o.jsonl.abcd_123.tmp"
+    left.write_text("half")
     again = Shouter(config, fail=False)
     again.run(resume=True)
     assert again.seen == [] and Path(config.out).read_bytes() == before
-    assert not journal.exists() and (not missing or not leaving.exists())
+    assert not work.exists() and not left.exists()
 
 
-def test_a_journal_of_unknown_origin_is_not_resumed(config: UpperConfig):
+def test_work_of_unknown_origin_is_not_resumed(config: UpperConfig):
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
     Path(config.out + ".manifest.json").unlink()
-    with pytest.raises(ManifestMismatchError, match=r"o\.jsonl\.journal is there without o\.jsonl\.manifest\.json"):
+    with pytest.raises(ManifestMismatchError, match=r"o\.jsonl\.work is there without o\.jsonl\.manifest\.json"):
+        Shouter(config).run(resume=True)
+
+
+@pytest.mark.parametrize("suffix", [".journal", ".parts"])
+def test_unfinished_work_of_an_earlier_version_is_not_done_again_unnoticed(config: UpperConfig, suffix: str):
+    Path(config.out).parent.mkdir()
+    Path(config.out + suffix).touch()
+    with pytest.raises(OutputExistsError, match="unfinished work of an earlier version"):
         Shouter(config).run(resume=True)
 
 
@@ -350,33 +336,28 @@ def test_two_processes_cannot_work_on_one_output(config: UpperConfig):
     with pytest.raises(KeyboardInterrupt):
         Shouter(config, stop_after=4).run()
     second = Shouter(config)
-    with (
-        Journal(Path(config.out + ".journal")),
-        pytest.raises(OutputExistsError, match="another process is working on it"),
-    ):
+    with locked(config.out), pytest.raises(OutputExistsError, match="another process is working on it"):
         second.run(resume=True)
     assert second.opens == 0
+    second.run(resume=True)
 
 
-def test_a_process_that_began_while_ours_loaded_its_models_keeps_its_manifest(config: UpperConfig):
+def test_nobody_begins_an_output_while_our_models_are_loaded(config: UpperConfig):
     class Overtaken(Shouter):
         def opened(self) -> Shouter:
-            with pytest.raises(KeyboardInterrupt):
-                Shouter(replace(self.config, suffix="?"), stop_after=4).run()
+            with pytest.raises(OutputExistsError, match="another process is working on it"):
+                Shouter(replace(self.config, suffix="?")).run()
             return super().opened()
 
-    with pytest.raises(OutputExistsError, match="another process has begun it meanwhile"):
-        Overtaken(config).run()
-    assert read_json(config.out + ".manifest.json")["config"]["suffix"] == "?"
-    Shouter(replace(config, suffix="?")).run(resume=True)
-    with pytest.raises(ManifestMismatchError, match="suffix"):
-        Shouter(config).run(resume=True)
+    Overtaken(config).run()
+    assert read_json(config.out + ".manifest.json")["config"]["suffix"] == "!"
 
 
-def test_an_empty_journal_is_no_work_of_unknown_origin(config: UpperConfig):
+def test_the_lock_of_a_killed_process_holds_nobody_up(config: UpperConfig):
     Path(config.out).parent.mkdir()
-    Path(config.out + ".journal").touch()  # a kill between the journal and the manifest
-    assert Shouter(config).run(resume=True)["read"] == 8
+    Path(config.out + ".lock").touch()
+    assert Shouter(config).run()["read"] == 8
+    assert not Path(config.out + ".lock").exists()
 
 
 def test_a_stage_without_units_writes_an_empty_output(config: UpperConfig):
@@ -404,22 +385,22 @@ def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(config: Upper
     whole = replace(config, out=str(tmp_path / "whole.jsonl"))
     Shouter(whole).run()
     command = [sys.executable, "-c", _KILLED, config.in_, config.out, str(Path(__file__).parent)]
-    chance, journal, sizes = random.Random(7), Path(config.out + ".journal"), []
+    chance, work, sizes = random.Random(7), Path(config.out + ".work"), []
     for _ in range(4):
-        before = journal.stat().st_size if journal.exists() else 0
+        before = work.stat().st_size if work.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while (not journal.exists() or journal.stat().st_size <= before) and time.monotonic() < deadline:
+        while (not work.exists() or work.stat().st_size <= before) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=10)
         if Path(config.out).exists():
             break
-        sizes.append(journal.stat().st_size)
+        sizes.append(work.stat().st_size)
     assert sizes and sizes == sorted(sizes) and sizes[0] > 0, "work went on from kill to kill"
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert Path(config.out).read_bytes() == Path(whole.out).read_bytes()
     report = json.loads(Path(config.out + ".report.json").read_text())
     assert report["read"] == report["kept"] == 150
-    assert not journal.exists()
+    assert not work.exists()

@@ -1,0 +1,185 @@
+"""Records of a file by key, whatever its order and size: the index is on disk, not in memory.
+
+A stage reads one file in order (its units) and looks up what other files hold for each unit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Generic
+
+from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.store import RecordType, dump_line, parse_line, read_lines, shards
+
+_ADDED_AT_ONCE = 4096
+
+
+def key_hash(key: str) -> int:
+    """A signed 64-bit hash of a key."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+class HashIndex:
+    """A multimap from 64-bit hashes to numbers, in a temporary SQLite file; values of one hash keep their order.
+
+    Args:
+        folder: where the temporary file is, without a name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
+            # Nobody else sees the file and it is gone after a crash: no locks, no journal, no waiting for the disk.
+            self._db.executescript(
+                "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+                "CREATE TABLE entry (hash INTEGER, value INTEGER); BEGIN;"
+            )
+        self._waiting: list[tuple[int, int]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, hashed: int, value: int) -> None:
+        """Add an entry, before `finish`."""
+        self._waiting.append((hashed, value))
+        if len(self._waiting) >= _ADDED_AT_ONCE:
+            self._flush()
+
+    def finish(self) -> list[int]:
+        """Sort; returns the hashes that occur more than once."""
+        self._flush()
+        # Sorting once at the end is many times faster than keeping a sorted tree while hashes arrive in random order.
+        self._db.execute("COMMIT")
+        self._db.execute("CREATE INDEX by_hash ON entry (hash)")
+        repeated = self._db.execute("SELECT hash FROM entry GROUP BY hash HAVING COUNT(*) > 1")
+        return [hashed for (hashed,) in repeated]
+
+    def find(self, hashed: int) -> list[int]:
+        """Values of a hash, in the order they were added."""
+        found = self._db.execute("SELECT value FROM entry WHERE hash = ? ORDER BY rowid", (hashed,))
+        return [value for (value,) in found]
+
+    def close(self) -> None:
+        """Delete the file; safe to call twice."""
+        self._db.close()
+
+    def _flush(self) -> None:
+        self._db.executemany("INSERT INTO entry VALUES (?, ?)", self._waiting)
+        self._size += len(self._waiting)
+        self._waiting.clear()
+
+
+class KeyedRecords(Generic[RecordType]):
+    """The records of a file, by key.
+
+    Args:
+        path: a record file or a folder of shards; gzipped and Parquet ones are unpacked into a temporary file.
+        cls: the type of its records.
+        key: names a record's key.
+        many: whether a key may have several records.
+        folder: for temporary files; None: the file's own.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        cls: type[RecordType],
+        key: Callable[[RecordType], str],
+        *,
+        many: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.path, self.cls, self.key, self.many = Path(path), cls, key, many
+        self._folder = folder if folder is not None else self.path.parent
+        self._files: list[tuple[Path, IO[bytes]]] = []
+        self._index: HashIndex | None = None
+
+    def open(self) -> None:
+        """Read the whole file once, so that a broken line is found now; later calls do nothing.
+
+        Raises:
+            RecordError: no such file, a broken record, or a key that occurs twice where it may not.
+        """
+        if self._index is not None:
+            return
+        index = HashIndex(self._folder)
+        for number, shard in enumerate(shards(self.path)):
+            for offset, line, data in self._lines(shard):
+                record = self._record(data, shard, line)
+                index.add(key_hash(self.key(record)), number << 44 | offset)
+        repeated = index.finish()
+        self._index = index
+        if not self.many:
+            for hashed in repeated:
+                self._refuse_twice(hashed)
+
+    def find(self, key: str) -> list[RecordType]:
+        """Records of a key, in the order of the file."""
+        self.open()
+        assert self._index is not None
+        found = [self._read(value) for value in self._index.find(key_hash(key))]
+        return [record for record in found if self.key(record) == key]
+
+    def get(self, key: str) -> RecordType | None:
+        """The record of a key, or None."""
+        return next(iter(self.find(key)), None)
+
+    def close(self) -> None:
+        """Give files back; safe to call twice."""
+        for _, stream in self._files:
+            stream.close()
+        self._files = []
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+
+    def _lines(self, shard: Path) -> Iterator[tuple[int, int, object]]:
+        """(offset, line number, parsed line) of a shard; the offset is that in the file kept open for reading."""
+        if shard.suffix == ".jsonl" and shard.is_file():
+            stream: IO[bytes] = shard.open("rb")
+            self._files.append((shard, stream))
+            offset = 0
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield offset, number, parse_line(line, shard, number)
+                offset += len(line)
+            return
+        stream = _scratch(self._folder)
+        self._files.append((shard, stream))
+        offset = 0
+        for number, data in read_lines(shard):
+            yield offset, number, data
+            offset += stream.write(dump_line(data))
+        stream.flush()
+
+    def _record(self, data: object, shard: Path, line: int) -> RecordType:
+        try:
+            return self.cls.from_dict(data)
+        except RecordError as error:
+            raise RecordError(str(error), path=shard, line=line) from error
+
+    def _read(self, value: int) -> RecordType:
+        path, stream = self._files[value >> 44]
+        stream.seek(value & ((1 << 44) - 1))
+        return self._record(parse_line(stream.readline(), path, 0), path, 0)
+
+    def _refuse_twice(self, hashed: int) -> None:
+        assert self._index is not None
+        keys = sorted(self.key(self._read(value)) for value in self._index.find(hashed))
+        for one, other in pairwise(keys):
+            if one == other:
+                raise RecordError(f"{one!r} occurs twice; expected one {self.cls.__name__} for each", path=self.path)
+
+
+def _scratch(folder: Path) -> IO[bytes]:
+    """An unnamed temporary file, gone with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=folder)
