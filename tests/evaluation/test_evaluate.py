@@ -34,6 +34,7 @@ from agentic_r_plugin.evaluation.report_results import columns
 from agentic_r_plugin.evaluation.settings import AgenticRSettings
 from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.search.backends import BM25Backend
+from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
 from tests.test_questions import write_form
@@ -426,12 +427,8 @@ def test_an_interrupted_cell_goes_on_by_question_and_counts_its_cost_once(tmp_pa
     cell = rule_cell(tmp_path, "cut", batch_size=2)
     with pytest.raises(_Killed):
         run_rule(tmp_path, cell, _DyingAgent(calls=7))
-    journal = tmp_path / "out" / cell.name / "progress.journal"
-    lines = [line.partition(" ")[2] for line in journal.read_text().splitlines()]  # each behind its checksum
-    assert [json.loads(line).get("unit") for line in lines] == [
-        *("q0", "q1", None),
-        *("q2", "q3", None),
-    ]
+    with WorkTable(tmp_path / "out" / cell.name / ".work") as table:
+        assert [row.key for row in table.rows()] == ["q0", "q1", "q2", "q3"]
     agent = RuleAgent()
     result = run_rule(tmp_path, cell, agent)
     assert agent.calls == 3
