@@ -23,7 +23,6 @@ from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.table import Outcome
-from agentic_r_plugin.store import read_records
 
 
 @dataclass(frozen=True, kw_only=True)
