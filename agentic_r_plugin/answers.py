@@ -48,7 +48,8 @@ def tokens(text: str) -> list[str]:
     >>> tokens("The Tokyo 東京!")
     ['tokyo', '東', '京']
     """
-    return _UNSPACED.sub(r" \g<0> ", normalize(text)).split()
+    text = normalize(text)
+    return (text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split()
 
 
 def _levels(text: str) -> tuple[str, str, str]:

@@ -135,7 +135,7 @@ def question_fields(row: Row) -> dict[str, Any]:
     if other := _misnamed(tuple(row)):
         raise RecordError(f"unknown field {other!r} and no 'golden_answers'; rename it to 'golden_answers'")
     info = _mapping(row.get("extra_info"))
-    golden = answers(_chosen(row)) or answers(info.get("golden_answers"), "extra_info.golden_answers")
+    golden = golden_answers(row) or answers(info.get("golden_answers"), "extra_info.golden_answers")
     if not golden:
         golden = answers(_mapping(row.get("reward_model")).get("ground_truth"), "reward_model.ground_truth")
     return {
@@ -162,15 +162,19 @@ def place(row: Row) -> str:
     return "/".join(part for part in parts if part is not None)
 
 
-def _chosen(row: Row) -> Any:
-    """The gold answers; in FlashRAG's multiple-choice sets they are places (from 0) in `choices`."""
+def golden_answers(row: Row) -> list[str]:
+    """FlashRAG's gold answers; in its multiple-choice sets they are places (from 0) in `choices`.
+
+    Raises:
+        RecordError: another type, or no such place.
+    """
     golden, choices = _plain(row.get("golden_answers")), _plain(row.get("choices"))
     if not choices or not isinstance(choices, list) or not isinstance(golden, list):
-        return golden
+        return answers(golden)
     places = [place for place in golden if isinstance(place, int) and not isinstance(place, bool)]
     if any(not 0 <= place < len(choices) for place in places):
         raise RecordError(f"field 'golden_answers': expected places in the {len(choices)} choices, found {golden}")
-    return [choices[item] if item in places else item for item in golden]
+    return answers([choices[item] if item in places else item for item in golden])
 
 
 def _question(row: Row, info: Row) -> str:

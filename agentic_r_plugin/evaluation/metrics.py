@@ -15,8 +15,7 @@ from flashrag.evaluator.metrics import BaseMetric
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.settings import read_settings
-from agentic_r_plugin.forms import answers as gold_answers
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.forms import golden_answers, listed
 from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3
@@ -47,6 +46,15 @@ def prediction(item: Any) -> str | None:
     return item.output["answer"] if "answer" in item.output else item.output.get("pred")
 
 
+def gold_of(item: Any) -> list[str]:
+    """Gold answers of a FlashRAG item, whichever reader it comes from.
+
+    Raises:
+        RecordError: they are no texts.
+    """
+    return golden_answers({"golden_answers": item.golden_answers, "choices": item.choices})
+
+
 def trajectory(item: Any) -> dict[str, Any]:
     """The item's trajectory record.
 
@@ -69,7 +77,7 @@ class QuestionMetric(BaseMetric):
 
     def get_dataset_answer(self, data: Any) -> list[list[str]]:
         """Gold answers of each question, none for an unlabelled one."""
-        return [gold_answers(golden) for golden in super().get_dataset_answer(data)]
+        return [gold_of(item) for item in data]
 
     def calculate_metric(self, data: Any) -> Scores:
         """FlashRAG's interface: `({name: mean}, one score per question)`."""
@@ -278,7 +286,7 @@ def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
         gold = set(listed(item.metadata, "gold_doc_ids"))
         shown = [{passage["id"] for passage in turn["passages"]} for turn in turns]
         docs = [row["docs"] for row in item.output["retrieval_results"].values()]
-        golden = gold_answers(item.golden_answers)
+        golden = gold_of(item)
         found = [rank is not None for rank in answer_ranks(docs, golden)]
         closed = is_closed(golden)
         rows.append((None if closed else found, [len(gold & ids) / len(gold) if gold else None for ids in shown]))

@@ -23,10 +23,9 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.benchmarks import check_number, split_file
 from agentic_r_plugin.evaluation.cache import with_cache
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
-from agentic_r_plugin.evaluation.metrics import answer_ranks
+from agentic_r_plugin.evaluation.metrics import answer_ranks, gold_of
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
 from agentic_r_plugin.evaluation.settings import read_agent_card, read_settings, resolve_agent
-from agentic_r_plugin.forms import answers
 from agentic_r_plugin.protocol import AgentProtocol, Session
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
@@ -148,11 +147,13 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             on_batch: called with the items that have just been answered.
 
         Raises:
+            RecordError: a question's gold answers are no texts; none of the questions has been asked then.
             SearchError, BackendError: a part failed; what `on_batch` was given is whole.
         """
         finished = finished or {}
         waiting = []
         for item in dataset:
+            gold_of(item)
             if str(item.id) in finished:
                 item.output = dict(finished[str(item.id)])
             else:
@@ -188,7 +189,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
             self._write(item, session, shown[id(session)], deep[id(session)])
 
     def _write(self, item: Any, session: Session, seen: Mapping[str, Hit], deep: Sequence[Sequence[Hit]]) -> None:
-        question = Question(id=str(item.id), question=item.question, golden_answers=tuple(answers(item.golden_answers)))
+        question = Question(id=str(item.id), question=item.question, golden_answers=tuple(gold_of(item)))
         record = to_trajectory(session, question)
         shown = [[to_doc(seen[passage.id].passage) for passage in turn.passages] for turn in record.turns]
         ranks = answer_ranks([[to_doc(hit.passage) for hit in hits] for hits in deep], question.golden_answers)

@@ -2,8 +2,8 @@
 
     python recipes/agentic_r/prepare_data.py --data-dir FLASHRAG_DATA --out data [--validation-per-set 128]
 
-Reads `FLASHRAG_DATA/<set>/<split>.jsonl` with FlashRAG's own loader and writes `train.parquet` and `validation.parquet`
-in `--out`. Question ids get the set's name in front, because FlashRAG numbers each set from 0.
+Reads `FLASHRAG_DATA/<set>/<split>.jsonl` (or .json, .parquet) and writes `train.parquet` and `validation.parquet` in
+`--out`. Question ids get the set's name in front, because FlashRAG numbers each set from 0.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from flashrag.config import Config
-from flashrag.utils import get_dataset
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.dataset import SourcedQuestion, draw, write_parquet
-from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError
-from agentic_r_plugin.records import Question
+from agentic_r_plugin.errors import AgenticRError, ConfigError
+from agentic_r_plugin.evaluation.benchmarks import split_file
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.store import require_absent
 
 TRAIN = ("hotpotqa:train", "triviaqa:train")
@@ -75,39 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load(data_dir: Path, item: str) -> list[SourcedQuestion]:
-    """The questions of one `SET:SPLIT`, through FlashRAG.
+    """The questions of one `SET:SPLIT`.
 
     Raises:
-        ConfigError: not of that form, or FlashRAG has no such split.
-        RecordError: a question without answers.
+        ConfigError: not of that form, or no such split.
+        RecordError: as `questions.read_questions`; a question without answers.
     """
     name, _, split = item.partition(":")
     if not name or not split:
         raise ConfigError(f"{item!r}: expected SET:SPLIT, such as hotpotqa:train")
-    settings: dict[str, Any] = {
-        "data_dir": str(data_dir),
-        "dataset_name": name,
-        "split": [split],
-        "gpu_id": "",
-        "test_sample_num": None,
-        "random_sample": False,
-        "save_note": "prepare_data",
-        "disable_save": True,
-    }
-    found = get_dataset(Config(config_dict=settings))[split]
-    if found is None:
-        raise ConfigError(f"{data_dir / name}: FlashRAG finds no split {split!r} there (expected {split}.jsonl)")
-    return [_question(entry, name, split) for entry in found]
-
-
-def _question(entry: Any, name: str, split: str) -> SourcedQuestion:
-    answers = entry.golden_answers
-    answers = [answers] if isinstance(answers, str) else list(answers)
-    data = {"id": f"{name}/{split}/{entry.id}", "question": entry.question, "golden_answers": [str(a) for a in answers]}
-    try:
-        return SourcedQuestion(question=Question.from_dict(data), source=name)
-    except RecordError as error:
-        raise RecordError(f"{name} {split}: {error}") from error
+    questions = read_questions(split_file(data_dir / name, split), labelled=True)
+    return [
+        SourcedQuestion(question=replace(question, id=f"{name}/{split}/{question.id}"), source=name)
+        for question in questions
+    ]
 
 
 if __name__ == "__main__":

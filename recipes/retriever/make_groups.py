@@ -18,10 +18,13 @@ from itertools import islice
 from pathlib import Path
 
 from agentic_r_plugin.agent.scripted_agent import keywords
+from agentic_r_plugin.evaluation.benchmarks import split_file
+from agentic_r_plugin.forms import listed
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import CorpusLine, Group, Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
-from agentic_r_plugin.store import read_records, require_absent, write_records
+from agentic_r_plugin.store import require_absent, write_records
 
 QUERY_WORDS = 10
 
@@ -39,7 +42,7 @@ def make_groups(
     queries = [" ".join(keywords(item.question, limit=QUERY_WORDS)) or item.question for item in questions]
     found = search.search([SearchRequest(query=query) for query in queries], candidates)
     for question, query, hits in zip(questions, queries, found, strict=True):
-        supporting = [str(identifier) for identifier in question.metadata["gold_doc_ids"]]
+        supporting = listed(question.metadata, "gold_doc_ids")
         others = [hit.passage.id for hit in hits if hit.passage.id not in supporting]
         drawn = random.Random(f"{seed}/{question.id}").sample(others, min(negatives, len(others)))
         for positive in supporting:
@@ -56,7 +59,7 @@ def make_groups(
 
 def write_pool(questions: Sequence[Question], search: BM25Backend, path: Path) -> int:
     """Write the passages of the questions' own contexts as a corpus; returns how many."""
-    wanted = dict.fromkeys(str(identifier) for item in questions for identifier in item.metadata["context_doc_ids"])
+    wanted = dict.fromkeys(id for item in questions for id in listed(item.metadata, "context_doc_ids"))
     passages = (search.corpus.by_id(identifier) for identifier in wanted)
     return write_records(path, (CorpusLine(id=item.id, contents=item.contents) for item in passages))
 
@@ -75,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     for path in filter(None, (args.out, args.pool)):
         require_absent(path, or_else="move it away")
-    questions = list(islice(read_records(args.data / f"{args.split}.jsonl", Question), args.questions))
+    questions = list(islice(read_questions(split_file(args.data, args.split)), args.questions))
     search = BM25Backend(args.data / "corpus.jsonl")
     groups = make_groups(
         questions, search, candidates=args.candidates, negatives=args.negatives, seed=args.seed

@@ -350,3 +350,24 @@ def test_a_data_set_can_be_given_directly(tmp_path: Path) -> None:
 def test_the_recipe_is_a_flashrag_configuration_that_our_settings_accept() -> None:
     config = Config(str(RECIPE), {"disable_save": True})
     assert read_settings(config).search.index == "outputs/index"
+
+
+def test_questions_of_flashrags_own_reader_are_answered_and_a_text_is_one_answer(tmp_path: Path) -> None:
+    home = write_benchmark(tmp_path)
+    rows = [json.loads(line) for line in (home / "test.jsonl").read_text().splitlines()]
+    answer = rows[0]["golden_answers"][0]
+    golden: list[dict[str, Any]] = [
+        {"golden_answers": answer},
+        {"golden_answers": [1], "choices": ["x", answer]},
+        {"golden_answers": None},
+    ]
+    items = [rows[0] | {"id": str(number)} | change for number, change in enumerate(golden)]
+    pipeline = build(tmp_path)
+    data = pipeline.run(Dataset(pipeline.config, data=items), do_eval=False)
+    assert [item.trajectory["em"] for item in data] == [1, 1, 0]
+    pipeline.evaluator.evaluate(data)
+    assert [item.output["metric_score"]["agentic_em"] for item in data] == [1.0, 1.0, None]
+    asked = Dataset(pipeline.config, data=[rows[0], rows[1] | {"golden_answers": [True]}])
+    with pytest.raises(RecordError, match="expected text, found bool"):
+        pipeline.run(asked)
+    assert asked[0].output == {}

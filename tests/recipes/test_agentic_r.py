@@ -228,4 +228,4 @@ def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:
     assert len(read_questions(tmp_path / "out" / "validation.parquet")) == 5
     again = [*command[:6], "--overwrite", "--train", "musique:train"]
     missing = subprocess.run(again, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert missing.returncode == 1 and "FlashRAG finds no split 'train'" in missing.stderr
+    assert missing.returncode == 1 and "split 'train': no " in missing.stderr
