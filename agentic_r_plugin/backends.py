@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from agentic_r_plugin import components
@@ -40,9 +41,21 @@ class LLMSpec:
     concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker", **FREE})
     timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server", **FREE})
     max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
+    replicas: int = field(
+        default=1,
+        metadata={"help": "engines, each on accelerators of its own in a Ray actor; a batch is dealt out", **FREE},
+    )
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("llm_backend")}
     )
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError(f"llm.replicas: expected at least 1, found {self.replicas}")
+        if self.replicas > 1 and self.backend == "openai":
+            raise ConfigError(
+                "llm.replicas: a server is no engine; start it with --data-parallel-size, and leave this at 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +107,22 @@ def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
         UnknownComponentError: no such backend.
         ConfigError: the backend cannot be built from these settings.
     """
-    backend: LLMBackend = _build("llm_backend", spec.backend, spec)
+    backend: LLMBackend = _replicated(spec) if spec.replicas > 1 else _build("llm_backend", spec.backend, spec)
     try:
         yield backend
     finally:
         backend.close()
+
+
+def _replicated(spec: LLMSpec) -> LLMBackend:
+    """The engines of `spec`, each with as many accelerators as it splits a model over; none where there are none."""
+    import torch
+
+    from agentic_r_plugin.llm.replicas import ReplicatedBackend
+
+    one = replace(with_absolute_paths(spec), replicas=1)
+    gpus = int(spec.options.get("tensor_parallel_size", 1)) if torch.cuda.is_available() else 0
+    return ReplicatedBackend(partial(_build, "llm_backend", spec.backend, one), spec.replicas, gpus)
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from agentic_r_plugin.errors import ConfigError
+from collections.abc import Sequence
+from typing import Any
+
+from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
 
 
 def enter(address: str, setting: str) -> bool:
@@ -46,3 +49,54 @@ def require(workers: int, *, cpus: float, gpus: float, names: str) -> None:
             raise ConfigError(
                 f"{workers} workers want {wanted:g} {resource} in all, the Ray cluster has {found:g}; lower {names}"
             )
+
+
+def one_per_node(actors: Sequence[Any]) -> list[Any]:
+    """The first actor on each machine; they have a method `node` that returns `this_node()`."""
+    import ray
+
+    first: dict[str, Any] = {}
+    for actor, node in zip(actors, ray.get([actor.node.remote() for actor in actors]), strict=True):
+        first.setdefault(node, actor)
+    return list(first.values())
+
+
+def this_node() -> str:
+    """Name of the machine an actor is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def get(reference: Any, worker: str) -> Any:
+    """The result of a call of an actor.
+
+    Args:
+        worker: what the actor is, for the message.
+
+    Raises:
+        AgenticRError: the call raised it.
+        BackendError: the actor's process died, and again each time it was started again.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except (RayActorError, RayTaskError) as error:
+        if (fault := our_fault(error)) is not None:
+            raise fault from None
+        if isinstance(error, RayTaskError):
+            raise
+        raise BackendError(f"{worker} died: {str(error).strip().splitlines()[-1]}") from error
+
+
+def our_fault(error: BaseException | None) -> AgenticRError | None:
+    """The fault of this package behind an error that may have travelled through Ray."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, AgenticRError):
+            return error
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

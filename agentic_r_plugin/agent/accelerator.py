@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+from agentic_r_plugin.agent import attention
 from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.verl_config import critic_tokens
@@ -14,8 +17,10 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
     """Overrides for one machine or a Ray cluster; like the CPU's, they come before the user's own.
 
     Raises:
-        ConfigError: rollout engines that do not divide the devices, or mini-batches that the devices do not divide.
+        ConfigError: rollout engines that do not divide the devices, mini-batches that the devices do not divide, or an
+            engine that cannot be had.
     """
+    _check_engine(config)
     _check_shares(config)
     offload = str(config.offload).lower()
     overrides = [
@@ -31,6 +36,8 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             overrides.append(f"+{fsdp}.mixed_precision.param_dtype={config.precision}")
         if engine != "actor_rollout_ref.ref":
             overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
+    if not any("attn_implementation" in item for item in config.verl):
+        overrides += attention.overrides(config.attention)
     if config.engine == "sglang":
         overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # it finds stop strings in text only
     if config.micro_batch_tokens:
@@ -52,6 +59,8 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             "actor_rollout_ref.model.target_modules=all-linear",
             # The engine reads the base weights itself; then only adapters are sent to it.
             "actor_rollout_ref.rollout.load_format=safetensors",
+            # Adapters are gathered layer by layer: verl's other way is for FSDP1 and is not taken to FSDP2 modules.
+            "actor_rollout_ref.rollout.layered_summon=true",
         ]
     if config.mode == "separate_async":
         overrides += [
@@ -61,6 +70,15 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             f"trainer.v1.separate_async.parameter_sync_step={config.batch_size // config.mini_batch_size}",
         ]
     return overrides
+
+
+def _check_engine(config: TrainAgentConfig) -> None:
+    if config.engine == "sglang" and importlib.util.find_spec("sglang") is None:
+        raise ConfigError(
+            "engine=sglang: the package sglang is not installed here, and verl 0.9.1 cannot be installed with it: "
+            "verl[sglang] asks for sglang 0.5.12, which asks for transformers 5.6.0, which verl excludes. Use "
+            "engine=vllm, or install sglang against that exclusion (uv pip install --override) and try again"
+        )
 
 
 def _check_shares(config: TrainAgentConfig) -> None:

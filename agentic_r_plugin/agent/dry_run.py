@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent import dataset, memory, prepare, verl_config
+from agentic_r_plugin.agent import attention, dataset, memory, prepare, verl_config
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import AgenticRError, ConfigError
 
@@ -51,6 +51,7 @@ def run(config: TrainAgentConfig) -> None:
     )
     if composed is not None:
         print(OmegaConf.to_yaml(composed))
+        checks.make("attention", lambda: attention.check(composed))
     if composed is not None and model is not None:  # verl's checks read the model's configuration
         checks.make("verl's own checks", lambda: validate(_with_critic(config, composed)))
         if not prepare.on_cpu(config):
@@ -160,13 +161,10 @@ def _output_folder(folder: Path) -> str:
 def _engine(config: TrainAgentConfig) -> str:
     if prepare.on_cpu(config):
         return "hf, on the CPU"
-    # verl's models want flash attention: the package, or one from the hub through `kernels`.
-    flash = "flash_attn" if importlib.util.find_spec("kernels") is None else "kernels"
-    needed = [config.engine, flash, *(["cupy"] if config.mode == "separate_async" else [])]
+    needed = [config.engine, *(["cupy"] if config.mode == "separate_async" else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        extras = f"verl[{config.engine},fsdp]"
-        return f"{', '.join(missing)}: not installed here; must be on the machines that train ({extras})"
+        return f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
     return config.engine
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from agentic_r_plugin import components, compute
-from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent import attention, dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.settings import TrainAgentConfig
@@ -203,6 +203,7 @@ def compose(
         prompt_lengths=prompt_lengths,
         fresh=latest_step(Path(config.out)) == 0,
     )
+    attention.check(composed)
     return composed, environment
 
 

@@ -135,7 +135,13 @@ class TrainAgentConfig:
     )
     threads: int | None = _free("CPU threads a worker; none: all cores", default=None)
     engine: str = _help(
-        "verl's rollout engine on accelerators: vllm, or sglang (composed and checked, never run)", default="vllm"
+        "verl's rollout engine on accelerators: vllm, or sglang, which verl 0.9.1 cannot be installed with",
+        default="vllm",
+    )
+    attention: str | None = _free(
+        "attention of the models in training on accelerators, as transformers names it; none: flash_attention_2 where "
+        "flash-attn is installed here, else packed_causal, which needs nothing but torch",
+        default=None,
     )
     dry_run: bool = _free(
         "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False

@@ -1,5 +1,6 @@
-"""What verl imports in every process (entry point `verl.plugins`): importing this registers what the CPU needs in verl.
+"""What verl imports in every process (entry point `verl.plugins`): importing this changes in verl what has to differ.
 
+That is one hook and an attention for training without flash-attn; and the CPU's parts on a machine without accelerator.
 The agent loop and the reward are named in verl's configuration, and the trainer is registered where it runs.
 
 verl swallows an error raised here (it logs it at DEBUG), so whoever starts a training calls `assert_registered()`, in
@@ -9,9 +10,12 @@ each kind of process it can reach: a registration that did not happen must not p
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
+from agentic_r_plugin.agent import hooks
 from agentic_r_plugin.agent.cpu.detect import cpu_wanted
 from agentic_r_plugin.errors import UpstreamError
+from agentic_r_plugin.upstream import Hook, is_applied
 
 registered: tuple[str, ...] = ()
 """What was registered in this process; the last step of the import, so its being set means that all went well."""
@@ -24,18 +28,22 @@ def check() -> list[str]:
     missing = []
     if not registered:
         missing.append("the plugin module was not imported to its end")
+    missing += _not_applied(hooks.HOOKS)
     if cpu_wanted():
-        from agentic_r_plugin.agent.cpu import hooks
-        from agentic_r_plugin.upstream import is_applied
+        from agentic_r_plugin.agent.cpu import hooks as cpu_hooks
 
         if platform.get_platform().device_name != "cpu":
             missing.append(f"verl's platform is {platform.get_platform().device_name!r}, not 'cpu'")
-        missing += [f"hook {hook.name} ({hook.symbol}) is not applied" for hook in hooks.HOOKS if not is_applied(hook)]
+        missing += _not_applied(cpu_hooks.HOOKS)
         from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-        if hooks.ROLLOUT_NAME not in RolloutReplicaRegistry._registry:
-            missing.append(f"rollout engine {hooks.ROLLOUT_NAME!r} is not registered")
+        if cpu_hooks.ROLLOUT_NAME not in RolloutReplicaRegistry._registry:
+            missing.append(f"rollout engine {cpu_hooks.ROLLOUT_NAME!r} is not registered")
     return missing
+
+
+def _not_applied(wanted: Sequence[Hook]) -> list[str]:
+    return [f"hook {hook.name} ({hook.symbol}) is not applied" for hook in wanted if not is_applied(hook)]
 
 
 def assert_registered() -> None:
@@ -55,11 +63,12 @@ def assert_registered() -> None:
 def _register() -> tuple[str, ...]:
     done = []
     if cpu_wanted():
-        from agentic_r_plugin.agent.cpu import hooks, platform
+        from agentic_r_plugin.agent.cpu import hooks as cpu_hooks
+        from agentic_r_plugin.agent.cpu import platform
 
-        platform.register()
-        done += ["platform cpu", *hooks.install(), f"rollout {hooks.ROLLOUT_NAME}"]
-    return (*done, "verl plugin")
+        platform.register()  # before verl looks for a platform
+        done += ["platform cpu", *cpu_hooks.install(), f"rollout {cpu_hooks.ROLLOUT_NAME}"]
+    return (*done, *hooks.install(), "verl plugin")
 
 
 try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.child import die_with
-from agentic_r_plugin.errors import AgenticRError
+from agentic_r_plugin.ray_cluster import our_fault
 from agentic_r_plugin.store import write_json
 
 FAULT = "fault.json"
@@ -112,17 +112,6 @@ def _run_verl(config: Any) -> None:
         run_ppo(config, task_runner_class=AgenticTaskRunner)
     finally:
         ray.shutdown()
-
-
-def our_fault(error: BaseException | None) -> AgenticRError | None:
-    """The fault of this package behind an error that may have travelled through Ray."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, AgenticRError):
-            return error
-        seen.add(id(error))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 if __name__ == "__main__":

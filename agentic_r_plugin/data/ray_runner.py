@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from agentic_r_plugin import ray_cluster
-from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow, only_ours
-from agentic_r_plugin.errors import BackendError, ConfigError
+from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow
+from agentic_r_plugin.errors import ConfigError
 
 _CLOSE_S = 10.0
 """A worker that is still busy after so long is stopped as it is."""
@@ -23,7 +24,16 @@ class RayWorker:
     """A worker in a process of its own."""
 
     def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
-        self._worker = factory()
+        self._factory = factory
+
+    @cached_property
+    def _worker(self) -> Worker[Any]:
+        """Built by the first call: Ray keeps no cause of an error in a constructor."""
+        return self._factory()
+
+    def node(self) -> str:
+        """The machine it is on."""
+        return ray_cluster.this_node()
 
     def fingerprints(self) -> dict[str, str]:
         """Of the worker's models."""
@@ -34,8 +44,9 @@ class RayWorker:
         return do_batch(self._worker, tasks)
 
     def close(self) -> None:
-        """Free the models."""
-        self._worker.close()
+        """Free the models, if they were loaded."""
+        if "_worker" in vars(self):
+            self._worker.close()
 
 
 class RayExecutor:
@@ -80,7 +91,8 @@ class RayExecutor:
         Raises:
             ConfigError: they are not.
         """
-        first, *others = (self._get(reference) for reference in [a.fingerprints.remote() for a in self._actors])
+        asked = ray_cluster.one_per_node(self._actors)  # all on one machine read the same files
+        first, *others = (self._get(reference) for reference in [actor.fingerprints.remote() for actor in asked])
         for other in others:
             if other != first:
                 raise ConfigError(f"runner: the workers' models differ from node to node: {first} and {other}")
@@ -114,18 +126,5 @@ class RayExecutor:
         return reference
 
     def _get(self, reference: Any) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
-
-        try:
-            return self._ray.get(reference)
-        except RayActorError as error:
-            if (ours := only_ours(error)) is not None:
-                raise ours from None
-            raise BackendError(
-                f"a worker of the Ray cluster died more than runner.max_restarts={self._spec.max_restarts} times: "
-                f"{str(error).strip().splitlines()[-1]}"
-            ) from error
-        except RayTaskError as error:
-            if (ours := only_ours(error)) is not None:
-                raise ours from None
-            raise
+        worker = f"a worker of the Ray cluster (runner.max_restarts={self._spec.max_restarts})"
+        return ray_cluster.get(reference, worker)

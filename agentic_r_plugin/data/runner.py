@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentic_r_plugin.config import to_dict
-from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
+from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
 
@@ -218,13 +218,3 @@ def flow(
 
 
 _END: Any = object()
-
-
-def only_ours(error: BaseException) -> AgenticRError | None:
-    """The fault of this package that is behind an error from another process, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, AgenticRError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return None

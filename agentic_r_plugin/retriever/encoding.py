@@ -14,7 +14,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor
 
-from agentic_r_plugin.retriever.packing import NAME, first_position, is_packable, pack
+from agentic_r_plugin.attention import has_kernel
+from agentic_r_plugin.retriever.packing import NAME, first_position, is_packable, pack, set_attention_dropout
 from agentic_r_plugin.search.encoder import autocast
 
 Ids = list[int]
@@ -35,13 +36,26 @@ class TextEncoder:
     Args:
         model: a transformer, its pooling, and what comes after.
         precision: `float32`, `bfloat16` or `float16` (autocast), or `auto`.
-        packing: lay texts end to end where the model allows it; otherwise they are padded.
+        packing: lay texts end to end where the model allows it; otherwise they are padded. On CUDA also where torch's
+            variable-length kernel can be used, which has no dropout.
+        attention_dropout: set in the model; None: the model's own, or 0 where the kernel is used.
     """
 
-    def __init__(self, model: SentenceTransformer, *, precision: str = "auto", packing: bool = True) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        precision: str = "auto",
+        packing: bool = True,
+        attention_dropout: float | None = None,
+    ) -> None:
         self.model, self.precision = model, precision
-        self.packs = packing and _packs(model)
         self._transformer = cast(Any, model[0])
+        self.packs = packing and _packs(model)
+        if self.packs and model.device.type != "cpu":
+            self.packs = not attention_dropout and has_kernel(model.device, self._computed_dtype())
+            attention_dropout = 0.0 if self.packs else attention_dropout
+        self.attention_dropout = set_attention_dropout(model, attention_dropout)
         if self.packs:
             self._transformer.model.set_attn_implementation(NAME)
         self._first_position = first_position(self._transformer) if self.packs else 0
@@ -87,6 +101,12 @@ class TextEncoder:
         return self._transformer(
             {key: item.to(self.model.device) for key, item in padded.items()} | {"modality": "text"}
         )
+
+    def _computed_dtype(self) -> torch.dtype:
+        kind = self.model.device.type
+        with self._autocast():
+            computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        return computed or torch.float32
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float16":

@@ -53,7 +53,12 @@ class Run:
         self.best: dict[str, Any] = {"step": 0, "value": -math.inf, "misses": 0}
         self.out = Path(config.out)
         self.adapters = Adapters(self.model, config) if config.lora_rank else None
-        self.encoder = TextEncoder(self.model, precision=config.precision, packing=config.packing)
+        self.encoder = TextEncoder(
+            self.model,
+            precision=config.precision,
+            packing=config.packing,
+            attention_dropout=config.attention_dropout,
+        )
         on_cpu = self.model.device.type == "cpu"
         self.mini_batch_tokens = config.mini_batch_tokens or (2048 if on_cpu else 8192)
         if config.gradient_checkpointing:

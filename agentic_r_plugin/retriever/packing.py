@@ -5,16 +5,17 @@ Shapes: T tokens of all texts, H heads, K head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from agentic_r_plugin.attention import attend
 
 NAME = "agentic_r_packed"
 """The attention implementation registered here; without `cu_seq_lens_q` it is transformers' own `sdpa`."""
@@ -67,6 +68,22 @@ def first_position(model: nn.Module) -> int:
     return 0
 
 
+def set_attention_dropout(model: nn.Module, share: float | None) -> float:
+    """Set the dropout of attention in training in every layer, where it is given; returns the one that holds.
+
+    It is a layer's `attention_dropout` (Llama and its kin), or the module `dropout` beside its query and key (BERT's).
+    """
+    found = 0.0
+    for module in model.modules():
+        layer: Any = module
+        own = getattr(layer, "dropout", None)
+        if isinstance(getattr(layer, "attention_dropout", None), int | float):
+            layer.attention_dropout = found = float(layer.attention_dropout if share is None else share)
+        elif isinstance(own, nn.Dropout) and hasattr(layer, "query") and hasattr(layer, "key"):
+            own.p = found = own.p if share is None else share
+    return found
+
+
 def packed_attention(
     module: nn.Module,
     query_1HTK: Tensor,
@@ -79,62 +96,17 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each text to itself, (1, T, H, K); transformers' interface of an attention function.
-
-    On CUDA in half precision and without dropout torch's variable-length kernel does it; elsewhere, texts of equal
-    length that stand next to each other are one call without a mask.
-    """
+    """Attention of each text to itself, (1, T, H, K); transformers' interface of an attention function."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query_1HTK, key_1HTK, value_1HTK, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     causal = bool(getattr(module, "is_causal", False))
-    groups = query_1HTK.shape[1] // key_1HTK.shape[1]
-    if groups > 1:
-        key_1HTK, value_1HTK = (item.repeat_interleave(groups, dim=1) for item in (key_1HTK, value_1HTK))
-    if query_1HTK.is_cuda and dropout == 0 and query_1HTK.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query_1HTK, key_1HTK, value_1HTK, cu_seq_lens_q, int(max_length_q or 0), scaling, causal), None
-    parts = []
-    for start, count, length in _runs(cu_seq_lens_q.tolist()):
-        query, key, value = (
-            item[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
-            for item in (query_1HTK, key_1HTK, value_1HTK)
-        )
-        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=causal)
-        parts.append(seen.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts).unsqueeze(0), None
-
-
-def _runs(ends: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first token, texts, tokens of each) of neighbouring texts of equal length.
-
-    >>> list(_runs([0, 2, 4, 7]))
-    [(0, 2, 2), (4, 1, 3)]
-    """
-    place = 0
-    while place < len(ends) - 1:
-        first, length = place, ends[place + 1] - ends[place]
-        while place < len(ends) - 1 and ends[place + 1] - ends[place] == length:
-            place += 1
-        yield ends[first], place - first, length
-
-
-def _varlen(
-    query_1HTK: Tensor,
-    key_1HTK: Tensor,
-    value_1HTK: Tensor,
-    ends: Tensor,
-    longest: int,
-    scale: float | None,
-    causal: bool,
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = (item[0].transpose(0, 1).contiguous() for item in (query_1HTK, key_1HTK, value_1HTK))
-    window = (-1, 0) if causal else (-1, -1)
-    seen = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=window)
-    assert isinstance(seen, Tensor), "no auxiliary output was asked for"
-    return seen.unsqueeze(0)
+    seen = attend(
+        query_1HTK, key_1HTK, value_1HTK, ends=cu_seq_lens_q, longest=int(max_length_q or 0), causal=causal,
+        dropout=dropout, scale=scaling,
+    )  # fmt: skip
+    return seen, None
 
 
 AttentionInterface.register(NAME, packed_attention)

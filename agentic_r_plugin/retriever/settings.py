@@ -87,6 +87,13 @@ class TrainRetrieverConfig:
         metadata={"help": "tokens of a step encoded once, the others twice (gradient caching); 4 mini-batches"},
     )
     packing: bool = field(default=True, metadata={"help": "texts of a mini-batch without padding, where it is exact"})
+    attention_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "of attention, in training; none: the model's own, but 0 for texts packed on CUDA: its kernel has "
+            "no dropout (done.json says what was used)"
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "within a mini-batch, for one that does not fit; more time"}
     )
@@ -131,6 +138,10 @@ class TrainRetrieverConfig:
         for name, known in (("schedule", tuple(_SCHEDULES)), ("precision", PRECISIONS), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} {getattr(self, name)!r}: expected {', '.join(known)}")
+        if not 0 <= (self.attention_dropout or 0) < 1:
+            raise ConfigError(
+                f"attention_dropout must be a share of at least 0 and below 1, found {self.attention_dropout}"
+            )
         if not self.dev_groups and (self.patience or self.dev_corpus):
             raise ConfigError("patience and dev_corpus need dev_groups, the held-out groups to measure on")
 

@@ -128,6 +128,7 @@ def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: li
         "device": str(training.model.device.type),
         "precision": compute.resolve(config.precision, training.model.device),
         "packed": training.encoder.packs,
+        "attention_dropout": training.encoder.attention_dropout,
         "peak_memory_bytes": peak_memory_bytes(training.model.device),
         "groups_fingerprint": file_fingerprint(config.groups),
         "corpus_fingerprint": training.corpus.fingerprint(),

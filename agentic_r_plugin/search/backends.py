@@ -3,7 +3,7 @@
 | name | searches | vectors lie | approximate kinds |
 |---|---|---|---|
 | `faiss` | on the CPU | in memory, or mapped from disk | all |
-| `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, SQ, IVF |
+| `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, IVF (its SQ too) |
 | `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
 | `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
 | `service` | over HTTP | elsewhere | |

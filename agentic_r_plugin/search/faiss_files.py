@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,26 @@ ALIASES = {"fp16": "SQfp16", "FP16": "SQfp16", "flat": "Flat", "sq8": "SQ8"}
 
 _ROWS = slice(8, 16)
 """Where faiss' header says how many vectors there are."""
+
+
+_DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
+
+
+def require_one_faiss() -> None:
+    """The packages of faiss write one folder: of two, parts of each are left.
+
+    Raises:
+        ConfigError: more than one is installed.
+    """
+    installed = {str(found.metadata["Name"]).lower().replace("_", "-") for found in distributions()}
+    if len(several := [name for name in _DISTRIBUTIONS if name in installed]) > 1:
+        raise ConfigError(
+            f"{' and '.join(several)} are installed into one folder and mixed there; keep one: pip uninstall "
+            f"{' '.join(several)}, then pip install {several[-1]} (with CUDA) or {several[0]}"
+        )
+
+
+require_one_faiss()
 
 
 def empty_index(kind: str, dim: int) -> faiss.Index:

@@ -6,7 +6,7 @@
 set -euo pipefail
 recipe=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CONFIG=ppo_7b.yaml
-SETTINGS=(devices=4 lora_rank=64 lora_alpha=32 actor_lr=1e-5 actor_rollout_ref.rollout.layered_summon=true)
+SETTINGS=(devices=4 lora_rank=64 lora_alpha=32 actor_lr=1e-5)
 MODEL=${MODEL:-models/Qwen2.5-7B}
 OUT=${OUT:-runs/agentic_r/lora/agent}
 source "$recipe/launch.sh"

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from agentic_r_plugin.agent import dataset, launch, verl_config
+from agentic_r_plugin.agent import attention, dataset, launch, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
 from agentic_r_plugin.agent.prepare import check_run_folder, check_service, name_latest, prepare, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
-from agentic_r_plugin.agent.worker import our_fault
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import (
     AgenticRError,
@@ -32,6 +33,7 @@ from agentic_r_plugin.errors import (
     SearchUnavailableError,
     TrainingError,
 )
+from agentic_r_plugin.ray_cluster import our_fault
 from agentic_r_plugin.store import write_json
 from tests.agent.tiny_world import LIMITS, Service
 from tests.search import loopback
@@ -232,7 +234,7 @@ def test_a_dry_run_passes_for_a_critic_that_is_still_to_be_written(
 def test_what_verl_cannot_build_is_one_of_the_dry_runs_lines(
     config: TrainAgentConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match="dry run: 1 of 10 checks failed"):
+    with pytest.raises(ConfigError, match="dry run: 1 of 11 checks failed"):
         run(replace(config, dry_run=True, verl=["critic.model.path=/nowhere"]))
     assert "FAILED  verl's own checks: verl refuses the configuration: " in capsys.readouterr().out
 
@@ -262,8 +264,48 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
 
 
-def test_sglang_reads_text_and_leaves_the_last_token_its_room(config: TrainAgentConfig) -> None:
-    chosen = replace(config, engine="sglang", cpu=False)
+def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_attention(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(**changes: Any) -> set[str]:
+        composed = prepare(replace(config, cpu=False, **changes)).verl
+        models = (composed.actor_rollout_ref.model, composed.critic.model)
+        return {model.override_config.get("attn_implementation", "flash_attention_2") for model in models}
+
+    assert used() == {"packed_causal"}  # flash-attn is not installed here
+    assert used(attention="sdpa") == {"sdpa"}
+    own = [
+        f"+{model}.override_config.attn_implementation=eager" for model in ("actor_rollout_ref.model", "critic.model")
+    ]
+    assert used(verl=own) == {"eager"}
+    monkeypatch.setattr(attention, "chosen", lambda: "flash_attention_2")
+    assert used() == {"flash_attention_2"}
+    assert used(attention="packed_causal") == {"packed_causal"}
+
+
+def test_what_only_flash_attn_can_do_is_refused_without_it(config: TrainAgentConfig) -> None:
+    for override, message in (
+        ("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", r"actor: ulysses.*=2 needs flash-attn"),
+        ("critic.fsdp.ulysses_sequence_parallel_size=2", r"critic: ulysses.*=2 needs flash-attn"),
+        ("critic.model.use_remove_padding=false", "takes packed rows"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(replace(config, cpu=False, verl=[override]))
+
+
+def test_sglang_which_cannot_be_installed_with_verl_is_refused_before_the_start(config: TrainAgentConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine=sglang: .* transformers 5\.6\.0, which verl excludes\. Use engine=vllm"
+    ):
+        prepare(replace(config, engine="sglang", cpu=False))
+
+
+def test_sglang_reads_text_and_leaves_the_last_token_its_room(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("math" if name == "sglang" else name))
+    chosen = replace(config, engine="sglang", cpu=False, attention="packed_causal")
     composed = prepare(chosen).verl.actor_rollout_ref.rollout
     assert (composed.name, composed.skip_tokenizer_init) == ("sglang", False)
     assert composed.max_model_len - (LIMITS.max_tokens - 1) - 1 == 1  # verl's room for the last token of a trajectory

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.agent.cpu.hooks import HOOKS
+from agentic_r_plugin.agent import hooks
+from agentic_r_plugin.agent.cpu import hooks as cpu_hooks
 
 ROOT = Path(__file__).resolve().parents[2]
+HOOKS = (*hooks.HOOKS, *cpu_hooks.HOOKS)
 PATCHES = sorted((ROOT / "patches").glob("verl-*.patch"))
 EXPECTED = {
     "process_group": "cpu:gloo",
@@ -108,5 +110,5 @@ def test_every_patch_belongs_to_a_hook_and_says_why_and_until_when() -> None:
     for hook in HOOKS:
         header = (ROOT / hook.patch).read_text().partition("--- a/")[0]
         assert "Why:" in header and "Can go:" in header
-        assert f"Stands in for it: agentic_r_plugin.agent.cpu.hooks.{hook.install.__name__}" in header
+        assert f"Stands in for it: {hook.install.__module__}.{hook.install.__name__}" in header
         assert all(f"verl {version}" in header for version in hook.versions)

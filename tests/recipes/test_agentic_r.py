@@ -23,8 +23,10 @@ from tests.agent import tiny_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "agentic_r"
 SCRIPTS = sorted(RECIPE.glob("run_*.sh"))
-ADDED = ("agentic_r.", "ray_kwargs.ray_init.", "critic.ppo_infer_max_token_len_per_gpu")
-"""Keys that verl's own configuration does not have: ours, what goes to `ray.init`, and one that only its code reads."""
+ADDED = ("agentic_r.", "ray_kwargs.ray_init.", "critic.ppo_infer_max_token_len_per_gpu",
+         "actor_rollout_ref.model.override_config.", "critic.model.override_config.")  # fmt: skip
+"""Keys that verl's own configuration does not have: ours, what goes to `ray.init` and into the models' configuration,
+and one that only its code reads."""
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def test_a_dry_run_names_everything_that_is_wrong_at_once(tmp_path: Path) -> Non
         "model", "questions", "prompts", "retrieval service",
     ]  # fmt: skip
     assert "the other machines cannot reach a loopback address" in failed[3]
-    assert "4 of 9 checks failed" in run.stderr
+    assert "4 of 10 checks failed" in run.stderr
 
 
 def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:

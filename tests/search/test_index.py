@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -17,6 +18,7 @@ from agentic_r_plugin.errors import (
     OutputExistsError,
     RecordError,
 )
+from agentic_r_plugin.search import faiss_files
 from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
@@ -25,6 +27,19 @@ from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.faiss_files import open_index
 from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
 from tests.search.tiny_retriever import make_model, passage_numbers, write_corpus
+
+
+def test_two_packages_of_faiss_in_one_folder_are_named_with_the_way_out(monkeypatch):
+    def installed(*names: str):
+        monkeypatch.setattr(
+            faiss_files, "distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
+        )
+
+    installed("faiss_gpu_cu12", "numpy")
+    faiss_files.require_one_faiss()
+    installed("faiss-cpu", "numpy", "faiss_gpu_cu12")
+    with pytest.raises(ConfigError, match=r"faiss-cpu and faiss-gpu-cu12 .* pip uninstall faiss-cpu faiss-gpu-cu12"):
+        faiss_files.require_one_faiss()
 
 
 def config_for(out, corpus, retriever, **settings):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
-from agentic_r_plugin.agent.cpu import attention
+from agentic_r_plugin.agent.hooks import VERL
 from agentic_r_plugin.upstream import Hook, apply
 
-_log = logging.getLogger(__name__)
-
-VERL = ("0.9.1",)
 ROLLOUT_NAME = "hf"
 ROLLOUT_CLASS = "agentic_r_plugin.agent.cpu.rollout.HFServerAdapter"
 
@@ -23,31 +19,6 @@ def gloo_process_group(owner: Any, attribute: str, original: Any) -> None:
         original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
 
     setattr(owner, attribute, initialize)
-
-
-def configured_attention(owner: Any, attribute: str, original: Any) -> None:
-    """Load the critic with the attention its configuration names; verl asks for flash attention whatever it says.
-
-    A model that cannot be loaded so is left to verl's own function: its error, or its value head of TRL, for which it
-    still asks for flash attention.
-    """
-
-    def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
-        from transformers import AutoModelForTokenClassification
-
-        try:
-            return AutoModelForTokenClassification.from_pretrained(
-                pretrained_model_name_or_path=local_path,
-                dtype=torch_dtype,
-                config=model_config,
-                attn_implementation=model_config._attn_implementation,
-                trust_remote_code=trust_remote_code,
-            )
-        except Exception as error:
-            _log.warning("the critic %s could not be loaded: %s", local_path, error)
-            return original(local_path, torch_dtype, model_config, trust_remote_code)
-
-    setattr(owner, attribute, load_valuehead_model)
 
 
 def pageable_offload(owner: Any, attribute: str, original: Any) -> None:
@@ -73,14 +44,6 @@ HOOKS = (
         symbol="verl.utils.distributed:initialize_global_process_group_ray",
         patch="patches/verl-0.9.1-gloo-process-group.patch",
         install=gloo_process_group,
-    ),
-    Hook(
-        name="configured_attention",
-        distribution="verl",
-        versions=VERL,
-        symbol="verl.utils.model:load_valuehead_model",
-        patch="patches/verl-0.9.1-valuehead-attention.patch",
-        install=configured_attention,
     ),
     Hook(
         name="rollout_entry",
@@ -113,7 +76,6 @@ def install() -> list[str]:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
     RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)
-    attention.register()
     return applied
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from agentic_r_plugin import compute, memory
-from agentic_r_plugin.agent.cpu import attention
+from agentic_r_plugin.agent import attention
 from agentic_r_plugin.agent.verl_config import critic_tokens
 
 
@@ -70,10 +70,9 @@ def cpu_overrides(
     for model in ("actor_rollout_ref.model", "critic.model"):
         overrides += [
             f"{model}.use_remove_padding=True",
-            f"+{model}.override_config.attn_implementation={attention.NAME}",
             f"{model}.enable_gradient_checkpointing=False",
         ]
-    return overrides
+    return overrides + attention.overrides(attention.NAME)
 
 
 def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from transformers import Qwen2Config
 
-from agentic_r_plugin.agent.cpu.hooks import configured_attention
+from agentic_r_plugin.agent.hooks import configured_attention
 
 
 def test_a_critic_that_cannot_be_loaded_gets_verls_own_answer(tmp_path: Path) -> None:

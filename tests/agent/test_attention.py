@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from agentic_r_plugin.agent.cpu import attention
+from agentic_r_plugin.agent import attention
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -57,6 +57,28 @@ def test_a_changed_token_moves_nothing_before_it_and_no_other_trajectory(
         before, after = (ours(input_ids=x, position_ids=positions, use_cache=False).logits[0] for x in (ids, changed))
     moved = (before != after).any(1).nonzero().flatten().tolist()
     assert moved == list(range(10, 20))
+
+
+def test_trajectories_are_found_once_for_all_layers_and_again_for_other_rows(
+    models: tuple[Qwen2ForCausalLM, Qwen2ForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    original = attention.trajectory_lengths
+
+    def noted(position_ids: torch.Tensor) -> list[int]:
+        found.append(original(position_ids))
+        return found[-1]
+
+    monkeypatch.setattr(attention, "trajectory_lengths", noted)
+    for lengths in (LENGTHS, (5, 5)):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        models[1](input_ids=positions.clone(), position_ids=positions, use_cache=False)
+    assert found == [list(LENGTHS), [5, 5]]
+
+
+def test_a_row_that_begins_in_the_midst_of_a_trajectory_is_refused() -> None:
+    with pytest.raises(ValueError, match="in the midst of a trajectory"):
+        attention.trajectory_lengths(torch.tensor([3, 4, 0, 1]))
 
 
 def test_what_is_not_one_packed_row_is_refused(models: tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]) -> None:
