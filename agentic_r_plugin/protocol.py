@@ -37,6 +37,13 @@ _SPILL = 16
 """Characters that the token completing a stop string may hold after it."""
 
 
+_CHARACTERS_PER_TOKEN = 16
+"""Of a text that is longer than this for each token of the limit, only a start is tokenised at first."""
+
+_LONGEST_WORD = 200
+"""Characters before a cut among which a space is looked for."""
+
+
 class Codec(Protocol):
     """Text to token ids and back (`llm.codec.TokenizerCodec` wraps a Hugging Face tokenizer)."""
 
@@ -431,17 +438,39 @@ class Session:
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
         """As many leading passages as the observation limit holds; a first one too long loses its last words."""
-        shown = list(passages)
+        shown, most = list(passages), self.limits.max_observation_tokens
+        ids: list[int] = []
+        encoded = ""
         while True:
             block = self.protocol.render(shown)
-            ids = self.codec.encode(block)
-            if len(ids) <= self.limits.max_observation_tokens or not shown:
+            # With fewer passages a block often begins with the very text that was too long before.
+            if not encoded or not block.startswith(encoded):
+                ids, encoded = self._encode_start(block)
+            if encoded == block and (len(ids) <= most or not shown):
                 return shown, block, ids
             if len(shown) > 1:
                 shown.pop()
                 continue
-            text = _shortened(shown[0].text, self.limits.max_observation_tokens, len(ids))
-            shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else []
+            text = _shortened(shown[0].text[: len(encoded)], most, len(ids))
+            shown, encoded = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else [], ""
+
+    def _encode_start(self, block: str) -> tuple[list[int], str]:
+        """Ids of a block, or of a start of it that is too long already, and the text that they are of.
+
+        A block may be a hundred times longer than what fits, and tokenising all of it would hold up the event loop.
+        No limit on the characters of a token is assumed: the start grows until it has too many tokens.
+        """
+        most = self.limits.max_observation_tokens
+        length = _CHARACTERS_PER_TOKEN * most
+        while length < len(block):
+            # A word that is cut in two may have more tokens than the whole one.
+            space = block.rfind(" ", length - _LONGEST_WORD, length)
+            start = block[: space if space > 0 else length]
+            ids = self.codec.encode(start)
+            if len(ids) > most + _SPILL:
+                return ids, start
+            length *= 2
+        return self.codec.encode(block), block
 
 
 def _shortened(text: str, most: int, tokens: int) -> str:

@@ -1,0 +1,97 @@
+"""Observations from passages of any length: the same ids as from tokenising all of it, without tokenising all of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.protocol import Limits, Session, _shortened, compact
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.encoder import resolve
+
+MOST = 60
+BOUND = 16 * MOST
+"""Characters up to which a block is tokenised whole."""
+
+PIECES = (
+    "river", "Bergen", "antidisestablishmentarianism", "x" * 150, "-" * 40, " " * 30, "\t\n", "字字字", "กรุงเทพ", "é🙂",
+    "<", "12345", "a", "https://example.org/" + "q" * 60, "\u200b" * 20, "don't", "...",
+)  # fmt: skip
+
+
+class CountingCodec(TokenizerCodec):
+    """Counts the characters that are tokenised."""
+
+    characters = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.characters += len(text)
+        return super().encode(text)
+
+
+@cache
+def tokenizer(name: str) -> Any:
+    folder = Path(__file__).parent.parent / "recipes/quickstart/agent" if name == "bpe" else resolve("builtin:minilm")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def observation(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:
+    """Ids of the passages shown, the token ids and the text of the information block."""
+    session = Session(compact, codec, Limits(max_observation_tokens=MOST, max_tokens=100_000), "Who?")
+    shown, block, ids = session._fit(passages)
+    return [passage.id for passage in shown], ids, block
+
+
+def from_all(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:
+    """The same by tokenising whole blocks, also those that are too long."""
+    shown = list(passages)
+    while True:
+        block = compact.render(shown)
+        ids = codec.encode(block)
+        if len(ids) <= MOST or not shown:
+            return [passage.id for passage in shown], ids, block
+        if len(shown) > 1:
+            shown.pop()
+        else:
+            text = _shortened(shown[0].text, MOST, len(ids))
+            shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else []
+
+
+@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
+def test_observations_are_those_of_tokenising_everything(name: str) -> None:
+    draw, seen = random.Random(name), dict.fromkeys(("fits", "long, fits", "shortened", "long, shortened"), 0)
+    for _ in range(150):
+        pieces = draw.choices(PIECES, k=draw.randint(1, 4))
+        texts = [
+            "".join(draw.choice((" ", "")) + draw.choice(pieces) for _ in range(draw.choice((1, 5, 20, 90, 800))))
+            for _ in range(draw.randint(1, 3))
+        ]
+        passages = [Passage(id=str(rank), title="T", text=text) for rank, text in enumerate(texts)]
+        codec = CountingCodec(tokenizer(name))
+        shown, ids, block = observation(codec, passages)
+        first, expected = compact.render(passages[:1]), from_all(codec, passages)
+        fits = len(codec.encode(first)) <= MOST
+        seen[f"{'long, ' if len(first) > BOUND else ''}{'fits' if fits else 'shortened'}"] += 1
+        if fits or len(first) <= BOUND:
+            assert (shown, ids, block) == expected
+        else:  # its last words are lost, perhaps one more or less than where all of it is tokenised
+            assert ids == codec.encode(block) and len(ids) <= MOST
+            assert first.startswith(block.removesuffix("</information>\n\n")) or not shown
+    assert min(count for kind, count in seen.items() if (name, kind) != ("bpe", "long, fits")) > 0, seen
+
+
+@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
+def test_little_more_than_an_observation_holds_is_tokenised_of_long_passages(name: str) -> None:
+    text = " ".join(f"word{number}" for number in range(12_000))
+    passages = [Passage(id=str(rank), title="T", text=text) for rank in range(3)]
+    codec = CountingCodec(tokenizer(name))
+    shown, ids, _ = observation(codec, passages)
+    assert shown == ["0"] and MOST * 0.7 < len(ids) <= MOST
+    assert codec.characters < 3 * BOUND
