@@ -2,10 +2,14 @@
 
 What a phase took, the accelerator's memory too, is free again when it ends. The processes end soon after the one that
 started them, however that ended: once the command is given again, two would otherwise write one folder.
+
+Their own descendants end with them, Ray's daemons and workers and torchrun's included. They are found by their parents:
+Ray leaves process groups and sessions.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,17 +18,24 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from agentic_r_plugin import errors
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.store import read_json, write_json
 
-_TERMINATE_S = 15.0
+_TERMINATE_S = 4.0
+"""Time for a process to end by itself after SIGTERM."""
+_PR_SET_CHILD_SUBREAPER = 36
+"""From `linux/prctl.h`."""
+_CLEANUP_S = 7.0
+"""Time for this process to end after a signal, its children included."""
 
 
 def run_command(name: str, config: Any, *, processes: int = 1) -> None:
@@ -38,11 +49,12 @@ def run_command(name: str, config: Any, *, processes: int = 1) -> None:
         settings, fault = Path(folder) / "config.yaml", Path(folder) / "fault.json"
         save_config(config, settings)
         arguments = [str(os.getpid()), str(processes), name, str(settings), str(fault)]
-        child = subprocess.Popen([sys.executable, "-m", __name__, *arguments], start_new_session=True)
+        command = [sys.executable, "-m", __name__, *arguments]
+        child = subprocess.Popen(command, start_new_session=True)
         try:
             code = child.wait()
         finally:
-            end(child, session=True)
+            end(child)
         if fault.is_file():
             said = read_json(fault)
             raise _fault_of(said["type"])(said["message"])
@@ -56,37 +68,105 @@ def _fault_of(name: str) -> type[AgenticRError]:
     return found if isinstance(found, type) and issubclass(found, AgenticRError) else AgenticRError
 
 
-def end(process: subprocess.Popen[bytes], *, session: bool = False) -> None:
-    """End a process, politely first, and with `session` also what it left in the session it leads."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=_TERMINATE_S)
-    with suppress(ProcessLookupError):
-        if session:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its descendants: by SIGTERM to it, then by SIGKILL to all."""
+    below = _descendants(process.pid)
+    try:
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_TERMINATE_S)
+    finally:  # a second interrupt leaves nothing behind, either
+        _kill([*below, *_descendants(process.pid)])
+        process.kill()
+        process.wait()
 
 
-def die_with(parent: int, *, politely: bool = False) -> None:
-    """End this process soon after its parent, process `parent`, is gone; politely: by SIGTERM to itself."""
+def die_with(parent: int, *, politely: bool = False, family: bool = False) -> None:
+    """End this process soon after its parent, process `parent`, is gone.
+
+    Args:
+        politely: by SIGTERM to itself; SIGKILL follows where that does not end it in time.
+        family: end its descendants, too.
+    """
+    if family:
+        _adopt_orphans(True)
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        if not politely:
-            os._exit(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if politely:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_TERMINATE_S)
+        if family:
+            _kill(_descendants(os.getpid()))
+        os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextmanager
+def family() -> Iterator[None]:
+    """A command's whole work: SIGINT, SIGTERM and SIGHUP end it and every process it has started, soon.
+
+    The signal becomes an exception (KeyboardInterrupt, else SystemExit), so that files are closed and workers stopped
+    in order; what is left `_CLEANUP_S` seconds later is killed. A signal that is ignored, as under `nohup`, stays so.
+    """
+    earlier = {item.pid for item in psutil.Process().children()}
+    handlers: dict[int, Any] = {}
+    _adopt_orphans(True)
+
+    def kill_ours() -> None:
+        ours = [item for item in psutil.Process().children() if item.pid not in earlier]
+        _kill([*(below for item in ours for below in _descendants(item.pid)), *ours])
+
+    def hurry(code: int) -> None:
+        time.sleep(_CLEANUP_S)
+        kill_ours()
+        os._exit(code)
+
+    def stop(number: int, frame: object) -> None:
+        code = 128 + number
+        threading.Thread(target=hurry, args=(code,), name="cleanup-limit", daemon=True).start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
+
+    if threading.current_thread() is threading.main_thread():
+        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(caught) in (signal.SIG_DFL, signal.default_int_handler):
+                handlers[caught] = signal.signal(caught, stop)
+    try:
+        yield
+    except BaseException:
+        kill_ours()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _adopt_orphans(False)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return list(psutil.Process(pid).children(recursive=True))
+    return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """Stay the ancestor of descendants whose own parent ended first (Linux); elsewhere they are not found again."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 def _main(arguments: Sequence[str]) -> int:
     """`PARENT PROCESSES COMMAND CONFIG FAULT`; PARENT is empty in torchrun's own processes."""
     parent, processes, name, settings, fault = arguments
-    die_with(int(parent) if parent else os.getppid())
+    die_with(int(parent) if parent else os.getppid(), family=bool(parent))
     if int(processes) > 1:
         return _torchrun(int(processes), ["", "1", name, settings, fault])
     from agentic_r_plugin.cli import COMMANDS

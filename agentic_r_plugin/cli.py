@@ -77,8 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         config_class, run = COMMANDS[name].load()
         options, overrides = parse_command(name, config_class, arguments[arguments.index(name) + 1 :])
-        run(build_config(config_class, options, overrides), resume=options.resume)
+        config = build_config(config_class, options, overrides)
+        from agentic_r_plugin.child import family
+
+        with family():
+            run(config, resume=options.resume)
         return 0
+    except SystemExit as error:
+        if isinstance(error.code, int) and error.code > 128:
+            print(f"agentic-r {name}: terminated; finished work is kept, go on with --resume", file=sys.stderr)
+            return error.code
+        raise
     except KeyboardInterrupt:
         print(f"agentic-r {name}: interrupted; finished work is kept, go on with --resume", file=sys.stderr)
         return 130

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agentic_r_plugin import child
@@ -60,6 +62,63 @@ def test_it_ends_soon_after_the_process_that_started_it_was_killed(tmp_path: Pat
     finally:
         parent.kill()
         parent.wait()
+
+
+FAMILY = """
+import os, subprocess, sys, time
+from agentic_r_plugin import child
+if len(sys.argv) > 1:
+    import ray
+    child.die_with(os.getppid(), family=True)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+
+    @ray.remote
+    class Actor:
+        def sleep(self):
+            open(os.environ["FAMILY_READY"], "w").close()
+            time.sleep(300)
+
+    ray.get(Actor.remote().sleep.remote())
+with child.family():
+    command = [sys.executable, "-c", open(os.environ["FAMILY_CODE"]).read(), os.environ["FAMILY_READY"]]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        process.wait()
+    finally:
+        child.end(process)
+"""
+
+
+@pytest.mark.parametrize("how", ["interrupt to the group", "SIGTERM", "SIGKILL"])
+def test_nothing_is_left_of_a_command_that_was_ended_not_even_of_ray(tmp_path: Path, how: str):
+    code, ready, started = tmp_path / "code.py", tmp_path / "ready", []
+    code.write_text(FAMILY)
+    settings = {"FAMILY_CODE": str(code), "FAMILY_READY": str(ready)}
+    parent = subprocess.Popen(
+        [sys.executable, str(code)], env={**os.environ, **settings}, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait(ready.is_file, seconds=120)
+        before = " ".join(" ".join(item.cmdline()) for item in _descendants(parent.pid))
+        assert all(name in before for name in ("gcs_server", "raylet", "RuntimeEnvAgent", "ray::Actor"))
+        started = _descendants(parent.pid)
+        if how == "interrupt to the group":
+            os.killpg(parent.pid, signal.SIGINT)
+        else:
+            os.kill(parent.pid, signal.Signals[how])
+        parent.wait(10)
+        _, alive = psutil.wait_procs(started, timeout=10)
+        assert not alive
+    finally:
+        for process in started:
+            with suppress(psutil.Error):
+                process.kill()
+        parent.kill()
+        parent.wait()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
 
 
 def _lives(pid: int) -> bool:

@@ -159,13 +159,26 @@ def _output_folder(folder: Path) -> str:
 
 
 def _engine(config: TrainAgentConfig) -> str:
+    """The engine; what it needs must be here where an accelerator is, else on the machines that will train.
+
+    Raises:
+        ConfigError: this machine has an accelerator, and something is missing to train on it.
+    """
     if prepare.on_cpu(config):
         return "hf, on the CPU"
+    from agentic_r_plugin.agent.cpu import detect
+
     needed = [config.engine, *(["cupy"] if config.mode == "separate_async" else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
-    return config.engine
+    found = detect.accelerator()
+    if found and not detect.torch_drives(found):
+        missing.insert(0, "torch with CUDA")
+    if not missing:
+        return config.engine
+    told = f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
+    if found:
+        raise ConfigError(f"{told}, and this machine has an accelerator ({found}); install that, or set cpu=true")
+    return told
 
 
 def _memory(config: TrainAgentConfig, composed: Any) -> str:

@@ -154,7 +154,7 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
         try:
             _follow(run_dir, config, process)
         finally:
-            end(process, session=True)
+            end(process)
             record = read_json(run_dir / "run.json")
             write_json(run_dir / "run.json", record | {"seconds": record["seconds"] + time.monotonic() - started})
     if process.returncode:

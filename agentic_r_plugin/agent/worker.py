@@ -21,7 +21,7 @@ STABILITY = "stability.json"
 
 def main(run_dir: Path, parent: int) -> int:
     """Train from the newest checkpoint to the last step, then export."""
-    die_with(parent)
+    die_with(parent, family=True)
     try:
         train(run_dir)
         return 0

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STOP_S = 10
+_STOP_S = 5
 """How long requests in hand may take once the service is told to stop."""
 
 
@@ -132,11 +132,11 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
         if config.workers > 1:
             listener.listen(1024)
             if config.exit_with_parent:
-                die_with(os.getppid(), politely=True)
+                die_with(os.getppid(), politely=True, family=True)
             Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
             return
         if config.exit_with_parent:
-            die_with(os.getppid(), politely=True)
+            die_with(os.getppid(), politely=True, family=True)
         backend = build_search(spec)
         listener.listen(1024)
         with ready(backend.fingerprint()):
@@ -315,7 +315,12 @@ def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) ->
         save_config(replace(config, ready_file=str(ready), exit_with_parent=True), folder / "config.yaml")
         command = [sys.executable, "-m", "agentic_r_plugin.cli", "serve", "--config", str(folder / "config.yaml")]
         with (folder / "log.txt").open("wb") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         try:
             yield _wait_ready(process, ready, folder / "log.txt", startup_timeout_s)
         finally:

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from agentic_r_plugin import ray_cluster
+from agentic_r_plugin.child import die_with
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
@@ -160,6 +161,7 @@ _encoder: ShardEncoder | None = None
 
 def _begin(job: ShardJob, devices: Any, threads: int) -> None:
     global _task
+    die_with(os.getppid())
     _task = job, devices.get()
     if torch.device(_task[1]).type == "cpu":
         torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import random
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agentic_r_plugin.child import die_with
 from agentic_r_plugin.compute import fast_type
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -221,7 +223,7 @@ def _by_world(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]
     if config.workers == 0:
         yield from map(write, range(config.worlds))
         return
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(config.workers, die_with, (os.getpid(),)) as pool:
         yield from pool.imap(write, range(config.worlds), chunksize=4)
 
 

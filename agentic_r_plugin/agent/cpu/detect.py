@@ -12,8 +12,7 @@ SWITCH = "AGENTIC_R_CPU"
 def cpu_wanted() -> bool:
     """True where no accelerator is found; the environment variable `AGENTIC_R_CPU` (1, 0, auto) overrides.
 
-    Asks verl's own platforms, with their look at the host: a Ray actor without a GPU of its own, on a machine that has
-    one, must not be taken for a machine without.
+    A PyTorch built for CPUs alone cannot use an accelerator, whatever the machine has.
 
     Raises:
         ConfigError: `AGENTIC_R_CPU` holds something else.
@@ -26,10 +25,27 @@ def cpu_wanted() -> bool:
     named = os.environ.get("VERL_PLATFORM", "").strip().lower()
     if named:
         return named == "cpu"
+    found = accelerator()
+    return not found or not torch_drives(found)
+
+
+def accelerator() -> str:
+    """verl's name of the platform of this machine's accelerator (`nvidia`, ...); empty where none is found.
+
+    Asks verl's own platforms, with their look at the host: a Ray actor without a GPU of its own, on a machine that has
+    one, must not be taken for a machine without.
+    """
     from verl.plugin.platform import PlatformRegistry
 
     for name in PlatformRegistry.registered_names():
         platform_cls = PlatformRegistry.get(name)
         if name != "cpu" and platform_cls is not None and platform_cls().is_platform_available(use_smi_check=True):
-            return False
-    return True
+            return str(name)
+    return ""
+
+
+def torch_drives(platform: str) -> bool:
+    """Whether this PyTorch was built for `platform`; those that come as extensions of it (Ascend) are taken to be."""
+    import torch
+
+    return platform != "nvidia" or torch.version.cuda is not None

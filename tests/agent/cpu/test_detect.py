@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.agent.cpu.detect import SWITCH, cpu_wanted
+from agentic_r_plugin.agent.cpu.detect import SWITCH, accelerator, cpu_wanted
 from agentic_r_plugin.errors import ConfigError
 
 
@@ -35,6 +36,21 @@ def test_an_accelerator_seen_by_verl_keeps_the_cpu_out(monkeypatch: pytest.Monke
 
     monkeypatch.delenv(SWITCH, raising=False)
     monkeypatch.setattr(PlatformCUDA, "is_platform_available", lambda self, use_smi_check=False: use_smi_check)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    assert cpu_wanted() is False
+
+
+def test_a_torch_for_cpus_trains_on_the_cpu_though_nvidia_smi_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub = tmp_path / "nvidia-smi"
+    stub.write_text("#!/bin/sh\nexit 0\n")
+    stub.chmod(0o755)
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert (accelerator(), cpu_wanted()) == ("nvidia", True)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
     assert cpu_wanted() is False
 
 
