@@ -56,6 +56,9 @@ def cut_runs(text: str, *, singles: bool = False) -> str:
     ('Li Bai ( 李白 白出 出生 )  唐 ', ' 李白 李 白 ')
     """
 
+    if text.isascii():
+        return text
+
     def cut(found: re.Match[str]) -> str:
         run = found.group()
         pairs = [run[at : at + 2] for at in range(len(run) - 1)]

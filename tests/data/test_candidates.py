@@ -6,12 +6,19 @@ from dataclasses import replace
 
 import pytest
 
+from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.components import load
 from agentic_r_plugin.data.candidates import find_candidates, queries_of
+from agentic_r_plugin.data.correctness import CorrectnessConfig, steps_of
+from agentic_r_plugin.data.relevance import score_candidates
+from agentic_r_plugin.data.scorers.base import ScoringTask
+from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
+from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NOT_ROLLED_OUT, PRESETS, preset_rule, select
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
-from agentic_r_plugin.records import Passage, Question, StopReason, Trajectory
+from agentic_r_plugin.records import Passage, Question, Relevance, StopReason, Trajectory
 from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
 QUESTION = Question(id="q", question="Who?", golden_answers=("Ann",))
@@ -99,6 +106,21 @@ def test_candidates_are_searched_for_with_question_and_history_and_keep_their_or
         ("one", "Who?", ()),
         ("two", "Who?", ("one",)),
     ]
+
+
+def test_a_query_that_finds_nothing_has_no_candidates_and_is_counted_by_every_later_stage():
+    found = trajectory(["<search> one </search>", "<answer> Ann </answer>"], PROTOCOLS[1])
+    [[query]] = find_candidates([found], ListedSearch({}), protocol=PROTOCOLS[1])
+    assert (query.query, query.passages) == ("one", ())
+    judge = ListwiseJudge(OpenAIBackend("http://127.0.0.1:1/v1", "judge"))  # which nothing is asked
+    [relevance] = score_candidates([ScoringTask(query=query, passages=(), question=None, sub_answer=None)], judge)
+    assert isinstance(relevance, Relevance) and relevance.scores == {}
+    files = {"candidates": "c", "out": "o", "corpus": "p", "llm": LLMSpec(), "search": SearchSpec()}
+    for config in (CorrectnessConfig(**files, relevance="r"), CorrectnessConfig(**files, exhaustive=True)):
+        assert steps_of(query, config, {}) == "other_number_of_candidates"
+    for preset in PRESETS:
+        assert select(query, {}, None, preset_rule(preset)) == BELOW_THRESHOLD
+        assert select(query, None, None, preset_rule(preset, use_relevance=False)) == NOT_ROLLED_OUT
 
 
 def test_later_turns_can_be_left_out():

@@ -6,18 +6,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from agentic_r_plugin.components import load
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.judge import load_prompt, parse_score
 from agentic_r_plugin.data.relevance import score_candidates, task_of
-from agentic_r_plugin.data.scorers.base import Resources
+from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
 from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
 from agentic_r_plugin.data.scorers.pointwise_judge import PointwiseJudge
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.openai import OpenAIBackend
-from agentic_r_plugin.records import Candidates, Relevance, ScoredPassage
+from agentic_r_plugin.records import Candidates, Passage, Relevance, ScoredPassage
 from agentic_r_plugin.rollout import RolloutCost
 from tests.data.scripted import Passages, passage
 from tests.llm.loopback import chat, serve
@@ -128,6 +129,19 @@ def test_a_cross_encoder_scores_every_pair_by_its_own_probability(encoder: Path)
             logit = model(**tokenizer("find it", f"T {key}\ntext of {key}", return_tensors="pt")).logits
         assert score == round(100 * float(torch.sigmoid(logit)))
     assert len(set(scored.scores.values())) > 1
+
+
+def test_a_cross_encoder_scores_long_passages_by_their_beginning(encoder: Path):
+    options = {"model": str(encoder), "device": "cpu", "max_length": 16}
+    scorer = CrossEncoderScorer.build(options, resources())
+    text, read = "text of a b c ? " * 6_000, []
+    passage = Passage(id="long", title="T", text=text)
+    task = ScoringTask(query=QUERY, passages=(passage,), question=None, sub_answer=None)
+    predict = scorer._encoder.predict
+    expected = round(100 * float(predict([("find it", f"T\n{text}")], activation_fn=torch.nn.Sigmoid())[0]))
+    scorer._encoder.predict = lambda pairs, **options: read.extend(pairs) or predict(pairs, **options)
+    assert scorer.score([task]) == [{"long": expected}]
+    assert [len(given) for _, given in read] == [16 * 16]
 
 
 def test_a_cross_encoder_of_another_kind_or_with_other_options_is_refused(encoder: Path, tmp_path: Path):

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.records import Passage
+from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.corpus import Corpus
 
 ROWS = [
@@ -39,6 +39,8 @@ def test_passages_are_found_by_row_and_by_id(tmp_path):
             corpus[3]
         with pytest.raises(RecordError, match=r"c\.jsonl: no passage with id 'zz'"):
             corpus.by_id("zz")
+        with pytest.raises(RecordError, match="the retrieval service gave this passage without an id: use a service"):
+            corpus.by_id(text_id("zz"))
 
 
 def test_gzipped_parquet_and_plain_forms_are_the_same_corpus(tmp_path):

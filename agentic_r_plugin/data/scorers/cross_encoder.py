@@ -12,6 +12,9 @@ from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_opt
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
 from agentic_r_plugin.store import file_fingerprint
 
+_CHARACTERS_PER_TOKEN = 16
+"""More than the tokens of any real text have on average."""
+
 TEXTS = ("query", "question_query")
 
 
@@ -88,8 +91,11 @@ class CrossEncoderScorer:
         """
         import torch
 
+        most = self._encoder.max_seq_length
+        # The tokenizer would read all of a long passage before it truncates it to the model's length.
+        cut = _CHARACTERS_PER_TOKEN * most if most and most < 1_000_000 else None
         pairs = [
-            (self._text(task), f"{passage.title}\n{passage.text}" if passage.title else passage.text)
+            (self._text(task), f"{passage.title}\n{passage.text}"[:cut] if passage.title else passage.text[:cut])
             for task in tasks
             for passage in task.passages
         ]
