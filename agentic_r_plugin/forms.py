@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,7 @@ Row = Mapping[str, Any]
 LISTS = ("gold_doc_ids", "supporting_titles", "hop_answers")
 """Metadata that our commands read, each a list of texts; checked when a question is read."""
 
-_ANSWER_FIELDS = ("answer", "answers", "gold_answers", "golden_answer", "gold", "target")
+_ANSWER_FIELDS = ("gold_answers", "golden_answer", "gold", "target")
 """Names that a file may have in place of `golden_answers`."""
 
 _ID_FIELDS = ("id", "_id", "docid")
@@ -84,7 +85,7 @@ def answers(value: Any, field: str = "golden_answers") -> list[str]:
         found = [answer for part in parts for answer in answers(part, field)]
         if not found and any(not absent(item) for item in value.values()):
             raise RecordError(f"field {field!r}: expected text or a list of texts, found {_found(value)}")
-        return list(dict.fromkeys(found))
+        return _unique(found)
     if isinstance(value, list | tuple):
         return [answer for item in value for answer in _answer(item, field)]
     if isinstance(value, str) and value.lstrip().startswith("[") and _is_json_list(value):
@@ -114,6 +115,10 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _unique(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
+
+
 def _found(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:80]!r}"
 
@@ -122,7 +127,7 @@ def _found(value: Any) -> str:
 
 
 def question_fields(row: Row) -> dict[str, Any]:
-    """`id`, `question`, `golden_answers` and `metadata` of a question.
+    """`id`, `question`, `golden_answers` and `metadata` of a question, in FlashRAG's form or one of `QUESTION_FORMS`.
 
     FlashRAG's fields are taken as they are; an answer that is a place in the list `choices` becomes that choice. Where
     they are absent, those of Search-R1's and verl's Parquet are taken: the question from `extra_info` or from the last
@@ -132,6 +137,10 @@ def question_fields(row: Row) -> dict[str, Any]:
     Raises:
         RecordError: no id or question, a field of a wrong type, or a field whose name is nearly one of ours.
     """
+    for form in QUESTION_FORMS:
+        if form.has <= row.keys() and not form.lacks & row.keys():
+            row = form.parse(row)
+            break
     if other := _misnamed(tuple(row)):
         raise RecordError(f"unknown field {other!r} and no 'golden_answers'; rename it to 'golden_answers'")
     info = _mapping(row.get("extra_info"))
@@ -162,6 +171,81 @@ def place(row: Row) -> str:
     return "/".join(part for part in parts if part is not None)
 
 
+# Forms of other data sets, each made a row in FlashRAG's fields. The first one that fits is taken.
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionForm:
+    """One form of question row, known by the fields that it has and lacks."""
+
+    has: frozenset[str]
+    lacks: frozenset[str] = frozenset({"golden_answers"})
+    parse: Callable[[Row], dict[str, Any]]
+
+
+def _hotpotqa(row: Row) -> dict[str, Any]:
+    """HotpotQA and 2WikiMultihopQA: supporting facts are [title, sentence] pairs, on the hub a dict of two lists."""
+    facts = _plain(row["supporting_facts"])
+    if not isinstance(facts, Mapping):
+        pairs = facts if isinstance(facts, list) else ()
+        facts = {"title": [fact[0] for fact in pairs if isinstance(fact, list | tuple) and fact]}
+    metadata = {"supporting_titles": _unique(listed(facts, "title")), **{k: row.get(k) for k in ("type", "level")}}
+    return _row(row, id=row.get("_id", row.get("id")), golden_answers=row.get("answer"), metadata=metadata)
+
+
+def _musique(row: Row) -> dict[str, Any]:
+    """MuSiQue: the decomposition has the answer of every hop."""
+    golden = [*answers(row.get("answer")), *answers(row.get("answer_aliases"))]
+    supporting = [item for item in _mappings(row.get("paragraphs")) if item.get("is_supporting")]
+    metadata = {
+        "supporting_titles": _unique(title for item in supporting for title in listed(item, "title")),
+        "hop_answers": [hop.get("answer") for hop in _mappings(row["question_decomposition"])],
+        "answerable": row.get("answerable"),
+    }
+    return _row(row, golden_answers=_unique(golden), metadata=metadata)
+
+
+def _browsecomp_plus(row: Row) -> dict[str, Any]:
+    """BrowseComp-Plus: gold documents hold the answer, evidence documents what leads to it."""
+    metadata = {
+        f"{kind}_doc_ids": [name for item in _mappings(row.get(f"{kind}_docs")) for name in listed(item, "docid")]
+        for kind in ("gold", "evidence")
+    }
+    return _row(
+        row, id=row["query_id"], question=row["query"], golden_answers=row.get("answer"), metadata=metadata
+    )  # fmt: skip
+
+
+def _beir(row: Row) -> dict[str, Any]:
+    """BEIR's queries, which have no answers."""
+    return _row(row, id=row["_id"], question=row["text"], golden_answers=None)
+
+
+def _answer_column(row: Row) -> dict[str, Any]:
+    """Sets of the hub with `answer` or `answers` (SQuAD, Natural Questions, TriviaQA)."""
+    identifier = next((row[name] for name in ("id", "_id", "question_id") if not absent(row.get(name))), None)
+    return _row(row, id=identifier, golden_answers=row["answers"] if "answers" in row else row["answer"])
+
+
+def _row(row: Row, **fields: Any) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("id", "question", "metadata", "choices")} | fields
+
+
+def _mappings(value: Any) -> list[Row]:
+    value = _plain(value)
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+QUESTION_FORMS = (
+    QuestionForm(has=frozenset({"question", "answer", "supporting_facts"}), parse=_hotpotqa),
+    QuestionForm(has=frozenset({"question", "question_decomposition"}), parse=_musique),
+    QuestionForm(has=frozenset({"query_id", "query"}), parse=_browsecomp_plus),
+    QuestionForm(has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question", "title"}), parse=_beir),
+    QuestionForm(has=frozenset({"question", "answers"}), parse=_answer_column),
+    QuestionForm(has=frozenset({"question", "answer"}), parse=_answer_column),
+)
+
+
 def golden_answers(row: Row) -> list[str]:
     """FlashRAG's gold answers; in its multiple-choice sets they are places (from 0) in `choices`.
 
@@ -169,8 +253,9 @@ def golden_answers(row: Row) -> list[str]:
         RecordError: another type, or no such place.
     """
     golden, choices = _plain(row.get("golden_answers")), _plain(row.get("choices"))
-    if not choices or not isinstance(choices, list) or not isinstance(golden, list):
+    if not choices or not isinstance(choices, list):
         return answers(golden)
+    golden = golden if isinstance(golden, list) else [golden]
     places = [place for place in golden if isinstance(place, int) and not isinstance(place, bool)]
     if any(not 0 <= place < len(choices) for place in places):
         raise RecordError(f"field 'golden_answers': expected places in the {len(choices)} choices, found {golden}")

@@ -19,6 +19,7 @@ from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
+from agentic_r_plugin.storage.lookup import KeyedRecords
 from agentic_r_plugin.store import read_records
 
 FORMS = ("q.jsonl", "lines.json", "list.json", "pretty.json", "q.jsonl.gz", "crlf.jsonl", "bom.jsonl", "q.parquet")
@@ -202,6 +203,10 @@ def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
     ]
     file = write_form(tmp_path / "t.parquet", rows)
     assert [question.id for question in read_questions(file)] == ["nq/train/0", "hotpotqa/train/0"]
+    by_id = KeyedRecords(file, Question, lambda question: question.id, reader=read_questions)
+    found = by_id.get("hotpotqa/train/0")
+    by_id.close()
+    assert found is not None and found.question == "hotpotqa"
     file = write_form(tmp_path / "t.parquet", [rows[0], rows[1] | {"id": "train_1"}])
     assert [question.id for question in read_questions(file)] == ["train_0", "train_1"]
 
@@ -216,3 +221,94 @@ def test_a_split_is_found_under_every_suffix(tmp_path):
     for name in ("test.jsonl.gz", "test.parquet", "test.json", "test.jsonl"):  # later ones are preferred
         write(tmp_path, {"id": "a", "question": "Q", "golden_answers": ["x"]}, name)
         assert split_file(tmp_path, "test").name == name
+
+
+# --- Other data sets --------------------------------------------------------------------------------------------------
+
+PARAGRAPHS = [
+    {"idx": 0, "title": "Ann", "paragraph_text": "x", "is_supporting": True},
+    {"idx": 1, "title": "Bob", "paragraph_text": "y", "is_supporting": False},
+]
+HOTPOTQA = {"question": "Q?", "answer": "yes", "type": "bridge", "level": "hard"}
+OF_HOTPOTQA = {"supporting_titles": ["Ann", "Bob"], "type": "bridge", "level": "hard"}
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (
+            HOTPOTQA | {"_id": "5a", "supporting_facts": [["Ann", 0], ["Ann", 1], ["Bob", 0]]},
+            ("5a", "Q?", ("yes",), OF_HOTPOTQA),
+        ),
+        (
+            HOTPOTQA | {"id": "5a", "supporting_facts": {"title": ["Ann", "Bob"], "sent_id": [0, 1]}},
+            ("5a", "Q?", ("yes",), OF_HOTPOTQA),
+        ),
+        (
+            {
+                "id": "2hop__1", "question": "Q?", "answer": "Rome", "answer_aliases": ["Roma"], "answerable": True,
+                "paragraphs": PARAGRAPHS,
+                "question_decomposition": [{"question": "a", "answer": "Italy"}, {"question": "b", "answer": "Rome"}],
+            },
+            (
+                "2hop__1", "Q?", ("Rome", "Roma"),
+                {"supporting_titles": ["Ann"], "hop_answers": ["Italy", "Rome"], "answerable": True},
+            ),
+        ),
+        (
+            {
+                "query_id": 7, "query": "Q?", "answer": "x", "gold_docs": [{"docid": 3, "text": "t"}],
+                "evidence_docs": [{"docid": 3}, {"docid": 4}], "negative_docs": [{"docid": 9}],
+            },
+            ("7", "Q?", ("x",), {"gold_doc_ids": ["3"], "evidence_doc_ids": ["3", "4"]}),
+        ),
+        ({"_id": "PLAIN-2", "text": "Q?", "metadata": {"url": "u"}}, ("PLAIN-2", "Q?", (), {"url": "u"})),
+        (
+            {"id": "s", "title": "T", "question": "Q?", "answers": {"text": ["a", "b"], "answer_start": [1, 2]}},
+            ("s", "Q?", ("a", "b"), {}),
+        ),
+        (
+            {"question_id": "tc_1", "question": "Q?", "answer": {"value": "A", "aliases": ["A", "B"]}},
+            ("tc_1", "Q?", ("A", "B"), {}),
+        ),
+        ({"id": "m", "question": "Q?", "choices": ["a", "b"], "answer": 1}, ("m", "Q?", ("b",), {})),
+    ],
+)  # fmt: skip
+def test_questions_of_other_data_sets_are_read_as_they_are(tmp_path, name, row, wanted):
+    if name.endswith("parquet") and row.get("supporting_facts") == [["Ann", 0], ["Ann", 1], ["Bob", 0]]:
+        pytest.skip("Parquet has no lists of mixed types")
+    (question,) = read_questions(write_form(tmp_path / name, [row]))
+    assert (question.id, question.question, question.golden_answers, question.metadata) == wanted
+
+
+def test_a_corpus_is_not_taken_for_queries(tmp_path):
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: missing field 'id'"):
+        list(read_questions(write(tmp_path, {"_id": "d0", "title": "T", "text": "x"})))
+
+
+FIELDS = st.sampled_from(
+    ["id", "_id", "question", "golden_answers", "answers", "answer", "metadata", "extra_info", "reward_model", "prompt",
+     "supporting_facts", "question_decomposition", "paragraphs", "query_id", "query", "gold_docs", "text", "choices"]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["x", "Question: y", "[1]", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["title", "target", "role", "content", "gold_doc_ids", "docid"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(FIELDS, VALUES, max_size=6))
+def test_any_row_is_a_question_or_a_record_error(row):
+    try:
+        question = Question.from_dict(row)
+    except RecordError:
+        return
+    assert question.id and question.question.strip() and all(map(str.strip, question.golden_answers))
+    assert Question.from_dict(json.loads(json.dumps(question.to_dict()))).golden_answers == question.golden_answers

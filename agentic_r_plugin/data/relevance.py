@@ -19,6 +19,7 @@ from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
@@ -122,7 +123,9 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     questions: KeyedRecords[Question] | None = None
     if config.questions:
         inputs["questions"] = Path(config.questions)
-        questions = KeyedRecords(config.questions, Question, lambda question: question.id, folder=folder)
+        questions = KeyedRecords(
+            config.questions, Question, lambda question: question.id, folder=folder, reader=read_questions
+        )
     sub_answers: KeyedRecords[SubAnswer] | None = None
     if config.sub_answers:
         inputs["sub-answers"] = Path(config.sub_answers)

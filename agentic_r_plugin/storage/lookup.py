@@ -86,6 +86,7 @@ class KeyedRecords(Generic[RecordType]):
         key: names a record's key.
         many: whether a key may have several records.
         folder: for temporary files; None: the file's own.
+        reader: reads a file's records where `read_records` does not; they are copied into a temporary file.
     """
 
     def __init__(
@@ -96,8 +97,9 @@ class KeyedRecords(Generic[RecordType]):
         *,
         many: bool = False,
         folder: Path | None = None,
+        reader: Callable[[Path], Iterator[RecordType]] | None = None,
     ) -> None:
-        self.path, self.cls, self.key, self.many = Path(path), cls, key, many
+        self.path, self.cls, self.key, self.many, self.reader = Path(path), cls, key, many, reader
         self._folder = folder if folder is not None else self.path.parent
         self._files: list[tuple[Path, IO[bytes]]] = []
         self._index: HashIndex | None = None
@@ -143,7 +145,7 @@ class KeyedRecords(Generic[RecordType]):
 
     def _lines(self, shard: Path) -> Iterator[tuple[int, int, object]]:
         """(offset, line number, parsed line) of a shard; the offset is that in the file kept open for reading."""
-        if shard.suffix == ".jsonl" and shard.is_file():
+        if self.reader is None and shard.suffix == ".jsonl" and shard.is_file():
             stream: IO[bytes] = shard.open("rb")
             self._files.append((shard, stream))
             offset = 0
@@ -155,7 +157,9 @@ class KeyedRecords(Generic[RecordType]):
         stream = _scratch(self._folder)
         self._files.append((shard, stream))
         offset = 0
-        for number, data in read_lines(shard):
+        records = self.reader(shard) if self.reader is not None else None
+        rows = read_lines(shard) if records is None else enumerate((item.to_dict() for item in records), start=1)
+        for number, data in rows:
             yield offset, number, data
             offset += stream.write(dump_line(data))
         stream.flush()
