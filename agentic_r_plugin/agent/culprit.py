@@ -30,23 +30,6 @@ FIELDS = (
 """What is saved of each trajectory, as far as the algorithm has it."""
 
 
-def save_culprit(
-    folder: Path, batch: Any, trajectories: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], *, step: int
-) -> None:
-    """Fetch a step's batch from verl's queue and write `folder`.
-
-    Args:
-        batch: verl's `KVBatchMeta` of the step.
-        trajectories: the agent loop's `extra_fields` of its trajectories.
-        metrics: the step's metrics.
-    """
-    import transfer_queue as tq
-
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
-    fields = {name: list(data[name].unbind()) for name in FIELDS if name in data}
-    write_culprit(folder, batch.keys, fields, trajectories, metrics, step=step)
-
-
 def write_culprit(
     folder: Path,
     keys: Sequence[str],

@@ -8,6 +8,9 @@ on: a loss that is not finite (its batch is saved), trajectories that never arri
 One class for each of verl's modes: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
 values of `trainer.v1.trainer_mode`. Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
 `run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
+
+This is the only module that builds on what verl keeps to itself or may take away (its v1 trainers, their private
+methods, TransferQueue, the replay buffer); `tests/agent/verl_members.py` names each, and can look at another verl.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from agentic_r_plugin.agent import culprit
 from agentic_r_plugin.agent.agent_loop import request_seed
-from agentic_r_plugin.agent.culprit import save_culprit
 from agentic_r_plugin.agent.export import shard_files
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
@@ -89,7 +92,9 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         bad = not_finite(metrics)
         if bad:
             folder = Path(self.settings.run_dir) / "culprits" / f"step_{self.global_steps}"
-            save_culprit(folder, batch, self.trajectories, metrics, step=self.global_steps)
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(culprit.FIELDS))
+            fields = {name: list(data[name].unbind()) for name in culprit.FIELDS if name in data}
+            culprit.write_culprit(folder, batch.keys, fields, self.trajectories, metrics, step=self.global_steps)
             raise TrainingError(
                 f"step {self.global_steps}: {', '.join(bad)} not finite; the step was not saved, its batch is in "
                 f"{folder} (report.json says where numbers are not finite). Train again with lower learning rates "

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154  # sourced: recipe, CONFIG and the others are the caller's
 # Shared by the run_*.sh of this folder: from environment variables to one call of `agentic-r train-agent`.
 # Before sourcing it, a script sets CONFIG (a YAML file of this folder), OUT and MODEL, and may set SETTINGS (field=value).
 #
@@ -7,7 +8,7 @@
 # RETRIEVAL_TOKEN_ENV  name of the variable that holds the service's token, where it wants one (serve --token-env)
 # OUT            folder of the run; the trained agent stands in $OUT/agent
 # PRESET         paper (default) or released_code
-# ENGINE         vllm (default), or sglang (composed and checked, never run)
+# ENGINE         vllm (default); verl 0.9.1 cannot be installed with sglang
 # All further arguments go to train-agent: --dry-run, --resume, field=value, and verl's own overrides.
 train=${TRAIN-data/train.parquet}
 validation=${VAL-data/validation.parquet}

@@ -155,7 +155,7 @@ def test_verls_vllm_rollout_trains_the_agent_and_goes_on_after_a_stop(world: Pat
             sys.executable, "-m", "agentic_r_plugin.cli", "train-agent", f"model={AGENT}",
             f"questions={world / 'train.jsonl'}", f"retrieval_url={url}", f"out={tmp_path / 'run'}", "cpu=true",
             "protocol=compact", "batch_size=4", "mini_batch_size=4", "samples=2", "save_every=1", "precision=float32",
-            "threads=2", "value_head=zero", *(f"limits.{name}={value}" for name, value in limits.items()),
+            "threads=2", *(f"limits.{name}={value}" for name, value in limits.items()),
             f"{rollout}.name=vllm", f"{rollout}.enforce_eager=True", f"+{rollout}.enable_sleep_mode=False",
             f"{rollout}.max_num_seqs=16", f"{rollout}.gpu_memory_utilization=0.1",
         ]  # fmt: skip
