@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from agentic_r_plugin import components
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
+from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
@@ -56,6 +57,9 @@ class LLMSpec:
             raise ConfigError(
                 "llm.replicas: a server is no engine; start it with --data-parallel-size, and leave this at 1"
             )
+        way_out = "put it into an environment variable and give that variable's name as llm.api_key_env"
+        refuse_secrets("llm.url", self.url, way_out)
+        refuse_secrets("llm.options", self.options, way_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,11 @@ class SearchSpec:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
     )
+
+    def __post_init__(self) -> None:
+        way_out = "put it into an environment variable and give that variable's name as search.options.token_env"
+        refuse_secrets("search.url", self.url, way_out)
+        refuse_secrets("search.options", self.options, way_out)
 
 
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})

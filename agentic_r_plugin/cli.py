@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin import __version__, components, memory
+from agentic_r_plugin.credentials import redacted
 from agentic_r_plugin.errors import AgenticRError, ConfigError
 
 
@@ -95,11 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         elif isinstance(error, AgenticRError):
-            print(f"agentic-r {name}: {error}", file=sys.stderr)
+            print(f"agentic-r {name}: {redacted(str(error))}", file=sys.stderr)
         else:
-            print(
-                f"agentic-r {name}: unexpected {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr
-            )
+            said = f"unexpected {type(error).__name__}: {redacted(str(error))} (--debug shows where)"
+            print(f"agentic-r {name}: {said}", file=sys.stderr)
         return 1
 
 

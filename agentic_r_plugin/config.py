@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agentic_r_plugin import components
+from agentic_r_plugin.credentials import redacted
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.store import atomic_path
 
@@ -72,7 +73,7 @@ def load_config(
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value")
-        merged = _merge(merged, _parsed(override), f"override {override!r}")
+        merged = _merge(merged, _parsed(override), f"override {redacted(override)!r}")
     for name, items in (append or {}).items():
         merged[name] = [*merged[name], *items]
     try:
@@ -89,7 +90,7 @@ def _parsed(override: str) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except (YAMLError, OmegaConfBaseException) as error:
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ConfigError(f"override {override!r}: the value is not YAML: {problem}") from error
+        raise ConfigError(f"override {redacted(override)!r}: the value is not YAML: {problem}") from error
 
 
 def _preset(

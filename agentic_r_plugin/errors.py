@@ -73,6 +73,10 @@ class BackendError(AgenticRError):
     """A language-model backend failed after its retries."""
 
 
+class BackendConfigError(BackendError, ConfigError):
+    """A model's server refuses every request of this form: its key, address, model name or a field of the body."""
+
+
 class RequestRefusedError(BackendError):
     """A language model does not take this one request, such as a prompt that is too long; it may take others."""
 

@@ -26,7 +26,6 @@ Every phase is one of the package's commands on files in the run folder, so each
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -42,6 +41,7 @@ from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.backends import LLMSpec
 from agentic_r_plugin.config import FREE, deciding, load_config, merged, save_config, to_dict
+from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
@@ -267,8 +267,10 @@ class Loop:
         for name in (self.config.train_split, self.config.dev_split, self.config.test_split):
             if self.config.benchmark and name and not Path(self._questions(name)).is_file():
                 missing.append(f"benchmark: {self._questions(name)} does not exist")
-        if self._token_env and not os.environ.get(self._token_env):
-            missing.append(f"serve.token_env: environment variable {self._token_env} is not set")
+        try:
+            read_secret(self._token_env, "serve.token_env")
+        except ConfigError as error:
+            missing.append(str(error))
         if (self.config.benchmark or self.config.corpus) and not self.corpus.is_file():
             missing.append(f"corpus: {self.corpus} does not exist")
         if not Path(self.config.agent).is_dir():

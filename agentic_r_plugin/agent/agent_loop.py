@@ -29,12 +29,12 @@ from weakref import WeakKeyDictionary
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from agentic_r_plugin import components
+from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Codec, Limits, Search, Session
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
-from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.client import RetrievalClient
 
 _log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Any, ...], tup
 
 def _token(variable: str) -> str | None:
     try:
-        return token_from_env(variable)
+        return read_secret(variable, "retrieval_token_env")
     except ConfigError as error:
         raise ConfigError(
             f"{error}. Workers of a Ray cluster have the environment of `ray start`: export {variable} before it, on "

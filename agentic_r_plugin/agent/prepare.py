@@ -16,6 +16,7 @@ from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import (
     ConfigError,
     OutputExistsError,
@@ -24,7 +25,6 @@ from agentic_r_plugin.errors import (
     SearchUnavailableError,
 )
 from agentic_r_plugin.protocol import AgentProtocol, Codec
-from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.wire import is_loopback
@@ -130,7 +130,7 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
         ConfigError: an address that other machines cannot reach; the token's variable is not set.
         SearchError: it does not answer, or refuses to search.
     """
-    token = token_from_env(config.retrieval_token_env)
+    token = read_secret(config.retrieval_token_env, "retrieval_token_env")
     client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10, token=token)
     host = httpx.URL(client.url).host
     if config.nodes + config.rollout_nodes > 1 and is_loopback(host):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
+from agentic_r_plugin.llm.reply import Reply, after_thoughts
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import parse_json
@@ -64,7 +65,7 @@ def ask(
     max_retries: int,
     cost: RolloutCost,
 ) -> list[Parsed | JudgeError]:
-    """Send every prompt and parse its reply; replies that cannot be parsed are asked for again.
+    """Send every prompt and parse its reply; replies that were cut or cannot be parsed are asked for again.
 
     A prompt that the judge refuses is not asked again: it would be refused again.
 
@@ -100,6 +101,8 @@ def ask(
                 results[index] = JudgeRefusedError(str(reply))
                 continue
             try:
+                if isinstance(reply, Reply) and reply.cut:
+                    raise _cut(reply, max_tokens)
                 results[index] = parsers[index](reply)
             except JudgeError as error:
                 results[index] = error
@@ -120,15 +123,23 @@ def outcome_of(error: JudgeError) -> Outcome:
 
 
 def parse_list(reply: str, length: int) -> list[Any]:
-    """The one JSON list in a reply (fences and words around it are allowed), which must have exactly `length` items.
+    """The one JSON list in a reply, which must have exactly `length` items.
+
+    Thoughts do not belong to the reply. Fences and words around the list are allowed, and before a list of several
+    items references to single passages, such as `[2]`.
 
     Raises:
         JudgeError: no list, or one of another length.
 
     >>> parse_list("Scores: [3, 4]", 2)
     [3, 4]
+    >>> parse_list("Not [5, 6]? Passage [1] is a draft.</think>Passage [2] is better: [3, 4]", 2)
+    [3, 4]
     """
+    reply = _spoken(reply)
     start, end = reply.find("["), reply.rfind("]")
+    while length != 1 and (reference := _REFERENCE.match(reply, start)) and "[" in reply[reference.end() :]:
+        start = reply.find("[", reference.end())
     try:
         found = parse_json(reply[start : end + 1]) if 0 <= start < end else None
     except (ValueError, RecursionError):
@@ -141,31 +152,62 @@ def parse_list(reply: str, length: int) -> list[Any]:
 
 
 def parse_scores(reply: str, length: int) -> list[int]:
-    """Exactly `length` whole numbers in 0..100; nothing is clamped, cut or filled up.
+    """Exactly `length` whole numbers in 0..100, also written as `90.0` or `"90"`; nothing is clamped, cut or filled up.
 
     Raises:
         JudgeError: anything else.
+
+    >>> parse_scores('[90.0, "15"]', 2)
+    [90, 15]
     """
-    found = parse_list(reply, length)
-    for item in found:
-        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= 100:
-            raise JudgeError(f"expected whole numbers in 0..100, found {item!r}: {reply[:200]!r}")
-    return found
+    return [_score(item, reply) for item in parse_list(reply, length)]
+
+
+def _score(item: Any, reply: str) -> int:
+    if isinstance(item, str) and (match := _NUMBER.fullmatch(item)):
+        item = int(match.group(1))
+    if isinstance(item, float) and item.is_integer():
+        item = int(item)
+    if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= 100:
+        raise JudgeError(f"expected whole numbers in 0..100, found {item!r}: {reply[:200]!r}")
+    return item
 
 
 def parse_score(reply: str) -> int:
-    """The one whole number in 0..100 that a reply consists of, alone or in brackets.
+    """The one whole number in 0..100 that a reply consists of: alone, in brackets or quotes, or within a fence.
 
     Raises:
         JudgeError: anything else.
 
-    >>> parse_score(" [85].")
-    85
+    >>> parse_score(" [85]."), parse_score("<think>90?</think> 85.0")
+    (85, 85)
     """
-    match = _ONE_SCORE.fullmatch(reply)
+    match = _ONE_SCORE.fullmatch(_spoken(reply))
     if match is None or int(match.group(1)) > 100:
         raise JudgeError(f"expected one whole number in 0..100 and nothing else, found {reply[:200]!r}")
     return int(match.group(1))
 
 
-_ONE_SCORE = re.compile(r"\s*\[?\s*([0-9]{1,3})\s*\]?\s*\.?\s*")
+def _spoken(reply: str) -> str:
+    """The reply without the thoughts before it.
+
+    Raises:
+        JudgeError: it ends within a thought, whose drafts are no reply.
+    """
+    text, within_thought = after_thoughts(reply)
+    if within_thought:
+        raise JudgeError(f"the reply ends within a thought, so it was cut; {_LARGER}: {reply[-200:]!r}")
+    return text
+
+
+def _cut(reply: Reply, max_tokens: int) -> JudgeError:
+    return JudgeError(f"the reply was cut at max_tokens={max_tokens}, so it is not whole; {_LARGER}: {reply[-200:]!r}")
+
+
+_LARGER = (
+    "give a larger max_tokens (options.max_tokens of relevance scorers), or switch the model's thinking off "
+    "(llm.options.chat_template_kwargs.enable_thinking=false, for models that know it)"
+)
+_REFERENCE = re.compile(r"\[\s*[0-9]{1,3}\s*\][^\[\]]*")
+_NUMBER = re.compile(r"\s*([0-9]{1,3})(?:\.0*)?\s*")
+_ONE_SCORE = re.compile(r"\s*(?:```[a-z]*\s)?\s*\[?\s*\"?([0-9]{1,3})(?:\.0+)?\"?\s*\]?\s*\.?\s*(?:```)?\s*")

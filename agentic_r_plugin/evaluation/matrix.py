@@ -18,6 +18,7 @@ from typing import Any
 
 from agentic_r_plugin import __version__
 from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.credentials import redacted
 from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json
 
@@ -49,7 +50,7 @@ def made_by() -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
         "source_fingerprint": fingerprint([file_fingerprint(file) for file in sources]),
-        "command": list(sys.argv),
+        "command": [redacted(item) for item in sys.argv],
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agentic_r_plugin.errors import RequestRefusedError
+from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
 
 
@@ -41,6 +42,8 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     """Prompt tokens the engine took from its prefix cache, where it says so."""
+    cut: bool = False
+    """Whether the model was stopped at `max_tokens`, where the engine says so."""
 
 
 @dataclass
@@ -83,8 +86,11 @@ class ChatBackend(Protocol):
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> Sequence[str | RequestRefusedError]:
+    ) -> Sequence[Reply | str | RequestRefusedError]:
         """The reply to each prompt, sent as the only user message of its own conversation, or why it is refused.
+
+        A backend that can tell gives a `Reply`, which says whether the text was cut at `max_tokens`; a plain string is
+        taken for a whole reply.
 
         Args:
             prompts: messages.

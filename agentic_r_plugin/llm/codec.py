@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from agentic_r_plugin.llm.reply import Reply, after_thoughts
 
 
 class TokenizerCodec:
@@ -12,22 +14,39 @@ class TokenizerCodec:
     Args:
         tokenizer: any Hugging Face tokenizer. With a chat template the prompt becomes one user message and the
             generation prompt is added (Search-R1 does so for base models too); without one it is plain text.
+        template_arguments: for the chat template, such as `enable_thinking`.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer, self.template_arguments = tokenizer, dict(template_arguments or {})
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of the prompt."""
         if not self.tokenizer.chat_template:
             return self.encode(text)
         message = [{"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_arguments
+        )
         return list(ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, no special tokens added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def reply(self, ids: Sequence[int], *, cut: bool) -> Reply:
+        """A reply of ids, special tokens left out. Where they mark a thought, so is the thought.
+
+        Without its marks a thought could not be told from the reply.
+        """
+        marked = self.decode(ids)
+        text, within_thought = after_thoughts(marked)
+        if text == marked and not within_thought:
+            text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        elif not within_thought:
+            for token in self.tokenizer.all_special_tokens:
+                text = text.replace(token, "")
+        return Reply(text, cut=cut or within_thought)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens kept, spaces untouched."""

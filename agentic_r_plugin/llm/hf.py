@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.store import file_fingerprint
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class HFBackend:
         device: `auto` (cuda where there is one) or a torch device.
         max_batch_tokens: rows of a batch times their longest possible length stay within this.
         prefix_cache_tokens: tokens whose keys and values are kept between calls.
+        chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
 
     Raises:
         ConfigError: no such directory, or no model or tokenizer in it.
@@ -47,6 +49,7 @@ class HFBackend:
         device: str = "auto",
         max_batch_tokens: int = 32_768,
         prefix_cache_tokens: int = 65_536,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +73,7 @@ class HFBackend:
         if asked == "auto":
             asked = compute.type_for(str(weights.dtype).removeprefix("torch."), device)
         self.dtype = asked
-        self.codec = TokenizerCodec(loaded)
+        self.codec = TokenizerCodec(loaded, chat_template_kwargs)
         self._generator = HFGenerator(
             weights.to(device, getattr(torch, asked)),
             loaded,
@@ -110,7 +113,12 @@ class HFBackend:
             seed=None if sampling.seed is None else [row_seed(sampling.seed, prompt) for prompt in prompts],
         )
         completions = [
-            Completion(token_ids=row.token_ids, prompt_tokens=len(prompt), cached_tokens=row.cached_tokens)
+            Completion(
+                token_ids=row.token_ids,
+                prompt_tokens=len(prompt),
+                cached_tokens=row.cached_tokens,
+                cut=row.finish_reason == "length",
+            )
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         count(self.usage, completions)
@@ -118,14 +126,13 @@ class HFBackend:
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str]:
+    ) -> list[Reply]:
         """The reply to each message, special tokens left out."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
         completions = self.generate(requests, Sampling(temperature=temperature, seed=seed))
-        tokenizer = self.codec.tokenizer
-        return [str(tokenizer.decode(list(done.token_ids), skip_special_tokens=True)) for done in completions]
+        return [self.codec.reply(done.token_ids, cut=done.cut) for done in completions]
 
     def fingerprint(self) -> str:
         """Hash of weights, configuration and tokenizer files, and the type that is computed in.

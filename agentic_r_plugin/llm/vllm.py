@@ -6,7 +6,7 @@ against a stand-in of that interface only, not run on an accelerator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.llm.reply import Reply
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -30,6 +31,7 @@ class VLLMBackend:
         model: directory or hub name of a checkpoint.
         tokenizer: where it is not the model's.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
+        chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
         options: further engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`.
 
     Raises:
@@ -45,7 +47,15 @@ class VLLMBackend:
         max_num_seqs: int | None = field(default=None, metadata=FREE)
         max_num_batched_tokens: int | None = field(default=None, metadata=FREE)
 
-    def __init__(self, model: str, *, tokenizer: str = "", dtype: str = "auto", **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str = "",
+        dtype: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         if not model:
             raise ConfigError("llm.model: the vllm backend needs a checkpoint's directory or hub name")
         if taken := sorted(_OWN & set(options)):
@@ -64,7 +74,7 @@ class VLLMBackend:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"vllm.LLM({model!r}): {error}") from error
-        self.codec = TokenizerCodec(self._engine.get_tokenizer())
+        self.codec = TokenizerCodec(self._engine.get_tokenizer(), chat_template_kwargs)
         self.usage = Usage()
 
     @classmethod
@@ -98,13 +108,16 @@ class VLLMBackend:
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str | RequestRefusedError]:
+    ) -> list[Reply | RequestRefusedError]:
         """The reply to each message, special tokens left out, or that it fills the model's context."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
         found = self.generate(requests, Sampling(temperature=temperature, seed=seed))
-        return [done if isinstance(done, RequestRefusedError) else self._reply(done) for done in found]
+        return [
+            done if isinstance(done, RequestRefusedError) else self.codec.reply(done.token_ids, cut=done.cut)
+            for done in found
+        ]
 
     def fingerprint(self) -> str:
         """Hash of the checkpoint's files, or of its hub name."""
@@ -118,9 +131,6 @@ class VLLMBackend:
     def close(self) -> None:
         """Free the engine."""
         self._engine = None
-
-    def _reply(self, done: Completion) -> str:
-        return str(self.codec.tokenizer.decode(list(done.token_ids), skip_special_tokens=True))
 
     def _refusal(self, request: Request) -> RequestRefusedError | None:
         """Why the engine would refuse a prompt, and with it the whole batch."""
@@ -152,4 +162,5 @@ class VLLMBackend:
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=int(getattr(output, "num_cached_tokens", None) or 0),
+            cut=getattr(output.outputs[0], "finish_reason", None) == "length",
         )

@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from agentic_r_plugin import __version__
+from agentic_r_plugin.credentials import authorization
 from agentic_r_plugin.errors import AgenticRError, SearchError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.service import OverloadedError, SearchService
@@ -83,7 +84,7 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
     app = FastAPI(title="Agentic-R retrieval", version=__version__, lifespan=lifespan, openapi_url=None)
 
     def authorize(request: Request) -> None:
-        expected = f"Bearer {token}".encode()
+        expected = authorization(token).get("Authorization", "").encode()
         if token is not None and not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
             raise RefusedError(401, "unauthorized", "expected the header 'Authorization: Bearer TOKEN'")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import FREE, fingerprint
+from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.client import RetrievalClient
@@ -177,7 +178,7 @@ class ServiceBackend:
         if not spec.url:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
         options = typed_options(spec, cls.Options)
-        token = token_from_env(options.pop("token_env"))
+        token = read_secret(options.pop("token_env"), "search.options.token_env")
         return cls(
             RetrievalClient(spec.url, timeout_s=spec.timeout_s, retries=spec.max_retries, token=token, **options)
         )
@@ -193,18 +194,3 @@ class ServiceBackend:
     def close(self) -> None:
         """Close the connections."""
         self.client.close()
-
-
-def token_from_env(name: str) -> str | None:
-    """The access token in environment variable `name`; None for an empty name.
-
-    Raises:
-        ConfigError: the variable is not set.
-    """
-    import os
-
-    if not name:
-        return None
-    if not (token := os.environ.get(name)):
-        raise ConfigError(f"environment variable {name} is not set; it must hold the retrieval service's token")
-    return token

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from agentic_r_plugin.credentials import authorization, redacted, refuse_secrets
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
@@ -43,7 +44,7 @@ class RetrievalClient:
         timeout_s: limit of one attempt, from connecting to the last byte.
         retries: attempts after the first.
         max_connections: per event loop (or, for `search`, per process).
-        token: sent as `Authorization: Bearer`.
+        token: sent as `Authorization: Bearer`, or as it is where it begins with `Basic `.
         max_batch: more requests than this are sent in several calls, in turn.
 
     Raises:
@@ -179,7 +180,7 @@ class RetrievalClient:
             try:
                 status, headers, content = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
             except (httpx.TransportError, asyncio.TimeoutError, TimeoutError) as error:
-                delay_s = attempts.failed(_describe(error, self.timeout_s))
+                delay_s = attempts.fault(error, self.timeout_s)
             except httpx.DecodingError as error:
                 raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
@@ -195,7 +196,7 @@ class RetrievalClient:
             try:
                 status, headers, content = self._fetch(method, path, body)
             except (httpx.TransportError, TimeoutError) as error:
-                delay_s = attempts.failed(_describe(error, self.timeout_s))
+                delay_s = attempts.fault(error, self.timeout_s)
             except httpx.DecodingError as error:
                 raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
@@ -243,8 +244,7 @@ class RetrievalClient:
 
     def _settings(self) -> dict[str, Any]:
         headers = {"Accept-Encoding": "identity"}
-        if self.token is not None:
-            headers["Authorization"] = f"Bearer {self.token}"
+        headers |= authorization(self.token)
         limits = httpx.Limits(max_connections=self.max_connections, max_keepalive_connections=self.max_connections)
         local = is_loopback(httpx.URL(self.url).host)
         return {"headers": headers, "limits": limits, "timeout": self.timeout_s, "trust_env": not local}
@@ -285,6 +285,7 @@ class _Attempts:
 
     def __init__(self, client: RetrievalClient, path: str) -> None:
         self.where, self.allowed, self.made = client.url + path, client.retries + 1, 0
+        self.token = client.token
 
     def failed(self, reason: str, retry_after_s: float | None = None) -> float:
         """Pause before the next attempt, in seconds.
@@ -303,6 +304,17 @@ class _Attempts:
             return min(retry_after_s, _MAX_RETRY_AFTER_S)
         return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (self.made - 1)) * random.uniform(0.5, 1.0)
 
+    def fault(self, error: Exception, timeout_s: float) -> float:
+        """Pause before the next attempt after one that got no answer.
+
+        Raises:
+            SearchUnavailableError: no attempt is left.
+            SearchError: the request cannot be sent at all.
+        """
+        if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+            raise SearchError(f"{self.where}: {redacted(str(error), self.token)}") from None
+        return self.failed(redacted(_describe(error, timeout_s), self.token))
+
     def judge(self, status: int, headers: httpx.Headers, content: bytes) -> float | None:
         """None for an answer to read, else the pause before the next attempt.
 
@@ -312,9 +324,10 @@ class _Attempts:
         """
         if status == 200:
             return None
-        reason = f"HTTP {status}: {_error_message(content)}"
+        said = _error_message(content)
         if 300 <= status < 400 and "Location" in headers:
-            reason = f"HTTP {status}: it redirects to {headers['Location']}; give the address that answers itself"
+            said = f"it redirects to {headers['Location']}; give the address that answers itself"
+        reason = redacted(f"HTTP {status}: {said}", self.token)
         if status in _RETRIED_STATUS:
             return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
         raise SearchRefusedError(f"{self.where}: the service refused the request: {reason}", status=status)
@@ -333,6 +346,7 @@ def _rebuild(url: str, settings: dict[str, Any]) -> RetrievalClient:
 
 
 def _base_url(url: str) -> str:
+    refuse_secrets("the retrieval service's address", url, "give its token by the name of an environment variable")
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:

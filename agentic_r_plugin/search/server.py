@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
+from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
-from agentic_r_plugin.search.backends import token_from_env
 from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
 from agentic_r_plugin.store import read_json, write_json
 
@@ -121,7 +121,7 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
     from agentic_r_plugin.search.reload import LocalReloader
     from agentic_r_plugin.search.workers import Supervisor
 
-    token_from_env(config.token_env)
+    read_secret(config.token_env, "token_env")
     spec = _spec(config)
     with _bound_socket(config) as listener:
 
@@ -182,7 +182,7 @@ def serve_here(
     app = build_app(
         service,
         limits,
-        token=token_from_env(config.token_env),
+        token=read_secret(config.token_env, "token_env"),
         reload=reloader.reload if config.allow_reload else None,
     )
     server = uvicorn.Server(

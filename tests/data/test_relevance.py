@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.data.judge import parse_list, parse_scores
+from agentic_r_plugin.data.judge import ask, parse_list, parse_score, parse_scores
 from agentic_r_plugin.data.relevance import RelevanceConfig, run, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources
 from agentic_r_plugin.data.scorers.gold_documents import GoldDocuments
 from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.llm.openai import OpenAIBackend
+from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.records import Candidates, Passage, Question, Relevance, ScoredPassage, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import read_json, read_records, write_records
-from tests.benchmarks.judge_replies import check
+from tests.benchmarks.judge_replies import check, check_thoughts
 from tests.data.scripted import Passages, passage
 from tests.llm.loopback import Loopback, chat, serve
 
@@ -110,12 +112,70 @@ def test_the_rule_has_no_options():
 
 @pytest.mark.parametrize(
     "reply",
-    ["[1, 2]", "[1, 2, 3, 4]", "[1, 2, 101]", "[1, -2, 3]", "[1, 2.0, 3]", '[1, "2", 3]', "[1, true, 3]", "1, 2, 3",
-     "[1, 2, 3", "", "[1] and [2, 3]", "[[1, 2, 3]]"],
+    ["[1, 2]", "[1, 2, 3, 4]", "[1, 2, 101]", "[1, -2, 3]", "[1, 2.5, 3]", '[1, "2.5", 3]', '[1, "two", 3]',
+     "[1, true, 3]", '[1, "", 3]', "[1, null, 3]", "[1, 1e400, 3]", '[1, "²", 3]', "1, 2, 3", "[1, 2, 3", "",
+     "[1] and [2, 3]", "[[1, 2, 3]]", "[9, 9, 9] then [1, 2, 3]", "[1, 2, 3]</think>",
+     "[1, 2, 3] <think>[4, 5, 6]</think>"],
 )  # fmt: skip
 def test_a_reply_without_exactly_the_scores_asked_for_is_refused(reply: str):
     with pytest.raises(JudgeError, match="expected"):
         parse_scores(reply, 3)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["[1.0, 2, 3]", '[1, "2", "3.0"]', "```json\n[1, 2, 3]\n```", "<think>[9, 9, 9]</think>\n[1, 2, 3]",
+     "Draft: [9, 9, 9]\n</think>\n\n[1, 2, 3]", "<Thinking>[9]</Thinking> Scores: [1, 2, 3]",
+     "[THINK]so [9, 9, 9][/THINK][1, 2, 3]", "<reasoning>a</reasoning><think>[4, 4, 4]</think>[1, 2, 3]",
+     "<|channel|>analysis<|message|>[9, 9, 9]<|end|><|start|>assistant<|channel|>final<|message|>[1, 2, 3]",
+     "analysisWe need [9, 9, 9].assistantfinal[1, 2, 3]", "Passage [1] is near, [ 2 ] is not. [1, 2, 3]"],
+)  # fmt: skip
+def test_scores_are_read_after_thoughts_and_in_each_form_of_a_whole_number(reply: str):
+    found = parse_scores(reply, 3)
+    assert found == [1, 2, 3] and all(type(score) is int for score in found)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["<think>First guess: [1, 2, 3]. Let me", "[1, 2, 3]<think>or [4, 5, 6]", "<think>a</think><think>[1, 2, 3]",
+     "[THINK][1, 2, 3]", "<|channel|>analysis<|message|>[1, 2, 3]", "analysisThe passages: [1, 2, 3]"],
+)  # fmt: skip
+def test_a_draft_within_a_thought_is_no_reply(reply: str):
+    with pytest.raises(JudgeError, match="the reply ends within a thought, so it was cut; give a larger max_tokens"):
+        parse_scores(reply, 3)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("85", 85), ("85.0", 85), ('"85"', 85), ("```\n85\n```", 85), ("is it 3?</think>\n85", 85), ("85.5", None),
+     ("<think>85", None), ("true", None), ("8 5", None), ("850", None)],
+)  # fmt: skip
+def test_one_score_is_read_in_each_form_of_a_whole_number(reply: str, score: int | None):
+    if score is not None:
+        assert parse_score(reply) == score
+        return
+    with pytest.raises(JudgeError):
+        parse_score(reply)
+
+
+class _Judge:
+    """Gives replies in turn."""
+
+    def __init__(self, *replies: str) -> None:
+        self.replies = list(replies)
+
+    def chat(self, prompts, *, max_tokens, temperature=0.0, seed=None):
+        return [self.replies.pop(0) for _ in prompts]
+
+
+def test_a_reply_that_was_cut_is_asked_for_again_and_a_plain_string_is_whole():
+    cost = RolloutCost()
+    judge = _Judge(Reply("[7, 8]", cut=True), "[1, 2]")
+    parse = partial(parse_scores, length=2)
+    assert ask(judge, ["p"], [parse], max_tokens=9, max_retries=3, cost=cost) == [[1, 2]]
+    assert cost.judge_requests == 2
+    (error,) = ask(_Judge(Reply("[7, 8]", cut=True)), ["p"], [parse], max_tokens=9, max_retries=0, cost=cost)
+    assert isinstance(error, JudgeError) and "the reply was cut at max_tokens=9" in str(error)
 
 
 def test_half_a_character_in_a_reply_is_the_judges_error():
@@ -132,6 +192,10 @@ def test_a_list_of_scores_is_taken_from_fences_and_words_around_it(reply: str):
 def test_a_mutated_reply_gives_exactly_the_scores_asked_for_or_a_judge_error():
     seen = check(20_000, seed=1)
     assert seen.total() == 20_000 and min(seen["refused"], seen["taken, the right ones"]) > 500
+
+
+def test_a_reply_after_a_thought_gives_its_own_scores_and_a_cut_thought_none():
+    assert check_thoughts(1_000, seed=2)["taken, the right ones"] == 1_000
 
 
 MANY = Passages({str(number): passage(str(number)) for number in range(25)})

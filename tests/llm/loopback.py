@@ -26,12 +26,20 @@ class Loopback:
 
 
 @contextmanager
-def serve(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[Loopback]:
-    """Answer every POST with `answer(path, body)`: (status, JSON or text) or (status, JSON or text, headers)."""
+def serve(
+    answer: Callable[[str, dict[str, Any]], Answer], *, models: list[dict[str, Any]] | None = None
+) -> Iterator[Loopback]:
+    """Answer every POST with `answer(path, body)`: (status, JSON or text) or (status, JSON or text, headers).
+
+    `GET /v1/models` lists `models`; without them there is no such page.
+    """
     server: Loopback
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send(200 if models else 404, {"object": "list", "data": models or []}, {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,9 +52,12 @@ def serve(answer: Callable[[str, dict[str, Any]], Answer]) -> Iterator[Loopback]
                 self.wfile.write(b'{"choices": [{"mess')
                 self.close_connection = True
                 return
+            self.send(status, content, headers[0] if headers else {})
+
+        def send(self, status: int, content: Any, headers: dict[str, str]) -> None:
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
-            for name, value in (headers[0] if headers else {}).items():
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

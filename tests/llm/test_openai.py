@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
+from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm import openai
 from agentic_r_plugin.llm.base import Request, Sampling
 from agentic_r_plugin.llm.openai import OpenAIBackend
@@ -54,7 +54,8 @@ def test_prompts_are_sent_as_token_ids_and_continuations_come_back_in_order():
     assert body | {"prompt": None} == {
         "model": "the-model", "prompt": None, "max_tokens": 50, "temperature": 0.0, "top_p": 1.0, "stop": ["</s>"],
         "include_stop_str_in_output": True, "no_stop_trim": True, "skip_special_tokens": False,
-        "return_token_ids": True,
+        "return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }  # fmt: skip
 
 
@@ -260,6 +261,230 @@ def test_the_key_is_read_from_the_named_environment_variable(monkeypatch: pytest
         with open_llm(LLMSpec(**{**vars(spec), "url": server.url})) as made:
             assert made.chat(["hello"], max_tokens=5) == ["hi"]
         assert server.requests[0][2]["Authorization"] == "Bearer secret"
+
+
+# --- Replies ----------------------------------------------------------------------------------------------------------
+
+
+def message(content, finish: str = "stop", **fields) -> tuple[int, dict]:
+    return 200, {"choices": [{"message": {"role": "assistant", "content": content, **fields}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "cut"),
+    [
+        (message("fine"), "fine", False),
+        (message("fi", "length"), "fi", True),
+        (message(None, "length", reasoning_content="I think"), "", True),
+        (message(None, reasoning_content="I think"), "", False),
+        ((200, {"choices": [{"message": {"reasoning": "so"}, "finish_reason": "length"}]}), "", True),
+        (message([{"type": "text", "text": "fi"}, {"type": "text", "text": "ne"}]), "fine", False),
+        (
+            message(
+                [{"type": "thinking", "thinking": [{"type": "text", "text": "[9]"}]}, {"type": "text", "text": "x"}]
+            ),
+            "x",
+            False,
+        ),
+    ],
+)
+def test_a_reply_is_the_messages_text_and_says_whether_it_was_cut(answer: Answer, text: str, cut: bool):
+    with serve(lambda path, body: answer) as server:
+        (reply,) = backend(server.url).chat(["hello"], max_tokens=5)
+    assert reply == text and reply.cut is cut
+
+
+@pytest.mark.parametrize("answer", [message(None, refusal="I will not"), message("par", "content_filter")])
+def test_a_reply_that_the_model_or_a_filter_declines_is_a_refusal(answer: Answer):
+    with serve(lambda path, body: answer) as server:
+        (reply,) = backend(server.url).chat(["hello"], max_tokens=5)
+    assert isinstance(reply, RequestRefusedError) and len(server.requests) == 1
+
+
+def test_a_continuation_says_whether_it_was_cut():
+    reasons = iter(["length", "stop"])
+    with serve(lambda path, body: completion("x", finish_reason=next(reasons))) as server:
+        made = backend(server.url)
+        assert [made.generate([request("a")], Sampling())[0].cut for _ in range(2)] == [True, False]
+
+
+# --- Further fields of the body ---------------------------------------------------------------------------------------
+
+
+def asked_with(options: dict, **served) -> dict:
+    """The body that a chat with these options sends."""
+    with serve(lambda path, body: chat("x"), **served) as server:
+        with open_llm(LLMSpec(backend="openai", url=server.url, model="m", options=options)) as made:
+            made.chat(["hello"], max_tokens=7)
+        body = server.requests[-1][1]
+    assert body.pop("messages") == [{"role": "user", "content": "hello"}]
+    return body
+
+
+def test_further_fields_of_the_body_are_sent_as_they_are():
+    fields = {
+        "chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low",
+        "response_format": {"type": "json_object"},
+    }  # fmt: skip
+    known = {"model": "m", "max_tokens": 7, "temperature": 0.0}
+    assert asked_with({**fields, "extra_body": {"new_field": 1}}) == known | fields | {"new_field": 1}
+    assert asked_with({"temperature": None, "max_completion_tokens": True}) == {
+        "model": "m",
+        "max_completion_tokens": 7,
+    }
+    assert asked_with({"max_completion_tokens": 99, "temperature": 0.6})["max_completion_tokens"] == 99
+    assert asked_with({"temperature": 0.6})["temperature"] == 0.6
+
+
+def test_an_agents_continuation_keeps_its_length_and_takes_the_fields():
+    with serve(lambda path, body: completion("x")) as server:
+        options = {"max_completion_tokens": 3, "repetition_penalty": 1.1, "seed": None}
+        with open_llm(LLMSpec(backend="openai", url=server.url, model="m", options=options)) as made:
+            made._codec = CODEC
+            made.generate([request("a", max_tokens=9)], Sampling(temperature=1.0, seed=1))
+    body = server.requests[-1][1]
+    assert (body["max_tokens"], body["repetition_penalty"]) == (9, 1.1)
+    assert not {"max_completion_tokens", "seed"} & body.keys()
+
+
+def test_a_field_that_is_unknown_or_not_for_options_is_an_error_that_says_where_it_belongs():
+    spec = LLMSpec(backend="openai", url="http://127.0.0.1:1/v1", model="m")
+    for options, said in (
+        (
+            {"chat_template_kwarg": {}},
+            r"extra_body for others \(llm\.options\.extra_body\.chat_template_kwarg=\.\.\.\)",
+        ),
+        ({"extra_body": {"model": "n"}}, r"'model' is no option; it is set by llm\.model"),
+    ):
+        with pytest.raises(ConfigError, match=said), open_llm(replace(spec, options=options)):
+            pass
+
+
+@pytest.mark.parametrize(("owner", "sent"), [("vllm", True), ("sglang", True), ("openai", False), (None, False)])
+def test_neutral_sampling_is_sent_in_chats_where_the_server_is_vllm_or_sglang(owner: str | None, sent: bool):
+    body = asked_with({}, models=None if owner is None else [{"id": "m", "owned_by": owner}])
+    neutral = {
+        "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }  # fmt: skip
+    assert body == {"model": "m", "max_tokens": 7, "temperature": 0.0} | (neutral if sent else {})
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def error(message: str, **fields) -> dict:
+    return {"error": {"message": message, **fields}}
+
+
+FORM = [
+    (400, error("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                "'max_completion_tokens' instead.", param="max_tokens", code="unsupported_parameter"),
+     r"llm\.options\.max_completion_tokens=true"),
+    (400, error("'temperature' does not support 0.0 with this model. Only the default (1) value is supported.",
+                param="temperature", code="unsupported_value"), r"llm\.options\.temperature=null"),
+    (400, error("Unrecognized request argument supplied: reasoning_effort"), r"change llm\.options\.reasoning_effort"),
+    (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "reasoning_effort"],
+                       "msg": "Extra inputs are not permitted", "input": "low"}]}, r"llm\.options\.reasoning_effort"),
+    (400, {"object": "error", "message": "reasoning_effort must be one of low, medium, high", "code": 400},
+     r"llm\.options\.reasoning_effort"),
+    (404, error("The model `m` does not exist.", code="model_not_found"), r"llm\.model='m'"),
+    (404, {"detail": "Not Found"}, r"llm\.url \(with /v1\)"),
+    (404, error('model "m" not found, try pulling it first', type="api_error"), r"llm\.model='m'"),
+    (401, error("Incorrect API key provided: s3cr****."), r"a key was sent; llm\.api_key_env .* \(MY_KEY\)"),
+    (403, error("Country, region, or territory not supported"), r"MY_KEY"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body", "way_out"), FORM)
+def test_a_refusal_of_the_requests_form_is_an_error_at_the_first_answer_that_names_the_option(
+    status: int, body: dict, way_out: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MY_KEY", "s3cret-key")
+    options = {"reasoning_effort": "low"}
+    with serve(lambda path, _: (status, body)) as server:
+        spec = LLMSpec(
+            backend="openai", url=server.url, model="m", options=options, api_key_env="MY_KEY", concurrency=1
+        )
+        with open_llm(spec) as made, pytest.raises(BackendConfigError, match=way_out) as raised:
+            made.chat(["a", "b", "c"], max_tokens=5)
+    assert len(server.requests) == 1 and isinstance(raised.value, ConfigError)
+    assert "s3cret-key" not in str(raised.value)
+
+
+PROMPT = [
+    (400, error("This model's maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens.",
+                code="context_length_exceeded", param="messages")),
+    (400, {"object": "error", "message": "'max_tokens' or 'max_completion_tokens' is too large: 500. This model's "
+           "maximum context length is 4096 tokens and your request has 4000 input tokens", "type": "BadRequestError",
+           "param": "max_tokens", "code": 400}),
+    (400, {"object": "error", "message": "max_tokens must be at least 1, got -56.", "code": 400}),
+    (400, {"object": "error", "message": "The input (5000 tokens) is longer than the model's context length (4096 "
+           "tokens).", "type": "BadRequestError", "code": 400}),
+    (400, error("the request exceeds the available context size", type="exceed_context_size_error", code=400)),
+    (400, error("The response was filtered due to the prompt triggering Azure OpenAI's content management policy.",
+                code="content_filter", param="prompt", innererror={"code": "ResponsibleAIPolicyViolation"})),
+    (403, error("Your input was flagged by moderation")),
+    (413, "Payload Too Large"),
+    (400, "Bad Request"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body"), PROMPT)
+def test_a_refusal_of_one_prompt_is_that_prompts_alone(status: int, body: dict | str):
+    def answer(path: str, asked: dict) -> Answer:
+        return (status, body) if asked["messages"][0]["content"] == "bad" else chat("fine")
+
+    with serve(answer) as server:
+        first, second, third = backend(server.url).chat(["a", "bad", "b"], max_tokens=5)
+    assert (first, third) == ("fine", "fine") and isinstance(second, RequestRefusedError)
+    assert len(server.requests) == 3
+
+
+def test_refusals_without_a_reason_are_of_the_form_where_no_request_was_ever_taken():
+    with serve(lambda path, body: (400, "Bad Request")) as server:
+        made = backend(server.url)
+        few = made.chat([str(number) for number in range(7)], max_tokens=5)
+        assert all(isinstance(one, RequestRefusedError) for one in few)
+        with pytest.raises(BackendConfigError, match=r"None of the first 8 requests was taken.*llm\.options"):
+            made.chat(["more"], max_tokens=5)
+    healthy = True
+    with serve(lambda path, body: chat("x") if healthy else (400, "Bad Request")) as server:
+        made = backend(server.url)
+        made.chat(["good"], max_tokens=5)
+        healthy = False
+        assert len(made.chat([str(number) for number in range(30)], max_tokens=5)) == 30
+
+
+@pytest.mark.parametrize("status", [501, 505])
+def test_what_no_retry_can_mend_is_not_tried_again(status: int):
+    with serve(lambda path, body: (status, "no")) as server, pytest.raises(BackendError, match=f"HTTP {status}: no"):
+        backend(server.url, max_retries=3).chat(["hello"], max_tokens=5)
+    assert len(server.requests) == 1
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_white_space_around_a_key_is_taken_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret-1234\r\n")
+    with serve(lambda path, body: chat("hi")) as server:
+        with open_llm(LLMSpec(backend="openai", model="m", url=server.url)) as made:
+            made.chat(["hello"], max_tokens=5)
+        assert server.requests[0][2]["Authorization"] == "Bearer sk-secret-1234"
+
+
+@pytest.mark.parametrize("echoed", ["key sk-secret-1234 is wrong", '{"error": {"message": "Bearer sk-secret-1234"}}'])
+@pytest.mark.parametrize("status", [400, 401, 402, 429])
+def test_a_key_that_the_server_sends_back_is_not_shown(monkeypatch: pytest.MonkeyPatch, echoed: str, status: int):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-1234")
+    with serve(lambda path, body: (status, echoed)) as server:
+        spec = LLMSpec(backend="openai", model="m", url=server.url, max_retries=0)
+        try:
+            (found,) = OpenAIBackend.from_spec(spec).chat(["hello"], max_tokens=5)
+        except BackendError as raised:
+            found = raised
+    assert "***" in str(found) and "sk-secret" not in str(found)
 
 
 def test_missing_settings_are_named():

@@ -1,0 +1,107 @@
+"""Why a server refuses a request: for its one prompt, or for its form, so that it would refuse every other one too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+
+class Refusal(Enum):
+    """What of a request is refused."""
+
+    PROMPT = "prompt"
+    """Too long a prompt, or one that a filter stops; other prompts may be taken."""
+    FORM = "form"
+    """A field, a value, a model name: every request is refused."""
+    UNCLEAR = "unclear"
+    """The server does not say; taken for the prompt's fault, unless no request is taken."""
+
+
+_PROMPT_CODES = frozenset(
+    {
+        "context_length_exceeded", "exceed_context_size_error", "string_above_max_length", "tokens_limit_reached",
+        "model_max_prompt_tokens_exceeded", "request_too_large", "content_filter", "content_policy_violation",
+        "responsibleaipolicyviolation", "data_inspection_failed", "invalid_prompt", "moderation_blocked",
+    }
+)  # fmt: skip
+_FORM_CODES = frozenset(
+    {
+        "unsupported_parameter", "unknown_parameter", "unrecognized_parameter", "unsupported_value", "invalid_type",
+        "missing_required_parameter", "model_not_found", "deploymentnotfound", "invalid_api_key", "extra_forbidden",
+        "not_found_error", "authentication_error", "permission_error",
+    }
+)  # fmt: skip
+
+_OF_FORM = re.compile(
+    r"(?:un|not |n't )support|unrecogni[sz]ed|unknown (?:field|parameter|argument|name|option|variant|key)"
+    r"|unexpected (?:keyword|field|argument|property|value)|extra (?:inputs|fields|keys)|not permitted|no such model"
+    r"|model .{0,80}(?:not found|does not exist|not exist)|supports? at most \d+ completion tokens",
+    re.IGNORECASE,
+)
+_OF_PROMPT = re.compile(
+    r"context|too long|too large|too many (?:input )?tokens|longer than|exceed|at least 1, got -"
+    r"|max(?:imum)?[ _](?:model|input|prompt|seq\w*|total|allowed)|prompt length|input length|number of tokens"
+    r"|filter|content polic|usage polic|moderat|flagged|inappropriate|sensitive|violat",
+    re.IGNORECASE,
+)
+_OF_VALUE = re.compile(
+    r"must be|must have|should be|invalid (?:parameter|field|value|type|schema|request body)|missing|required|"
+    r"only .{0,40}(?:allowed|supported)|not allowed|not a valid|is invalid",
+    re.IGNORECASE,
+)
+_OF_THE_PROMPT = frozenset({"messages", "prompt", "input", "input_tokens", "body"})
+
+
+def refusal(status: int, content: str) -> Refusal:
+    """What of a request a server refuses, by the status and the body of its answer.
+
+    The bodies read here are those of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, LiteLLM and FastAPI.
+
+    >>> refusal(400, '{"error": {"code": "context_length_exceeded", "message": "..."}}').value
+    'prompt'
+    >>> refusal(400, '{"error": {"message": "Unsupported parameter: max_tokens", "param": "max_tokens"}}').value
+    'form'
+    """
+    said = _said(content)
+    codes = {str(said.get(name)).lower() for name in ("code", "type")} | {said["inner"]}
+    message, named = said["message"], said["param"]
+    if status == 413 or codes & _PROMPT_CODES:
+        return Refusal.PROMPT
+    if status in (401, 404, 405):
+        return Refusal.FORM
+    if codes & _FORM_CODES or _OF_FORM.search(message):
+        return Refusal.FORM
+    if _OF_PROMPT.search(message):
+        return Refusal.PROMPT
+    if status == 403 or _OF_VALUE.search(message) or (named and named not in _OF_THE_PROMPT):
+        return Refusal.FORM
+    return Refusal.UNCLEAR
+
+
+def named_fields(content: str, fields: Iterable[str]) -> list[str]:
+    """Those fields of a request's body that a refusal names."""
+    return [name for name in dict.fromkeys(fields) if re.search(rf"\b{re.escape(name)}\b", content)]
+
+
+def _said(content: str) -> dict[str, Any]:
+    """`code`, `type`, `inner` code, `param` and `message` of an error body."""
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        body = {}
+    error = body.get("error", body) if isinstance(body, dict) else {}
+    error = error if isinstance(error, dict) else {"message": str(error)}
+    detail = body.get("detail") if isinstance(body, dict) else None
+    first = detail[0] if isinstance(detail, list) and detail and isinstance(detail[0], dict) else {}
+    inner = error.get("innererror")
+    place = [str(part) for part in first.get("loc", ()) if part != "body"] if isinstance(first.get("loc"), list) else []
+    return {
+        "code": error.get("code") or first.get("type"),
+        "type": error.get("type"),
+        "inner": str(inner.get("code")).lower() if isinstance(inner, dict) else "",
+        "param": str(error.get("param") or (place[0] if place else "")).partition("[")[0].partition(".")[0],
+        "message": str(error.get("message") or first.get("msg") or content[:2000]),
+    }

@@ -1,0 +1,51 @@
+"""A reply to a message: its text, whether it was cut, and where the model's thoughts end in it."""
+
+from __future__ import annotations
+
+import re
+
+
+class Reply(str):
+    """Text of a reply. It is a string, so that code which knows only strings goes on working.
+
+    Args:
+        text: what the model wrote.
+        cut: whether the model was stopped at `max_tokens`, so that the text is not whole.
+    """
+
+    cut: bool
+
+    def __new__(cls, text: str, *, cut: bool = False) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.cut = cut
+        return reply
+
+
+_TAG = r"(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|antthinking)"
+_ENDS = re.compile(
+    rf"<\s*/\s*{_TAG}\s*>"  # DeepSeek-R1, Qwen3, Seed-OSS and most others
+    r"|\[/THINK(?:ING)?\]"  # Magistral
+    r"|◁/think▷"  # Kimi-VL
+    r"|<\|END_THINKING\|>|<\|end_of_thought\|>"  # Command A, Sky-T1
+    r"|<\|channel\|>final<\|message\|>|\Aanalysis(?s:.)*assistantfinal"  # gpt-oss, with and without its special tokens
+    r"|<channel\|>",  # Gemma
+    re.IGNORECASE,
+)
+_BEGINS = re.compile(
+    rf"<\s*{_TAG}\s*>|\[THINK(?:ING)?\]|◁think▷|<\|START_THINKING\|>|<\|begin_of_thought\|>"
+    r"|<\|channel\|>(?:analysis|commentary)|<\|channel>|\Aanalysis(?-i:(?=[A-Z]))",
+    re.IGNORECASE,
+)
+
+
+def after_thoughts(text: str) -> tuple[str, bool]:
+    """What follows the last end of a thought, and whether the text ends within a thought that is never closed.
+
+    A thought needs no beginning: many chat templates write the opening tag into the prompt.
+
+    >>> after_thoughts("Perhaps [50]? No.</think>[90]"), after_thoughts("<think>Perhaps [50]")
+    (('[90]', False), ('<think>Perhaps [50]', True))
+    """
+    ends = [match.end() for match in _ENDS.finditer(text)]
+    rest = text[ends[-1] :] if ends else text
+    return rest, _BEGINS.search(rest) is not None
