@@ -1,11 +1,13 @@
 """Drives many sessions at once with one language model and one retriever (data stages and FlashRAG pipeline).
 
-A turn of all unfinished sessions is one batch for the model, then one batch for the retriever. verl's agent loop drives
-the same `Session` one trajectory at a time (`agent.agent_loop`).
+A turn of all unfinished sessions is one batch for the model, then one batch for the retriever. Where the backend's
+cache of earlier turns is small, further sessions start as others end. verl's agent loop drives the same `Session` one
+trajectory at a time (`agent.agent_loop`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -73,8 +75,10 @@ def run_sessions(
     """
     cost = cost if cost is not None else RolloutCost()
     cost.rollouts += len(sessions)
-    active = [session for session in sessions if session.finished is None]
-    while active:
+    waiting_to_start = deque(session for session in sessions if session.finished is None)
+    active: list[Session] = []
+    while waiting_to_start or active:
+        active += _admitted(waiting_to_start, active, llm)
         sampling = replace(sampling, stop=active[0].protocol.stop)
         requests = [Request(prompt_ids=tuple(s.ids), max_tokens=s.budget) for s in active]
         with _paid(llm, cost):
@@ -92,6 +96,22 @@ def run_sessions(
                 waiting.append((session, action))
         _answer_searches(waiting, search, topk, depth, cost, on_search)
         active = [session for session in active if session.finished is None]
+
+
+def _admitted(waiting: deque[Session], active: Sequence[Session], llm: LLMBackend) -> Iterator[Session]:
+    """Sessions that can start: all, or as many as the backend keeps keys and values of.
+
+    More of them would push each other's beginnings out of the cache, and every turn would be computed from its start.
+    """
+    kept_tokens: int | None = getattr(llm, "kept_tokens", None)
+    held = sum(len(session.ids) + session.budget for session in active)
+    first = not active
+    while waiting:
+        held += len(waiting[0].ids) + waiting[0].budget
+        if kept_tokens is not None and held > kept_tokens and not first:
+            return
+        first = False
+        yield waiting.popleft()
 
 
 def _generate(

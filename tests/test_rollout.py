@@ -91,6 +91,22 @@ def test_finished_sessions_are_left_alone():
     assert agent.batches == [1]
 
 
+def test_no_more_sessions_are_under_way_than_the_backend_keeps_tokens_of():
+    alone = [session(f"{number}?") for number in (2, 0, 2, 1)]
+    run_sessions(alone, ScriptedAgent(policy), ListedSearch(FOUND), topk=1, sampling=GREEDY)
+    agent, sessions = ScriptedAgent(policy), [session(f"{number}?") for number in (2, 0, 2, 1)]
+    held = [len(item.ids) + item.budget for item in sessions]
+    agent.kept_tokens = held[0] + held[1] + 1
+    run_sessions(sessions, agent, ListedSearch(FOUND), topk=1, sampling=GREEDY)
+    # Two at once; the third begins when the second has ended and the first has written its turns, and so on.
+    assert max(agent.batches) == 2 and sum(agent.batches) == 3 + 1 + 3 + 2
+    assert [item.text for item in sessions] == [item.text for item in alone]
+    agent.kept_tokens = 1
+    agent.batches.clear()
+    run_sessions([session("1?"), session("0?")], agent, ListedSearch(FOUND), topk=1, sampling=GREEDY)
+    assert agent.batches == [1, 1, 1], "one at a time is always possible"
+
+
 def test_every_search_is_told_to_the_listener():
     told = []
     run_sessions(

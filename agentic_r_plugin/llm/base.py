@@ -62,7 +62,11 @@ class Usage:
 
 
 class LLMBackend(Protocol):
-    """A model that continues prompts. A backend that has a meter keeps it in `usage` (`Usage`)."""
+    """A model that continues prompts. A backend that has a meter keeps it in `usage` (`Usage`).
+
+    One whose cache of earlier turns is small says in `kept_tokens` how many tokens it keeps; it is then given no more
+    conversations at once than fit.
+    """
 
     codec: Codec
 

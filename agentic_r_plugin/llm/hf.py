@@ -82,6 +82,7 @@ class HFBackend:
         )
         self._fingerprint = checkpoint_fingerprint(self.path, tokenizer_path)
         self.usage = Usage()
+        self.kept_tokens = prefix_cache_tokens or None
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> HFBackend:

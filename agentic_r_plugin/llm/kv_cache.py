@@ -7,15 +7,16 @@ value at every token, which is most of the time of a small model on a CPU. Rows 
 same write position, and row `r` begins at `write position - length of r`. A forward pass sees a window of it: some
 rows, from some position on.
 
-`PrefixStore` keeps the keys and values of finished rows, found again by blocks of tokens, so that the next turn of the
-same trajectory (or another candidate with the same prefix) computes only what is new.
+`PrefixStore` keeps the keys and values of finished rows in blocks of tokens, so that the next turn of the same
+trajectory (or another candidate with the same prefix) computes only what is new.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -127,87 +128,116 @@ class BatchCache(Cache):
             for states in layer.pair():
                 states[target, :, :end] = states[source, :, :end]
 
-    def copy_out(self, row: int, start: int, end: int) -> list[States]:
-        """Keys and values `[H, end - start, D]` of one row, per layer, as copies."""
-        return [
-            (keys[row, :, start:end].clone(), values[row, :, start:end].clone())
-            for keys, values in (layer.pair() for layer in self.batch_layers)
-        ]
-
-    def copy_in(self, row: int, start: int, kept: Sequence[States], length: int) -> None:
-        """Put the first `length` tokens of what `copy_out` gave at `start` of a row."""
-        for layer, layer_kept in zip(self.batch_layers, kept, strict=True):
-            for states, kept_states in zip(layer.pair(), layer_kept, strict=True):
-                states[row, :, start : start + length] = kept_states[:, :length]
+    def read(self, row: int, start: int, end: int) -> Iterator[torch.Tensor]:
+        """Keys and values `[H, end - start, D]` of one row, layer by layer, as views to copy from or to."""
+        for layer in self.batch_layers:
+            for states in layer.pair():
+                yield states[row, :, start:end]
 
 
-@dataclass(eq=False)
-class _Entry:
+@dataclass(frozen=True)
+class _Block:
     tokens: tuple[int, ...]
-    blocks: list[int]
-    states: list[States]
+    parent: int
+    """Key of the block before it; 0 for the first one."""
+    slot: int
 
 
 class PrefixStore:
-    """Keys and values of finished rows, least recently used first out.
+    """Keys and values of tokens that may come again, in blocks that rows with the same beginning share.
+
+    A block is known by its tokens and all tokens before it. The least recently used block goes first; a block is always
+    used after those that follow it, so none is left without its beginning.
 
     Args:
-        max_tokens: how many tokens to keep in all; 0 keeps nothing.
-        block_size: prefixes are found in whole blocks of this many tokens.
+        max_tokens: tokens to keep in all, shared ones counted once; 0 keeps nothing.
+        block_size: tokens of a block; shorter ends are not kept.
     """
 
     def __init__(self, max_tokens: int, block_size: int = 16) -> None:
         self.max_tokens, self.block_size = max_tokens, block_size
-        self.num_tokens = 0
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._by_block: dict[int, _Entry] = {}
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._free: list[int] = []
+        self._slots = 0
+        self._pools: list[torch.Tensor] = []  # keys and values of each layer, `[slots, H, block, D]`
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are kept."""
+        return len(self._blocks) * self.block_size
 
     def blocks(self, tokens: Sequence[int]) -> list[int]:
-        """One key for each whole block, which stands for all tokens up to that block's end."""
-        keys: list[int] = []
+        """The key of each whole block, which depends on all tokens up to that block's end."""
+        return [key for key, _, _ in self._walk(tokens)]
+
+    def _walk(self, tokens: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         key = 0
         for end in range(self.block_size, len(tokens) + 1, self.block_size):
-            key = hash((key, tuple(tokens[end - self.block_size : end])))
-            keys.append(key)
-        return keys
+            parent, chunk = key, tuple(tokens[end - self.block_size : end])
+            key = hash((parent, chunk))
+            yield key, parent, chunk
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, list[States]]:
-        """How many first tokens are stored, and the states that begin with them (empty when none are)."""
-        if not self._entries:
-            return 0, []
-        for index, key in reversed(list(enumerate(self.blocks(tokens)))):
-            entry = self._by_block.get(key)
-            length = (index + 1) * self.block_size
-            if entry is not None and entry.tokens[:length] == tuple(tokens[:length]):
-                self._entries.move_to_end(id(entry))
-                return length, entry.states
-        return 0, []
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """Slots of the blocks that are kept of the beginning of `tokens`; these are now the last to go."""
+        found: list[tuple[int, int]] = []
+        for key, parent, chunk in self._walk(tokens):
+            block = self._blocks.get(key)
+            if block is None or block.parent != parent or block.tokens != chunk:  # another block with this hash
+                break
+            found.append((key, block.slot))
+        for key, _ in reversed(found):  # the first block last
+            self._blocks.move_to_end(key)
+        return [slot for _, slot in found]
 
-    def add(self, tokens: Sequence[int], states: list[States]) -> None:
-        """Keep a row; stored rows that are a beginning of it are dropped."""
-        if len(tokens) < self.block_size or len(tokens) > self.max_tokens:
+    def length(self, tokens: Sequence[int]) -> int:
+        """How many tokens of the beginning are kept."""
+        return len(self.find(tokens)) * self.block_size
+
+    def copy_in(self, cache: BatchCache, row: int, start: int, slots: Sequence[int], length: int) -> None:
+        """Put the first `length` tokens of blocks that `find` gave at `start` of a row."""
+        used = torch.tensor(slots[: -(-length // self.block_size)], device=self._pools[0].device)
+        for pool, target in zip(self._pools, cache.read(row, start, start + length), strict=True):
+            target.copy_(pool[used].transpose(0, 1).flatten(1, 2)[:, :length])
+
+    def add(self, tokens: Sequence[int], cache: BatchCache, row: int, start: int) -> None:
+        """Keep the whole blocks of a row that begins at `start` of the cache, those that are not kept yet."""
+        if len(tokens) > self.max_tokens:
             return
-        entry = _Entry(tokens=tuple(tokens), blocks=self.blocks(tokens), states=states)
-        for key in entry.blocks:
-            older = self._by_block.get(key)
-            if older is not None and entry.tokens[: len(older.tokens)] == older.tokens:
-                self._remove(older)
-            self._by_block[key] = entry
-        self._entries[id(entry)] = entry
-        self.num_tokens += len(tokens)
-        while self.num_tokens > self.max_tokens:
-            self._remove(next(iter(self._entries.values())))
+        known = len(self.find(tokens))
+        # No key is there already, but for one of other tokens with the same hash, which stays.
+        new = list(takewhile(lambda block: block[0] not in self._blocks, islice(self._walk(tokens), known, None)))
+        if not new:
+            return
+        used = torch.tensor([self._take() for _ in new], device=next(cache.read(row, 0, 0)).device)
+        for (key, parent, chunk), slot in zip(reversed(new), reversed(used.tolist()), strict=True):
+            self._blocks[key] = _Block(chunk, parent, slot)
+        self.find(tokens[: known * self.block_size])
+        begin, end = start + known * self.block_size, start + (known + len(new)) * self.block_size
+        for number, source in enumerate(cache.read(row, begin, end)):
+            blocks = source.unflatten(1, (len(new), self.block_size)).transpose(0, 1)
+            self._pool(number, blocks)[used] = blocks
+
+    def _take(self) -> int:
+        """A free slot, of the least recently used block where all are taken."""
+        if self._free:
+            return self._free.pop()
+        if (self._slots + 1) * self.block_size > self.max_tokens:
+            return self._blocks.popitem(last=False)[1].slot
+        self._slots += 1
+        return self._slots - 1
+
+    def _pool(self, number: int, like: torch.Tensor) -> torch.Tensor:
+        """The pool of one layer's keys or values, with room for all slots."""
+        if number == len(self._pools):
+            self._pools.append(like.new_empty((0, *like.shape[1:])))
+        pool = self._pools[number]
+        if len(pool) < self._slots:
+            larger = like.new_empty((max(self._slots, 2 * len(pool)), *like.shape[1:]))
+            larger[: len(pool)] = pool
+            pool = self._pools[number] = larger
+        return pool
 
     def clear(self) -> None:
         """Forget everything: the weights have changed."""
-        self._entries.clear()
-        self._by_block.clear()
-        self.num_tokens = 0
-
-    def _remove(self, entry: _Entry) -> None:
-        if self._entries.pop(id(entry), None) is None:
-            return
-        self.num_tokens -= len(entry.tokens)
-        for key in entry.blocks:
-            if self._by_block.get(key) is entry:
-                del self._by_block[key]
+        self._free = list(range(self._slots))
+        self._blocks.clear()

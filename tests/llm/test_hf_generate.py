@@ -108,10 +108,11 @@ def test_later_turns_reuse_kept_prefixes_and_give_the_same(
         outputs = keeping.generate(turn, max_tokens=[8] * 6, ignore_eos=True)
         expected = HFGenerator(model, tokenizer).generate(turn, max_tokens=[8] * 6, ignore_eos=True)
         assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
-        assert all(keeping.prefixes.find([*turn[row], *outputs[row].token_ids])[0] >= 16 for row in range(6))
+        kept = [[*turn[row], *outputs[row].token_ids[:-1]] for row in range(6)]
+        assert [keeping.prefixes.length(ids) for ids in kept] == [len(ids) // 16 * 16 for ids in kept]
         new = prompts(6, seed=observation, low=observation, high=observation + 1)
         turn = [[*turn[row], *outputs[row].token_ids, *new[row]] for row in range(6)]
-    assert keeping.prefixes.num_tokens == sum(len(e.tokens) for e in keeping.prefixes._entries.values())
+    assert keeping.prefixes.num_tokens == sum(len(ids) // 16 * 16 for ids in kept)
 
 
 def test_a_beginning_shared_by_many_prompts_is_computed_once(
@@ -137,6 +138,27 @@ def test_a_beginning_shared_by_many_prompts_is_computed_once(
         list(HFGenerator(model, tokenizer).generate([prompt], max_tokens=[4], ignore_eos=True)[0].token_ids)
         for prompt in batch
     ]
+
+
+def test_beginnings_within_shared_beginnings_are_computed_once_too(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, *branches = (prompts(1, seed=seed, low=64, high=65)[0] for seed in (11, 12, 13))
+    tails = prompts(6, seed=14, low=8, high=9)
+    batch = [[*root, *branches[number % 2], *tail] for number, tail in enumerate(tails)]
+    expected = [greedy_by_definition(model, ids, 1) for ids in batch]
+    computed: list[int] = []
+    forward = model.forward
+
+    def counting(*args: object, **kwargs: object) -> object:
+        computed.append(kwargs["input_ids"].numel())  # type: ignore[attr-defined]
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting)
+    outputs = HFGenerator(model, tokenizer, prefix_cache_tokens=10_000).generate(batch, max_tokens=[1] * 6)
+    assert computed == [64, 2 * 64, 6 * 8]
+    assert [output.cached_tokens for output in outputs] == [128] * 6
+    assert [list(output.token_ids) for output in outputs] == expected
 
 
 def test_sampled_rows_depend_on_their_own_seed_only(
