@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+_KERNEL_SIZE = 256
+"""Largest head; the kernel wants a multiple of 8."""
 _KERNEL_CAPABILITY = (8, 0)
 """NVIDIA's Ampere, the oldest that torch's flash attention was written for."""
 
@@ -38,7 +40,8 @@ def attend(
         longest: tokens of the longest text.
         lengths: tokens of each text, where they are known on the host; read from `ends` otherwise.
     """
-    if dropout == 0 and has_kernel(query_1HTK.device, query_1HTK.dtype):
+    size = query_1HTK.shape[-1]
+    if dropout == 0 and size % 8 == 0 and size <= _KERNEL_SIZE and has_kernel(query_1HTK.device, query_1HTK.dtype):
         return _varlen(query_1HTK, key_1GTK, value_1GTK, ends, longest, scale, causal)
     parts = []
     for start, count, length in _runs(ends.diff().tolist() if lengths is None else lengths):
