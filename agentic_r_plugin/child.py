@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -45,21 +46,52 @@ def run_command(name: str, config: Any, *, processes: int = 1) -> None:
         AgenticRError: the command raised it.
         TrainingError: it ended without a word of ours; what it printed stands on stderr.
     """
+    with _started(name, config, processes) as wait:
+        wait()
+
+
+def run_side_by_side(name: str, configs: Sequence[Any]) -> None:
+    """`agentic-r NAME --resume` with each configuration at the same time; the processor's cores are shared out.
+
+    Raises:
+        AgenticRError: as `run_command`, of the first that failed; the others have ended by then.
+    """
+    shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(configs))), "TQDM_DISABLE": "1"}
+    failed: AgenticRError | None = None
+    with ExitStack() as stack:
+        for wait in [stack.enter_context(_started(name, config, 1, shared)) for config in configs]:
+            try:
+                wait()
+            except AgenticRError as error:
+                failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+@contextmanager
+def _started(
+    name: str, config: Any, processes: int, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Callable[[], None]]:
+    """A command as a process; yields what waits for its end and raises its fault. It has ended when the block ends."""
     with tempfile.TemporaryDirectory(prefix="agentic-r-") as folder:
         settings, fault = Path(folder) / "config.yaml", Path(folder) / "fault.json"
         save_config(config, settings)
         arguments = [str(os.getpid()), str(processes), name, str(settings), str(fault)]
         command = [sys.executable, "-m", __name__, *arguments]
-        child = subprocess.Popen(command, start_new_session=True)
-        try:
+        child = subprocess.Popen(command, start_new_session=True, env={**os.environ, **variables})
+
+        def wait() -> None:
             code = child.wait()
+            if fault.is_file():
+                said = read_json(fault)
+                raise _fault_of(said["type"])(said["message"])
+            if code:
+                raise TrainingError(f"{name} ended with code {code}; what it printed stands above")
+
+        try:
+            yield wait
         finally:
             end(child)
-        if fault.is_file():
-            said = read_json(fault)
-            raise _fault_of(said["type"])(said["message"])
-        if code:
-            raise TrainingError(f"{name} ended with code {code}; what it printed stands above")
 
 
 def _fault_of(name: str) -> type[AgenticRError]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import deciding, load_config, save_config, to_dict
+from agentic_r_plugin.child import run_side_by_side
+from agentic_r_plugin.config import FREE, deciding, load_config, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
@@ -89,6 +90,10 @@ class EvaluateConfig:
         },
     )
     cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})
+    processes: int = field(
+        default=1, metadata={"help": "evaluate cells in N processes at a time, for small models on a CPU", **FREE}
+    )
+    tables: bool = field(default=True, metadata={"help": "write the matrix and its tables", **FREE})
     split: str = field(default="test", metadata={"help": "split of every benchmark"})
     splits: dict[str, str] = field(default_factory=dict, metadata={"help": "benchmark -> split, where it differs"})
     first: int | None = field(default=None, metadata={"help": "only the first N questions"})
@@ -122,6 +127,8 @@ class EvaluateConfig:
             if agent not in self.agents:
                 raise ConfigError(f"per_agent: {agent!r} is not among the agents {', '.join(self.agents)}")
             _llm_spec(self, agent)
+        if self.processes < 1:
+            raise ConfigError(f"processes: expected at least 1, found {self.processes}")
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
@@ -159,9 +166,24 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
     _require_same_services([cell for cell in cells if cell.name in done], done, out)
     out.mkdir(parents=True, exist_ok=True)
-    save_config(config, out / "config.yaml")
-    _run_missing(config, [cell for cell in cells if cell.name not in done], done, out)
-    write_matrix(config, [done[cell.name] for cell in cells], out)
+    missing = [cell for cell in cells if cell.name not in done]
+    if config.tables:
+        save_config(config, out / "config.yaml")
+    if config.processes > 1 and len(missing) > 1:
+        _run_side_by_side(config, missing)
+        done |= {cell.name: read_json(out / cell.name / "result.json") for cell in missing}
+    else:
+        _run_missing(config, missing, done, out)
+    if config.tables:
+        write_matrix(config, [done[cell.name] for cell in cells], out)
+
+
+def _run_side_by_side(config: EvaluateConfig, missing: Sequence[Cell]) -> None:
+    """Deal the cells out to processes; neighbours, which share an agent, go to the same one."""
+    pairs = list(dict.fromkeys(f"{cell.agent}:{cell.retriever}" for cell in missing))
+    size = -(-len(pairs) // config.processes)
+    shares = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    run_side_by_side("evaluate", [replace(config, cells=share, processes=1, tables=False) for share in shares])
 
 
 def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> None:

@@ -85,6 +85,19 @@ def config(tmp_path: Path, agent: Path, **extra: Any) -> EvaluateConfig:
     return load_config(EvaluateConfig, values=values | extra)
 
 
+def test_cells_in_processes_of_their_own_come_out_as_those_of_one(tmp_path: Path, tiny_agent: Path) -> None:
+    corpus = f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"
+    two = {"searches": {"bm25": corpus, "again": corpus}, "first": 3}
+    run(config(tmp_path, tiny_agent, **two, out=str(tmp_path / "one")))
+    run(config(tmp_path, tiny_agent, **two, processes=2))
+    one, out = tmp_path / "one", tmp_path / "out"
+    for name in ("tiny-bm25-toy", "tiny-again-toy"):
+        assert (out / name / "per_question.jsonl").read_bytes() == (one / name / "per_question.jsonl").read_bytes()
+    assert (out / "matrix.md").read_bytes() == (one / "matrix.md").read_bytes()
+    with pytest.raises(ConfigError, match="toy"):
+        run(config(tmp_path, tiny_agent, **two, out=str(tmp_path / "bad"), processes=2, split="nowhere"))
+
+
 def test_the_command_writes_cells_and_matrix_with_all_they_were_made_from(
     tmp_path: Path, tiny_agent: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
