@@ -25,15 +25,22 @@ lint: install
 
 install: .venv/installed
 
-# torch first, and from the index of CPU builds: on Linux, PyPI's own brings several gigabytes of CUDA. An index that cannot
-# be reached is passed over with warnings; TORCH_INDEX= asks PyPI alone.
+# torch first, and from the index of CPU builds: on Linux, PyPI's own brings several gigabytes of CUDA. The index is asked
+# once; where it cannot be reached pip is not told of it. TORCH_INDEX= asks PyPI alone.
 .venv/installed: pyproject.toml Makefile
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --retries 1 --timeout 15 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[cpu,quickstart,test]"
-	$(BIN)/pip check
-	touch $@
+	@echo "Installing into .venv/: 3 GB on disk, 2 to 4 minutes, once."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --upgrade pip
+	@echo "[1/3] PyTorch (200 MB)"
+	@index="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"; \
+	if [ -n "$$index" ] && ! $(BIN)/python -c "import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=10)" 2>/dev/null; then \
+		echo "      $(TORCH_INDEX) cannot be reached: PyTorch comes from pip's own index"; index=; fi; \
+	$(BIN)/pip install --quiet $$index "$(TORCH)"
+	@echo "[2/3] verl, Ray, FlashRAG, Transformers and their dependencies (700 MB; the longest part)"
+	@$(BIN)/pip install --quiet -e ".[cpu,quickstart,test]"
+	@echo "[3/3] checking"
+	@$(BIN)/pip check
+	@touch $@
 
 # vLLM on the CPU, in an environment of its own (4.2 GB): it asks for CUDA builds that the other one must not have.
 test-vllm: .venv-vllm/installed

@@ -45,6 +45,7 @@ from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
+from agentic_r_plugin.duration import duration, scaled
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.benchmarks import split_file
@@ -127,6 +128,13 @@ class IterateConfig:
     train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
     evaluate: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
     report: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    expected_seconds: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "iteration -> phase -> seconds on some machine, from which what is left is told",
+            **FREE,
+        },
+    )
     plan: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "assumptions of the forecast (PlanConfig)", **FREE}
     )
@@ -366,7 +374,7 @@ class Loop:
         """Do a phase unless it is done; its line in costs.jsonl is written last."""
         if (iteration, name) in self._done:
             return
-        print(f"[iteration {iteration}] {name}", file=sys.stderr, flush=True)
+        print(f"[iteration {iteration}] {name}{self._estimate(iteration, name)}", file=sys.stderr, flush=True)
         with self._timed(iteration, name) as seconds:
             work()
             give_back_memory()
@@ -376,6 +384,20 @@ class Loop:
             stream.write(dump_line(line))
         self._done[iteration, name] = line
         (self.folder / _ATTEMPT).unlink(missing_ok=True)
+
+    def _estimate(self, iteration: int, name: str) -> str:
+        """How long a phase and the rest of the loop will take here, as far as `expected_seconds` tells."""
+        of_all = self.config.expected_seconds
+        expected = {
+            (int(number), phase): float(seconds)
+            for number, phases in of_all.items()
+            for phase, seconds in phases.items()
+        }
+        took = {phase: float(line["seconds"]) for phase, line in self._done.items()}
+        left = scaled(expected, took)
+        if (iteration, name) not in left:
+            return ""
+        return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in all"
 
     @contextmanager
     def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -329,3 +330,12 @@ def test_a_wrong_setting_is_found_before_anything_runs(tmp_path, override, messa
     with pytest.raises(ConfigError, match=message):
         Loop(load_config(IterateConfig, RECIPE, [f"out={out}", f"agent={tmp_path}", override])).check()
     assert not out.exists()
+
+
+def test_what_a_phase_and_the_rest_take_here_is_told_from_the_pace_of_the_phases_before(tmp_path):
+    expected = {"0": {"world": 1, "index": 20}, "1": {"train-agent": 60, "evaluate": 30}}
+    loop = Loop(replace(composed(tmp_path).config, expected_seconds=expected))
+    assert loop._estimate(0, "index") == ": about 20 s; 1 min 51 s left in all"
+    loop._done = {(0, "world"): {"seconds": 2.0}, (0, "index"): {"seconds": 40.0}}
+    assert loop._estimate(1, "train-agent") == ": about 2 min; 3 min left in all"
+    assert loop._estimate(2, "groups") == ""

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +37,7 @@ from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
 from agentic_r_plugin.config import deciding, fingerprint, free_settings, save_config
+from agentic_r_plugin.duration import duration
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
 from agentic_r_plugin.store import only_writer, read_json, require_absent, write_json
 
@@ -165,22 +168,26 @@ def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[b
     """Print a line for each new step until the process ends."""
     log = StepLog(run_dir / "metrics.jsonl")
     shown = max((record["step"] for record in log.read()), default=-1)
+    took: list[float] = []
     while True:
         ended = process.poll() is not None
         for record in log.read():
             if record["step"] > shown:
                 shown = record["step"]
-                print(progress_line(record, config.steps), file=sys.stderr, flush=True)
+                took += [record["timing_s/step"]] if record.get("timing_s/step") else []
+                print(progress_line(record, config.steps, took), file=sys.stderr, flush=True)
         if ended:
             return
         time.sleep(0.5)
 
 
-def progress_line(record: dict[str, Any], steps: int) -> str:
-    """One step in words.
+def progress_line(record: dict[str, Any], steps: int, took: Sequence[float] = ()) -> str:
+    """One step in words; with the seconds that steps took so far, also what is left.
 
     >>> progress_line({"step": 2, "agentic_r/em": 0.25, "agentic_r/search_turns": 1.5, "timing_s/step": 8.04}, 10)
     'step 2/10  EM 0.250  searches 1.50  8.0 s'
+    >>> progress_line({"step": 4, "timing_s/step": 30.0}, 10, [20.0, 30.0])
+    'step 4/10  30.0 s  about 2 min 30 s left'
     """
     named = (("EM", "agentic_r/em", ".3f"), ("searches", "agentic_r/search_turns", ".2f"))
     parts = [f"step {record['step']}/{steps}"]
@@ -190,6 +197,8 @@ def progress_line(record: dict[str, Any], steps: int) -> str:
         parts.append(f"validation EM {record[validated]:.3f}")
     if record.get("timing_s/step") is not None:
         parts.append(f"{record['timing_s/step']:.1f} s")
+    if took and record["step"] < steps:
+        parts.append(f"about {duration((steps - record['step']) * statistics.fmean(took))} left")
     return "  ".join(parts)
 
 
