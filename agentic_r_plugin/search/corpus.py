@@ -1,23 +1,26 @@
 """A corpus, read where it lies: no text is held in memory, only where each passage starts.
 
-JSON Lines are read in place, one passage at a time; gzipped and Parquet corpora are unpacked once into an unnamed
-temporary file, which vanishes with the process. What reading a corpus from end to end finds out (where passages start,
+JSON Lines are read in place, one passage at a time; corpora of other forms are unpacked once into an unnamed temporary
+file, which vanishes with the process. What reading a corpus from end to end finds out (where passages start,
 hashes of ids, the fingerprint) can be saved beside an index and is then mapped instead of found out again.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
-import shutil
 import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +41,10 @@ from agentic_r_plugin.store import (
 TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
 """Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tsv", ".tsv.gz")
 """How the names of corpora end."""
+
+_PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 
 _BLOCK = 3 * 65_536
 """Numbers that are written at once while a corpus is read."""
@@ -53,8 +58,9 @@ class Corpus:
     Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table.
 
     Args:
-        path: `.jsonl`, `.jsonl.gz` or `.parquet`, or a link to one, with the fields that `forms.passage_fields` reads:
-            `id` and `contents`, or title and text as Search-R1, BEIR and Tevatron have them. Others are left out.
+        path: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields that
+            `forms.passage_fields` reads: `id` and `contents`, or title and text as Search-R1, BEIR and Tevatron have
+            them. Others are left out. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO.
         table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored. None or "":
             none.
 
@@ -241,8 +247,7 @@ def count_lines(path: Path) -> int:
         import pyarrow.parquet
 
         return int(pyarrow.parquet.read_metadata(path).num_rows)
-    with gzip.open(path, "rb") if named.suffix == ".gz" else path.open("rb") as stream:
-        return sum(1 for _ in stream)
+    return sum(block.count(b"\n") for block in _blocks(named))
 
 
 def _named_by_form(path: Path) -> Path:
@@ -252,7 +257,7 @@ def _named_by_form(path: Path) -> Path:
 
 
 def _is_packed(path: Path) -> bool:
-    return path.suffix in (".gz", ".parquet")
+    return path.suffix in (".gz", ".zst", ".parquet", ".tsv")
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -291,17 +296,79 @@ def _plain_lines(path: Path) -> IO[bytes]:
         if path.suffix == ".parquet":
             for _, row in read_lines(path, columns=_columns(path)):
                 stream.write(dump_line(row))
+        elif ".tsv" in path.suffixes:
+            stream.writelines(_tsv_lines(path))
         else:
-            with gzip.open(path, "rb") as packed:
-                shutil.copyfileobj(packed, stream, 1 << 20)
+            stream.writelines(_blocks(path))
         stream.flush()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        stream.close()
-        raise RecordError(f"not a whole gzip file: {error}", path=path) from error
     except BaseException:
         stream.close()
         raise
     return stream
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """A file's unpacked bytes, by the megabyte.
+
+    Raises:
+        RecordError: it is cut off or broken.
+    """
+    with _opened(path) as stream:
+        while True:
+            try:
+                block = stream.read(1 << 20)
+            except (OSError, EOFError, zlib.error) as error:
+                raise RecordError(
+                    f"not a whole {_PACKINGS.get(path.suffix, 'corpus')} file: {error}", path=path
+                ) from error
+            if not block:
+                return
+            yield block
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked."""
+    if path.suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression="zstd") as unpacked:
+            yield cast(IO[bytes], unpacked)
+    else:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            yield cast(IO[bytes], stream)
+
+
+def _tsv_lines(path: Path) -> Iterator[bytes]:
+    """JSON lines of DPR's passages (a header with `id`, `text`, `title`; quoted) or MS MARCO's (id, text; as it is).
+
+    Raises:
+        RecordError: a line with other fields, or no UTF-8; file and line.
+    """
+    number = 1
+    try:
+        with _opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="\n") as text:
+            first = text.readline()
+            names = first.rstrip("\r\n").split("\t")
+            if not {"id", "text"} <= set(names):
+                for number, line in enumerate(chain([first], text), start=1):
+                    identifier, tab, passage = line.rstrip("\r\n").partition("\t")
+                    if line.strip() and not tab:
+                        raise RecordError("expected an id, a tab and a text", path=path, line=number)
+                    yield dump_line({"id": identifier, "text": passage}) if tab else b"\n"
+                return
+            yield b"\n"  # in place of the header, so that line numbers are the file's
+            csv.field_size_limit(1 << 30)
+            rows = csv.reader(text, delimiter="\t")
+            for row in rows:
+                number = rows.line_num + 1
+                if row and len(row) != len(names):
+                    raise RecordError(f"expected {len(names)} fields, found {len(row)}", path=path, line=number)
+                yield dump_line(dict(zip(names, row, strict=True))) if row else b"\n"
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"expected tab-separated UTF-8: {error}", path=path, line=number + 1) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"not a whole gzip file: {error}", path=path) from error
 
 
 def _columns(path: Path) -> list[str]:

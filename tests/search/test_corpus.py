@@ -13,7 +13,7 @@ import pytest
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Passage, text_id
-from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.corpus import Corpus, count_lines
 
 ROWS = [
     {"id": "a", "contents": '"Ann"\nfirst\nsecond'},
@@ -170,3 +170,39 @@ def test_a_passage_without_title_or_text_keeps_its_row(tmp_path):
     with Corpus(file) as corpus:
         found = [(passage.id, passage.title, passage.text) for passage in corpus]
     assert found == [("1", "", "x"), ("2", "1984", "y"), ("3", "T", ""), ("4", "", ""), ("5", "two lines", "z")]
+
+
+DPR = 'id\ttext\ttitle\n1\t"He said ""go"".\u2028Then\tleft."\t"Ann ""A"" B"\n2\tplain\tBob\n'
+MARCO = '1\t"Quoted" start\n2\tplain\ttab\n'
+
+
+@pytest.mark.parametrize("name", ["psgs.tsv", "psgs.tsv.gz"])
+def test_passages_of_dpr_and_ms_marco_are_read(tmp_path, name):
+    def found(text):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+        with Corpus(tmp_path / name) as corpus:
+            return [(passage.id, passage.title, passage.text) for passage in corpus]
+
+    assert found(DPR) == [("1", 'Ann "A" B', 'He said "go".\u2028Then\tleft.'), ("2", "Bob", "plain")]
+    assert found(MARCO) == [("1", "", '"Quoted" start'), ("2", "", "plain\ttab")]
+    assert found(MARCO.replace("\n", "\r\n")) == found(MARCO)
+    for text, message in (
+        (DPR + "3\tx\n", ":4: expected 3 fields, found 2"),
+        (MARCO + "3\n", ":3: expected an id, a tab"),
+        (DPR + "1\tx\ty\n", ":4: duplicate passage id '1', first at line 2"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            found(text)
+
+
+def test_a_corpus_packed_with_zstandard_is_read_and_a_cut_one_refused(tmp_path):
+    plain = write_jsonl(tmp_path / "c.jsonl", ROWS)
+    packed = tmp_path / "c.jsonl.zst"
+    packed.write_bytes(pyarrow.Codec("zstd").compress(plain.read_bytes(), asbytes=True))
+    assert Corpus(packed).fingerprint() == Corpus(plain).fingerprint()
+    (tmp_path / "link.jsonl").symlink_to(packed)
+    assert len(Corpus(tmp_path / "link.jsonl")) == 3 == count_lines(packed)
+    for broken in (b"no zstandard", packed.read_bytes()[:-9]):
+        packed.write_bytes(broken)
+        with pytest.raises(RecordError, match=r"c\.jsonl\.zst: not a whole zstd file"):
+            Corpus(packed)
