@@ -125,12 +125,10 @@ def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
 
 def _replicated(spec: LLMSpec) -> LLMBackend:
     """The engines of `spec`, each with as many accelerators as it splits a model over; none where there are none."""
-    import torch
-
     from agentic_r_plugin.llm.replicas import ReplicatedBackend
 
     one = replace(with_absolute_paths(spec), replicas=1)
-    gpus = int(spec.options.get("tensor_parallel_size", 1)) if torch.cuda.is_available() else 0
+    gpus = 0 if spec.device == "cpu" else int(spec.options.get("tensor_parallel_size", 1))
     return ReplicatedBackend(partial(_build, "llm_backend", spec.backend, one), spec.replicas, gpus)
 
 

@@ -65,7 +65,7 @@ class ReplicatedBackend:
 
     Args:
         build: opens the backend; pickled, so it must be importable where the actors run.
-        gpus: accelerators that Ray reserves for each engine.
+        gpus: accelerators that Ray reserves for each engine, where the cluster has any.
 
     Raises:
         ConfigError: the cluster has fewer accelerators, the engines cannot be opened, or hold different models.
@@ -78,6 +78,7 @@ class ReplicatedBackend:
         self._actors: list[Any] = []
         self._ours = ray_cluster.enter(os.environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS")
         try:
+            gpus = gpus if ray.cluster_resources().get("GPU") else 0
             ray_cluster.require(replicas, cpus=0, gpus=gpus, names="llm.replicas")
             actor = ray.remote(Replica).options(  # type: ignore[attr-defined]
                 num_cpus=0, num_gpus=gpus, max_restarts=_MAX_RESTARTS, max_task_retries=_MAX_RESTARTS
