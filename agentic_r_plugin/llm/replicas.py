@@ -16,6 +16,7 @@ from typing import Any
 from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage
+from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
 
 _MAX_RESTARTS = 3
@@ -95,13 +96,13 @@ class ReplicatedBackend:
             self.close()
             raise
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
         """See `LLMBackend.generate`."""
         return self._deal("generate", requests, sampling)
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[str | RequestRefusedError]:
+    ) -> list[Reply | RequestRefusedError]:
         """See `ChatBackend.chat`."""
         return self._deal("chat", prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
