@@ -142,6 +142,8 @@ class SearchAgentLoop(AgentLoopBase):
             names.keep_stop: True,
             "max_tokens": session.budget,
         }
+        if names is _VLLM:
+            params["skip_special_tokens"] = False  # a stop string may be made of them
         if self.seed is not None and "global_steps" in fields:
             params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
         return params

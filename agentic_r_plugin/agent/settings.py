@@ -82,6 +82,10 @@ class TrainAgentConfig:
     mode: str = _help("verl's trainer: sync, colocate_async or separate_async", default="sync")
     steps: int = _help("PPO steps in all", default=500)
     seed: int = _help("of the data order, all draws, the sampling and the workers", default=0)
+    sampling_seed: int | None = _help(
+        "of the rollouts; -1: as seed; null: none, which vLLM samples faster, and a step done again draws anew",
+        default=-1,
+    )
     batch_size: int = _help("questions a step", default=512)
     samples: int = _help("trajectories a question", default=1)
     mini_batch_size: int = _help("questions an update", default=256)

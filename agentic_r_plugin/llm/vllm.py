@@ -20,6 +20,9 @@ from agentic_r_plugin.llm.reply import Reply
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
 
+_ENGINE_ERRORS = frozenset({"EngineDeadError", "EngineGenerateError"})
+"""vLLM's exceptions of a failed engine; they derive from `Exception` alone, and their module moves."""
+
 _OWN = {"model", "tokenizer", "dtype", "enable_prefix_caching"}
 """Engine arguments that have a setting of their own."""
 
@@ -36,6 +39,7 @@ class VLLMBackend:
 
     Raises:
         ConfigError: vllm is not installed, or the engine refuses its arguments.
+        BackendError: the engine did not start.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,12 @@ class VLLMBackend:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"vllm.LLM({model!r}): {error}") from error
+        except RuntimeError as error:  # whatever fails in the engine's own process
+            raise BackendError(
+                f"vllm.LLM({model!r}): the engine did not start: {error}; what failed stands above, in the engine's "
+                "own output. Too little memory: end other processes on the accelerator, lower "
+                "llm.options.gpu_memory_utilization or .max_model_len, or raise .tensor_parallel_size"
+            ) from error
         self.codec = TokenizerCodec(self._engine.get_tokenizer(), chat_template_kwargs)
         self.usage = Usage()
 
@@ -98,8 +108,13 @@ class VLLMBackend:
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         try:
             outputs = self._engine.generate(prompts, params, use_tqdm=False)
-        except (RuntimeError, ValueError) as error:
-            raise BackendError(f"vllm, {self.model}: {error}") from error
+        except Exception as error:
+            if not isinstance(error, RuntimeError | ValueError) and type(error).__name__ not in _ENGINE_ERRORS:
+                raise
+            raise BackendError(
+                f"vllm, {self.model}: {type(error).__name__}: {error}; where the engine died, its own output says why, "
+                "and --resume goes on with what is finished"
+            ) from error
         if len(outputs) != len(requests):
             raise BackendError(f"vllm, {self.model}: {len(requests)} prompts, {len(outputs)} outputs")
         completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]

@@ -158,6 +158,15 @@ def test_rows_of_search_r1_can_be_trained_on_as_they_are(tokenizer: Any, service
     assert (output.extra_fields["em"], output.extra_fields["answer"]) == (1, "Arn")
 
 
+def test_without_a_sampling_seed_the_engine_draws_freely_and_vllm_keeps_special_tokens(
+    tokenizer: Any, service: Service
+) -> None:
+    engine = Engine(turns=[tokenizer.encode("<answer> Bel </answer>")])
+    run(tokenizer, engine, service.url, seed=None)
+    (asked,) = engine.asked
+    assert "seed" not in asked and asked["skip_special_tokens"] is False
+
+
 def test_sglang_is_asked_in_its_own_words(tokenizer: Any, service: Service) -> None:
     engine = Engine(turns=[tokenizer.encode("<answer> Bel </answer>")])
     engine.name = "sglang"

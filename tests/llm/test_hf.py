@@ -78,6 +78,7 @@ def test_a_chat_reply_is_the_decoded_continuation(backend: HFBackend):
     (reply,) = backend.chat(["the quick"], max_tokens=6)
     (done,) = backend.generate(requests(backend, "the quick", max_tokens=6), Sampling())
     assert reply == backend.codec.tokenizer.decode(list(done.token_ids), skip_special_tokens=True)
+    assert reply.cut and done.cut, "it was stopped at its six tokens"
 
 
 def test_the_fingerprint_follows_weights_and_tokenizer(backend: HFBackend, checkpoint: Path, tmp_path: Path):

@@ -137,6 +137,30 @@ def test_what_goes_wrong_is_named():
         VLLMBackend("")
 
 
+class EngineDeadError(Exception):
+    """As vLLM's: no RuntimeError."""
+
+
+@pytest.mark.usefixtures("vllm")
+def test_an_engine_that_does_not_start_or_dies_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch):
+    def raising(error: Exception):
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return fail
+
+    backend = VLLMBackend("m")
+    monkeypatch.setattr(backend._engine, "generate", raising(EngineDeadError("see stack trace")), raising=False)
+    with pytest.raises(BackendError, match=r"vllm, m: EngineDeadError: see stack trace; .*--resume"):
+        backend.chat(["hi"], max_tokens=5)
+    monkeypatch.setattr(backend._engine, "generate", raising(KeyError("ours")), raising=False)
+    with pytest.raises(KeyError):
+        backend.chat(["hi"], max_tokens=5)
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", raising(RuntimeError("Engine core initialization failed.")))
+    with pytest.raises(BackendError, match=r"did not start: Engine core.*llm\.options\.gpu_memory_utilization"):
+        VLLMBackend("m")
+
+
 def test_without_vllm_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"agentic-r-plugin\[vllm\].*llm\.backend=openai"):
