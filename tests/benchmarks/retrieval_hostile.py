@@ -51,7 +51,7 @@ def hostile_bodies(count: int, seed: int, *, huge: int = 30_000) -> Iterator[Hos
         return (opening * depth + middle + closing * draw.choice([0, depth]))[: huge - 1].encode()
 
     def bad_utf8() -> bytes:
-        return b'{"queries": ["' + bytes(draw.choices(range(128, 256), k=draw.randint(1, 200))) + b'"]}'
+        return b'{"queries": ["' + bytes(draw.choices(range(128, 256), k=draw.randint(1, 200))) + b'\xff"]}'
 
     def random_bytes() -> bytes:
         return bytes(draw.choices(range(256), k=draw.randint(0, 300)))
