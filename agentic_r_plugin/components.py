@@ -16,9 +16,9 @@ What the object behind a name must be depends on its kind:
 | search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
 
-A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the metadata
-`config.FREE` cannot change the result and may differ when work is resumed; every other option, also one that is not
-declared, must stay the same.
+A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the
+metadata `config.FREE` cannot change the result and may differ when work is resumed; every other option, also one that
+is not declared, must stay the same.
 """
 
 from __future__ import annotations
