@@ -39,7 +39,8 @@ FREE_OF = {
     "GroupsConfig": "out runner",
     "TrainRetrieverConfig": "out device checkpoint_steps",
     "AgenticRSettings": "batch_size",
-    "IterateConfig": "out dry_run service_startup_timeout_s report plan",
+    "EvaluateConfig": "processes tables",
+    "IterateConfig": "out dry_run service_startup_timeout_s report expected_seconds plan",
 }
 """Class -> the settings that cannot change the result; every other setting decides. A new one is added here, too."""
 
