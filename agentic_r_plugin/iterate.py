@@ -45,13 +45,13 @@ from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
-from agentic_r_plugin.duration import duration, scaled
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.memory import give_back_memory
+from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.retriever import training

@@ -37,8 +37,8 @@ from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
 from agentic_r_plugin.config import deciding, fingerprint, free_settings, save_config
-from agentic_r_plugin.duration import duration
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
+from agentic_r_plugin.progress import duration
 from agentic_r_plugin.store import only_writer, read_json, require_absent, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]

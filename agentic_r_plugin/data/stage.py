@@ -31,6 +31,7 @@ from agentic_r_plugin.config import deciding, to_dict
 from agentic_r_plugin.data import cost
 from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
+from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.storage.claim import Claim, claim
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
@@ -208,16 +209,14 @@ def _check_input(stage: Stage[Any]) -> int:
 
 def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -> None:
     """Work on all units that are not finished."""
-    from tqdm import tqdm
-
     done = table.finished(total)
     _check_errors(stage, table, total)
-    with tqdm(total=total, initial=sum(done), desc=stage.name, unit="unit", disable=None) as progress:
+    with progress(total=total, initial=sum(done), desc=stage.name, unit="unit") as shown:
         # No further batch is begun once the share of errors is certain to be too large.
         batches = takewhile(lambda _: not _too_many_errors(stage, table, total), _batches(stage, done))
         for batch, (outcomes, spent) in executor.run(batches):
             table.add(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
-            progress.update(len(outcomes))
+            shown.update(len(outcomes))
     _check_errors(stage, table, total)
     _check_refused(stage, table, total)
 

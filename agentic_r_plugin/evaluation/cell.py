@@ -32,6 +32,7 @@ from agentic_r_plugin.evaluation.retriever import AgenticRetriever
 from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, wilson_interval
 from agentic_r_plugin.llm.base import LLMBackend
+from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.claim import WORK, locked
@@ -151,13 +152,11 @@ def run_cell(
 
 
 def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable) -> None:
-    from tqdm import tqdm
-
     position = {str(item.id): place for place, item in enumerate(dataset)}
     finished = {row.key: parse_json(row.records)["output"] for row in table.rows()}
     before, since = asdict(pipeline.cost), time.monotonic()
 
-    with tqdm(total=len(dataset), initial=len(finished), desc="evaluate", unit="question", disable=None) as progress:
+    with progress(total=len(dataset), initial=len(finished), desc="evaluate", unit="question") as shown:
 
         def keep(items: Sequence[Any]) -> None:
             nonlocal before, since
@@ -166,7 +165,7 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable) -> 
             answered = [_Answered(id=str(item.id), output=item.output) for item in items]
             table.add([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
             before, since = now, clock
-            progress.update(len(items))
+            shown.update(len(items))
 
         pipeline.run(dataset, finished=finished, on_batch=keep)
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agentic_r_plugin.errors import ConfigError, TrainingError
+from agentic_r_plugin.progress import progress
 from agentic_r_plugin.retriever import dev as dev_set
 from agentic_r_plugin.retriever.adapters import Adapters
 from agentic_r_plugin.retriever.batches import Batch, Example, epoch_batches, num_batches
@@ -122,9 +122,9 @@ class Run:
         last = min(total, self.config.max_steps or total)
         every = self.config.dev_steps or per_epoch
         self.model.train()
-        with tqdm(
-            total=last, initial=self.step, desc="train-retriever", unit="step", disable=self.rank > 0
-        ) as progress:
+        with progress(
+            total=last, initial=self.step, desc="train-retriever", unit="step", shown=self.rank == 0
+        ) as shown:
             if self.step == 0:
                 self._measure(dev)
             for epoch, batch in self._remaining(examples, per_epoch, last):
@@ -132,8 +132,8 @@ class Run:
                     break
                 line = self._train_step(batch, total) | {"epoch": epoch + 1}
                 self._log(line)
-                progress.update()
-                progress.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                shown.update()
+                shown.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
                 if self.step % every == 0 or self.step == last:
                     self._measure(dev)
                 if self.step % self.config.checkpoint_steps == 0 and self.step < last:

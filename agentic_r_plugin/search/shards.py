@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.child import die_with
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
+from agentic_r_plugin.progress import progress
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import atomic_path
@@ -68,8 +68,8 @@ def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: 
     """
     starts = range(0, len(corpus), job.shard_size)
     missing = [start for start in starts if not job.path(start).is_file()]
-    with tqdm(total=len(corpus), desc="index", unit="passage", mininterval=1.0) as progress:
-        progress.update(sum(_rows(job, len(corpus), start) for start in starts) - _total(job, corpus, missing))
+    there = sum(_rows(job, len(corpus), start) for start in starts) - _total(job, corpus, missing)
+    with progress(total=len(corpus), initial=there, desc="index", unit="passage") as shown:
         if not missing:
             return
         if ray.count:
@@ -80,7 +80,7 @@ def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: 
             encoder = ShardEncoder(job, corpus, retriever)
             done = (encoder.encode(start) for start in missing)
         for start in done:
-            progress.update(_rows(job, len(corpus), start))
+            shown.update(_rows(job, len(corpus), start))
 
 
 def _rows(job: ShardJob, total: int, start: int) -> int:
