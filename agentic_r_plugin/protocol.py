@@ -153,7 +153,8 @@ class AgentProtocol:
 
     def prompt_ids(self, question: str, codec: Codec) -> list[int]:
         """Ids of the prompt."""
-        return (codec.encode_prompt if self.chat else codec.encode)(self.prompt(question))
+        plain = getattr(codec, "encode_plain_prompt", codec.encode)  # codecs of earlier versions lack it
+        return (codec.encode_prompt if self.chat else plain)(self.prompt(question))
 
     def opening(self, tag: str) -> str:
         """What opens a tag."""

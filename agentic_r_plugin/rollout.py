@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.errors import RequestRefusedError, SearchError, SearchRefusedError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError, SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
@@ -70,12 +70,19 @@ def run_sessions(
         on_search: called with each session, the passages it is shown, and those found down to `depth`.
 
     Raises:
+        ConfigError: a session may get longer than the model runs (backends that have a `max_length`).
         BackendError: the model failed.
         SearchError: the retriever failed, or refuses this depth; no session takes that for an empty result.
     """
     cost = cost if cost is not None else RolloutCost()
     cost.rollouts += len(sessions)
     waiting_to_start = deque(session for session in sessions if session.finished is None)
+    longest, limit = getattr(llm, "max_length", None), max((s.limits.max_tokens for s in waiting_to_start), default=0)
+    if longest is not None and limit > longest:
+        raise ConfigError(
+            f"limits.max_tokens={limit}: the model runs sequences of {longest} tokens at most; lower it, or use "
+            "another backend"
+        )
     active: list[Session] = []
     while waiting_to_start or active:
         active += _admitted(waiting_to_start, active, llm)

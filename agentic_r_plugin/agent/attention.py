@@ -76,19 +76,30 @@ def packed_causal(
     dropout: float = 0.0,
     scaling: float | None = None,
     position_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: `query [1, H, T, K]`, `key` and `value [1, G, T, K]` -> `[1, T, H, K]`.
 
     Raises:
-        ValueError: a batch of several rows, a mask, or a cache: only packed rows are served.
+        ValueError: a batch of several rows, a mask, or a cache (only packed rows are served); a sliding window that is
+            shorter than a trajectory, soft-capped logits (Gemma 2) or attention sinks (gpt-oss).
     """
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"{NAME} attention has no soft-capped logits and no sinks; train this model with flash-attn")
     if attention_mask is not None or position_ids is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
             f"{NAME} attention takes one packed row without mask or cache, found query {tuple(query.shape)}, "
             f"key {tuple(key.shape)}, mask {'no' if attention_mask is None else 'yes'}"
         )
     row = _row(position_ids)
+    if sliding_window is not None and max(row.lengths) > sliding_window:
+        raise ValueError(
+            f"{NAME} attention has no windows: this model's sliding_window={sliding_window} is shorter than a "
+            f"trajectory of {max(row.lengths)} tokens; lower limits.max_tokens, or train it with flash-attn"
+        )
     seen = attend(
         query, key, value, ends=row.ends, longest=max(row.lengths), lengths=row.lengths, causal=True, dropout=dropout,
         scale=scaling,

@@ -13,17 +13,24 @@ class TokenizerCodec:
 
     Args:
         tokenizer: any Hugging Face tokenizer. With a chat template the prompt becomes one user message and the
-            generation prompt is added (Search-R1 does so for base models too); without one it is plain text.
+            generation prompt is added (Search-R1 does so for base models too); without one it is plain text after what
+            the tokenizer puts before every text (Llama's and Gemma's beginning-of-sequence token).
         template_arguments: for the chat template, such as `enable_thinking`.
     """
 
     def __init__(self, tokenizer: Any, template_arguments: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.template_arguments = tokenizer, dict(template_arguments or {})
 
+    def encode_plain_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt without chat template: what the tokenizer puts before a text, then the text, and no end."""
+        plain, whole = self.encode("a"), list(self.tokenizer.encode("a"))
+        before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[:before] + self.encode(text)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of the prompt."""
         if not self.tokenizer.chat_template:
-            return self.encode(text)
+            return self.encode_plain_prompt(text)
         message = [{"role": "user", "content": text}]
         ids = self.tokenizer.apply_chat_template(
             message, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_arguments

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
@@ -80,6 +80,7 @@ class HFBackend:
             max_batch_tokens=max_batch_tokens,
             prefix_cache_tokens=prefix_cache_tokens,
         )
+        self.max_length = self._generator.attention.max_length
         self._fingerprint = checkpoint_fingerprint(self.path, tokenizer_path)
         self.usage = Usage()
         self.kept_tokens = prefix_cache_tokens or None
@@ -127,13 +128,24 @@ class HFBackend:
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> list[Reply]:
-        """The reply to each message, special tokens left out."""
+    ) -> list[Reply | RequestRefusedError]:
+        """The reply to each message, special tokens left out; see `ChatBackend.chat`."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
-        completions = self.generate(requests, Sampling(temperature=temperature, seed=seed))
-        return [self.codec.reply(done.token_ids, cut=done.cut) for done in completions]
+        fits = [len(request.prompt_ids) + max_tokens <= self.max_length for request in requests]
+        fitting = [request for request, fit in zip(requests, fits, strict=True) if fit]
+        completions = iter(self.generate(fitting, Sampling(temperature=temperature, seed=seed)))
+        replies = (self.codec.reply(done.token_ids, cut=done.cut) for done in completions)
+        return [
+            next(replies)
+            if fit
+            else RequestRefusedError(
+                f"a prompt of {len(request.prompt_ids)} tokens and a reply of {max_tokens}: {self.path} runs "
+                f"{self.max_length} at most"
+            )
+            for request, fit in zip(requests, fits, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """Hash of weights, configuration and tokenizer files, and the type that is computed in.

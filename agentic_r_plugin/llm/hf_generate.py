@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 
 from agentic_r_plugin.errors import BackendError
+from agentic_r_plugin.llm import attention
 from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore, Window
 from agentic_r_plugin.llm.sampling import StopStrings, sample
 
@@ -81,32 +82,56 @@ class HFGenerator:
     """Generates for many prompts at once. Not thread-safe.
 
     Args:
-        model: a Hugging Face causal language model with full attention in every layer, on its device.
+        model: a Hugging Face causal language model with full or sliding attention in its layers, on its device.
         tokenizer: its tokenizer; used to find stop strings.
         max_batch_tokens: rows of a batch times their longest possible length stay within this.
         prefix_cache_tokens: how many tokens' keys and values to keep between calls (0: none).
 
     Raises:
-        BackendError: the model has layers with other than full attention.
+        BackendError: the model has layers that attend in another way, or (model types that no test covers) does not
+            continue a prompt here as it does in transformers.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, max_batch_tokens: int = 32_768, prefix_cache_tokens: int = 0
     ) -> None:
         self.model, self.tokenizer, self.max_batch_tokens = model.eval(), tokenizer, max_batch_tokens
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise BackendError(
-                f"{type(model).__name__} has layers of kind {sorted(kinds)}; this generator serves models with full "
-                "attention only: use another backend"
-            )
+        self.attention = attention.inspect(model.config)
+        attention.cap_logits(model)
         self.prefixes = PrefixStore(prefix_cache_tokens)
-        self._cache = BatchCache(model.config.num_hidden_layers)
+        self._cache = BatchCache(model.config.get_text_config().num_hidden_layers)
         self.eos_ids = _eos_ids(model, tokenizer)
+        if model.config.get_text_config().model_type not in attention.TESTED:
+            self._compare()
+            self.weights_changed()
 
     def weights_changed(self) -> None:
         """Forget everything computed with the old weights."""
         self.prefixes.clear()
+
+    @torch.inference_mode()
+    def _compare(self) -> None:
+        """Raise `BackendError` unless what is drawn has the likelihood that the model's own forward pass gives it."""
+        size = self.model.get_input_embeddings().num_embeddings
+        ids = torch.randint(size, (33,), generator=torch.Generator().manual_seed(0)).tolist()
+        prompts = [ids[:24], ids[24:]]
+        kind = self.model.config.get_text_config().model_type
+        try:
+            rows = self.generate(
+                prompts, max_tokens=[6, 6], temperature=1.0, seed=0, with_logprobs=True, ignore_eos=True
+            )
+            for prompt, row in zip(prompts, rows, strict=True):
+                whole = torch.tensor([[*prompt, *row.token_ids]], device=self.model.device)
+                logits = self.model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                own = logits.float().log_softmax(-1).gather(1, whole[0, len(prompt) :, None])[:, 0].cpu()
+                error = (own - torch.tensor(row.logprobs)).abs().max().item()
+                if not error < (1e-3 if logits.dtype == torch.float32 else 0.2):
+                    raise BackendError(f"log-probabilities differ by {error:.3g}")
+        except Exception as error:
+            raise BackendError(
+                f"models of type {kind} do not run here as in transformers ({type(error).__name__}: {error}); use "
+                "another backend"
+            ) from error
 
     @torch.inference_mode()
     def generate(
@@ -133,9 +158,10 @@ class HFGenerator:
                 row draws depends on its own seed only, not on the other rows.
 
         Raises:
-            BackendError: an empty prompt, or lists of different lengths.
+            BackendError: an empty prompt, lists of different lengths, or a sequence longer than the model runs.
         """
         rows = _rows(prompts, max_tokens, seed)
+        self.attention.require(max((len(row.prompt) + row.max_tokens for row in rows), default=0))
         eos_ids = frozenset() if ignore_eos else self.eos_ids
         sampling = _Sampling(
             temperature=temperature, top_p=top_p, top_k=top_k, with_logprobs=with_logprobs, eos_ids=eos_ids,
@@ -231,7 +257,7 @@ class HFGenerator:
             self._cache.seek(Window(start=begin, position=end - 1))
             logits_BV = self.model(
                 input_ids=token_B[:, None],
-                attention_mask=self._mask(valid_BC[:, None, None, begin:end]),
+                attention_mask=self._mask(valid_BC[:, None, None, begin:end], end - 1, begin),
                 position_ids=(end - 1 - start_B)[:, None],
                 past_key_values=self._cache,
                 use_cache=True,
@@ -285,20 +311,24 @@ class HFGenerator:
         self._cache.seek(Window(row=slot, start=start, position=padded - num_new))
         return self.model(
             input_ids=ids_BR.to(device),
-            attention_mask=self._mask(allowed_BRP[:, None]),
+            attention_mask=self._mask(allowed_BRP[:, None], padded - num_new, start),
             position_ids=(query_R - start_B[:, None]).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
 
-    def _mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        """What the model's attention takes: a boolean mask for SDPA, an additive one otherwise."""
-        if self.model.config._attn_implementation == "sdpa":
-            return allowed
-        return torch.zeros(allowed.shape, dtype=self.model.dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(self.model.dtype).min
-        )
+    def _mask(self, allowed: torch.Tensor, first_query: int, first_key: int) -> Any:
+        """What the model's attention takes: a boolean mask for SDPA, an additive one otherwise; by kind of layer where
+        there are two."""
+        masks = self.attention.masks(allowed, first_query, first_key)
+        if self.model.config._attn_implementation != "sdpa":
+            lowest = torch.finfo(self.model.dtype).min
+            masks = {
+                kind: torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill(~mask, lowest)
+                for kind, mask in masks.items()
+            }
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _drop_finished(self, active: list[_Row], end: int) -> list[int]:
         """The slots that go on, in their new order; their keys and values are moved to the front."""

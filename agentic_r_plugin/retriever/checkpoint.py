@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from agentic_r_plugin.search.encoder import PRESETS, RECORD_FILE, Retriever, RetrieverRecord
+from agentic_r_plugin.search.encoder import RECORD_FILE, Retriever, RetrieverRecord
 
-__all__ = ["PRESETS", "RECORD_FILE", "Retriever", "RetrieverRecord"]
+__all__ = ["RECORD_FILE", "Retriever", "RetrieverRecord"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,19 +16,33 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import Tensor
 
 from agentic_r_plugin.attention import has_kernel
-from agentic_r_plugin.retriever.packing import NAME, first_position, is_packable, pack, set_attention_dropout
-from agentic_r_plugin.search.encoder import autocast
-
-Ids = list[int]
-"""Token ids of one text, special tokens included."""
+from agentic_r_plugin.retriever.packing import NAME, is_packable, pack, set_attention_dropout
+from agentic_r_plugin.search.encoder import Retriever, autocast
+from agentic_r_plugin.search.families import first_position
 
 
-def tokenize(model: SentenceTransformer, texts: Sequence[str], prompt: str, max_length: int) -> list[Ids]:
-    """Token ids as `model.encode(texts, prompt=prompt)` sees them, cut at `max_length`."""
+@dataclass(frozen=True)
+class Tokens:
+    """One text as the model is given it."""
+
+    ids: Sequence[int]
+    """Token ids, prefix and special tokens included."""
+    prompt_length: int = 0
+    """First tokens that pooling leaves out, where the model's pooling does so (`include_prompt: false`)."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def tokenize(retriever: Retriever, texts: Sequence[str], kind: str) -> list[Tokens]:
+    """Texts of a kind (`query` or `passage`) as the retriever itself tokenises them, padding left out."""
     if not texts:
         return []
-    found = model.tokenizer([prompt + text for text in texts], truncation=True, max_length=max_length)
-    return [list(ids) for ids in found["input_ids"]]
+    features = retriever.features(list(texts), kind)
+    includes = all(module.include_prompt for module in retriever.model if isinstance(module, Pooling))
+    skipped = 0 if includes else int(features.get("prompt_length") or 0)
+    rows = zip(features["input_ids"], features["attention_mask"].bool(), strict=True)
+    return [Tokens(ids[mask].tolist(), skipped) for ids, mask in rows]
 
 
 class TextEncoder:
@@ -65,39 +80,52 @@ class TextEncoder:
         if self.packs:
             self._transformer.model.set_attn_implementation("sdpa")
 
-    def plan(self, texts: Sequence[Ids], max_tokens: int) -> list[list[int]]:
+    def plan(self, texts: Sequence[Tokens], max_tokens: int) -> list[list[int]]:
         """Places of the texts, shortest first, in mini-batches of at most `max_tokens` positions.
 
-        A longer text is a mini-batch of its own.
+        A longer text is its own mini-batch. Texts of different prompt lengths are never in the same mini-batch: pooling
+        takes one prompt length.
         """
         batches: list[list[int]] = []
-        room = 0
-        for place in sorted(range(len(texts)), key=lambda i: (len(texts[i]), i)):
+        room, skipped = 0, 0
+        for place in sorted(range(len(texts)), key=lambda i: (texts[i].prompt_length, len(texts[i]), i)):
             length = len(texts[place])
             needed = length if self.packs else length * (len(batches[-1]) + 1) if batches else length
-            if not batches or needed > room:
+            if not batches or needed > room or texts[place].prompt_length != skipped:
                 batches.append([])
-                room, needed = max_tokens, length
+                room, needed, skipped = max_tokens, length, texts[place].prompt_length
             batches[-1].append(place)
             room -= needed if self.packs else 0
         return batches
 
-    def __call__(self, texts: Sequence[Ids]) -> Tensor:
-        """(N, D) vectors, at least float32."""
+    def __call__(self, texts: Sequence[Tokens]) -> Tensor:
+        """(N, D) vectors, at least float32, of texts of one prompt length; zeros for a text without tokens."""
+        full = [place for place, text in enumerate(texts) if len(text)]
+        if len(full) < len(texts):
+            vectors = self([texts[place] for place in full]) if full else self._none()
+            zeros = vectors.new_zeros(len(texts), vectors.shape[1])
+            return zeros.index_copy(0, torch.tensor(full, dtype=torch.long, device=vectors.device), vectors)
+        ids = [text.ids for text in texts]
         with self._autocast():
-            features = self._packed(texts) if self.packs else self._padded(texts)
+            features = self._packed(ids) if self.packs else self._padded(ids)
+            features["prompt_length"] = texts[0].prompt_length
             for module in list(self.model)[1:]:
                 features = module(features)
         vectors = features["sentence_embedding"]
         return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
 
-    def _packed(self, texts: Sequence[Ids]) -> dict[str, Any]:
+    def _none(self) -> Tensor:
+        """No vector (0, D), in the graph of the parameters, so that a batch of empty texts has a backward pass."""
+        first = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return first.float().sum() * torch.zeros(0, self.model.get_embedding_dimension() or 0, device=first.device)
+
+    def _packed(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
         packed = pack(texts, first_position=self._first_position, device=self.model.device)
         hidden = self._transformer.model(**packed, use_cache=False).last_hidden_state
         return {"token_embeddings": hidden, "cu_seq_lens_q": packed["cu_seq_lens_q"]}
 
-    def _padded(self, texts: Sequence[Ids]) -> dict[str, Any]:
-        padded = self.model.tokenizer.pad({"input_ids": list(texts)}, return_tensors="pt")
+    def _padded(self, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        padded = self.model.tokenizer.pad({"input_ids": [list(text) for text in texts]}, return_tensors="pt")
         return self._transformer(
             {key: item.to(self.model.device) for key, item in padded.items()} | {"modality": "text"}
         )
@@ -121,6 +149,5 @@ def _packs(model: SentenceTransformer) -> bool:
         len(modules) > 1
         and isinstance(modules[0], Transformer)
         and isinstance(modules[1], Pooling)
-        and modules[1].include_prompt
         and is_packable(modules[0].model)
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from agentic_r_plugin.retriever.encoding import Ids, TextEncoder
+from agentic_r_plugin.retriever.encoding import TextEncoder, Tokens
 
 VectorLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Vectors (N, D) -> (the loss, gradient of each vector (N, D))."""
@@ -23,7 +23,7 @@ VectorLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 def backward(
     encoder: TextEncoder,
-    texts: Sequence[Ids],
+    texts: Sequence[Tokens],
     loss: VectorLoss,
     *,
     seed: str,
@@ -33,7 +33,7 @@ def backward(
     """Add the loss' gradient to the model's parameters; returns the loss.
 
     Args:
-        texts: token ids, in the order in which `loss` wants their vectors.
+        texts: in the order in which `loss` wants their vectors.
         seed: of dropout; each mini-batch draws from its own generator state.
         kept_tokens: tokens whose graphs are kept from the first pass; None means all of them.
     """
@@ -58,7 +58,7 @@ def backward(
     return value
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[Ids], places: Sequence[int], seed: str, number: int) -> Tensor:
+def _encode(encoder: TextEncoder, texts: Sequence[Tokens], places: Sequence[int], seed: str, number: int) -> Tensor:
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
     return encoder([texts[i] for i in places])

@@ -59,15 +59,6 @@ def pack(texts: Sequence[Sequence[int]], *, first_position: int, device: torch.d
     }
 
 
-def first_position(model: nn.Module) -> int:
-    """Position of a text's first token: RoBERTa and its kin count from behind their padding token."""
-    for module in model.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
-            return padding + 1
-    return 0
-
-
 def set_attention_dropout(model: nn.Module, share: float | None) -> float:
     """Set the dropout of attention in training in every layer, where it is given; returns the one that holds.
 

@@ -30,7 +30,11 @@ class TrainRetrieverConfig:
         default="intfloat/e5-base-v2", metadata={"help": "model to start from, or builtin:minilm", **BY_CONTENTS}
     )
     preset: str = field(
-        default="auto", metadata={"help": "family of an untrained model: auto, e5, bge, minilm, decoder, plain"}
+        default="auto",
+        metadata={
+            "help": "prefixes and pooling of a family: auto, plain, e5, bge, minilm, decoder, instruct, bge_zh, "
+            "bge_m3, contriever, nomic"
+        },
     )
     pooling: str = field(default="auto", metadata={"help": "mean, cls, lasttoken; auto: the model's or the preset's"})
     query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the preset's"})

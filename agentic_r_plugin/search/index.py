@@ -29,8 +29,9 @@ from agentic_r_plugin.errors import (
 )
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.search.encoder import Retriever
+from agentic_r_plugin.search.encoder import Retriever, RetrieverRecord
 from agentic_r_plugin.search.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
+from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint, write_json
 
@@ -51,7 +52,14 @@ class IndexConfig:
     out: str = field(metadata={"help": "index folder to write", **FREE})
     kind: str = field(default="Flat", metadata={"help": "faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …"})
     method: str = field(default="agentic_r", metadata={"help": "FlashRAG's retrieval_method; names the index file"})
-    preset: str = field(default="auto", metadata={"help": "prefixes of an untrained model: auto, e5, bge, plain"})
+    preset: str = field(
+        default="auto", metadata={"help": f"prefixes and pooling of a family: auto, {', '.join(FAMILIES)}"}
+    )
+    pooling: str = field(
+        default="auto", metadata={"help": f"{', '.join(POOLINGS)}; auto: the checkpoint's or the preset's"}
+    )
+    query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the model's"})
+    passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, in place of the model's"})
     formulation: str | None = field(default=None, metadata={"help": "query formulation in place of the recorded one"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of query and passage, in place of recorded"})
     device: str = field(
@@ -98,11 +106,14 @@ class IndexManifest(Record):
     retriever: str
     retriever_fingerprint: str
     retriever_record: dict[str, Any]
-    """Formulation, prefixes and lengths, as in the retriever's own record."""
+    """Formulation, prefixes, lengths and pooling that the passages were encoded with."""
     preset: str
     formulation_override: str | None
     max_length_override: int | None
     versions: dict[str, str]
+    pooling: str = "auto"
+    query_prompt_override: str | None = None
+    passage_prompt_override: str | None = None
     kind: str = "Flat"
     """faiss' factory string."""
     precision: str | None = None
@@ -159,11 +170,12 @@ def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
 def _build(config: IndexConfig, out: Path) -> IndexManifest:
     devices = resolve_devices(config.device)
     with Corpus(config.corpus, table=out) as corpus:
-        load = _overrides(config.formulation, config.max_length)
+        load = _overrides(config.formulation, config.max_length, config.query_prompt, config.passage_prompt)
         # Ray's workers may have other devices than this process: they resolve `auto` themselves.
         precision = config.precision if config.ray_workers else compute.resolve(config.precision, devices[0])
-        load |= {"preset": config.preset, "precision": precision}
+        load |= {"preset": config.preset, "pooling": config.pooling, "precision": precision}
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
+        load["untrained"] = retriever.record
         manifest = replace(_manifest(config, corpus, retriever), precision=precision)
         if (out / MANIFEST).is_file():
             found = read_manifest(out)
@@ -221,8 +233,16 @@ def _require_room(out: Path, manifest: IndexManifest) -> None:
         )
 
 
-def _overrides(formulation: str | None, max_length: int | None) -> dict[str, Any]:
-    return {"formulation": formulation, "query_max_length": max_length, "passage_max_length": max_length}
+def _overrides(
+    formulation: str | None, max_length: int | None, query_prompt: str | None, passage_prompt: str | None
+) -> dict[str, Any]:
+    return {
+        "formulation": formulation,
+        "query_max_length": max_length,
+        "passage_max_length": max_length,
+        "query_prompt": query_prompt,
+        "passage_prompt": passage_prompt,
+    }
 
 
 def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> IndexManifest:
@@ -241,6 +261,9 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
         preset=config.preset,
         formulation_override=config.formulation,
         max_length_override=config.max_length,
+        pooling=config.pooling,
+        query_prompt_override=config.query_prompt,
+        passage_prompt_override=config.passage_prompt,
         versions={name: version(name) for name in ("torch", "transformers", "sentence-transformers")}
         | {"faiss": str(faiss.__version__)},
     )
@@ -295,7 +318,7 @@ def read_manifest(folder: str | Path) -> IndexManifest:
 def index_retriever(
     manifest: IndexManifest, name: str | None = None, *, device: str = "auto", precision: str = "auto"
 ) -> Retriever:
-    """The retriever an index was made with, loaded as it was then.
+    """The retriever an index was made with, loaded as it was then; of a model without our record, as the manifest says.
 
     Args:
         name: where it lies now; None means where it lay.
@@ -303,9 +326,21 @@ def index_retriever(
     Raises:
         IndexMismatchError: the retriever found there is another one.
     """
-    overrides = _overrides(manifest.formulation_override, manifest.max_length_override)
-    name = name or manifest.retriever
-    retriever = Retriever.load(name, preset=manifest.preset, device=device, precision=precision, **overrides)
+    overrides = _overrides(
+        manifest.formulation_override,
+        manifest.max_length_override,
+        manifest.query_prompt_override,
+        manifest.passage_prompt_override,
+    )
+    retriever = Retriever.load(
+        name or manifest.retriever,
+        preset=manifest.preset,
+        pooling=manifest.pooling,
+        device=device,
+        precision=precision,
+        untrained=RetrieverRecord.from_dict(manifest.retriever_record),
+        **overrides,
+    )
     check_retriever(manifest, retriever)
     return retriever
 

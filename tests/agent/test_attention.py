@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from agentic_r_plugin.agent import attention
 
@@ -43,6 +43,30 @@ def test_logits_and_gradients_are_those_of_each_trajectory_alone(
         torch.testing.assert_close(two.grad, one.grad, atol=1e-10, rtol=1e-8)
     stock.zero_grad()
     ours.zero_grad()
+
+
+def test_windows_that_hold_a_trajectory_change_nothing_and_what_cannot_be_computed_is_an_error() -> None:
+    attention.register()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=max(LENGTHS),
+    )  # fmt: skip
+    model = MistralForCausalLM(config).double()
+    rows = [torch.randint(50, (1, length), generator=torch.Generator().manual_seed(3)) for length in LENGTHS]
+    expected = [model(input_ids=row, use_cache=False).logits for row in rows]
+    model.set_attn_implementation(attention.NAME)
+    packed = {"input_ids": torch.cat(rows, 1), "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
+    found = model(**packed, attention_mask=None, use_cache=False).logits
+    torch.testing.assert_close(found, torch.cat(expected, 1), atol=1e-12, rtol=1e-9)
+    heads = torch.zeros(1, 4, 3, 8)
+    for unknown, reason in (
+        ({"softcap": 50.0}, "no soft-capped logits"),
+        ({"s_aux": torch.zeros(4)}, "no sinks"),
+        ({"sliding_window": 2}, "sliding_window=2 is shorter than a trajectory of 3 tokens"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            attention.packed_causal(model, heads, heads, heads, None, position_ids=torch.arange(3)[None], **unknown)
 
 
 def test_a_changed_token_moves_nothing_before_it_and_no_other_trajectory(

@@ -18,8 +18,8 @@ from agentic_r_plugin import components
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.records import Group
-from agentic_r_plugin.retriever.presets import FAMILIES
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.search.families import FAMILIES
 from agentic_r_plugin.store import read_records
 from tests.search.tiny_retriever import make_model
 

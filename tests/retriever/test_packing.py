@@ -7,14 +7,8 @@ import torch
 from transformers import AttentionInterface, AutoConfig
 
 from agentic_r_plugin.retriever import encoding
-from agentic_r_plugin.retriever.packing import (
-    NAME,
-    first_position,
-    is_packable,
-    pack,
-    packed_attention,
-    set_attention_dropout,
-)
+from agentic_r_plugin.retriever.packing import NAME, is_packable, pack, packed_attention, set_attention_dropout
+from agentic_r_plugin.search.families import first_position
 from tests.retriever.tiny_models import architectures
 
 TEXTS = [[5, 9, 7, 4], [8, 3, 11, 6], [12], [4, 5, 6, 7, 8, 9, 10], [9, 9]]

@@ -15,9 +15,10 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
-from agentic_r_plugin.retriever.presets import FAMILIES, initial_retriever
+from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.families import FAMILIES
 from tests.retriever.tiny_models import write_decoder
 
 TEXTS = ["q1 q2", "q3", "p1 p2 p3 p4", "p9 " * 80, "q5 q6"]
@@ -56,10 +57,13 @@ def test_a_preset_sets_prefixes_and_pooling(config, preset, pooling):
 
 
 def test_without_a_preset_the_name_of_a_bare_model_decides(config, base, tmp_path):
-    for name, family, pooling in (("e5-tiny", "e5", "mean"), ("bge-tiny", "bge", "cls"), ("other", "plain", "mean")):
+    for name, family, pooling in (("e5-small-v2", "e5", "mean"), ("bge-small-en-v1.5", "bge", "cls")):
         folder = plain_transformer(base, tmp_path, name)
         record = initial_retriever(replace(config, retriever=folder)).record
         assert (record.query_prompt, record.pooling) == (FAMILIES[family].query_prompt, pooling)
+    folder = plain_transformer(base, tmp_path, "other")
+    with pytest.raises(ConfigError, match=r"no pooling module .* give pooling=mean, cls, lasttoken"):
+        initial_retriever(replace(config, retriever=folder))
     changed = replace(config, retriever=folder, preset="e5", pooling="cls", query_prompt="search: ", passage_prompt="")
     record = initial_retriever(changed).record
     assert (record.pooling, record.query_prompt, record.passage_prompt) == ("cls", "search: ", "")
@@ -74,7 +78,7 @@ def test_training_sees_the_vectors_that_searching_sees(config, preset, decoder):
     expected = retriever.encode_passages(passages)
     retriever.model.eval()
     texts = [passage.contents for passage in passages]
-    ids = tokenize(retriever.model, texts, record.passage_prompt, record.passage_max_length)
+    ids = tokenize(retriever, texts, "passage")
     assert max(map(len, ids)) == record.passage_max_length
     for packing in (False, True):
         encoder = TextEncoder(retriever.model, precision="float32", packing=packing)

@@ -60,6 +60,7 @@ class HFServer:
             max_batch_tokens=int(options.get("max_batch_tokens", 32_768)),
             prefix_cache_tokens=int(options.get("prefix_cache_tokens", 16_384)),
         )
+        self.generator.attention.require(self.max_length)
         self.batcher = RequestBatcher(
             self.generator,
             seed=config.seed + replica_rank,

@@ -1,0 +1,372 @@
+"""How an embedding model without our record is to be used: prefixes, pooling and normalisation, and why.
+
+The order is the same in every command: settings, the checkpoint's `agentic_r.json` (`search.encoder`), the model's own
+sentence-transformers files, a family that its name names exactly. What cannot be known is an error, not a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.util.file_io import load_file_path
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+from agentic_r_plugin.errors import ConfigError
+
+POOLINGS = ("mean", "cls", "lasttoken")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of embedding models."""
+
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    pooling: str | None = "mean"
+    """None: as the model says."""
+    normalize: bool = True
+    """Whether vectors have length 1; False where the model was trained for inner products."""
+
+
+FAMILIES: dict[str, Family] = {
+    "plain": Family(pooling=None),
+    "e5": Family(query_prompt="query: ", passage_prompt="passage: "),
+    "bge": Family(query_prompt="Represent this sentence for searching relevant passages: ", pooling="cls"),
+    "minilm": Family(),
+    "decoder": Family(
+        query_prompt="Instruct: Given a question and a search query, retrieve passages that help to answer it\nQuery: ",
+        pooling="lasttoken",
+    ),
+    "instruct": Family(
+        query_prompt="Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: ",
+        pooling=None,
+    ),
+    "bge_zh": Family(query_prompt="为这个句子生成表示以用于检索相关文章：", pooling="cls"),
+    "bge_m3": Family(pooling="cls"),
+    "contriever": Family(normalize=False),
+    "nomic": Family(query_prompt="search_query: ", passage_prompt="search_document: "),
+}
+"""Values of `preset`. `instruct`: E5 models that take a task in the query; this one is that of web search."""
+
+_SIZES = "(?:tiny|mini|small|base|large)"
+_NAMES = {
+    rf"(?:multilingual-)?e5-{_SIZES}(?:-v2|-unsupervised|-4k)?|agentic-r-e5": "e5",
+    r"(?:multilingual-)?e5-(?:[a-z0-9.]+-)+instruct": "instruct",
+    rf"bge-{_SIZES}(?:-en)?(?:-v1\.5)?": "bge",
+    rf"bge-{_SIZES}-zh(?:-v1\.5)?": "bge_zh",
+    r"bge-m3": "bge_m3",
+    r"all-(?:minilm-l(?:6|12)|mpnet-base|distilroberta)-v[12]": "minilm",
+    r"m?contriever(?:-msmarco)?": "contriever",
+    r"nomic-embed-text-v1(?:\.5)?": "nomic",
+}
+"""Names of the models as their makers gave them, whole and in lower case -> family."""
+
+_ORGANISATION = re.compile(r"^(?:intfloat|baai|facebook|nomic-ai|sentence-transformers|liuwenhan)-+")
+
+_QUERY_NAMES = (
+    "query", "queries", "question", "questions", "search_query", "retrieval_query", "web_search_query", "s2p_query",
+)  # fmt: skip
+_PASSAGE_NAMES = (
+    "document", "passage", "corpus", "documents", "passages", "doc", "docs", "search_document", "retrieval_document",
+    "retrieval_passage", "search_passage", "s2p_document", "s2p_passage",
+)  # fmt: skip
+_OTHER_TASK = re.compile(r"sts|s2s|cluster|classif|summar|bitext|separation|matching|rerank", re.IGNORECASE)
+"""Prompts of tasks that are not retrieval; they say nothing about queries and passages."""
+
+_NOT_ONE_VECTOR = {
+    "SparseEncoder": "a sparse model (SPLADE): one weight per word",
+    "MultiVectorEncoder": "a multi-vector model (ColBERT): one vector per token",
+    "CrossEncoder": "a cross-encoder: it scores pairs of texts",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a model without a record is used."""
+
+    query_prompt: str
+    passage_prompt: str
+    pooling: str
+    normalize: bool
+    reasons: str
+    """Where each of them comes from, for people."""
+
+
+def read_json_file(name: str, file: str, key: str | None = None) -> Any:
+    """A JSON file of a model folder or hub repository (one of its values, where `key` is given); None if missing."""
+    path = load_file_path(name, file)
+    if path is None:
+        return None
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found if key is None or not isinstance(found, dict) else found.get(key)
+
+
+def require_one_vector(name: str, source: str) -> None:
+    """Raise `ConfigError` for models that do not give one vector per text."""
+    kind = read_json_file(name, "config_sentence_transformers.json", "model_type") or "SentenceTransformer"
+    modules = [str(module.get("type")).lower() for module in read_json_file(name, "modules.json") or []]
+    architectures = read_json_file(name, "config.json", "architectures") or []
+    names = re.split(r"[^a-z0-9]+", " ".join(names_of(name)))
+    if any("splade" in module or "sparse_encoder" in module for module in modules) or "splade" in names:
+        kind = "SparseEncoder"
+    elif (
+        any("pylate" in module or "multi_vector" in module for module in modules)
+        or any("colbert" in architecture.lower() for architecture in architectures)
+        or load_file_path(name, "artifact.metadata") is not None
+        or (not modules and any(word.startswith("colbert") for word in names))
+    ):
+        kind = "MultiVectorEncoder"
+    elif not modules and any(item.endswith("ForSequenceClassification") for item in architectures):
+        kind = "CrossEncoder"
+    if kind in _NOT_ONE_VECTOR:
+        raise ConfigError(
+            f"retriever {source!r} is {_NOT_ONE_VECTOR[kind]}; expected a model with one dense vector per text, such "
+            "as intfloat/e5-base-v2"
+        )
+    if not modules and (two := [item for item in architectures if item.startswith("DPR")]):
+        raise ConfigError(
+            f"retriever {source!r} is one half of a two-encoder model ({', '.join(two)}); expected one model for "
+            "queries and passages"
+        )
+
+
+def require_known(preset: str, pooling: str) -> None:
+    """Raise `ConfigError` unless both are values of their settings."""
+    if preset != "auto" and preset not in FAMILIES:
+        raise ConfigError(f"unknown preset {preset!r}; known: auto, {', '.join(FAMILIES)}")
+    if pooling not in ("auto", *POOLINGS):
+        raise ConfigError(f"pooling {pooling!r}: expected auto, {', '.join(POOLINGS)}")
+
+
+def names_of(name: str) -> list[str]:
+    """What a model is called, most telling first: in the hub's cache or by its folder, then by its configuration.
+
+    >>> names_of("/cache/models--intfloat--e5-base-v2/snapshots/0123abcd"), names_of("BAAI/bge-small-en")
+    (['e5-base-v2'], ['bge-small-en'])
+    """
+    configured = read_json_file(name, "config.json", "_name_or_path") if Path(name).is_dir() else None
+    found = []
+    for text in (name, configured or ""):
+        cached = [part for part in Path(text).parts if part.startswith("models--")]
+        last = (cached[-1].rpartition("--")[2] if cached else Path(text).name).lower().replace("_", "-")
+        found.append(_ORGANISATION.sub("", last))
+    return [text for text in dict.fromkeys(found) if text]
+
+
+def family_of(names: list[str]) -> tuple[str, str] | None:
+    """(name, family) of the first name that is exactly that of a known model; names of instruct models end the search.
+
+    >>> family_of(["multilingual-e5-small"]), family_of(["multilingual-e5-large-instruct"])
+    (('multilingual-e5-small', 'e5'), ('multilingual-e5-large-instruct', 'instruct'))
+    >>> family_of(["my-e5-like"]), family_of(["my-instruct-model", "e5-base"])
+    (None, None)
+    """
+    for name in names:
+        for pattern, family in _NAMES.items():
+            if re.fullmatch(pattern, name):
+                return name, family
+        if "instruct" in name:
+            return None
+    return None
+
+
+def untrained_use(
+    model: SentenceTransformer, name: str, source: str, *, preset: str, pooling: str, given: Mapping[str, Any]
+) -> Use:
+    """How a model without our record is used.
+
+    Args:
+        name: its folder or hub name. source: as the user named it.
+        preset: a family to take, or `auto`.
+        pooling: one of `POOLINGS`, or `auto`.
+        given: `query_prompt`, `passage_prompt` and `normalize` where settings say them.
+
+    Raises:
+        ConfigError: prompts that cannot be told apart, no pooling, or a similarity that is no inner product.
+    """
+    require_known(preset, pooling)
+    named = family_of(names_of(name))
+    prompts, why_prompts = _prompts(model, source, preset, named, given)
+    pooled, why_pooling = _pooling(model, name, source, preset, pooling, named)
+    normalize = given.get("normalize")
+    if normalize is None:
+        normalize = _normalized(model, name, source, named)
+    return Use(
+        query_prompt=prompts[0], passage_prompt=prompts[1], pooling=pooled, normalize=normalize,
+        reasons=f"prefixes {prompts[0]!r} (queries) and {prompts[1]!r} (passages) {why_prompts}; pooling {pooled} "
+        f"{why_pooling}",
+    )  # fmt: skip
+
+
+def _prompts(
+    model: SentenceTransformer, source: str, preset: str, named: tuple[str, str] | None, given: Mapping[str, Any]
+) -> tuple[tuple[str, str], str]:
+    fixed = (given.get("query_prompt"), given.get("passage_prompt"))
+    if preset != "auto":
+        family, why = FAMILIES[preset], f"by preset {preset}"
+        found = (family.query_prompt, family.passage_prompt)
+    elif own := {key: text for key, text in (model.prompts or {}).items() if text}:
+        query, passage = _own(own, _QUERY_NAMES), _own(own, _PASSAGE_NAMES)
+        rest = [key for key in own if _alias(key) not in (*_QUERY_NAMES, *_PASSAGE_NAMES)]
+        rest = [key for key in rest if not _OTHER_TASK.search(key)]
+        unclear = [
+            setting
+            for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
+            if value is None and (len(texts) > 1 or (not texts and rest))
+        ]
+        if unclear:
+            listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
+            raise ConfigError(
+                f"retriever {source!r} has prompts of its own whose use for retrieval cannot be told ({listed}); give "
+                f"{' and '.join(unclear)} (an empty text for none)"
+            )
+        found, why = ("".join(query[:1]), "".join(passage[:1])), "from the model's own prompts"
+        if not query and not passage and named is not None:
+            return _by_name(named, fixed)
+    elif named is not None:
+        return _by_name(named, fixed)
+    else:
+        found, why = ("", ""), "because it has no prompts and is no model known by name"
+    return _with(found, fixed, why)
+
+
+def _by_name(named: tuple[str, str], fixed: tuple[Any, Any]) -> tuple[tuple[str, str], str]:
+    family = FAMILIES[named[1]]
+    return _with((family.query_prompt, family.passage_prompt), fixed, f"by its name {named[0]} (preset {named[1]})")
+
+
+def _with(found: tuple[str, str], fixed: tuple[Any, Any], why: str) -> tuple[tuple[str, str], str]:
+    query, passage = (text if value is None else value for text, value in zip(found, fixed, strict=True))
+    return (query, passage), "as set" if None not in fixed else why
+
+
+def _alias(key: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", key.lower())
+
+
+def _own(prompts: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
+    """The texts under the names of one role; one alone where it has the role's first name."""
+    by_alias = {_alias(key): text for key, text in prompts.items()}
+    found = list(dict.fromkeys(by_alias[name] for name in names if name in by_alias))
+    return found[:1] if any(name in by_alias for name in names[:1]) else found
+
+
+def _pooling(
+    model: SentenceTransformer, name: str, source: str, preset: str, pooling: str, named: tuple[str, str] | None
+) -> tuple[str, str]:
+    if pooling != "auto":
+        return pooling, "as set"
+    if preset != "auto" and (of_preset := FAMILIES[preset].pooling) is not None:
+        return of_preset, f"by preset {preset}"
+    if not is_plain(name):
+        return pooling_of(model, source), "from its checkpoint"
+    if preset == "auto" and named is not None and (of_family := FAMILIES[named[1]].pooling) is not None:
+        return of_family, f"by its name {named[0]}"
+    config: Any = getattr(model[0], "config", None)
+    architectures = getattr(config, "architectures", None) or []
+    if any(item.endswith("ForCausalLM") for item in architectures) and getattr(config, "is_causal", True):
+        return "lasttoken", "because only the last token of a causal model sees the whole text"
+    raise ConfigError(
+        f"retriever {source!r} has no pooling module of sentence-transformers (1_Pooling), and is no model known by "
+        f"name: give pooling={', '.join(POOLINGS)}, whichever it was trained with"
+    )
+
+
+def _normalized(model: SentenceTransformer, name: str, source: str, named: tuple[str, str] | None) -> bool:
+    if isinstance(model[-1], Normalize):
+        return True
+    similarity = read_json_file(name, "config_sentence_transformers.json", "similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise ConfigError(
+            f"retriever {source!r} compares vectors of any length by {similarity} distance; expected cosine or dot"
+        )
+    if is_plain(name) and named is not None:
+        return FAMILIES[named[1]].normalize
+    return bool(similarity == "cosine")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a folder or hub repository holds a transformers model without sentence-transformers' modules."""
+    return load_file_path(name, "modules.json") is None
+
+
+def pooling_of(model: SentenceTransformer, source: str) -> str:
+    """`mean`, `cls`, `lasttoken`, …, several joined by `+`; `own` where other modules make the vector.
+
+    Raises:
+        ConfigError: no module makes one vector of the tokens' vectors.
+    """
+    for module in model:
+        if isinstance(module, Pooling):
+            return module.pooling_mode if isinstance(module.pooling_mode, str) else "+".join(module.pooling_mode)
+    if isinstance(model[0], Transformer) and model[0].module_output_name == "token_embeddings" and len(model) < 2:
+        raise ConfigError(f"retriever {source!r}: its modules.json has no pooling; give pooling={', '.join(POOLINGS)}")
+    return "own"
+
+
+def set_pooling(model: SentenceTransformer, pooling: str, source: str, *, asked: bool) -> None:
+    """Make the model pool so, prompt included or not as before.
+
+    Raises:
+        ConfigError: a setting asked for it, and the model has no pooling module and needs none.
+    """
+    for place, module in enumerate(model):
+        if isinstance(module, Pooling):
+            if module.pooling_mode != pooling and pooling in Pooling.POOLING_MODES:
+                model[place] = Pooling(module.embedding_dimension, pooling, include_prompt=module.include_prompt)
+            return
+    if pooling in POOLINGS and len(model) == 1 and isinstance(model[0], Transformer):
+        model.append(Pooling(model[0].get_embedding_dimension(), pooling))
+    elif asked:
+        raise ConfigError(
+            f"retriever {source!r}: pooling {pooling!r}: this model has no pooling module of sentence-transformers to "
+            "change"
+        )
+
+
+def end_texts(model: SentenceTransformer, source: str) -> None:
+    """Make the tokenizer end every text with its end-of-text token, also after cutting, and know a padding token.
+
+    The vector of a decoder is that of the last token, which should be the same for every text.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"retriever {source!r}: pooling lasttoken needs a tokenizer with an end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer("x")["input_ids"][-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        return
+    start = [tokenizer.bos_token] if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else []
+    special = [*start, tokenizer.eos_token]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*start, "$A", tokenizer.eos_token],
+        pair=[*start, "$A", "$B", tokenizer.eos_token],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(special)],
+    )
+
+
+def longest_text(model: SentenceTransformer) -> int | None:
+    """Tokens of the longest text that a model has positions for, special tokens included; None: no bound is known."""
+    transformer: Any = model[0]
+    config = getattr(transformer, "config", None)
+    if config is None:
+        return None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions - first_position(transformer) if isinstance(positions, int) and positions > 0 else None
+
+
+def first_position(model: nn.Module) -> int:
+    """Position of a text's first token: RoBERTa and its kin count from behind their padding token."""
+    for module in model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):
+            return padding + 1
+    return 0
