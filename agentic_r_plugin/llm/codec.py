@@ -23,7 +23,7 @@ class TokenizerCodec:
 
     def encode_plain_prompt(self, text: str) -> list[int]:
         """Ids of a prompt without chat template: what the tokenizer puts before a text, then the text, and no end."""
-        plain, whole = self.encode("a"), list(self.tokenizer.encode("a"))
+        plain, whole = self.encode("a"), list(self.tokenizer.encode("a", add_special_tokens=True))
         before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         return whole[:before] + self.encode(text)
 
