@@ -42,7 +42,7 @@ install: .venv/installed
 	@$(BIN)/pip check
 	@touch $@
 
-# vLLM on the CPU, in an environment of its own (4.2 GB): it asks for CUDA builds that the other one must not have.
+# vLLM on the CPU, in an environment of its own (5 GB): it asks for CUDA builds that the other one must not have.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/vllm
 
