@@ -1,0 +1,86 @@
+"""The example of docs/extend.md: installed as a user would, and used by the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "example_plugin"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Environment of a process that finds the example installed."""
+    folder = tmp_path_factory.mktemp("example")
+    source = shutil.copytree(EXAMPLE, folder / "source")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*command, str(folder / "site"), str(source)], check=True, timeout=120)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(environment, *command):
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_its_three_components_are_listed(installed):
+    rows = json.loads(run(installed, "-m", "agentic_r_plugin.cli", "components", "--json"))
+    found = {
+        f"{row['kind']}.{row['name']}": row["description"] for row in rows if row["package"] == "agentic-r-example"
+    }
+    assert found == {
+        "query_formulation.query_question": "Query first, then the question.",
+        "agent_protocol.lookup": "Searches with <lookup>, answers with <final>.",
+        "relevance_scorer.title_words": "Relevance by the words of the title: no model, and no question file.",
+    }
+
+
+def test_its_formulation_makes_the_retrievers_input(installed):
+    code = (
+        "from agentic_r_plugin.query import retrieval_query as q; print(q('Who?', 'x', formulation='query_question'))"
+    )
+    assert run(installed, "-c", code) == "x | Who?\n"
+
+
+def test_its_scorer_scores_candidates_in_the_relevance_stage(installed, tmp_path):
+    passages = [{"id": "1", "score": 2.0}, {"id": "2", "score": 1.0}]
+    query = {
+        "schema": "candidates/1", "id": "q", "turn": 1, "question": "Who?", "golden_answers": ["x"],
+        "query": "river Nile source", "history": [], "prefix": "", "passages": passages,
+    }  # fmt: skip
+    (tmp_path / "candidates.jsonl").write_text(json.dumps(query) + "\n", encoding="utf-8")
+    corpus = [{"id": "1", "contents": '"The Nile"\nA river.'}, {"id": "2", "contents": '"Nile Delta"\nLand.'}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in corpus), encoding="utf-8")
+    files = [f"--{name}={tmp_path / name}.jsonl" for name in ("candidates", "corpus")]
+    out = tmp_path / "relevance.jsonl"
+    scorer = ["--scorer=title_words", f"--out={out}", "options.full=90"]
+    run(installed, "-m", "agentic_r_plugin.cli", "relevance", *files, *scorer)
+    assert json.loads(out.read_text(encoding="utf-8"))["scores"] == {"1": 90, "2": 45}
+
+
+def test_its_protocol_runs_a_trajectory(installed):
+    code = """
+from agentic_r_plugin import components
+from agentic_r_plugin.protocol import Limits, Search, Session
+from agentic_r_plugin.records import Passage
+
+class Letters:
+    def encode_prompt(self, text): return self.encode(text)
+    def encode(self, text): return [ord(letter) for letter in text]
+    def decode(self, ids): return "".join(map(chr, ids))
+
+codec = Letters()
+session = Session(protocol=components.load("agent_protocol", "lookup"), codec=codec, limits=Limits(), question="Who?")
+action = session.model_wrote(codec.encode("<lookup>Nile</lookup>"))
+session.found([Passage(id="1", title="Nile", text="A river.")])
+session.model_wrote(codec.encode("<final>a river</final>"))
+print(action.query, "|", session.finished.answer, "|", "1. Nile: A river." in codec.decode(session.ids))
+"""
+    assert run(installed, "-c", code) == "Nile | a river | True\n"

@@ -1,0 +1,31 @@
+"""A relevance scorer: the share of a passage's title words that the query holds."""
+
+from agentic_r_plugin.answers import normalize
+from agentic_r_plugin.data.scorers.base import check_options
+
+
+class TitleWords:
+    """Relevance by the words of the title: no model, and no question file."""
+
+    needs_questions = False
+
+    def __init__(self, full: int) -> None:
+        self.full = full
+
+    @classmethod
+    def build(cls, options, resources):
+        """From `--scorer title_words options.full=90`."""
+        check_options("title_words", options, "full")
+        return cls(int(options.get("full", 100)))
+
+    def score(self, tasks):
+        """Passage id -> 0..100 for each task."""
+        return [{passage.id: self._one(task.query.query, passage.title) for passage in task.passages} for task in tasks]
+
+    def _one(self, query, title):
+        words, wanted = set(normalize(query).split()), normalize(title).split()
+        return round(self.full * sum(word in words for word in wanted) / len(wanted)) if wanted else 0
+
+    def fingerprint(self):
+        """Changes when the scores may change."""
+        return f"title_words/{self.full}"
