@@ -7,13 +7,15 @@ trajectory at a time (`agent.agent_loop`).
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.errors import ConfigError, RequestRefusedError, SearchError, SearchRefusedError
+from agentic_r_plugin.errors import RequestRefusedError, SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
@@ -70,19 +72,13 @@ def run_sessions(
         on_search: called with each session, the passages it is shown, and those found down to `depth`.
 
     Raises:
-        ConfigError: a session may get longer than the model runs (backends that have a `max_length`).
         BackendError: the model failed.
         SearchError: the retriever failed, or refuses this depth; no session takes that for an empty result.
     """
     cost = cost if cost is not None else RolloutCost()
     cost.rollouts += len(sessions)
+    _limit_to_model(sessions, getattr(llm, "max_length", None))
     waiting_to_start = deque(session for session in sessions if session.finished is None)
-    longest, limit = getattr(llm, "max_length", None), max((s.limits.max_tokens for s in waiting_to_start), default=0)
-    if longest is not None and limit > longest:
-        raise ConfigError(
-            f"limits.max_tokens={limit}: the model runs sequences of {longest} tokens at most; lower it, or use "
-            "another backend"
-        )
     active: list[Session] = []
     while waiting_to_start or active:
         active += _admitted(waiting_to_start, active, llm)
@@ -103,6 +99,24 @@ def run_sessions(
                 waiting.append((session, action))
         _answer_searches(waiting, search, topk, depth, cost, on_search)
         active = [session for session in active if session.finished is None]
+
+
+def _limit_to_model(sessions: Sequence[Session], longest: int | None) -> None:
+    """Let no session get longer than the model runs (backends that have a `max_length`)."""
+    for session in sessions:
+        if session.finished is None and longest is not None and session.limits.max_tokens > longest:
+            _say_limited(session.limits.max_tokens, longest)
+            session.limits = replace(session.limits, max_tokens=longest)
+            if session.budget < 1:
+                session.refused(f"the prompt takes {len(session.ids)} tokens and the model runs {longest} at most")
+
+
+@cache
+def _say_limited(limit: int, longest: int) -> None:
+    print(
+        f"agentic-r: limits.max_tokens={limit}, but the model runs {longest} tokens at most: trajectories end there",
+        file=sys.stderr,
+    )
 
 
 def _admitted(waiting: deque[Session], active: Sequence[Session], llm: LLMBackend) -> Iterator[Session]:

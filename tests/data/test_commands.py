@@ -56,7 +56,7 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_agent_searches_and_answers_every_question(whole: Path):
     trajectories = list(read_records(whole / "trajectories.jsonl", Trajectory))
     assert [record.id for record in trajectories] == ["q0", "q1", "q2", "q3"]
-    assert [turn.query for turn in trajectories[0].turns] == ["Ada Brook birthplace"]
+    assert [turn.query for turn in trajectories[0].turns] == ["Ada Brook born years"]
     assert sum(record.em for record in trajectories) >= 3
     report = read_json(whole / "trajectories.jsonl.report.json")
     assert report["rollouts"] == 4 and report["searches"] == sum(len(record.turns) for record in trajectories)
@@ -66,7 +66,7 @@ def test_the_agent_searches_and_answers_every_question(whole: Path):
 
 def test_candidates_hold_the_prefix_and_ten_passages(whole: Path):
     queries = list(read_records(whole / "candidates.jsonl", Candidates))
-    assert queries[0].prefix == "<think>I look up Ada Brook.</think><search> Ada Brook birthplace </search>"
+    assert queries[0].prefix == "<think>I look up Ada Brook.</think><search> Ada Brook born years </search>"
     assert {len(query.passages) for query in queries} == {10}
 
 

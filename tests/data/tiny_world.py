@@ -35,7 +35,7 @@ def question_of(name: str) -> str:
 
 
 def first_turn(name: str) -> str:
-    return f"<think>I look up {name}.</think><search> {name} birthplace </search>"
+    return f"<think>I look up {name}.</think><search> {name} born years </search>"
 
 
 def last_turn(name: str, shown: list[Passage]) -> str:
@@ -73,7 +73,7 @@ def write_files(folder: Path) -> None:
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def train_agent(folder: Path, *, steps: int = 150) -> float:
+def train_agent(folder: Path, *, steps: int = 220) -> float:
     """A 2-layer Qwen2 that has learnt the demonstrations, saved with its tokenizer; returns the last loss."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
+from agentic_r_plugin.errors import BackendError, RequestRefusedError
 from agentic_r_plugin.llm import attention
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.llm.hf_generate import HFGenerator
@@ -143,11 +143,17 @@ def test_windows_and_the_longest_sequence_come_from_the_configuration(config: An
         found.require(longest + 1)
 
 
-def test_sequences_beyond_the_positions_are_refused_before_anything_is_generated(checkpoint: Path) -> None:  # noqa: F811
+def test_trajectories_end_at_the_models_last_position_and_a_longer_prompt_is_refused(
+    checkpoint: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with open_llm(LLMSpec(backend="hf", model=str(checkpoint))) as llm:
-        session = Session(compact, llm.codec, Limits(max_tokens=300, max_observation_tokens=200), "who?")
-        with pytest.raises(ConfigError, match=r"limits\.max_tokens=300: the model runs sequences of 256 tokens"):
-            run_sessions([session], llm, None, topk=1, sampling=Sampling())  # type: ignore[arg-type]
+        limits = Limits(max_tokens=300, max_observation_tokens=200)
+        fits, too_long = (Session(compact, llm.codec, limits, question) for question in ("who?", "fox " * 250))
+        run_sessions([fits, too_long], llm, None, topk=1, sampling=Sampling())  # type: ignore[arg-type]
+        assert fits.refusal is None and fits.limits.max_tokens == 256 >= len(fits.ids)
+        assert too_long.refusal is not None and "the model runs 256 at most" in too_long.refusal
+        assert "limits.max_tokens=300, but the model runs 256 tokens at most" in capsys.readouterr().err
         refused, reply = llm.chat(["fox " * 300, "fox"], max_tokens=5)  # type: ignore[attr-defined]
     assert isinstance(refused, RequestRefusedError) and "256 at most" in str(refused)
     assert isinstance(reply, str)
