@@ -1,7 +1,7 @@
 """vLLM in this process, as a backend of the data stages: the engine sees whole batches, candidates of a query together.
 
-Written against vLLM's offline interface (`LLM.generate` on token ids, `SamplingParams`, `RequestOutput`); checked here
-against a stand-in of that interface only, not run on an accelerator.
+Written against vLLM's offline interface (`LLM.generate` on token ids, `SamplingParams`, `RequestOutput`); run on a
+CPU (`make test-vllm`), not on an accelerator.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What is asked of vLLM's offline interface, against a stand-in of it: vllm needs an accelerator and is not installed.
+"""What is asked of vLLM's offline interface, against a stand-in of it: vllm is not installed here.
 
 The stand-in has the documented signatures (`LLM`, `LLM.generate`, `SamplingParams`, `RequestOutput`) and no others, so
-an argument they do not know fails here. That an engine behaves so has to be seen on an accelerator.
+an argument they do not know fails here. `make test-vllm` compares the stand-in's signatures with the real ones and runs
+the real engine.
 """
 
 from __future__ import annotations
