@@ -33,7 +33,7 @@ from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, op
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
-from agentic_r_plugin.storage.claim import Claim, claim
+from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import REFUSED, Row, WorkTable
 from agentic_r_plugin.store import (
@@ -129,7 +129,8 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
             total = _check_input(stage)
             return _forecast(stage, total, _opened(stage, stack))
         _refuse_earlier_form(stage)
-        held = stack.enter_context(claim(stage.out, _made_from(stage), resume=resume, done=".report.json", late=_MODEL))
+        output = Output(out=stage.out, made_from=_made_from(stage), done=".report.json", late=(_MODEL,))
+        held = stack.enter_context(output.claim(resume=resume))
         total = 0 if held.finished else _check_input(stage)
         executor = _opened(stage, stack)  # loads the models: what can be refused without them has been
         held.begin(_models(executor.fingerprints()), stage=stage.name, config=to_dict(stage.config))

@@ -2,6 +2,7 @@
 
 | in the cell's folder | holds |
 |---|---|
+| `.manifest.json` | what the cell is made from; written first (`storage.claim`) |
 | `.work` | answered questions so far; removed at the end |
 | `per_question.jsonl` | trajectory records, in the order of the questions |
 | `scores.json` | every metric's score of every question: `{"id": [...], METRIC: [...]}` |
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,13 +36,15 @@ from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.storage.claim import WORK, locked
+from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.table import Outcome, WorkTable
 from agentic_r_plugin.store import parse_json, write_json, write_records
 
 RESULT = "result.json"
 SCORES = "scores.json"
 PER_QUESTION = "per_question.jsonl"
+OPENED = ("agent_fingerprint", "search_fingerprint")
+"""Entries of `made_from` that are known once the agent and the retriever are open."""
 
 BREAKDOWNS = ("hops", "type", "level")
 """Question metadata by which exact match is broken down, where the benchmark has it."""
@@ -79,6 +82,13 @@ class Cell:
         """Its folder's name."""
         return f"{self.agent}-{self.retriever}-{self.benchmark}"
 
+    def output(self, out: Path) -> Output:
+        """Its folder in `out`. The metrics are made when the last question is answered, so they may change before."""
+        return Output(
+            out=out / self.name, made_from=self.made_from, done=RESULT, folder=True, late=OPENED,
+            at_end=frozenset({"metrics", "level", "resamples"}),
+        )  # fmt: skip
+
     def flashrag_config(self) -> Config:
         """FlashRAG's configuration: nothing saved by it, no GPU variable touched, no model loaded by it."""
         settings = {
@@ -106,17 +116,11 @@ class _Answered(Record):
     output: dict[str, Any]
 
 
-def run_cell(
-    cell: Cell,
-    llm: LLMBackend,
-    search: SearchBackend,
-    folder: Path,
-    begin: Callable[[], dict[str, Any] | None] = lambda: None,
-) -> dict[str, Any]:
+def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) -> dict[str, Any]:
     """Answer all questions, or those that are left, and write the cell's files; returns the result.
 
     Args:
-        begin: called once the cell is ours; what it returns is the result of a process that was faster.
+        held: the cell's folder.
 
     Raises:
         ConfigError, RecordError: no such split, a broken question file.
@@ -124,30 +128,26 @@ def run_cell(
         RequestRefusedError: every question was refused; a resume asks them again.
     """
     made_by()  # now, since sources may be edited while questions are answered
-    folder.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
         dataset = load_split(config, cell.split)
-        with locked(folder, folder=True):
-            if (done := begin()) is not None:
-                return done
-            with WorkTable(folder / WORK) as table:
-                _answer(pipeline, dataset, table)
-                _check_refused(cell, dataset, table)
-                cost = {name: round(value, 3) for name, value in sorted(table.cost.items())}
-            records = [Trajectory.from_dict(item.trajectory) for item in dataset]
-            write_records(folder / PER_QUESTION, records)
-            scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
-            write_json(folder / SCORES, {"id": [str(item.id) for item in dataset], **scores})
-            result = _result(cell, pipeline, dataset, records, scores) | {
-                "cost": cost,
-                "agent_fingerprint": llm.fingerprint(),
-                "search_fingerprint": search.fingerprint(),
-                "provenance": provenance(),
-            }
-            write_json(folder / RESULT, result)
-            WorkTable.remove(folder / WORK)
+        with WorkTable(held.work) as table:
+            _answer(pipeline, dataset, table)
+            _check_refused(cell, dataset, table)
+            cost = {name: round(value, 3) for name, value in sorted(table.cost.items())}
+        records = [Trajectory.from_dict(item.trajectory) for item in dataset]
+        write_records(held.out / PER_QUESTION, records)
+        scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
+        write_json(held.out / SCORES, {"id": [str(item.id) for item in dataset], **scores})
+        result = _result(cell, pipeline, dataset, records, scores) | {
+            "cost": cost,
+            "agent_fingerprint": llm.fingerprint(),
+            "search_fingerprint": search.fingerprint(),
+            "provenance": provenance(),
+        }
+        held.finish(result)
+        WorkTable.remove(held.work)
     return result
 
 

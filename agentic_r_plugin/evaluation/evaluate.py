@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +22,12 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchEr
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
-from agentic_r_plugin.store import file_fingerprint, read_json, require_absent, write_json
+from agentic_r_plugin.store import file_fingerprint, require_absent, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
 
-_MADE_FROM = "made_from.json"
 _WAYS_OUT = "evaluate into another --out, or remove that folder"
-_OF_SCORES = frozenset({"metrics", "level", "resamples"})
-"""What only a finished cell depends on: scores are made when the last question is answered."""
 
 
 def _metrics() -> list[str]:
@@ -163,7 +159,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
         require_absent(out)
     check_inputs(config)
     cells = list(_cells(config))
-    done = {cell.name: result for cell in cells if (result := _finished(cell, out / cell.name)) is not None}
+    done = {cell.name: result for cell in cells if (result := cell.output(out).finished()) is not None}
     _require_same_services([cell for cell in cells if cell.name in done], done, out)
     out.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if cell.name not in done]
@@ -171,7 +167,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
         save_config(config, out / "config.yaml")
     if config.processes > 1 and len(missing) > 1:
         _run_side_by_side(config, missing)
-        done |= {cell.name: read_json(out / cell.name / "result.json") for cell in missing}
+        done |= {cell.name: result for cell in missing if (result := cell.output(out).finished()) is not None}
     else:
         _run_missing(config, missing, done, out)
     if config.tables:
@@ -227,10 +223,11 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
                 with open_search(searching) as search:
                     opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
                     for cell in cells:
-                        begin = partial(_begin, cell, opened, out / cell.name)
-                        result = run_cell(cell, llm, search, out / cell.name, begin)
-                        done[cell.name] = result
-                        print(_one_line(result), flush=True)
+                        with cell.output(out).claim(resume=True) as held:
+                            held.begin(opened)
+                            # another process may have finished it while the models were loaded
+                            done[cell.name] = held.finished or run_cell(cell, llm, search, held)
+                        print(_one_line(done[cell.name]), flush=True)
 
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
@@ -328,44 +325,6 @@ def _made_from(
         "resamples": config.resamples,
         "sampling_seed": sampling_seed,
     } | own
-
-
-def _finished(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The cell's result where it is done.
-
-    Raises:
-        ManifestMismatchError: it, or the work on it, was made from something else.
-    """
-    file = folder / "result.json"
-    result = dict(read_json(file)) if file.is_file() else None
-    begun = folder / _MADE_FROM
-    before = read_json(begun) if begun.is_file() else result.get("made_from", {}) if result is not None else None
-    if before is not None:
-        _require_same(folder, before, cell.made_from, free=_OF_SCORES if result is None else frozenset())
-    return result
-
-
-def _begin(cell: Cell, opened: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
-    """Note what a cell is made from; another process may have begun it, or ended it, while the models were loaded."""
-    if (result := _finished(cell, folder)) is not None:
-        return result
-    if (folder / _MADE_FROM).is_file():
-        _require_same(folder, read_json(folder / _MADE_FROM), opened)
-    write_json(folder / _MADE_FROM, {**cell.made_from, **opened})
-    return None
-
-
-def _require_same(
-    folder: Path, before: Mapping[str, Any], made_from: Mapping[str, Any], *, free: frozenset[str] = frozenset()
-) -> None:
-    """Raises `ManifestMismatchError` where the cell was begun with something else than `made_from` says."""
-    wanted = made_from.keys() - free
-    if unknown := sorted(wanted - before.keys()):
-        raise ManifestMismatchError(
-            f"{folder}: begun by an earlier version, whose {_MADE_FROM} does not tell {', '.join(unknown)}; {_WAYS_OUT}"
-        )
-    if changed := sorted(key for key in wanted if before[key] != made_from[key]):
-        raise ManifestMismatchError(f"{folder}: begun with another {', '.join(changed)} than now; {_WAYS_OUT}")
 
 
 def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any], out: Path) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,41 +30,116 @@ _SHOWN = 60
 """Characters of a value in an error."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """An output and what it is made from.
+
+    Args:
+        out: the output.
+        made_from: all that decides what it holds, as JSON values; each entry is compared on a resume.
+        done: name of the done file: inside a folder, or the suffix of a file's name (`.report.json`).
+        folder: whether the output is a folder.
+        late: entries that begin so become known only after models were loaded (`Claim.begin`).
+        at_end: entries that only a finished output depends on; they may change while it is unfinished.
+    """
+
+    out: Path
+    made_from: Mapping[str, Any]
+    done: str
+    folder: bool = False
+    late: tuple[str, ...] = ()
+    at_end: frozenset[str] = frozenset()
+
+    def path(self, suffix: str) -> Path:
+        """A file that belongs to the output."""
+        return beside(self.out, suffix, folder=self.folder)
+
+    def finished(self) -> dict[str, Any] | None:
+        """Content of the done file, when the output is done.
+
+        Raises:
+            ManifestMismatchError: it was begun from something else, or nothing says from what.
+        """
+        done = self.out / self.done if self.folder else self.path(self.done)
+        result = read_json(done) if self.out.exists() and done.is_file() else None
+        if (before := self.before()) is not None:
+            now = json.loads(json.dumps(self.made_from))
+            left_out = {key for key in before.keys() - now.keys() if key.startswith(self.late)} if self.late else set()
+            if result is None:
+                left_out |= self.at_end
+            changed = [
+                f"{key} was {_short(before, key)}, now {_short(now, key)}"
+                for key in sorted({*before, *now} - left_out)
+                if before.get(key) != now.get(key)
+            ]
+            if changed:
+                raise ManifestMismatchError(
+                    f"{self.out}: cannot go on with what was begun from something else: {'; '.join(changed)}. Give "
+                    "the same inputs and settings, or another output path"
+                )
+        elif there := [path for path in (self.out, self.path(WORK)) if _is_there(path)]:
+            raise ManifestMismatchError(
+                f"{there[0]} is there without {self.path(MANIFEST).name}: what it was made from is unknown; remove it "
+                "or choose another path"
+            )
+        return result
+
+    def before(self) -> dict[str, Any] | None:
+        """What it was begun from; None when it was not begun."""
+        manifest = self.path(MANIFEST)
+        return dict(read_json(manifest).get("made_from", {})) if manifest.is_file() else None
+
+    @contextmanager
+    def claim(self, *, resume: bool) -> Iterator[Claim]:
+        """Take the output for this process, or refuse; nothing is written but the lock.
+
+        Args:
+            resume: go on with an output that was begun, or leave one that is done as it is.
+
+        Raises:
+            OutputExistsError: another process works on it; or it is there, or was begun, without `resume`.
+            ManifestMismatchError: it was begun from something else, or nothing says from what.
+        """
+        with locked(self.out, folder=self.folder) as lock:
+            if not resume:
+                require_new(self.out, folder=self.folder)
+            yield Claim(self, lock)
+
+
 class Claim:
     """An output that this process works on.
 
     Attributes:
-        out: the output.
         work: where unfinished work is kept.
         finished: content of the done file, when the output is done.
         lock: the open lock file; a child process that inherits it holds the lock for as long as it lives.
     """
 
-    def __init__(self, out: Path, made_from: Mapping[str, Any], done: Path, lock: IO[bytes], *, folder: bool) -> None:
-        self.out, self.made_from, self.done, self.lock = out, dict(made_from), done, lock
-        self.manifest, self.work = (beside(out, suffix, folder=folder) for suffix in (MANIFEST, WORK))
-        self.finished: dict[str, Any] | None = read_json(done) if out.exists() and done.is_file() else None
+    def __init__(self, output: Output, lock: IO[bytes]) -> None:
+        self.output, self.lock = output, lock
+        self.out, self.work, self.manifest = output.out, output.path(WORK), output.path(MANIFEST)
+        self.finished = output.finished()
 
     def begin(self, loaded: Mapping[str, Any] | None = None, **notes: Any) -> None:
         """Write the manifest, before any work; where the output is finished, only compare.
 
         Args:
-            loaded: further entries of `made_from`, known only after models were loaded.
+            loaded: the `late` entries of `made_from`.
             notes: what else the manifest holds, such as the configuration; not compared.
 
         Raises:
-            ManifestMismatchError: the work was begun with other `loaded` entries.
+            ManifestMismatchError: the work was begun with other late entries.
         """
-        self.made_from |= loaded or {}
-        before = read_json(self.manifest) if self.manifest.is_file() else {}
-        if before:
-            _require_same(self.out, before["made_from"], self.made_from)
+        self.output = replace(self.output, made_from={**self.output.made_from, **(loaded or {})})
+        self.finished = self.output.finished()
         if self.finished is None:
-            write_json(self.manifest, before | {"version": __version__, "made_from": self.made_from, **notes})
+            made_from = dict(self.output.made_from)
+            self.note(version=__version__, made_from=made_from, **notes)
 
     def note(self, **notes: Any) -> None:
         """Add to what the manifest holds besides `made_from`."""
-        write_json(self.manifest, read_json(self.manifest) | notes)
+        before = read_json(self.manifest) if self.manifest.is_file() else {}
+        write_json(self.manifest, before | notes)
 
     def noted(self, name: str, default: Any = None) -> Any:
         """What `note` has kept under this name."""
@@ -72,50 +148,7 @@ class Claim:
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the done file."""
         self.finished = dict(report)
-        write_json(self.done, self.finished)
-
-
-@contextmanager
-def claim(
-    out: str | Path, made_from: Mapping[str, Any], *, resume: bool, done: str, folder: bool = False, late: str = ""
-) -> Iterator[Claim]:
-    """Take an output for this process, or refuse; nothing is written but the lock.
-
-    Args:
-        made_from: all that decides what the output holds, as JSON values; each entry is compared on a resume.
-        resume: go on with an output that was begun or is done.
-        done: name of the done file: inside a folder, or a suffix of a file's name (`.report.json`).
-        folder: whether the output is a folder.
-        late: entries of an earlier `made_from` that begin so are not compared here (`Claim.begin` gets them).
-
-    Raises:
-        OutputExistsError: another process works on it; or it is there, or was begun, without `resume`.
-        ManifestMismatchError: it was begun from something else, or nothing says from what.
-    """
-    out = Path(out)
-    with locked(out, folder=folder) as lock:
-        held = Claim(
-            out, json.loads(json.dumps(made_from)), out / done if folder else _named(out, done), lock, folder=folder
-        )
-        there = [path for path in (out, held.work) if _is_there(path)]
-        begun = held.manifest.is_file()
-        if not resume and there[:1] == [out]:
-            raise OutputExistsError(f"{out} already exists; choose another path, remove it, or pass --resume to go on")
-        if not resume and (begun or there):
-            found = [path.name for path in (held.manifest, held.work) if path.exists()]
-            raise OutputExistsError(
-                f"{out}: work on it was begun; --resume goes on with it, or remove {' and '.join(found)} there"
-            )
-        if there and not begun:
-            raise ManifestMismatchError(
-                f"{there[0]} is there without {held.manifest.name}: what it was made from is unknown; remove it or "
-                "choose another path"
-            )
-        if begun:
-            before = read_json(held.manifest).get("made_from", {})
-            waits = {key for key in before.keys() - held.made_from.keys() if late and key.startswith(late)}
-            _require_same(out, {key: before[key] for key in before.keys() - waits}, held.made_from)
-        yield held
+        write_json(self.out / self.output.done if self.output.folder else self.output.path(self.output.done), report)
 
 
 @contextmanager
@@ -158,24 +191,27 @@ def _named(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
+def require_new(out: str | Path, *, folder: bool = False) -> None:
+    """Refuse to overwrite: for a command that is not to resume, also before it knows what the output is made from.
+
+    Raises:
+        OutputExistsError: the output is there, or was begun.
+    """
+    out = Path(out)
+    if _is_there(out):
+        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or pass --resume to go on")
+    begun = [path for path in (beside(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
+    if begun:
+        raise OutputExistsError(
+            f"{out}: work on it was begun; pass --resume to go on, or remove {' and '.join(map(str, begun))}"
+        )
+
+
 def _is_there(path: Path) -> bool:
     """Whether a file or a folder holds anything; files of this module do not count."""
     if path.is_dir():
         return any(item.name not in (LOCK, MANIFEST, WORK) for item in path.iterdir())
     return path.exists()
-
-
-def _require_same(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [
-        f"{key} was {_short(before, key)}, now {_short(now, key)}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ManifestMismatchError(
-            f"{out}: cannot go on with what was begun from something else: {'; '.join(changed)}. Give the same inputs "
-            "and settings, or another output path"
-        )
 
 
 def _short(values: Mapping[str, Any], key: str) -> str:

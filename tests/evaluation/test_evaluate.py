@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from agentic_r_plugin.errors import (
 )
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
-from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, _begin, run, write_matrix
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.report_results import columns
@@ -229,33 +228,31 @@ def test_a_cell_made_from_something_else_is_not_taken_for_this_one(
     tmp_path: Path, tiny_agent: Path, change: dict[str, Any], named: str
 ) -> None:
     run(config(tmp_path, tiny_agent))
-    with pytest.raises(ManifestMismatchError, match=f"begun with another {named} than now"):
+    with pytest.raises(ManifestMismatchError, match=f"begun from something else: {named} was .*, now "):
         run(config(tmp_path, tiny_agent, **change), resume=True)
 
 
-def test_a_finished_cell_is_known_by_its_result_where_what_it_was_made_from_is_gone(
+def test_a_finished_cell_of_which_nothing_says_what_it_was_made_from_is_refused(
     tmp_path: Path, tiny_agent: Path
 ) -> None:
     run(config(tmp_path, tiny_agent))
-    (tmp_path / "out" / "tiny-bm25-toy" / "made_from.json").unlink()
-    run(config(tmp_path, tiny_agent), resume=True)
-    with pytest.raises(ManifestMismatchError, match="begun with another resamples than now"):
-        run(config(tmp_path, tiny_agent, resamples=100), resume=True)
+    (tmp_path / "out" / "tiny-bm25-toy" / ".manifest.json").unlink()
+    with pytest.raises(ManifestMismatchError, match=r"tiny-bm25-toy is there without \.manifest\.json"):
+        run(config(tmp_path, tiny_agent), resume=True)
 
 
-def test_a_cell_that_another_process_began_or_ended_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
-    cell = rule_cell(tmp_path, "bm25")
-    folder = tmp_path / "out" / cell.name
-    folder.mkdir(parents=True)
-    write_json(folder / "made_from.json", {"search_fingerprint": "theirs"})
-    with pytest.raises(ManifestMismatchError, match="another search_fingerprint"):
-        _begin(cell, {"search_fingerprint": "ours"}, folder)
-    assert read_json(folder / "made_from.json") == {"search_fingerprint": "theirs"}
-    write_json(folder / "result.json", {"em": 1})
-    with open_search(SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))) as search:
-        begin = partial(_begin, cell, {"search_fingerprint": "ours"}, folder)
-        assert run_cell(cell, RuleAgent(), search, folder, begin) == {"em": 1}
-    assert sorted(path.name for path in folder.iterdir()) == ["made_from.json", "result.json"]
+def test_a_cell_begun_by_another_process_with_another_index_is_left_as_it_is(tmp_path: Path) -> None:
+    output = rule_cell(tmp_path, "bm25").output(tmp_path / "out")
+    with output.claim(resume=True) as held:
+        held.begin({"search_fingerprint": "theirs"})
+        with pytest.raises(OutputExistsError, match="another process is working on it"), output.claim(resume=True):
+            pass
+    with (
+        output.claim(resume=True) as held,
+        pytest.raises(ManifestMismatchError, match='search_fingerprint was "theirs", now "ours"'),
+    ):
+        held.begin({"search_fingerprint": "ours"})
+    assert output.before() == {"search_fingerprint": "theirs"}
 
 
 def test_a_cell_of_another_model_of_the_same_agent_is_not_taken_for_this_one(tmp_path: Path, tiny_agent: Path) -> None:
@@ -264,17 +261,18 @@ def test_a_cell_of_another_model_of_the_same_agent_is_not_taken_for_this_one(tmp
     shutil.copytree(tiny_agent, moved)
     run(config(tmp_path, tiny_agent, per_agent={"tiny": {"llm": {"model": str(moved)}}}), resume=True)
     (moved / "agent.json").write_text('{"protocol": "compact"}')
-    with pytest.raises(ManifestMismatchError, match="begun with another agent than now"):
+    with pytest.raises(ManifestMismatchError, match="begun from something else: agent was "):
         run(config(tmp_path, tiny_agent, per_agent={"tiny": {"llm": {"model": str(moved)}}}), resume=True)
 
 
 def test_a_cell_of_an_earlier_version_is_refused_by_what_it_does_not_tell(tmp_path: Path, tiny_agent: Path) -> None:
     run(config(tmp_path, tiny_agent))
-    file = tmp_path / "out" / "tiny-bm25-toy" / "made_from.json"
-    known = read_json(file)
-    write_json(file, {key: value for key, value in known.items() if key not in ("agent_options", "search_retriever")})
+    file = tmp_path / "out" / "tiny-bm25-toy" / ".manifest.json"
+    known = read_json(file)["made_from"]
+    del known["agent_options"], known["search_retriever"]
+    write_json(file, {"made_from": known})
     with pytest.raises(
-        ManifestMismatchError, match=r"earlier version.* does not tell agent_options, search_retriever;"
+        ManifestMismatchError, match=r"agent_options was absent, now {}; search_retriever was absent, now"
     ):
         run(config(tmp_path, tiny_agent), resume=True)
 
@@ -321,7 +319,7 @@ def test_a_cell_in_work_may_change_its_scores_but_not_its_retriever(
     (tmp_path / "out" / "tiny-bm25-toy" / "result.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(BM25Backend, "fingerprint", lambda _: "reloaded meanwhile")
-        with pytest.raises(ManifestMismatchError, match="begun with another search_fingerprint"):
+        with pytest.raises(ManifestMismatchError, match="search_fingerprint was"):
             run(config(tmp_path, tiny_agent), resume=True)
     run(config(tmp_path, tiny_agent, metrics=["agentic_em", "agentic_f1", "EM"], resamples=100), resume=True)
     (cell,) = read_json(tmp_path / "out" / "matrix.json")["cells"]
@@ -407,15 +405,22 @@ def rule_cell(tmp_path: Path, name: str, **settings: Any) -> Cell:
 
 
 def run_rule(tmp_path: Path, cell: Cell, agent: RuleAgent) -> dict[str, Any]:
-    with open_search(SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))) as search:
-        return run_cell(cell, agent, search, tmp_path / "out" / cell.name)
+    spec = SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))
+    with open_search(spec) as search, cell.output(tmp_path / "out").claim(resume=True) as held:
+        held.begin({"agent_fingerprint": agent.fingerprint(), "search_fingerprint": search.fingerprint()})
+        return run_cell(cell, agent, search, held)
 
 
 def test_a_cell_holds_trajectories_scores_and_result(tmp_path: Path) -> None:
     cell = rule_cell(tmp_path, "bm25")
     result = run_rule(tmp_path, cell, RuleAgent())
     folder = tmp_path / "out" / "rule-bm25-toy"
-    assert sorted(path.name for path in folder.iterdir()) == ["per_question.jsonl", "result.json", "scores.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".manifest.json",
+        "per_question.jsonl",
+        "result.json",
+        "scores.json",
+    ]
     records = list(read_records(folder / "per_question.jsonl", Trajectory))
     assert [record.answer for record in records] == ["Awe", "Bure", "Cam", "Dee", "Exe", "Fal"]
     assert read_json(folder / "scores.json")["search_turns"] == [2.0] * 6
