@@ -11,13 +11,14 @@ agentic-r train-retriever ...`); on several nodes, with torchrun's rendezvous an
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import child, components, compute
-from agentic_r_plugin.config import deciding, fingerprint, save_config
-from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError, TrainingError
+from agentic_r_plugin.config import deciding, save_config
+from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import read_examples, read_scores
@@ -28,18 +29,19 @@ from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.store import file_fingerprint, read_json, write_json
+from agentic_r_plugin.storage.claim import MANIFEST, Output, require_new
+from agentic_r_plugin.store import file_fingerprint
 
 __all__ = ["TrainRetrieverConfig", "run", "run_apart", "train", "train_llm_embedder", "train_replug"]
 
-DONE, _WORK = "done.json", "work.json"
+DONE = "done.json"
 
 
 def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
     """Train with the registered trainer that `config` names, here or in as many processes as it says."""
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         if not resume:
-            _require_empty(Path(config.out))
+            require_new(config.out, folder=True)
         return run_apart(config)
     components.load("retriever_trainer", config.trainer)(config, resume=resume)
 
@@ -83,43 +85,37 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
     out = Path(config.out)
     bound_caches()
     with Corpus(config.corpus) as corpus, process_group(config.device) as (rank, world):
-        if not resume:
-            _require_empty(out)
-        from_first(None)  # every process has looked before the first writes
         scores = read_scores(config.relevance, config.correctness) if from_scores else None
         examples = read_examples(config.groups, corpus, scores)
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
         retriever = initial_retriever(config)
-        key = _work_key(config, corpus, retriever, world)
-        if from_first(_is_done(out, key) if rank == 0 else None):
-            return out
-        training = Run(config, corpus, retriever, loss, rank, world)
-        if rank == 0:
-            _begin(out, key, compute.resolve(config.precision, retriever.model.device), config)
-        from_first(None)  # the folder is begun
-        if not (out / _WORK).is_file():
-            raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
-        training.restore()
-        training.fit(examples, dev)
-        if rank == 0:
-            retriever.save(out)
-            done = _summary(config, key, training, examples)
-            write_card(out, config, retriever.record, done)
-            write_json(out / DONE, done)
-            for name in (STATE, BEST, _WORK):
-                (out / name).unlink(missing_ok=True)
-        from_first(None)  # no process leaves before the folder is whole
+        output = Output(out=out, made_from=_made_from(config, corpus, retriever, world), done=DONE, folder=True)
+        # Process 0 alone writes; the others wait for it where they ask for what it holds.
+        with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
+            if from_first(held.finished is not None if held else None):
+                return out
+            training = Run(config, corpus, retriever, loss, rank, world)
+            if held:
+                held.begin()
+                save_config(config, out / "config.yaml")
+            from_first(None)  # the folder is begun
+            if not output.path(MANIFEST).is_file():
+                raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
+            training.restore()
+            training.fit(examples, dev)
+            if held:
+                retriever.save(out)
+                done = _summary(config, training, examples)
+                write_card(out, config, retriever.record, done)
+                held.finish(done)
+                for name in (STATE, BEST):
+                    (out / name).unlink(missing_ok=True)
+            from_first(None)  # no process leaves before the folder is whole
     return out
 
 
-def _require_empty(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
-        raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
-
-
-def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: list[Any]) -> dict[str, Any]:
+def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:
     return {
-        "key": key,
         "steps": training.step,
         "groups": len(examples),
         "loss": training.last_loss,
@@ -135,30 +131,13 @@ def _summary(config: TrainRetrieverConfig, key: str, training: Run, examples: li
     }
 
 
-def _work_key(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> str:
-    """What the weights depend on."""
-    settings = deciding(config) | {"precision": compute.resolve(config.precision, retriever.model.device)}
-    del settings["processes"]  # part of `world`
-    for name in ("relevance", "correctness", "dev_groups"):
-        path = getattr(config, name)
-        settings[name] = file_fingerprint(path) if path else None
-    return fingerprint(settings, file_fingerprint(config.groups), corpus.fingerprint(), retriever.fingerprint(), world)
-
-
-def _is_done(out: Path, key: str) -> bool:
-    if not (out / DONE).is_file():
-        return False
-    if read_json(out / DONE)["key"] != key:
-        raise ManifestMismatchError(f"{out} holds a retriever trained on other inputs or settings; choose another out")
-    return True
-
-
-def _begin(out: Path, key: str, precision: str, config: TrainRetrieverConfig) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    work = {"key": key, "precision": precision}
-    if (out / _WORK).is_file() and (found := read_json(out / _WORK)) != work:
-        begun = found.get("precision", precision)
-        other = f"precision {begun} instead of {precision}" if begun != precision else "other inputs or settings"
-        raise ManifestMismatchError(f"{out} was begun with {other}; remove it or choose another out")
-    save_config(config, out / "config.yaml")
-    write_json(out / _WORK, work)
+def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
+    """All that the weights depend on."""
+    files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
+    return deciding(config) | {
+        "precision": compute.resolve(config.precision, retriever.model.device),
+        **{name: file_fingerprint(path) if path else None for name, path in files.items()},
+        "corpus": corpus.fingerprint(),
+        "retriever": retriever.fingerprint(),
+        "processes": world,
+    }

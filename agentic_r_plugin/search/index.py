@@ -1,8 +1,9 @@
 """`agentic-r index`: encodes a corpus and builds a faiss index that FlashRAG reads as its own.
 
 The index folder holds `{method}_{kind}.index` (row i is the corpus' row i), the corpus' saved table, and
-`manifest.json`, which is written last: a folder with a manifest is whole. Shards of vectors are kept while the work
-lasts, so that an interrupted run goes on. For the kinds named in `faiss_files` memory does not grow with the corpus.
+`manifest.json`, which is written last: a folder with a manifest is whole. Shards of vectors are kept during the work,
+so that an interrupted run continues (`storage.claim`). For the kinds named in `faiss_files` memory does not grow with
+the corpus.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from agentic_r_plugin.errors import (
     AgenticRError,
     ConfigError,
     IndexMismatchError,
-    ManifestMismatchError,
-    OutputExistsError,
     RecordError,
 )
 from agentic_r_plugin.records import Record
@@ -33,12 +32,13 @@ from agentic_r_plugin.search.encoder import Retriever, RetrieverRecord
 from agentic_r_plugin.search.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
-from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint, write_json
+from agentic_r_plugin.storage.claim import MANIFEST as BEGUN
+from agentic_r_plugin.storage.claim import Claim, Output, require_new
+from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_WORK, _SHARDS = "work.json", "shards"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +155,10 @@ def run(config: IndexConfig, *, resume: bool = False) -> None:
 def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
     """As `run`, returning the manifest."""
     out = Path(config.out)
-    if not resume and out.exists() and any(out.iterdir()):
-        raise OutputExistsError(f"{out} is not empty; choose another folder, remove it, or pass --resume to go on")
+    if not resume:
+        require_new(out, folder=True)
     try:
-        return _build(config, out)
+        return _build(config, out, resume=resume)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -167,7 +167,7 @@ def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
         ) from error
 
 
-def _build(config: IndexConfig, out: Path) -> IndexManifest:
+def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
     devices = resolve_devices(config.device)
     with Corpus(config.corpus, table=out) as corpus:
         load = _overrides(config.formulation, config.max_length, config.query_prompt, config.passage_prompt)
@@ -177,59 +177,79 @@ def _build(config: IndexConfig, out: Path) -> IndexManifest:
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
         load["untrained"] = retriever.record
         manifest = replace(_manifest(config, corpus, retriever), precision=precision)
-        if (out / MANIFEST).is_file():
-            found = read_manifest(out)
-            _require_same(out, found, manifest)
-            shutil.rmtree(out / _SHARDS, ignore_errors=True)
-            return found
-        empty_index(manifest.kind, manifest.dim)
-        _begin(out, manifest, config)
-        _require_room(out, manifest)
-        corpus.save_table(out)
-        job = ShardJob(
-            corpus=absolute(config.corpus),
-            table=absolute(str(out)),
-            retriever=absolute(config.retriever),
-            retriever_fingerprint=manifest.retriever_fingerprint,
-            load=load,
-            folder=absolute(str(out / _SHARDS)),
-            shard_size=config.shard_size,
-            batch_size=config.batch_size,
-            max_batch_tokens=config.max_batch_tokens,
-        )
-        ray = RayWorkers(count=config.ray_workers, address=config.ray_address, gpus=config.ray_gpus)
-        encode_shards(job, corpus, retriever, devices, ray)
-        shards = [job.path(start) for start in range(0, manifest.rows, config.shard_size)]
-        index_file = out / manifest.index_file
-        write_index(
-            index_file,
-            shards,
-            kind=manifest.kind,
-            rows=manifest.rows,
-            dim=manifest.dim,
-            train_rows=config.train_rows,
-        )
-        manifest = replace(
-            manifest, index_bytes=index_file.stat().st_size, index_sample=sampled_fingerprint(index_file)
-        )
-        save_config(config, out / "config.yaml")
-        write_json(out / MANIFEST, manifest.to_dict())
-        shutil.rmtree(out / _SHARDS)
-        (out / _WORK).unlink()
-        log.info("indexed %d passages in %s", manifest.rows, out)
-        return manifest
+        with _output(out, manifest).claim(resume=resume) as held:
+            if held.finished is None:
+                _index(config, manifest, held, corpus, retriever, devices, load)
+            shutil.rmtree(held.work, ignore_errors=True)
+    return read_manifest(out)
 
 
-def _require_room(out: Path, manifest: IndexManifest) -> None:
+def _output(out: Path, manifest: IndexManifest) -> Output:
+    made_from = {
+        "corpus": manifest.corpus_fingerprint,
+        "retriever": manifest.retriever_fingerprint,
+        "precision": manifest.precision,
+        "kind": manifest.kind,
+    }
+    # The vectors are the same for all kinds: unfinished work may go on to another one.
+    return Output(out=out, made_from=made_from, done=MANIFEST, folder=True, at_end=frozenset({"kind"}))
+
+
+def _index(
+    config: IndexConfig,
+    manifest: IndexManifest,
+    held: Claim,
+    corpus: Corpus,
+    retriever: Retriever,
+    devices: list[str],
+    load: dict[str, Any],
+) -> None:
+    out = held.out
+    empty_index(manifest.kind, manifest.dim)
+    shard_size = held.noted("shard_size", config.shard_size)  # shards are kept by their first row
+    held.begin(shard_size=shard_size)
+    held.work.mkdir(exist_ok=True)
+    _require_room(held, manifest)
+    corpus.save_table(out)
+    job = ShardJob(
+        corpus=absolute(config.corpus),
+        table=absolute(str(out)),
+        retriever=absolute(config.retriever),
+        retriever_fingerprint=manifest.retriever_fingerprint,
+        load=load,
+        folder=absolute(str(held.work)),
+        shard_size=shard_size,
+        batch_size=config.batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    ray = RayWorkers(count=config.ray_workers, address=config.ray_address, gpus=config.ray_gpus)
+    encode_shards(job, corpus, retriever, devices, ray)
+    shards = [job.path(start) for start in range(0, manifest.rows, shard_size)]
+    index_file = out / manifest.index_file
+    write_index(
+        index_file,
+        shards,
+        kind=manifest.kind,
+        rows=manifest.rows,
+        dim=manifest.dim,
+        train_rows=config.train_rows,
+    )
+    manifest = replace(manifest, index_bytes=index_file.stat().st_size, index_sample=sampled_fingerprint(index_file))
+    save_config(config, out / "config.yaml")
+    held.finish(manifest.to_dict())
+    log.info("indexed %d passages in %s", manifest.rows, out)
+
+
+def _require_room(held: Claim, manifest: IndexManifest) -> None:
     """Raises `ConfigError` when the vectors as shards and the index beside them cannot fit on the disk."""
     vectors = manifest.rows * manifest.dim * 4
-    there = sum(path.stat().st_size for path in (out / _SHARDS).glob("*.npy"))
+    there = sum(path.stat().st_size for path in held.work.glob("*.npy"))
     index = manifest.rows * bytes_per_row(manifest.kind, manifest.dim)
-    needed, free = vectors + index - there, shutil.disk_usage(out).free
+    needed, free = vectors + index - there, shutil.disk_usage(held.out).free
     if needed > free:
         raise ConfigError(
-            f"{out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then the index), found "
-            f"{free / 1e9:.1f} GB free; choose another folder or make room"
+            f"{held.out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then the index), "
+            f"found {free / 1e9:.1f} GB free; choose another folder or make room"
         )
 
 
@@ -269,35 +289,6 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
     )
 
 
-def _require_same(out: Path, found: IndexManifest, wanted: IndexManifest) -> None:
-    if found.fingerprint() != wanted.fingerprint():
-        raise ManifestMismatchError(
-            f"{out} holds an index ({found.kind}) of {found.corpus} by {found.retriever}, made from other contents "
-            f"than those of {wanted.corpus} and {wanted.retriever} now ({wanted.kind}); remove it or choose another "
-            "folder"
-        )
-
-
-def _begin(out: Path, manifest: IndexManifest, config: IndexConfig) -> None:
-    """Note what the shards are made from, or check that those found were made from the same."""
-    key = {
-        "vectors": manifest.vectors_fingerprint(),
-        "shard_size": config.shard_size,
-        "precision": manifest.precision,
-    }
-    (out / _SHARDS).mkdir(parents=True, exist_ok=True)
-    if (out / _WORK).is_file():
-        if (found := read_json(out / _WORK)) != key:
-            raise ManifestMismatchError(
-                f"{out} was begun with another corpus, retriever, precision or shard_size ({found} instead of {key}); "
-                "remove it"
-            )
-    elif any((out / _SHARDS).iterdir()):
-        raise ManifestMismatchError(f"{out / _SHARDS} holds vectors of unknown origin; remove {out}")
-    else:
-        write_json(out / _WORK, key)
-
-
 def read_manifest(folder: str | Path) -> IndexManifest:
     """The manifest of a finished index.
 
@@ -307,7 +298,8 @@ def read_manifest(folder: str | Path) -> IndexManifest:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        state = "an unfinished index; go on with --resume" if (folder / _WORK).is_file() else "no index there"
+        begun = (folder / BEGUN).is_file()
+        state = "an unfinished index; go on with --resume" if begun else "no index there"
         raise ConfigError(f"{folder}: {state} (agentic-r index builds one)")
     try:
         return IndexManifest.from_dict(read_json(folder / MANIFEST))

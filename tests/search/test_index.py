@@ -61,6 +61,7 @@ def test_the_file_is_byte_for_byte_what_faiss_would_write(index_folder, corpus_f
 
 def test_a_finished_folder_holds_only_what_belongs_there(index_folder):
     assert sorted(path.name for path in index_folder.iterdir()) == [
+        ".manifest.json",
         "agentic_r_Flat.index",
         "config.yaml",
         "corpus.json",
@@ -132,12 +133,12 @@ def test_unfinished_work_of_another_corpus_is_not_mixed_in(tmp_path, corpus_file
     with pytest.raises(KeyboardInterrupt):
         build_index(config_for(out, corpus_file, model_folder))
     other = write_corpus(tmp_path / "other.jsonl", seed=1)
-    with pytest.raises(ManifestMismatchError, match="begun with another corpus"):
+    with pytest.raises(ManifestMismatchError, match="begun from something else: corpus was"):
         build_index(config_for(out, other, model_folder), resume=True)
     shutil.rmtree(out)
     monkeypatch.undo()
     build_index(config_for(out, corpus_file, model_folder))
-    with pytest.raises(ManifestMismatchError, match="made from other contents"):
+    with pytest.raises(ManifestMismatchError, match="begun from something else: corpus was"):
         build_index(config_for(out, other, model_folder), resume=True)
 
 

@@ -107,7 +107,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(tmp_path, corpus
     ended = subprocess.run(command, capture_output=True, text=True, check=False)  # a shard fits, the index does not
     assert ended.returncode == 1
     assert "no room to write (File too large); finished shards are kept" in ended.stderr
-    assert sorted(path.name for path in (out / "shards").iterdir()) == [f"{n:010d}.npy" for n in (0, 16, 32)]
+    assert sorted(path.name for path in (out / ".work").iterdir()) == [f"{n:010d}.npy" for n in (0, 16, 32)]
     assert not (out / NAME).exists() and not list(out.glob("*.tmp"))
     config = config_for(out, corpus_file, model_folder)
     build_index(config, resume=True)
