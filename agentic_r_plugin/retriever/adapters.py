@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) on the transformer, merged into its weights at the end: the result is an ordinary model."""
+"""LoRA adapters on the transformer. They are merged into its weights at the end, so the result is an ordinary model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 
 
 class Adapters:
-    """Adapters on every linear layer but the pooler; nothing else is trained.
+    """Adapters on every linear layer except the pooler; all other parameters are frozen.
 
     Raises:
         ConfigError: peft is not installed.
@@ -37,5 +37,5 @@ class Adapters:
         self._wrapped: Any = get_peft_model(self._transformer.model, lora)  # changes the layers of the model in place
 
     def merge(self) -> None:
-        """Add the adapters to the weights and take them out of the model."""
+        """Merge the adapters into the weights and remove them from the model."""
         self._transformer.model = self._wrapped.merge_and_unload()

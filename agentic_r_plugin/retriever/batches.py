@@ -1,4 +1,4 @@
-"""Training groups, checked against the corpus and put into batches."""
+"""Read training groups, check them against the corpus and form batches."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A training group with its passages as rows of the corpus; of passages with the same text, the first one's row."""
+    """A training group with its passages as corpus rows. Passages with the same text share the row of the first one."""
 
     key: Key
     request: SearchRequest
     positive: int
     negatives: tuple[int, ...]
     known_positives: frozenset[int]
-    """Positives of all groups of this query, this one's among them."""
+    """Positives of all groups of this query, including this one."""
     scores: tuple[float, ...] | None = None
-    """Of the positive and each negative, where the trainer learns from scores."""
+    """Scores of the positive and each negative, for trainers that learn from scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One process' examples of a step, and the passages that the losses see."""
+    """The examples of one process in one step, and the passages that enter the loss."""
 
     examples: tuple[Example, ...]
     rows: tuple[int, ...]
-    """Distinct corpus rows of the batch, all processes taken together, in order of first use."""
+    """Distinct corpus rows of the batch over all processes, in order of first use."""
     counts: tuple[int, ...]
-    """How many slots of the batch's groups hold each row."""
+    """Number of slots of the batch's groups that hold each row."""
 
 
 def read_examples(
     groups: str | Path, corpus: Corpus, scores: Mapping[Key, Mapping[str, float]] | None = None
 ) -> list[Example]:
-    """All groups of a file, or of a folder of shards.
+    """Read all groups of a file, or of a folder of shards.
 
     Args:
-        scores: of each query's passages, for trainers that learn from scores (`read_scores`).
+        scores: scores of each query's passages, for trainers that learn from scores (`read_scores`).
 
     Raises:
-        RecordError: a broken line, a group without negatives, a passage the corpus does not hold or that has no score,
-            or a positive among its own negatives; names file and line. Also when there is no group at all.
+        RecordError: a broken line, a group without negatives, a positive among its own negatives, or a passage that is
+            missing from the corpus or has no score, with file and line; or there is no group at all.
     """
     read: list[Example] = []
     positives: dict[Key, set[int]] = defaultdict(set)
@@ -86,7 +86,7 @@ def read_examples(
 
 
 class _Rows:
-    """Passage id -> the first row among those of the same text that were asked for."""
+    """Passage id -> row. All passages with the same text get the row of the one that was looked up first."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
@@ -103,7 +103,7 @@ class _Rows:
 
 
 def read_scores(relevance: str | None, correctness: str | None) -> dict[Key, dict[str, float]]:
-    """What the score-based trainers learn from: relevance / 100, plus correctness (0 or 1), of those files given.
+    """Read the teacher scores: relevance / 100, plus correctness (0 or 1), from whichever files are given.
 
     Raises:
         ConfigError: neither file is given.
@@ -122,6 +122,7 @@ def read_scores(relevance: str | None, correctness: str | None) -> dict[Key, dic
         parts.append(dict(rolled_out))
     if len(parts) == 1:
         return parts[0]
+    # The sum needs both scores, so a passage that only one of the files covers gets no score at all.
     first, second = parts
     return {
         key: {passage: score + second[key][passage] for passage, score in found.items() if passage in second[key]}
@@ -151,18 +152,21 @@ def epoch_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of one epoch, the same for the same seed; with several processes, those of process `rank`.
+    """Yield the batches of one epoch for process `rank`. The same seed gives the same batches.
 
     Args:
-        batch_size: examples of one process' batch.
-        group_size: the positive and group_size - 1 negatives; where a group has more, each epoch draws others.
-        order: `shuffled`, or `questions`: groups of one question stay together, so that more passages are shared.
-        cross_device: whether rows and counts are those of all processes or of this one alone.
+        batch_size: examples per process and batch.
+        group_size: passages per group: the positive and group_size - 1 negatives. From a group with more negatives,
+            each epoch draws a new sample.
+        order: `shuffled`, or `questions`, which keeps the groups of one question together so that they share passages.
+        cross_device: whether rows and counts cover all processes or only this one.
     """
     places = _order(examples, epoch, seed, order)
+    # Every process must run the same number of steps, or the collective operations would wait forever.
     places = places[: len(places) - len(places) % world] if len(places) >= world else places * world
     for start in range(0, len(places), batch_size * world):
         chosen = places[start : start + batch_size * world]
+        # All processes draw the whole batch from the same seed, so no passage lists need to be exchanged.
         picked = [_with_drawn_negatives(examples[i], i, epoch, seed, group_size - 1) for i in chosen]
         mine = picked[rank::world]
         slots = (row for item in (picked if cross_device else mine) for row in (item.positive, *item.negatives))
@@ -184,6 +188,7 @@ def _order(examples: Sequence[Example], epoch: int, seed: int, order: str) -> li
 def _with_drawn_negatives(example: Example, index: int, epoch: int, seed: int, count: int) -> Example:
     if len(example.negatives) <= count:
         return example
+    # The seed names epoch and example, not the order of calls: a resumed run draws the same negatives.
     drawn = random.Random(f"negatives {seed} {epoch} {index}").sample(range(len(example.negatives)), count)
     return replace(
         example,
@@ -193,6 +198,6 @@ def _with_drawn_negatives(example: Example, index: int, epoch: int, seed: int, c
 
 
 def num_batches(num_examples: int, batch_size: int, world: int = 1) -> int:
-    """Batches of one epoch of one process."""
+    """Number of batches per epoch and process."""
     usable = num_examples - num_examples % world if num_examples >= world else num_examples * world
     return -(-usable // (batch_size * world))

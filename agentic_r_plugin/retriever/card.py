@@ -1,4 +1,4 @@
-"""The model card of a trained retriever: how to use it, what it learnt from, what that cost, what came of it."""
+"""The model card of a trained retriever: usage, data and settings, cost and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD = "README.md"
 
 
 def write_card(folder: Path, config: TrainRetrieverConfig, record: RetrieverRecord, done: dict[str, Any]) -> None:
-    """Write the card from the settings, the record and the curve in `folder`."""
+    """Write the card from the settings, the record and the training log in `folder`."""
     lines = [line for _, line in read_lines(folder / METRICS)]
     parts = (_head(config), _use(record), _data(config, done), _costs(done, lines), _results(done, lines))
     (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Retriever checkpoints: what training writes and everything else reads. The class itself lives with searching."""
+"""Retriever checkpoints, written by training and read by everything else. The class itself is in `search.encoder`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How well a retriever finds the positives of held-out groups: recall, MRR and nDCG, also while it is being trained.
+"""Recall, MRR and nDCG of a retriever on held-out groups, before, during and after training.
 
-Two pools are searched: the passages of the held-out groups (`dev_...`), and, where asked for, the whole corpus
-(`corpus_...`). Shapes: Q queries, P passages, K places.
+The search runs over the passages of the held-out groups (`dev_...`) and, if requested, over the whole corpus
+(`corpus_...`). Shapes: Q queries, P passages, K ranks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ METRICS = tuple(
     for pool in ("dev", "corpus")
     for name in (*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10")
 )
-"""Every name that a measurement may hold."""
+"""All metric names that `measure` may return."""
 
 
 def ranking_metrics(found: Sequence[Sequence[int]], relevant: Sequence[frozenset[int]]) -> dict[str, float]:
-    """Means over the queries.
+    """Mean of each metric over the queries.
 
     Args:
-        found: what was found for each query, best first.
-        relevant: what should be found; never empty.
+        found: results of each query, best first.
+        relevant: relevant items of each query; never empty.
 
     >>> metrics = ranking_metrics([[4, 7, 9]], [frozenset({7, 8})])
     >>> metrics["recall_at_1"], metrics["recall_at_3"], metrics["mrr_at_10"], round(metrics["ndcg_at_10"], 4)
@@ -60,12 +60,12 @@ def measure(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """Metrics of the held-out groups; the same on every process. The passages are shared among the processes.
+    """Metrics of the held-out groups; every process returns the same values. The processes split the passages.
 
-    A query's groups count as one query with several relevant passages.
+    Groups of the same query count as one query with several relevant passages.
 
     Args:
-        pools: what is searched: `dev`, `corpus` or both.
+        pools: pools to search: `dev`, `corpus` or both.
     """
     queries = list({item.key: item for item in dev}.values())
     relevant = [item.known_positives for item in queries]
@@ -84,7 +84,7 @@ def measure(
 def _search(
     retriever: Retriever, corpus: Corpus, vectors_QD: torch.Tensor, rows: Sequence[int], rank: int, world: int
 ) -> list[list[int]]:
-    """The best rows of each query, best first; memory does not grow with the number of rows."""
+    """The best rows of each query, best first. Memory does not grow with the number of rows."""
     scores_QK, rows_QK = torch.zeros(len(vectors_QD), 0), torch.zeros(len(vectors_QD), 0, dtype=torch.long)
     for start in range(rank * _CHUNK, len(rows), world * _CHUNK):
         chunk = rows[start : start + _CHUNK]
@@ -93,6 +93,7 @@ def _search(
             torch.cat((scores_QK, vectors_QD @ passages_PD.T), dim=1),
             torch.cat((rows_QK, torch.tensor(chunk).expand(len(vectors_QD), -1)), dim=1),
         )
+    # The best rows overall are among the best rows of the processes, so only those are exchanged.
     parts = gather_objects((scores_QK.numpy(), rows_QK.numpy()))
     scores_QK, rows_QK = (torch.from_numpy(np.concatenate([part[i] for part in parts], axis=1)) for i in (0, 1))
     found: list[list[int]] = _best(scores_QK, rows_QK)[1].tolist()

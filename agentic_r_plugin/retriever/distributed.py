@@ -1,7 +1,7 @@
-"""Several processes, one batch: who encodes what, and how vectors and gradients travel.
+"""One batch over several processes: how the encoding is split, and how vectors and gradients are exchanged.
 
-Every process knows the whole batch, since all draw it from the same seed; each encodes its queries and every N-th of
-the distinct passages. Legend: P distinct passages of the batch, p of them encoded here, D dimensions, N processes.
+Every process draws the whole batch from the same seed. It encodes its own queries and every N-th of the distinct
+passages. Legend: P distinct passages of the batch, p of them encoded here, D dimensions, N processes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _BUCKET_BYTES = 64 << 20
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[tuple[int, int]]:
-    """(rank, number of processes): of the group that is there, or that `torchrun` asks for.
+    """Yield (rank, number of processes) of the existing process group, or of a new one under `torchrun`.
 
-    Tensors on the CPU travel over gloo, those on a GPU over NCCL.
+    CPU tensors use gloo, GPU tensors NCCL.
 
     Args:
-        device: what the processes train on; on GPUs each takes the one of its local rank.
+        device: training device; on GPUs each process takes the GPU of its local rank.
 
     Raises:
-        ConfigError: more processes on this machine than it has GPUs.
+        ConfigError: there are more processes on this machine than GPUs.
     """
     ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if ours:
@@ -56,7 +56,7 @@ def _take_gpu(local_rank: int) -> None:
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 holds, on every process."""
+    """Broadcast the value of process 0 to every process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     holder = [value]
@@ -65,7 +65,7 @@ def from_first(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every process holds, in order of their ranks, on every process."""
+    """Gather the values of all processes, in rank order, on every process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     every: list[Any] = [None] * dist.get_world_size()
@@ -74,19 +74,19 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """Columns whose passages process `rank` encodes, of `count`."""
+    """The columns out of `count` whose passages process `rank` encodes."""
     return range(rank, count, world)
 
 
 def gather_columns(mine_pD: Tensor, count: int, world: int) -> Tensor:
-    """(P, D) vectors of all columns from those of each process' `share`; no gradients."""
+    """(P, D) vectors of all columns, assembled from the `share` of each process; without gradients."""
     if world == 1:
         return mine_pD
-    longest = -(-count // world)
+    longest = -(-count // world)  # all_gather needs equal shapes, so shorter shares are padded
     padded = F.pad(mine_pD, (0, 0, 0, longest - len(mine_pD))).contiguous()
     every = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(every, padded)
-    return torch.stack(every, dim=1).flatten(0, 1)[:count]
+    return torch.stack(every, dim=1).flatten(0, 1)[:count]  # interleaves the shares, which cuts off the padding
 
 
 def sum_columns(gradient_PD: Tensor, rank: int, world: int) -> Tensor:
@@ -99,7 +99,7 @@ def sum_columns(gradient_PD: Tensor, rank: int, world: int) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> None:
-    """Mean of each gradient over the processes, in buckets. All processes must hold the same gradients."""
+    """Average each gradient over the processes, in buckets. Every process must have gradients of the same parameters."""
     if world == 1:
         return
     bucket: list[Tensor] = []

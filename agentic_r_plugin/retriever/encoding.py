@@ -1,4 +1,4 @@
-"""Texts to vectors with gradients, a mini-batch of bounded tokens at a time.
+"""Encode texts with gradients, in mini-batches with a bounded number of tokens.
 
 Shapes: N texts, D dimensions.
 """
@@ -23,19 +23,19 @@ from agentic_r_plugin.search.families import first_position
 
 @dataclass(frozen=True)
 class Tokens:
-    """One text as the model is given it."""
+    """One tokenized text, as the model reads it."""
 
     ids: Sequence[int]
-    """Token ids, prefix and special tokens included."""
+    """Token ids, including prefix and special tokens."""
     prompt_length: int = 0
-    """First tokens that pooling leaves out, where the model's pooling does so (`include_prompt: false`)."""
+    """Leading tokens that the model's pooling skips (`include_prompt: false`); 0 if it skips none."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 def tokenize(retriever: Retriever, texts: Sequence[str], kind: str) -> list[Tokens]:
-    """Texts of a kind (`query` or `passage`) as the retriever itself tokenises them, padding left out."""
+    """Tokenize texts of a kind (`query` or `passage`) as the retriever does, without padding."""
     if not texts:
         return []
     features = retriever.features(list(texts), kind)
@@ -49,11 +49,11 @@ class TextEncoder:
     """Runs a sentence-transformers model on token ids, with gradients.
 
     Args:
-        model: a transformer, its pooling, and what comes after.
+        model: a transformer, its pooling, and any further modules.
         precision: `float32`, `bfloat16` or `float16` (autocast), or `auto`.
-        packing: lay texts end to end where the model allows it; otherwise they are padded. On CUDA also where torch's
-            variable-length kernel can be used, which has no dropout.
-        attention_dropout: set in the model; None: the model's own, or 0 where the kernel is used.
+        packing: concatenate texts without padding if the model supports it. On CUDA this also needs torch's
+            variable-length kernel, which has no dropout. Otherwise texts are padded.
+        attention_dropout: set in the model; None keeps the model's own, or sets 0 where the kernel is used.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class TextEncoder:
         self._first_position = first_position(self._transformer) if self.packs else 0
 
     def close(self) -> None:
-        """Give the model its usual attention back."""
+        """Restore the model's usual attention."""
         if self.packs:
             self._transformer.model.set_attn_implementation("sdpa")
 
     def plan(self, texts: Sequence[Tokens], max_tokens: int) -> list[list[int]]:
-        """Places of the texts, shortest first, in mini-batches of at most `max_tokens` positions.
+        """Split the texts, shortest first, into mini-batches of at most `max_tokens` positions; returns their indices.
 
-        A longer text is its own mini-batch. Texts of different prompt lengths are never in the same mini-batch: pooling
-        takes one prompt length.
+        A text above the limit gets its own mini-batch. A mini-batch holds texts of one prompt length, because pooling
+        takes a single one.
         """
         batches: list[list[int]] = []
         room, skipped = 0, 0
@@ -99,7 +99,7 @@ class TextEncoder:
         return batches
 
     def __call__(self, texts: Sequence[Tokens]) -> Tensor:
-        """(N, D) vectors, at least float32, of texts of one prompt length; zeros for a text without tokens."""
+        """(N, D) vectors in at least float32. Texts must share one prompt length; a text without tokens gives zeros."""
         full = [place for place, text in enumerate(texts) if len(text)]
         if len(full) < len(texts):
             vectors = self([texts[place] for place in full]) if full else self._none()
@@ -115,7 +115,7 @@ class TextEncoder:
         return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
 
     def _none(self) -> Tensor:
-        """No vector (0, D), in the graph of the parameters, so that a batch of empty texts has a backward pass."""
+        """An empty (0, D) tensor attached to the parameters, so that a batch of empty texts has a backward pass."""
         first = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         return first.float().sum() * torch.zeros(0, self.model.get_embedding_dimension() or 0, device=first.device)
 
@@ -143,7 +143,7 @@ class TextEncoder:
 
 
 def _packs(model: SentenceTransformer) -> bool:
-    """Whether the model is a transformer that takes packed texts, and a pooling that counts every token of a text."""
+    """Whether the model is a transformer that supports packed texts, followed by a pooling module."""
     modules: list[Any] = list(model)
     return (
         len(modules) > 1

@@ -1,8 +1,8 @@
-"""Loss and gradients of a batch of any size in the memory of a few mini-batches (gradient caching).
+"""Gradient caching: loss and gradients of a batch of any size in the memory of a few mini-batches.
 
-All texts are encoded once without a graph; the loss gives the gradient of every vector; then each mini-batch is encoded
-again, with a graph, and its vectors' gradients go back through it. Mini-batches whose graphs fit in memory are encoded
-once. Nothing is approximated: dropout draws the same in both passes.
+All texts are encoded once without a graph, and the loss gives the gradient of every vector. Each mini-batch is then
+encoded again with a graph, and the gradients of its vectors are backpropagated. Mini-batches whose graphs fit in memory
+are encoded only once. The gradients are exact: both passes draw the same dropout.
 
 Legend: N texts of this process, D dimensions.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from agentic_r_plugin.retriever.encoding import TextEncoder, Tokens
 
 VectorLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Vectors (N, D) -> (the loss, gradient of each vector (N, D))."""
+"""Vectors (N, D) -> (loss, gradients of the vectors (N, D))."""
 
 
 def backward(
@@ -30,18 +30,18 @@ def backward(
     mini_batch_tokens: int,
     kept_tokens: int | None,
 ) -> Tensor:
-    """Add the loss' gradient to the model's parameters; returns the loss.
+    """Add the gradient of the loss to the model's parameters; returns the loss.
 
     Args:
-        texts: in the order in which `loss` wants their vectors.
-        seed: of dropout; each mini-batch draws from its own generator state.
-        kept_tokens: tokens whose graphs are kept from the first pass; None means all of them.
+        texts: in the order in which `loss` expects their vectors.
+        seed: dropout seed; each mini-batch gets its own generator state.
+        kept_tokens: number of tokens whose graphs are kept from the first pass; None keeps all of them.
     """
     plan = encoder.plan(texts, mini_batch_tokens)
     vectors: list[Tensor] = [torch.empty(0)] * len(plan)
     room = float("inf") if kept_tokens is None else kept_tokens
     kept = set()
-    for number in reversed(range(len(plan))):  # the longest texts first: they are the dearest to encode again
+    for number in reversed(range(len(plan))):  # longest texts first, because they cost most to encode again
         places = plan[number]
         size = sum(len(texts[i]) for i in places)
         with torch.set_grad_enabled(size <= room):
@@ -49,6 +49,7 @@ def backward(
         if size <= room:
             kept.add(number)
             room -= size
+    # `order` maps plan order to text order; its argsort maps back to the order that `loss` expects.
     order = torch.tensor([place for places in plan for place in places], device=vectors[0].device)
     value, gradient_ND = loss(torch.cat([part.detach() for part in vectors])[order.argsort()])
     for number in sorted(range(len(plan)), key=lambda i: i not in kept):  # frees the kept graphs first
@@ -59,6 +60,7 @@ def backward(
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[Tokens], places: Sequence[int], seed: str, number: int) -> Tensor:
+    # Seeded per mini-batch, so that the second pass repeats the dropout masks of the first.
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
     return encoder([texts[i] for i in places])

@@ -1,4 +1,4 @@
-"""The training loop of every trainer here: steps, checkpoints, the curve, early stopping.
+"""The training loop shared by all trainers: steps, checkpoints, training log, early stopping.
 
 Legend: B queries and p passages of this process, P distinct passages of the batch, D dimensions.
 """
@@ -37,11 +37,11 @@ STATE, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.jsonl"
 
 
 class Run:
-    """Model, optimizer and position of one training.
+    """Model, optimizer and current step of one training run.
 
     Args:
-        loss: of the scores of a batch (`retriever.loss`).
-        rank: this process, of `world`.
+        loss: loss over the scores of a batch (`retriever.loss`).
+        rank: rank of this process among `world` processes.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Run:
         self.mini_batch_tokens = config.mini_batch_tokens or (2048 if on_cpu else 8192)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Weight decay applies to matrices only: biases and layer norms are not decayed.
         matrices = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]
         others = [p for p in self.model.parameters() if p.requires_grad and p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -74,7 +75,7 @@ class Run:
     # --- resume
 
     def restore(self) -> None:
-        """Go on from the checkpoint, where there is one; drop later lines of the curve."""
+        """Load the checkpoint if there is one, and drop log lines of later steps."""
         if (self.out / STATE).is_file():
             state = torch.load(self.out / STATE, map_location="cpu", weights_only=True)
             self._load_weights(state["weights"])
@@ -90,7 +91,7 @@ class Run:
                 temporary.write_bytes(b"".join(map(dump_line, kept)))
 
     def save_state(self) -> None:
-        """Everything the next step depends on."""
+        """Save everything that the next step depends on."""
         if self.rank == 0:
             state = {
                 "weights": self._weights(),
@@ -116,7 +117,7 @@ class Run:
     # --- the loop
 
     def fit(self, examples: list[Example], dev: list[Example]) -> None:
-        """All remaining steps; the model is then the last one, or the best one with early stopping."""
+        """Run all remaining steps. The model then has the last weights, or with early stopping the best ones."""
         per_epoch = num_batches(len(examples), self.config.batch_size, self.world)
         total = per_epoch * self.config.epochs
         last = min(total, self.config.max_steps or total)
@@ -161,6 +162,7 @@ class Run:
                 rank=self.rank,
                 world=self.world,
             )
+            # Batches before the checkpoint are drawn and skipped, so that a resumed epoch continues unchanged.
             for place, batch in enumerate(batches, start=epoch * per_epoch):
                 if place >= last:
                     return
@@ -178,6 +180,7 @@ class Run:
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss}; lower learning_rate, or use precision=float32"
             )
+        # Average before unscaling and clipping: every process then clips by the same norm and takes the same step.
         average_gradients(self.model.parameters(), self.world)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -189,7 +192,7 @@ class Run:
             "loss": loss,
             "accuracy": correct,
             "learning_rate": rate,
-            "grad_norm": norm.item() if torch.isfinite(norm) else None,  # float16 overflows while its scale settles
+            "grad_norm": norm.item() if torch.isfinite(norm) else None,  # float16 overflows until its scale settles
             "slots": sum(batch.counts),
             "passages": len(batch.rows),
             "tokens": tokens,
@@ -197,9 +200,9 @@ class Run:
         }
 
     def accumulate(self, batch: Batch) -> tuple[float, float, int]:
-        """Add the gradients of this process' mean loss, as far as its own texts go.
+        """Backpropagate the mean loss through the texts that this process encodes.
 
-        Returns the loss, the share of queries whose positive scores highest, and the tokens of its texts.
+        Returns the loss, the share of queries whose positive scores highest, and the number of tokens of its texts.
         """
         world, rank = (self.world, self.rank) if self.config.cross_device else (1, 0)
         columns = share(len(batch.rows), rank, world)
@@ -210,6 +213,8 @@ class Run:
 
         def vector_loss(vectors_ND: Tensor) -> tuple[Tensor, Tensor]:
             queries_BD = vectors_ND[: len(queries)].requires_grad_()
+            # The gathered vectors carry no graph. `sum_columns` below brings this process the gradients that the
+            # losses of all processes give its passages; `average_gradients` then divides by N once.
             passages_PD = gather_columns(vectors_ND[len(queries) :], len(batch.rows), world).detach().requires_grad_()
             scores_BP = similarities(queries_BD, passages_PD, self.config.temperature)
             here = known.to(scores_BP)
@@ -223,6 +228,7 @@ class Run:
             [*queries, *passages],
             vector_loss,
             seed=f"{self.config.seed} {self.step} {self.rank}",
+            # without caching: one mini-batch for the whole batch
             mini_batch_tokens=self.mini_batch_tokens if self.config.gradient_caching else sys.maxsize,
             kept_tokens=self._kept_tokens(),
         )
@@ -242,7 +248,7 @@ class Run:
     # --- the curve
 
     def _measure(self, dev: list[Example]) -> None:
-        """Metrics of the held-out groups; with early stopping, keep the best weights."""
+        """Log the metrics of the held-out groups; with early stopping, save the weights if they are the best so far."""
         if not dev:
             return
         self.model.eval()
@@ -276,7 +282,7 @@ class Run:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the accelerator by torch, on the CPU by this process."""
+    """Peak memory so far: allocated by torch on an accelerator, resident memory of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,15 +1,15 @@
-"""The losses, over the distinct passages of a batch (method section 5 and the two trainers it is compared with).
+"""Losses over the distinct passages of a batch: the paper's (method section 5) and those of two baselines.
 
-Legend: B queries of this process, P distinct passages of the batch, G passages of a group, D dimensions.
+Legend: B queries of this process, P distinct passages of the batch, G passages per group, D dimensions.
 
-A batch has B*G*N passage slots on N processes; a passage that stands in several slots is one column that counts as
-often as it stands there, so every loss is that of the slots. With vectors q and d, s_ij = q_i . d_j / t, positive p(i),
-and w_ij the number of slots of query i's softmax that hold passage j:
+A batch has B*G*N passage slots on N processes. A passage that fills several slots is one column, encoded once and
+weighted by its number of slots, so every loss equals the loss over all slots. With vectors q and d, temperature t,
+s_ij = q_i . d_j / t, positive p(i) of query i, and w_ij the number of slots in query i's softmax that hold passage j:
 
     contrastive_i  = log( sum_j w_ij exp(s_ij) ) - s_ip(i)
 
-In the paper w_ij counts every slot of the whole batch, all devices taken together. With known false negatives masked,
-a query's known positives are left out, but for its own positive, once.
+In the paper, w_ij counts the slots of the whole batch on all devices. With `mask_false_negatives`, w_ij is 0 for the
+known positives of query i and 1 for its own positive.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from agentic_r_plugin.retriever.batches import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What a loss knows of a batch beside the scores."""
+    """The inputs of a loss other than the scores."""
 
     weights_BP: Tensor
-    """w_ij: slots of query i's softmax that hold passage j."""
+    """w_ij: number of slots in query i's softmax that hold passage j."""
     own_BG: Tensor
-    """Columns of the query's group, its positive first; 0 where `present_BG` is off."""
+    """Columns of the query's group, its positive first; 0 where `present_BG` is false."""
     present_BG: Tensor
-    """Off where a group is shorter than the longest."""
+    """False at the padding of groups that are shorter than the longest."""
     teacher_BG: Tensor | None
-    """Scores of the group's passages; None for losses that need none."""
+    """Teacher scores of the group's passages; None for losses that need none."""
 
     def to(self, like: Tensor) -> Targets:
-        """On the device, and with the numbers' type, of `like`."""
+        """Move to the device and floating-point type of `like`."""
         return Targets(
             weights_BP=self.weights_BP.to(like),
             own_BG=self.own_BG.to(like.device),
@@ -48,14 +48,14 @@ class Targets:
 
 
 _NOTHING = -1e30
-"""Logarithm of no slot where a softmax may be empty; minus infinity would give gradients that are not numbers."""
+"""log(0) in a softmax that may be empty. Minus infinity would give NaN gradients there."""
 
 Loss = Callable[[Tensor, Targets], Tensor]
-"""(scores (B, P), targets) -> mean loss of the queries."""
+"""(scores (B, P), targets) -> mean loss over the queries."""
 
 
 def targets(batch: Batch, *, mask_false_negatives: bool) -> Targets:
-    """Slots, groups and scores of a batch's own queries."""
+    """Build the targets for this process' queries."""
     column = {row: place for place, row in enumerate(batch.rows)}
     size = max(1 + len(item.negatives) for item in batch.examples)
     weights = torch.tensor(batch.counts, dtype=torch.float64).repeat(len(batch.examples), 1)
@@ -70,6 +70,7 @@ def targets(batch: Batch, *, mask_false_negatives: bool) -> Targets:
             for row in item.known_positives:
                 if row in column:
                     weights[i, column[row]] = 0
+            # The softmax must contain its own numerator, and other slots of the positive are false negatives too.
             weights[i, column[item.positive]] = 1
         if teacher is not None and item.scores is not None:
             teacher[i, : len(columns)] = torch.tensor(item.scores, dtype=torch.float64)
@@ -77,13 +78,14 @@ def targets(batch: Batch, *, mask_false_negatives: bool) -> Targets:
 
 
 def similarities(queries_BD: Tensor, passages_PD: Tensor, temperature: float) -> Tensor:
-    """(B, P) inner products over temperature."""
+    """(B, P) inner products divided by the temperature."""
     return queries_BD @ passages_PD.T / temperature
 
 
 def contrastive(scores_BP: Tensor, batch: Targets) -> Tensor:
     """InfoNCE over all slots of the batch (the paper's loss)."""
     positive_B = scores_BP.gather(1, batch.own_BG[:, :1]).squeeze(1)
+    # log(w exp(s)) = s + log w, so the multiplicity of a passage is an offset of its logit; log 0 drops masked ones.
     return (torch.logsumexp(scores_BP + batch.weights_BP.log(), dim=1) - positive_B).mean()
 
 
@@ -92,27 +94,29 @@ def distillation(scores_BP: Tensor, batch: Targets, *, teacher_temperature: floa
 
         loss_i = sum over g of P_ig (log P_ig - log T_ig),  P = softmax_g(s), T = softmax_g(teacher / temperature)
 
-    The group alone counts; other passages of the batch do not.
+    Only the passages of the query's own group enter the loss.
     """
     ours_BG = F.log_softmax(_own_scores(scores_BP, batch), dim=1)
     teacher_BG = F.log_softmax(_teacher(batch, teacher_temperature), dim=1)
-    difference_BG = (ours_BG - teacher_BG).masked_fill(~batch.present_BG, 0.0)
+    difference_BG = (ours_BG - teacher_BG).masked_fill(~batch.present_BG, 0.0)  # padding: -inf - -inf is NaN
     return (ours_BG.exp() * difference_BG).sum(dim=1).mean()
 
 
 def reward_weighted(scores_BP: Tensor, batch: Targets, *, teacher_temperature: float) -> Tensor:
-    """LLM-Embedder: each passage of the group is a positive against those of lower score and the other groups' slots.
+    """LLM-Embedder: each passage of the group is a positive against lower-scored ones and the slots of other groups.
 
         loss_i = sum over g of T_ig (log( exp(s_ig) + sum over h with lower score of exp(s_ih)
                                           + sum over j of the other groups of u_ij exp(s_ij) ) - s_ig)
 
-    T = softmax_g(teacher / temperature), u_ij the slots of the other groups that hold passage j.
+    T = softmax_g(teacher / temperature), u_ij is the number of slots of other groups that hold passage j.
     """
     own_BG = _own_scores(scores_BP, batch)
     teacher_BG = _teacher(batch, teacher_temperature)
     slots_BP = torch.zeros_like(batch.weights_BP).scatter_add_(1, batch.own_BG, batch.present_BG.to(batch.weights_BP))
+    # Masking can leave a group more slots than weight, hence the clamp at 0. A lone group has no others at all.
     others_BP = (batch.weights_BP - slots_BP).clamp(min=0).log().clamp(min=_NOTHING)
     others_B = torch.logsumexp(scores_BP + others_BP, dim=1)
+    # [i, g, h]: passage h is a negative of passage g. Padding (-inf) is masked in `own_BG`, so it adds nothing.
     lower_BGG = teacher_BG[:, None, :] < teacher_BG[:, :, None]
     rivals_BGG = own_BG[:, None, :].expand_as(lower_BGG).masked_fill(~lower_BGG, -torch.inf)
     parts = torch.cat((own_BG[:, :, None], rivals_BGG, others_B[:, None, None].expand(*own_BG.shape, 1)), dim=2)
@@ -130,6 +134,6 @@ def _teacher(batch: Targets, temperature: float) -> Tensor:
 
 
 def accuracy(scores_BP: Tensor, batch: Targets) -> float:
-    """Share of the queries whose positive scores highest among all passages of their softmax."""
+    """Share of queries whose positive scores highest among all passages in their softmax."""
     best_B = scores_BP.masked_fill(batch.weights_BP == 0, -torch.inf).max(dim=1).values
     return (scores_BP.gather(1, batch.own_BG[:, :1]).squeeze(1) >= best_B).double().mean().item()

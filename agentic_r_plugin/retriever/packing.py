@@ -1,6 +1,6 @@
-"""Attention over texts laid end to end, so that no position is padding. Exact: a token sees its own text only.
+"""Attention over concatenated texts without padding. It is exact: a token attends to its own text only.
 
-Shapes: T tokens of all texts, H heads, K head size.
+Shapes: T tokens of all texts together, H heads, K head size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from transformers.masking_utils import sdpa_mask
 from agentic_r_plugin.attention import attend
 
 NAME = "agentic_r_packed"
-"""The attention implementation registered here; without `cu_seq_lens_q` it is transformers' own `sdpa`."""
+"""Name of the attention implementation registered below. Without `cu_seq_lens_q` it is transformers' `sdpa`."""
 
 _PACKABLE = frozenset({"bert", "roberta", "xlm-roberta", "camembert", "llama", "mistral", "qwen2", "qwen3"})
-"""Model types whose layers hand unknown arguments down to the attention and take `position_ids`; each is tested or of
-the same code as one that is."""
+"""Model types whose layers take `position_ids` and pass unknown arguments on to the attention function. Each type is
+tested, or shares its code with one that is."""
 
 
 def is_packable(model: nn.Module) -> bool:
-    """Whether texts of this model can be packed: a known architecture, and every layer attends to the whole text."""
+    """Whether the model supports packed texts: a known architecture whose layers all attend to the whole text."""
     if not isinstance(model, PreTrainedModel):
         return False
     config: Any = model.config
@@ -34,13 +34,14 @@ def is_packable(model: nn.Module) -> bool:
         return False
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return False
+    # A sliding window would be ignored by the packed attention, which changes the result.
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return layers == {"full_attention"} and sliding is None and config._attn_implementation in ("sdpa", NAME)
 
 
 def pack(texts: Sequence[Sequence[int]], *, first_position: int, device: torch.device) -> dict[str, Any]:
-    """The arguments of a model for texts laid end to end: ids and positions (1, T), and where texts begin and end.
+    """Model inputs for concatenated texts: ids and positions (1, T), and the boundaries of the texts.
 
     >>> packed = pack([[7, 8, 9], [5, 6]], first_position=0, device=torch.device("cpu"))
     >>> packed["input_ids"].tolist(), packed["position_ids"].tolist(), packed["cu_seq_lens_q"].tolist()
@@ -48,6 +49,7 @@ def pack(texts: Sequence[Sequence[int]], *, first_position: int, device: torch.d
     """
     lengths = [len(text) for text in texts]
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    # Positions restart in each text, so that every text has the embeddings it would have alone.
     positions = [position for length in lengths for position in range(first_position, first_position + length)]
     return {
         "input_ids": torch.tensor([[token for text in texts for token in text]], device=device),
@@ -60,9 +62,9 @@ def pack(texts: Sequence[Sequence[int]], *, first_position: int, device: torch.d
 
 
 def set_attention_dropout(model: nn.Module, share: float | None) -> float:
-    """Set the dropout of attention in training in every layer, where it is given; returns the one that holds.
+    """Set the attention dropout of every layer if `share` is given; returns the value in use.
 
-    It is a layer's `attention_dropout` (Llama and its kin), or the module `dropout` beside its query and key (BERT's).
+    It is the layer's `attention_dropout` (Llama-like models) or the `dropout` module next to query and key (BERT-like).
     """
     found = 0.0
     for module in model.modules():
@@ -87,7 +89,7 @@ def packed_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each text to itself, (1, T, H, K); transformers' interface of an attention function."""
+    """Attention of each text to itself, (1, T, H, K), with the signature of a transformers attention function."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query_1HTK, key_1HTK, value_1HTK, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -13,14 +13,14 @@ from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import end_texts
 
 _UNTRAINED = {"formulation": DEFAULT_FORMULATION, "max_length": MAX_LENGTH, "normalize": True}
-"""What training records for a model without our record, where the settings do not say (method sections 3 and 5)."""
+"""Defaults for a model without `agentic_r.json` where the settings give no value (method sections 3 and 5)."""
 
 
 def initial_retriever(config: TrainRetrieverConfig) -> Retriever:
-    """The model that training starts from, with the record that the trained one will have.
+    """Load the model that training starts from, with the record that the trained checkpoint will have.
 
     Raises:
-        ConfigError: as `Retriever.load`; a model that is no transformer, or a decoder without an end-of-text token.
+        ConfigError: as `Retriever.load`; the model is not a transformer, or a decoder without an end-of-text token.
     """
     given: dict[str, Any] = {
         name: getattr(config, name)

@@ -10,7 +10,7 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 
 MAX_LENGTH = 512
-"""Tokens (method section 3)."""
+"""Maximum length of a text in tokens (method section 3)."""
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ORDERS = ("shuffled", "questions")
@@ -20,7 +20,8 @@ ORDERS = ("shuffled", "questions")
 class TrainRetrieverConfig:
     """Settings of `agentic-r train-retriever`; the defaults are the paper's.
 
-    But for gradient checkpointing, which is off: gradient caching bounds the memory instead, with the same gradients.
+    One default differs: gradient checkpointing is off, because gradient caching already bounds the memory and gives the
+    same gradients.
     """
 
     groups: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
@@ -155,11 +156,11 @@ _SCHEDULES = {
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
     "constant": lambda share: 1.0,
 }
-"""Share of the steps after warming up that are done -> share of the peak learning rate."""
+"""Progress after the warm-up (0 to 1) -> fraction of the peak learning rate."""
 
 
 def rate_share(config: TrainRetrieverConfig, step: int, total: int) -> float:
-    """Share of the peak learning rate at `step`, counted from 0."""
+    """Fraction of the peak learning rate at `step`, counted from 0."""
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
         return (step + 1) / (warmup + 1)

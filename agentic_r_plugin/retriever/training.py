@@ -1,11 +1,11 @@
-"""`agentic-r train-retriever`: trains the retriever on the groups (method section 5).
+"""`agentic-r train-retriever`: train the retriever on the groups (method section 5).
 
 The output folder is a sentence-transformers model with `agentic_r.json` (formulation, prefixes, lengths), a model card
-`README.md`, the loss curve `metrics.jsonl`, and `done.json`, which is written last. An interrupted run goes on from its
-last checkpoint and gives the same weights as one that was not interrupted.
+`README.md`, the training log `metrics.jsonl`, and `done.json`, which is written last. An interrupted run resumes from
+its last checkpoint and ends with the same weights as an uninterrupted one.
 
-On several devices of a node: `processes=N`, or a torchrun of one's own (`torchrun --nproc-per-node N --no-python
-agentic-r train-retriever ...`); on several nodes, with torchrun's rendezvous and an output folder that all of them see.
+On several devices of one node, set `processes=N` or start it with `torchrun --nproc-per-node N --no-python agentic-r
+train-retriever ...`. Several nodes need torchrun's rendezvous and an output folder that all of them can access.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DONE = "done.json"
 
 
 def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
-    """Train with the registered trainer that `config` names, here or in as many processes as it says."""
+    """Train with the registered trainer `config.trainer`, in this process or in `config.processes` new ones."""
     if config.processes > 1 and "WORLD_SIZE" not in os.environ:
         if not resume:
             require_new(config.out, folder=True)
@@ -47,7 +47,7 @@ def run(config: TrainRetrieverConfig, *, resume: bool = False) -> None:
 
 
 def run_apart(config: TrainRetrieverConfig) -> None:
-    """`run`, resumed, in as many processes of their own as `config` says; raises what it raises."""
+    """`run` with resume in `config.processes` separate processes; raises the same errors."""
     child.run_command("train-retriever", config, processes=config.processes)
 
 
@@ -57,8 +57,8 @@ def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
     Raises:
         OutputExistsError: the folder is not empty and `resume` is off.
         ManifestMismatchError: the folder was begun with other inputs or settings.
-        RecordError: a broken group, or one whose passage the corpus does not hold.
-        TrainingError: a loss that is not finite.
+        RecordError: a group is broken, or a passage of it is not in the corpus.
+        TrainingError: the loss is not finite.
     """
     return _train(config, losses.contrastive, resume=resume, from_scores=False)
 
@@ -66,7 +66,7 @@ def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
 def train_replug(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
     """REPLUG: the retriever's distribution over a group is drawn to that of its passages' scores (KL divergence).
 
-    Reads `relevance`, `correctness` or both beside the groups; returns and raises as `train`.
+    Reads `relevance`, `correctness` or both in addition to the groups; returns and raises as `train`.
     """
     loss = partial(losses.distillation, teacher_temperature=config.teacher_temperature)
     return _train(config, loss, resume=resume, from_scores=True)
@@ -75,7 +75,7 @@ def train_replug(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
 def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
     """LLM-Embedder: every passage is a positive, weighted by its score, against lower ones and the batch.
 
-    Reads `relevance`, `correctness` or both beside the groups; returns and raises as `train`.
+    Reads `relevance`, `correctness` or both in addition to the groups; returns and raises as `train`.
     """
     loss = partial(losses.reward_weighted, teacher_temperature=config.teacher_temperature)
     return _train(config, loss, resume=resume, from_scores=True)
@@ -90,7 +90,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
         retriever = initial_retriever(config)
         output = Output(out=out, made_from=_made_from(config, corpus, retriever, world), done=DONE, folder=True)
-        # Process 0 alone writes; the others wait for it where they ask for what it holds.
+        # Only process 0 writes. `from_first` is also a barrier: the others wait there for process 0.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
             if from_first(held.finished is not None if held else None):
                 return out
@@ -110,7 +110,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
                 held.finish(done)
                 for name in (STATE, BEST):
                     (out / name).unlink(missing_ok=True)
-            from_first(None)  # no process leaves before the folder is whole
+            from_first(None)  # no process returns before the folder is complete
     return out
 
 
@@ -132,7 +132,7 @@ def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -
 
 
 def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
-    """All that the weights depend on."""
+    """Everything that the weights depend on."""
     files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
     return deciding(config) | {
         "precision": compute.resolve(config.precision, retriever.model.device),
