@@ -1,8 +1,8 @@
-"""`agentic-r aggregate`: the matrices of several seeds as one, with intervals over seeds and questions.
+"""`agentic-r aggregate`: merge the matrices of several seeds, with intervals over seeds and questions.
 
-Every run holds the same cells on the same questions and was trained with another seed. The result is a matrix of the
-same form (`matrix.json`, `.md`, `.csv`, `.tex`), each metric that all runs have with its mean per seed; the method is
-`statistics.seeds_interval`.
+All runs must hold the same cells on the same questions, each trained with its own seed. The result is a matrix of the
+same form (`matrix.json`, `.md`, `.csv`, `.tex`). It holds the metrics that all runs have, with the mean of each seed.
+The intervals come from `statistics.seeds_interval`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from agentic_r_plugin.store import read_json, require_absent, write_json
 
 METHOD = "half-widths of Student's t over the seeds' means and over the questions' means, added in quadrature"
 _KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", "seed", "protocol", "limits", "topk")
-"""Fields of a cell that are the same for all seeds."""
+"""Fields of a cell that must be the same for all seeds."""
 
 _OF_A_SEED = frozenset(
     {
@@ -37,7 +37,7 @@ _OF_A_SEED = frozenset(
         "level", "resamples", "metrics",
     }
 )  # fmt: skip
-"""Of what a cell was made from: what seeds differ in, and what touches no score of a question."""
+"""Entries of `made_from` that may differ between seeds, or that do not affect the score of a question."""
 
 Scores = dict[str, list[float | None]]
 
@@ -69,11 +69,11 @@ class _Run:
 
 
 def run(config: AggregateConfig, *, resume: bool = False) -> None:
-    """The command `aggregate`; with `resume` an earlier result is replaced.
+    """Run the command `aggregate`. With `resume`, an earlier result is replaced.
 
     Raises:
-        OutputExistsError: there is a matrix already, and `resume` was not asked for.
-        RecordError: a run without a matrix, or runs that do not hold the same cells on the same questions.
+        OutputExistsError: there is a matrix already and `resume` is off.
+        RecordError: a run has no matrix, or the runs do not hold the same cells on the same questions.
     """
     out = Path(config.out)
     if not resume:
@@ -128,7 +128,7 @@ def _check_same(runs: Sequence[_Run]) -> None:
 
 
 def _questions(run: _Run, name: str) -> tuple[Any, Any]:
-    """Ids and file of a cell's questions; questions of different worlds have the same ids."""
+    """Ids and file of a cell's questions. The ids alone are not enough: different worlds use the same ones."""
     return run.scores(name)["id"], run.cells[name].get("made_from", {}).get("questions")
 
 
@@ -155,6 +155,7 @@ def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: floa
         if any(metric not in scores for scores in (*before, *after)):
             continue
         pairs = [list(zip(a[metric], b[metric], strict=True)) for a, b in zip(before, after, strict=True)]
+        # Paired within each seed, so the difficulty of a question cancels out.
         differences = [[None if None in (x, y) else y - x for x, y in row] for row in pairs]  # type: ignore[operator]
         if (found := _interval(differences, level)) is None:
             continue
@@ -164,7 +165,7 @@ def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: floa
 
 
 def _interval(rows: Sequence[Sequence[float | None]], level: float) -> dict[str, Any] | None:
-    """Over the questions that every seed has a score for; None where there are fewer than two."""
+    """Interval over the questions that have a score for every seed; None if there are fewer than two."""
     columns = [[value for value in column if value is not None] for column in zip(*rows, strict=True)]
     whole = [column for column in columns if len(column) == len(rows)]
     return asdict(seeds_interval(list(zip(*whole, strict=True)), level=level)) if len(whole) > 1 else None

@@ -1,4 +1,4 @@
-"""Benchmarks in FlashRAG layout, `{data_dir}/{name}/{split}.jsonl`, checked before anything expensive begins."""
+"""Benchmarks in FlashRAG layout, `{data_dir}/{name}/{split}.jsonl`, checked before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.questions import read_questions
 
 QUESTION_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz")
-"""FlashRAG's order of preference; the last one FlashRAG does not read itself."""
+"""Question files in FlashRAG's order of preference. FlashRAG itself does not read the last one."""
 
 
 def split_file(folder: Path, split: str) -> Path:
-    """The question file of a split.
+    """Find the question file of a split.
 
     Raises:
-        ConfigError: there is none (FlashRAG gives None for that split); the message lists what is there.
+        ConfigError: there is none, where FlashRAG would return None; the message lists the files that exist.
     """
     for suffix in QUESTION_SUFFIXES:
         if (file := folder / f"{split}{suffix}").is_file():
@@ -26,17 +26,17 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def check_questions(file: Path, num_questions: int | None) -> None:
-    """Read a question file from end to end.
+    """Check every line of a question file.
 
     Raises:
         RecordError: as `questions.read_questions`.
-        ConfigError: no question, or fewer than asked for.
+        ConfigError: the file holds no question, or fewer than `num_questions`.
     """
     check_number(file, sum(1 for _ in read_questions(file)), num_questions)
 
 
 def check_number(file: Path, found: int, num_questions: int | None) -> None:
-    """ConfigError where a file holds no question, or fewer than asked for."""
+    """Raise ConfigError if a file holds no question, or fewer than `num_questions`."""
     if not found:
         raise ConfigError(f"{file}: expected at least one question, found none")
     if num_questions is not None and int(num_questions) > found:

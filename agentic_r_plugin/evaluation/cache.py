@@ -1,8 +1,8 @@
-"""FlashRAG's retrieval cache for agentic search: what a search found, kept in a file and looked up again.
+"""FlashRAG's retrieval cache for agentic search: results of searches, kept in a file.
 
-FlashRAG knows a cached search by its query. Here the question and the earlier queries belong to it too, since a
-retriever may read them, and the file says which index and retriever it is of. The keys are FlashRAG's:
-`save_retrieval_cache`, `use_retrieval_cache`, `retrieval_cache_path` (default `{save_dir}/retrieval_cache.jsonl`).
+FlashRAG's cache key is the query. Here it also contains the question and the earlier queries, because a retriever may
+read them, and the file records its index and retriever. The configuration keys are FlashRAG's: `save_retrieval_cache`,
+`use_retrieval_cache`, `retrieval_cache_path` (default `{save_dir}/retrieval_cache.jsonl`).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ FILE = "retrieval_cache.jsonl"
 
 
 class CachedSearch:
-    """A search backend whose results are kept.
+    """A search backend with a persistent cache of results.
 
     Args:
-        backend: asked for what is not known yet.
-        path: JSON Lines: a head with the backend's fingerprint, then one search a line. A last line that was cut off
-            is left out.
+        backend: searched for requests that are not in the cache.
+        path: JSON Lines: a header with the backend's fingerprint, then one search per line. An incomplete last line is
+            ignored.
         save: whether new results are added to the file.
 
     Raises:
-        ManifestMismatchError: the file is of another index or retriever.
-        RecordError: a broken line.
+        ManifestMismatchError: the file belongs to another index or retriever.
+        RecordError: a line is broken.
     """
 
     def __init__(self, backend: SearchBackend, path: Path, *, save: bool = True) -> None:
         self.backend, self.path, self.save = backend, path, save
         self.looked_up = 0
-        """Searches answered from the cache."""
+        """Number of searches answered from the cache."""
         self.depth_changes_order = depth_changes_order(backend)
         self._kept: dict[SearchRequest, dict[int, list[Hit]]] = {}
         if path.is_file():
@@ -78,7 +78,7 @@ class CachedSearch:
             )
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """See `SearchBackend.search`; each request that is not known, or not so deep, is searched once."""
+        """See `SearchBackend.search`. A request that is not cached, or not to this depth, is searched once."""
         missing = [request for request in dict.fromkeys(requests) if self._known(request, topk) is None]
         self.looked_up += len(requests) - len(missing)
         if missing:
@@ -91,17 +91,17 @@ class CachedSearch:
         return [self._known(request, topk) or [] for request in requests]
 
     def _known(self, request: SearchRequest, topk: int) -> list[Hit] | None:
-        """What is kept of a search: of this depth, or of a deeper one where its first passages are the same."""
+        """Cached result of a search to this depth, or to a larger one if depth does not change the order; else None."""
         kept = self._kept.get(request, {})
         depth = topk if self.depth_changes_order else max(kept, default=0)
         return kept[depth][:topk] if depth >= topk and depth in kept else None
 
     def fingerprint(self) -> str:
-        """The backend's: a cache changes no result."""
+        """The backend's fingerprint: the cache does not change any result."""
         return self.backend.fingerprint()
 
     def close(self) -> None:
-        """Close the backend; the file is whole after every search."""
+        """Close the backend. The file needs no closing: it is complete after every search."""
         self.backend.close()
 
 
@@ -112,10 +112,10 @@ def _line(request: SearchRequest, topk: int, hits: Sequence[Hit]) -> dict[str, A
 
 
 def with_cache(config: Any, backend: SearchBackend) -> SearchBackend:
-    """`backend`, behind a cache where FlashRAG's configuration asks for one.
+    """Wrap `backend` in a cache if FlashRAG's configuration asks for one.
 
     Raises:
-        ConfigError: a cache to use that is not there, or one to save that is there but must not be used.
+        ConfigError: the cache to use does not exist, or the cache to save exists and may not be used.
         ManifestMismatchError, RecordError: as `CachedSearch`.
     """
     use, save = bool(config["use_retrieval_cache"]), bool(config["save_retrieval_cache"])

@@ -1,12 +1,12 @@
 """One cell of the matrix: one agent with one retriever on one benchmark, through FlashRAG, resumable batch by batch.
 
-| in the cell's folder | holds |
+| file in the cell's folder | contents |
 |---|---|
-| `.manifest.json` | what the cell is made from; written first (`storage.claim`) |
-| `.work` | answered questions so far; removed at the end |
+| `.manifest.json` | settings and inputs of the cell; written first (`storage.claim`) |
+| `.work` | questions answered so far; removed at the end |
 | `per_question.jsonl` | trajectory records, in the order of the questions |
-| `scores.json` | every metric's score of every question: `{"id": [...], METRIC: [...]}` |
-| `result.json` | means, intervals, cost, what it was made from and by; written last, so its existence means done |
+| `scores.json` | scores of every question: `{"id": [...], METRIC: [...]}` |
+| `result.json` | means, intervals, cost, inputs and provenance; written last, so its existence means done |
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ RESULT = "result.json"
 SCORES = "scores.json"
 PER_QUESTION = "per_question.jsonl"
 OPENED = ("agent_fingerprint", "search_fingerprint")
-"""Entries of `made_from` that are known once the agent and the retriever are open."""
+"""Entries of `made_from` that are known only once the agent and the retriever are open."""
 
 BREAKDOWNS = ("hops", "type", "level")
-"""Question metadata by which exact match is broken down, where the benchmark has it."""
+"""Keys of question metadata by which exact match is broken down, if the benchmark has them."""
 
 _YES_OR_NO = frozenset({"agentic_em", "agentic_sub_em"})
-"""Metrics that are 0 or 1 for a question."""
+"""Metrics with a score of 0 or 1 per question."""
 
 _RATIOS = frozenset({"malformed_share"})
-"""Metrics that are a ratio of sums: a bootstrap of per-question scores would be of something else."""
+"""Metrics that are a ratio of sums. A bootstrap over per-question scores would estimate a different quantity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What is evaluated, and on how many questions."""
+    """Agent, retriever, benchmark and settings of one cell."""
 
     agent: str
     retriever: str
@@ -66,31 +66,31 @@ class Cell:
     data_dir: str
     split: str
     num_questions: int | None
-    """None: all."""
+    """None means all."""
     random_sample: bool
     seed: int
     level: float
     resamples: int
     metrics: tuple[str, ...]
     settings: AgenticRSettings
-    """With the agent's and the retriever's own paths in it."""
+    """Settings that include the paths of this agent and this retriever."""
     made_from: Mapping[str, Any] = field(default_factory=dict)
-    """What the result depends on; a resume with another is refused."""
+    """Everything the result depends on. A resume with other values is refused."""
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Name of the cell and of its folder."""
         return f"{self.agent}-{self.retriever}-{self.benchmark}"
 
     def output(self, out: Path) -> Output:
-        """Its folder in `out`. The metrics are made when the last question is answered, so they may change before."""
+        """The cell's folder in `out`. Metrics are computed after the last question, so until then they may change."""
         return Output(
             out=out / self.name, made_from=self.made_from, done=RESULT, folder=True, late=OPENED,
             at_end=frozenset({"metrics", "level", "resamples"}),
         )  # fmt: skip
 
     def flashrag_config(self) -> Config:
-        """FlashRAG's configuration: nothing saved by it, no GPU variable touched, no model loaded by it."""
+        """FlashRAG's configuration. FlashRAG itself saves nothing, sets no GPU variable and loads no model."""
         settings = {
             "data_dir": self.data_dir,
             "dataset_name": self.benchmark,
@@ -110,24 +110,24 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class _Answered(Record):
-    """A finished question: what the pipeline wrote to its item."""
+    """A finished question with the output that the pipeline wrote to its item."""
 
     id: str
     output: dict[str, Any]
 
 
 def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) -> dict[str, Any]:
-    """Answer all questions, or those that are left, and write the cell's files; returns the result.
+    """Answer all remaining questions and write the cell's files; returns the result.
 
     Args:
-        held: the cell's folder.
+        held: claim on the cell's folder.
 
     Raises:
-        ConfigError, RecordError: no such split, a broken question file.
-        SearchError, BackendError: a part failed; answered questions are kept.
+        ConfigError, RecordError: the split does not exist, or its question file is broken.
+        SearchError, BackendError: the retriever or the model failed; answered questions are kept.
         RequestRefusedError: every question was refused; a resume asks them again.
     """
-    made_by()  # now, since sources may be edited while questions are answered
+    made_by()  # cached now, because source files may be edited while the questions are answered
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
@@ -171,7 +171,7 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable) -> 
 
 
 def _check_refused(cell: Cell, dataset: Any, table: WorkTable) -> None:
-    """Say how many questions were refused; where all were, that is a wrong setting and no result."""
+    """Print how many questions were refused. If all were, a setting must be wrong, and that is an error."""
     refused = _refused(dataset)
     if not refused:
         return
@@ -213,9 +213,9 @@ def _result(
 def _intervals(
     cell: Cell, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
 ) -> dict[str, Any]:
-    """Each metric's value, with an interval where that is the mean of per-question scores (corpus BLEU's is not).
+    """The value of each metric, with an interval if it is the mean of per-question scores (corpus BLEU is not).
 
-    Where all questions are right, or all wrong, a bootstrap has nothing to draw from: Wilson's interval then.
+    If all questions are right, or all wrong, the interval is Wilson's, because a bootstrap would have zero width.
     """
     table: dict[str, Any] = {}
     for name, mean in means.items():
@@ -233,7 +233,7 @@ def _intervals(
 
 
 def _breakdown(dataset: Any, records: Sequence[Trajectory]) -> dict[str, Any]:
-    """Exact match and searches by kind of question."""
+    """Exact match and number of searches by kind of question."""
     table: dict[str, dict[str, Any]] = {}
     for key in BREAKDOWNS:
         groups: dict[str, list[Trajectory]] = {}

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG: no library, no script, colours from the page's CSS so that light and dark both work."""
+"""Small charts as inline SVG, without library or script. Colours come from the page's CSS, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from itertools import pairwise
 WIDTH, HEIGHT = 330, 220
 _RIGHT, _TOP, _BOTTOM = 8, 12, 40
 _CHARACTER = 6.6
-"""Width of one in the page's small type."""
+"""Width of a character in the page's small type."""
 _ROW = 25
-"""Height of a line of an interval chart."""
+"""Height of a row of an interval chart."""
 
 Points = Sequence[tuple[float, float]]
 Number = Callable[[float], str]
 
 
 def general(value: float) -> str:
-    """Three significant digits."""
+    """Format with three significant digits."""
     return f"{value:.3g}"
 
 
@@ -34,9 +34,9 @@ class Series:
     """Index into the page's palette (`.c0`, `.c1`, …)."""
     dashed: bool = False
     marked: bool = False
-    """Whether every point gets a visible dot, and no running mean is drawn."""
+    """Whether every point gets a visible dot and no running mean is drawn."""
     shift: float = 0.0
-    """What is added to x, so that curves can follow one another on one axis."""
+    """Added to x, so that curves can follow one another on one axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Smoothed:
     x: float
     mean: float
     error: float
-    """Its standard error."""
+    """Standard error of the mean."""
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -68,7 +68,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     >>> nice_ticks(3, 38)
     [0.0, 10.0, 20.0, 30.0, 40.0]
     """
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, but for the last digits
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal up to rounding
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     raw = (high - low) / max(count - 1, 1)
     scale = 10.0 ** math.floor(math.log10(raw))
@@ -79,9 +79,9 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def running_mean(points: Points, window: int) -> list[Smoothed]:
-    """Centred mean over `window` points, of those that are there at both ends, with its standard error.
+    """Centred mean over `window` points (fewer at both ends), with its standard error.
 
-    A point's own scatter is taken from the differences of neighbours, which a slow trend hardly touches.
+    The scatter of a point is estimated from the differences of neighbours, which a slow trend hardly affects.
 
     >>> [(s.mean, round(s.error, 2)) for s in running_mean([(0, 0.0), (1, 3.0), (2, 6.0), (3, 3.0)], 3)]
     [(1.5, 1.5), (3.0, 1.22), (4.0, 1.22), (4.5, 1.5)]
@@ -105,12 +105,12 @@ def line_chart(
     y_range: tuple[float | None, float | None] = (None, None),
     number: Number = general,
 ) -> str:
-    """Curves over a common x axis; of eight points and more, each is a dot under their running mean +- its error.
+    """Curves over a common x axis. A curve of eight or more points is drawn as dots with a running mean and its error.
 
-    Hovering shows values. Curves that are shifted get a thin line where they begin.
+    Hovering shows values. A thin vertical line marks the start of each shifted curve.
 
     Returns:
-        An `<svg>` element; empty when no series has a point.
+        An `<svg>` element; an empty string when no series has a point.
     """
     series = [item for item in series if item.points]
     if not series:
@@ -190,10 +190,10 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
 
 
 def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, number: Number = general) -> str:
-    """A dot with its interval on a line each, under a common axis.
+    """One row per estimate, a dot with its interval, over a common axis.
 
     Returns:
-        An `<svg>` element; empty when there is nothing to draw.
+        An `<svg>` element; an empty string when there is nothing to draw.
     """
     if not estimates:
         return ""

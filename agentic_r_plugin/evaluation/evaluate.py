@@ -1,8 +1,8 @@
 """`agentic-r evaluate`: agent x retriever x benchmark through FlashRAG.
 
-`OUT/<agent>-<retriever>-<benchmark>/` holds a cell each (`evaluation.cell`); `OUT/matrix.json` holds them together, and
-`matrix.md`, `.csv` and `.tex` show them as tables. A cell that is done is not run again by a resume, and one that was
-interrupted goes on with its first batch of questions that was not answered.
+Each cell is a folder `OUT/<agent>-<retriever>-<benchmark>/` (`evaluation.cell`). `OUT/matrix.json` holds all cells, and
+`matrix.md`, `.csv` and `.tex` show them as tables. A resume skips finished cells and continues an interrupted one with
+its first unanswered batch of questions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AgentSettings:
     llm: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs from `settings.agent`"})
 
     def over(self, settings: AgenticRSettings) -> AgenticRSettings:
-        """`settings` with what is set here, the language model left out."""
+        """`settings` with these values in place of its own; the language model is not included."""
         return replace(
             settings,
             protocol=self.protocol or settings.protocol,
@@ -131,7 +131,7 @@ class EvaluateConfig:
 
 
 def check_statistics(level: float, resamples: int = 1) -> None:
-    """ConfigError where no interval can be made: found now, and not when all questions are answered."""
+    """Raise ConfigError if no interval can be computed. Checked at the start, before any question is answered."""
     if not 0 < level < 1:
         raise ConfigError(f"level: expected a share between 0 and 1 (0.95), found {level}")
     if resamples < 1:
@@ -139,7 +139,7 @@ def check_statistics(level: float, resamples: int = 1) -> None:
 
 
 def own_settings(config: EvaluateConfig, agent: str) -> AgentSettings:
-    """What `per_agent` says of an agent.
+    """The agent's entry in `per_agent`, as typed settings.
 
     Raises:
         ConfigError: an unknown key or a wrong type.
@@ -148,11 +148,12 @@ def own_settings(config: EvaluateConfig, agent: str) -> AgentSettings:
 
 
 def run(config: EvaluateConfig, *, resume: bool = False) -> None:
-    """Evaluate every cell that is not done yet, then write the matrix.
+    """Evaluate every unfinished cell, then write the matrix.
 
     Raises:
-        OutputExistsError: the output is there and `resume` was not asked for.
-        ManifestMismatchError: a cell that is there was made from something else, or its service serves another index.
+        OutputExistsError: the output exists and `resume` is off.
+        ManifestMismatchError: an existing cell was made from other inputs or settings, or its service now serves
+            another index.
     """
     out = Path(config.out)
     if not resume:
@@ -175,7 +176,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
 
 
 def _run_side_by_side(config: EvaluateConfig, missing: Sequence[Cell]) -> None:
-    """Deal the cells out to processes; neighbours, which share an agent, go to the same one."""
+    """Distribute the cells over processes. Neighbouring cells share an agent, so they go to the same process."""
     pairs = list(dict.fromkeys(f"{cell.agent}:{cell.retriever}" for cell in missing))
     size = -(-len(pairs) // config.processes)
     shares = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -183,15 +184,15 @@ def _run_side_by_side(config: EvaluateConfig, missing: Sequence[Cell]) -> None:
 
 
 def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> None:
-    """Find what cannot work before a model is loaded or a folder made; what no cell uses is left alone.
+    """Check the inputs of all cells before a model is loaded or a folder is created.
 
     Args:
-        config: agents, searches and benchmarks as they are to be evaluated.
-        later: names of agents and searches that are still to be made.
+        config: agents, searches and benchmarks to evaluate. Those that no cell uses are not checked.
+        later: names of agents and searches that do not exist yet.
 
     Raises:
-        ConfigError: a split, an agent or an index that is not there, or fewer questions than asked for.
-        RecordError: a broken question file.
+        ConfigError: a split, an agent or an index does not exist, or there are fewer questions than requested.
+        RecordError: a question file is broken.
     """
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
@@ -210,7 +211,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
-    """Each agent is loaded once; a retriever stays open while the next cell wants the same."""
+    """Evaluate the missing cells. Each agent is loaded once; a retriever stays open while the next cell uses it too."""
     from agentic_r_plugin.evaluation.cell import run_cell
 
     for agent in dict.fromkeys(cell.agent for cell in missing):
@@ -231,7 +232,7 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
 
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
-    """`matrix.json` and its tables from the cells' results; prints the Markdown one."""
+    """Write `matrix.json` and its tables from the cells' results, and print the Markdown table."""
     from agentic_r_plugin.evaluation.matrix import cell_name, compare, shared_provenance, write_tables
 
     folders = {cell_name(result): out / cell_name(result) for result in results}
@@ -287,7 +288,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
 
 
 def _pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
-    """(agent, search) of every cell of a benchmark."""
+    """(agent, search) of the cells of each benchmark."""
     named = [cell.partition(":") for cell in config.cells]
     return [(agent, search) for agent, _, search in named] or [
         (agent, search) for agent in config.agents for search in config.searches
@@ -302,7 +303,7 @@ def _made_from(
     identities: Mapping[str, str],
     search: str,
 ) -> dict[str, Any]:
-    """What is known beforehand of all that decides a cell's figures; paths and batch sizes do not."""
+    """Everything known before the start that can change a cell's figures. Paths and batch sizes cannot."""
     own, llm = deciding(settings), settings.agent
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     return {
@@ -328,12 +329,12 @@ def _made_from(
 
 
 def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any], out: Path) -> None:
-    """A service's address does not tell what it serves: ask it.
+    """Check that the services of finished cells still serve the same index. The address alone does not show this.
 
-    A service that does not answer leaves its finished cells as they are; they are then not known to be out of date.
+    If a service does not answer, its finished cells are kept without the check.
 
     Raises:
-        ManifestMismatchError: a finished cell's service serves another index now.
+        ManifestMismatchError: the service of a finished cell now serves another index.
     """
     served: dict[str, str | None] = {}
     for cell in finished:
@@ -350,7 +351,7 @@ def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any],
 
 
 def _served(spec: SearchSpec) -> str | None:
-    """Fingerprint of what a service serves; None, with a line on stderr, where it does not say."""
+    """Fingerprint of what a service serves; None, with a line on stderr, if it gives no answer."""
     try:
         with open_search(replace(spec, max_retries=min(spec.max_retries, 1))) as search:
             return search.fingerprint()
@@ -366,12 +367,12 @@ def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
     if not where.startswith(("http://", "https://")):
         return load_config(LLMSpec, values=shared | {"model": where} | own)
     if shared["backend"] != "openai":
-        shared["options"] = {}  # they are another backend's
+        shared["options"] = {}  # these are options of another backend
     return load_config(LLMSpec, values=shared | {"backend": "openai", "url": where} | own)
 
 
 def _place(config: EvaluateConfig, search: str, benchmark: str) -> str:
-    """Where a retriever lies for a benchmark."""
+    """Path or URL of a retriever for a benchmark."""
     return config.searches[search].replace("{benchmark}", benchmark)
 
 

@@ -1,4 +1,4 @@
-"""Our language models behind FlashRAG's generator interface."""
+"""Adapter from our language-model backends to FlashRAG's generator interface."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Request, Sampling
 
 _IGNORED = frozenset({"do_sample", "return_dict", "return_scores", "return_raw_output", "batch_size"})
-"""Parameters of FlashRAG's generators that change nothing here while they are off."""
+"""Parameters of FlashRAG's generators that are accepted while they are off, because they then change nothing."""
 
 
 class AgenticGenerator:
     """Any language-model backend as FlashRAG's generator: pass it to a pipeline as `generator=`.
 
-    The stop string stays at the end of the text. FlashRAG's reasoning pipelines test for it, and its own Hugging Face
-    generator strips it, so that an agent on it never searches.
+    The stop string stays at the end of the text, because FlashRAG's reasoning pipelines test for it. (FlashRAG's own
+    Hugging Face generator strips it, so an agent that uses it never searches.)
 
     Args:
-        llm: continues the prompts.
-        max_tokens: tokens per call where the caller names no number.
-        sampling: how tokens are drawn where the caller says nothing.
+        llm: backend that continues the prompts.
+        max_tokens: default number of tokens per call.
+        sampling: default sampling parameters.
     """
 
     def __init__(self, llm: LLMBackend, *, max_tokens: int = 500, sampling: Sampling | None = None) -> None:
@@ -34,12 +34,12 @@ class AgenticGenerator:
 
         Args:
             input_list: the prompts.
-            batch_size: taken for FlashRAG's sake; the backend packs its own batches.
+            batch_size: ignored; part of FlashRAG's interface. The backend forms its own batches.
             params: `stop`, `max_tokens` / `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed`.
 
         Raises:
-            ConfigError: a parameter that would be ignored silently.
-            BackendError: the model failed, or refuses a prompt: FlashRAG has no form for a prompt without a text.
+            ConfigError: a parameter that would have no effect.
+            BackendError: the model failed or refused a prompt; FlashRAG cannot represent a prompt without a text.
         """
         prompts = [input_list] if isinstance(input_list, str) else list(input_list)
         max_tokens, sampling = self._read(params)
@@ -71,7 +71,7 @@ class AgenticGenerator:
         )
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
-        """Drop the end-of-text token, as every FlashRAG generator does; other special tokens stay."""
+        """Drop trailing end-of-text tokens, as every FlashRAG generator does. Other special tokens stay."""
         tokenizer = getattr(self.llm.codec, "tokenizer", None)
         ends = {getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "pad_token_id", None)}
         kept = list(ids)

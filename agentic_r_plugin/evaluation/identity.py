@@ -1,4 +1,4 @@
-"""Tells whether a folder is the one that a result was made from, without reading large files whole."""
+"""Identify the folder that a result was made from, without reading large files completely."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from agentic_r_plugin.store import file_fingerprint, sampled_fingerprint
 
 
 def identity(where: str) -> str:
-    """What a directory holds, without reading large files whole (`store.sampled_fingerprint`).
+    """Fingerprint of a file or folder; large files are only sampled (`store.sampled_fingerprint`).
 
-    Anything that is no file or directory here (a URL, a model's name) is its own identity.
+    Anything that is not a local path (a URL, the name of a model) is returned unchanged.
     """
     path = Path(where.removeprefix("bm25:"))
     if not where or not path.exists():

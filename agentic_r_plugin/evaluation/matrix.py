@@ -1,4 +1,4 @@
-"""The matrix: all cells together, compared question by question, as JSON and as Markdown, CSV and LaTeX tables."""
+"""The matrix of all cells, compared question by question, as JSON and as Markdown, CSV and LaTeX tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json
 
 COMPARED = ("agentic_em", "agentic_f1", "search_turns", "answer_recall_at_3", "gold_document_recall")
-"""Metrics whose differences are tested."""
+"""Metrics whose differences are tested for significance."""
 
 _PACKAGES = ("torch", "transformers", "flashrag-dev", "verl", "sentence-transformers", "faiss-cpu", "vllm", "numpy")
 
@@ -31,7 +31,7 @@ Result = Mapping[str, Any]
 
 
 def versions() -> dict[str, str]:
-    """Releases of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     found = {"agentic-r-plugin": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -43,7 +43,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def made_by() -> dict[str, Any]:
-    """Code, releases, machine and command of this process, as first asked for: what is edited later is not loaded."""
+    """Sources, versions, machine and command of this process.
+
+    Cached at the first call, because source files that are edited later are not the ones this process has loaded.
+    """
     package = Path(__file__).parents[1]
     sources = sorted(file for file in package.rglob("*") if file.suffix in (".py", ".txt", ".yaml", ".jinja"))
     return {
@@ -55,14 +58,14 @@ def made_by() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """What a result cannot be reproduced without, beside its configuration and inputs."""
+    """What is needed to reproduce a result in addition to its configuration and inputs, and the time."""
     return made_by() | {"finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def shared_provenance(results: Sequence[Result]) -> dict[str, Any]:
-    """What all cells were made by; None for a part in which they differ, which `provenance_differs` then names.
+    """Provenance common to all cells. A part in which they differ is None and is listed in `provenance_differs`.
 
-    Each cell's own is its `provenance`; `finished_at` is now.
+    `finished_at` is the current time. Each cell keeps its own values under `provenance`.
     """
     own = [result.get("provenance", {}) for result in results]
     parts = {part: [each.get(part) for each in own] for part in made_by()}
@@ -72,7 +75,7 @@ def shared_provenance(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """What it was run on."""
+    """CPU, memory, threads and accelerators of this machine."""
     import torch
 
     cpu_info = Path("/proc/cpuinfo")
@@ -102,9 +105,7 @@ def hardware() -> dict[str, Any]:
 def compare(
     results: Sequence[Result], folders: Mapping[str, Path], *, level: float, resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Every pair of cells of one benchmark that share the agent or the retriever, metric by metric.
-
-    The benchmark's first cell is compared with its last, too: what the whole run gave.
+    """Paired comparisons of cells, metric by metric (`compared_pairs`).
 
     Args:
         results: the cells.
@@ -128,9 +129,10 @@ def compare(
 
 
 def compared_pairs(results: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
-    """Pairs of one benchmark that share the agent or the retriever, and each benchmark's first with its last."""
+    """Pairs of a benchmark's cells that share the agent or the retriever, and its first cell with its last."""
     for first, second in combinations(results, 2):
         of_benchmark = [result for result in results if result["benchmark"] == first["benchmark"]]
+        # In a loop the first cell is the untrained pair and the last the final one: the effect of the whole run.
         corners = first is of_benchmark[0] and second is of_benchmark[-1]
         shared = first["agent"] == second["agent"] or first["retriever"] == second["retriever"]
         if first["benchmark"] == second["benchmark"] and (shared or corners):
@@ -138,7 +140,7 @@ def compared_pairs(results: Sequence[Result]) -> Iterator[tuple[Result, Result]]
 
 
 def pair_names(first: Result, second: Result) -> dict[str, Any]:
-    """What a comparison is of: its benchmark, its two sides, and which of agent and retriever they share."""
+    """Labels of a comparison: its benchmark, its two sides, and whether they share the agent or the retriever."""
     sides = ("agent", "retriever")
     return {
         "benchmark": first["benchmark"],
@@ -149,12 +151,12 @@ def pair_names(first: Result, second: Result) -> dict[str, Any]:
 
 
 def cell_name(result: Result) -> str:
-    """Name of the folder of a cell's result."""
+    """Name of the cell's folder."""
     return f"{result['agent']}-{result['retriever']}-{result['benchmark']}"
 
 
 def _difference(first: Result, second: Result, name: str, **options: Any) -> dict[str, Any] | None:
-    """Difference on the questions that both answered and that the metric speaks about."""
+    """Paired difference over the questions for which both cells have a score; None if there are none."""
     before = {key: score for key, score in zip(first["id"], first[name], strict=True) if score is not None}
     after = {key: score for key, score in zip(second["id"], second[name], strict=True) if score is not None}
     shared = [key for key in before if key in after]
@@ -174,7 +176,7 @@ _COLUMNS = (
 
 
 def write_tables(results: Sequence[Result], out: Path) -> str:
-    """`matrix.md`, `matrix.csv` and `matrix.tex` in `out`; returns the Markdown."""
+    """Write `matrix.md`, `matrix.csv` and `matrix.tex` to `out`; returns the Markdown."""
     markdown = markdown_table(results)
     for suffix, text in (("md", markdown), ("csv", csv_table(results)), ("tex", latex_table(results))):
         with atomic_path(out / f"matrix.{suffix}") as temporary:
@@ -183,7 +185,7 @@ def write_tables(results: Sequence[Result], out: Path) -> str:
 
 
 def csv_table(results: Iterable[Result]) -> str:
-    """One line per cell and metric, shares as they are: benchmark, agent, retriever, metric, mean, low, high."""
+    """One line per cell and metric; shares are not scaled to per cent."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     where = ("benchmark", "split", "agent", "retriever")
@@ -197,10 +199,10 @@ def csv_table(results: Iterable[Result]) -> str:
 
 
 def latex_table(results: Sequence[Result]) -> str:
-    """The paper's table: a row per agent and retriever, exact match in per cent per benchmark, and their mean.
+    """The paper's table: one row per agent and retriever, exact match in per cent per benchmark, and the mean.
 
-    Intervals stand small behind the figures; the best retriever of each agent is bold; `booktabs` is needed. A row that
-    lacks a benchmark has no mean, and one benchmark needs none.
+    Intervals follow the figures in small type, and the best retriever of each agent is bold. Needs `booktabs`. There is
+    no mean in a row that lacks a benchmark, nor in a table of a single benchmark.
     """
     benchmarks = list(dict.fromkeys(result["benchmark"] for result in results))
     rows: dict[tuple[str, str], dict[str, Result]] = {}
@@ -220,6 +222,7 @@ def latex_table(results: Sequence[Result]) -> str:
         "\\midrule",
     ]
     for pair, found in rows.items():
+        # Bold marks the best retriever for one agent, so only rows of the same agent compete.
         rivals = [other for (agent, _), other in rows.items() if agent == pair[0]]
         figures = [
             _tex_figure(found.get(name), [other[name] for other in rivals if name in other]) for name in benchmarks
@@ -260,7 +263,7 @@ def markdown_table(results: Iterable[Result]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a Markdown table, the first one its head.
+    """Rows of text as a Markdown table; the first row is the header.
 
     >>> print(markdown([["a", "b"], ["1", "long"]]), end="")
     | a | b    |
@@ -276,7 +279,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def figure(entry: Result | None, scale: float = 100.0, *, with_interval: bool = False) -> str:
-    """A metric as a table shows it; a dash where there is none, such as the exact match of unlabelled questions."""
+    """Format a metric for a table; a dash if it has no value, as for the exact match of unlabelled questions."""
     if entry is None or entry["mean"] is None:
         return "–"
     digits = 1 if scale == 100.0 else 2

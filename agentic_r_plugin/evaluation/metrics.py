@@ -1,8 +1,8 @@
-"""Metrics of an agent and its searches, as FlashRAG metrics: name them under `metrics:` of a FlashRAG configuration.
+"""FlashRAG metrics of an agent and its searches. Use them by name under `metrics:` of a FlashRAG configuration.
 
-FlashRAG finds a metric through the subclasses of its `BaseMetric`, so this module must be imported before an
-`Evaluator` is built (`evaluation.pipeline` does). A question for which a metric says nothing (no gold documents in its
-metadata, no gold answers, a yes/no answer) scores None and does not count.
+FlashRAG finds metrics through the subclasses of its `BaseMetric`, so this module must be imported before an `Evaluator`
+is built (`evaluation.pipeline` does so). A question to which a metric does not apply (no gold documents or answers, or a
+yes/no answer) scores None and is left out of the mean.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from agentic_r_plugin.forms import golden_answers, listed
 from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3
-"""The paper's agents are shown three passages a search; the recalls at 3 count no more of what was shown."""
+"""Passages per search that the recalls at 3 count. The paper's agents are shown three."""
 
 DEPTH = 20
-"""Passages of a search that the recalls at 20 count."""
+"""Passages per search that the recalls at 20 count."""
 
 _LAST_TURNS = frozenset({StopReason.ANSWERED.value, StopReason.MAX_TURNS.value, StopReason.SEARCH_FAILED.value})
-"""Ends by a turn that is neither malformed nor a search that was carried out: an answer, or a search that was not."""
+"""Stop reasons whose last turn is neither malformed nor a completed search: an answer, or a search without result."""
 
 Scores = tuple[dict[str, float | None], list[float | None]]
-"""What FlashRAG wants of a metric: means by name, and one score a question."""
+"""Return type of a FlashRAG metric: means by name, and one score per question."""
 
 
 def mean(scores: Iterable[float | None]) -> float | None:
-    """Mean of the scores that are there; None when there is none.
+    """Mean of the scores that are not None; None if there are none.
 
     >>> mean([1.0, None, 0.0])
     0.5
@@ -42,15 +42,15 @@ def mean(scores: Iterable[float | None]) -> float | None:
 
 
 def prediction(item: Any) -> str | None:
-    """The agent's answer; None where it gave none (`pred` is then an empty string, for FlashRAG's own metrics)."""
+    """The agent's answer, or None. (`pred` is an empty string instead of None, for FlashRAG's own metrics.)"""
     return item.output["answer"] if "answer" in item.output else item.output.get("pred")
 
 
 def gold_of(item: Any) -> list[str]:
-    """Gold answers of a FlashRAG item, whichever reader it comes from.
+    """Gold answers of a FlashRAG item, read by FlashRAG or by this package.
 
     Raises:
-        RecordError: they are no texts.
+        RecordError: they are not texts.
     """
     return golden_answers({"golden_answers": item.golden_answers, "choices": item.choices})
 
@@ -72,11 +72,11 @@ class QuestionMetric(BaseMetric):
     metric_name = "agentic_base"
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
-        """Score of one question; None where the metric says nothing about it."""
+        """Score of one question; None if the metric does not apply to it."""
         raise NotImplementedError
 
     def get_dataset_answer(self, data: Any) -> list[list[str]]:
-        """Gold answers of each question, none for an unlabelled one."""
+        """Gold answers of each question; an empty list for an unlabelled one."""
         return [gold_of(item) for item in data]
 
     def calculate_metric(self, data: Any) -> Scores:
@@ -86,9 +86,9 @@ class QuestionMetric(BaseMetric):
 
 
 class AgenticExactMatch(QuestionMetric):
-    """Exact match; FlashRAG's `em`, but a missing or empty answer never matches (`agentic_r_plugin.answers`).
+    """Exact match: FlashRAG's `em`, except that a missing or empty answer never matches (`agentic_r_plugin.answers`).
 
-    FlashRAG takes the gold answers of its data set `curatedtrec` as regular expressions; here they are words.
+    Gold answers are always plain text. FlashRAG reads those of its data set `curatedtrec` as regular expressions.
     """
 
     metric_name = "agentic_em"
@@ -98,7 +98,7 @@ class AgenticExactMatch(QuestionMetric):
 
 
 class AgenticSubExactMatch(QuestionMetric):
-    """Whether the answer holds a gold answer; FlashRAG's `acc`, but a missing or empty answer never matches."""
+    """Whether the answer contains a gold answer: FlashRAG's `acc`, except that an empty answer never matches."""
 
     metric_name = "agentic_sub_em"
 
@@ -107,7 +107,7 @@ class AgenticSubExactMatch(QuestionMetric):
 
 
 class AgenticF1(QuestionMetric):
-    """Token F1; FlashRAG's `f1`, but a missing answer scores 0, and characters of scripts without spaces are tokens."""
+    """Token F1: FlashRAG's `f1`, except that a missing answer scores 0 and scripts without spaces count characters."""
 
     metric_name = "agentic_f1"
 
@@ -116,7 +116,7 @@ class AgenticF1(QuestionMetric):
 
 
 class SearchTurns(QuestionMetric):
-    """Searches per question."""
+    """Number of searches per question."""
 
     metric_name = "search_turns"
 
@@ -125,9 +125,9 @@ class SearchTurns(QuestionMetric):
 
 
 class AnswerRecall(QuestionMetric):
-    """Share of questions with a gold answer in the first three passages shown for any search; also per search.
+    """Share of questions with a gold answer among the first three passages shown for any search; also per search.
 
-    Questions whose answer is found everywhere do not count (`answers.is_closed`: yes, no, an article, none at all).
+    Questions whose answer occurs everywhere are left out (`answers.is_closed`: yes, no, an article, no answer).
     """
 
     metric_name = "answer_recall_at_3"
@@ -156,9 +156,9 @@ class AnswerRecall(QuestionMetric):
 
 
 class AnswerRecallAtDepth(AnswerRecall):
-    """The same among the first 20 passages that the retriever finds for the agent's queries.
+    """Answer recall among the first 20 passages that the retriever finds for the agent's queries.
 
-    None where the settings' `depth` is below 20: nobody looked so far.
+    None if the setting `depth` is below 20, because the searches were not that deep.
     """
 
     metric_name = "answer_recall_at_20"
@@ -172,13 +172,13 @@ class AnswerRecallAtDepth(AnswerRecall):
 
 
 def _where_looked(config: Any, found: Scores) -> Scores:
-    """`found`, or None throughout where the settings' `depth` does not reach down to 20."""
+    """`found`, with every value None if the setting `depth` is below 20."""
     means, scores = found
     return found if read_settings(config).depth >= DEPTH else (dict.fromkeys(means), [None] * len(scores))
 
 
 def answer_ranks(rows: Iterable[Sequence[dict[str, str]]], golden_answers: Sequence[str]) -> list[int | None]:
-    """For each list of FlashRAG docs, the first rank (from 1) of one that holds a gold answer."""
+    """For each list of FlashRAG docs, the first rank (from 1) with a gold answer; None if there is none."""
     return [
         next((rank for rank, doc in enumerate(docs, start=1) if contains_answer(doc["contents"], golden_answers)), None)
         for docs in rows
@@ -188,7 +188,7 @@ def answer_ranks(rows: Iterable[Sequence[dict[str, str]]], golden_answers: Seque
 class GoldDocumentRecall(QuestionMetric):
     """Share of a question's gold documents (`metadata.gold_doc_ids`) in the first three passages shown for any search.
 
-    Multi-hop questions have several; `gold_documents_complete` is the share of questions with all of them there.
+    Multi-hop questions have several. `gold_documents_complete` is the share of questions with all of them found.
     """
 
     metric_name = "gold_document_recall"
@@ -207,7 +207,7 @@ class GoldDocumentRecall(QuestionMetric):
 
 
 class GoldDocumentRecallAtDepth(GoldDocumentRecall):
-    """The same among the first 20 passages that the retriever finds for the agent's queries; None as above."""
+    """Gold document recall among the first 20 passages that the retriever finds; None if `depth` is below 20."""
 
     metric_name = "gold_document_recall_at_20"
     complete_name = "gold_documents_complete_at_20"
@@ -220,16 +220,16 @@ class GoldDocumentRecallAtDepth(GoldDocumentRecall):
 
 
 class MalformedShare(QuestionMetric):
-    """Share of the agent's turns that were neither a search nor an answer, over all questions together.
+    """Share of turns that were neither a search nor an answer, over the turns of all questions.
 
-    A last turn that asks for one search more than the limit allows, or for one that fails, counts as well-formed.
+    A last turn with a search beyond the limit, or with a search that failed, counts as well-formed.
     """
 
     metric_name = "malformed_share"
 
     @staticmethod
     def _counts(item: Any) -> tuple[int, int]:
-        """(malformed turns, all turns of the model)."""
+        """(malformed turns, all turns of the agent)."""
         record = trajectory(item)
         malformed = record["malformed_turns"]
         return malformed, malformed + len(record["turns"]) + int(record["stop_reason"] in _LAST_TURNS)
@@ -246,7 +246,7 @@ class MalformedShare(QuestionMetric):
 
 
 class GeneratedTokens(QuestionMetric):
-    """Tokens the agent wrote per question."""
+    """Number of tokens that the agent generated per question."""
 
     metric_name = "generated_tokens"
 
@@ -270,15 +270,15 @@ METRIC_NAMES: tuple[str, ...] = tuple(metric.metric_name for metric in METRICS)
 
 
 def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
-    """What the n-th search of a question shows, over the questions that make one.
+    """Recall of the n-th search, over the questions with at least n searches.
 
     Args:
-        items: answered by `AgenticSearchPipeline`.
+        items: FlashRAG items answered by `AgenticSearchPipeline`.
 
     Returns:
-        For each turn, counted from 1: `num_questions` that searched so often, `answer_recall` and
-        `gold_document_recall` of that search alone, and `answer_recall_so_far`, over all questions, of it and the
-        searches before it. None where no question says anything; yes/no questions say nothing of answers.
+        For each turn, counted from 1: `num_questions` with that many searches, `answer_recall` and
+        `gold_document_recall` of that search alone, and `answer_recall_so_far` of all searches up to it, over all
+        questions. None if the metric applies to no question; answer recall does not apply to yes/no questions.
     """
     rows: list[tuple[list[bool] | None, list[float | None]]] = []
     for item in items:

@@ -1,6 +1,7 @@
-"""What the paper reports (arXiv 2601.11888, Findings of ACL 2026), as data, to be shown beside one's own figures.
+"""The paper's results (arXiv 2601.11888, Findings of ACL 2026), for comparison in reports.
 
-Exact match in per cent. The paper gives neither seeds nor intervals; Bamboogle has 125 questions, so one is 0.8.
+Exact match is in per cent. The paper gives neither seeds nor intervals. Bamboogle has 125 questions, so one question is
+worth 0.8 points.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class PaperResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperAverage:
-    """Exact match over all seven test sets, where the paper gives no more."""
+    """Average exact match over the seven test sets, for results that the paper gives only as an average."""
 
     agent: str
     retriever: str
@@ -54,7 +55,7 @@ class PaperAverage:
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSearchTurns:
-    """Searches a question of the paper's own agent."""
+    """Searches per question of the paper's own agent."""
 
     retriever: str
     benchmark: str
@@ -80,7 +81,7 @@ ITERATIONS = (
     PaperAverage(agent="agent-3", retriever="retriever-2", em=44.00),
     PaperAverage(agent="agent-3", retriever="retriever-3", em=44.10),
 )
-"""The loop, iteration by iteration; K = 2 is the best."""
+"""Results of the loop, iteration by iteration. K = 2 is best."""
 
 ABLATIONS = (
     PaperAverage(agent="agent-1", retriever="retriever-1", em=42.26),
@@ -88,7 +89,7 @@ ABLATIONS = (
     PaperAverage(agent="agent-1", retriever="without_relevance", em=40.60),
     PaperAverage(agent="agent-1", retriever="without_question", em=41.57),
 )
-"""Retriever 1, trained without a part of the method."""
+"""Retriever 1, trained without one part of the method."""
 
 SEARCH_TURNS = tuple(
     PaperSearchTurns(retriever=retriever, benchmark=benchmark, search_turns=turns)

@@ -1,4 +1,4 @@
-"""The agent inside FlashRAG: `Config` + `get_dataset` + this pipeline, driven by the one protocol (method section 2).
+"""The search agent as a FlashRAG pipeline, driven by the same protocol as everywhere else (method section 2).
 
 config = Config("recipes/evaluation/flashrag.yaml", {"agentic_r": {...}})
 pipeline = AgenticSearchPipeline(config)
@@ -34,10 +34,10 @@ from agentic_r_plugin.search.base import Hit
 
 
 class StrictEvaluator(Evaluator):
-    """FlashRAG's evaluator that lets errors through (FlashRAG prints one line and drops the metric)."""
+    """FlashRAG's evaluator, except that errors are raised (FlashRAG prints one line and drops the metric)."""
 
     result: dict[str, float | None]
-    """What the last `evaluate` found."""
+    """Metrics of the last call of `evaluate`."""
 
     def __init__(self, config: Any) -> None:
         known = self._collect_metrics()
@@ -48,7 +48,7 @@ class StrictEvaluator(Evaluator):
         self.result = {}
 
     def evaluate(self, data: Any) -> dict[str, float | None]:
-        """All configured metrics; each item gets its scores under `metric_score`."""
+        """Compute all configured metrics. Each item gets its scores under `metric_score`."""
         self.result = {}
         for name in self.metrics:
             summary, scores = self.metric_class[name].calculate_metric(data)
@@ -63,33 +63,38 @@ class StrictEvaluator(Evaluator):
 
 
 class ProtocolPrompt:
-    """The protocol's instruction where FlashRAG expects a prompt template."""
+    """The protocol's instruction with the interface of a FlashRAG prompt template."""
 
     def __init__(self, protocol: AgentProtocol) -> None:
         self.protocol = protocol
 
     def get_string(self, question: str, **_: Any) -> str:
-        """The prompt's text, before any chat template."""
+        """Text of the prompt, before any chat template."""
         return self.protocol.prompt(question)
 
 
 class AgenticSearchPipeline(SearchR1Pipeline):
-    """FlashRAG pipeline whose every trajectory is a `protocol.Session`.
+    """FlashRAG pipeline in which every trajectory is a `protocol.Session`.
 
-    Each item gets `pred` (empty where the agent gave no answer), `answer` (None there), `trajectory` (the record),
-    `retrieval_result` (all passages shown, in order), `retrieval_results` (per search, as FlashRAG's reasoning
-    pipelines write it), `retrieved` (per search: ids to the settings' depth, and the first rank with a gold answer),
-    `prompt`, `retrieved_times`, `finish_flag`, `finish_reason`, and `refusal`: None, or why the model, the retriever or
-    the limits do not take the question; it has no answer then, and stop reason `max_tokens` or `search_failed`.
+    Output keys of each item:
+        pred: the answer; an empty string if there is none.
+        answer: the answer; None if there is none.
+        trajectory: the trajectory record.
+        retrieval_result: all passages shown, in order.
+        retrieval_results: passages per search, in the form of FlashRAG's reasoning pipelines.
+        retrieved: per search, the ids down to the setting `depth` and the first rank with a gold answer.
+        refusal: None, or why the model, the retriever or the limits refused the question. Such a question has no answer
+            and the stop reason `max_tokens` or `search_failed`.
+        prompt, retrieved_times, finish_flag, finish_reason: as in FlashRAG.
 
     Args:
-        config: FlashRAG's `Config`; our settings under `agentic_r`.
-        prompt_template: must stay None, since the instruction is the protocol's.
-        retriever: an `AgenticRetriever`, or any FlashRAG retriever; opened from the settings where None.
-        generator: an `AgenticGenerator`; opened from the settings where None.
+        config: FlashRAG's `Config`, with our settings under `agentic_r`.
+        prompt_template: must be None, because the instruction belongs to the protocol.
+        retriever: an `AgenticRetriever` or any FlashRAG retriever; None opens the one in the settings.
+        generator: an `AgenticGenerator`; None opens the one in the settings.
 
     Raises:
-        ConfigError: unknown keys or metrics, a generator or template that cannot carry the protocol.
+        ConfigError: unknown keys or metrics, or a generator or template that cannot be used with a protocol.
     """
 
     def __init__(self, config: Any, prompt_template: Any = None, retriever: Any = None, generator: Any = None) -> None:
@@ -121,11 +126,11 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         self.evaluator = evaluator
         backend = retriever.backend if isinstance(retriever, AgenticRetriever) else FlashRAGBackend(retriever)
         self.backend = with_cache(config, backend)
-        self.save_retrieval_cache = False  # FlashRAG would write it at the end; ours is written search by search
+        self.save_retrieval_cache = False  # FlashRAG would write it at the end; ours is written after every search
         self.cost = RolloutCost()
 
     def close(self) -> None:
-        """Free the model and the retriever that this pipeline opened itself."""
+        """Close the model and the retriever if this pipeline opened them."""
         self._opened.close()
 
     def run(
@@ -140,15 +145,15 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         """Answer every question of a FlashRAG `Dataset` and evaluate.
 
         Args:
-            dataset: its items are written to, in place.
-            do_eval: whether the metrics are computed (`self.evaluator.result`).
-            pred_process_fun: applied to the data set before.
-            finished: outputs of an earlier, interrupted run by question id; these are not answered again.
-            on_batch: called with the items that have just been answered.
+            dataset: the questions; outputs are written to its items in place.
+            do_eval: whether to compute the metrics (`self.evaluator.result`).
+            pred_process_fun: applied to the data set before the metrics.
+            finished: outputs of an earlier, interrupted run by question id; these questions are not answered again.
+            on_batch: called with the items of each answered batch.
 
         Raises:
-            RecordError: a question's gold answers are no texts; none of the questions has been asked then.
-            SearchError, BackendError: a part failed; what `on_batch` was given is whole.
+            RecordError: the gold answers of a question are not texts; raised before any question is answered.
+            SearchError, BackendError: the retriever or the model failed; batches passed to `on_batch` are complete.
         """
         finished = finished or {}
         waiting = []
@@ -229,13 +234,13 @@ def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
 
 
 def load_split(config: Any, split: str) -> Any:
-    """One split as a FlashRAG `Dataset` of checked questions.
+    """Read one split as a FlashRAG `Dataset` of checked questions.
 
-    FlashRAG's own reader takes a text for a list of letters and questions without ids, so the rows are read here. The
-    sample is drawn as FlashRAG draws it, of splits with any name (FlashRAG: test, val, dev and train).
+    FlashRAG's own reader accepts questions without ids and reads a text as a list of letters, so the rows are read
+    here. The sample is drawn as in FlashRAG, but a split may have any name (in FlashRAG: test, val, dev or train).
 
     Raises:
-        ConfigError: the split has no file (FlashRAG gives None), or fewer questions than the sample asked for.
+        ConfigError: the split has no file, where FlashRAG returns None, or fewer questions than the sample needs.
         RecordError: as `questions.read_questions`.
     """
     file, sample = split_file(Path(config["dataset_path"]), split), config["test_sample_num"]

@@ -1,4 +1,4 @@
-"""The instruction that released Search-R1 and Agentic-R agents were trained with, read from FlashRAG at run time."""
+"""The instruction of the released Search-R1 and Agentic-R agents, read from the installed FlashRAG."""
 
 from __future__ import annotations
 

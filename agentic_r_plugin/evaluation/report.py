@@ -1,7 +1,7 @@
-"""`agentic-r report`: one self-contained page, and the same in Markdown, from what a run folder holds.
+"""`agentic-r report`: a self-contained HTML page of a run folder, and the same in Markdown.
 
-The page asks nothing of the network: style, script, charts and trajectories are inside it, and its content security
-policy forbids the rest. What the run folder lacks is left out and named at the end.
+The page loads nothing from the network: it contains its styles, scripts, charts and trajectories, and its content
+security policy forbids anything else. Parts missing from the run folder are left out and listed at the end.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class ReportConfig:
 
 
 def run(config: ReportConfig, *, resume: bool = False) -> None:
-    """Write both files; with `resume` an earlier report is replaced.
+    """Write both files. With `resume`, an earlier report is replaced.
 
     Raises:
-        RecordError: no such run folder, nothing in it to report, or a damaged file.
-        OutputExistsError: there is a report already, and `resume` was not asked for.
+        RecordError: the run folder does not exist, holds nothing to report, or has a damaged file.
+        OutputExistsError: there is a report already and `resume` is off.
     """
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder
@@ -64,7 +64,7 @@ def run(config: ReportConfig, *, resume: bool = False) -> None:
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """A template of this package with its values; HTML is escaped."""
+    """Render a template of this package. Values in HTML are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -79,7 +79,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """With a sign, and a minus that is as wide as the plus.
+    """Format with a sign; the minus is a real minus sign, as wide as the plus.
 
     >>> signed(-0.25, 2), signed(3)
     ('−0.25', '+3.0')
@@ -88,7 +88,7 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Format seconds for readers.
 
     >>> [duration(value) for value in (0.4, 12, 75, 3720)]
     ['0.4 s', '12 s', '1 min 15 s', '1 h 2 min']
@@ -103,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
-    """Everything the templates use."""
+    """All values that the templates use."""
     script = _asset("report.js") + _asset("questions.js")
     content: dict[str, Any] = {
         "title": config.title or f"Agentic-R: {run.path.resolve().name}",
@@ -162,7 +162,7 @@ _TILE_TITLES = {"agent": "Training the agent", "retriever": "Training the retrie
 
 
 def _reach(differences: Sequence[Mapping[str, float]]) -> float:
-    """The end of an axis around zero that holds all intervals: whole steps of 5 points.
+    """Half-width of an axis around zero that covers all intervals, in steps of 5 points.
 
     >>> _reach([{"low": -0.12, "high": 0.01}])
     0.15
@@ -202,7 +202,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str, int | None]]]]:
-    """For each kind of breakdown, its values with their number of questions; None where cells differ in it."""
+    """For each kind of breakdown, its values with their number of questions; None if cells differ in that number."""
     counts: dict[str, dict[str, set[int]]] = {}
     for cell in cells:
         for key, groups in cell.get("breakdown", {}).items():
@@ -215,9 +215,9 @@ def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str
 
 
 def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str, list[str]]:
-    """What of a part of their provenance there is to tell -> the cells of which it is so.
+    """Group the cells by one part of their provenance: text -> names of cells.
 
-    Cells that hold none of their own (of several seeds, of an earlier version) have the matrix's.
+    Cells without provenance (of several seeds, or of an earlier version) use the matrix's.
     """
     whole = run.matrix or {}
     found = ((cell.get("provenance", whole).get(part), cell_name(cell)) for cell in run.cells)
@@ -225,7 +225,7 @@ def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """What is told -> of whom, each once, in order."""
+    """Group names by text; each name once, in order."""
     groups: dict[str, list[str]] = {}
     for told, of in pairs:
         names = groups.setdefault(told, [])
@@ -283,13 +283,13 @@ def _questions(cell: results.Cell) -> str:
 
 
 def _told(label: str, groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """What is told of cells -> those of which it is so, as a row; they are named where there is more than one group."""
+    """A row of the provenance table from texts and the names they apply to; no row if there are none."""
     differs = "differs: " if len(groups) > 1 else ""
     return [(label, differs + "; ".join(_each(groups)))] if groups else []
 
 
 def _each(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """What is told, with those of whom it is so where there is more than one group."""
+    """The texts; if there are several, each with the names it applies to."""
     return list(groups) if len(groups) < 2 else [f"{text} ({', '.join(of)})" for text, of in groups.items()]
 
 

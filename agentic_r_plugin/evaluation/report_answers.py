@@ -1,8 +1,8 @@
-"""The report's questions: which of them flip between two cells, with the trajectories of both, as compact JSON.
+"""The report's questions as compact JSON: which flip between two cells, with the trajectories of both.
 
-Outcomes of all questions come from the cells' `scores.json`. Trajectories are large, so the page carries those of
-questions that some cell answers and another does not, spread evenly over the benchmark, up to a budget; the page says
-how many that is. Passages and lines that occur again are carried once.
+Outcomes of all questions come from the cells' `scores.json`. Trajectories are large, so the page contains only those
+of questions that some cell answers right and another wrong, spread evenly over the benchmark up to a budget. The page
+says how many there are. Repeated lines of text are stored once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from agentic_r_plugin.protocol import search_r1 as fallback_protocol
 from agentic_r_plugin.records import Trajectory
 
 Outcomes = Mapping[str, bool]
-"""Whether each question was answered right, by its id."""
+"""Question id -> whether it was answered right."""
 
 
 @dataclass(kw_only=True)
 class Lines:
-    """Lines of text, each kept once."""
+    """Lines of text without duplicates."""
 
     lines: list[str] = field(default_factory=list)
     _places: dict[str, int] = field(default_factory=dict)
 
     def places(self, text: str) -> list[int]:
-        """Where the text's lines are kept.
+        """Add the lines of a text and return their positions.
 
         >>> lines = Lines()
         >>> lines.places("a b"), lines.places("c d"), lines.lines
@@ -51,10 +51,10 @@ class Lines:
 
 
 def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
-    """What the page's script reads: for each benchmark its cells, how many questions flip, and trajectories.
+    """Data for the page's script: the cells of each benchmark, how many questions flip, and trajectories.
 
     Args:
-        num_trajectories: the most that the page carries.
+        num_trajectories: maximum number of trajectories in the page.
     """
     groups, lines, benchmarks = by_benchmark(run.cells), Lines(), []
     for name, cells in groups.items():
@@ -80,7 +80,7 @@ def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
 
 
 def embed(payload: Mapping[str, Any]) -> str:
-    """JSON that nothing inside can end the `<script>` around it.
+    """JSON that can be put into a `<script>` element: no text in it can close the element.
 
     >>> embed({"question": "</script><b>"})
     '{"question":"\\\\u003c/script>\\\\u003cb>"}'
@@ -92,7 +92,7 @@ def embed(payload: Mapping[str, Any]) -> str:
 
 
 def _split(outcomes: Sequence[Outcomes]) -> list[str]:
-    """Questions that some cell answers right and another wrong; of a single cell, all."""
+    """Questions that some cell answers right and another wrong; all questions if there is a single cell."""
     ids = list(dict.fromkeys(key for cell in outcomes for key in cell))
     if len(outcomes) == 1:
         return ids
@@ -100,7 +100,7 @@ def _split(outcomes: Sequence[Outcomes]) -> list[str]:
 
 
 def _spread(ids: Sequence[str], room: int) -> dict[str, None]:
-    """At most `room` of them, evenly spread.
+    """At most `room` of the ids, evenly spread.
 
     >>> list(_spread(["a", "b", "c", "d", "e"], 2)), list(_spread(["a"], 2))
     (['a', 'c'], ['a'])
@@ -111,7 +111,7 @@ def _spread(ids: Sequence[str], room: int) -> dict[str, None]:
 
 
 def _flips(outcomes: Sequence[Outcomes]) -> list[list[int]]:
-    """[row][column]: questions that the row's cell answers wrong and the column's right, of all there are.
+    """[row][column]: number of questions that the row's cell answers wrong and the column's cell right.
 
     >>> _flips([{"a": True, "b": False}, {"a": True, "b": True, "c": True}])
     [[0, 1], [0, 0]]
@@ -123,7 +123,7 @@ def _flips(outcomes: Sequence[Outcomes]) -> list[list[int]]:
 
 
 def _first_pair(cells: Sequence[Cell]) -> list[int]:
-    """Places of the two cells that are compared at first: the last agent's first and last retriever."""
+    """Indices of the two cells that the page compares first: the last agent's first and last retriever."""
     agents = [cell["agent"] for cell in cells]
     first = agents.index(agents[-1])
     return [first if first != len(cells) - 1 else 0, len(cells) - 1]
@@ -148,7 +148,7 @@ def _side(record: Trajectory, protocol: AgentProtocol, lines: Lines) -> dict[str
 
 
 def _protocol(name: str) -> AgentProtocol:
-    """The cell's protocol; Search-R1's where it came from a package that is not installed here."""
+    """The cell's protocol, or Search-R1's if it belongs to a package that is not installed."""
     try:
         protocol: AgentProtocol = components.load("agent_protocol", name)
     except UnknownComponentError:

@@ -1,4 +1,4 @@
-"""The report's results as plain values: the table, what every change gave, the matrix, the paper's figures."""
+"""The report's results as plain values: the table, the effect of each change, the matrix and the paper's figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A column: how a metric is called and written."""
+    """A column of the results table: the metric, its title and its number format."""
 
     key: str
     title: str
     scale: int = 100
-    """100 for a share that is shown in per cent."""
+    """Factor for display; 100 shows a share in per cent."""
     digits: int = 1
 
 
@@ -43,7 +43,7 @@ COLUMNS = (
 
 
 def columns(cells: Sequence[Cell]) -> list[Metric]:
-    """Those that any cell has."""
+    """The columns for which at least one cell has a value."""
     return [column for column in COLUMNS if any(_mean(cell, column.key) is not None for cell in cells)]
 
 
@@ -53,12 +53,12 @@ def by_benchmark(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def pair(cell: Cell) -> Pair:
-    """What tells a cell from the others of its benchmark."""
+    """Agent and retriever, which identify a cell within its benchmark."""
     return cell["agent"], cell["retriever"]
 
 
 def label(cell: Cell) -> str:
-    """A cell's name beside others of its benchmark."""
+    """Name of a cell within its benchmark."""
     return " + ".join(pair(cell))
 
 
@@ -68,16 +68,16 @@ def _mean(cell: Cell, key: str) -> float | None:
 
 
 def _names(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
-    """Agents and retrievers, each once, in order."""
+    """Names of the agents and of the retrievers, without duplicates, in order."""
     return list(dict.fromkeys(c["agent"] for c in cells)), list(dict.fromkeys(c["retriever"] for c in cells))
 
 
-# --- What every change gave -------------------------------------------------------------------------------------------
+# --- Effects ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What one change gave, on the same questions."""
+    """Effect of one change, paired over the same questions."""
 
     benchmark: str
     group: str
@@ -87,11 +87,11 @@ class Effect:
     before: Cell
     after: Cell
     differences: Mapping[str, Any]
-    """Paired difference by metric; empty where it cannot be told."""
+    """Paired difference by metric; empty if it cannot be computed."""
 
     @property
     def change(self) -> str:
-        """Names of what was exchanged, and of what was not."""
+        """Names of what was replaced and of what was kept."""
         (agent, retriever), (new_agent, new_retriever) = pair(self.before), pair(self.after)
         if retriever == new_retriever:
             return f"{agent} → {new_agent}, with {retriever}"
@@ -106,14 +106,14 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """good, bad, or nothing where it may be chance."""
+        """`good`, `bad`, or an empty string if the difference may be chance."""
         if self.em is None or not self.em["beyond_chance"]:
             return ""
         return "good" if self.em["difference"] > 0 else "bad"
 
 
 def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
-    """Of a loop: what every iteration gave, by agent, by retriever and by both. Else: everything against the first."""
+    """Effects of each iteration of a loop (agent, retriever, both), or else of all changes from the first cell."""
     agents, retrievers = _names(cells)
     for steps in (
         _loop_steps(_rounds(agents, "agent"), _rounds(retrievers, "retriever")),
@@ -125,7 +125,7 @@ def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
 
 
 def headlines(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
-    """First against last: the retriever with the last agent, the agent with the first retriever, and both."""
+    """Effects from first to last: the retriever with the last agent, the agent with the first retriever, and both."""
     (agents, retrievers), steps = _names(cells), []
     first, last = (agents[0], retrievers[0]), (agents[-1], retrievers[-1])
     if len(retrievers) > 1:
@@ -157,7 +157,7 @@ def _effects(run: RunFolder, cells: Sequence[Cell], steps: Sequence[Step] | Iter
 
 
 def _rounds(names: Sequence[str], stem: str) -> dict[int, str]:
-    """Names by their number, where all are the loop's own, `STEM-NUMBER`; else nothing.
+    """Number -> name, if all names have the loop's form `STEM-NUMBER`; otherwise empty.
 
     >>> _rounds(["agent-0", "agent-2"], "agent"), _rounds(["agent-2-max-1", "agent-2-max-2"], "agent")
     ({0: 'agent-0', 2: 'agent-2'}, {})
@@ -192,7 +192,7 @@ def _baseline_steps(agents: Sequence[str], retrievers: Sequence[str]) -> Iterato
 
 
 def _differences(run: RunFolder, before: Cell, after: Cell) -> Mapping[str, Any]:
-    """As the matrix has them; pairs that it left out are compared here, in the same way."""
+    """Differences from the matrix. Pairs that it does not contain are compared here, with the same settings."""
     assert run.matrix is not None and run.matrix_dir is not None
     for item in run.matrix["comparisons"]:
         sides = tuple((item[side]["agent"], item[side]["retriever"]) for side in ("first", "second"))
@@ -213,7 +213,7 @@ def _differences(run: RunFolder, before: Cell, after: Cell) -> Mapping[str, Any]
 
 
 def heatmaps(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """For each benchmark, agents by retrievers with exact match, shaded within the benchmark's own range."""
+    """For each benchmark, exact match of agents by retrievers, shaded over the range of that benchmark."""
     maps = []
     for benchmark, mine in by_benchmark(cells).items():
         agents, retrievers = _names(mine)
@@ -228,10 +228,10 @@ def heatmaps(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def plots(cells: Sequence[Cell]) -> dict[str, Any]:
-    """One benchmark's exact match, searches, and answer recall turn by turn.
+    """Charts of one benchmark: exact match, searches, and answer recall turn by turn.
 
     Args:
-        cells: of the benchmark; the colour is the retriever's.
+        cells: the cells of the benchmark. The colour shows the retriever.
     """
     agents, retrievers = _names(cells)
     charts = []
@@ -275,7 +275,7 @@ def plots(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-# --- Beside the paper -------------------------------------------------------------------------------------------------
+# --- Comparison with the paper ----------------------------------------------------------------------------------------
 
 _PAPER_NAMES = {
     "agentic_r": "Agentic-R",
@@ -287,10 +287,10 @@ _PAPER_NAMES = {
 
 
 def overview(cells: Sequence[Cell]) -> dict[str, Any] | None:
-    """Exact match with a column for each benchmark, and the paper's rows where it has the benchmark.
+    """Exact match with one column per benchmark, and the paper's rows for the benchmarks that it reports.
 
     Returns:
-        None for a single benchmark that the paper does not have.
+        None if there is a single benchmark and the paper does not report it.
     """
     groups = by_benchmark(cells)
     known = {benchmark.name: benchmark for benchmark in paper.BENCHMARKS}
@@ -327,7 +327,7 @@ def _paper_rows(benchmarks: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _entry(em: Mapping[str, Any], searches: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Values of a cell in per cent."""
+    """Exact match of a cell with its interval in per cent, and its searches per question."""
     interval = {side: em[side] * 100 for side in ("low", "high") if side in em}
     return {"em": em["mean"] * 100, "searches": searches["mean"] if searches else None} | interval
 
@@ -335,7 +335,7 @@ def _entry(em: Mapping[str, Any], searches: Mapping[str, Any] | None) -> dict[st
 def _overview_row(
     agent: str, retriever: str, values: Sequence[dict[str, Any] | None], *, is_paper: bool
 ) -> dict[str, Any]:
-    """With the average over all the columns, where every one has a value."""
+    """A row with the average over all columns, if every column has a value."""
     ems = [value["em"] for value in values if value]
     average = sum(ems) / len(ems) if len(ems) == len(values) > 1 else None
     return {"agent": agent, "retriever": retriever, "values": values, "average": average, "is_paper": is_paper}

@@ -1,4 +1,4 @@
-"""The report's training curves, data construction and costs as plain values; the templates only lay them out."""
+"""The report's training curves, data construction and costs as plain values. The templates only do the layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _AGENT_CHARTS: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
     ("KL to the reference policy", "KL", ("actor/reward_kl_penalty", "actor/kl_loss", "actor/ppo_kl"), (None, None)),
     ("Malformed turns", "a trajectory", ("agentic_r/malformed_turns",), (0, None)),
 )
-"""Title, unit, log keys (the first that is there; none: verl's validation), range of the y axis."""
+"""Title, unit, log keys, range of the y axis. The first key in the log is used; no key means verl's validation."""
 
 _RETRIEVER_CHARTS: tuple[tuple[str, str, str, Range], ...] = (
     ("Contrastive loss", "loss", "loss", (0, None)),
@@ -49,7 +49,7 @@ _HELD_OUT = re.compile(r"^val-(?:core|aux)/.*/(?:em|acc|reward)/mean@\d+$")
 
 
 def agent_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
-    """PPO's curves, one iteration after another."""
+    """Curves of PPO, one iteration after another."""
     logs = [iteration.agent_steps for iteration in iterations]
     charts = []
     for title, unit, keys, y_range in _AGENT_CHARTS:
@@ -64,13 +64,13 @@ def _has(logs: Sequence[Steps], key: str) -> bool:
 
 
 def _held_out_key(logs: Sequence[Steps]) -> str | None:
-    """verl's validation; its `em` where there is one."""
+    """Log key of verl's validation; `em` if there is one."""
     keys = sorted({key for steps in logs for step in steps for key in step if _HELD_OUT.match(key)})
     return next((key for key in keys if "/em/" in key), keys[0] if keys else None)
 
 
 def retriever_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
-    """The retriever's loss, and its accuracy within the batch where it was logged."""
+    """Loss of the retriever, and its in-batch accuracy if it was logged."""
     logs = [iteration.retriever_steps for iteration in iterations]
     return [
         _chart(title, unit, iterations, logs, key, y_range)
@@ -94,7 +94,7 @@ def _chart(
     *,
     marked: bool = False,
 ) -> dict[str, str]:
-    """A curve for each iteration, each beginning where the last one ended."""
+    """One curve per iteration; each starts where the previous one ended."""
     series, shift = [], 0.0
     for i, (iteration, steps) in enumerate(zip(iterations, logs, strict=True)):
         points = _points(steps, key)
@@ -107,7 +107,7 @@ def _chart(
 
 
 def positives_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
-    """Share of the queries that gave a training group: by iteration, and by the turn of the query."""
+    """Share of queries with a training group, by iteration and by turn of the query."""
     by_iteration: Points = [
         (float(it.number), it.stages["groups"]["kept"] / it.stages["groups"]["read"])
         for it in iterations
@@ -136,7 +136,7 @@ def positives_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
 
 
 def cost_rows(run: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
-    """Phases with their seconds by iteration, and the columns besides seconds that any phase has."""
+    """The cost lines of all phases, and the names of the cost columns that at least one phase has."""
     work = ("rollouts", "searches", "prompt_tokens", "cached_tokens", "generated_tokens")
     known = (*work, "judge_requests", "judge_prompt_tokens", "judge_generated_tokens")
     columns = [name for name in known if any(line.get(name) for line in run.costs)]

@@ -1,4 +1,4 @@
-"""Our retriever as FlashRAG's, and FlashRAG's as ours."""
+"""Adapters between our search backends and FlashRAG's retrievers, in both directions."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FlashRAGDoc = dict[str, str]
 
 
 def to_doc(passage: Passage) -> FlashRAGDoc:
-    """A passage as FlashRAG's pipelines and metrics read it."""
+    """Convert a passage to the form that FlashRAG's pipelines and metrics read."""
     return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
 
 
 _DECIDING = ("retrieval_method", "retrieval_model_path", "index_path", "corpus_path", "instruction", "bm25_backend")
-"""Keys of FlashRAG's configuration that decide what its retrievers find."""
+"""Keys of FlashRAG's configuration that can change the results of its retrievers."""
 
 
 class AgenticRetriever:
-    """Any search backend behind FlashRAG's retriever interface: pass it to a pipeline as `retriever=`.
+    """Any search backend as FlashRAG's retriever: pass it to a pipeline as `retriever=`.
 
-    FlashRAG's own pipelines give the query alone, so a retriever that wants `Question [SEP] query` gets only the query
-    from them; `AgenticSearchPipeline`, or the keyword `questions`, gives it both.
+    FlashRAG's own pipelines pass only the query, so a retriever trained on `Question [SEP] query` does not get the
+    question from them. `AgenticSearchPipeline` and the keyword `questions` pass both.
 
     Args:
-        backend: finds the passages.
-        topk: passages per query where the caller names no number (FlashRAG's `retrieval_topk`).
+        backend: search backend that finds the passages.
+        topk: default number of passages per query (FlashRAG's `retrieval_topk`).
     """
 
     def __init__(self, backend: SearchBackend, *, topk: int = 3) -> None:
@@ -57,10 +57,10 @@ class AgenticRetriever:
     ) -> Any:
         """Passages of each query, best first: `[docs]`, or `([docs], [scores])` with `return_score`.
 
-        Never more than the corpus holds, and never one twice (FlashRAG repeats the last one instead).
+        A result has no more passages than the corpus and no duplicates (FlashRAG fills up with the last passage).
 
         Raises:
-            SearchError: the search could not be carried out.
+            SearchError: the search failed.
         """
         queries = [query] if isinstance(query, str) else list(query)
         if questions is not None and len(questions) != len(queries):
@@ -76,7 +76,7 @@ class AgenticRetriever:
 
 
 class FlashRAGBackend:
-    """A retriever of FlashRAG as our search backend, so that the agent protocol can run on its indexes.
+    """A FlashRAG retriever as a search backend, so that agents can search FlashRAG's indexes.
 
     Args:
         retriever: an object with FlashRAG's `batch_search(queries, num, return_score)`.
@@ -92,10 +92,11 @@ class FlashRAGBackend:
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """Best `topk` passages of each request.
 
-        A passage that FlashRAG repeats is kept once; what its BM25 fills up with (score 0, no common word) is left out.
+        Repeated passages are kept once. Passages with which FlashRAG's BM25 fills up a result (score 0, no word in
+        common) are dropped.
 
         Raises:
-            SearchError: the retriever gave another number of results than queries.
+            SearchError: the number of results differs from the number of queries.
         """
         inputs = [
             request.query
@@ -118,7 +119,7 @@ class FlashRAGBackend:
         return list(hits.values())
 
     def fingerprint(self) -> str:
-        """Of the retriever's class and formulation, and of the files that its own configuration names."""
+        """Fingerprint of the retriever's class and formulation, and of the files named in its configuration."""
         retriever, kind = self.retriever, type(self.retriever).__name__
         settings = getattr(retriever, "config", None) or {}
         named = {name: str(settings[name]) for name in _DECIDING if name in settings and settings[name] is not None}

@@ -1,6 +1,6 @@
-"""Reads what a run folder holds for its report; what is missing is noted, never invented.
+"""Read a run folder for its report. Missing parts are noted.
 
-The folder is one of the loop (`iterate`) or one of `evaluate` alone.
+The folder is the output of the loop (`iterate`) or of `evaluate`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ BANDS = ((81, 100), (61, 80), (41, 60), (21, 40), (0, 20))
 
 @dataclass(kw_only=True)
 class Iteration:
-    """What one iteration left behind."""
+    """Logs and stage reports of one iteration."""
 
     number: int
     agent_steps: list[dict[str, Any]] = field(default_factory=list)
     retriever_steps: list[dict[str, Any]] = field(default_factory=list)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Stage report by stage, in the order of the method."""
+    """Stage -> stage report, in the order of the method."""
     positives_by_turn: dict[int, float] = field(default_factory=dict)
-    """Share of the queries of each turn that gave a training group."""
+    """Turn -> share of its queries with a training group."""
     agreement: list[dict[str, Any]] = field(default_factory=list)
-    """For each band of relevance, how many candidates were rolled out and how many were correct."""
+    """Per band of relevance, the number of candidates rolled out and the number that were correct."""
 
 
 @dataclass(kw_only=True)
 class RunFolder:
-    """All that the report shows."""
+    """Everything that the report shows."""
 
     path: Path
     config: str | None = None
@@ -52,11 +52,11 @@ class RunFolder:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """Results of the matrix's cells; none without an evaluation."""
+        """Results of the matrix's cells; an empty list if there is no evaluation."""
         return list(self.matrix["cells"]) if self.matrix else []
 
     def outcomes(self, cell: Mapping[str, Any]) -> dict[str, bool]:
-        """Whether each labelled question was answered right, by its id; empty where the cell's scores are missing."""
+        """Id of each labelled question -> whether it was answered right; empty if the cell's scores are missing."""
         file = self._cell_folder(cell) / "scores.json"
         if not file.is_file():
             return {}
@@ -64,7 +64,7 @@ class RunFolder:
         return {key: bool(em) for key, em in zip(scores["id"], scores["agentic_em"], strict=True) if em is not None}
 
     def trajectories(self, cell: Mapping[str, Any]) -> Iterator[Trajectory]:
-        """A cell's trajectories, one at a time; none where its file is missing."""
+        """Iterate over the trajectories of a cell; none if its file is missing."""
         file = self._cell_folder(cell) / "per_question.jsonl"
         return read_records(file, Trajectory) if file.is_file() else iter(())
 
@@ -77,10 +77,10 @@ _STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctnes
 
 
 def read_run(path: Path) -> RunFolder:
-    """Everything there is in a run folder.
+    """Read everything that a run folder holds.
 
     Raises:
-        RecordError: there is no such folder, nothing in it to report, or a file in it is damaged.
+        RecordError: the folder does not exist, holds nothing to report, or has a damaged file.
     """
     if not path.is_dir():
         raise RecordError("no such run folder", path=path)
@@ -126,7 +126,7 @@ def _note_missing(run: RunFolder) -> None:
 
 
 def _iteration(number: int, folder: Path) -> Iteration | None:
-    """None where the folder holds nothing that is shown (iteration 0 holds only an index)."""
+    """Read the folder of an iteration; None if nothing in it is shown (iteration 0 has only an index)."""
     stages = {}
     for name in _STAGES:
         file = folder / "data" / f"{name}.jsonl.report.json"
@@ -149,7 +149,7 @@ def _positives_by_turn(file: Path) -> dict[int, float]:
 
 
 def _steps(file: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a log that may still be written: a last line that is cut off is left out.
+    """Lines of a log that may still be growing. An incomplete last line is ignored.
 
     Raises:
         RecordError: any other line is damaged.
@@ -167,7 +167,7 @@ def _steps(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _agreement(folder: Path) -> list[dict[str, Any]]:
-    """How often a candidate of each band of relevance led to the right answer, over the candidates rolled out."""
+    """How often candidates of each band of relevance led to the right answer, over the candidates rolled out."""
     relevance, correctness = folder / "relevance.jsonl", folder / "correctness.jsonl"
     if not (relevance.is_file() and correctness.is_file()):
         return []

@@ -1,4 +1,4 @@
-"""Our settings inside a FlashRAG configuration, `config["agentic_r"]`, typed; and what an agent says of itself."""
+"""Typed settings under `agentic_r` in a FlashRAG configuration, and the `agent.json` of an agent folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LimitOverrides:
     max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
 
     def over(self, limits: LimitsType) -> LimitsType:
-        """`limits`, or overrides of them, with what is set here."""
+        """Apply the values that are set here to `limits`, or to other overrides."""
         return replace(limits, **{name: value for name, value in asdict(self).items() if value is not None})
 
 
@@ -59,13 +59,13 @@ class AgenticRSettings:
                 raise ConfigError(f"{KEY}.{name}: expected at least {least}, found {value}")
 
     def sampling(self) -> Sampling:
-        """How the agent's tokens are drawn."""
+        """Sampling parameters of the agent."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentCard:
-    """What an agent was trained with: `agent.json` of its folder."""
+    """Protocol, limits and topk that an agent was trained with, from `agent.json` in its folder."""
 
     protocol: str = DEFAULT_PROTOCOL
     limits: Limits = field(default_factory=Limits)
@@ -73,10 +73,10 @@ class AgentCard:
 
 
 def read_settings(config: Any) -> AgenticRSettings:
-    """Our part of a FlashRAG `Config`; everything default where it has none.
+    """Read our settings from a FlashRAG `Config`; the defaults if it has none.
 
     Raises:
-        ConfigError: an unknown key or a wrong type below `agentic_r`.
+        ConfigError: an unknown key or a wrong type under `agentic_r`.
     """
     data = config[KEY]
     if data is None:
@@ -89,10 +89,10 @@ def read_settings(config: Any) -> AgenticRSettings:
 
 
 def read_agent_card(folder: str | Path) -> AgentCard | None:
-    """The folder's `agent.json`, or None where it has none (any Hugging Face folder).
+    """Read `agent.json` of a folder; None if there is none, as in an ordinary Hugging Face folder.
 
     Raises:
-        ConfigError: a key or value of the file is wrong.
+        ConfigError: a key or value in the file is wrong.
         RecordError: the file is not JSON.
     """
     file = Path(folder) / AGENT_FILE
@@ -109,10 +109,10 @@ def read_agent_card(folder: str | Path) -> AgentCard | None:
 
 
 def resolve_agent(settings: AgenticRSettings, card: AgentCard | None) -> tuple[AgentProtocol, Limits, int]:
-    """Protocol, limits and topk: the settings where they say, else the agent's card, else the defaults.
+    """Protocol, limits and topk: from the settings if given, else from the agent's card, else the defaults.
 
     Raises:
-        UnknownComponentError: no such protocol.
+        UnknownComponentError: the protocol is not registered.
     """
     card = card or AgentCard()
     name = settings.protocol or card.protocol

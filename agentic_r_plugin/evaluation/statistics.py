@@ -1,6 +1,6 @@
-"""How sure a result is: bootstrap intervals, paired comparison of two runs on the same questions, several seeds.
+"""Uncertainty of results: bootstrap intervals, paired comparison of two runs on the same questions, several seeds.
 
-Legend: N questions, R resamples, S seeds. Everything is seeded and gives the same figures again.
+Legend: N questions, R resamples, S seeds. All resampling is seeded, so the same input gives the same figures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _CHUNK = 4_000_000
-"""Numbers drawn at once; bounds the memory."""
+"""Maximum number of random numbers drawn at once; bounds the memory."""
 
 Values = Sequence[float] | NDArray[np.float64]
 
@@ -37,13 +37,13 @@ class PairedDifference:
     low: float
     high: float
     p_value: float
-    """Two-sided, of a sign-flip permutation test: how often chance alone gives a difference at least as large."""
+    """Two-sided p-value of a sign-flip permutation test: how often chance alone gives a difference this large."""
     num_questions: int
     level: float
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the interval leaves out 0 and the permutation test agrees at the same level."""
+        """Whether the interval excludes 0 and the permutation test agrees at the same level."""
         return (self.low > 0 or self.high < 0) and self.p_value < 1 - self.level
 
 
@@ -53,11 +53,11 @@ def bootstrap_interval(values: Values, *, level: float = 0.95, resamples: int = 
     Args:
         values: [N] one score per question.
         level: share of resampled means inside the interval.
-        resamples: R.
-        seed: of the resampling.
+        resamples: number of resamples, R.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: no values, or a level outside (0, 1).
+        ValueError: there are no values, or the level is outside (0, 1).
     """
     values_N = _checked(values, level)
     means_R = np.concatenate(list(_resampled_means(values_N, resamples, seed)))
@@ -89,13 +89,13 @@ def paired_difference(
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsInterval:
-    """A mean over seeds and questions, and the interval that covers that of other seeds and other questions."""
+    """A mean over seeds and questions, and an interval for the mean over other seeds and other questions."""
 
     mean: float
     low: float
     high: float
     p_value: float
-    """Two-sided, of the mean being 0: 1 less the level at which the interval touches it."""
+    """Two-sided p-value for a mean of 0: 1 minus the level at which the interval just touches 0."""
     num_questions: int
     num_seeds: int
     per_seed: tuple[float, ...]
@@ -103,17 +103,17 @@ class SeedsInterval:
 
 
 def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInterval:
-    """Mean of a score that several seeds got on the same questions; both are taken as random draws.
+    """Mean score of several seeds on the same questions. Seeds and questions are both treated as random samples.
 
-    Two intervals of Student's t, one of the seeds' means and one of the questions' means, whose half-widths are added
-    in quadrature. The chance left within seed and question counts in both, so the interval is rather too wide than too
-    narrow; with three seeds that differ it is wide, as it should be.
+    There are two Student's t intervals, over the means of the seeds and over the means of the questions. Their
+    half-widths are added in quadrature. The residual variance enters both, so the interval is conservative. With only
+    three seeds that differ it is wide.
 
     Args:
-        values: [S, N] one row per seed, the questions in one order.
+        values: [S, N] one row per seed, with the questions in the same order.
 
     Raises:
-        ValueError: fewer than two seeds or questions, or rows of different lengths.
+        ValueError: there are fewer than two seeds or questions, or rows of different lengths.
     """
     from scipy.optimize import brentq
     from scipy.stats import t as student
@@ -128,6 +128,7 @@ def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInt
     def half_width(level: float) -> float:
         return math.hypot(*(student.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5 for x in sides))
 
+    # The p-value comes from inverting the interval: find the level at which it just reaches 0.
     mean, surest = float(values_SN.mean()), 1 - 1e-9
     touching = float(mean != 0)
     if abs(mean) < half_width(surest):
@@ -145,7 +146,7 @@ def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInt
 
 
 def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share; good also at 0 and 1, where a bootstrap finds no spread at all.
+    """Wilson's score interval of a share. It also works at 0 and 1, where a bootstrap interval has zero width.
 
     >>> low, high = wilson_interval(8, 10)
     >>> round(low, 4), round(high, 4)
@@ -170,16 +171,18 @@ def _checked(values: Values, level: float) -> NDArray[np.float64]:
 
 
 def _chunks(resamples: int, size: int) -> Iterator[int]:
-    """Rows of each chunk, so that a chunk holds at most `_CHUNK` numbers."""
+    """Number of rows of each chunk, so that a chunk holds at most `_CHUNK` numbers."""
     rows = max(1, _CHUNK // max(size, 1))
     for start in range(0, resamples, rows):
         yield min(rows, resamples - start)
 
 
 def _resampled_means(values_N: NDArray[np.float64], resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Means of R resamples, in chunks. Few distinct values (exact match has two) are drawn by how often each occurs."""
+    """Yield the means of R resamples, in chunks."""
     rng, size = np.random.default_rng(seed), len(values_N)
     distinct_K, counts_K = np.unique(values_N, return_counts=True)
+    # With few distinct values (exact match has two), the counts of a resample are multinomial. Drawing K counts instead
+    # of N indices gives the same distribution at a fraction of the cost.
     if len(distinct_K) <= max(16, size // 50):
         for rows in _chunks(resamples, len(distinct_K)):
             yield rng.multinomial(size, counts_K / size, size=rows) @ distinct_K / size
@@ -189,13 +192,14 @@ def _resampled_means(values_N: NDArray[np.float64], resamples: int, seed: int) -
 
 
 def _sign_flip_p_value(difference_N: NDArray[np.float64], resamples: int, seed: int) -> float:
-    moved_M = difference_N[difference_N != 0]
+    moved_M = difference_N[difference_N != 0]  # a zero stays zero under any sign
     if len(moved_M) == 0:
         return 1.0
     rng, observed, extreme = np.random.default_rng(seed), abs(moved_M.sum()), 0
     for rows in _chunks(resamples, len(moved_M)):
         signs = rng.integers(0, 2, size=(rows, len(moved_M)), dtype=np.int8) * 2 - 1
         extreme += int((np.abs(signs @ moved_M) >= observed - 1e-9).sum())
+    # Count the observed arrangement as one of the permutations, so that p is never 0.
     return (extreme + 1) / (resamples + 1)
 
 

@@ -1,4 +1,4 @@
-"""A trajectory's text cut into pieces to be coloured: who wrote what, and what it was for."""
+"""Split the text of a trajectory into pieces for display, by author and purpose."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agentic_r_plugin.protocol import AgentProtocol
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of text of one kind."""
+    """A stretch of text of one kind."""
 
     kind: str
-    """think, search, answer or other (the model's); information or correction (the environment's)."""
+    """think, search, answer or other (written by the model); information or correction (by the environment)."""
     text: str
-    """Without the tags."""
+    """The text without its tags."""
 
     @property
     def by_model(self) -> bool:
@@ -24,9 +24,9 @@ class Piece:
 
 
 def pieces(text: str, protocol: AgentProtocol) -> list[Piece]:
-    """Cut a trajectory's text.
+    """Split the text of a trajectory.
 
-    An information block is the environment's where it follows a search at once; one that a model made up is its own.
+    An information block directly after a search was written by the environment. Any other one is the model's invention.
 
     >>> from agentic_r_plugin.protocol import compact
     >>> [(piece.kind, piece.text) for piece in pieces("<think>Hm.</think><search> Nile </search>", compact)]

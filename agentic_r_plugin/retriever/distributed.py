@@ -99,7 +99,7 @@ def sum_columns(gradient_PD: Tensor, rank: int, world: int) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> None:
-    """Average each gradient over the processes, in buckets. Every process must have gradients of the same parameters."""
+    """Average each gradient over the processes, in buckets. The same parameters must have gradients everywhere."""
     if world == 1:
         return
     bucket: list[Tensor] = []
