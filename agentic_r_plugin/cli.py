@@ -1,7 +1,7 @@
 """`agentic-r COMMAND [--config FILE] [key=value ...] [--resume]`: every step of the method as one command.
 
-A command is a typed configuration and a function; its flags are the configuration's fields. Nothing heavy is imported
-before the command is known.
+A command is a typed configuration and a function. The fields of the configuration are its flags. Heavy packages are
+imported only once the command is known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agentic_r_plugin.errors import AgenticRError, ConfigError
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's configuration and function live, `module:Config` with `run` in the same module."""
+    """A command: its help, and its configuration as `module:Config`, with the function `run` in the same module."""
 
     help: str
     config: str
@@ -65,7 +65,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code, 0 only when the work is done and whole."""
+    """Entry point. Returns the exit code, which is 0 only if the work is complete."""
     parser = build_parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((item for item in arguments if not item.startswith("-")), None)
@@ -104,14 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_upstream() -> None:
-    """Bound their caches; keep what they say at import, and their bars for loading weights, out of the output."""
+    """Bound the caches of upstream packages, and silence their import warnings and weight-loading bars."""
     memory.bound_caches()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".* engine is not available", category=UserWarning)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The outer parser: help, version and `components`; the other commands parse themselves."""
+    """The outer parser for help, version and `components`. All other commands have their own parsers."""
     parser = argparse.ArgumentParser(
         prog="agentic-r", description="Agentic-R: learning to retrieve for agentic search."
     )
@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Flags of one command (from its configuration's fields) and `key=value` overrides."""
+    """Parse the flags of one command (the fields of its configuration) and its `key=value` overrides."""
     parser = argparse.ArgumentParser(
         prog=f"agentic-r {name}",
         description=(config_class.__doc__ or "").strip().partition("\n")[0] or COMMANDS[name].help,
@@ -166,10 +166,10 @@ def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: datacl
 
 
 def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
-    """Defaults, then the file, then flags, then overrides.
+    """Build the configuration from the defaults, the file, flags and overrides; later ones win.
 
-    A configuration with a list field `verl` takes overrides that are not its own fields as verl's: `critic` is a field
-    of `train-agent`, `critic.optim.lr` a key of verl.
+    If the configuration has a list field `verl`, overrides that are not fields of its own go to verl: `critic` is a
+    field of `train-agent`, `critic.optim.lr` a key of verl.
     """
     from agentic_r_plugin.config import load_config
 
@@ -198,7 +198,7 @@ def build_config(config_class: type, options: argparse.Namespace, overrides: Seq
 
 
 def list_components(*, as_json: bool) -> None:
-    """Print what is registered: kind, name, package, one line."""
+    """Print the registered components: kind, name, package and a one-line description."""
     rows = [
         {"kind": item.kind, "name": item.name, "package": item.package, "description": components.describe(item)}
         for item in components.components()

@@ -1,15 +1,15 @@
-"""`agentic-r experiment`: retrievers made in several ways from one run's data, compared with the run's agents.
+"""`agentic-r experiment`: train retrievers in several ways from the data of one run and compare them.
 
-A run folder of `iterate` holds its agents and retrievers, and for each iteration the candidates, relevance, correctness
-and groups. An experiment trains further retrievers on them, by the package's own stages under other settings, and
-evaluates agents x retrievers x benchmarks in one matrix. All of it is resumable; the run folder is only read.
+A run folder of `iterate` holds agents and retrievers, and the candidates, relevance, correctness and groups of each
+iteration. An experiment trains further retrievers on this data with the package's own stages and other settings, and
+evaluates agents x retrievers x benchmarks in one matrix. Everything can be resumed. The run folder is only read.
 
-| in OUT | holds |
+| in OUT | contents |
 |---|---|
 | `benchmarks/NAME/` | links to the run's benchmark and to others (`corpus.jsonl` also to a packed corpus); worlds |
-| `retrievers/NAME/` | data that were made anew, and `retriever/` |
-| `index/NAME/BENCHMARK/` | the benchmark's corpus under the retriever |
-| `evaluation/` | the matrix; `stop_rule/` one on the split that decides where to stop |
+| `retrievers/NAME/` | data files that differ from the run's, and `retriever/` |
+| `index/NAME/BENCHMARK/` | the benchmark's corpus, encoded with the retriever |
+| `evaluation/` | the matrix; `stop_rule/` holds the one on the split of the stop rule |
 | `experiment.json`, `experiment.md` | for each retriever its groups, their cost and its exact match |
 """
 
@@ -47,13 +47,13 @@ from agentic_r_plugin.world import generate
 
 
 def run(config: ExperimentConfig, *, resume: bool = False) -> None:
-    """The command `experiment`.
+    """Run the command `experiment`.
 
     Raises:
-        OutputExistsError: the folder exists, without `resume`.
-        ConfigError: a wrong setting, or a run folder that lacks what is asked for.
-        ManifestMismatchError: what is there was made from another run or under other settings.
-        AgenticRError: whatever a stage raises; what is finished stays.
+        OutputExistsError: the folder exists and `resume` is off.
+        ConfigError: a setting is wrong, or the run folder lacks a part that is needed.
+        ManifestMismatchError: an existing output was made from another run or with other settings.
+        AgenticRError: a stage failed; finished stages are kept.
     """
     experiment = Experiment(config)
     experiment.check()
@@ -71,10 +71,10 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
 
 
 def stops_at(scores: Sequence[float]) -> int:
-    """The iteration to keep: the last one before the first that brought nothing.
+    """The iteration to keep: the last one before the first without improvement.
 
     Args:
-        scores: of iteration 1, 2, ... on questions that nothing was trained on.
+        scores: scores of iteration 1, 2, ... on questions that were not used for training.
 
     >>> stops_at([0.40, 0.44, 0.43]), stops_at([0.40, 0.44, 0.45]), stops_at([0.40, 0.40, 0.50])
     (2, 3, 1)
@@ -83,7 +83,7 @@ def stops_at(scores: Sequence[float]) -> int:
 
 
 class Experiment:
-    """The steps, each by the package's own commands."""
+    """The steps of an experiment, each run by one of the package's commands."""
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config, self.out, self.run = config, Path(config.out), Path(config.run)
@@ -98,10 +98,10 @@ class Experiment:
         return (name, folder) if given else (item, self._of_run(item, "agent"))
 
     def _of_run(self, name: str, kind: str) -> str:
-        """Where the run's `agent-K` or `retriever-K` lies.
+        """Path of the run's `agent-K` or `retriever-K`.
 
         Raises:
-            ConfigError: no such name or folder.
+            ConfigError: the name or the folder does not exist.
         """
         found, _, number = name.rpartition("-")
         if found != kind or not number.isdecimal():
@@ -115,10 +115,10 @@ class Experiment:
         return str(folder)
 
     def check(self) -> None:
-        """Compose every step with placeholder paths, so that what cannot work is found before anything runs.
+        """Compose every step with placeholder paths, so that errors are found before anything runs.
 
         Raises:
-            ConfigError: a wrong key or value, or a part that the run does not have.
+            ConfigError: a key or value is wrong, or the run lacks a part that is needed.
         """
         for name in self.config.retrievers:
             plan = self.config.plan(name)
@@ -138,7 +138,7 @@ class Experiment:
                 raise ConfigError(f"benchmarks.{name}: {folder}: no such folder")
 
     def _check_correctness(self, name: str, plan: RetrieverPlan) -> None:
-        """Check that the run's correctness, where the plan uses it, was not pruned below what its groups need."""
+        """Check that the run's correctness, if the plan uses it, was not pruned more than its groups allow."""
         rule = self._groups_config(plan, {}, Path("x")).rule()
         rolled_out = self._stage("correctness")
         if rule.use_correctness and not (plan.exhaustive or plan.sampled or rolled_out.exhaustive):
@@ -148,16 +148,16 @@ class Experiment:
                 raise ConfigError(f"retrievers.{name}: {error} (or exhaustive: true here)") from error
 
     def check_evaluation(self) -> None:
-        """Find before anything is trained what cannot be evaluated: once the benchmarks are gathered.
+        """Check the evaluation before anything is trained. The benchmarks must have been gathered.
 
         Raises:
-            ConfigError, RecordError: an agent or a split that is not there, too few questions, a broken question.
+            ConfigError, RecordError: an agent or a split does not exist, or there are too few or broken questions.
         """
         for config in self._planned_evaluations():
             evaluate.check_inputs(config, later=config.searches.keys())
 
     def _planned_evaluations(self) -> list[evaluate.EvaluateConfig]:
-        """What is going to be evaluated, with placeholders for the retrievers' places."""
+        """The planned evaluations, with placeholders for the paths of the retrievers."""
         searches = dict.fromkeys(self.config.retrievers, "x")
         stop = [self._stop_config(searches)] if self.config.stop_rule else []
         return [self._evaluate_config(searches, {}, "x"), *stop]
@@ -165,7 +165,7 @@ class Experiment:
     # --- benchmarks
 
     def gather_benchmarks(self) -> None:
-        """All benchmarks below one folder: linked, or generated."""
+        """Collect all benchmarks in one folder by linking or generating them."""
         given = {name: Path(folder) for name, folder in self.config.benchmarks.items()}
         for name, folder in ({self.main: self.loop.benchmark} | self._evaluated_by_run() | given).items():
             target = self._benchmark(name)
@@ -187,20 +187,20 @@ class Experiment:
         return self.out / "benchmarks" / name
 
     def _evaluated_by_run(self) -> dict[str, Path]:
-        """The benchmarks that the run itself is evaluated on, where it says so."""
+        """The benchmarks that the run's own evaluation names, without the run's benchmark."""
         own = self.loop.config.evaluate
         folder = Path(own.get("data_dir", self.loop.benchmark.parent))
         return {name: folder / name for name in own.get("benchmarks", []) if name != self.main}
 
     def _benchmarks(self) -> list[str]:
-        """Those that are compared on."""
+        """Names of the benchmarks in the comparison."""
         of_run = self.loop.config.evaluate.get("benchmarks", [self.main])
         return list(dict.fromkeys([*of_run, *self.config.benchmarks, *self.config.worlds]))
 
     # --- retrievers
 
     def make_retriever(self, name: str) -> str:
-        """The retriever, ready on every benchmark; returns what `evaluate` takes as its place."""
+        """Train the retriever if needed and build its indexes; returns its location as `evaluate` expects it."""
         plan = self.config.plan(name)
         if plan.bm25:
             return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
@@ -210,9 +210,9 @@ class Experiment:
         return str(self.out / "index" / name / "{benchmark}")
 
     def _index(self, name: str, model: str, benchmark: str, *, of_run: str = "") -> Path:
-        """The benchmark's corpus under a retriever; the run's own index where it still stands for itself.
+        """Encode the benchmark's corpus with a retriever, or link to the run's index if it is still usable.
 
-        Benchmarks over the corpus of the run's own share its index.
+        Benchmarks with the same corpus as the run's share its index.
         """
         out = self.out / "index" / name / benchmark
         corpus = self._benchmark(benchmark) / "corpus.jsonl"
@@ -238,18 +238,18 @@ class Experiment:
         return settings.out
 
     def _train_config(self, plan: RetrieverPlan, groups_file: Path, out: Path) -> training.TrainRetrieverConfig:
-        """As the loop trains the iteration's retriever, but for what the plan changes."""
+        """The loop's configuration for the iteration's retriever, with the changes of the plan."""
         first = "retriever-0" if self.loop.config.retriever_from == "first" else self._first_retriever()
         start = plan.train.get("retriever") or self._of_run(first, "retriever")
         made = self.loop.train_retriever_config(self.config.iteration, start, groups_file, plan.train)
         return replace(made, corpus=str(self._benchmark(self.main) / "corpus.jsonl"), out=str(out))
 
     def _first_retriever(self) -> str:
-        """The one that the iteration's data were made with."""
+        """The retriever with which the iteration's data were made."""
         return f"retriever-{self.config.iteration - 1}"
 
     def _regroup(self, home: Path, plan: RetrieverPlan) -> Path:
-        """Groups under other settings, with correctness of other candidates where it is asked for."""
+        """Select groups with other settings, after rolling out other candidates if the plan asks for it."""
         files = {item: str(self.data / f"{item}.jsonl") for item in ("candidates", "relevance", "correctness")}
         if plan.sampled:
             files["relevance"] = str(home / "relevance.jsonl")
@@ -264,10 +264,10 @@ class Experiment:
         return load_config(groups.GroupsConfig, values=values)
 
     def _sample(self, out: Path, count: int) -> None:
-        """Relevance in which the candidates that are not drawn count as irrelevant: they stay negatives.
+        """Write relevance scores in which all candidates except `count` random ones score 0, so they stay negatives.
 
         Raises:
-            ManifestMismatchError: it is there, drawn from something else.
+            ManifestMismatchError: the file exists and was drawn from another source.
         """
         whole, manifest = self.data / "relevance.jsonl", out.with_name(out.name + ".manifest.json")
         drawn_from = {"relevance": file_fingerprint(whole), "seed": self.loop.config.seed, "sampled": count}
@@ -290,7 +290,7 @@ class Experiment:
         write_records(out, drawn())
 
     def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
-        """The stage `correctness`, with agent and search as in the loop. The exhaustive one is shared."""
+        """Run the stage `correctness` with the loop's agent and search. Retrievers share an exhaustive result."""
         out = (self.out if plan.exhaustive else home) / "correctness.jsonl"
         first = self._first_retriever()
         index_dir = self._index(first, self._of_run(first, "retriever"), self.main, of_run=first)
@@ -310,14 +310,14 @@ class Experiment:
         return out
 
     def _stage(self, name: str, url: str = "") -> Any:
-        """The run's own settings of a data stage."""
+        """The run's settings of a data stage."""
         k = self.config.iteration
         return self.loop.stage_config(k, name, self._of_run(f"agent-{k}", "agent"), url)
 
     # --- results
 
     def compare(self, searches: Mapping[str, str]) -> None:
-        """Agents x retrievers x benchmarks."""
+        """Evaluate agents x retrievers x benchmarks."""
         evaluate.run(self._evaluate_config(searches, {}, "evaluation"), resume=True)
 
     def _evaluate_config(
@@ -340,9 +340,9 @@ class Experiment:
         return load_config(evaluate.EvaluateConfig, values={**values, **given, "out": str(self.out / folder)})
 
     def find_stop(self, searches: Mapping[str, str]) -> None:
-        """Where the loop should have stopped, told on a split that is not the test's; `stop_rule.json`.
+        """Find where the loop should have stopped, on a split other than the test split; writes `stop_rule.json`.
 
-        The retrievers must hold the run's own, named retriever-1, retriever-2, ...
+        The retrievers must include the run's own, named retriever-1, retriever-2, ...
         """
         evaluate.run(self._stop_config(searches), resume=True)
         found = read_json(self.out / "stop_rule" / "matrix.json")["cells"]
@@ -362,7 +362,7 @@ class Experiment:
         return [k for k in range(1, self.loop.config.iterations + 1) if f"agent-{k}" in self.agents]
 
     def summarize(self) -> None:
-        """What each retriever was made from and what it cost, beside its exact match."""
+        """Write a table of each retriever's groups, their cost and its exact match."""
         cells = read_json(self.out / "evaluation" / "matrix.json")["cells"]
         rows = {name: self._made_from(name) for name in self.config.retrievers}
         write_json(
@@ -390,7 +390,10 @@ class Experiment:
         print(text, flush=True)
 
     def _made_from(self, name: str) -> dict[str, Any]:
-        """Groups, rollouts, and of the queries with a positive here or in the run the share where it is the same."""
+        """Number of groups and rollouts, and the share of queries with the same positive as in the run.
+
+        The share is over the queries that have a positive here or in the run.
+        """
         plan = self.config.plan(name)
         own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
         if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
@@ -411,11 +414,11 @@ class Experiment:
 
 
 _OF_THE_MATRIX = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
-"""Settings of the run's own evaluation that an experiment has of its own."""
+"""Settings of the run's evaluation that an experiment replaces by its own."""
 
 
 def _without_retriever_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """An index section for another retriever than the run's: what that one recorded of itself holds."""
+    """The index section without settings of the run's retriever: another one uses what its own record says."""
     return {key: value for key, value in section.items() if key not in ("preset", "formulation", "max_length")}
 
 
@@ -427,7 +430,7 @@ def _positives(file: Path) -> dict[tuple[str, int], list[str]]:
 
 
 def _stands(built: Path, model: str) -> bool:
-    """Whether an index is there, and its corpus and retriever where it says (not after a run folder was moved)."""
+    """Whether an index exists with its corpus and retriever at the recorded paths (not after a run was moved)."""
     if not (built / index.MANIFEST).is_file():
         return False
     manifest = index.read_manifest(built)
@@ -435,11 +438,11 @@ def _stands(built: Path, model: str) -> bool:
 
 
 def _link(link: Path, target: Path) -> None:
-    """Link to a file or folder of the run or a benchmark; one that leads nowhere (they were moved) is made anew.
+    """Link to a file or folder of the run or a benchmark. A broken link (the target was moved) is replaced.
 
     Raises:
-        ConfigError: no such file or folder.
-        ManifestMismatchError: the link leads to another one.
+        ConfigError: the target does not exist.
+        ManifestMismatchError: the link exists and points to another target.
     """
     if not target.exists():
         raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")

@@ -1,4 +1,4 @@
-"""What an experiment (`agentic-r experiment`) is told: how each retriever comes about, and what is compared."""
+"""Settings of `agentic-r experiment`: how each retriever is made, and what is compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RetrieverPlan:
 
     @property
     def regroups(self) -> bool:
-        """Whether it needs groups of its own."""
+        """Whether it needs groups other than the run's."""
         return bool(self.groups or self.exhaustive or self.sampled)
 
 
@@ -76,10 +76,10 @@ class ExperimentConfig:
             self.plan(name)
 
     def plan(self, name: str) -> RetrieverPlan:
-        """How a retriever comes about.
+        """How a retriever is made.
 
         Raises:
-            ConfigError: an unknown key, a wrong type, or a contradiction.
+            ConfigError: an unknown key, a wrong type, or contradicting settings.
         """
         try:
             return load_config(RetrieverPlan, values=self.retrievers[name] or {})

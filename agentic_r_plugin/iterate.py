@@ -7,20 +7,20 @@
         retriever = contrastive training(retriever, groups)
         index     = encode(corpus, retriever)
 
-Every phase is one of the package's commands on files in the run folder, so each can be run and looked at by hand:
+Every phase is one of the package's commands on files in the run folder, so each can be run and inspected by hand:
 
-| in RUN | holds |
+| in RUN | contents |
 |---|---|
-| `config.yaml` | the resolved configuration; only what changes no result may differ when it goes on |
-| `inputs.json` | fingerprints of what was given: agent, retriever, questions; they may not change under a run |
-| `benchmark/` | the generated benchmark, where none was given |
-| `iteration-0/index/` | the corpus under the first retriever |
+| `config.yaml` | the resolved configuration; on resume, only settings that cannot change a result may differ |
+| `inputs.json` | fingerprints of the given agent, retriever and questions, which must not change during a run |
+| `benchmark/` | the generated benchmark, if none was given |
+| `iteration-0/index/` | the corpus, encoded with the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
 | `iteration-K/data/` | trajectories, candidates, relevance, correctness, groups; `data_report.md` |
-| `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus under it |
+| `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus encoded with it |
 | `evaluation/` | agents x retrievers on the test split |
-| `costs.jsonl` | one line a finished phase: seconds (of its workers, too), rollouts, tokens; its line means done |
-| `attempt.json` | seconds so far of the phase under way, all attempts together |
+| `costs.jsonl` | one line per finished phase: seconds (also of workers), rollouts, tokens; its line means done |
+| `attempt.json` | seconds of the unfinished phase so far, over all attempts |
 | `report.html`, `report.md` | the result |
 """
 
@@ -62,10 +62,10 @@ from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lin
 from agentic_r_plugin.world import generate
 
 _URL = "http://127.0.0.1:1"
-"""Stands for the retrieval service's address while nothing runs."""
+"""Placeholder for the address of the retrieval service in configurations that are only checked."""
 _ATTEMPT, _INPUTS = "attempt.json", "inputs.json"
 _KEEP_S = 10.0
-"""Seconds between two writings of it."""
+"""Seconds between two updates of `attempt.json`."""
 _CHOICES = {
     "agent_from": ("previous", "first"),
     "retriever_from": ("previous", "first"),
@@ -73,15 +73,15 @@ _CHOICES = {
 }
 
 _SECTION = {"decides": "phases"}
-"""Metadata of a section: the settings of the phases that are made from it are compared on a resume (`_deciding`)."""
+"""Metadata of a section. On a resume, the settings of the phases composed from it are compared (`_deciding`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterateConfig:
     """Agent and retriever train each other, K times.
 
-    The sections named after commands hold that command's own fields. The loop fills in paths, models, protocol and
-    limits; what a section says of these goes on top, field by field, except where the output lies.
+    A section named after a command holds fields of that command. The loop fills in paths, models, protocol and limits.
+    A section may override these field by field, except for the location of the output.
     """
 
     out: str = field(metadata={"help": "run folder", **FREE})
@@ -148,13 +148,13 @@ class IterateConfig:
 
 
 def run(config: IterateConfig, *, resume: bool = False) -> None:
-    """The command `iterate`: start the loop, or go on where it stopped.
+    """Run the command `iterate`: start the loop, or resume it where it stopped.
 
     Raises:
-        ConfigError: a section holds an unknown key or a wrong value; found before anything runs.
-        OutputExistsError: the run folder exists, without `resume`.
+        ConfigError: a section holds an unknown key or a wrong value; raised before anything runs.
+        OutputExistsError: the run folder exists and `resume` is off.
         ManifestMismatchError: the run folder belongs to another configuration.
-        AgenticRError: whatever a phase raises; what is finished stays.
+        AgenticRError: a phase failed; finished phases are kept.
     """
     loop = Loop(config)
     if config.dry_run:
@@ -179,7 +179,7 @@ def run(config: IterateConfig, *, resume: bool = False) -> None:
 
 
 class Loop:
-    """The phases of the loop, each a command on files of the run folder, each run once."""
+    """The phases of the loop. Each is a command on files of the run folder and runs once."""
 
     def __init__(self, config: IterateConfig) -> None:
         self.config = config
@@ -188,10 +188,10 @@ class Loop:
         self.corpus = Path(config.corpus) if config.corpus else corpus_file(self.benchmark)
         self._done: dict[tuple[int, str], Any] = {}
 
-    # --- before
+    # --- checks before the start
 
     def compose(self) -> None:
-        """Build every phase's configuration once, with placeholder paths, so that a wrong key is found now."""
+        """Build the configuration of every phase with placeholder paths, so that a wrong key is found at the start."""
         for name in (
             "world",
             "index",
@@ -213,9 +213,9 @@ class Loop:
         components.load("retriever_trainer", phases["train_retriever"].trainer)
 
     def phases(self) -> dict[str, Any]:
-        """The configuration of each phase in the first iteration (`train_agent_later`: in the second), by section.
+        """Section -> configuration of the phase in the first iteration (`train_agent_later`: in the second).
 
-        Paths of what the loop itself makes are placeholders.
+        Paths of files that the loop itself creates are placeholders.
         """
         world = {} if self.config.benchmark else {"world": self._world_config()}
         return {
@@ -230,7 +230,7 @@ class Loop:
         }
 
     def _check_stages(self) -> dict[str, Any]:
-        """The data stages' settings, each and together."""
+        """Check the settings of each data stage and their combination; returns the settings."""
         made = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         for name in ("relevance", "correctness", "groups"):
             made[name].check()
@@ -244,7 +244,7 @@ class Loop:
         return made
 
     def _check_reach(self, stages: Mapping[str, Any]) -> None:
-        """A service that answers this machine alone is of no use to workers on others."""
+        """Check that workers on other machines can reach the retrieval service."""
         host = self.serve_config("x").host
         if not is_loopback(host):
             return
@@ -265,10 +265,10 @@ class Loop:
             )
 
     def check(self) -> None:
-        """Everything that can be known to be wrong before the start.
+        """Find every error that can be found before the start.
 
         Raises:
-            ConfigError: a wrong key, or files that do not exist; names all of them.
+            ConfigError: a key is wrong, or files do not exist; the message names all of them.
         """
         self.compose()
         missing = []
@@ -295,19 +295,19 @@ class Loop:
             raise ConfigError("; ".join(missing))
 
     def _planned_evaluation(self) -> EvaluateConfig:
-        """The evaluation, with placeholders for what the loop makes."""
+        """The evaluation, with placeholders for the agents and indexes of the loop."""
         rounds = range(self.config.iterations + 1)
         return self._evaluate_config({f"agent-{k}": "x" for k in rounds}, {f"retriever-{k}": Path("x") for k in rounds})
 
     def _check_evaluation(self) -> None:
-        """Benchmarks, and agents and retrievers beside the loop's own; a world that is not there yet is left alone."""
+        """Check benchmarks, and agents and retrievers from outside the loop. A world not yet generated is skipped."""
         config = self._planned_evaluation()
         made = {name for name, where in (config.agents | config.searches).items() if where == "x"}
         if self.config.benchmark or config.data_dir != str(self.benchmark.parent):
             evaluate.check_inputs(config, later=made)
 
     def forecast(self) -> str:
-        """What the loop will cost, from the assumptions in `plan`."""
+        """Forecast of the loop's cost, from the assumptions in `plan`."""
         settings = load_config(plan.PlanConfig, values=self.config.plan)
         rounds = range(1, self.config.iterations + 1)
         ppo = [self._train_agent_config(k, "x", _URL) for k in rounds]
@@ -331,7 +331,7 @@ class Loop:
         return plan.table(scales, settings)
 
     def open(self, *, resume: bool) -> None:
-        """Create the run folder, or check that it is this run's and read what is done."""
+        """Create the run folder, or check that it belongs to this run and read which phases are done."""
         saved = self.folder / "config.yaml"
         if self.folder.exists() and not resume:
             raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
@@ -355,7 +355,10 @@ class Loop:
             self._phase(0, "world", lambda: generate.run(self._world_config(), resume=True))
 
     def _check_inputs(self) -> None:
-        """Phases are done once, so what they were given must stay; the corpus is known by the indexes over it."""
+        """Check that agent, retriever and questions are unchanged, because finished phases are not run again.
+
+        The corpus needs no check here: the manifests of the indexes record it.
+        """
         config, kept = self.config, self.folder / _INPUTS
         now = {"agent": identity(config.agent), "retriever": identity(config.retriever)}
         if config.benchmark:
@@ -371,7 +374,7 @@ class Loop:
     def _phase(
         self, iteration: int, name: str, work: Callable[[], None], cost: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
-        """Do a phase unless it is done; its line in costs.jsonl is written last."""
+        """Run a phase unless it is done. Its line in costs.jsonl is written last."""
         if (iteration, name) in self._done:
             return
         print(f"[iteration {iteration}] {name}{self._estimate(iteration, name)}", file=sys.stderr, flush=True)
@@ -386,7 +389,7 @@ class Loop:
         (self.folder / _ATTEMPT).unlink(missing_ok=True)
 
     def _estimate(self, iteration: int, name: str) -> str:
-        """How long a phase and the rest of the loop will take here, as far as `expected_seconds` tells."""
+        """Text with the time that this phase and the rest of the loop will take; empty without `expected_seconds`."""
         of_all = self.config.expected_seconds
         expected = {
             (int(number), phase): float(seconds)
@@ -394,14 +397,14 @@ class Loop:
             for phase, seconds in phases.items()
         }
         took = {phase: float(line["seconds"]) for phase, line in self._done.items()}
-        left = scaled(expected, took)
+        left = scaled(expected, took)  # finished phases show how fast this machine is
         if (iteration, name) not in left:
             return ""
         return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in all"
 
     @contextmanager
     def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:
-        """Clock of a phase that goes on from its earlier attempts; a kill loses the last `_KEEP_S` seconds at most."""
+        """Clock of a phase that includes its earlier attempts. A kill loses at most the last `_KEEP_S` seconds."""
         file, phase = self.folder / _ATTEMPT, {"iteration": iteration, "phase": name}
         before = read_json(file) if file.is_file() else {}
         earlier = before["seconds"] if phase.items() <= before.items() else 0.0
@@ -433,7 +436,7 @@ class Loop:
 
     @contextmanager
     def search_service(self, k: int, index_dir: Path) -> Iterator[str]:
-        """The retrieval service of iteration k; not started where all that needs it is done."""
+        """Run the retrieval service of iteration k, unless all phases that need it are done."""
         if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
             yield ""
             return
@@ -479,11 +482,11 @@ class Loop:
         self._phase(self.config.iterations, "evaluate", lambda: evaluate.run(config, resume=True))
 
     def report(self) -> None:
-        """Made anew each time: it costs little and shows what is there."""
+        """Write the report. It is rewritten every time, because that is cheap and shows the current state."""
         print((self.folder / "evaluation" / "matrix.md").read_text(encoding="utf-8"))
         report.run(load_config(report.ReportConfig, values={"run": str(self.folder)} | self.config.report), resume=True)
 
-    # --- what the phases are told
+    # --- configurations of the phases
 
     def _data_stages(self) -> dict[str, Any]:
         judge = {"sub-answers": sub_answers} if self.config.judge else {}
@@ -502,7 +505,7 @@ class Loop:
     def _questions(self, split: str) -> str:
         with suppress(ConfigError):
             return str(split_file(self.benchmark, split))
-        return str(self.benchmark / f"{split}.jsonl")  # of a world that is still to be made
+        return str(self.benchmark / f"{split}.jsonl")  # the world is not generated yet
 
     def _world_config(self) -> generate.WorldConfig:
         parent = {"out": str(self.benchmark.parent), "name": self.benchmark.name}
@@ -534,24 +537,25 @@ class Loop:
 
     @property
     def _token_env(self) -> str:
-        """Variable with the token of the loop's retrieval service, if it wants one."""
+        """Environment variable with the token of the loop's retrieval service; empty if it needs none."""
         return str(self.config.serve.get("token_env", ""))
 
     def _seed(self, k: int) -> int:
-        """Of what iteration k draws: no two iterations draw the same."""
+        """Seed of iteration k. It differs between iterations, so that each draws other samples."""
         return self.config.seed + k - 1
 
     def protocol_settings(self) -> dict[str, Any]:
-        """What every phase in which the agent acts is told of its protocol."""
+        """Protocol, limits and topk, for every phase in which the agent acts."""
         return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
 
     def stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
-        """A data stage's configuration: the files and models that the loop knows, and its own section on top."""
+        """Configuration of a data stage: the loop's files and models, overridden by the stage's section."""
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
         llm = self.config.llm | {"model": agent}
         search: dict[str, Any] = {"backend": "service", "url": url}
-        if self._token_env and not section.get("search", {}).keys() & {"backend", "url"}:  # no other's business
+        # The token belongs to the loop's own service and must not be sent to any other.
+        if self._token_env and not section.get("search", {}).keys() & {"backend", "url"}:
             search["options"] = {"token_env": self._token_env}
         files = {item: str(self._data(k, item)) for item in ("candidates", "relevance", "correctness", "groups")}
         in_ = self._questions(self.config.train_split) if name == "trajectories" else str(self._data(k, "trajectories"))
@@ -571,14 +575,14 @@ class Loop:
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}
         if name == "correctness" and "preset" in self.config.groups:
-            known["preset"] = self.config.groups["preset"]  # pruned for the groups that will be made
+            known["preset"] = self.config.groups["preset"]  # the pruning must match the rule of the groups
         own = {field.name for field in fields(cls)}
         return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 
     def train_retriever_config(
         self, k: int, start: str, training_groups: Path, changes: Mapping[str, Any] = MappingProxyType({})
     ) -> training.TrainRetrieverConfig:
-        """How retriever k is trained from `start`: the section, with `changes` on top, and what the loop fills in."""
+        """Configuration that trains retriever k from `start`: the section, overridden by `changes` and our paths."""
         values = {"seed": self._seed(k)} | self.config.train_retriever | dict(changes)
         if values.get("trainer", "contrastive") != "contrastive":
             values = {"relevance": str(self._data(k, "relevance"))} | values
@@ -605,13 +609,13 @@ class Loop:
 
 _STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
 _JUDGES = ("listwise_judge", "pointwise_judge")
-"""Scorers that ask a language model."""
+"""Relevance scorers that need a language model."""
 
 
 def _deciding(loop: Loop) -> dict[str, Any]:
-    """The settings that decide what the loop makes, by dotted name.
+    """Settings that can change the loop's results, by dotted name.
 
-    Of the sections, those of the phases that they compose: each command's own fields say which decide.
+    For a section these are the settings of the phases composed from it. Each command's fields declare which ones count.
     """
     phases = {"llm": load_config(LLMSpec, values={"model": "x"} | loop.config.llm)} | loop.phases()
     found = deciding(loop.config) | {name: deciding(phase, names=True) for name, phase in phases.items()}
@@ -627,7 +631,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _check_preset(section: str, preset: str) -> None:
-    """Refuse one that holds anything: the loop's limits, which data and evaluation share, would win over its own."""
+    """Refuse a preset with values: the loop's limits, shared with data and evaluation, would override its limits."""
     held = dict(launch.TrainAgentConfig.PRESETS.get(preset, {}))
     if held:
         limits = [f"limits.{key}={value}" for key, value in held.pop("limits", {}).items()]
@@ -649,7 +653,7 @@ _CONFIG_OF: dict[str, type] = {
 
 
 def _agent_cost(out: Path) -> dict[str, Any]:
-    """What PPO did, from its log of steps (which holds means over a step's trajectories)."""
+    """Cost of PPO, summed from its step log, whose values are means over the trajectories of a step."""
     steps = [line for _, line in read_lines(out / "metrics.jsonl") if line.get("agentic_r/trajectories")]
 
     def total(name: str) -> int:

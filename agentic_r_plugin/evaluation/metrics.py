@@ -1,8 +1,8 @@
 """FlashRAG metrics of an agent and its searches. Use them by name under `metrics:` of a FlashRAG configuration.
 
 FlashRAG finds metrics through the subclasses of its `BaseMetric`, so this module must be imported before an `Evaluator`
-is built (`evaluation.pipeline` does so). A question to which a metric does not apply (no gold documents or answers, or a
-yes/no answer) scores None and is left out of the mean.
+is built (`evaluation.pipeline` does so). A question to which a metric does not apply (no gold documents, no gold
+answers, a yes/no answer) scores None and is left out of the mean.
 """
 
 from __future__ import annotations
