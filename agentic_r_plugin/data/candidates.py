@@ -1,4 +1,4 @@
-"""Candidates: the passages that the previous retriever finds for every query (method section 4, step 2)."""
+"""Candidates: the passages that the previous retriever finds for each query (method section 4, step 2)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class CandidatesConfig:
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:
-    """Every query of a trajectory, still without passages.
+    """The queries of a trajectory, with no passages yet.
 
     Raises:
-        RecordError: text and turns disagree.
+        RecordError: the trajectory's text and its turns disagree.
     """
     searches = protocol.searches(trajectory.text)[: len(trajectory.turns)]
     written, told = [query for query, _ in searches], [turn.query for turn in trajectory.turns]
@@ -73,16 +73,17 @@ def find_candidates(
     max_turn: int = 0,
     cost: RolloutCost | None = None,
 ) -> Iterator[list[Candidates] | SearchRefusedError]:
-    """The queries of each trajectory with their candidates, or why one of its queries is refused; all trajectories
-    given are searched for at once.
+    """Search for candidates for every query of a batch of trajectories, in one call of the retriever.
+
+    Yields for each trajectory its queries with their candidates, or the refusal of one of its queries.
 
     Args:
         trajectories: one batch.
-        search: the previous retriever; it is given the question and the earlier queries too.
-        protocol: what the trajectories were written with.
-        topk: candidates a query.
+        search: the previous retriever; each request also carries the question and the earlier queries.
+        protocol: the protocol that the trajectories were written with.
+        topk: candidates per query.
         max_turn: later turns are left out; 0 keeps all.
-        cost: added to, when given.
+        cost: updated in place, if given.
 
     Raises:
         SearchError: the retriever failed.
@@ -115,7 +116,7 @@ def _scored(hits: Sequence[Hit]) -> tuple[ScoredPassage, ...]:
 
 
 class CandidatesWorker:
-    """Searches for the queries of batches of trajectories; holds the previous retriever."""
+    """Retrieves candidates for batches of trajectories; holds the previous retriever."""
 
     def __init__(self, config: CandidatesConfig) -> None:
         self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
@@ -123,11 +124,11 @@ class CandidatesWorker:
         self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the retriever."""
+        """Fingerprint of the retriever."""
         return {"retriever": self._search.fingerprint()}
 
     def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
-        """The queries of each trajectory, or why one of them is refused."""
+        """Per trajectory, its queries with candidates, or the refusal of one of them."""
         config = self.config
         found = find_candidates(
             batch, self._search, protocol=self._protocol, topk=config.topk, max_turn=config.max_turn, cost=self.cost
@@ -140,12 +141,12 @@ class CandidatesWorker:
         ]
 
     def close(self) -> None:
-        """Free the retriever."""
+        """Close the retriever."""
         self._stack.close()
 
 
 def run(config: CandidatesConfig, *, resume: bool = False) -> None:
-    """The command `candidates`."""
+    """Run the command `candidates`."""
     stage = Stage(
         name="candidates",
         config=config,

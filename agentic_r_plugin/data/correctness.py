@@ -1,13 +1,13 @@
-"""Correctness: does the agent answer rightly when it goes on from one candidate alone? (method sections 4 and 4a)
+"""Correctness: does the agent answer correctly when it continues from one candidate alone? (method sections 4 and 4a)
 
-Rolling out every candidate dominates the cost of the method. Given the relevance, only candidates that can become a
-positive are rolled out: those of relevance at least the threshold, in falling relevance. The paper's rule takes one
-positive, so a query is done at its first correct candidate; the released code's takes ties, so its levels of equal
-relevance are rolled out whole. The training groups are the same, byte for byte, as after rolling out everything.
+Rolling out every candidate dominates the cost of the method. With relevance scores, only candidates that can become a
+positive are rolled out: those at or above the relevance threshold, in descending order of relevance. The paper's rule
+takes one positive, so a query is done at its first correct candidate. The released code also takes ties, so each level
+of equal relevance is rolled out as a whole. The training groups are byte-identical to those of an exhaustive run.
 
-The queries of a batch take their steps together: the first candidate of every query, then the second of those without
-a success, and so on. A step of one candidate per query saves most rollouts, and the batch keeps the model busy:
-`tests/benchmarks/pruning.py` compares it with whole levels and with all candidates.
+All queries of a batch advance together: the first candidate of every query, then the second candidate of the queries
+without a success, and so on. One candidate per query and step needs the fewest rollouts, and the batch over queries
+keeps the model busy. `tests/benchmarks/pruning.py` compares this with whole levels and with all candidates.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class CorrectnessConfig:
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def check(self) -> None:
-        """ConfigError where it is not said which candidates are rolled out."""
+        """Raise ConfigError unless exactly one of `relevance` and `exhaustive` is given."""
         if self.exhaustive == bool(self.relevance):
             raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
         self.rule()
 
     def rule(self) -> SelectionRule:
-        """The rule of the groups that candidates are pruned for.
+        """The selection rule of the groups that candidates are pruned for.
 
         Raises:
             ConfigError: an unknown preset.
@@ -81,7 +81,7 @@ class CorrectnessConfig:
 
 @dataclass
 class CorrectnessCost(RolloutCost):
-    """What the stage spent, and what pruning saved: candidates = rollouts + reused + pruned."""
+    """Cost of the stage and savings by pruning: candidates = rollouts + reused + pruned."""
 
     candidates: int = 0
     pruned: int = 0
@@ -91,31 +91,31 @@ class PassageStore(Protocol):
     """Passages by id (`search.corpus.Corpus`)."""
 
     def by_id(self, identifier: str) -> Passage:
-        """The passage; RecordError when there is none."""
+        """The passage; raises RecordError if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What came of going on from one candidate."""
+    """Outcome of continuing from one candidate."""
 
     answer: str | None
     searches: int
     refusal: str | None = None
-    """Why it could not be carried out: the model or the retriever does not take it."""
+    """Why the rollout was impossible: the model or the retriever refused it."""
 
 
 class Continuations:
-    """Goes on from (query, candidate) pairs, greedily, many at once; a prompt that was run before is looked up.
+    """Continues from (query, candidate) pairs, greedily and in batches; equal prompts are run once and cached.
 
     Args:
         llm: the agent.
-        search: its retriever, for the searches after the candidate.
+        search: the agent's retriever, for searches after the candidate.
         passages: the corpus.
-        protocol: the agent's tags and words.
-        limits: how far a trajectory may go, its prefix included.
-        topk: passages shown for a later search.
-        cost: added to.
-        max_kept: outcomes kept for looking up. Equal prompts are of one question, and its queries stand together.
+        protocol: the agent's tags and wording.
+        limits: limits of a trajectory, including its prefix.
+        topk: passages shown per later search.
+        cost: updated in place.
+        max_kept: outcomes in the cache. Equal prompts belong to one question, whose queries are adjacent in the input.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Continuations:
         self._kept: dict[bytes, Continuation] = {}
 
     def run(self, pairs: Sequence[tuple[Candidates, str]]) -> list[Continuation]:
-        """One outcome a pair.
+        """One outcome per pair.
 
         Raises:
             BackendError, SearchError: the agent or the retriever failed.
@@ -143,12 +143,15 @@ class Continuations:
         """
         sessions = [self._session(query, passage) for query, passage in pairs]
         keys = [_key(session) for session in sessions]
+        # Decoding is greedy, so equal prompts have equal outcomes: run each distinct prompt once.
         fresh = {key: session for key, session in zip(keys, sessions, strict=True) if key not in self._kept}
         self.cost.reused += len(pairs) - len(fresh)
         run_sessions(list(fresh.values()), self.llm, self.search, topk=self.topk, sampling=Sampling(), cost=self.cost)
+        # Read cached outcomes before the eviction below can remove them.
         done = {key: self._kept[key] for key in keys if key in self._kept}
         for key, session in fresh.items():
             done[key] = self._kept[key] = _outcome(session)
+        # Dicts keep insertion order: the first key is the oldest entry.
         while len(self._kept) > self.max_kept:
             self._kept.pop(next(iter(self._kept)))
         return [done[key] for key in keys]
@@ -169,7 +172,7 @@ class Continuations:
 
 
 def _key(session: Session) -> bytes:
-    """Names all that a greedy continuation depends on: what the model is given and what a search is given."""
+    """Hash of everything that a greedy continuation depends on: the model's input and the inputs of a search."""
     given = (session.ids, session.searches, session.question, session.history)
     return hashlib.blake2b(repr(given).encode(), digest_size=16).digest()
 
@@ -182,14 +185,14 @@ def _outcome(session: Session) -> Continuation:
 def judge_candidates(
     queries: Iterable[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
 ) -> Iterator[list[Correctness] | RequestRefusedError]:
-    """Correctness of each query's candidates, in retrieval order; those that were not needed are left out. A query with
-    a candidate that the model or the retriever refuses gives that refusal: which candidate wins is unknown then.
+    """Correctness of each query's candidates, in retrieval order; candidates that were not needed are left out. If the
+    model or the retriever refuses a candidate, the query yields that refusal, because its winner is unknown.
 
-    All queries take their steps together, so that the model is given large batches.
+    All queries advance in step, so that the model gets large batches.
 
     Args:
-        queries: each with its steps, lists of candidates (passage ids); after a step with a correct one it is done.
-        continuations: who goes on.
+        queries: each query with its steps, lists of candidates (passage ids); it is done after a step with a success.
+        continuations: runs the agent.
 
     Raises:
         BackendError, SearchError, RecordError: as `Continuations.run`.
@@ -205,6 +208,7 @@ def judge_candidates(
         for (index, passage), outcome in zip(places, outcomes, strict=True):
             query = queries[index][0]
             if outcome.refusal is not None:
+                # The refused candidate might have been the winner, so no result of this query can be trusted.
                 refused.setdefault(index, RequestRefusedError(outcome.refusal))
                 continue
             em = int(exact_match(outcome.answer, query.golden_answers))
@@ -219,6 +223,7 @@ def judge_candidates(
                 searches=outcome.searches,
             )
         depth += 1
+        # A success ends a query only after the whole step, so that tied candidates of a level are all judged.
         ended = correct | refused.keys()
         active = [index for index in active if index not in ended and len(queries[index][1]) > depth]
     for index, ((query, _), records) in enumerate(zip(queries, found, strict=True)):
@@ -226,21 +231,22 @@ def judge_candidates(
 
 
 def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
-    """Which candidates of a query to roll out, step by step, or why none.
+    """The candidates of a query to roll out, step by step, or the reason why there are none.
 
     Args:
-        query: with its candidates.
-        config: of the stage.
+        query: the query with its candidates.
+        config: settings of the stage.
         scores: relevance of the candidates; None when the query has none.
 
     Raises:
-        RecordError: the relevance is of other candidates.
+        RecordError: the relevance scores belong to other candidates.
     """
     passages = [passage.id for passage in query.passages]
     if config.max_turn and query.turn > config.max_turn:
         return "turn_left_out"
     if not passages or (config.num_candidates and len(passages) != config.num_candidates):
         return "other_number_of_candidates"
+    # Without relevance there is no order to stop early in: all candidates form one step.
     if config.exhaustive:
         return [passages]
     if scores is None:
@@ -250,7 +256,7 @@ def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectnessTask:
-    """One query, its candidates step by step or the reason why it has none, and the passages of those candidates."""
+    """One query, the steps of its candidates (or the reason why it has none), and the passages of those candidates."""
 
     query: Candidates
     steps: list[list[str]] | str
@@ -265,7 +271,7 @@ class _Shown(dict[str, Passage]):
 
 
 class CorrectnessWorker:
-    """Goes on from the candidates of batches of queries; holds the agent and its retriever."""
+    """Rolls out the candidates of batches of queries; holds the agent and its retriever."""
 
     def __init__(self, config: CorrectnessConfig) -> None:
         self.cost, self._stack = CorrectnessCost(), ExitStack()
@@ -282,14 +288,16 @@ class CorrectnessWorker:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Of agent and retriever."""
+        """Fingerprints of agent and retriever."""
         return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
 
     def work(self, batch: Sequence[CorrectnessTask]) -> list[Outcome]:
         """Correctness of the candidates that were needed."""
+        # Tasks carry their passages, so a worker (perhaps on another machine) does not open the corpus.
         self._continuations.passages = _Shown(
             {identifier: passage for task in batch for identifier, passage in task.passages.items()}
         )
+        # Queries that are dropped keep an empty plan, so that plans and tasks stay aligned.
         plans = [(task.query, [] if isinstance(task.steps, str) else task.steps) for task in batch]
         outcomes = []
         for task, records in zip(batch, judge_candidates(plans, self._continuations), strict=True):
@@ -303,15 +311,15 @@ class CorrectnessWorker:
         return outcomes
 
     def close(self) -> None:
-        """Free the models."""
+        """Close the agent and the retriever."""
         self._stack.close()
 
 
 def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
-    """The queries, each with the gold answers that correctness compares with.
+    """The queries of a candidates file, checked to have gold answers.
 
     Raises:
-        RecordError: a query of a question without gold answers.
+        RecordError: a query whose question has no gold answers.
     """
     for key, query in query_units(path):
         if not query.golden_answers:
@@ -323,7 +331,7 @@ def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
 
 
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
-    """The command `correctness`."""
+    """Run the command `correctness`."""
     config.check()
     inputs, out = {"candidates": Path(config.candidates)}, Path(config.out)
     relevance = None

@@ -1,4 +1,4 @@
-"""What a stage costs: totals, shares, per unit, and what a sample says of the whole."""
+"""Cost of a stage: totals, shares, means per unit, and a forecast from a sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HIT_RATES = {
 
 
 def summary(spent: Mapping[str, float], units: int) -> dict[str, Any]:
-    """Totals, the shares that can be told of them, and the means per unit (`per_unit`)."""
+    """Totals, the shares that the counts allow, and the means per unit (`per_unit`)."""
     totals = {key: round(value, 3) for key, value in sorted(spent.items())}
     shares = {
         name: round(totals[part] / totals[whole], 4)
@@ -28,15 +28,15 @@ def summary(spent: Mapping[str, float], units: int) -> dict[str, Any]:
 
 
 def forecast(batches: Sequence[tuple[int, Mapping[str, float]]], total: int) -> dict[str, Any]:
-    """What all units cost, from what batches of a sample did.
+    """Forecast the cost of all units from batches of a sample.
 
     Args:
-        batches: (units, what they cost) of each.
-        total: units in all.
+        batches: (units, cost) of each batch.
+        total: number of all units.
 
     Returns:
-        `sample`, `total`, and for each count under `expected`, `low` and `high`: the sample's mean times `total`, and
-        1.96 standard errors of that around it, with the batches as clusters.
+        `sample`, `total`, and for each count `expected`, `low` and `high`: the sample mean times `total`, and its 95 %
+        interval (1.96 standard errors), with batches as clusters.
 
     >>> forecast([(2, {"rollouts": 4}), (2, {"rollouts": 6})], 100)["expected"]
     {'rollouts': 250.0}
@@ -58,7 +58,7 @@ def forecast(batches: Sequence[tuple[int, Mapping[str, float]]], total: int) -> 
 
 
 def forecast_table(made: Mapping[str, Any]) -> str:
-    """A forecast for people."""
+    """A forecast as readable text."""
     lines = [f"{made['stage']}: forecast for {made['total']:,} units from {made['sample']:,} of them (95 % interval)"]
     for name, value in made["expected"].items():
         lines.append(f"  {name:24} {value:16,.0f}   {made['low'][name]:,.0f} to {made['high'][name]:,.0f}")

@@ -1,4 +1,4 @@
-"""Training groups: one positive and its negatives a query (method section 4, step 6)."""
+"""Training groups: one positive and its negatives per query (method section 4, step 6)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GroupsConfig:
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def rule(self) -> SelectionRule:
-        """The rule these settings ask for.
+        """The selection rule of these settings.
 
         Raises:
             ConfigError: an unknown preset, or settings that contradict each other.
@@ -72,13 +72,13 @@ class GroupsConfig:
         )
 
     def files(self) -> dict[str, str]:
-        """The files of scores that the rule needs, by role; empty where one is not given."""
+        """Score files that the rule needs, by role; the path is empty if none was given."""
         rule = self.rule()
         needed = {"relevance": rule.use_relevance, "correctness": rule.use_correctness}
         return {role: getattr(self, role) for role, wanted in needed.items() if wanted}
 
     def check(self) -> None:
-        """ConfigError where settings contradict each other, or a file is missing that they need."""
+        """Raise ConfigError if settings contradict each other or a required file is missing."""
         for role, path in self.files().items():
             if not path:
                 raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
@@ -88,31 +88,31 @@ class GroupsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionTask:
-    """One query with all that is known of its candidates."""
+    """One query with all that is known about its candidates."""
 
     query: Candidates
     relevance: Mapping[str, int] | None = None
     """Passage id -> 0..100; None when the query has none."""
     correctness: Mapping[str, int] | None = None
-    """Passage id -> 0 or 1, of those rolled out; None when there is none."""
+    """Passage id -> 0 or 1 for the candidates rolled out; None when there are none."""
     same_text: Mapping[str, str] | None = None
-    """Passage id -> what its text is known by, where repeated passages are left out."""
+    """Passage id -> its normalised text, when repeated passages are to be left out."""
     duplicate: bool = False
-    """An earlier query has the same question and words, and only the first is wanted."""
+    """Whether an earlier query has the same question and words, and only the first is wanted."""
 
 
 class GroupsWorker:
-    """Picks the groups of batches of queries."""
+    """Selects the groups of batches of queries."""
 
     def __init__(self, rule: SelectionRule) -> None:
         self.rule, self.cost = rule, RolloutCost()
 
     def fingerprints(self) -> dict[str, str]:
-        """No model is used."""
+        """Empty: no model is used."""
         return {}
 
     def work(self, batch: Sequence[SelectionTask]) -> list[Outcome]:
-        """The groups of each query, or why it has none."""
+        """The groups of each query, or the reason why it has none."""
         return [self._pick(task) for task in batch]
 
     def _pick(self, task: SelectionTask) -> Outcome:
@@ -122,15 +122,15 @@ class GroupsWorker:
         return Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource is held."""
 
 
 def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
-    """Check that correctness pruned for one rule holds all that another asks for.
+    """Check that correctness pruned for one rule covers every candidate that another rule needs.
 
     Args:
-        rule: picks the groups.
-        pruned_for: decided which candidates were rolled out.
+        rule: the rule that selects the groups.
+        pruned_for: the rule that decided which candidates were rolled out.
 
     Raises:
         ConfigError: candidates that `rule` needs were not rolled out.
@@ -154,11 +154,11 @@ def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
 
 
 def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
-    """What the manifest beside the correctness file, where there is one, says of the candidates it left out.
+    """Check against the manifest next to the correctness file, if any, that the rule's candidates were rolled out.
 
     Raises:
         ConfigError: it was pruned more than the rule allows.
-        ManifestMismatchError: it was pruned by another relevance file; queries would be lost for want of rollouts.
+        ManifestMismatchError: it was pruned with another relevance file, so queries would lack rollouts.
     """
     path = Path(config.correctness)
     manifest = path.with_name(path.name + ".manifest.json")
@@ -168,8 +168,9 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
     made_from = of_correctness["made_from"]
     if made_from["exhaustive"]:
         return
-    # A file without a preset is of a version that always rolled out whole levels.
+    # Files without a preset come from a version that always rolled out whole levels.
     check_pruned(rule, preset_rule(made_from.get("preset", "released_code"), threshold=made_from["threshold"]))
+    # Relevance decided what was rolled out; other scores would need candidates that have no record here.
     if (pruned_by := made_from["input relevance"]) != (given := file_fingerprint(config.relevance)):
         raise ManifestMismatchError(
             f"{path} was made with the relevance file {of_correctness['config']['relevance']} ({pruned_by}), which "
@@ -178,22 +179,22 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
 
 
 def query_key(record: Candidates | Relevance | Correctness) -> str:
-    """Names a query in files and journals."""
+    """Key of a query in files and work tables."""
     return f"{record.id}/{record.turn}"
 
 
 def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
-    """Units of the stages that work on queries."""
+    """(key, query) units of the stages that work on queries."""
     return ((query_key(query), query) for query in read_records(path, Candidates))
 
 
 def keyed_relevance(path: str | Path, folder: Path) -> KeyedRecords[Relevance]:
-    """Relevance by query."""
+    """Relevance records, looked up by query."""
     return KeyedRecords(path, Relevance, query_key, folder=folder)
 
 
 def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[str, int] | None:
-    """Correctness of a query's candidates, of those rolled out.
+    """Correctness of those candidates of a query that were rolled out.
 
     Raises:
         RecordError: a candidate occurs twice.
@@ -207,10 +208,10 @@ def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[
 
 
 def run(config: GroupsConfig, *, resume: bool = False) -> None:
-    """The command `groups`.
+    """Run the command `groups`.
 
     Raises:
-        ConfigError, ManifestMismatchError: correctness that was not made for this relevance and threshold.
+        ConfigError, ManifestMismatchError: the correctness was not made for this relevance and threshold.
     """
     config.check()
     rule, out = config.rule(), Path(config.out)
@@ -234,6 +235,7 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
             texts = None
             if corpus is not None:
                 texts = {passage.id: normalize(corpus.by_id(passage.id).text) for passage in query.passages}
+            # A query is a duplicate unless it is the first with its words; `>> 1` as in `_first_queries`.
             return SelectionTask(
                 query=query,
                 relevance=scored.scores if scored is not None else None,
@@ -260,12 +262,15 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
 
 
 def _said(query: Candidates) -> int:
-    """Hash of what a retriever is given of a query, case and spaces aside."""
+    """Hash of question and query, ignoring case and white space."""
     return key_hash(f"{normalize(query.question)}\n{normalize(query.query)}")
 
 
 def _first_queries(path: str, folder: Path) -> HashIndex:
-    """What is said -> the queries that say it, the first first (hashes of their keys, 63 bits)."""
+    """Hash of question and query -> hashes of the keys of its queries, in input order.
+
+    The index is on disk, so memory does not grow with the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     index = HashIndex(folder)
     for key, query in query_units(path):

@@ -1,4 +1,4 @@
-"""Asks a judge model and takes only replies that hold exactly what was asked for (method section 4, steps 3 and 4)."""
+"""Queries a judge model; accepts only replies that hold exactly what was asked for (method section 4, steps 3, 4)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Parsed = TypeVar("Parsed")
 
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
 _RETRY_TEMPERATURE = 0.7
-"""The first attempt is greedy; asking again greedily would give the same reply."""
+"""The first attempt is greedy; a greedy retry would give the same reply."""
 
 
 def load_prompt(name: str, own: str = "") -> str:
-    """A prompt: the file `own` where one is given, else this package's `prompts/NAME.txt`.
+    """Load a prompt: the file `own` if given, else the package's `prompts/NAME.txt`.
 
     Raises:
-        ConfigError: no such file, or it lacks a `{placeholder}` of the package's prompt (`{reference}` may be missing).
+        ConfigError: no such file, or it lacks a `{placeholder}` of the package's prompt (`{reference}` is optional).
     """
     built_in = (files("agentic_r_plugin.data") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
     if not own:
@@ -43,7 +43,7 @@ def load_prompt(name: str, own: str = "") -> str:
 
 
 def fill(prompt: str, **values: object) -> str:
-    """Put values in place of `{name}`; braces inside a value stay as they are.
+    """Substitute values for `{name}`; braces inside a value stay as they are.
 
     >>> fill("{a} and {b}", a="{b}", b=1)
     '{b} and 1'
@@ -65,20 +65,20 @@ def ask(
     max_retries: int,
     cost: RolloutCost,
 ) -> list[Parsed | JudgeError]:
-    """Send every prompt and parse its reply; replies that were cut or cannot be parsed are asked for again.
+    """Send every prompt and parse its reply; truncated or unparsable replies are requested again.
 
-    A prompt that the judge refuses is not asked again: it would be refused again.
+    A prompt that the judge refuses is not retried, since it would be refused again.
 
     Args:
         judge: the model.
         prompts: messages.
-        parsers: one a prompt; raises JudgeError on a reply that does not hold what was asked for.
-        max_tokens: longest reply.
-        max_retries: further attempts, sampled.
-        cost: added to.
+        parsers: one per prompt; raises JudgeError if the reply does not hold what was asked for.
+        max_tokens: maximum length of a reply.
+        max_retries: attempts after the first; these are sampled.
+        cost: updated in place.
 
     Returns:
-        For each prompt what its parser gave, or a JudgeError: the last attempt's, or a JudgeRefusedError.
+        For each prompt the parsed value, or a JudgeError: that of the last attempt, or a JudgeRefusedError.
 
     Raises:
         BackendError: the judge's backend failed.
@@ -118,15 +118,15 @@ def ask(
 
 
 def outcome_of(error: JudgeError) -> Outcome:
-    """What becomes of a unit that a judge gave nothing for: refused units do not count as the judge's errors."""
+    """Outcome of a unit without a judgement; a refused unit does not count as a judge error."""
     return Outcome.refused(error) if isinstance(error, JudgeRefusedError) else Outcome(error=str(error))
 
 
 def parse_list(reply: str, length: int) -> list[Any]:
     """The one JSON list in a reply, which must have exactly `length` items.
 
-    Thoughts do not belong to the reply. Fences and words around the list are allowed, and before a list of several
-    items references to single passages, such as `[2]`.
+    Text in think tags is ignored. Code fences and words around the list are allowed, and so are references to single
+    passages, such as `[2]`, before a list of several items.
 
     Raises:
         JudgeError: no list, or one of another length.
@@ -152,7 +152,7 @@ def parse_list(reply: str, length: int) -> list[Any]:
 
 
 def parse_scores(reply: str, length: int) -> list[int]:
-    """Exactly `length` whole numbers in 0..100, also written as `90.0` or `"90"`; nothing is clamped, cut or filled up.
+    """Exactly `length` integers in 0..100, also written as `90.0` or `"90"`; nothing is clamped, cut or padded.
 
     Raises:
         JudgeError: anything else.
@@ -174,7 +174,7 @@ def _score(item: Any, reply: str) -> int:
 
 
 def parse_score(reply: str) -> int:
-    """The one whole number in 0..100 that a reply consists of: alone, in brackets or quotes, or within a fence.
+    """The one integer in 0..100 that is the whole reply: bare, in brackets or quotes, or in a code fence.
 
     Raises:
         JudgeError: anything else.
@@ -192,7 +192,7 @@ def _spoken(reply: str) -> str:
     """The reply without the thoughts before it.
 
     Raises:
-        JudgeError: it ends within a thought, whose drafts are no reply.
+        JudgeError: the reply ends inside a thought; drafts in thoughts do not count.
     """
     text, within_thought = after_thoughts(reply)
     if within_thought:

@@ -1,8 +1,8 @@
-"""What a loop will cost, before it starts: rollouts, tokens, GPU hours, from assumptions (`iterate --dry-run`).
+"""Forecast the cost of a loop before it starts: rollouts, tokens, GPU hours, from assumptions (`iterate --dry-run`).
 
-Nothing here is measured. Every number that the forecast rests on is a field of `PlanConfig`, printed with it; those
-that depend on data (queries a question, candidates left by pruning, tokens) come best from a stage's own forecast on a
-sample (`runner.forecast=200`), the throughputs from the machine.
+Nothing here is measured. Every number that the forecast depends on is a field of `PlanConfig` and is printed with it.
+Take numbers that depend on data (queries per question, candidates left after pruning, tokens) from a stage's own
+forecast on a sample (`runner.forecast=200`), and the throughputs from the machine.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the loop's own configuration says of the size of one iteration."""
+    """Size of one iteration, from the loop's configuration."""
 
     questions: int
     passages: int
@@ -63,7 +63,7 @@ class Scale:
     ppo_batch: int
     candidates: int = 20
     window: int = 20
-    """Passages in one prompt of the judge; 0 where no language model judges."""
+    """Passages per judge prompt; 0 if no language model judges."""
     sub_answers: bool = False
     exhaustive: bool = False
     epochs: int = 2
@@ -71,20 +71,20 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of one iteration, forecast."""
+    """Forecast of one phase of one iteration."""
 
     name: str
     units: int
     what: str
     rollouts: int = 0
     prompt_tokens: int = 0
-    """Those computed; cached ones left out."""
+    """Computed prompt tokens, without cached ones."""
     generated_tokens: int = 0
     gpu_hours: float = 0.0
 
 
 def phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
-    """The phases of one iteration, in their order."""
+    """The phases of one iteration, in order."""
     queries = round(scale.questions * plan.queries_per_question)
     turns = plan.queries_per_question + 1
     yield Phase(
@@ -143,10 +143,10 @@ def _judge(name: str, units: int, what: str, calls: int, prompt: int, plan: Plan
 
 
 def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
-    """The forecast for people, with the assumptions it rests on and what the exhaustive job would cost.
+    """The forecast as readable text, with its assumptions and the cost of the exhaustive job.
 
     Args:
-        scales: of the iterations, in their order.
+        scales: one per iteration, in order.
     """
     first, *_ = scales
     found = list(phases(first, plan))
@@ -156,7 +156,7 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
         for phase in found
     ]
     hours = [sum(phase.gpu_hours for phase in phases(scale, plan)) for scale in scales]
-    in_all = sum(hours) + _index(first, plan).gpu_hours  # the first retriever's, before iteration 1
+    in_all = sum(hours) + _index(first, plan).gpu_hours  # plus the index of the first retriever, before iteration 1
     exhaustive = next(phase for phase in phases(replace(first, exhaustive=True), plan) if phase.name == "correctness")
     data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
     lines = [
@@ -175,7 +175,7 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
 
 
 def _later(scales: Sequence[Scale], hours: Sequence[float]) -> Iterator[str]:
-    """Where an iteration's PPO is of another size than that of the one before; nothing else changes."""
+    """Iterations whose PPO differs in size from that of the iteration before; nothing else changes between them."""
     for number, (before, now) in enumerate(pairwise(scales), start=2):
         if now != before:
             yield (

@@ -1,8 +1,8 @@
-"""The work of a stage on Ray: actors hold the models, only the driver feeds them and writes files.
+"""Run a stage on Ray: actors hold the models; only the driver feeds them and writes files.
 
-Plain actors, because a stage needs what `ray.data.map_batches` hides: every finished batch at the driver at once, in
-any order, to be kept. Back-pressure is the number of batches under way. An actor whose process dies is started
-again with its batch (`max_restarts`); what it had finished before is kept and is not asked for again.
+Plain actors, because a stage needs what `ray.data.map_batches` hides: each finished batch at the driver at once, in any
+order, to be stored. Back-pressure is the number of batches in flight. If an actor's process dies, the actor is
+restarted with its batch (`max_restarts`); batches that it finished before are stored and not repeated.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_b
 from agentic_r_plugin.errors import ConfigError
 
 _CLOSE_S = 10.0
-"""A worker that is still busy after so long is stopped as it is."""
+"""Seconds after which a worker that is still busy is killed."""
 
 
 class RayWorker:
-    """A worker in a process of its own."""
+    """A worker in its own process."""
 
     def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
         self._factory = factory
 
     @cached_property
     def _worker(self) -> Worker[Any]:
-        """Built by the first call: Ray keeps no cause of an error in a constructor."""
+        """Built on first use: Ray loses the cause of an error raised in a constructor."""
         return self._factory()
 
     def node(self) -> str:
-        """The machine it is on."""
+        """Name of the machine it runs on."""
         return ray_cluster.this_node()
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the worker's models."""
+        """Fingerprints of the worker's models."""
         return self._worker.fingerprints()
 
     def do(self, tasks: Sequence[Any]) -> Result:
@@ -50,14 +50,14 @@ class RayWorker:
 
 
 class RayExecutor:
-    """Workers as Ray actors.
+    """Runs batches on Ray actors.
 
     Args:
-        factory: builds a worker; pickled, so it must be importable where the actors run.
-        spec: how many, on what, and where the cluster is.
+        factory: builds a worker; it is pickled, so it must be importable on the actors' machines.
+        spec: number of workers, their resources, and the address of the cluster.
 
     Raises:
-        ConfigError: no cluster at the address, or one without the processors or accelerators asked for.
+        ConfigError: no cluster at the address, or too few processors or accelerators in it.
     """
 
     def __init__(self, factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> None:
@@ -86,12 +86,12 @@ class RayExecutor:
         self._actor_of: dict[Any, int] = {}
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the workers' models; they must be the same on every node.
+        """Fingerprints of the workers' models, which must be equal on every node.
 
         Raises:
-            ConfigError: they are not.
+            ConfigError: they differ.
         """
-        asked = ray_cluster.one_per_node(self._actors)  # all on one machine read the same files
+        asked = ray_cluster.one_per_node(self._actors)  # actors on one machine read the same files
         first, *others = (self._get(reference) for reference in [actor.fingerprints.remote() for actor in asked])
         for other in others:
             if other != first:
@@ -103,7 +103,7 @@ class RayExecutor:
         yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
 
     def close(self) -> None:
-        """Let the workers free what they hold, stop the actors, and the cluster where it was started here."""
+        """Let the workers free their models, stop the actors, and stop the cluster if it was started here."""
         actors = getattr(self, "_actors", [])
         if actors:
             closing = [actor.close.remote() for actor in actors]

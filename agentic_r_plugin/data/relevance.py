@@ -50,7 +50,7 @@ class RelevanceConfig:
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def check(self) -> None:
-        """ConfigError where the scorer is unknown, or a file is missing that it needs."""
+        """Raise ConfigError if the scorer is unknown or a file that it needs is missing."""
         if components.load("relevance_scorer", self.scorer).needs_questions and not self.questions:
             raise ConfigError(
                 f"relevance: the scorer {self.scorer} uses the benchmark's metadata; give --questions FILE"
@@ -60,7 +60,7 @@ class RelevanceConfig:
 def task_of(
     query: Candidates, passages: PassageStore, *, question: Question | None = None, sub_answer: str | None = None
 ) -> ScoringTask:
-    """A query with its candidates' texts.
+    """The scoring task of a query: the query with the texts of its candidates.
 
     Raises:
         RecordError: the corpus does not hold a candidate.
@@ -70,10 +70,10 @@ def task_of(
 
 
 def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> list[Relevance | JudgeError]:
-    """Relevance of each query's candidates, or what the judge did wrong; all are scored at once.
+    """Relevance of each query's candidates, or the judge's error; all queries are scored in one call.
 
     Raises:
-        RecordError: a question that the scorer needs is missing.
+        RecordError: the scorer needs a question that is missing.
         BackendError: the judge's backend failed.
     """
     for task in tasks:
@@ -101,23 +101,23 @@ class RelevanceWorker:
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the scorer."""
+        """Fingerprint of the scorer."""
         return {"scorer": self._scorer.fingerprint()}
 
     def work(self, batch: Sequence[ScoringTask]) -> list[Outcome]:
-        """Relevance of each query's candidates, or what the judge did wrong."""
+        """Relevance of each query's candidates, or the judge's error."""
         return [
             outcome_of(scored) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
             for scored in score_candidates(batch, self._scorer)
         ]
 
     def close(self) -> None:
-        """Free the judge."""
+        """Close the judge."""
         self._stack.close()
 
 
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:
-    """The command `relevance`."""
+    """Run the command `relevance`."""
     config.check()
     inputs, folder = {"candidates": Path(config.candidates)}, Path(config.out).parent
     questions: KeyedRecords[Question] | None = None

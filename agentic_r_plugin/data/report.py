@@ -1,4 +1,4 @@
-"""What the constructed data look like and what they cost: one report of an iteration's relevance, correctness, groups.
+"""Report on the quality and cost of an iteration's data: its relevance, correctness and groups.
 
 Files are read once, side by side; memory does not grow with them.
 """
@@ -56,11 +56,11 @@ class Tally:
     rolled_out_in: Counter[str] = field(default_factory=Counter)
     correct_in: Counter[str] = field(default_factory=Counter)
     table: Counter[tuple[bool, bool]] = field(default_factory=Counter)
-    """(relevance at least the threshold, correct) of the candidates rolled out."""
+    """(relevance at or above the threshold, correct) of the candidates rolled out."""
     turns: Counter[int] = field(default_factory=Counter)
     turns_with_positive: Counter[int] = field(default_factory=Counter)
     first_level: Counter[bool] = field(default_factory=Counter)
-    """Whether a query's most relevant candidates hold a correct one, where they were all rolled out."""
+    """Whether a query's most relevant candidates include a correct one, where all of them were rolled out."""
 
     def add(
         self, turn: int, scores: Mapping[str, int] | None, correct: Mapping[str, int] | None, groups: int, least: int
@@ -119,7 +119,7 @@ class Tally:
 
 
 def phi(table: Mapping[tuple[bool, bool], int]) -> float | None:
-    """Correlation of two yes-or-no properties; None where one of them does not vary.
+    """Phi coefficient of two binary properties; None if one of them does not vary.
 
     >>> phi({(True, True): 5, (False, False): 5})
     1.0
@@ -136,11 +136,11 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def run(config: DataReportConfig, *, resume: bool = False) -> None:
-    """The command `data-report`.
+    """Run the command `data-report`.
 
     Raises:
-        ConfigError: no candidates there.
-        OutputExistsError: the report exists, without `resume`.
+        ConfigError: the folder holds no candidates.
+        OutputExistsError: the report exists and `resume` is off.
         RecordError: a broken record.
     """
     out = Path(config.out or Path(config.data) / "data_report.json")
@@ -150,7 +150,7 @@ def run(config: DataReportConfig, *, resume: bool = False) -> None:
 
 
 def write_report(config: DataReportConfig, out: Path) -> str:
-    """Write the report as JSON and as Markdown; returns the latter."""
+    """Write the report as JSON and Markdown; returns the Markdown."""
     report = make_report(Path(config.data), config.suffix, config.threshold)
     write_json(out, report)
     text = markdown(report)
@@ -159,7 +159,7 @@ def write_report(config: DataReportConfig, out: Path) -> str:
 
 
 def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> dict[str, Any]:
-    """Read an iteration's data files; those that are missing are left out."""
+    """Read an iteration's data files; missing ones are skipped."""
     files = {name: folder / f"{name}{suffix}" for name in STAGES}
     if not files["candidates"].exists():
         raise ConfigError(f"data-report: {files['candidates']} does not exist")
@@ -201,7 +201,7 @@ def _total(stages: Mapping[str, Mapping[str, Any]], queries: int) -> dict[str, A
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     agreement = report["agreement"]
     lines = [
         "# Constructed data",

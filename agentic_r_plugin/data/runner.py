@@ -1,8 +1,7 @@
-"""Who does a stage's work: this process, threads of it, or actors of a Ray cluster. Nobody but the caller writes files.
+"""Executors: run a stage's batches in this process, in threads, or on Ray actors. Only the caller writes files.
 
-A worker is built once per executor slot from a picklable factory (it loads the models); batches go out, outcomes come
-back as they are finished. Only `workers * in_flight` batches are under way at a time, so neither the input nor the
-results pile up.
+Each executor slot builds its worker once from a picklable factory, which loads the models. Batches go out and outcomes
+come back in any order. At most `workers * in_flight` batches are in flight, so neither input nor results pile up.
 """
 
 from __future__ import annotations
@@ -49,25 +48,25 @@ class RunnerSpec:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether workers are in a cluster that runs already, in folders of their own and perhaps on other machines."""
+        """Whether workers run in an existing cluster: with other working folders, perhaps on other machines."""
         return self.kind == "ray" and self.address not in ("", "local")
 
 
 class Worker(Protocol[Given]):
-    """Does the work of a stage; holds the models."""
+    """Does the work of a stage and holds its models."""
 
     @property
     def cost(self) -> RolloutCost:
-        """Added to by `work`."""
+        """Updated by `work`."""
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the models used, by role."""
+        """Fingerprints of the models used, by role."""
 
     def work(self, batch: Sequence[Given]) -> Sequence[Outcome]:
-        """One outcome a task, in order."""
+        """One outcome per task, in order."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the models."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ class Batch(Generic[Task]):
 
 
 Result = tuple[list[Outcome], dict[str, float]]
-"""Outcomes of a batch, and what they cost."""
+"""Outcomes of a batch, and their cost."""
 
 
 def do_batch(worker: Worker[Any], tasks: Sequence[Any]) -> Result:
-    """Work on one batch and measure it."""
+    """Process one batch and measure its cost."""
     before, start = to_dict(worker.cost), time.monotonic()
     outcomes = list(worker.work(tasks))
     if len(outcomes) != len(tasks):
@@ -94,15 +93,15 @@ def do_batch(worker: Worker[Any], tasks: Sequence[Any]) -> Result:
 
 
 class Executor(Protocol):
-    """Carries batches to workers."""
+    """Sends batches to workers."""
 
     def fingerprints(self) -> dict[str, str]:
-        """Of the workers' models, by role."""
+        """Fingerprints of the workers' models, by role."""
 
     def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
         """Finished batches, in any order.
 
-        Where one fails, no further one is begun, and its error comes after all that are under way and end well.
+        After a batch fails, no further batch is started; its error is raised once all batches in flight have ended.
         """
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ class Executor(Protocol):
 
 
 def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Executor:
-    """The executor that `spec` asks for; `factory` is called once a worker, where that worker runs."""
+    """The executor that `spec` asks for; each worker calls `factory` once, in its own process or thread."""
     if spec.kind == "ray":
         from agentic_r_plugin.data.ray_runner import RayExecutor
 
@@ -119,7 +118,7 @@ def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Execu
 
 
 class LocalExecutor:
-    """One worker, in this thread."""
+    """One worker in this thread."""
 
     def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
         self._worker = factory()
@@ -139,7 +138,7 @@ class LocalExecutor:
 
 
 class ThreadExecutor:
-    """Several workers, each used by one thread at a time: keeps a server busy while some batch ends."""
+    """Several workers, each used by one thread at a time; keeps a server busy while a batch finishes its last units."""
 
     def __init__(self, factory: Callable[[], Worker[Any]], workers: int) -> None:
         self._workers = [factory() for _ in range(workers)]
@@ -183,14 +182,14 @@ def flow(
     first_done: Callable[[Sequence[Any]], Any],
     result: Callable[[Any], Result],
 ) -> Iterator[tuple[Batch[Any], Result]]:
-    """Keep up to `capacity` batches under way; take no batch from the iterator before there is room for it.
+    """Keep up to `capacity` batches in flight; take a batch from the iterator only when there is room for it.
 
-    After an error no batch is taken; those under way are waited for, then the first error is raised.
+    After an error no further batch is taken; batches in flight are awaited, then the first error is raised.
 
     Args:
         submit: starts a batch; returns its handle.
-        first_done: waits until one of the handles given is done; returns it.
-        result: of a handle that is done; raises what its batch raised.
+        first_done: waits until one of the handles is done; returns it.
+        result: result of a finished handle; raises the error of its batch.
     """
     running: dict[Any, Batch[Any]] = {}
     more, failed = True, None
@@ -198,7 +197,7 @@ def flow(
         while more and len(running) < capacity:
             try:
                 batch = next(batches, _END)
-            except Exception as error:  # of what a batch is made from
+            except Exception as error:  # reading or preparing the input failed
                 batch, failed = _END, failed or error
             if batch is _END:
                 more = False

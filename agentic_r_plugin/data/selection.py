@@ -1,8 +1,8 @@
 """The rule that turns a query's candidates into training groups (method sections 4 and 4a). No I/O.
 
-Candidates are ordered by (correctness, relevance), both falling. Correctness is needed only to find the positives: that
-is why the correctness stage may stop at the first correct candidate (or, where several ties are taken, at the first
-level with one), and why negatives are sampled from retrieval order, which no score changes.
+Candidates are ordered by (correctness, relevance), both descending. Correctness is needed only to find the positives.
+So the correctness stage may stop at the first correct candidate (or, if ties are taken, after the first level with a
+correct one), and negatives are sampled in retrieval order, which no score changes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ DUPLICATE_QUERY = "duplicate_query"
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
-    """How groups are picked; the defaults are the paper's."""
+    """How groups are selected; the defaults are the paper's."""
 
     threshold: int = 60
-    """A positive's least relevance."""
+    """Minimum relevance of a positive."""
     num_negatives: int = 15
     max_positives: int = 1
-    """Candidates tied for the first place that are taken, one group each."""
+    """Maximum number of candidates tied for first place that become positives, one group each."""
     further_ties_are_negatives: bool = True
     """False: ties beyond `max_positives` are neither positives nor negatives."""
     use_relevance: bool = True
-    """False: ablation without relevance; all candidates are one level."""
+    """False: ablation without relevance; all candidates form one level."""
     use_correctness: bool = True
     """False: ablation without correctness; the level of highest relevance wins."""
     seed: int = 0
     false_negative_relevance: int = 0
-    """Ours, 0 is off: candidates of at least this relevance are no negatives."""
+    """Not in the paper; 0 is off. Candidates with at least this relevance are never negatives."""
     hard_negatives: int = 0
-    """Ours: so many of the negatives are the best-ranked others in retrieval order, the rest is sampled."""
+    """Not in the paper: this many negatives are the best-ranked others in retrieval order; the rest are sampled."""
 
     def __post_init__(self) -> None:
         if not (self.use_relevance or self.use_correctness):
@@ -58,7 +58,7 @@ class SelectionRule:
 
     @property
     def whole_levels(self) -> bool:
-        """Whether the correctness of every candidate of the winning level is needed, not only of the first ones."""
+        """Whether all candidates of the winning level need correctness, not only those up to the first correct one."""
         return self.max_positives > 1 or not self.further_ties_are_negatives
 
 
@@ -66,11 +66,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"max_positives": 1},
     "released_code": {"max_positives": 3, "further_ties_are_negatives": False},
 }
-"""What each preset sets (method section 4, step 6)."""
+"""Settings of each preset (method section 4, step 6)."""
 
 
 def preset_rule(preset: str, **settings: Any) -> SelectionRule:
-    """The rule of a preset, with further settings.
+    """The selection rule of a preset, with further settings.
 
     Raises:
         ConfigError: an unknown preset, or settings that contradict each other.
@@ -81,7 +81,7 @@ def preset_rule(preset: str, **settings: Any) -> SelectionRule:
 
 
 def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold: int) -> list[list[str]]:
-    """Passages of relevance at least `threshold`, best first, equals together; retrieval order within a level.
+    """Passages at or above `threshold`, grouped by relevance, best level first; retrieval order within a level.
 
     Raises:
         RecordError: a passage has no relevance.
@@ -97,11 +97,10 @@ def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold:
 
 
 def rollout_order(passages: Sequence[str], relevance: Mapping[str, int], rule: SelectionRule) -> list[list[str]]:
-    """Steps in which to roll out a query's candidates: its groups are known after the first step with a success.
+    """Steps in which to roll out a query's candidates; its groups are known after the first step with a success.
 
-    Where only the first correct candidate matters, a step is a single candidate, in falling relevance and, among
-    equals, in retrieval order. Where ties are taken too, a step is a whole level.
-
+    If only the first correct candidate matters, a step is one candidate, by descending relevance and, within ties, in
+    retrieval order. If ties are taken too, a step is a whole level.
     Raises:
         RecordError: a passage has no relevance.
 
@@ -121,22 +120,23 @@ def select(
     rule: SelectionRule,
     same_text: Mapping[str, str] | None = None,
 ) -> list[Group] | str:
-    """The training groups of one query, or why it has none.
+    """The training groups of one query, or the reason why it has none.
 
     Args:
         candidates: in retrieval order.
         relevance: passage id -> 0..100; None when the query has none.
-        correctness: passage id -> 0 or 1, of those rolled out; None when the query has none.
-        rule: how to pick.
-        same_text: ours, passage id -> what its text is known by: of equal ones only the first can be a negative, and
-            none where a positive has that text. None keeps all.
+        correctness: passage id -> 0 or 1 for the candidates rolled out; None when the query has none.
+        rule: the selection rule.
+        same_text: not in the paper, passage id -> key of its text. Of candidates with equal text only the first can be
+            a negative, and none if a positive has that text. None keeps all.
 
     Raises:
-        RecordError: scores are missing that the decision needs.
+        RecordError: the decision needs scores that are missing.
     """
     passages = [passage.id for passage in candidates.passages]
     if len(set(passages)) != len(passages):
         raise RecordError(f"query {candidates.key}: a passage occurs twice among its candidates")
+    # Without relevance every candidate is equally good: a single level in retrieval order.
     levels = [passages]
     if rule.use_relevance:
         if relevance is None:
@@ -150,6 +150,7 @@ def select(
     positives = winners[: rule.max_positives]
     if not positives:
         return NO_CORRECT
+    # In the released code, further ties are dropped: they score as high as the positives, so they make bad negatives.
     taken = positives if rule.further_ties_are_negatives else winners
     others = [passage for passage in passages if passage not in taken]
     if rule.false_negative_relevance and relevance is not None:
@@ -158,6 +159,7 @@ def select(
         others = _without_repeats(others, positives, same_text)
     if len(others) < rule.num_negatives:
         return TOO_FEW_NEGATIVES
+    # The best-ranked others are the hard negatives. A seed per query makes the sample independent of the other queries.
     hard, rest = others[: rule.hard_negatives], others[rule.hard_negatives :]
     sampler = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}")
     negatives = hard + sampler.sample(rest, rule.num_negatives - len(hard))
@@ -176,7 +178,7 @@ def select(
 
 
 def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text: Mapping[str, str]) -> list[str]:
-    """The first candidate of each text, without the positives' texts."""
+    """The first candidate of each distinct text, skipping the positives' texts."""
     seen = {same_text[passage] for passage in positives}
     kept = []
     for passage in others:
@@ -189,9 +191,9 @@ def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text:
 def _winners(
     candidates: Candidates, levels: Sequence[Sequence[str]], correctness: Mapping[str, int] | None, rule: SelectionRule
 ) -> list[str]:
-    """Candidates that tie for the first place, in retrieval order (only the first one, where no more is needed).
+    """Candidates tied for first place, in retrieval order (only the first one if no more are needed).
 
-    None when no candidate is correct.
+    Empty when no candidate is correct.
     """
     if correctness is None:
         return list(levels[0])
@@ -206,6 +208,7 @@ def _winners(
                 )
             if correctness[passage]:
                 winners.append(passage)
+                # The correctness stage stopped here too: later candidates of the level may have no record.
                 if not rule.whole_levels:
                     break
         if winners:

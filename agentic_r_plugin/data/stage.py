@@ -1,16 +1,16 @@
 """The shell around a data stage: files, progress, resume and the report. The stage itself is a function on records.
 
-A stage works on units (a question, a query), each known by its position in the input. Finished units go into a table
-(`storage.table`), a batch at a time, so a process that is killed loses at most the batches under way. At the end the
-table becomes OUT, in input order: OUT does not depend on interruptions or on the order in which workers finish, and
-memory does not grow with the input.
+A stage works on units (a question, a query), each identified by its position in the input. Finished units are stored
+in a table (`storage.table`) batch by batch, so a killed process loses at most the batches in flight. At the end the
+table is written to OUT in input order. OUT therefore does not depend on interruptions or on the order in which workers
+finish, and memory does not grow with the input.
 
 | next to OUT | holds |
 |---|---|
 | `OUT.manifest.json` | configuration and fingerprints of inputs and models; a resume with others is refused |
 | `OUT.work` | finished units; removed at the end |
-| `OUT.errors.jsonl` | units whose judge failed and units that were refused, when there are any |
-| `OUT.report.json` | counts of read, kept and dropped, and the cost; written last, so its existence means done |
+| `OUT.errors.jsonl` | units that were refused or whose judge failed, if any |
+| `OUT.report.json` | counts of read, kept and dropped units, and the cost; written last, so its existence means done |
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class Stage(Generic[Item]):
     """One run of a stage.
 
     Args:
-        name: the command.
-        config: its configuration; what decides the result (`config.deciding`) is compared on resume.
+        name: name of the command.
+        config: its configuration; settings that can change the result (`config.deciding`) are compared on resume.
         out: output file, or folder of shards (`runner.sharded`).
-        inputs: files that are read, by role.
-        models: fingerprints of what the caller uses, by role; the workers add theirs.
+        inputs: input files, by role.
+        models: fingerprints of the caller's own resources, by role; the workers add theirs.
         record: type of the records written.
         units: reads the input from its start: (key, item), each key once.
-        prepare: item -> what a worker is given of it.
-        sides: files that `prepare` looks things up in; read once before any work, closed at the end.
-        worker: builds a worker (from `for_workers(config)`); picklable where `runner` is Ray.
-        batch_size: units per batch; the batches under way are lost when the process is killed.
-        runner: where the work is done.
-        max_error_share: more judge errors than this share of the units end the stage with an error.
+        prepare: item -> task of a worker.
+        sides: files in which `prepare` looks records up; read once before any work, closed at the end.
+        worker: builds a worker (from `for_workers(config)`); must be picklable if `runner` uses Ray.
+        batch_size: units per batch; a killed process loses the batches in flight.
+        runner: where the work runs.
+        max_error_share: the stage fails if the judge fails on more than this share of the units.
     """
 
     name: str
@@ -86,14 +86,14 @@ class Stage(Generic[Item]):
     max_error_share: float = 0.1
 
     def beside(self, suffix: str) -> Path:
-        """A file that belongs to OUT."""
+        """Path of a file next to OUT, with OUT's name and a suffix."""
         return self.out.with_name(self.out.name + suffix)
 
 
 def for_workers(config: Config) -> Config:
-    """The configuration that workers are built from: where they are in other folders, the paths they open are absolute.
+    """The configuration for the workers: its paths are made absolute if workers run in other folders.
 
-    A relative path of the caller's means nothing to an actor of a Ray cluster that runs already.
+    A relative path of the caller means nothing to an actor of an existing Ray cluster.
     """
     if not config.runner.elsewhere:
         return config
@@ -109,17 +109,17 @@ def for_workers(config: Config) -> Config:
 
 
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
-    """Run a stage to its end, or go on where it stopped; returns the report.
+    """Run a stage to its end, or continue an interrupted run; returns the report.
 
-    With `runner.forecast` only a sample is worked on, and the forecast is returned (`OUT.forecast.json`).
+    With `runner.forecast` only a sample is processed, and the forecast is returned (`OUT.forecast.json`).
 
     Raises:
-        OutputExistsError: the output, or work on it, is there and `resume` was not asked for; or another process
-            works on it.
-        ManifestMismatchError: resumed with another configuration, input or model than it was begun with.
-        RecordError: the input holds a broken record or one unit twice, or the kept work is damaged.
-        JudgeError: too large a share of the units failed; they are tried again by a resume.
-        RequestRefusedError: every unit was refused; they are tried again by a resume.
+        OutputExistsError: the output, or unfinished work on it, exists and `resume` is off; or another process is
+            working on it.
+        ManifestMismatchError: resumed with another configuration, input or model than the run was started with.
+        RecordError: the input holds a broken record or a unit twice, or the stored work is damaged.
+        JudgeError: too large a share of the units failed; a resume retries them.
+        RequestRefusedError: every unit was refused; a resume retries them.
         BackendError, SearchError: a model or a retriever failed after its retries; finished units are kept.
     """
     with ExitStack() as stack:
@@ -132,7 +132,8 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         output = Output(out=stage.out, made_from=_made_from(stage), done=".report.json", late=(_MODEL,))
         held = stack.enter_context(output.claim(resume=resume))
         total = 0 if held.finished else _check_input(stage)
-        executor = _opened(stage, stack)  # loads the models: what can be refused without them has been
+        # Loading models is slow, so everything that can be refused without them has been checked by now.
+        executor = _opened(stage, stack)
         held.begin(_models(executor.fingerprints()), stage=stage.name, config=to_dict(stage.config))
         if held.finished is None:
             with WorkTable(held.work) as table:
@@ -149,11 +150,11 @@ def _opened(stage: Stage[Any], stack: ExitStack) -> Executor:
     return executor
 
 
-# --- What it is made from --------------------------------------------------------------------------------------------
+# --- What determines the output --------------------------------------------------------------------------------------
 
 
 def _made_from(stage: Stage[Any]) -> dict[str, Any]:
-    """All that decides the output and is known before the workers have loaded their models."""
+    """Everything that determines the output and is known before the workers load their models."""
     inputs = {f"input {role}": file_fingerprint(path) for role, path in stage.inputs.items()}
     return _recorded(stage.config) | inputs | _models(stage.models)
 
@@ -166,7 +167,7 @@ def _models(fingerprints: dict[str, str]) -> dict[str, str]:
 
 
 def _recorded(config: Any) -> dict[str, Any]:
-    """The settings that decide what the records are; of a backend each setting under its own name."""
+    """Settings that can change the records; settings of a backend appear under their own names."""
     found: dict[str, Any] = {}
     for name, value in deciding(config).items():
         is_backend = isinstance(getattr(config, name), LLMSpec | SearchSpec)
@@ -175,7 +176,7 @@ def _recorded(config: Any) -> dict[str, Any]:
 
 
 def _refuse_earlier_form(stage: Stage[Any]) -> None:
-    """Earlier versions kept unfinished work in another form, which is not read: it would be done again unnoticed."""
+    """Refuse unfinished work of earlier versions, which used another format: it would silently be repeated."""
     for path in (stage.beside(".journal"), stage.beside(".parts")):
         if path.exists():
             raise OutputExistsError(
@@ -188,7 +189,7 @@ def _refuse_earlier_form(stage: Stage[Any]) -> None:
 
 
 def _check_input(stage: Stage[Any]) -> int:
-    """Read all inputs once, so that a broken line is found before anything expensive is done; the number of units."""
+    """Read all inputs once, so that a broken line is found before any expensive work; returns the number of units."""
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     for side in stage.sides:
         side.open()
@@ -196,6 +197,7 @@ def _check_input(stage: Stage[Any]) -> int:
     try:
         for position, (key, _) in enumerate(stage.units()):
             index.add(key_hash(key), position)
+        # Store hashes on disk, not keys in memory. Hashes can collide, so compare the keys of repeated ones.
         if repeated := set(index.finish()):
             seen: set[str] = set()
             for key, _ in stage.units():
@@ -209,11 +211,11 @@ def _check_input(stage: Stage[Any]) -> int:
 
 
 def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -> None:
-    """Work on all units that are not finished."""
+    """Process all unfinished units."""
     done = table.finished(total)
     _check_errors(stage, table, total)
     with progress(total=total, initial=sum(done), desc=stage.name, unit="unit") as shown:
-        # No further batch is begun once the share of errors is certain to be too large.
+        # Start no further batch once the share of errors is certain to be too large.
         batches = takewhile(lambda _: not _too_many_errors(stage, table, total), _batches(stage, done))
         for batch, (outcomes, spent) in executor.run(batches):
             table.add(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
@@ -223,7 +225,7 @@ def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -
 
 
 def _batches(stage: Stage[Any], done: bytearray) -> Iterator[Batch[Any]]:
-    """Units that are not done, in input order."""
+    """Batches of unfinished units, in input order."""
     left = (
         (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if not done[position]
     )
@@ -236,9 +238,10 @@ def _too_many_errors(stage: Stage[Any], table: WorkTable, total: int) -> bool:
 
 
 def _check_errors(stage: Stage[Any], table: WorkTable, total: int) -> None:
-    """Give up when too many units failed."""
+    """Raise JudgeError if too many units failed."""
     if _too_many_errors(stage, table, total):
         errors, first = table.num_errors, table.first_error()
+        # A new round makes a resume retry the failed units instead of failing again at once.
         table.next_round()
         raise JudgeError(
             f"{stage.name}: the judge failed on {errors} of {total} units, more than "
@@ -247,7 +250,7 @@ def _check_errors(stage: Stage[Any], table: WorkTable, total: int) -> None:
 
 
 def _check_refused(stage: Stage[Any], table: WorkTable, total: int) -> None:
-    """Give up when no unit was taken: that is a wrong setting, not a special kind of unit."""
+    """Raise if every unit was refused: this points to a wrong setting rather than to unusual units."""
     if not table.num_refused or table.num_refused + table.num_errors < total:
         return
     first = table.first_error()
@@ -259,12 +262,14 @@ def _check_refused(stage: Stage[Any], table: WorkTable, total: int) -> None:
 
 
 def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, Any]:
-    """Work on units spread over the input, write none of it, and say what all would cost."""
+    """Process units spread over the input, store no results, and forecast the cost of all units."""
+    # Evenly spaced units: inputs are often sorted by data set, so the first units would not be representative.
     wanted = min(stage.runner.forecast, total)
     picked = {index * total // wanted for index in range(wanted)} if wanted else set()
     ready = [
         (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if position in picked
     ]
+    # At least 8 batches if possible, since the standard error is estimated between batches.
     size = max(1, min(stage.batch_size, len(ready) // 8))
     batches = [Batch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
     spent = [(len(batch.tasks), paid) for batch, (_, paid) in executor.run(iter(batches))]
@@ -278,13 +283,13 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
 
 
 def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
-    """Make OUT from the table; returns the report."""
+    """Write OUT from the table; returns the report."""
     kept = records = num_errors = 0
     dropped: Counter[str] = Counter()
     first_apart: str | None = None
     _remove_leftovers(stage.out)
     with atomic_path(stage.beside(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
-
+        # Counts and errors are collected while the records are written, so the table is read once.
         def counted(first: int, last: int) -> Iterator[Row]:
             nonlocal kept, records, num_errors, first_apart
             for row in table.rows(first, last):
@@ -337,18 +342,18 @@ def _write(path: Path, record: type[Record], rows: Iterable[Row]) -> None:
 
 
 def _write_shards(stage: Stage[Any], rows: Callable[[int, int], Iterator[Row]], total: int) -> None:
-    """A folder of files of `part_size` units each; it takes its name when it is whole."""
+    """Write a folder of files of `part_size` units each; the folder is renamed to OUT when it is complete."""
     folder, size = _shards(stage.out), stage.runner.part_size
     folder.mkdir()
     for number in range(max(1, -(-total // size))):
         _write(folder / f"{number:05d}.jsonl", stage.record, rows(number * size, min(total, (number + 1) * size)))
-    if stage.out.exists():  # whole, but a kill came before the report
+    if stage.out.exists():  # complete, but the process was killed before the report
         shutil.rmtree(stage.out)
     folder.replace(stage.out)
 
 
 def _shards(out: Path) -> Path:
-    """Folder of the shards before they become OUT."""
+    """Temporary folder of the shards, before it is renamed to OUT."""
     return out.with_name(f".{out.name}.shards.tmp")
 
 
@@ -358,7 +363,7 @@ def _clean_up(held: Claim) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Temporary files of a process that was killed while it wrote OUT or a file next to it."""
+    """Remove temporary files of a process that was killed while it wrote OUT or a file next to it."""
     for suffix in ("", ".errors.jsonl", ".manifest.json", ".report.json"):
         remove_temporaries(out.with_name(out.name + suffix))
     shutil.rmtree(_shards(out), ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Sub-answers: a judge names what each query of a trajectory was after (method section 4, step 3).
+"""Sub-answers: a judge names the information that each query of a trajectory looked for (method section 4, step 3).
 
-Only the listwise judge uses them; the embedded default goes without.
+Only the listwise judge uses them; the embedded default does not.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def name_sub_answers(
     prompt: str | None = None,
     cost: RolloutCost | None = None,
 ) -> Iterator[list[SubAnswer] | JudgeError]:
-    """The sub-answers of each trajectory's queries, or what the judge did wrong; all trajectories are judged at once.
+    """Sub-answers of each trajectory's queries, or the judge's error; all trajectories are judged in one call.
 
     Args:
         trajectories: one batch.
-        judge: the model; it sees question, gold answers and the whole trajectory.
-        max_retries: further attempts after a reply without exactly one sub-answer a query.
-        max_tokens: longest reply.
-        prompt: text with placeholders; None: this package's.
-        cost: added to, when given.
+        judge: the model; its prompt holds the question, the gold answers and the whole trajectory.
+        max_retries: further attempts after a reply without exactly one sub-answer per query.
+        max_tokens: maximum length of a reply.
+        prompt: text with placeholders; None uses the package's prompt.
+        cost: updated in place, if given.
 
     Raises:
         BackendError: the judge's backend failed.
@@ -105,7 +105,7 @@ def render(trajectory: Trajectory, prompt: str) -> str:
 
 
 def parse_sub_answers(reply: str, num_queries: int) -> list[str | None]:
-    """One sub-answer a query; "Not Sure" and an empty one are None.
+    """One sub-answer per query; "Not Sure" and empty strings become None.
 
     Raises:
         JudgeError: no JSON list of exactly `num_queries` strings.
@@ -121,7 +121,7 @@ def parse_sub_answers(reply: str, num_queries: int) -> list[str | None]:
 
 
 class SubAnswersWorker:
-    """Asks for the sub-answers of batches of trajectories; holds the judge."""
+    """Requests the sub-answers of batches of trajectories; holds the judge."""
 
     def __init__(self, config: SubAnswersConfig) -> None:
         self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
@@ -129,11 +129,11 @@ class SubAnswersWorker:
         self._judge = self._stack.enter_context(open_llm(config.llm))
 
     def fingerprints(self) -> dict[str, str]:
-        """Of judge and prompt."""
+        """Fingerprints of judge and prompt."""
         return {"judge": self._judge.fingerprint(), "prompt": fingerprint(self._prompt)}
 
     def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
-        """The sub-answers of each trajectory, or what the judge did wrong."""
+        """Sub-answers of each trajectory, or the judge's error."""
         named = name_sub_answers(
             batch,
             self._judge,  # type: ignore[arg-type]
@@ -150,12 +150,12 @@ class SubAnswersWorker:
         ]
 
     def close(self) -> None:
-        """Free the judge."""
+        """Close the judge."""
         self._stack.close()
 
 
 def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
-    """The command `sub-answers`."""
+    """Run the command `sub-answers`."""
     stage = Stage(
         name="sub-answers",
         config=config,

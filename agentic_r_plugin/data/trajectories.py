@@ -55,18 +55,20 @@ def answer_questions(
     sampling: Sampling | None = None,
     cost: RolloutCost | None = None,
 ) -> Iterator[Trajectory | RequestRefusedError]:
-    """One trajectory per question, in order, or why the question is refused: its prompt, a later turn or a query is too
-    long for the limits, the model or the retriever. All questions given are answered at once.
+    """Answer all questions of a batch together.
+
+    Yields per question, in order, its trajectory, or a refusal if its prompt, a later turn or a query is too long for
+    the limits, the model or the retriever.
 
     Args:
         questions: one batch.
         llm: the agent.
-        search: its retriever.
-        protocol: the agent's tags and words.
-        limits: how far a trajectory may go.
-        topk: passages shown for a search.
-        sampling: greedy when None.
-        cost: added to, when given.
+        search: the agent's retriever.
+        protocol: the agent's tags and wording.
+        limits: limits of a trajectory.
+        topk: passages shown per search.
+        sampling: sampling parameters; None decodes greedily.
+        cost: updated in place, if given.
 
     Raises:
         BackendError: the agent's backend failed.
@@ -91,11 +93,11 @@ class TrajectoriesWorker:
         self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of agent and retriever."""
+        """Fingerprints of agent and retriever."""
         return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
 
     def work(self, batch: Sequence[Question]) -> list[Outcome]:
-        """A trajectory each, or why the question is refused."""
+        """Per question, its trajectory or the reason why it is refused."""
         config = self.config
         sampling = Sampling(temperature=config.temperature, seed=config.seed)
         found = answer_questions(
@@ -107,12 +109,12 @@ class TrajectoriesWorker:
         ]
 
     def close(self) -> None:
-        """Free the models."""
+        """Close the agent and the retriever."""
         self._stack.close()
 
 
 def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
-    """The questions that are answered, in the file's order."""
+    """The questions to answer, in file order."""
     if not config.num_questions or not config.random_sample:
         yield from islice(read_questions(config.in_), config.num_questions or None)
         return
@@ -122,7 +124,7 @@ def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
 
 
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
-    """The command `trajectories`."""
+    """Run the command `trajectories`."""
     stage = Stage(
         name="trajectories",
         config=config,

@@ -1,1 +1,1 @@
-"""Relevance scorers: registered components that say how well a passage serves a query."""
+"""Relevance scorers: registered components that score how well a passage serves a query."""

@@ -1,4 +1,4 @@
-"""What the relevance stage asks of a scorer. Scorers are components of kind `relevance_scorer`."""
+"""The interface of relevance scorers, which are components of kind `relevance_scorer`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from agentic_r_plugin.rollout import RolloutCost
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringTask:
-    """One query with all that a scorer may look at."""
+    """One query with everything a scorer may use."""
 
     query: Candidates
     passages: tuple[Passage, ...]
-    """The candidates in retrieval order, with their texts."""
+    """Candidates in retrieval order, with their texts."""
     question: Question | None = None
-    """The benchmark's line for the question, with its metadata; None where no questions file was given."""
+    """Benchmark record of the question, with its metadata; None if no questions file was given."""
     sub_answer: str | None = None
-    """What the query was after, where a judge knew."""
+    """The information that the query looked for, if a judge could name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a scorer may be built with."""
+    """Resources that a scorer may use when it is built."""
 
     open_judge: Callable[[], ChatBackend]
-    """Opens the judge model; only scorers that use one call it."""
+    """Opens the judge model; only called by scorers that use one."""
     cost: RolloutCost
 
 
@@ -38,18 +38,18 @@ class RelevanceScorer(Protocol):
     """Scores the candidates of a query together (method section 4, step 4)."""
 
     needs_questions: bool
-    """Whether every task must hold the benchmark's line."""
+    """Whether every task must hold the benchmark record of its question."""
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> RelevanceScorer:
-        """From the command's options.
+        """Build the scorer from the command's options.
 
         Raises:
-            ConfigError: unknown or impossible options.
+            ConfigError: unknown or invalid options.
         """
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
-        """Passage id -> 0..100 for every passage of each task, or what the judge did wrong.
+        """Passage id -> 0..100 for every passage of each task, or the judge's error.
 
         Raises:
             BackendError: the judge's backend failed.
@@ -57,19 +57,19 @@ class RelevanceScorer(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Changes when the scores may change: model, prompt, options."""
+        """Changes whenever scores may change: model, prompt, options."""
 
 
 def reference(task: ScoringTask) -> str:
-    """The line of a judge's prompt that shows what the query was after, where that is known."""
+    """The line of a judge's prompt that gives the sub-answer, if it is known."""
     return f"Reference answer to the query: {task.sub_answer}\n" if task.sub_answer else ""
 
 
 def check_options(scorer: str, options: Mapping[str, Any], *known: str) -> None:
-    """Refuse an option that a scorer does not have.
+    """Refuse unknown options of a scorer.
 
     Raises:
-        ConfigError: names it and those there are.
+        ConfigError: an unknown option; the message lists the known ones.
     """
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"{scorer} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")

@@ -1,4 +1,4 @@
-"""Relevance by a cross-encoder: no language model, a few milliseconds a passage on an accelerator."""
+"""Relevance by a cross-encoder: no language model, a few milliseconds per passage on an accelerator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
 from agentic_r_plugin.store import file_fingerprint
 
 _CHARACTERS_PER_TOKEN = 16
-"""More than the tokens of any real text have on average."""
+"""Upper bound on the average characters per token of real text."""
 
 TEXTS = ("query", "question_query")
 
@@ -21,15 +21,15 @@ TEXTS = ("query", "question_query")
 class CrossEncoderScorer:
     """A cross-encoder (sentence-transformers) scores each pair of query and passage; its sigmoid times 100.
 
-    The threshold of the selection then means a probability of 0.6 by that model; look at the distribution in the data
-    report before you trust it.
+    The threshold of the selection then means a probability of 0.6 under that model; check the distribution in the data
+    report before relying on it.
 
     Args:
         model: directory or hub name of a cross-encoder with one label.
-        text: what stands for the query: `query`, or `question_query` (the question, then the query).
-        batch_size: pairs at once.
-        max_length: tokens of a pair; 0: the model's own.
-        device: `auto` (cuda where there is one) or a torch device.
+        text: text used for the query: `query`, or `question_query` (the question, then the query).
+        batch_size: pairs per forward pass.
+        max_length: maximum tokens per pair; 0 uses the model's own limit.
+        device: `auto` (cuda if available) or a torch device.
 
     Raises:
         ConfigError: no such model, or one with several labels.
@@ -37,7 +37,7 @@ class CrossEncoderScorer:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """What the command's `options` may hold."""
+        """Options of this scorer."""
 
         model: str = ""
         text: str = "query"
@@ -75,10 +75,10 @@ class CrossEncoderScorer:
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> CrossEncoderScorer:
-        """From `model`, `text`, `batch_size`, `max_length` and `device`.
+        """Build from `model`, `text`, `batch_size`, `max_length` and `device`.
 
         Raises:
-            ConfigError: another option, or no model.
+            ConfigError: an unknown option, or no model.
         """
         check_options("cross_encoder", options, *(item.name for item in fields(cls.Options)))
         return cls(**{"model": ""} | dict(options))
@@ -87,12 +87,12 @@ class CrossEncoderScorer:
         """Scores of every task; never a JudgeError.
 
         Raises:
-            BackendError: the model gave something that is no probability.
+            BackendError: the model returned a value that is not a probability.
         """
         import torch
 
         most = self._encoder.max_seq_length
-        # The tokenizer would read all of a long passage before it truncates it to the model's length.
+        # Cut long passages first: the tokenizer would process all of the text before truncating it.
         cut = _CHARACTERS_PER_TOKEN * most if most and most < 1_000_000 else None
         pairs = [
             (self._text(task), f"{passage.title}\n{passage.text}"[:cut] if passage.title else passage.text[:cut])

@@ -1,4 +1,4 @@
-"""Relevance from what the benchmark knows, without a language model: the scorer of the embedded default."""
+"""Relevance from the benchmark's own metadata, without a language model: the scorer of the embedded default."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _FUNCTION_WORDS = """
 """
 _STOPWORDS = frozenset(_FUNCTION_WORDS.split())
 _TITLE_NAMED = 0.5
-"""Share of a title's words that a query must hold to name it."""
+"""Minimum share of a title's words in a query that counts as naming the title."""
 _SHARES_WORDS = 0.25
-"""Share of the query's information (IDF) that a passage must hold to share words with it."""
+"""Minimum share of the query's information (IDF) in a passage that counts as sharing words."""
 
 
 class GoldDocuments:
     """Relevance from the benchmark's gold passages and word overlap; needs no model.
 
-    The signal: `metadata.gold_doc_ids` of the question (the passages its answer was made from), or without them
-    `metadata.supporting_titles`; `metadata.hop_answers` when there; and the words that the query shares with title and
-    text, weighted by their rarity among the query's candidates. Neither agent nor correctness stage sees any of it.
+    Signals: `metadata.gold_doc_ids` of the question (the passages its answer was made from), or without them
+    `metadata.supporting_titles`; `metadata.hop_answers` if present; and the words that the query shares with title and
+    text, weighted by their rarity among the query's candidates. Neither agent nor correctness stage sees any of these.
 
     | score | passage |
     |---|---|
     | 81-100 | gold, and the query names its title |
-    | 61-80 | gold, reached in other words, or the gold passage of another hop |
+    | 61-80 | gold, matched by other words, or the gold passage of another hop |
     | 41-59 | not gold, but the query names its title; 60 would make it a possible positive |
     | 21-40 | not gold, shares words with the query |
     | 0-20 | the rest |
 
-    Within a band the score grows with the overlap; a gold passage that holds a hop's answer is in its upper half.
+    Within a band the score grows with the overlap; a gold passage that contains a hop's answer is in the upper half.
     """
 
     needs_questions = True
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> GoldDocuments:
-        """It has no options.
+        """Build the scorer, which has no options.
 
         Raises:
             ConfigError: options were given.
@@ -68,7 +68,7 @@ class GoldDocuments:
         return [score_passages(task) for task in tasks]
 
     def fingerprint(self) -> str:
-        """Names this version of the rule."""
+        """Identifies this version of the rule."""
         return fingerprint("gold_documents/1")
 
 
@@ -76,7 +76,7 @@ def score_passages(task: ScoringTask) -> dict[str, int]:
     """Passage id -> 0..100 for one query.
 
     Raises:
-        RecordError: the question's metadata name no gold passage.
+        RecordError: the question's metadata does not name a gold passage.
     """
     gold_ids, gold_titles, hop_answers = _metadata(task)
     words = [content_words(f"{passage.title} {passage.text}") for passage in task.passages]
@@ -124,13 +124,13 @@ def _names_title(query: frozenset[str], passage: Passage) -> bool:
 
 
 def _inverse_frequency(documents: Sequence[Iterable[str]]) -> dict[str, float]:
-    """Word -> its IDF among these documents, above 0."""
+    """Word -> its IDF over these documents, above 0."""
     count = Counter(word for words in documents for word in words)
     return {word: math.log(1 + len(documents) / number) for word, number in count.items()}
 
 
 def _share(query: frozenset[str], passage: frozenset[str], weight: Mapping[str, float], unseen: float) -> float:
-    """Share 0..1 of the query's information that the passage holds; words of no candidate weigh `unseen`."""
+    """Share 0..1 of the query's information that the passage contains; words in no candidate weigh `unseen`."""
     total = sum(weight.get(word, unseen) for word in query)
     return sum(weight[word] for word in query & passage) / total if total else 0.0
 

@@ -1,4 +1,4 @@
-"""The paper's relevance: a language model scores all candidates of a query together."""
+"""The paper's relevance scorer: a language model scores all candidates of a query together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from agentic_r_plugin.records import Passage
 from agentic_r_plugin.rollout import RolloutCost
 
 WINDOWS = {"paper": 20, "released_code": 10}
-"""Passages in one prompt, by preset."""
+"""Passages per prompt, by preset."""
 
 
 def window_of(options: Mapping[str, Any]) -> int:
-    """Passages in one prompt, by `window` or else by `preset`.
+    """Passages per prompt, from `window` or else from `preset`.
 
     Raises:
         ConfigError: no such preset.
@@ -35,11 +35,11 @@ class ListwiseJudge:
 
     Args:
         judge: the model.
-        window: passages scored in one prompt: 20 in the paper, 10 in the released code.
-        max_retries: further attempts after a reply that does not hold exactly the scores asked for.
-        max_tokens: longest reply.
-        prompt: own prompt file; empty: this package's `prompts/listwise_relevance.txt`.
-        cost: added to.
+        window: passages scored per prompt: 20 in the paper, 10 in the released code.
+        max_retries: further attempts after a reply that does not hold exactly the requested scores.
+        max_tokens: maximum length of a reply.
+        prompt: custom prompt file; empty uses the package's `prompts/listwise_relevance.txt`.
+        cost: updated in place.
     """
 
     needs_questions = False
@@ -62,10 +62,10 @@ class ListwiseJudge:
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> ListwiseJudge:
-        """From `preset` (`paper` or `released_code`: the window), `window`, `max_retries`, `max_tokens` and `prompt`.
+        """Build from `preset` (`paper` or `released_code`), `window`, `max_retries`, `max_tokens` and `prompt`.
 
         Raises:
-            ConfigError: another option or preset.
+            ConfigError: an unknown option or preset.
         """
         check_options("listwise_judge", options, "max_retries", "max_tokens", "preset", "prompt", "window")
         window = window_of(options)
@@ -73,7 +73,7 @@ class ListwiseJudge:
         return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
-        """Scores of every task; a query one of whose windows failed gives that window's JudgeError."""
+        """Scores of every task; if one window of a query fails, the query gets that window's JudgeError."""
         windows = [
             (index, task.passages[start : start + self.window])
             for index, task in enumerate(tasks)
@@ -110,5 +110,5 @@ class ListwiseJudge:
         )
 
     def fingerprint(self) -> str:
-        """Hash of the model's, the prompt and the options."""
+        """Hash of the judge model, the prompt and the options."""
         return fingerprint(self.judge.fingerprint(), self.prompt, self.window, self.max_retries, self.max_tokens)

@@ -1,4 +1,4 @@
-"""Relevance by a language model that sees one passage at a time: dearer than the listwise judge, no comparison."""
+"""Relevance by a language model that scores one passage at a time: costlier than the listwise judge, no comparison."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class PointwiseJudge:
     Args:
         judge: the model.
         max_retries: further attempts after a reply that is not one score.
-        max_tokens: longest reply.
-        prompt: own prompt file; empty: this package's `prompts/pointwise_relevance.txt`.
-        cost: added to.
+        max_tokens: maximum length of a reply.
+        prompt: custom prompt file; empty uses the package's `prompts/pointwise_relevance.txt`.
+        cost: updated in place.
     """
 
     needs_questions = False
@@ -44,16 +44,16 @@ class PointwiseJudge:
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> PointwiseJudge:
-        """From `max_retries`, `max_tokens` and `prompt`.
+        """Build from `max_retries`, `max_tokens` and `prompt`.
 
         Raises:
-            ConfigError: another option.
+            ConfigError: an unknown option.
         """
         check_options("pointwise_judge", options, "max_retries", "max_tokens", "prompt")
         return cls(resources.open_judge(), cost=resources.cost, **options)
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
-        """Scores of every task; a query one of whose passages failed gives that passage's JudgeError."""
+        """Scores of every task; if one passage of a query fails, the query gets that passage's JudgeError."""
         pairs = [(index, passage) for index, task in enumerate(tasks) for passage in task.passages]
         replies = ask(
             self.judge,
@@ -83,5 +83,5 @@ class PointwiseJudge:
         )
 
     def fingerprint(self) -> str:
-        """Hash of the model's, the prompt and the options."""
+        """Hash of the judge model, the prompt and the options."""
         return fingerprint(self.judge.fingerprint(), self.prompt, self.max_retries, self.max_tokens)
