@@ -1,11 +1,11 @@
-"""The HTTP face of the retrieval service: limits, checks of what strangers send, typed errors.
+"""HTTP interface of the retrieval service: limits, validation of requests, typed errors.
 
 | path | answers |
 |---|---|
 | `POST /retrieve` | the contract's wire format (`wire`) |
-| `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and goes over to it, where that is allowed |
-| `GET /health` | that the process lives, and what it serves |
-| `GET /ready` | 200 while it takes searches, else 503 |
+| `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and switches to it, if reloading is allowed |
+| `GET /health` | 200 while the process is alive, with what it serves |
+| `GET /ready` | 200 while it accepts searches, else 503 |
 | `GET /metrics` | Prometheus |
 """
 
@@ -35,19 +35,19 @@ from agentic_r_plugin.search.wire import encode_hits
 log = logging.getLogger(__name__)
 
 Reload = Callable[[dict[str, str]], Awaitable[str]]
-"""Opens and puts in place what the changed settings (`index`, `retriever`, `corpus`) name; returns its fingerprint."""
+"""Opens what the changed settings (`index`, `retriever`, `corpus`) name and switches to it; returns its fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one HTTP request may ask for."""
+    """Limits of one HTTP request."""
 
     max_queries: int
     max_topk: int
     max_passages: int
-    """Queries times topk."""
+    """Number of queries times topk."""
     max_query_chars: int
-    """Of a query, a question, or an earlier query."""
+    """Characters of a query, a question or an earlier query."""
     max_history: int
     max_body_bytes: int
     timeout_s: float
@@ -55,7 +55,7 @@ class Limits:
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error."""
+    """A request that gets an error response."""
 
     def __init__(self, status: int, type: str, message: str) -> None:
         super().__init__(message)
@@ -68,11 +68,11 @@ class RefusedError(Exception):
 
 
 def build_app(service: SearchService, limits: Limits, *, token: str | None, reload: Reload | None = None) -> FastAPI:
-    """The application.
+    """Build the FastAPI application.
 
     Args:
-        token: that clients must send; None takes everyone.
-        reload: what `POST /reload` does; None refuses it.
+        token: required from clients; None accepts every client.
+        reload: implements `POST /reload`; None refuses it.
     """
 
     @asynccontextmanager
@@ -139,7 +139,7 @@ def build_app(service: SearchService, limits: Limits, *, token: str | None, relo
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every error is answered in our form."""
+    """Give every error response the same JSON form."""
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
@@ -196,7 +196,7 @@ def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, b
     """(searches, topk, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
 
     Raises:
-        RefusedError: not JSON, a field of a wrong type, or more than the limits allow.
+        RefusedError: not JSON, a field of the wrong type, or a limit is exceeded.
     """
     data = _object(body)
     queries = data.get("queries")
@@ -233,7 +233,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def _parallel(data: dict[str, Any], name: str, length: int, default: Any) -> list[Any]:
-    """An optional list as long as `queries`."""
+    """An optional list that must be as long as `queries`."""
     values = data.get(name)
     if values is None:
         return [default] * length

@@ -1,14 +1,14 @@
-"""The search backends that come with this package (component kind `search_backend`).
+"""The search backends of this package (component kind `search_backend`).
 
-| name | searches | vectors lie | approximate kinds |
+| name | searches | vectors are | approximate kinds |
 |---|---|---|---|
 | `faiss` | on the CPU | in memory, or mapped from disk | all |
-| `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, IVF (its SQ too) |
+| `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, IVF (with SQ too) |
 | `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
 | `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
-| `service` | over HTTP | elsewhere | |
+| `service` | over HTTP | on the server | |
 
-The dense ones live in `dense`; this module imports neither faiss nor torch.
+The dense backends are in `dense`; this module imports neither faiss nor torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _BM25_KEY = "bm25.json"
-"""Written last: its presence means that the folder is whole."""
+"""Written last: its presence means that the index folder is complete."""
 
 _UNSPACED = (
     "\u0900-\u0963\u0966-\u0dff"  # Indic: words have spaces, but `\\w` does not match their vowel signs
@@ -41,17 +41,17 @@ _UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
     "\uac00-\ud7af"  # Korean, whose words carry their particles
 )
-"""Characters of scripts in which spaces do not set words apart."""
+"""Characters of scripts that do not separate words by spaces."""
 
 _RUN = re.compile(f"[{_UNSPACED}]+")
 _TOKEN = rf"(?u)[{_UNSPACED}]+|\b\w\w+\b"
 
 
 def cut_runs(text: str, *, singles: bool = False) -> str:
-    """Cut text of scripts without spaces into overlapping pairs of characters; other text stays as it is.
+    """Split text of scripts without spaces into overlapping pairs of characters; other text is unchanged.
 
     Args:
-        singles: add every single character, so that a query of one character finds it (for passages).
+        singles: also add every single character, so that a one-character query matches (for passages).
 
     >>> cut_runs("Li Bai (李白出生) 唐"), cut_runs("李白", singles=True)
     ('Li Bai ( 李白 白出 出生 )  唐 ', ' 李白 李 白 ')
@@ -71,23 +71,23 @@ def cut_runs(text: str, *, singles: bool = False) -> str:
 class BM25Backend:
     """Sparse retrieval in this process (bm25s), stemmed and without stop words on both sides.
 
-    The query alone is searched for: a formulation is part of a trained retriever, and BM25 has none. Words are runs of
+    Only the query is searched for: a formulation belongs to a trained retriever, and BM25 has none. Words are runs of
     at least two letters or digits; in scripts without spaces, pairs of characters (`cut_runs`).
 
     Args:
         corpus: the corpus file.
         k1, b: BM25's parameters; the defaults are Anserini's.
-        folder: where the index is kept, and mapped from, once it has been built; empty: it is built every time, and
-            held in memory. (Building holds the corpus' words in memory either way.)
+        folder: where the index is stored, and mapped from once it exists; empty builds it every time and holds it in
+            memory. (Building holds the words of the corpus in memory either way.)
 
     Raises:
-        IndexMismatchError: the folder holds an index of another corpus, of other parameters, or of an earlier version.
+        IndexMismatchError: the folder holds an index of another corpus, other parameters or an earlier version.
         RecordError: a broken corpus, or one without words.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """What `SearchSpec.options` may hold."""
+        """Options accepted in `SearchSpec.options`."""
 
         k1: float = 0.9
         b: float = 0.4
@@ -121,7 +121,7 @@ class BM25Backend:
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> BM25Backend:
-        """From the settings shared by all commands; options: `k1`, `b`, `folder`."""
+        """Build from the settings shared by all commands; options: `k1`, `b`, `folder`."""
         if not spec.corpus:
             raise ConfigError("search backend 'bm25' needs 'corpus', a corpus file")
         return cls(spec.corpus, **typed_options(spec, cls.Options))
@@ -137,10 +137,10 @@ class BM25Backend:
         if not requests:
             return []
         words = self._tokens([cut_runs(request.query) for request in requests])
-        tokens = [found or [""] for found in words]  # bm25s takes no empty query
+        tokens = [found or [""] for found in words]  # bm25s rejects an empty query
         rows, scores = self._bm25.retrieve(tokens, k=topk, show_progress=False, n_threads=0)
         return [
-            # bm25s fills up with passages of score 0, which share no word with the query
+            # bm25s pads with passages of score 0, which share no word with the query
             [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True) if score > 0]
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
@@ -158,12 +158,12 @@ class ServiceBackend:
     """Retrieval over HTTP (`agentic-r serve`, or any server of the same wire format).
 
     Args:
-        client: how to reach it.
+        client: the client that sends the requests.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """What `SearchSpec.options` may hold."""
+        """Options accepted in `SearchSpec.options`."""
 
         token_env: str = field(default="", metadata=FREE)
         max_connections: int = field(default=32, metadata=FREE)
@@ -174,7 +174,7 @@ class ServiceBackend:
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> ServiceBackend:
-        """From the settings shared by all commands; options: `token_env`, `max_connections`, `max_batch`."""
+        """Build from the settings shared by all commands; options: `token_env`, `max_connections`, `max_batch`."""
         if not spec.url:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
         options = typed_options(spec, cls.Options)
@@ -188,7 +188,7 @@ class ServiceBackend:
         return self.client.search(requests, topk)
 
     def fingerprint(self) -> str:
-        """The service's own, when it says one; else its address."""
+        """The service's own fingerprint if it reports one, else its address."""
         return self.client.fingerprint()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the agent, the stages and the service ask of a retriever. Backends are components of kind `search_backend`."""
+"""The interface of retrievers. Search backends are components of kind `search_backend`."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """One search of the agent. The backend builds the retriever input with its own checkpoint's formulation."""
+    """One search of the agent. The backend builds the retriever input with the formulation of its own checkpoint."""
 
     query: str
     question: str | None = None
-    """The user's question; None for a plain search, which every formulation treats as the query alone."""
+    """The user's question; None for a plain search, for which every formulation uses the query alone."""
     history: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """A passage found."""
+    """A retrieved passage."""
 
     passage: Passage
     score: float
 
 
 class SearchBackend(Protocol):
-    """Finds passages. A search that finds nothing is an empty list; one that fails raises.
+    """Finds passages. A search without results gives an empty list; a search that fails raises.
 
-    The best passages of a search are taken to be the first ones of a deeper search, which holds for exact indexes, IVF
-    and BM25. HNSW and half-precision scores look at more passages for a larger `topk`, so the first ones of a deeper
-    search can be better than those of a search for a few; they are then what the agent is shown. A backend of which it
-    does not hold at all, since it reranks as many passages as it is asked for, has a true attribute
-    `depth_changes_order` and is asked once for each depth.
+    Callers assume that the best passages of a search are the first passages of a deeper search. This holds for exact
+    indexes, IVF and BM25. HNSW and half-precision scores examine more passages for a larger `topk`, so the first
+    passages of a deeper search can be better than those of a shallow one; the agent is then shown these. A backend for
+    which it does not hold at all, because it reranks as many passages as were requested, sets the attribute
+    `depth_changes_order` to True and is called once per depth.
     """
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """Best `topk` passages of each request, best first; fewer where the corpus is smaller or no more are found.
+        """Best `topk` passages per request, best first; fewer if the corpus is smaller or no more are found.
 
         Raises:
             SearchError: the search could not be carried out.
         """
 
     def fingerprint(self) -> str:
-        """Changes when the corpus, the retriever or the index change."""
+        """Changes whenever the corpus, the retriever or the index changes."""
 
     def close(self) -> None:
-        """Free what it holds; safe to call twice."""
+        """Free resources; safe to call twice."""
 
 
 def depth_changes_order(search: SearchBackend) -> bool:
-    """Whether the best passages of a search may be other than the first ones of a deeper search."""
+    """Whether the best passages of a search may differ from the first passages of a deeper search."""
     return bool(getattr(search, "depth_changes_order", False))
 
 
 OF_ONE_REQUEST = frozenset({400, 413, 422})
-"""Statuses by which a service refuses what it was sent; others refuse the caller, or all requests."""
+"""HTTP statuses that refuse one request for its content; other 4xx statuses refuse the caller or all requests."""
 
 
 def search_each(
     search: SearchBackend, requests: Sequence[SearchRequest], topk: int
 ) -> list[list[Hit] | SearchRefusedError]:
-    """As `SearchBackend.search`, but a request that a service refuses (a query that is too long) fails alone.
+    """Like `SearchBackend.search`, but a request that a service refuses (such as a long query) fails on its own.
 
     Raises:
         SearchError: the search could not be carried out, or the service refuses the caller.
@@ -86,10 +86,10 @@ def search_each(
 
 
 def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:
-    """A backend's own options.
+    """The backend-specific options.
 
     Raises:
-        ConfigError: one that it does not have.
+        ConfigError: an option that the backend does not have.
     """
     if unknown := sorted(set(spec.options) - set(known)):
         raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
@@ -97,19 +97,19 @@ def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:
 
 
 def typed_options(spec: SearchSpec, cls: type) -> dict[str, Any]:
-    """A backend's own options, checked against `cls`, the dataclass that declares them, and with its defaults.
+    """The backend-specific options with their defaults, checked against `cls`, the dataclass that declares them.
 
     Raises:
-        ConfigError: one that it does not have, or of a wrong type.
+        ConfigError: an unknown option, or one of the wrong type.
     """
     return to_dict(load_config(cls, values=known_options(spec, *(item.name for item in fields(cls)))))
 
 
 def bounded_topk(topk: int, rows: int) -> int:
-    """`topk`, or all rows where there are fewer.
+    """`topk`, or the number of rows if it is smaller.
 
     Raises:
-        SearchError: below 1.
+        SearchError: `topk` is below 1.
     """
     if topk < 1:
         raise SearchError(f"expected topk of at least 1, found {topk}")

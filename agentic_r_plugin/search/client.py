@@ -1,7 +1,7 @@
-"""Client of the retrieval service (or of any server that speaks the same wire format, such as Search-R1's).
+"""Client of the retrieval service, or of any server with the same wire format, such as Search-R1's.
 
-One object serves threads, event loops and processes: connections are kept per event loop and per process, and pickling
-carries only the settings.
+One object can be used from several threads, event loops and processes: connections are kept per event loop and per
+process, and pickling carries only the settings.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _MAX_ANSWER_BYTES = 512 * 1024 * 1024
 
 
 class RetrievalClient:
-    """Asks a retrieval service, retrying what may pass.
+    """Sends searches to a retrieval service and retries transient failures.
 
-    Connection faults, time-outs and the statuses 408, 425, 429 and 5xx are retried with jittered, doubling pauses (or
-    as long as `Retry-After` says); then `SearchUnavailableError`. Other refusals and malformed answers are
-    `SearchError` at once. Neither is ever an empty result.
+    Connection errors, time-outs and the statuses 408, 425, 429 and 5xx are retried with jittered, doubling pauses (or
+    after the time in `Retry-After`); then `SearchUnavailableError` is raised. Other error statuses and broken answers
+    raise `SearchError` at once. A failure is never an empty result.
 
     Args:
-        url: base address, such as `http://127.0.0.1:8000`; a trailing `/retrieve` is taken off.
+        url: base address, such as `http://127.0.0.1:8000`; a trailing `/retrieve` is removed.
         timeout_s: limit of one attempt, from connecting to the last byte.
         retries: attempts after the first.
         max_connections: per event loop (or, for `search`, per process).
-        token: sent as `Authorization: Bearer`, or as it is where it begins with `Basic `.
-        max_batch: more requests than this are sent in several calls, in turn.
+        token: sent as `Authorization: Bearer`, or unchanged if it begins with `Basic `.
+        max_batch: larger batches of requests are sent in several calls, one after another.
 
     Raises:
-        ConfigError: not an http(s) address, or an impossible number.
+        ConfigError: not an http(s) address, or an invalid number.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class RetrievalClient:
         """Best `topk` passages of each request, in the order of the requests.
 
         Raises:
-            SearchUnavailableError: no good answer within the retries; names address, attempts and the last fault.
-            SearchError: the service refused the request or its answer is malformed.
+            SearchUnavailableError: no valid answer within the retries; names address, attempts and the last error.
+            SearchError: the service refused the request, or its answer is malformed.
         """
         found: list[list[Hit]] = []
         for batch in self._batches(requests, topk):
@@ -100,7 +100,7 @@ class RetrievalClient:
         return found
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """As `asearch`, blocking; safe from several threads."""
+        """Blocking form of `asearch`; safe to call from several threads."""
         found: list[list[Hit]] = []
         for batch in self._batches(requests, topk):
             with _explained(batch):
@@ -109,7 +109,7 @@ class RetrievalClient:
         return found
 
     def health(self) -> dict[str, Any]:
-        """What `GET /health` says: at least `status` and `fingerprint` from our service.
+        """Answer of `GET /health`: at least `status` and `fingerprint` from our service.
 
         Raises:
             SearchError: as for `search`.
@@ -120,7 +120,7 @@ class RetrievalClient:
         return answer
 
     def fingerprint(self) -> str:
-        """The served index' own; the address where the service has no `/health` of ours (Search-R1's).
+        """Fingerprint of the served index, or the address if the service has no `/health` of ours (Search-R1's).
 
         Raises:
             SearchUnavailableError: no answer within the retries.
@@ -133,15 +133,15 @@ class RetrievalClient:
         except SearchError as error:
             if isinstance(error, SearchRefusedError) and error.status in (401, 403):
                 raise
-            return self.url  # a refusal, or a page of something else
+            return self.url  # an error status, or an unrelated page
 
     def reload(self, index: str, *, retriever: str = "", corpus: str = "", timeout_s: float = 600.0) -> str:
-        """Have the service go over to another index; returns the fingerprint of what it serves then.
+        """Ask the service to switch to another index; returns the fingerprint of what it serves afterwards.
 
-        Not retried: the service says what went wrong, and goes on with the index it has.
+        Not retried: on failure the service reports the reason and keeps its current index.
 
         Args:
-            index: folder, as the service sees it; so too `retriever` and `corpus`, where they are not the index's own.
+            index: folder, as seen by the service; likewise `retriever` and `corpus`, if they are not the index's own.
 
         Raises:
             SearchError: the service refused, could not open the index, or did not answer.
@@ -161,7 +161,7 @@ class RetrievalClient:
         return str(answer.json()["fingerprint"])
 
     def close(self) -> None:
-        """Close the blocking connections; those of event loops end with `aclose` or with their loop."""
+        """Close the blocking connections; those of event loops are closed by `aclose` or with their loop."""
         if self._sync is not None and self._pid == os.getpid():
             self._sync.close()
         self._sync = None
@@ -267,7 +267,7 @@ class RetrievalClient:
 
 @contextmanager
 def _explained(batch: Sequence[SearchRequest]) -> Iterator[None]:
-    """Where a service refuses many queries at once, say how to send fewer."""
+    """If a service refuses a batch of several queries, add how to send smaller batches to the error."""
     try:
         yield
     except SearchRefusedError as error:
@@ -281,7 +281,7 @@ def _explained(batch: Sequence[SearchRequest]) -> Iterator[None]:
 
 
 class _Attempts:
-    """Counts the attempts of one call and says how long to pause before the next."""
+    """Counts the attempts of one call and computes the pause before the next."""
 
     def __init__(self, client: RetrievalClient, path: str) -> None:
         self.where, self.allowed, self.made = client.url + path, client.retries + 1, 0
@@ -305,7 +305,7 @@ class _Attempts:
         return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (self.made - 1)) * random.uniform(0.5, 1.0)
 
     def fault(self, error: Exception, timeout_s: float) -> float:
-        """Pause before the next attempt after one that got no answer.
+        """Pause before the next attempt, in seconds, after an attempt that got no answer.
 
         Raises:
             SearchUnavailableError: no attempt is left.
@@ -316,11 +316,11 @@ class _Attempts:
         return self.failed(redacted(_describe(error, timeout_s), self.token))
 
     def judge(self, status: int, headers: httpx.Headers, content: bytes) -> float | None:
-        """None for an answer to read, else the pause before the next attempt.
+        """None if the answer can be parsed, else the pause before the next attempt, in seconds.
 
         Raises:
             SearchUnavailableError: no attempt is left.
-            SearchRefusedError: the service refuses this request for good.
+            SearchRefusedError: the service refuses this request permanently.
         """
         if status == 200:
             return None
@@ -363,7 +363,7 @@ def _describe(error: Exception, timeout_s: float) -> str:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which holds a number or a date; None when it holds neither."""
+    """Seconds given by a `Retry-After` header, which holds a number or a date; None if it holds neither."""
     if value is None:
         return None
     if value.strip().isdigit():
@@ -375,7 +375,7 @@ def _retry_after_s(value: str | None) -> float | None:
 
 
 def _error_message(content: bytes) -> str:
-    """The `message` of our error body, or the start of whatever was sent."""
+    """The `message` of our error body, or the start of the body."""
     try:
         error = json.loads(content)["error"]
         return f"{error['type']}: {error['message']}"

@@ -1,8 +1,8 @@
-"""A corpus, read where it lies: no text is held in memory, only where each passage starts.
+"""A corpus that is read in place: memory holds no text, only the position of each passage.
 
-JSON Lines are read in place, one passage at a time; corpora of other forms are unpacked once into an unnamed temporary
-file, which vanishes with the process. What reading a corpus from end to end finds out (where passages start,
-hashes of ids, the fingerprint) can be saved beside an index and is then mapped instead of found out again.
+JSON Lines are read in place, one passage at a time. Corpora in other formats are unpacked once into an unnamed
+temporary file, which is gone when the process ends. The results of the full scan (passage positions, hashes of ids, the
+fingerprint) can be saved next to an index; they are then mapped instead of computed again.
 """
 
 from __future__ import annotations
@@ -39,34 +39,32 @@ from agentic_r_plugin.store import (
 )
 
 TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.json"
-"""Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, what it was made from."""
+"""Files of a saved table: (4, N) int64 numbers, the unpacked passages of a packed corpus, and the source's identity."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tsv", ".tsv.gz")
-"""How the names of corpora end."""
+"""File name suffixes of corpora."""
 
 _PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 
 _BLOCK = 3 * 65_536
-"""Numbers that are written at once while a corpus is read."""
+"""Numbers per write while a corpus is scanned."""
 
 _STARTS, _LINES, _HASHES, _ORDER = range(4)
 
 
 class Corpus:
-    """Passages by row and by id; row order is index order. Use from any number of threads and processes.
+    """Passages by row and by id; row order is index order. Safe to use from several threads and processes.
 
-    Where passages start is kept in an unnamed temporary file (32 bytes a passage), or in a saved table.
+    The positions of passages are in an unnamed temporary file (32 bytes per passage) or in a saved table.
 
     Args:
         path: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields that
-            `forms.passage_fields` reads: `id` and `contents`, or title and text as Search-R1, BEIR and Tevatron have
-            them. Others are left out. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO.
-        table: a folder that `save_table` wrote to; used when `path` has not changed since, else ignored. None or "":
-            none.
+            `forms.passage_fields` reads: `id` and `contents`, or title and text as in Search-R1, BEIR and Tevatron.
+            Other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO.
+        table: a folder written by `save_table`; ignored if `path` has changed since. None or "" for no table.
 
     Raises:
-        RecordError: no such file, no passage, a broken line, a missing field, or an id that stands there twice; names
-            file and line.
+        RecordError: no such file, no passage, a broken line, a missing field, or a duplicate id; names file and line.
     """
 
     def __init__(self, path: str | Path, *, table: str | Path | None = None) -> None:
@@ -93,7 +91,7 @@ class Corpus:
         self._identity, self._size = identity, os.fstat(self._fd).st_size
 
     def _scan(self, stream: IO[bytes]) -> tuple[NDArray[np.int64], str]:
-        """The table and the digest of all ids and contents."""
+        """Read the whole corpus; returns the table and the digest of all ids and contents."""
         digest, position, number, count = hashlib.sha256(), 0, 0, 0
         block = array("q")
         found = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what is mapped from it)
@@ -114,11 +112,13 @@ class Corpus:
                 del block[:]
             for part in (identifier, contents):
                 encoded = part.encode("utf-8", "surrogatepass")
+                # Lengths go into the digest too, so that an id and its contents cannot be split differently.
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
         if not count:
             raise RecordError("the corpus is empty; expected one passage a line", path=self.path)
         block.tofile(found)
         found.flush()
+        # The table is stored by column, which needs the number of passages; only the hashes are sorted in memory.
         rows = np.memmap(found, np.int64, "r", shape=(count, 3))
         kept = tempfile.TemporaryFile()  # noqa: SIM115
         table = np.memmap(kept, np.int64, "w+", shape=(4, count))
@@ -135,6 +135,7 @@ class Corpus:
     def _check_duplicates(self) -> None:
         self._size = os.fstat(self._fd).st_size
         order = self._table[_ORDER]
+        # Equal hashes are adjacent in the sorted table. They can collide, so the ids themselves are compared.
         for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
             first, second = sorted((int(order[place]), int(order[place + 1])))
             if (identifier := self[first].id) == self[second].id:
@@ -145,7 +146,7 @@ class Corpus:
                 )
 
     def save_table(self, folder: str | Path) -> None:
-        """Write what `Corpus(path, table=folder)` needs; a packed corpus' passages are written out too."""
+        """Write the files for `Corpus(path, table=folder)`, including the unpacked passages of a packed corpus."""
         folder = Path(folder)
         if self._packed:
             with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
@@ -159,7 +160,7 @@ class Corpus:
         return int(self._table.shape[1])
 
     def __getitem__(self, row: int) -> Passage:
-        """The passage in `row`, from 0.
+        """The passage in row `row`, counted from 0.
 
         Raises:
             IndexError: no such row.
@@ -182,7 +183,7 @@ class Corpus:
         return (self[row] for row in range(len(self)))
 
     def row_of(self, identifier: str) -> int | None:
-        """Row of a passage id, or None when the corpus does not hold it."""
+        """Row of a passage id, or None if the corpus does not contain it."""
         wanted, hashes = np.uint64(_hash(identifier) % 2**64), self._hashes
         place = int(np.searchsorted(hashes, wanted))
         while place < len(self) and hashes[place] == wanted:
@@ -199,7 +200,7 @@ class Corpus:
         """The passage with this id.
 
         Raises:
-            RecordError: the corpus does not hold it.
+            RecordError: the corpus does not contain it.
         """
         row = self.row_of(identifier)
         if row is None:
@@ -212,7 +213,7 @@ class Corpus:
         return self[row]
 
     def fingerprint(self) -> str:
-        """Hash of all ids and contents in order; the same for all forms of one corpus."""
+        """Hash of all ids and contents in order; the same for every format of a corpus."""
         return self._digest
 
     def close(self) -> None:
@@ -233,13 +234,13 @@ class Corpus:
 
 
 def corpus_file(folder: Path) -> Path:
-    """The corpus in a benchmark's folder; `corpus.jsonl` where there is none yet."""
+    """The corpus file in a benchmark's folder; `corpus.jsonl` if there is none yet."""
     files = [folder / f"corpus{suffix}" for suffix in SUFFIXES]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def count_lines(path: Path) -> int:
-    """About how many passages a corpus holds, without reading them; 0: no such file."""
+    """Approximate number of passages, without parsing them; 0 if there is no such file."""
     if not path.is_file():
         return 0
     named = _named_by_form(path)
@@ -251,7 +252,10 @@ def count_lines(path: Path) -> int:
 
 
 def _named_by_form(path: Path) -> Path:
-    """The name that tells a packed corpus: a link's own (a hub's cache has no other), or that of what it leads to."""
+    """The path whose suffix gives the format: the link's target if that is packed, else the path itself.
+
+    Blobs in a hub cache have no suffix; only the link to them has one.
+    """
     leads_to = path.resolve()
     return leads_to if _is_packed(leads_to) else path
 
@@ -261,7 +265,7 @@ def _is_packed(path: Path) -> bool:
 
 
 def _identity(path: Path) -> dict[str, Any]:
-    """What changes when a file is written to, also where its size and its date were kept."""
+    """Values that change when a file is written to, even if its size and date are preserved."""
     status = path.stat()
     return {
         "name": path.name,
@@ -272,7 +276,7 @@ def _identity(path: Path) -> dict[str, Any]:
 
 
 def _read_table(folder: Path, identity: dict[str, Any]) -> tuple[NDArray[np.int64], str] | None:
-    """The saved table, mapped, and the fingerprint; None when there is none for this very file."""
+    """The saved table, mapped, and the fingerprint; None if the folder has no table of this exact file."""
     if not (folder / IDENTITY).is_file() or not (folder / TABLE).is_file():
         return None
     saved = read_json(folder / IDENTITY)
@@ -308,10 +312,10 @@ def _plain_lines(path: Path) -> IO[bytes]:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """A file's unpacked bytes, by the megabyte.
+    """The unpacked bytes of a file, in blocks of a megabyte.
 
     Raises:
-        RecordError: it is cut off or broken.
+        RecordError: the file is truncated or broken.
     """
     with _opened(path) as stream:
         while True:
@@ -328,7 +332,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked."""
+    """Open a file for reading its unpacked bytes."""
     if path.suffix == ".zst":
         import pyarrow
 
@@ -340,10 +344,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _tsv_lines(path: Path) -> Iterator[bytes]:
-    """JSON lines of DPR's passages (a header with `id`, `text`, `title`; quoted) or MS MARCO's (id, text; as it is).
+    """JSON lines from DPR's passages (quoted, with a header `id`, `text`, `title`) or MS MARCO's (id, text; unquoted).
 
     Raises:
-        RecordError: a line with other fields, or no UTF-8; file and line.
+        RecordError: a line with other fields or not in UTF-8; names file and line.
     """
     number = 1
     try:
@@ -357,7 +361,7 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
                         raise RecordError("expected an id, a tab and a text", path=path, line=number)
                     yield dump_line({"id": identifier, "text": passage}) if tab else b"\n"
                 return
-            yield b"\n"  # in place of the header, so that line numbers are the file's
+            yield b"\n"  # stands in for the header, to keep the file's line numbers
             csv.field_size_limit(1 << 30)
             rows = csv.reader(text, delimiter="\t")
             for row in rows:
@@ -372,10 +376,10 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
 
 
 def _columns(path: Path) -> list[str]:
-    """The columns of a Parquet corpus that make a passage; others may be large, or of types that JSON does not have.
+    """Columns of a Parquet corpus that make a passage; others may be large, or of types that JSON lacks.
 
     Raises:
-        RecordError: no Parquet file, or no columns that make a passage.
+        RecordError: not a Parquet file, or no columns that make a passage.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,11 +1,12 @@
-"""`agentic-r coverage`: can the corpus answer the benchmark at all, and how much of that does a retriever find?
+"""`agentic-r coverage`: can the corpus answer the benchmark at all, and how much of it does a retriever find?
 
-For every question: whether a gold answer stands anywhere in the corpus (as whole normalised words, the same rule as
-answer recall), whether its gold documents are there, and at which rank the retriever finds them for the plain question.
-A corpus that lacks documents (wiki-18 does) caps every retriever, and the cap belongs beside each result.
+For every question: whether a gold answer occurs anywhere in the corpus (as whole normalised words, the same rule as
+answer recall), whether its gold documents are in the corpus, and at which rank the retriever finds them for the plain
+question. A corpus that lacks documents (such as wiki-18) caps every retriever; report the cap with each result.
 
-Questions without gold answers, and those whose answers are yes, no or an article, are left out of the answers' shares;
-questions without gold documents in their metadata (`gold_doc_ids`, or `supporting_titles`) out of the documents'.
+The shares of answers leave out questions without gold answers and those whose answers are yes, no or an article. The
+shares of documents leave out questions without gold documents in their metadata (`gold_doc_ids`, or
+`supporting_titles`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from agentic_r_plugin.store import (
 log = logging.getLogger(__name__)
 
 _ROWS, _QUESTIONS = 200_000, 256
-"""Passages, and questions, between two resume points."""
+"""Passages and questions between two resume points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class CoverageConfig:
             raise ConfigError(f"max_questions must not be below 0, found {self.max_questions}")
 
     def spec(self) -> SearchSpec:
-        """The retriever, with `index` and `corpus` filled in."""
+        """Settings of the retriever, with `index` and `corpus` filled in."""
         values = to_dict(self.search)
         values["index"] = self.index or values["index"]
         values["corpus"] = self.corpus or values["corpus"]
@@ -90,13 +91,13 @@ class Coverage(Record):
 
 
 def run(config: CoverageConfig, *, resume: bool = False) -> None:
-    """Measure, write and print.
+    """Measure coverage, write the results and print the report.
 
     Raises:
-        OutputExistsError: the output is there, without `resume`.
-        ManifestMismatchError: what was begun belongs to other inputs.
+        OutputExistsError: the output exists and `resume` is off.
+        ManifestMismatchError: the unfinished work belongs to other inputs.
         RecordError: broken questions or corpus.
-        ConfigError: no corpus, or a retriever that cannot be opened.
+        ConfigError: no corpus is named, or the retriever cannot be opened.
     """
     out = Path(config.out)
     if not resume:
@@ -139,7 +140,7 @@ def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
     """The corpus that the retriever searches.
 
     Raises:
-        ConfigError: none is named (a remote service does not say where its corpus lies).
+        ConfigError: no corpus is named (a remote service does not report its corpus file).
     """
     if spec.corpus:
         return Corpus(spec.corpus, table=spec.index)
@@ -149,7 +150,7 @@ def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
 
 
 class _Kept:
-    """Pieces of work that are done once: JSON files in a folder that belongs to one set of inputs."""
+    """Cache of finished pieces of work: JSON files in a folder that belongs to one set of inputs."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
@@ -167,11 +168,11 @@ class _Kept:
 
 
 Kept = Callable[[str, Callable[[], Any]], Any]
-"""(name, work) -> what the work gives, done now or before."""
+"""(name, work) -> the result of `work`, computed now or read from an earlier run."""
 
 
 class AnswerFinder:
-    """Which of many answers a text holds, by one pass over its words; agrees with `answers.contains_answer`.
+    """Finds which of many answers a text contains, in one pass over its words; agrees with `answers.contains_answer`.
 
     >>> sorted(AnswerFinder([["Paris"], ["the Nile", "Amazon"]]).find("The River Nile, or the Amazon; not Parisian"))
     [1]
@@ -199,7 +200,7 @@ class AnswerFinder:
 
 
 def scan_corpus(corpus: Corpus, questions: Sequence[Question], kept: Kept) -> tuple[set[int], set[str]]:
-    """(numbers of the questions whose answer stands in the corpus, normalised supporting titles that it holds)."""
+    """(numbers of the questions with an answer in the corpus, normalised supporting titles found in the corpus)."""
     finder = AnswerFinder([() if is_closed(q.golden_answers) else q.golden_answers for q in questions])
     wanted = {title for question in questions for title in _titles(question)}
     answered: set[int] = set()
@@ -230,7 +231,7 @@ Ranks = tuple[int | None, list[int]]
 
 
 def find_ranks(backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept) -> list[Ranks]:
-    """What the retriever finds for each plain question."""
+    """Ranks at which the retriever finds answers and gold documents for each plain question."""
 
     def search(part: Sequence[Question]) -> list[Ranks]:
         hits = backend.search([SearchRequest(query=question.question) for question in part], depth)
@@ -270,7 +271,7 @@ def _ids(question: Question) -> frozenset[str]:
 
 
 def _titles(question: Question) -> frozenset[str]:
-    """Where there are no ids."""
+    """Supporting titles, used if there are no gold ids."""
     return frozenset() if _ids(question) else frozenset(map(normalize, listed(question.metadata, "supporting_titles")))
 
 
@@ -287,9 +288,9 @@ def _record(question: Question, answered: bool, titles: set[str], corpus: Corpus
 
 
 def summarize(records: Sequence[Coverage], topk: Sequence[int]) -> dict[str, Any]:
-    """Shares in 0..1 over the questions they say something about; None where there is no such question.
+    """Shares in 0..1 over the questions that they apply to; None if there is no such question.
 
-    `answer`: a gold answer is there. `gold`: mean share of a question's gold documents. `all_gold`: all of them.
+    `answer`: a gold answer is found. `gold`: mean share of a question's gold documents found. `all_gold`: all found.
     """
     open_ = [item for item in records if item.answer_in_corpus is not None]
     with_gold = [item for item in records if item.gold]

@@ -1,4 +1,4 @@
-"""Dense search backends: an index of `agentic-r index` with its corpus and its retriever.
+"""Dense search backends: an index of `agentic-r index` with its corpus and retriever.
 
 Shapes: Q queries, N rows, D dimensions, K = topk.
 """
@@ -32,22 +32,22 @@ class DenseBackend(ABC):
 
     Args:
         index: the index folder.
-        retriever: a loaded retriever or where it lies; None means the one the index names.
-        corpus: the corpus file; None means the one the index names.
+        retriever: a loaded retriever or its location; None uses the one named by the index.
+        corpus: the corpus file; None uses the one named by the index.
         device: for the retriever.
         precision: for the retriever.
-        batch_size: queries encoded at once.
+        batch_size: queries per encoding call.
 
     Raises:
-        ConfigError: no finished index there.
-        IndexMismatchError: the index does not belong to the corpus or the retriever, or its file was cut.
+        ConfigError: the folder holds no finished index.
+        IndexMismatchError: the index does not belong to the corpus or the retriever, or its file was truncated.
     """
 
     name: str
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """What `SearchSpec.options` may hold, for every dense backend."""
+        """Options accepted in `SearchSpec.options`, for every dense backend."""
 
         precision: str = "auto"
 
@@ -78,7 +78,7 @@ class DenseBackend(ABC):
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> DenseBackend:
-        """From the settings shared by all commands; for the options see the class."""
+        """Build from the settings shared by all commands; for the options see the class."""
         if not spec.index:
             raise ConfigError(f"search backend {cls.name!r} needs 'index', a folder built by agentic-r index")
         return cls(
@@ -92,7 +92,7 @@ class DenseBackend(ABC):
 
     @abstractmethod
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """(scores, rows), both (Q, K), best first; row -1 where an approximate index found fewer."""
+        """(scores, rows), both (Q, K), best first; row -1 if an approximate index found fewer."""
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`; scores are inner products.
@@ -106,7 +106,7 @@ class DenseBackend(ABC):
         with self._lock:
             vectors = self.retriever.encode_queries(requests, batch_size=self.batch_size)
             scores, rows = self.nearest(vectors, topk)
-        # faiss finds nothing for a vector of NaN, which would pass for an empty result
+        # faiss finds nothing for a vector of NaN, which would look like an empty result
         if not (np.isfinite(vectors).all() and np.isfinite(scores[rows >= 0]).all()):
             raise SearchError(
                 f"{self.index_path}: a query's vector or a score is not a finite number; the retriever may overflow in "
@@ -129,17 +129,17 @@ class DenseBackend(ABC):
 class FaissBackend(DenseBackend):
     """Dense retrieval with faiss on the CPU, in this process.
 
-    Args (beside those of `DenseBackend`):
+    Args (in addition to those of `DenseBackend`):
         mapped: map the index from disk instead of reading it into memory; processes then share its pages.
-        nprobe: lists that an IVF index looks into.
-        ef_search: candidates that an HNSW index keeps.
+        nprobe: number of lists that an IVF index scans.
+        ef_search: number of candidates that an HNSW search keeps.
     """
 
     name = "faiss"
 
     @dataclass(frozen=True, kw_only=True)
     class Options(DenseBackend.Options):
-        """What `SearchSpec.options` may hold."""
+        """Options accepted in `SearchSpec.options`."""
 
         mapped: bool = field(default=False, metadata=FREE)
         nprobe: int = 64
@@ -168,19 +168,19 @@ class FaissBackend(DenseBackend):
 class FaissGPUBackend(DenseBackend):
     """Dense retrieval with faiss on all GPUs of this node, the index sharded over them. Untested: no GPU here.
 
-    Args (beside those of `DenseBackend`):
-        float16: keep vectors and compute in half precision.
-        nprobe: lists that an IVF index looks into.
+    Args (in addition to those of `DenseBackend`):
+        float16: store vectors and compute in half precision.
+        nprobe: number of lists that an IVF index scans.
 
     Raises:
-        ConfigError: this faiss has no GPU support, finds no GPU, or cannot put this kind of index on one.
+        ConfigError: this faiss has no GPU support, finds no GPU, or cannot put this kind of index on a GPU.
     """
 
     name = "faiss_gpu"
 
     @dataclass(frozen=True, kw_only=True)
     class Options(DenseBackend.Options):
-        """What `SearchSpec.options` may hold."""
+        """Options accepted in `SearchSpec.options`."""
 
         float16: bool = True
         nprobe: int = 64
@@ -222,21 +222,21 @@ class FaissGPUBackend(DenseBackend):
 class TorchBackend(DenseBackend):
     """Exact dense retrieval in torch: on GPUs without faiss-gpu, or on the CPU from disk, block by block.
 
-    Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`, and where they are
-    kept in half precision the best 2 K + 32 rows are scored again in float32; on the CPU a block is read from the file
-    for every batch of queries, so that memory does not depend on the corpus.
+    Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`. If they are stored
+    in half precision, the best 2 K + 32 rows are scored again in float32. On the CPU the blocks are read from the file
+    for every batch of queries, so memory does not depend on the corpus.
 
-    Args (beside those of `DenseBackend`):
+    Args (in addition to those of `DenseBackend`):
         search_devices: such as `cuda:0,cuda:1`; `auto` is every GPU of this node, or the CPU.
-        dtype: of the vectors on a GPU, float16 (half the memory) or float32.
-        block_rows: rows whose scores are computed at once.
+        dtype: type of the vectors on a GPU: float16 (half the memory) or float32.
+        block_rows: rows scored at once.
     """
 
     name = "torch"
 
     @dataclass(frozen=True, kw_only=True)
     class Options(DenseBackend.Options):
-        """What `SearchSpec.options` may hold."""
+        """Options accepted in `SearchSpec.options`."""
 
         search_devices: str = field(default="auto", metadata=FREE)
         dtype: str = "float16"
@@ -282,16 +282,16 @@ class TorchBackend(DenseBackend):
 
 
 BlockReader = Callable[[int, int], torch.Tensor]
-"""(first row, end) -> (rows, D)."""
+"""(first row, end) -> (rows, D) vectors."""
 
 
 class _Part:
     """Rows `begin` to `end` of an index, searched on one device.
 
     Args:
-        block_rows: rows whose scores are computed at once.
-        read: gives a block of rows; or
-        kept: all of them, on the device.
+        block_rows: rows scored at once.
+        read: reads a block of rows; alternatively,
+        kept: all rows of the part, on the device.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class _Part:
 
     @torch.inference_mode()
     def nearest(self, queries_QD: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scores, rows) on the device, (Q, min(K, rows of this part))."""
+        """(scores, rows) on the device, each (Q, min(K, rows of this part))."""
         queries = queries_QD.to(self.device)
         rough = self._kept is not None and self._kept.dtype != torch.float32
         wanted = 2 * topk + 32 if rough else topk
@@ -329,7 +329,7 @@ class _Part:
         return self._read(start, stop)
 
     def _exact_scores(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """(Q, W) inner products in float32, some queries at a time."""
+        """(Q, W) inner products in float32, computed for a few queries at a time."""
         assert self._kept is not None
         step = max(1, self.block_rows // max(rows.shape[1], 1))
         found = [
@@ -340,7 +340,7 @@ class _Part:
 
 
 def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best K of several (Q, K_i) lists; of equal scores the one that stands first."""
+    """Best K of several (Q, K_i) lists; ties go to the earlier entry."""
     all_scores, all_rows = torch.cat(scores, 1), torch.cat(rows, 1)
     order = all_scores.argsort(dim=1, descending=True, stable=True)[:, :topk]
     return all_scores.gather(1, order), all_rows.gather(1, order)
@@ -358,7 +358,7 @@ def _on_device(
     dtype: torch.dtype,
     block_rows: int,
 ) -> torch.Tensor:
-    """Copy rows to the device block by block; the host never holds more than one block."""
+    """Copy rows to the device block by block, so that the host holds at most one block."""
     kept: torch.Tensor | None = None
     for start in range(begin, end, block_rows):
         stop = min(start + block_rows, end)

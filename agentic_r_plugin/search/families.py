@@ -1,7 +1,8 @@
-"""How an embedding model without our record is to be used: prefixes, pooling and normalisation, and why.
+"""How to use an embedding model without our record: prefixes, pooling and normalisation, with the reasons.
 
-The order is the same in every command: settings, the checkpoint's `agentic_r.json` (`search.encoder`), the model's own
-sentence-transformers files, a family that its name names exactly. What cannot be known is an error, not a guess.
+The order of precedence is the same in every command: settings, the checkpoint's `agentic_r.json` (`search.encoder`),
+the model's own sentence-transformers files, a known model name (exact match). What cannot be determined is an error,
+not a guess.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Family:
     query_prompt: str = ""
     passage_prompt: str = ""
     pooling: str | None = "mean"
-    """None: as the model says."""
+    """None: taken from the model."""
     normalize: bool = True
-    """Whether vectors have length 1; False where the model was trained for inner products."""
+    """Whether vectors have length 1; False for models trained with inner products."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -67,7 +68,7 @@ _NAMES = {
     r"m?contriever(?:-msmarco)?": "contriever",
     r"nomic-embed-text-v1(?:\.5)?": "nomic",
 }
-"""Names of the models as their makers gave them, whole and in lower case -> family."""
+"""Full names of the published models, in lower case -> family."""
 
 _ORGANISATION = re.compile(r"^(?:intfloat|baai|facebook|nomic-ai|sentence-transformers|liuwenhan)-+")
 
@@ -79,7 +80,7 @@ _PASSAGE_NAMES = (
     "retrieval_passage", "search_passage", "s2p_document", "s2p_passage",
 )  # fmt: skip
 _OTHER_TASK = re.compile(r"sts|s2s|cluster|classif|summar|bitext|separation|matching|rerank", re.IGNORECASE)
-"""Prompts of tasks that are not retrieval; they say nothing about queries and passages."""
+"""Prompts of tasks other than retrieval; they say nothing about queries and passages."""
 
 _NOT_ONE_VECTOR = {
     "SparseEncoder": "a sparse model (SPLADE): one weight per word",
@@ -90,18 +91,18 @@ _NOT_ONE_VECTOR = {
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """How a model without a record is used."""
+    """How to use a model without a record."""
 
     query_prompt: str
     passage_prompt: str
     pooling: str
     normalize: bool
     reasons: str
-    """Where each of them comes from, for people."""
+    """Source of each value, for the message to the user."""
 
 
 def read_json_file(name: str, file: str, key: str | None = None) -> Any:
-    """A JSON file of a model folder or hub repository (one of its values, where `key` is given); None if missing."""
+    """A JSON file of a model folder or hub repository (only the value of `key`, if given); None if missing."""
     path = load_file_path(name, file)
     if path is None:
         return None
@@ -139,7 +140,7 @@ def require_one_vector(name: str, source: str) -> None:
 
 
 def require_known(preset: str, pooling: str) -> None:
-    """Raise `ConfigError` unless both are values of their settings."""
+    """Raise `ConfigError` unless both are valid values of their settings."""
     if preset != "auto" and preset not in FAMILIES:
         raise ConfigError(f"unknown preset {preset!r}; known: auto, {', '.join(FAMILIES)}")
     if pooling not in ("auto", *POOLINGS):
@@ -147,7 +148,7 @@ def require_known(preset: str, pooling: str) -> None:
 
 
 def names_of(name: str) -> list[str]:
-    """What a model is called, most telling first: in the hub's cache or by its folder, then by its configuration.
+    """Names of a model, most specific first: by its hub cache or folder, then by its configuration.
 
     >>> names_of("/cache/models--intfloat--e5-base-v2/snapshots/0123abcd"), names_of("BAAI/bge-small-en")
     (['e5-base-v2'], ['bge-small-en'])
@@ -162,7 +163,7 @@ def names_of(name: str) -> list[str]:
 
 
 def family_of(names: list[str]) -> tuple[str, str] | None:
-    """(name, family) of the first name that is exactly that of a known model; names of instruct models end the search.
+    """(name, family) of the first name that is exactly a known model's; the name of an instruct model ends the search.
 
     >>> family_of(["multilingual-e5-small"]), family_of(["multilingual-e5-large-instruct"])
     (('multilingual-e5-small', 'e5'), ('multilingual-e5-large-instruct', 'instruct'))
@@ -181,16 +182,16 @@ def family_of(names: list[str]) -> tuple[str, str] | None:
 def untrained_use(
     model: SentenceTransformer, name: str, source: str, *, preset: str, pooling: str, given: Mapping[str, Any]
 ) -> Use:
-    """How a model without our record is used.
+    """Determine how to use a model without our record.
 
     Args:
         name: its folder or hub name. source: as the user named it.
-        preset: a family to take, or `auto`.
+        preset: a family, or `auto`.
         pooling: one of `POOLINGS`, or `auto`.
-        given: `query_prompt`, `passage_prompt` and `normalize` where settings say them.
+        given: `query_prompt`, `passage_prompt` and `normalize`, where the settings give them.
 
     Raises:
-        ConfigError: prompts that cannot be told apart, no pooling, or a similarity that is no inner product.
+        ConfigError: ambiguous prompts, no pooling, or a similarity other than the inner product.
     """
     require_known(preset, pooling)
     named = family_of(names_of(name))
@@ -253,7 +254,7 @@ def _alias(key: str) -> str:
 
 
 def _own(prompts: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
-    """The texts under the names of one role; one alone where it has the role's first name."""
+    """Prompts under the names of one role; only the first if the role's main name is among them."""
     by_alias = {_alias(key): text for key, text in prompts.items()}
     found = list(dict.fromkeys(by_alias[name] for name in names if name in by_alias))
     return found[:1] if any(name in by_alias for name in names[:1]) else found
@@ -294,15 +295,15 @@ def _normalized(model: SentenceTransformer, name: str, source: str, named: tuple
 
 
 def is_plain(name: str) -> bool:
-    """Whether a folder or hub repository holds a transformers model without sentence-transformers' modules."""
+    """Whether a folder or hub repository holds a plain transformers model, without sentence-transformers' modules."""
     return load_file_path(name, "modules.json") is None
 
 
 def pooling_of(model: SentenceTransformer, source: str) -> str:
-    """`mean`, `cls`, `lasttoken`, …, several joined by `+`; `own` where other modules make the vector.
+    """`mean`, `cls`, `lasttoken`, …, several joined by `+`; `own` if other modules make the vector.
 
     Raises:
-        ConfigError: no module makes one vector of the tokens' vectors.
+        ConfigError: no module turns the token vectors into one vector.
     """
     for module in model:
         if isinstance(module, Pooling):
@@ -313,10 +314,10 @@ def pooling_of(model: SentenceTransformer, source: str) -> str:
 
 
 def set_pooling(model: SentenceTransformer, pooling: str, source: str, *, asked: bool) -> None:
-    """Make the model pool so, prompt included or not as before.
+    """Set the model's pooling; whether the prompt is included in it does not change.
 
     Raises:
-        ConfigError: a setting asked for it, and the model has no pooling module and needs none.
+        ConfigError: a setting asked for this pooling, but the model has no pooling module and needs none.
     """
     for place, module in enumerate(model):
         if isinstance(module, Pooling):
@@ -333,9 +334,9 @@ def set_pooling(model: SentenceTransformer, pooling: str, source: str, *, asked:
 
 
 def end_texts(model: SentenceTransformer, source: str) -> None:
-    """Make the tokenizer end every text with its end-of-text token, also after cutting, and know a padding token.
+    """Make the tokenizer end every text with its end-of-text token, also after truncation, and set a padding token.
 
-    The vector of a decoder is that of the last token, which should be the same for every text.
+    A decoder's text vector is that of the last token, which should be the same token for every text.
     """
     tokenizer = model.tokenizer
     if tokenizer.eos_token_id is None:
@@ -354,7 +355,7 @@ def end_texts(model: SentenceTransformer, source: str) -> None:
 
 
 def longest_text(model: SentenceTransformer) -> int | None:
-    """Tokens of the longest text that a model has positions for, special tokens included; None: no bound is known."""
+    """Maximum tokens of a text, special tokens included, by the model's positions; None if no bound is known."""
     transformer: Any = model[0]
     config = getattr(transformer, "config", None)
     if config is None:
@@ -364,7 +365,7 @@ def longest_text(model: SentenceTransformer) -> int | None:
 
 
 def first_position(model: nn.Module) -> int:
-    """Position of a text's first token: RoBERTa and its kin count from behind their padding token."""
+    """Position of a text's first token: RoBERTa-like models count from after their padding index."""
     for module in model.modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), nn.Embedding):

@@ -1,9 +1,9 @@
-"""`agentic-r index`: encodes a corpus and builds a faiss index that FlashRAG reads as its own.
+"""`agentic-r index`: encodes a corpus and builds a faiss index that FlashRAG can read.
 
-The index folder holds `{method}_{kind}.index` (row i is the corpus' row i), the corpus' saved table, and
-`manifest.json`, which is written last: a folder with a manifest is whole. Shards of vectors are kept during the work,
-so that an interrupted run continues (`storage.claim`). For the kinds named in `faiss_files` memory does not grow with
-the corpus.
+The index folder holds `{method}_{kind}.index` (row i is row i of the corpus), the saved table of the corpus, and
+`manifest.json`, which is written last: a folder with a manifest is complete. Shards of vectors are kept during the
+work, so that an interrupted run can continue (`storage.claim`). For the kinds listed in `faiss_files`, memory does not
+grow with the corpus.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class IndexConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexManifest(Record):
-    """What an index was made from; its presence means that the index is whole."""
+    """Inputs that an index was made from; its presence means that the index is complete."""
 
     schema: ClassVar[str | None] = "index/1"
 
@@ -106,7 +106,7 @@ class IndexManifest(Record):
     retriever: str
     retriever_fingerprint: str
     retriever_record: dict[str, Any]
-    """Formulation, prefixes, lengths and pooling that the passages were encoded with."""
+    """Formulation, prefixes, lengths and pooling used to encode the passages."""
     preset: str
     formulation_override: str | None
     max_length_override: int | None
@@ -117,24 +117,24 @@ class IndexManifest(Record):
     kind: str = "Flat"
     """faiss' factory string."""
     precision: str | None = None
-    """Type that the passages were encoded in."""
+    """Floating-point type in which the passages were encoded."""
     index_bytes: int | None = None
-    """Size of the index file when it was finished."""
+    """Size of the index file when it was completed."""
     index_sample: str | None = None
-    """Its `store.sampled_fingerprint` then."""
+    """`store.sampled_fingerprint` of the index file when it was completed."""
 
     @property
     def index_file(self) -> str:
-        """Name of the faiss file, as FlashRAG builds it."""
+        """Name of the faiss file, built as in FlashRAG."""
         return f"{self.method}_{self.kind}.index"
 
     def fingerprint(self) -> str:
-        """Changes when corpus, retriever, use of the retriever or kind change; not when files move."""
+        """Changes with the corpus, the retriever, its use or the kind; not when files are moved."""
         kind = () if self.kind == "Flat" else (self.kind,)
         return fingerprint(*self._vectors(), *kind)
 
     def vectors_fingerprint(self) -> str:
-        """As `fingerprint`, but the same for all kinds of index over the same vectors."""
+        """Like `fingerprint`, but the same for all kinds of index over the same vectors."""
         return fingerprint(*self._vectors())
 
     def _vectors(self) -> tuple[Any, ...]:
@@ -146,14 +146,14 @@ def run(config: IndexConfig, *, resume: bool = False) -> None:
 
     Raises:
         OutputExistsError: the folder is not empty and `resume` is off.
-        ManifestMismatchError: the folder was begun, or finished, with other inputs.
-        RecordError, ConfigError: a broken corpus or retriever; nothing is written then.
+        ManifestMismatchError: the folder was started, or finished, with other inputs.
+        RecordError, ConfigError: a broken corpus or retriever; nothing is written in that case.
     """
     build_index(config, resume=resume)
 
 
 def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
-    """As `run`, returning the manifest."""
+    """Like `run`, but returns the manifest."""
     out = Path(config.out)
     if not resume:
         require_new(out, folder=True)
@@ -171,7 +171,7 @@ def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
     devices = resolve_devices(config.device)
     with Corpus(config.corpus, table=out) as corpus:
         load = _overrides(config.formulation, config.max_length, config.query_prompt, config.passage_prompt)
-        # Ray's workers may have other devices than this process: they resolve `auto` themselves.
+        # Ray workers may have other devices than this process, so they resolve `auto` themselves.
         precision = config.precision if config.ray_workers else compute.resolve(config.precision, devices[0])
         load |= {"preset": config.preset, "pooling": config.pooling, "precision": precision}
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
@@ -191,7 +191,7 @@ def _output(out: Path, manifest: IndexManifest) -> Output:
         "precision": manifest.precision,
         "kind": manifest.kind,
     }
-    # The vectors are the same for all kinds: unfinished work may go on to another one.
+    # All kinds use the same vectors, so unfinished work can be completed as another kind.
     return Output(out=out, made_from=made_from, done=MANIFEST, folder=True, at_end=frozenset({"kind"}))
 
 
@@ -206,7 +206,7 @@ def _index(
 ) -> None:
     out = held.out
     empty_index(manifest.kind, manifest.dim)
-    shard_size = held.noted("shard_size", config.shard_size)  # shards are kept by their first row
+    shard_size = held.noted("shard_size", config.shard_size)  # a resume keeps it: shards are named by row
     held.begin(shard_size=shard_size)
     held.work.mkdir(exist_ok=True)
     _require_room(held, manifest)
@@ -241,7 +241,7 @@ def _index(
 
 
 def _require_room(held: Claim, manifest: IndexManifest) -> None:
-    """Raises `ConfigError` when the vectors as shards and the index beside them cannot fit on the disk."""
+    """Raise `ConfigError` if the shards of vectors and the index cannot both fit on the disk."""
     vectors = manifest.rows * manifest.dim * 4
     there = sum(path.stat().st_size for path in held.work.glob("*.npy"))
     index = manifest.rows * bytes_per_row(manifest.kind, manifest.dim)
@@ -290,10 +290,10 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
 
 
 def read_manifest(folder: str | Path) -> IndexManifest:
-    """The manifest of a finished index.
+    """Read the manifest of a finished index.
 
     Raises:
-        ConfigError: no index there, or one that was not finished.
+        ConfigError: no index in the folder, or an unfinished one.
         RecordError: a broken manifest.
     """
     folder = Path(folder)
@@ -310,13 +310,14 @@ def read_manifest(folder: str | Path) -> IndexManifest:
 def index_retriever(
     manifest: IndexManifest, name: str | None = None, *, device: str = "auto", precision: str = "auto"
 ) -> Retriever:
-    """The retriever an index was made with, loaded as it was then; of a model without our record, as the manifest says.
+    """Load the retriever that an index was made with, as it was used then; for models without our record, the manifest
+    holds the record.
 
     Args:
-        name: where it lies now; None means where it lay.
+        name: its current location; None means the location at the time.
 
     Raises:
-        IndexMismatchError: the retriever found there is another one.
+        IndexMismatchError: the retriever found there is a different one.
     """
     overrides = _overrides(
         manifest.formulation_override,
@@ -338,7 +339,7 @@ def index_retriever(
 
 
 def check_index_file(manifest: IndexManifest, path: Path) -> None:
-    """Raises `IndexMismatchError` unless the file is there and is the one that was finished, as far as samples tell."""
+    """Raise `IndexMismatchError` unless the index file exists and matches the finished one in size and samples."""
     if not path.is_file():
         raise IndexMismatchError(f"{path}: the index file is missing; build it again with agentic-r index")
     found, expected = path.stat().st_size, manifest.index_bytes
@@ -355,7 +356,7 @@ def check_index_file(manifest: IndexManifest, path: Path) -> None:
 
 
 def check_retriever(manifest: IndexManifest, retriever: Retriever) -> None:
-    """Raises `IndexMismatchError` unless the index was made with this retriever."""
+    """Raise `IndexMismatchError` unless the index was made with this retriever."""
     if (found := retriever.fingerprint()) != manifest.retriever_fingerprint:
         raise IndexMismatchError(
             f"index built with retriever {manifest.retriever} ({manifest.retriever_fingerprint}, formulation "
@@ -365,7 +366,7 @@ def check_retriever(manifest: IndexManifest, retriever: Retriever) -> None:
 
 
 def check_corpus(manifest: IndexManifest, corpus: Corpus) -> None:
-    """Raises `IndexMismatchError` unless the index was made from this corpus."""
+    """Raise `IndexMismatchError` unless the index was made from this corpus."""
     if (found := corpus.fingerprint()) != manifest.corpus_fingerprint:
         raise IndexMismatchError(
             f"index built from corpus {manifest.corpus} ({manifest.corpus_fingerprint}, {manifest.rows} passages) does "

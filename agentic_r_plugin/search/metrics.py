@@ -1,7 +1,7 @@
-"""Counters and histograms of the retrieval service, as Prometheus text.
+"""Counters and histograms of the retrieval service, in Prometheus' text format.
 
-Several workers count in one file that all of them map, each in its own row, so that any of them can answer for all and
-a worker that is restarted goes on counting where its predecessor was.
+All workers map one file and count in their own row of it. So any worker can report the totals, and a restarted worker
+continues from its predecessor's counts.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _PLACE = {name: place for place, name in enumerate(_NAMES)}
 
 
 class Metrics:
-    """What one worker counts, and what all of them have counted.
+    """Counts of one worker, and the totals of all workers.
 
     Args:
-        file: shared by the workers of one service; None for a single one.
+        file: shared by the workers of a service; None for a single worker.
         worker: row of this worker.
-        workers: rows of the file.
+        workers: number of rows in the file.
     """
 
     def __init__(self, file: Path | None = None, worker: int = 0, workers: int = 1) -> None:
@@ -65,7 +65,7 @@ class Metrics:
         file.write_bytes(bytes(workers * len(_NAMES) * 8))
 
     def add(self, name: str, amount: float) -> None:
-        """Count."""
+        """Increase a counter."""
         self._own[_PLACE[name]] += amount
 
     def set(self, name: str, value: float) -> None:
@@ -73,13 +73,13 @@ class Metrics:
         self._own[_PLACE[name]] = value
 
     def answered(self, status: int, seconds: float) -> None:
-        """Note one answer to `/retrieve`."""
+        """Record one answer to `/retrieve`."""
         self.add(f"status_{status if status in STATUSES else 500}", 1)
         self.add(f"seconds_{bisect_left(SECONDS, seconds)}", 1)
         self.add("seconds_sum", seconds)
 
     def searched(self, queries: int, seconds: float) -> None:
-        """Note one call of the backend."""
+        """Record one call of the backend."""
         self.add("batches", 1)
         self.add("batched_queries", queries)
         self.add("backend_seconds", seconds)
@@ -87,11 +87,11 @@ class Metrics:
         self.add("batch_sum", queries)
 
     def total(self, name: str) -> float:
-        """Over all workers."""
+        """Sum over all workers."""
         return float(self._all[:, _PLACE[name]].sum())
 
     def render(self, fingerprint: str) -> str:
-        """Prometheus' text format, with the index that this worker serves as a label."""
+        """All metrics in Prometheus' text format; a label gives the index that this worker serves."""
         lines = []
         for name, text in COUNTERS.items():
             lines += [f"# HELP {PREFIX}_{name}_total {text}", f"# TYPE {PREFIX}_{name}_total counter"]

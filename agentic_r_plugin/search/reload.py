@@ -1,7 +1,8 @@
-"""Puts another index in place of the one being served, without dropping a request.
+"""Replaces the served index without dropping a request.
 
-The new backend is opened beside the old one, in a thread, while requests go on; then one assignment on the event loop
-swaps them. With several workers the supervisor asks all to open it before any may use it, so either all change or none.
+The new backend is opened in a thread, next to the old one, while requests continue; then one assignment on the event
+loop swaps them. With several workers, the supervisor first asks all of them to open the new backend and lets them use
+it only if all succeed, so either all workers switch or none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def changed_spec(spec: SearchSpec, changes: Mapping[str, str]) -> SearchSpec:
-    """The settings with another index; retriever and corpus are then the ones that this index names, unless given."""
+    """The settings with another index; unless given, retriever and corpus are those named by the new index."""
     if not changes:
         return spec
     fields: dict[str, Any] = {"retriever": "", "corpus": ""} | dict(changes)
@@ -38,12 +39,13 @@ class LocalReloader:
         self.service, self.spec, self._lock = service, spec, asyncio.Lock()
 
     async def reload(self, changes: Mapping[str, str]) -> str:
-        """See `app.Reload`; without changes, what the present settings name is opened anew.
+        """See `app.Reload`; without changes, the current settings are opened again.
 
         Raises:
-            AgenticRError: it cannot be opened; the old one stays.
+            AgenticRError: the backend cannot be opened; the old one stays in use.
         """
         async with self._lock:
+            # Opening takes long, so it runs in a thread; the lock keeps two reloads from overtaking each other.
             spec = changed_spec(self.spec, changes)
             backend = await asyncio.to_thread(build_search, spec)
             self.service.swap(backend)
@@ -53,14 +55,14 @@ class LocalReloader:
 
 
 class WorkerReloader:
-    """Reloads one of several workers, as the supervisor at the other end of the pipe says.
+    """Reloads one of several workers, controlled by the supervisor through a pipe.
 
-    | from the supervisor | answered by |
+    | from the supervisor | answer |
     |---|---|
     | `("prepare", spec)` | `("prepared", error or None)` |
     | `("commit",)` | `("committed", fingerprint)` |
     | `("discard",)` | |
-    | `("reloaded", fingerprint, error)` | (the outcome of this worker's own `("reload", changes)`) |
+    | `("reloaded", fingerprint, error)` | none; it is the result of this worker's own `("reload", changes)` |
     """
 
     def __init__(
@@ -70,27 +72,28 @@ class WorkerReloader:
         self._send_lock = threading.Lock()
         self._pending: SearchBackend | None = None
         self._asked: deque[asyncio.Future[str]] = deque()
-        """Reloads asked for by this worker; the supervisor answers them in turn."""
+        """Reloads requested by this worker; the supervisor answers them in order."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def listen(self, stop: Any) -> None:
-        """Follow the supervisor from a thread until the pipe ends, then call `stop`."""
+        """Follow the supervisor in a thread until the pipe closes, then call `stop`."""
         threading.Thread(target=self._listen, args=(stop,), name="reload", daemon=True).start()
 
     async def reload(self, changes: Mapping[str, str]) -> str:
-        """See `app.Reload`: asks the supervisor to reload all workers."""
+        """See `app.Reload`; asks the supervisor to reload all workers."""
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._asked.append(future)
         self.send(("reload", dict(changes)))
         return await future
 
     def send(self, message: tuple[Any, ...]) -> None:
-        """To the supervisor."""
+        """Send a message to the supervisor."""
+        # The event loop (reload) and the listening thread both send on this pipe.
         with self._send_lock:
             self.pipe.send(message)
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The loop that the service runs on."""
+        """Set the event loop that the service runs on."""
         self._loop = loop
 
     def _listen(self, stop: Any) -> None:
@@ -99,9 +102,11 @@ class WorkerReloader:
                 kind, *content = self.pipe.recv()
                 getattr(self, f"_on_{kind}")(*content)
         except (EOFError, OSError):
+            # The supervisor is gone: stop instead of serving without one.
             stop()
 
     def _on_prepare(self, spec: SearchSpec) -> None:
+        # Hold at most one prepared backend.
         self._on_discard()
         try:
             self._pending = self._open(spec)
@@ -114,6 +119,7 @@ class WorkerReloader:
     def _on_commit(self) -> None:
         backend, self._pending = self._pending, None
         assert backend is not None and self._loop is not None
+        # This runs in the listening thread, but the service may only be changed on its event loop.
         self._loop.call_soon_threadsafe(self.service.swap, backend)
         self.send(("committed", backend.fingerprint()))
 
@@ -127,6 +133,6 @@ class WorkerReloader:
         self._loop.call_soon_threadsafe(self._tell, fingerprint, error)
 
     def _tell(self, fingerprint: str, error: str | None) -> None:
-        future = self._asked.popleft() if self._asked else None  # none: a worker that died had asked
+        future = self._asked.popleft() if self._asked else None  # none if the request came from a worker that died
         if future is not None and not future.done():
             future.set_result(fingerprint) if error is None else future.set_exception(SearchError(error))

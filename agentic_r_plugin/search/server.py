@@ -1,7 +1,7 @@
-"""`agentic-r serve`: the retrieval service, and how a parent starts it as a process of its own.
+"""`agentic-r serve`: the retrieval service, and how a parent process starts it as a child process.
 
-SIGTERM and SIGINT end it once the requests in hand are answered; SIGHUP opens its index anew (another one may have
-taken its place, or its link may point elsewhere) and goes over to it without dropping a request.
+SIGTERM and SIGINT stop it after the current requests are answered. SIGHUP opens its index again (it may have been
+replaced, or its link may have changed) and switches to it without dropping a request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STOP_S = 5
-"""How long requests in hand may take once the service is told to stop."""
+"""Seconds that current requests may take after the service is asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +111,11 @@ class ServeConfig:
 
 
 def run(config: ServeConfig, *, resume: bool = False) -> None:
-    """Serve until interrupted or terminated; requests in hand are finished. `resume` means nothing here.
+    """Serve until interrupted or terminated; current requests are finished. `resume` has no effect.
 
     Raises:
-        ConfigError, IndexMismatchError, RecordError: the backend cannot be opened, or the port is taken.
-        SearchUnavailableError: workers die again and again.
+        ConfigError, IndexMismatchError, RecordError: the backend cannot be opened, or the port is in use.
+        SearchUnavailableError: workers die repeatedly.
     """
     from agentic_r_plugin.search.metrics import Metrics
     from agentic_r_plugin.search.reload import LocalReloader
@@ -150,7 +150,7 @@ def serve_here(
     reloader_of: Callable[[SearchService], LocalReloader | WorkerReloader],
     metrics: Metrics,
 ) -> None:
-    """Serve from this process until it is told to stop; closes the backend in use at the end."""
+    """Serve from this process until asked to stop; closes the current backend at the end."""
     import asyncio
 
     import uvicorn
@@ -206,7 +206,7 @@ def serve_here(
 
     tasks: set[asyncio.Task[None]] = set()
     if threading.current_thread() is threading.main_thread():
-        # uvicorn raises the signal again when it has finished; by then it has done its work
+        # uvicorn raises the signal again after it has shut down; by then there is nothing left to stop
         signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         asyncio.run(serve())
@@ -217,14 +217,14 @@ def serve_here(
 async def _reload_again(reloader: LocalReloader) -> None:
     try:
         await reloader.reload({})
-    except Exception as error:  # nobody awaits this; whatever it was, the old index goes on
+    except Exception as error:  # nothing awaits this task; on any error the old index stays in use
         log.error("reload failed, the index in use stays: %s", error, exc_info=not isinstance(error, AgenticRError))
 
 
 def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
-    """What one of `count` workers uses: its share of the processor's threads, a GPU in turn, and a mapped index.
+    """Settings of one of `count` workers: its share of CPU threads, a GPU in rotation, and a mapped index.
 
-    The index of `faiss` is searched on the CPU, whatever the retriever encodes on: mapped, the workers share one copy.
+    The index of `faiss` is searched on the CPU whatever the retriever's device; mapped, the workers share one copy.
     """
     import torch
 
@@ -254,8 +254,8 @@ def _spec(config: ServeConfig) -> SearchSpec:
 def _bound_socket(config: ServeConfig) -> socket.socket:
     """A socket bound to host and port.
 
-    It names its protocol, because asyncio sends without delay (TCP_NODELAY) only on sockets that do; without it every
-    answer waits some 40 ms for the client's acknowledgement of its head.
+    Its protocol is explicit because asyncio sets TCP_NODELAY only on such sockets; without it every answer waits for
+    about 40 ms until the client acknowledges the response head.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -269,7 +269,7 @@ def _bound_socket(config: ServeConfig) -> socket.socket:
 
 
 def _url(host: str, listener: socket.socket) -> str:
-    """Where others reach the service: all addresses (0.0.0.0, ::) are announced as one that other machines can use."""
+    """Address for clients: for a wildcard address (0.0.0.0, ::), one that other machines can reach."""
     port = listener.getsockname()[1]
     if host in ("0.0.0.0", "::"):
         host = _own_address(listener.family)
@@ -277,7 +277,7 @@ def _url(host: str, listener: socket.socket) -> str:
 
 
 def _own_address(family: int) -> str:
-    """The address that this machine sends from; its name where it has no route out. Nothing is sent."""
+    """The address that this machine sends from, or its host name if it has no route out. Nothing is sent."""
     outside = "2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1"  # reserved for documentation
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -289,7 +289,7 @@ def _own_address(family: int) -> str:
 
 @contextmanager
 def _announced(ready: dict[str, Any], file: str) -> Iterator[None]:
-    """Say where the service is; connections made from now on are answered as soon as the loop runs."""
+    """Announce the service's address; connections made from now on are answered once the event loop runs."""
     print(f"serving on {ready['url']}", file=sys.stderr, flush=True)
     if file:
         write_json(file, ready)
@@ -302,9 +302,9 @@ def _announced(ready: dict[str, Any], file: str) -> Iterator[None]:
 
 @contextmanager
 def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) -> Iterator[str]:
-    """Run the service as a process of its own while the block lasts; yields its address.
+    """Run the service in a child process for the duration of the block; yields its address.
 
-    The process is always ended, also when this process dies without a word.
+    The child always ends, even if this process is killed.
 
     Raises:
         SearchUnavailableError: it ended, or was not ready in time; quotes the end of its log.

@@ -1,7 +1,7 @@
-"""What the retrieval service does behind HTTP: puts concurrent searches together, remembers results, swaps backends.
+"""The retrieval service behind HTTP: batches concurrent searches, caches results, swaps backends.
 
-Requests that arrive within a few milliseconds are one call of the backend, because encoding 32 queries at once costs
-little more than encoding one. While the backend works the next batch gathers, so under load nobody waits for company.
+Requests that arrive within a few milliseconds share one backend call, because encoding 32 queries at once costs little
+more than encoding one. The next batch fills while the backend works, so under load no request waits for the window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
 from agentic_r_plugin.search.metrics import Metrics
 
 _HITS_A_RESULT = 32
-"""Passages that the cache holds for each result, on average: deep searches must not fill the memory."""
+"""Average passages per cached result: deep searches must not fill the memory."""
 
 
 class OverloadedError(SearchError):
@@ -35,19 +35,19 @@ class _Waiting:
     topk: int
     future: asyncio.Future[list[list[Hit]]]
     since_s: float
-    """On the loop's clock."""
+    """Arrival time on the event loop's clock."""
 
 
 class SearchService:
-    """Batches and cache over a backend. `start`, `stop` and `swap` are called on the serving event loop.
+    """Batching and caching on top of a backend. Call `start`, `stop` and `swap` on the serving event loop.
 
     Args:
-        backend: asked from one thread, one batch at a time; closed when another takes its place.
-        max_batch: queries of one backend call, unless a single request brings more.
-        window_ms: how long a batch waits for company after its first query.
-        cache_size: results kept, least recently used dropped first, and 32 passages for each on average; 0 keeps none.
-        max_waiting: queries waiting at most; beyond it searches are refused.
-        metrics: where it counts.
+        backend: called from one thread, one batch at a time; closed when it is replaced.
+        max_batch: queries per backend call, unless a single request holds more.
+        window_ms: how long a batch waits for more queries after its first.
+        cache_size: results in the cache (least recently used), with 32 passages each on average; 0 disables it.
+        max_waiting: maximum number of waiting queries; further searches are refused.
+        metrics: counters to update.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SearchService:
         self.backend, self.metrics = backend, metrics or Metrics()
         self.fingerprint = backend.fingerprint()
         self.accepting = True
-        """False while the service ends."""
+        """False while the service shuts down."""
         self._max_batch, self._window_s = max_batch, window_ms / 1000
         self._cache: OrderedDict[bytes, tuple[int, list[Hit]]] = OrderedDict()
         self._cache_size, self._max_waiting, self._waiting = cache_size, max_waiting, 0
@@ -74,18 +74,18 @@ class SearchService:
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the batching task."""
         self._worker = asyncio.get_running_loop().create_task(self._work())
 
     @property
     def ready(self) -> bool:
-        """Whether searches are answered."""
+        """Whether searches are accepted and answered."""
         return self.accepting and self._worker is not None and not self._worker.done()
 
     def swap(self, backend: SearchBackend) -> None:
-        """Answer from another backend from now on; the batch in hand is finished by the old one, which is then closed.
+        """Use another backend from now on; the old one finishes the current batch and is then closed.
 
-        No search is dropped: what waits is answered by the new one.
+        No search is dropped: waiting searches are answered by the new backend.
         """
         old, self.backend = self.backend, backend
         self.fingerprint = backend.fingerprint()
@@ -93,10 +93,11 @@ class SearchService:
         self._cached_hits = 0
         self.metrics.set("cache_entries", 0)
         self.metrics.add("reloads", 1)
+        # The thread runs one job at a time, so the old backend is closed after the batch that it is working on.
         self._thread.submit(old.close)
 
     async def stop(self) -> None:
-        """Stop working; the batch in hand is finished, waiting searches are refused."""
+        """Stop; the current batch is finished, waiting searches are refused."""
         self.accepting = False
         if self._worker is not None:
             self._worker.cancel()
@@ -107,7 +108,7 @@ class SearchService:
         self._thread.shutdown(wait=True)
 
     async def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """Hits of each request, from the cache or from a batch.
+        """Hits of each request, from the cache or the backend.
 
         Raises:
             OverloadedError: too many queries are waiting.
@@ -122,6 +123,7 @@ class SearchService:
         return [known[request] for request in requests]
 
     async def _enqueue(self, requests: list[SearchRequest], topk: int) -> list[list[Hit]]:
+        # A single large request is accepted while nothing waits; otherwise it could never be served.
         if self._waiting and self._waiting + len(requests) > self._max_waiting:
             raise OverloadedError(f"{self._waiting} queries are waiting already")
         loop = asyncio.get_running_loop()
@@ -144,9 +146,10 @@ class SearchService:
                 await self._search_group(group, topk)
 
     async def _next_batch(self) -> dict[int, list[_Waiting]]:
-        """Waiting searches by topk: at once when they fill a batch, else when the first has waited for the window."""
+        """Next batch of waiting searches, by topk: at once if full, else when the first has waited `window_ms`."""
         loop = asyncio.get_running_loop()
         while True:
+            # Clear before counting, so that a search arriving in between ends the wait below.
             self._arrived.clear()
             waiting = sum(len(item.requests) for item in self._queue)
             left_s = self._queue[0].since_s + self._window_s - loop.time() if self._queue else None
@@ -159,7 +162,7 @@ class SearchService:
         while self._queue and (not taken or taken + len(self._queue[0].requests) <= self._max_batch):
             item = self._queue.popleft()
             taken += len(item.requests)
-            if not item.future.done():  # its client may have given up
+            if not item.future.done():  # the client may have disconnected
                 groups[item.topk].append(item)
         return groups
 
@@ -168,6 +171,7 @@ class SearchService:
         started, backend = time.perf_counter(), self.backend
         work = asyncio.get_running_loop().run_in_executor(self._thread, backend.search, requests, topk)
         try:
+            # A running backend call cannot be interrupted; the shield lets it finish when `stop` cancels this task.
             results = await asyncio.shield(work)
             if len(results) != len(requests):
                 raise SearchError(f"{len(requests)} searches given, {len(results)} results returned")
@@ -182,6 +186,7 @@ class SearchService:
             return
         self.metrics.searched(len(requests), time.perf_counter() - started)
         found = dict(zip(requests, results, strict=True))
+        # After a swap these hits come from the old index: return them, but do not cache them for the new one.
         if backend is self.backend:
             for request, hits in found.items():
                 self._remember(request, topk, hits)
@@ -194,6 +199,7 @@ class SearchService:
         if not self._cache_size:
             return None
         entry = self._cache.get(key := _key(request))
+        # The first passages of a deeper search serve a shallower one (see `SearchBackend`).
         if entry is None or entry[0] < topk:
             return None
         self._cache.move_to_end(key)
@@ -214,7 +220,7 @@ class SearchService:
 
 
 def _key(request: SearchRequest) -> bytes:
-    """Names a request in 16 bytes: with its history it may be a million characters long."""
+    """A 16-byte cache key: with its history a request can be a million characters long."""
     return hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
 
 

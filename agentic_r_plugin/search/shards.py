@@ -1,8 +1,7 @@
 """Encodes a corpus into shards of vectors: in this process, on every device of this node, or on a Ray cluster.
 
-A shard is a `.npy` file of (rows, D) float32 vectors, named after its first row, that appears whole or not at all. So
-workers share nothing but the folder: whoever finishes a shard has finished it, and a run that was killed goes on with
-the shards that are missing.
+A shard is a `.npy` file of (rows, D) float32 vectors, named by its first row and written atomically. Workers share only
+the folder: a shard that exists is finished, and a run that was killed continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What a worker needs to know to encode any shard of a corpus."""
+    """All a worker needs to encode any shard of a corpus."""
 
     corpus: str
     table: str
@@ -42,28 +41,28 @@ class ShardJob:
     retriever: str
     retriever_fingerprint: str
     load: dict[str, Any]
-    """Further arguments of `Retriever.load`, without the device."""
+    """Further arguments of `Retriever.load`, except the device."""
     folder: str
-    """Where the shards go; for Ray, one that every node sees."""
+    """Folder of the shards; with Ray, one that every node can see."""
     shard_size: int
     batch_size: int
     max_batch_tokens: int
 
     def path(self, start: int) -> Path:
-        """The shard that begins with row `start`."""
+        """Path of the shard that begins at row `start`."""
         return Path(self.folder) / f"{start:010d}.npy"
 
 
 def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: list[str], ray: RayWorkers) -> None:
-    """Encode every shard that is missing, with progress.
+    """Encode every missing shard, with a progress bar.
 
     Args:
-        retriever: used where one device of this process does the work.
-        devices: one worker process each, where there are several.
-        ray: actors of a Ray cluster instead, where there are any.
+        retriever: used if a single device of this process does the work.
+        devices: one worker process per device if there are several.
+        ray: actors of a Ray cluster, used instead if there are any.
 
     Raises:
-        RecordError: the retriever gives vectors that are not finite.
+        RecordError: the retriever returns vectors that are not finite.
         SearchError: a worker died.
     """
     starts = range(0, len(corpus), job.shard_size)
@@ -99,10 +98,10 @@ class ShardEncoder:
 
     @classmethod
     def open(cls, job: ShardJob, device: str) -> ShardEncoder:
-        """In a worker: load what the job names.
+        """In a worker: load the table and the retriever of the job.
 
         Raises:
-            IndexMismatchError: the retriever there is not the one the job was made with.
+            IndexMismatchError: the retriever is not the one that the job was made with.
         """
         retriever = Retriever.load(job.retriever, device=device, **job.load)
         if (found := retriever.fingerprint()) != job.retriever_fingerprint:
@@ -113,7 +112,7 @@ class ShardEncoder:
         return cls(job, Corpus(job.corpus, table=job.table), retriever)
 
     def encode(self, start: int) -> int:
-        """Write the shard that begins with row `start`; returns `start`."""
+        """Write the shard that begins at row `start`; returns `start`."""
         stop = start + _rows(self.job, len(self.corpus), start)
         vectors = self.retriever.encode_passages(
             [self.corpus[row] for row in range(start, stop)],
@@ -131,7 +130,7 @@ class ShardEncoder:
 
 
 def resolve_devices(text: str) -> list[str]:
-    """Devices of a setting: `auto` is every CUDA device of this node or the CPU; else a list such as `cuda:0,cuda:1`.
+    """Devices of a setting: `auto` is every CUDA device of this node, or the CPU; else a list such as `cuda:0,cuda:1`.
 
     Raises:
         ConfigError: a device that this torch does not have.
@@ -156,7 +155,7 @@ def resolve_devices(text: str) -> list[str]:
 
 _task: tuple[ShardJob, str] | None = None
 _encoder: ShardEncoder | None = None
-"""Of this worker process; loaded with its first shard, so that what goes wrong is that shard's error."""
+"""Encoder of this worker process; loaded with its first shard, so that a failure is reported as that shard's error."""
 
 
 def _begin(job: ShardJob, devices: Any, threads: int) -> None:
@@ -200,13 +199,13 @@ def _on_devices(job: ShardJob, missing: list[int], devices: list[str]) -> Iterat
 
 @dataclass(frozen=True, kw_only=True)
 class RayWorkers:
-    """Actors that encode; `count` 0 means that Ray is not used."""
+    """Ray actors that encode; with `count` 0, Ray is not used."""
 
     count: int = 0
     address: str = ""
-    """Of a running cluster (`auto`, `ray://…`); empty starts one on this machine."""
+    """Address of a running cluster (`auto`, `ray://…`); empty starts one on this machine."""
     gpus: float = 0.0
-    """Per actor."""
+    """GPUs per actor."""
 
 
 def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[int]:
@@ -234,10 +233,10 @@ def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[
 
 
 def _spread(job: ShardJob, missing: list[int], actors: list[Any]) -> Iterator[int]:
-    """Give every actor a shard at a time.
+    """Give each actor one shard at a time.
 
     Raises:
-        ConfigError: a shard that an actor has written is not to be seen here.
+        ConfigError: a shard written by an actor is not visible here.
     """
     import ray
 
@@ -260,7 +259,7 @@ def _spread(job: ShardJob, missing: list[int], actors: list[Any]) -> Iterator[in
 
 
 class _RayEncoder:
-    """A `ShardEncoder` as an actor; a restarted one loads the retriever again and goes on."""
+    """A `ShardEncoder` as an actor; after a restart it loads the retriever again and continues."""
 
     def __init__(self, job: ShardJob, device: str) -> None:
         self.encoder = ShardEncoder.open(job, device)

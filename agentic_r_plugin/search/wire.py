@@ -1,13 +1,13 @@
-"""The wire format of `POST /retrieve` (contract, section HTTP): what Search-R1's server speaks, and two optional lists.
+"""The wire format of `POST /retrieve` (contract, section HTTP): Search-R1's format with two optional lists.
 
 Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]]}`,
 answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`; without scores each inner
-list holds the documents themselves. Both may hold further fields, which are ignored; a `topk` of 0 or null is the
-service's default.
+list holds the documents themselves. Further fields are ignored in both; a `topk` of 0 or null means the service's
+default.
 
-Answers of other services are read too: documents with `contents`, with `text` and perhaps `title`, or with all of them;
-the id (`id`, `docid`, `_id`, a string or a whole number) in the document or next to it; answers without scores (0 is
-recorded); fewer passages than asked for. A document without an id is known by a hash of its text (`records.text_id`).
+Answers of other services can be read too: documents with `contents`, with `text` and perhaps `title`, or with all of
+them; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers without scores (0 is
+recorded); fewer passages than requested. A document without an id gets a hash of its text (`records.text_id`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from agentic_r_plugin.records import TEXT_ID, Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
 MAX_PASSAGES = 65_536
-"""Queries times topk of one request: what the client asks for at most, and the service's default limit."""
+"""Queries times topk of one request: the client's maximum, and the service's default limit."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address can only be reached from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
 
 
 def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, Any]:
-    """Body of a `/retrieve` request; the optional lists are sent only when they say something."""
+    """Body of a `/retrieve` request; the optional lists are sent only if they hold a value."""
     body: dict[str, Any] = {"queries": [item.query for item in requests], "topk": topk, "return_scores": True}
     if any(item.question is not None for item in requests):
         body["questions"] = [item.question for item in requests]
@@ -59,8 +59,8 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     """Hits of a parsed answer, best first.
 
     Raises:
-        SearchError: an answer that reports an error, not exactly one list per request, more hits than asked for, a
-            passage twice, a document without text, or a score that is not a finite number. An answer that is not whole
+        SearchError: the answer reports an error, does not hold one list per request, or holds more hits than requested,
+            a duplicate passage, a document without text, or a score that is not a finite number. An incomplete answer
             is never an empty result.
     """
     result = body.get("result") if isinstance(body, Mapping) else None
@@ -106,7 +106,7 @@ def _decode_hit(hit: Any, where: str) -> Hit:
 
 
 def _identifier(fields: Mapping[str, Any]) -> str:
-    """The id in one of its fields; empty where there is none."""
+    """The id from one of its fields; empty if there is none."""
     for name in ("id", "docid", "_id"):
         value = fields.get(name)
         if isinstance(value, float) and value.is_integer():

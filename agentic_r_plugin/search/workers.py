@@ -1,7 +1,7 @@
-"""Several worker processes of one retrieval service, and the supervisor that keeps them at work.
+"""Worker processes of one retrieval service, and the supervisor that keeps them running.
 
-All workers take connections from one listening socket, which the supervisor holds open: a worker that dies loses only
-the requests it had in hand, the others go on, and another takes its place with the index that is served by then.
+All workers accept connections from one listening socket, which the supervisor holds open. A worker that dies loses only
+its current requests; the others continue, and a new worker replaces it with the index that is served at that time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from agentic_r_plugin.search.service import SearchService
 log = logging.getLogger(__name__)
 
 _MAX_DEATHS, _DEATHS_WITHIN_S = 10, 60.0
-"""A service whose workers die more often than this gives up."""
+"""The service gives up if its workers die more often than this."""
 
 
 @dataclass
@@ -40,18 +40,18 @@ class _Worker:
     process: Any
     pipe: Connection
     fingerprint: str | None = None
-    """None until it answers."""
+    """None until the worker is ready."""
 
 
 class Supervisor:
-    """Starts, watches, reloads and ends the workers of a service.
+    """Starts, watches, reloads and stops the workers of a service.
 
     Args:
-        spec: what they serve.
-        count: how many.
+        spec: settings of the backend to serve.
+        count: number of workers.
         listener: the listening socket.
         settings: the `server.ServeConfig`.
-        stop_s: how long a worker may finish its requests when the service ends.
+        stop_s: seconds that a worker may take to finish its requests when the service stops.
     """
 
     def __init__(self, spec: SearchSpec, count: int, listener: socket.socket, settings: Any, *, stop_s: float) -> None:
@@ -64,14 +64,14 @@ class Supervisor:
         self._wanted: deque[tuple[int | None, dict[str, str]]] = deque()
 
     def run(self, ready: Callable[[str], contextlib.AbstractContextManager[None]]) -> None:
-        """Until SIGTERM or SIGINT; SIGHUP opens anew what the settings name.
+        """Run until SIGTERM or SIGINT; SIGHUP opens the current settings again.
 
         Args:
-            ready: entered with the index' fingerprint when every worker answers.
+            ready: entered with the index' fingerprint once every worker is ready.
 
         Raises:
-            ConfigError: what is to be served cannot be opened.
-            SearchUnavailableError: workers die again and again.
+            ConfigError: the backend cannot be opened.
+            SearchUnavailableError: workers die repeatedly.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stopping", True))
@@ -104,19 +104,21 @@ class Supervisor:
         self._workers[slot] = _Worker(process, ours)
 
     def _step(self) -> None:
-        """Wait a moment for what happens, and act on it."""
+        """Wait briefly for messages and deaths of workers, and handle them."""
         pipes = {worker.pipe: slot for slot, worker in self._workers.items()}
         ends = {worker.process.sentinel: slot for slot, worker in self._workers.items()}
         for found in multiprocessing.connection.wait([*pipes, *ends], timeout=0.2):
             if found in pipes:
                 with contextlib.suppress(EOFError, OSError):
                     self._hear(pipes[found], found.recv())  # type: ignore[index,union-attr]
+        # Messages come first: a worker that failed to start sends the reason before it ends.
         for slot in ends.values():
             if not self._workers[slot].process.is_alive():
                 self._replace(slot)
         if self._hangup:
             self._hangup = False
             self._wanted.append((None, {}))
+        # A reload needs an answer from every worker, so it waits until all of them are up.
         if self._reload is None and self._wanted and all(w.fingerprint for w in self._workers.values()):
             self._begin_reload(*self._wanted.popleft())
 
@@ -125,6 +127,7 @@ class Supervisor:
         if kind == "ready":
             self._workers[slot].fingerprint = content[0]
         elif kind == "failed" and not self._answering:
+            # At the start a failure is a wrong setting; later the old workers still serve, so it is only logged.
             raise ConfigError(content[0])
         elif kind == "failed":
             log.error("a new worker cannot open what is served: %s", content[0])
@@ -150,6 +153,7 @@ class Supervisor:
         log.warning("worker %d ended with code %s; starting another", slot, worker.process.exitcode)
         worker.pipe.close()
         self._start(slot)
+        # The new worker opens the old index, so a reload in progress cannot succeed on all workers.
         if self._reload is not None:
             self._reload.answers[slot] = f"worker {slot} ended meanwhile"
             self._finish_reload()
@@ -160,13 +164,14 @@ class Supervisor:
             _tell(worker, ("prepare", self._reload.spec))
 
     def _finish_reload(self) -> None:
-        """When all have answered: all change, or none."""
+        """Once all workers have answered, let all of them switch, or none."""
         reload = self._reload
         assert reload is not None
         if len(reload.answers) < self.count:
             return
         error = next((answer for answer in reload.answers.values() if answer is not None), None)
         if error is None:
+            # Set before the commit: workers started from now on open the new index.
             self.spec = reload.spec
         else:
             log.error("reload failed: %s", error)
@@ -178,7 +183,8 @@ class Supervisor:
         self._reload = None
 
     def _await_commit(self, slot: int) -> str:
-        """The new fingerprint, once every worker that lives uses it."""
+        """The new fingerprint, once every live worker uses it."""
+        # The caller may search at once, and any worker may answer: reply only when none serves the old index.
         waiting = {number for number, worker in self._workers.items() if worker.fingerprint}
         deadline = time.monotonic() + 10
         while waiting and time.monotonic() < deadline:
@@ -208,12 +214,12 @@ class Supervisor:
 
 @dataclass
 class _Reload:
-    """One reload in progress."""
+    """A reload in progress."""
 
     asked_by: int | None
     spec: SearchSpec
     answers: dict[int, str | None]
-    """Fault of each worker that has answered; None where it could open the index."""
+    """Error of each worker that has answered; None if it could open the index."""
 
 
 def _tell(worker: _Worker, message: tuple[Any, ...]) -> None:
@@ -230,10 +236,10 @@ def _work(
     metrics: Path,
     pipe: Connection,
 ) -> None:
-    """A worker process: open the backend, say so, serve until told to stop."""
+    """Main function of a worker process: open the backend, report it, serve until asked to stop."""
     from agentic_r_plugin.search.server import serve_here, share_of_machine
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the supervisor stops its workers
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def open_share(wanted: SearchSpec) -> SearchBackend:

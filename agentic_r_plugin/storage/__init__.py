@@ -1,1 +1,1 @@
-"""Outputs on disk: who owns one, what it is made from, work that survives a kill, records by key, fingerprints."""
+"""Outputs on disk: locks, inputs they were made from, work that survives a kill, records by key, fingerprints."""

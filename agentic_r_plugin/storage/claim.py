@@ -1,12 +1,12 @@
-"""Who may write an output, what it is made from, and whether it is done: the one resume protocol of the package.
+"""Lock of an output, what it is made from, and whether it is done: the only resume protocol of the package.
 
-An output is a file or a folder. These belong to it, next to a file (`OUT.lock`) or inside a folder (`OUT/.lock`):
+An output is a file or a folder. These files belong to it, next to a file (`OUT.lock`) or inside a folder (`OUT/.lock`):
 
 | suffix | holds |
 |---|---|
-| `.lock` | nothing; the process that works on the output holds a lock on it, and removes it when it ends |
-| `.manifest.json` | `made_from` and what else the command notes; written before any work |
-| `.work` | finished parts of the work, in the command's own form; removed at the end |
+| `.lock` | nothing; the process that works on the output holds a lock on it, and removes it at the end |
+| `.manifest.json` | `made_from` and further notes of the command; written before any work |
+| `.work` | finished parts of the work, in the command's own format; removed at the end |
 | the done file | the command's own report or result; written last, so its existence means done |
 """
 
@@ -27,7 +27,7 @@ from agentic_r_plugin.store import read_json, write_json
 
 LOCK, MANIFEST, WORK = ".lock", ".manifest.json", ".work"
 _SHOWN = 60
-"""Characters of a value in an error."""
+"""Characters of a value shown in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Output:
 
     Args:
         out: the output.
-        made_from: all that decides what it holds, as JSON values; each entry is compared on a resume.
+        made_from: everything that determines its content, as JSON values; a resume compares each entry.
         done: name of the done file: inside a folder, or the suffix of a file's name (`.report.json`).
         folder: whether the output is a folder.
-        late: entries that begin so become known only after models were loaded (`Claim.begin`).
-        at_end: entries that only a finished output depends on; they may change while it is unfinished.
+        late: prefixes of entries that are known only after models are loaded (`Claim.begin`).
+        at_end: entries that only affect a finished output; they may change while it is unfinished.
     """
 
     out: Path
@@ -51,14 +51,14 @@ class Output:
     at_end: frozenset[str] = frozenset()
 
     def path(self, suffix: str) -> Path:
-        """A file that belongs to the output."""
+        """Path of a file that belongs to the output."""
         return beside(self.out, suffix, folder=self.folder)
 
     def finished(self) -> dict[str, Any] | None:
-        """Content of the done file, when the output is done.
+        """Content of the done file, if the output is done.
 
         Raises:
-            ManifestMismatchError: it was begun from something else, or nothing says from what.
+            ManifestMismatchError: it was made from other inputs, or its inputs are unknown.
         """
         done = self.out / self.done if self.folder else self.path(self.done)
         result = read_json(done) if self.out.exists() and done.is_file() else None
@@ -85,20 +85,20 @@ class Output:
         return result
 
     def before(self) -> dict[str, Any] | None:
-        """What it was begun from; None when it was not begun."""
+        """`made_from` of an earlier run; None if there was none."""
         manifest = self.path(MANIFEST)
         return dict(read_json(manifest).get("made_from", {})) if manifest.is_file() else None
 
     @contextmanager
     def claim(self, *, resume: bool) -> Iterator[Claim]:
-        """Take the output for this process, or refuse; nothing is written but the lock.
+        """Lock the output for this process, or refuse; only the lock file is written.
 
         Args:
-            resume: go on with an output that was begun, or leave one that is done as it is.
+            resume: continue an unfinished output, or leave a finished one as it is.
 
         Raises:
-            OutputExistsError: another process works on it; or it is there, or was begun, without `resume`.
-            ManifestMismatchError: it was begun from something else, or nothing says from what.
+            OutputExistsError: another process works on it, or it exists or was started and `resume` is off.
+            ManifestMismatchError: it was made from other inputs, or its inputs are unknown.
         """
         with locked(self.out, folder=self.folder) as lock:
             if not resume:
@@ -107,12 +107,12 @@ class Output:
 
 
 class Claim:
-    """An output that this process works on.
+    """An output that this process is working on.
 
     Attributes:
-        work: where unfinished work is kept.
-        finished: content of the done file, when the output is done.
-        lock: the open lock file; a child process that inherits it holds the lock for as long as it lives.
+        work: path of unfinished work.
+        finished: content of the done file, if the output is done.
+        lock: the open lock file; a child process that inherits it holds the lock as long as it lives.
     """
 
     def __init__(self, output: Output, lock: IO[bytes]) -> None:
@@ -121,14 +121,14 @@ class Claim:
         self.finished = output.finished()
 
     def begin(self, loaded: Mapping[str, Any] | None = None, **notes: Any) -> None:
-        """Write the manifest, before any work; where the output is finished, only compare.
+        """Write the manifest before any work; for a finished output, only compare.
 
         Args:
             loaded: the `late` entries of `made_from`.
-            notes: what else the manifest holds, such as the configuration; not compared.
+            notes: further content of the manifest, such as the configuration; not compared.
 
         Raises:
-            ManifestMismatchError: the work was begun with other late entries.
+            ManifestMismatchError: the work was started with other late entries.
         """
         self.output = replace(self.output, made_from={**self.output.made_from, **(loaded or {})})
         self.finished = self.output.finished()
@@ -137,12 +137,12 @@ class Claim:
             self.note(version=__version__, made_from=made_from, **notes)
 
     def note(self, **notes: Any) -> None:
-        """Add to what the manifest holds besides `made_from`."""
+        """Add notes to the manifest, next to `made_from`."""
         before = read_json(self.manifest) if self.manifest.is_file() else {}
         write_json(self.manifest, before | notes)
 
     def noted(self, name: str, default: Any = None) -> Any:
-        """What `note` has kept under this name."""
+        """The note stored under this name."""
         return read_json(self.manifest).get(name, default) if self.manifest.is_file() else default
 
     def finish(self, report: Mapping[str, Any]) -> None:
@@ -169,7 +169,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
         except OSError as error:
             stream.close()
             raise OutputExistsError(f"{out}: another process is working on it; wait for it or end it") from error
-        # A process that ends removes its lock file; one that was opened before that locks nobody out.
+        # A process removes its lock file when it ends. A lock on such a removed file locks nobody out: open it again.
         if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
             break
         stream.close()
@@ -183,7 +183,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
 
 
 def beside(out: Path, suffix: str, *, folder: bool = False) -> Path:
-    """A file that belongs to an output: `OUT.suffix`, or `OUT/.suffix` for a folder."""
+    """Path of a file that belongs to an output: `OUT.suffix`, or `OUT/.suffix` for a folder."""
     return out / suffix if folder else _named(out, suffix)
 
 
@@ -192,10 +192,10 @@ def _named(out: Path, suffix: str) -> Path:
 
 
 def require_new(out: str | Path, *, folder: bool = False) -> None:
-    """Refuse to overwrite: for a command that is not to resume, also before it knows what the output is made from.
+    """Refuse to overwrite; for commands that cannot resume, or before the inputs of the output are known.
 
     Raises:
-        OutputExistsError: the output is there, or was begun.
+        OutputExistsError: the output exists, or was started.
     """
     out = Path(out)
     if _is_there(out):
@@ -208,7 +208,7 @@ def require_new(out: str | Path, *, folder: bool = False) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether a file or a folder holds anything; files of this module do not count."""
+    """Whether a file or folder has content; the files of this module do not count."""
     if path.is_dir():
         return any(item.name not in (LOCK, MANIFEST, WORK) for item in path.iterdir())
     return path.exists()

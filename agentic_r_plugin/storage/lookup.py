@@ -1,6 +1,6 @@
-"""Records of a file by key, whatever its order and size: the index is on disk, not in memory.
+"""Records of a file by key, in any order and of any size: the index is on disk, not in memory.
 
-A stage reads one file in order (its units) and looks up what other files hold for each unit.
+A stage reads one file in order (its units) and looks up the records of each unit in other files.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def key_hash(key: str) -> int:
 
 
 class HashIndex:
-    """A multimap from 64-bit hashes to numbers, in a temporary SQLite file; values of one hash keep their order.
+    """A multimap from 64-bit hashes to numbers, in a temporary SQLite file; values of a hash keep their order.
 
     Args:
-        folder: where the temporary file is, without a name.
+        folder: folder of the unnamed temporary file.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
-            # Nobody else sees the file and it is gone after a crash: no locks, no journal, no waiting for the disk.
+            # The file is private and is gone after a crash, so it needs no locks, no journal and no syncing.
             self._db.executescript(
                 "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
                 "CREATE TABLE entry (hash INTEGER, value INTEGER); BEGIN;"
@@ -48,15 +48,15 @@ class HashIndex:
         return self._size
 
     def add(self, hashed: int, value: int) -> None:
-        """Add an entry, before `finish`."""
+        """Add an entry; only before `finish`."""
         self._waiting.append((hashed, value))
         if len(self._waiting) >= _ADDED_AT_ONCE:
             self._flush()
 
     def finish(self) -> list[int]:
-        """Sort; returns the hashes that occur more than once."""
+        """Build the index; returns the hashes that occur more than once."""
         self._flush()
-        # Sorting once at the end is many times faster than keeping a sorted tree while hashes arrive in random order.
+        # Sorting once at the end is many times faster than inserting random hashes into a sorted tree.
         self._db.execute("COMMIT")
         self._db.execute("CREATE INDEX by_hash ON entry (hash)")
         repeated = self._db.execute("SELECT hash FROM entry GROUP BY hash HAVING COUNT(*) > 1")
@@ -78,15 +78,15 @@ class HashIndex:
 
 
 class KeyedRecords(Generic[RecordType]):
-    """The records of a file, by key.
+    """The records of a file, looked up by key.
 
     Args:
-        path: a record file or a folder of shards; gzipped and Parquet ones are unpacked into a temporary file.
-        cls: the type of its records.
-        key: names a record's key.
+        path: a record file or a folder of shards; gzipped and Parquet files are unpacked into a temporary file.
+        cls: type of the records.
+        key: returns a record's key.
         many: whether a key may have several records.
-        folder: for temporary files; None: the file's own.
-        reader: reads a file's records where `read_records` does not; they are copied into a temporary file.
+        folder: for temporary files; None uses the file's own folder.
+        reader: reads the records if `read_records` cannot; they are copied into a temporary file.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class KeyedRecords(Generic[RecordType]):
         self._index: HashIndex | None = None
 
     def open(self) -> None:
-        """Read the whole file once, so that a broken line is found now; later calls do nothing.
+        """Read the whole file once, so that a broken line is found early; later calls do nothing.
 
         Raises:
-            RecordError: no such file, a broken record, or a key that occurs twice where it may not.
+            RecordError: no such file, a broken record, or a duplicate key where `many` is False.
         """
         if self._index is not None:
             return
@@ -124,18 +124,18 @@ class KeyedRecords(Generic[RecordType]):
                 self._refuse_twice(hashed)
 
     def find(self, key: str) -> list[RecordType]:
-        """Records of a key, in the order of the file."""
+        """Records of a key, in file order."""
         self.open()
         assert self._index is not None
         found = [self._read(value) for value in self._index.find(key_hash(key))]
         return [record for record in found if self.key(record) == key]
 
     def get(self, key: str) -> RecordType | None:
-        """The record of a key, or None."""
+        """The record of a key, or None if there is none."""
         return next(iter(self.find(key)), None)
 
     def close(self) -> None:
-        """Give files back; safe to call twice."""
+        """Close files; safe to call twice."""
         for _, stream in self._files:
             stream.close()
         self._files = []
@@ -144,7 +144,7 @@ class KeyedRecords(Generic[RecordType]):
             self._index = None
 
     def _lines(self, shard: Path) -> Iterator[tuple[int, int, object]]:
-        """(offset, line number, parsed line) of a shard; the offset is that in the file kept open for reading."""
+        """(offset, line number, parsed line) of a shard; the offset is in the file that stays open for reading."""
         if self.reader is None and shard.suffix == ".jsonl" and shard.is_file():
             stream: IO[bytes] = shard.open("rb")
             self._files.append((shard, stream))
@@ -184,6 +184,6 @@ class KeyedRecords(Generic[RecordType]):
 
 
 def _scratch(folder: Path) -> IO[bytes]:
-    """An unnamed temporary file, gone with the process."""
+    """An unnamed temporary file, which is gone when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryFile(dir=folder)

@@ -1,8 +1,8 @@
-"""Finished units of a long job in one SQLite file, so that a process that is killed loses only what was under way.
+"""Finished units of a long job in one SQLite file, so that a killed process loses only the batches in flight.
 
-Rows are known by their position in the input, so the output is read in that order whatever the order of the work. A
-batch is one transaction, on disk when `add` returns. SQLite keeps a rollback journal: its write-ahead log needs shared
-memory, which network disks do not give.
+Rows are keyed by their position in the input, so the output is written in input order whatever the order of the work.
+Each batch is one transaction and is on disk when `add` returns. SQLite uses a rollback journal: its write-ahead log
+needs shared memory, which network disks do not provide.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ class Outcome:
 
     records: tuple[Record, ...] = ()
     dropped: str | None = None
-    """Why the unit gave no record; counted by this reason."""
+    """Reason why the unit gave no record; the report counts units by reason."""
     error: str | None = None
-    """What went wrong. The unit is finished like the others; it is asked again only by a resume after the work was
-    given up because of too many errors. With `dropped` too, the unit was refused, which is not the judge's error."""
+    """What went wrong. The unit counts as finished; it is only retried by a resume after the work was given up because
+    of too many errors. If `dropped` is also set, the unit was refused, which is not an error of the judge."""
 
     @classmethod
     def refused(cls, error: object) -> Outcome:
-        """A unit that a model, a retriever or the limits do not take; others may be taken."""
+        """Outcome of a unit that a model, a retriever or the limits refuse; other units may be accepted."""
         return cls(dropped=REFUSED, error=str(error))
 
 
 REFUSED = "refused"
-"""Reason of units that were refused."""
+"""Reason of refused units."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A finished unit as it is kept."""
+    """A finished unit as it is stored."""
 
     key: str
     records: bytes
-    """JSON Lines."""
+    """Records as JSON Lines."""
     count: int
-    """Records."""
+    """Number of records."""
     dropped: str | None
     error: str | None
 
 
 class WorkTable:
-    """The finished units of one output. One process uses it at a time (`claim`).
+    """The finished units of one output. Only one process may use it at a time (`claim`).
 
     Attributes:
-        round: how often the work was given up because of too many errors; errors of earlier rounds are asked again.
-        num_errors, num_refused: units of this round whose judge failed, and that were refused.
-        cost: what the finished units cost, by name.
+        round: number of times the work was given up because of too many errors; errors of earlier rounds are retried.
+        num_errors, num_refused: units of this round whose judge failed, and units that were refused.
+        cost: total cost of the finished units, by name.
 
     Raises:
         RecordError: the file is damaged.
@@ -82,8 +82,8 @@ class WorkTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None)
         with self._checked():
-            # Exclusive: no other process reads it, so locks are taken once. Truncating the rollback journal is cheaper
-            # than removing it with each transaction.
+            # Exclusive: no other process reads the file, so locks are taken only once. Truncating the rollback journal
+            # is cheaper than deleting it in each transaction.
             self._db.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = TRUNCATE;" + _SCHEMA)
             self.cost: dict[str, Any] = dict(self._db.execute("SELECT name, amount FROM spent"))
             self.round = int(self.cost.pop("", 0))
@@ -97,7 +97,7 @@ class WorkTable:
         self._db.close()
 
     def finished(self, total: int) -> bytearray:
-        """One byte for each of `total` units, 1 where it needs no further work."""
+        """One byte per unit, for `total` units: 1 if it needs no further work."""
         done = bytearray(total)
         with self._checked():
             for (position,) in self._db.execute("SELECT position FROM unit"):
@@ -108,7 +108,7 @@ class WorkTable:
         return done
 
     def add(self, units: Sequence[tuple[int, str, Outcome]], spent: Mapping[str, Any]) -> None:
-        """Keep a batch of units (position, key, outcome) and what it cost."""
+        """Store a batch of units (position, key, outcome) and its cost."""
         rows = []
         for position, key, outcome in units:
             records = b"".join(dump_line(record.to_dict()) for record in outcome.records)
@@ -125,19 +125,19 @@ class WorkTable:
         self.num_errors += len(failed) - sum(failed)
 
     def next_round(self) -> None:
-        """Give up: a resume asks again what failed so far."""
+        """Start a new round when the work is given up, so that a resume retries all units that failed so far."""
         self.round += 1
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO spent VALUES ('', ?)", (self.round,))
         self.num_errors = self.num_refused = 0
 
     def clear(self) -> None:
-        """Forget all units; what they cost stays."""
+        """Remove all units; their cost is kept."""
         with self._transaction():
             self._db.execute("DELETE FROM unit")
 
     def first_error(self) -> str | None:
-        """Unit and error of the first that failed in this round."""
+        """Unit and error of the first failure of this round."""
         with self._checked():
             found = self._db.execute(
                 "SELECT key, error FROM unit WHERE error IS NOT NULL AND round = ? ORDER BY position", (self.round,)
@@ -145,10 +145,10 @@ class WorkTable:
         return None if found is None else f"{found[0]}: {found[1]}"
 
     def rows(self, first: int = 0, last: int | None = None) -> Iterator[Row]:
-        """Finished units in the order of the input, from position `first` up to, not with, `last`.
+        """Finished units in input order, from position `first` up to but excluding `last`.
 
         Raises:
-            RecordError: a row is not what was written.
+            RecordError: a row differs from what was written.
         """
         query = "SELECT key, records, count, dropped, error, checksum FROM unit WHERE position >= ? AND position < ?"
         with self._checked():
@@ -161,7 +161,7 @@ class WorkTable:
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Delete a table that is closed, if there is one."""
+        """Delete a closed table if it exists."""
         for file in (path, path.with_name(path.name + "-journal")):
             file.unlink(missing_ok=True)
 
@@ -177,17 +177,17 @@ class WorkTable:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk has ended it already
+                if self._db.in_transaction:  # a full disk may have ended it already
                     self._db.execute("ROLLBACK")
                 raise
 
     @contextmanager
     def _checked(self) -> Iterator[None]:
-        """SQLite's errors as the package's own, or as the system's where the disk is full."""
+        """Turn SQLite's errors into the package's own, or into OSError if the disk is full."""
         try:
             yield
         except sqlite3.DatabaseError as error:
-            code = error.sqlite_errorcode & 0xFF  # without the extended code
+            code = error.sqlite_errorcode & 0xFF  # primary code, without the extended bits
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise RecordError(f"damaged ({error}); remove it and begin again", path=self.path) from error
             number = errno.ENOSPC if code == sqlite3.SQLITE_FULL else errno.EIO
