@@ -2,9 +2,9 @@
 
 PPO rewards, correctness rollouts and evaluation all score with these functions, so the three cannot disagree.
 
-SQuAD's normalisation drops articles and punctuation, which leaves nothing of the answers "The The", "!!!" and "A". Such
-an answer is compared with its articles, and if it has no words at all, as it is written; letter case and white space
-never count. An empty prediction therefore matches nothing. All other answers are compared as FlashRAG compares them.
+SQuAD's normalisation drops articles and punctuation, so nothing is left of the answers "The The", "!!!" and "A". Such
+an answer is compared with its articles, and if it has no words at all, with its punctuation; letter case and white
+space never count. An empty prediction therefore matches nothing. All other answers are compared as in FlashRAG.
 
 Chinese, Japanese, Thai and other scripts do not separate words by spaces (and Korean joins particles to them). Answer
 recall and F1 count each character of these scripts as one word.
@@ -43,7 +43,7 @@ def normalize(text: str) -> str:
 
 
 def tokens(text: str) -> list[str]:
-    """Words of the normalised text; each character of a script without spaces is a word.
+    """Words of the normalised text; in scripts without spaces, each character is a word.
 
     >>> tokens("The Tokyo 東京!")
     ['tokyo', '東', '京']
@@ -53,18 +53,18 @@ def tokens(text: str) -> list[str]:
 
 
 def _levels(text: str) -> tuple[str, str, str]:
-    """The text normalised; with its articles; with its punctuation too."""
+    """The text normalised; with its articles; with its articles and punctuation."""
     plain = " ".join(text.lower().split())
     return normalize(text), " ".join(plain.translate(_PUNCTUATION).split()), plain
 
 
 def _compared(text: str) -> str:
-    """The first of the levels at which something is left of the text."""
+    """The first non-empty level of the text."""
     return next(filter(None, _levels(text)), "")
 
 
 def _holds_words(text: str, gold: str) -> bool:
-    """Whether the text holds a gold answer that normalises to nothing, as whole words of the gold answer's level."""
+    """Whether the text contains, as whole words, a gold answer that normalises to nothing; compared level by level."""
     levels = zip(_levels(text), _levels(gold), strict=True)
     return any(wanted and f" {wanted} " in f" {given} " for given, wanted in levels)
 
@@ -74,7 +74,7 @@ def _as_list(golden_answers: str | Iterable[str]) -> list[str]:
 
 
 def is_closed(golden_answers: str | Iterable[str]) -> bool:
-    """Whether finding a gold answer in a passage says nothing: all are yes, no or an article, or there is none.
+    """Whether finding a gold answer in a passage means nothing: all are yes, no or an article, or there is none.
 
     >>> is_closed(["Yes."]), is_closed(["no", "Norway"]), is_closed([])
     (True, False, True)
@@ -83,7 +83,7 @@ def is_closed(golden_answers: str | Iterable[str]) -> bool:
 
 
 def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
-    """Whether the prediction equals any gold answer after normalisation; an empty prediction, or none, never matches.
+    """Whether the prediction equals a gold answer after normalisation; an empty or missing prediction never matches.
 
     >>> exact_match("the Nile", ["Nile", "River Nile"])
     True
@@ -95,9 +95,9 @@ def exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> 
 
 
 def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str]) -> bool:
-    """Whether the prediction holds any gold answer after normalisation, words cut or not (FlashRAG's `acc`).
+    """Whether the prediction contains a gold answer after normalisation, also within words (FlashRAG's `acc`).
 
-    A gold answer that normalises to nothing is looked for as whole words.
+    A gold answer that normalises to nothing must occur as whole words.
 
     >>> sub_exact_match("It is the Nile.", ["Nile"]), sub_exact_match(None, ["The"]), sub_exact_match("Paris", ["The"])
     (True, False, False)
@@ -127,9 +127,9 @@ def _f1_one(prediction: str, gold: str) -> float:
 
 
 def f1(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
-    """Highest token F1 over the gold answers, in 0..1; no prediction scores 0.
+    """Highest token F1 over the gold answers, in 0..1; a missing prediction scores 0.
 
-    Yes, no and "noanswer" only ever match themselves, as in HotpotQA's scorer and FlashRAG's.
+    Yes, no and "noanswer" only match themselves, as in the scorers of HotpotQA and FlashRAG.
 
     >>> f1("Marie Curie", ["Curie"])
     0.6666666666666666
@@ -140,10 +140,10 @@ def f1(prediction: str | None, golden_answers: str | Iterable[str]) -> float:
 
 
 def contains_answer(text: str, golden_answers: str | Iterable[str]) -> bool:
-    """Whether the text holds any gold answer as a run of whole normalised words (answer recall).
+    """Whether the text contains a gold answer as a run of whole normalised words (answer recall).
 
-    A gold answer that normalises to nothing is looked for with its articles and punctuation; an article alone, which
-    nearly every text holds, is never found.
+    A gold answer that normalises to nothing is searched for with its articles and punctuation. A lone article, which
+    nearly every text contains, is never found.
 
     >>> contains_answer("He was born in Paris, France.", ["paris"])
     True

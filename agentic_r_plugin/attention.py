@@ -1,4 +1,4 @@
-"""Attention of texts that lie end to end in one row: a token sees its own text only, and no position is padding.
+"""Attention over texts packed end to end in one row: each token attends to its own text only; there is no padding.
 
 Shapes: T tokens of all texts, H heads, G key-value heads, K head size, N texts.
 """
@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 _KERNEL_SIZE = 256
-"""Largest head; the kernel wants a multiple of 8."""
+"""Largest head size of the kernel, which requires a multiple of 8."""
 _KERNEL_CAPABILITY = (8, 0)
-"""NVIDIA's Ampere, the oldest that torch's flash attention was written for."""
+"""NVIDIA's Ampere, the oldest architecture that torch's flash attention supports."""
 
 
 def attend(
@@ -32,13 +32,13 @@ def attend(
 ) -> Tensor:
     """Attention of each text to itself, (1, T, H, K).
 
-    torch's variable-length flash attention does it in one call where it can (`has_kernel`; it knows no dropout).
-    Elsewhere neighbouring texts of equal length are one call without a mask.
+    One call of torch's variable-length flash attention where it is supported (`has_kernel`; it has no dropout).
+    Elsewhere, neighbouring texts of equal length share one call without a mask.
 
     Args:
-        ends: (N + 1,) int32, where the texts begin and end, from 0.
+        ends: (N + 1,) int32 text boundaries, starting at 0.
         longest: tokens of the longest text.
-        lengths: tokens of each text, where they are known on the host; read from `ends` otherwise.
+        lengths: tokens of each text, if known on the host; otherwise read from `ends`.
     """
     size = query_1HTK.shape[-1]
     if dropout == 0 and size % 8 == 0 and size <= _KERNEL_SIZE and has_kernel(query_1HTK.device, query_1HTK.dtype):
@@ -63,7 +63,7 @@ def attend(
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length attention runs there: CUDA, half precision, Ampere or newer."""
+    """Whether torch's variable-length attention is supported: CUDA, half precision, Ampere or newer."""
     return (
         device.type == "cuda"
         and dtype in _KERNEL_DTYPES
@@ -73,7 +73,7 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(first token, texts, tokens of each) of neighbouring texts of equal length.
+    """(first token, number of texts, tokens per text) of runs of neighbouring texts of equal length.
 
     >>> list(_runs([2, 2, 3]))
     [(0, 2, 2), (4, 1, 3)]

@@ -1,8 +1,8 @@
-"""Opens language models and retrievers by name: the typed settings of the two backend kinds, shared by all commands.
+"""Opens language models and retrievers by name: the typed settings of both backend kinds, shared by all commands.
 
-A backend class (component kinds `llm_backend` and `search_backend`) has a class method `from_spec(spec)`; settings that
-only one backend knows go into `options`. Those that cannot change the result are declared in a dataclass `Options` in
-the class (`config.options_of`).
+A backend class (component kinds `llm_backend` and `search_backend`) has a class method `from_spec(spec)`. Settings of
+a single backend go into `options`; those that cannot change the result are declared in a dataclass `Options` in the
+class (`config.options_of`).
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ class SearchSpec:
 
 
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
-"""Options of backends and scorers that name a file or a folder."""
+"""Options of backends and scorers that hold the path of a file or a folder."""
 
 
 Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)
 
 
 def with_absolute_paths(spec: Spec) -> Spec:
-    """The same for a process in another folder: paths that are there, absolute. A model that a server knows is none."""
+    """Make existing paths absolute, for a process in another folder. With `openai`, `model` is a name and unchanged."""
     names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else {"index", "corpus", "retriever"}
     if spec.backend == "openai":
         names -= {"model"}
@@ -104,13 +104,13 @@ def with_absolute_paths(spec: Spec) -> Spec:
 
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a backend or a scorer for a process in another folder: those that name files and folders, absolute."""
+    """Options of a backend or scorer with the paths of existing files and folders made absolute."""
     return {name: absolute(value) if name in _PATH_OPTIONS else value for name, value in options.items()}
 
 
 @contextmanager
 def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
-    """The language model that `spec` names; closed when the block ends.
+    """Open the language model that `spec` names; closed at the end of the block.
 
     Raises:
         UnknownComponentError: no such backend.
@@ -124,7 +124,7 @@ def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
 
 
 def _replicated(spec: LLMSpec) -> LLMBackend:
-    """The engines of `spec`, each with as many accelerators as it splits a model over; none where there are none."""
+    """Replicas of the backend, each with as many GPUs as one model is split over; 0 on the CPU."""
     from agentic_r_plugin.llm.replicas import ReplicatedBackend
 
     one = replace(with_absolute_paths(spec), replicas=1)
@@ -134,7 +134,7 @@ def _replicated(spec: LLMSpec) -> LLMBackend:
 
 @contextmanager
 def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
-    """The retriever that `spec` names; closed when the block ends.
+    """Open the retriever that `spec` names; closed at the end of the block.
 
     Raises:
         UnknownComponentError: no such backend.
@@ -149,7 +149,7 @@ def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
 
 
 def build_search(spec: SearchSpec) -> SearchBackend:
-    """As `open_search`, for a caller that closes it itself."""
+    """Like `open_search`, for a caller that closes the backend itself."""
     backend: SearchBackend = _build("search_backend", spec.backend, spec)
     return backend
 

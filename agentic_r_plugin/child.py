@@ -1,10 +1,10 @@
-"""A command of this package in a process of its own, or in several under torchrun.
+"""Runs a command of this package in a child process, or in several under torchrun.
 
-What a phase took, the accelerator's memory too, is free again when it ends. The processes end soon after the one that
-started them, however that ended: once the command is given again, two would otherwise write one folder.
+When the process ends, everything a phase used is freed, including accelerator memory. Children end soon after their
+parent, however it ended: otherwise a repeated command and an old child would write to the same folder.
 
-Their own descendants end with them, Ray's daemons and workers and torchrun's included. They are found by their parents:
-Ray leaves process groups and sessions.
+Descendants of children end too, including the daemons and workers of Ray and torchrun. They are found through their
+parent processes, because Ray leaves process groups and sessions.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.store import read_json, write_json
 
 _TERMINATE_S = 4.0
-"""Time for a process to end by itself after SIGTERM."""
+"""Seconds that a process gets to end after SIGTERM."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From `linux/prctl.h`."""
 _CLEANUP_S = 7.0
-"""Time for this process to end after a signal, its children included."""
+"""Seconds that this process and its children get to end after a signal."""
 
 
 def run_command(name: str, config: Any, *, processes: int = 1) -> None:
-    """`agentic-r NAME --resume` with `config`, in one process or in `processes` of this node; waits for the end.
+    """Run `agentic-r NAME --resume` with `config` in `processes` processes of this node; wait for the end.
 
     Raises:
         AgenticRError: the command raised it.
-        TrainingError: it ended without a word of ours; what it printed stands on stderr.
+        TrainingError: it ended without reporting an error; its output is on stderr.
     """
     with _started(name, config, processes) as wait:
         wait()
 
 
 def run_side_by_side(name: str, configs: Sequence[Any]) -> None:
-    """`agentic-r NAME --resume` with each configuration at the same time; the processor's cores are shared out.
+    """Run `agentic-r NAME --resume` with all configurations at the same time, sharing the CPU cores.
 
     Raises:
-        AgenticRError: as `run_command`, of the first that failed; the others have ended by then.
+        AgenticRError: as in `run_command`, for the first that failed; the others have ended by then.
     """
     shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(configs))), "TQDM_DISABLE": "1"}
     failed: AgenticRError | None = None
@@ -72,7 +72,10 @@ def run_side_by_side(name: str, configs: Sequence[Any]) -> None:
 def _started(
     name: str, config: Any, processes: int, variables: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Callable[[], None]]:
-    """A command as a process; yields what waits for its end and raises its fault. It has ended when the block ends."""
+    """Start a command as a process; yields a function that waits for its end and raises its error.
+
+    The process has ended when the block ends.
+    """
     with tempfile.TemporaryDirectory(prefix="agentic-r-") as folder:
         settings, fault = Path(folder) / "config.yaml", Path(folder) / "fault.json"
         save_config(config, settings)
@@ -95,31 +98,31 @@ def _started(
 
 
 def _fault_of(name: str) -> type[AgenticRError]:
-    """The fault of that name; of a third party's own, the base of all."""
+    """The error class of that name; for classes of third parties, the base class."""
     found = getattr(errors, name, None)
     return found if isinstance(found, type) and issubclass(found, AgenticRError) else AgenticRError
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its descendants: by SIGTERM to it, then by SIGKILL to all."""
+    """End a process and its descendants: SIGTERM to the process, then SIGKILL to all."""
     below = _descendants(process.pid)
     try:
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_TERMINATE_S)
-    finally:  # a second interrupt leaves nothing behind, either
+    finally:  # also after a second interrupt
         _kill([*below, *_descendants(process.pid)])
         process.kill()
         process.wait()
 
 
 def die_with(parent: int, *, politely: bool = False, family: bool = False) -> None:
-    """End this process soon after its parent, process `parent`, is gone.
+    """End this process soon after its parent process `parent` has ended.
 
     Args:
-        politely: by SIGTERM to itself; SIGKILL follows where that does not end it in time.
-        family: end its descendants, too.
+        politely: send SIGTERM to itself first; SIGKILL follows if that does not end it in time.
+        family: also end its descendants.
     """
     if family:
         _adopt_orphans(True)
@@ -139,10 +142,10 @@ def die_with(parent: int, *, politely: bool = False, family: bool = False) -> No
 
 @contextmanager
 def family() -> Iterator[None]:
-    """A command's whole work: SIGINT, SIGTERM and SIGHUP end it and every process it has started, soon.
+    """Context of a command: SIGINT, SIGTERM and SIGHUP end it and all processes it has started.
 
-    The signal becomes an exception (KeyboardInterrupt, else SystemExit), so that files are closed and workers stopped
-    in order; what is left `_CLEANUP_S` seconds later is killed. A signal that is ignored, as under `nohup`, stays so.
+    The signal becomes an exception (KeyboardInterrupt or SystemExit), so that files are closed and workers stopped in
+    order; whatever is left after `_CLEANUP_S` seconds is killed. Ignored signals, as under `nohup`, stay ignored.
     """
     earlier = {item.pid for item in psutil.Process().children()}
     handlers: dict[int, Any] = {}
@@ -190,13 +193,13 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _adopt_orphans(wanted: bool) -> None:
-    """Stay the ancestor of descendants whose own parent ended first (Linux); elsewhere they are not found again."""
+    """Become the parent of descendants whose own parent ended first (Linux); elsewhere they can no longer be found."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 def _main(arguments: Sequence[str]) -> int:
-    """`PARENT PROCESSES COMMAND CONFIG FAULT`; PARENT is empty in torchrun's own processes."""
+    """Main function; arguments `PARENT PROCESSES COMMAND CONFIG FAULT`. PARENT is empty in torchrun's processes."""
     parent, processes, name, settings, fault = arguments
     die_with(int(parent) if parent else os.getppid(), family=bool(parent))
     if int(processes) > 1:

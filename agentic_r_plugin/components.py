@@ -1,11 +1,11 @@
-"""Registered components: the one way to add a part to this package, for us and for third parties alike.
+"""Registered components: the only way to add a part to this package, for us and for third parties.
 
 A package declares entry points in the group `agentic_r_plugin.components`, named `KIND.NAME`:
 
     [project.entry-points."agentic_r_plugin.components"]
     "query_formulation.my_formulation" = "my_package.queries:my_formulation"
 
-What the object behind a name must be depends on its kind:
+The object behind a name depends on its kind:
 
 | kind | the object |
 |---|---|
@@ -17,8 +17,8 @@ What the object behind a name must be depends on its kind:
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
 
 A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the
-metadata `config.FREE` cannot change the result and may differ when work is resumed; every other option, also one that
-is not declared, must stay the same.
+metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
+not, must stay the same.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ KINDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One registered component: what it is, what it is called, and which distribution brought it."""
+    """A registered component: its kind, its name, and the distribution that provides it."""
 
     kind: str
     name: str
     package: str
     target: str
-    """Where it lives, `module:attribute`."""
+    """Location of the object, `module:attribute`."""
 
 
 @cache
@@ -76,7 +76,7 @@ def _package(point: EntryPoint) -> str:
 
 
 def components() -> Iterator[Component]:
-    """All registered components, ordered by kind and name. Nothing is imported."""
+    """All registered components, ordered by kind and name, without importing them."""
     for (kind, name), point in sorted(_registry().items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1])):
         yield Component(kind=kind, name=name, package=_package(point), target=point.value)
 
@@ -91,7 +91,7 @@ def load(kind: str, name: str) -> Any:
     """The object registered as `kind.name`.
 
     Raises:
-        UnknownComponentError: nothing is registered under that name; the message lists what is.
+        UnknownComponentError: the name is not registered; the message lists the registered names.
         ConfigError: the component's module cannot be imported.
     """
     point = _registry().get((kind, name))

@@ -1,7 +1,7 @@
-"""The floating-point type in which a device computes fast. Every setting `auto` of a precision is resolved here.
+"""The floating-point type in which a device computes fast. Every precision `auto` is resolved here.
 
-The answer depends on the kind of device and not on a measurement, so that the same inputs give the same bytes on every
-machine of one kind. Computed types are named as in PyTorch: `float32`, `bfloat16`, `float16`.
+The result depends on the kind of device, not on a measurement, so that the same inputs give the same bytes on every
+machine of that kind. Types are named as in PyTorch: `float32`, `bfloat16`, `float16`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 TYPES = ("float32", "bfloat16", "float16")
 _SHOWN = "AGENTIC_R_COMPUTE_SHOWN"
-"""Set once a command has printed the type, so that its child processes do not print it again."""
+"""Set after a command has printed the type, so that its child processes do not print it again."""
 _WITHOUT_BFLOAT16 = frozenset(
     {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 )  # fmt: skip
-"""Values of oneDNN's limit on the instruction set that exclude bfloat16."""
+"""Values of oneDNN's instruction set limit that exclude bfloat16."""
 
 
 def fast_type(device: Any = "auto") -> str:
-    """`bfloat16` where `device` has instructions for it, else `float32`. The first answer is printed on stderr.
+    """`bfloat16` if `device` has instructions for it, else `float32`. The first result is printed on stderr.
 
-    bfloat16 without such instructions is emulated: on a CPU with AVX2 alone it is 14 to 40 times slower than float32.
+    Without such instructions bfloat16 is emulated: on a CPU with only AVX2 it is 14 to 40 times slower than float32.
 
     Args:
-        device: a torch device or its name; `auto` is CUDA where there is one, else the CPU.
+        device: a torch device or its name; `auto` is CUDA if available, else the CPU.
     """
     name = device_name(device)
     found = "bfloat16" if _native_bfloat16(name) else "float32"
@@ -38,7 +38,7 @@ def fast_type(device: Any = "auto") -> str:
 
 
 def type_for(saved: str, device: Any) -> str:
-    """The type to compute in with weights that were saved in `saved`: the same, or float32 where it would be emulated.
+    """Type to compute in with weights saved as `saved`: the same type, or float32 if it would be emulated.
 
     >>> type_for("float32", "cpu")
     'float32'
@@ -47,19 +47,19 @@ def type_for(saved: str, device: Any) -> str:
 
 
 def resolve(choice: str, device: Any) -> str:
-    """A precision as configured, with `auto` resolved for `device`."""
+    """The configured precision, with `auto` resolved for `device`."""
     return fast_type(device) if choice == "auto" else choice
 
 
 def device_name(device: Any) -> str:
-    """`auto` resolved; the index of a device is kept."""
+    """The device name, with `auto` resolved; a device index is kept."""
     import torch
 
     return str(device) if str(device) != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe(name: str) -> str:
-    """A device in a few words, for people."""
+    """Short description of a device for messages."""
     import torch
 
     if name.startswith("cuda"):
@@ -86,7 +86,7 @@ def _native_bfloat16(name: str) -> bool:
 
 
 def _cpu_has_bfloat16(torch: Any) -> bool:
-    """Whether the processor has the instructions, and oneDNN, which computes the products, may use them."""
+    """Whether the CPU has the instructions and oneDNN, which computes the products, may use them."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     has = torch.cpu.get_capabilities()
     if limit.upper() in _WITHOUT_BFLOAT16 or not any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):

@@ -1,7 +1,7 @@
-"""Typed configuration: a YAML file and `key=value` overrides into a frozen dataclass, on OmegaConf.
+"""Typed configuration: a YAML file and `key=value` overrides, merged into a frozen dataclass with OmegaConf.
 
-Unknown keys and wrong types are errors that name the file and the key; what was resolved is saved beside the output.
-A file may build on another one: `extends: FILE`, a path seen from its own folder.
+Unknown keys and wrong types are errors that name the file and the key. The resolved configuration is saved with the
+output. A file may build on another one with `extends: FILE`, a path relative to its own folder.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ T = TypeVar("T")
 FREE: Mapping[str, Any] = {"decides": False}
 """Metadata of a setting that cannot change the result (speed, memory, retries, log output, the output's own path).
 
-It may differ when work is resumed. A setting without one of these flags decides the result.
+It may differ when work is resumed. A setting without this or the next flag can change the result.
 """
 
 BY_CONTENTS: Mapping[str, Any] = {"decides": "contents"}
-"""Metadata of a setting that names a file, a folder or a model: its contents decide the result, its name does not."""
+"""Metadata of a setting that names a file, folder or model: its contents can change the result, its name cannot."""
 
 
 def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
-    """Metadata of a dictionary with the options of one component; `field` next to it holds the component's name.
+    """Metadata of a dictionary with the options of one component; the field `field` holds the component's name.
 
-    A component declares its options in a dataclass `Options` in its class, whose fields carry the same flags.
-    An option that is not declared decides the result.
+    A component declares its options in a dataclass `Options` in its class, with the same flags on its fields.
+    An undeclared option counts as one that can change the result.
     """
     return {"options_of": (kind, field)}
 
@@ -51,16 +51,16 @@ def load_config(
     values: Mapping[str, Any] | None = None,
     append: Mapping[str, Sequence[Any]] | None = None,
 ) -> T:
-    """Defaults of `cls`, then the YAML file, then `values`, then the overrides (`a.b=value`), the later winning.
+    """Merge the defaults of `cls`, the YAML file, `values` and the overrides (`a.b=value`), in rising precedence.
 
     Args:
-        cls: a dataclass; a field without a default must be given. With `PRESETS` and a field `preset`, the values of
-            the preset that was chosen anywhere come right after the defaults.
-        values: fields by name, as plain Python values (flags of a command, paths a caller fills in).
+        cls: a dataclass; a field without a default must be given. If it has `PRESETS` and a field `preset`, the values
+            of the chosen preset come directly after the defaults, wherever it was chosen.
+        values: fields by name, as plain Python values (flags of a command, paths filled in by a caller).
         append: items added to list fields, after everything else.
 
     Raises:
-        ConfigError: no such file, broken YAML, unknown key, wrong type, or a value the dataclass refuses.
+        ConfigError: no such file, broken YAML, unknown key, wrong type, or a value that the dataclass rejects.
     """
     merged: Any = _writable(OmegaConf.structured(cls))
     preset = _preset(cls, file, overrides, values or {})
@@ -96,7 +96,7 @@ def _parsed(override: str) -> DictConfig:
 def _preset(
     cls: type, file: str | Path | None, overrides: Sequence[str], values: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """The values of the preset that file, values or overrides choose; None where `cls` refuses or has none."""
+    """Values of the preset chosen by file, values or overrides; None if `cls` has no presets or rejects the choice."""
     presets = getattr(cls, "PRESETS", None)
     if presets is None:
         return None
@@ -109,7 +109,7 @@ def _preset(
 
 
 def _writable(node: Any) -> Any:
-    """OmegaConf makes the nodes of frozen dataclasses read-only; until they are objects they must take values."""
+    """Make nodes of frozen dataclasses writable: OmegaConf makes them read-only, but they must accept values here."""
     if isinstance(node, DictConfig):
         OmegaConf.set_readonly(node, False)
         for key in node:
@@ -119,7 +119,7 @@ def _writable(node: Any) -> Any:
 
 
 def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
-    """The file's content, over that of the file it extends."""
+    """Content of the file, merged over that of the file it extends."""
     try:
         content = OmegaConf.load(file)
     except OSError as error:
@@ -146,13 +146,13 @@ def _merge(base: Any, update: Any, source: str) -> Any:
 
 
 def _reason(error: OmegaConfBaseException, source: str) -> str:
-    """In one line: where it was given, which key, and why it cannot be."""
+    """One line with the source, the key and the reason of an error."""
     reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
     return f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}"
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` on top, key by key, also within mappings.
+    """`base` with `over` merged on top, recursively in mappings.
 
     >>> merged({"llm": {"model": "m", "dtype": "auto"}, "topk": 3}, {"llm": {"dtype": "float16"}})
     {'llm': {'model': 'm', 'dtype': 'float16'}, 'topk': 3}
@@ -166,20 +166,20 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain types, for saving and hashing."""
+    """The configuration as plain types, for saving and hashing."""
     return dataclasses.asdict(config)
 
 
 def deciding(config: Any, *, names: bool = False) -> dict[str, Any]:
-    """The settings that can change the result, nested ones too, as plain types.
+    """Settings that can change the result, nested ones included, as plain types.
 
-    Work that is resumed compares these with the settings it was begun with.
+    Resumed work compares these with the settings it was started with.
 
     Args:
-        config: an object of a dataclass of settings. The metadata `decides` of a field is True (the default), False
+        config: an instance of a settings dataclass. The metadata `decides` of a field is True (the default), False
             (`FREE`), "contents" (`BY_CONTENTS`), another string (compared elsewhere), or a function that reduces the
-            value to what decides.
-        names: whether the names of files and models are compared (work that does not know their contents).
+            value to the part that can change the result.
+        names: whether to compare names of files and models (for work that does not know their contents).
 
     >>> @dataclasses.dataclass
     ... class Settings:
@@ -217,7 +217,7 @@ def _deciding_options(kind: str, name: str, options: Mapping[str, Any], names: b
 
 @dataclasses.dataclass
 class _NoOptions:
-    """Of a component that declares none."""
+    """Options of a component that declares none."""
 
 
 def free_settings(cls: type) -> list[str]:
@@ -232,7 +232,7 @@ def save_config(config: Any, file: str | Path) -> None:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Short stable hash of plain values (16 hex digits): the key of work that may be resumed.
+    """Short stable hash of plain values (16 hex digits), used as key of resumable work.
 
     >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     True

@@ -1,4 +1,4 @@
-"""Secrets: read from environment variables, checked, and kept out of errors, logs and files. The one home for it."""
+"""Secrets: read from environment variables, checked, and kept out of errors, logs and files. Handled only here."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _ASSIGNED = re.compile(
 
 
 def read_secret(variable: str, setting: str, *, required: bool = True) -> str | None:
-    """The secret in an environment variable, without white space around it; None for an empty name.
+    """The secret in an environment variable, stripped of white space; None for an empty variable name.
 
     Args:
-        variable: the variable's name, from a configuration.
-        setting: what named it, for errors.
-        required: whether a variable that is not set, or empty, is an error; else None.
+        variable: name of the variable, from a configuration.
+        setting: the setting that holds the name, for errors.
+        required: whether an unset or empty variable is an error; otherwise it gives None.
 
     Raises:
-        ConfigError: the variable is not set or empty, or no HTTP header can hold its value; never shows the value.
+        ConfigError: the variable is unset or empty, or an HTTP header cannot hold its value, which is never shown.
     """
     if not variable:
         return None
@@ -54,21 +54,21 @@ def read_secret(variable: str, setting: str, *, required: bool = True) -> str | 
 
 
 def shown(variable: str) -> str:
-    """A variable's name, unless it may be the secret itself, given in place of the name."""
+    """Name of a variable for messages, hidden if it may be the secret itself, entered in place of the name."""
     if _NAME.fullmatch(variable) and variable == variable.upper():
         return variable
     return "(a name that is not shown, since it may be the secret itself; give the name of a variable)"
 
 
 def authorization(secret: str | None) -> dict[str, str]:
-    """The HTTP header that a secret is sent in: a bearer token, or what it says itself (`Basic ...`)."""
+    """HTTP header for a secret: a bearer token, or the scheme in the secret itself (`Basic ...`)."""
     if secret is None:
         return {}
     return {"Authorization": secret if secret.startswith(("Basic ", "Bearer ")) else f"Bearer {secret}"}
 
 
 def redacted(text: str, *secrets: str | None) -> str:
-    """Text for an error, a log or a file: without these secrets, without passwords in URLs and values of keys.
+    """Text for an error, log or file, without these secrets, passwords in URLs and values of keys.
 
     >>> redacted("http://ann:pw@host/v1?api_key=k1&n=2, k2", "k2")
     'http://***@host/v1?api_key=***&n=2, ***'
@@ -80,15 +80,15 @@ def redacted(text: str, *secrets: str | None) -> str:
 
 
 def refuse_secrets(setting: str, value: Any, way_out: str) -> None:
-    """Refuse a secret among settings: they are written to manifests.
+    """Refuse a secret in a setting, because settings are written to manifests.
 
     Args:
         setting: name of the setting.
-        value: a URL, or options by name, also nested ones.
-        way_out: where the secret belongs.
+        value: a URL, or options by name, which may be nested.
+        way_out: where to put the secret instead.
 
     Raises:
-        ConfigError: a URL with a user or a key, or an option that is named like a secret; never shows the value.
+        ConfigError: a URL with a user or a key, or an option named like a secret; the value is never shown.
     """
     if isinstance(value, Mapping):
         for name, item in value.items():

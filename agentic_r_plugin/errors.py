@@ -1,7 +1,7 @@
-"""Every fault this package raises, as one tree.
+"""All exceptions raised by this package, as one tree.
 
-An expected outcome (a malformed turn, a question without an answer) is a value, never an exception. A fault says what
-was expected, what was found, where, and what to do about it; the command line prints it as one paragraph.
+An expected outcome (a malformed turn, a question without an answer) is a value, never an exception. An error message
+says what was expected, what was found, where, and what to do; the command line prints it as one paragraph.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 class AgenticRError(Exception):
-    """Base of all faults of this package."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(AgenticRError):
-    """A configuration file or override holds an unknown key, a wrong type or an impossible value."""
+    """A configuration file or override has an unknown key, a wrong type or an invalid value."""
 
 
 class UnknownComponentError(ConfigError):
-    """A component name that no installed package registers."""
+    """A component name that no installed package has registered."""
 
 
 class RecordError(AgenticRError):
-    """A record in a data file is not what its schema says.
+    """A record in a data file does not match its schema.
 
     Args:
         message: what was expected and what was found.
@@ -37,19 +37,19 @@ class RecordError(AgenticRError):
 
 
 class OutputExistsError(AgenticRError):
-    """The output is already there; `--resume` continues it, another path starts afresh."""
+    """The output exists; `--resume` continues it, another path starts a new one."""
 
 
 class ManifestMismatchError(AgenticRError):
-    """Work in progress, or an index, was made from other inputs than those given now."""
+    """Unfinished work, or an index, was made from other inputs than those given now."""
 
 
 class IndexMismatchError(ManifestMismatchError):
-    """An index does not belong to the corpus or the retriever it is opened with."""
+    """An index does not belong to the corpus or the retriever that it is opened with."""
 
 
 class SearchError(AgenticRError):
-    """A search could not be carried out. Never the same as a search that found nothing."""
+    """A search failed. A failed search is never treated as a search without results."""
 
 
 class SearchUnavailableError(SearchError):
@@ -57,11 +57,11 @@ class SearchUnavailableError(SearchError):
 
 
 class SearchRefusedError(SearchError):
-    """The retrieval service refuses a request for good.
+    """The retrieval service refuses a request permanently.
 
     Args:
-        message: what it says.
-        status: its HTTP status.
+        message: message of the service.
+        status: HTTP status of the response.
     """
 
     def __init__(self, message: str, *, status: int = 0) -> None:
@@ -74,24 +74,24 @@ class BackendError(AgenticRError):
 
 
 class BackendConfigError(BackendError, ConfigError):
-    """A model's server refuses every request of this form: its key, address, model name or a field of the body."""
+    """A model server refuses every request of this form: because of its key, address, model name or a body field."""
 
 
 class RequestRefusedError(BackendError):
-    """A language model does not take this one request, such as a prompt that is too long; it may take others."""
+    """A language model refuses this one request, such as a prompt that is too long; it may accept others."""
 
 
 class JudgeError(AgenticRError):
-    """The reply of a judge does not hold what it was asked for; counted and kept apart, never repaired."""
+    """A judge's reply does not hold what was asked for; such units are counted and kept apart, never repaired."""
 
 
 class JudgeRefusedError(JudgeError):
-    """The judge's model does not take this one prompt; it is not asked again."""
+    """The judge's model refuses this one prompt; it is not retried."""
 
 
 class UpstreamError(AgenticRError):
-    """verl, vLLM or FlashRAG is not the release, or does not hold the symbol, that a hook was written for."""
+    """verl, vLLM or FlashRAG is not the release that a hook was written for, or lacks its symbol."""
 
 
 class TrainingError(AgenticRError):
-    """Training cannot go on: a loss that is not finite, too many failed searches, a process that died."""
+    """Training cannot continue: a non-finite loss, too many failed searches, or a process that died."""

@@ -1,7 +1,7 @@
-"""Forms of questions and passages that other projects write, as the fields of our records.
+"""Formats of questions and passages written by other projects, converted to the fields of our records.
 
-A row is one parsed JSON line or Parquet row. Fields that we do not know are left out. `null` and NaN are as good as
-absent. The functions raise RecordError with the field's name; the caller adds file and line.
+A row is one parsed JSON line or Parquet row. Unknown fields are ignored. `null` and NaN count as absent. The functions
+raise RecordError with the name of the field; the caller adds file and line.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from agentic_r_plugin.errors import RecordError
 Row = Mapping[str, Any]
 
 LISTS = ("gold_doc_ids", "supporting_titles", "hop_answers")
-"""Metadata that our commands read, each a list of texts; checked when a question is read."""
+"""Metadata fields that our commands use, each a list of texts; checked when a question is read."""
 
 _ANSWER_FIELDS = ("gold_answers", "golden_answer", "gold", "target")
-"""Names that a file may have in place of `golden_answers`."""
+"""Field names accepted in place of `golden_answers`."""
 
 _ID_FIELDS = ("id", "_id", "docid")
 PASSAGE_FIELDS = (*_ID_FIELDS, "contents", "title", "text")
-"""All that `passage_fields` looks at."""
+"""All fields that `passage_fields` reads."""
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 
 
 def absent(value: Any) -> bool:
-    """Whether a field's value says nothing: null or NaN."""
+    """Whether a field's value is null or NaN."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def name_of(value: Any, field: str) -> str | None:
-    """An id or title as text: `12` and `12.0` (a column of pandas with gaps) are "12". None where it is absent.
+    """An id or title as text: `12` and `12.0` (from a pandas column with gaps) become "12". None if it is absent.
 
     Raises:
         RecordError: another type.
@@ -71,10 +71,10 @@ def listed(metadata: Row | None, field: str) -> list[str]:
 
 def answers(value: Any, field: str = "golden_answers") -> list[str]:
     """Gold answers: a text is one answer, a list holds several; `{"target"}`, `{"text"}` and `{"value", "aliases"}` of
-    other data sets hold either. Blank and absent answers are left out.
+    other data sets hold either. Blank and absent answers are dropped.
 
-    A whole number is taken as it is written: 1921 is "1921". `1921.0` and `true` are refused, because "1921.0" and
-    "True" are hardly the answers that were meant.
+    An integer is converted as written: 1921 becomes "1921". `1921.0` and `true` are refused, because "1921.0" and
+    "True" are unlikely to be the intended answers.
 
     Raises:
         RecordError: another type.
@@ -111,7 +111,7 @@ def _is_json_list(text: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A NumPy array, as frameworks hand it on, as a list."""
+    """Convert a NumPy array, as some frameworks pass it, to a list."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -127,15 +127,15 @@ def _found(value: Any) -> str:
 
 
 def question_fields(row: Row) -> dict[str, Any]:
-    """`id`, `question`, `golden_answers` and `metadata` of a question, in FlashRAG's form or one of `QUESTION_FORMS`.
+    """`id`, `question`, `golden_answers` and `metadata` of a question, in FlashRAG's format or one of `QUESTION_FORMS`.
 
-    FlashRAG's fields are taken as they are; an answer that is a place in the list `choices` becomes that choice. Where
-    they are absent, those of Search-R1's and verl's Parquet are taken: the question from `extra_info` or from the last
+    FlashRAG's fields are used as they are; an answer that is an index into the list `choices` becomes that choice. If
+    they are absent, those of Search-R1's and verl's Parquet are used: the question from `extra_info` or from the last
     user message of `prompt` (after its last "Question:"), the answers from `reward_model.ground_truth`, the id from
     `data_source`, `extra_info.split` and `extra_info.index`.
 
     Raises:
-        RecordError: no id or question, a field of a wrong type, or a field whose name is nearly one of ours.
+        RecordError: no id or question, a field of the wrong type, or a field whose name is nearly one of ours.
     """
     for form in QUESTION_FORMS:
         if form.has <= row.keys() and not form.lacks & row.keys():
@@ -156,10 +156,10 @@ def question_fields(row: Row) -> dict[str, Any]:
 
 
 def place(row: Row) -> str:
-    """Where a row of Search-R1 comes from: its data source, split and index, which together name it.
+    """Origin of a Search-R1 row: data source, split and index, which together identify it.
 
     Raises:
-        RecordError: it does not say.
+        RecordError: one of them is missing.
     """
     info = _mapping(row.get("extra_info"))
     parts = [name_of(part, "extra_info") for part in (row.get("data_source"), info.get("split"), info.get("index"))]
@@ -171,12 +171,12 @@ def place(row: Row) -> str:
     return "/".join(part for part in parts if part is not None)
 
 
-# Forms of other data sets, each made a row in FlashRAG's fields. The first one that fits is taken.
+# Formats of other data sets, each converted to a row with FlashRAG's fields. The first match is used.
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionForm:
-    """One form of question row, known by the fields that it has and lacks."""
+    """One format of question rows, recognised by the fields that it has and lacks."""
 
     has: frozenset[str]
     lacks: frozenset[str] = frozenset({"golden_answers"})
@@ -194,7 +194,7 @@ def _hotpotqa(row: Row) -> dict[str, Any]:
 
 
 def _musique(row: Row) -> dict[str, Any]:
-    """MuSiQue: the decomposition has the answer of every hop."""
+    """MuSiQue: the decomposition holds the answer of every hop."""
     golden = [*answers(row.get("answer")), *answers(row.get("answer_aliases"))]
     supporting = [item for item in _mappings(row.get("paragraphs")) if item.get("is_supporting")]
     metadata = {
@@ -206,7 +206,7 @@ def _musique(row: Row) -> dict[str, Any]:
 
 
 def _browsecomp_plus(row: Row) -> dict[str, Any]:
-    """BrowseComp-Plus: gold documents hold the answer, evidence documents what leads to it."""
+    """BrowseComp-Plus: gold documents hold the answer, evidence documents lead to it."""
     metadata = {
         f"{kind}_doc_ids": [name for item in _mappings(row.get(f"{kind}_docs")) for name in listed(item, "docid")]
         for kind in ("gold", "evidence")
@@ -222,7 +222,7 @@ def _beir(row: Row) -> dict[str, Any]:
 
 
 def _answer_column(row: Row) -> dict[str, Any]:
-    """Sets of the hub with `answer` or `answers` (SQuAD, Natural Questions, TriviaQA)."""
+    """Data sets of the hub with `answer` or `answers` (SQuAD, Natural Questions, TriviaQA)."""
     identifier = next((row[name] for name in ("id", "_id", "question_id") if not absent(row.get(name))), None)
     return _row(row, id=identifier, golden_answers=row["answers"] if "answers" in row else row["answer"])
 
@@ -247,10 +247,10 @@ QUESTION_FORMS = (
 
 
 def golden_answers(row: Row) -> list[str]:
-    """FlashRAG's gold answers; in its multiple-choice sets they are places (from 0) in `choices`.
+    """FlashRAG's gold answers; in its multiple-choice sets they are indices (from 0) into `choices`.
 
     Raises:
-        RecordError: another type, or no such place.
+        RecordError: another type, or an index out of range.
     """
     golden, choices = _plain(row.get("golden_answers")), _plain(row.get("choices"))
     if not choices or not isinstance(choices, list):
@@ -281,7 +281,7 @@ def _question(row: Row, info: Row) -> str:
 
 
 def _metadata(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and value.strip():  # our Parquet keeps it as text
+    if isinstance(value, str) and value.strip():  # our Parquet files store it as text
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if absent(value) or value == "":
@@ -293,7 +293,7 @@ def _metadata(value: Any) -> dict[str, Any]:
 
 
 def _without_absent(value: Any) -> Any:
-    """Parquet gives every object the keys of all rows, and null where a row has none."""
+    """Drop absent values: Parquet gives every object the keys of all rows, with null where a row has none."""
     if isinstance(value, Mapping):
         return {key: _without_absent(item) for key, item in value.items() if not absent(item)}
     if isinstance(value, list | tuple):
@@ -307,7 +307,7 @@ def _mapping(value: Any) -> Row:
 
 @lru_cache(maxsize=256)
 def _misnamed(names: tuple[str, ...]) -> str | None:
-    """The field that was surely meant to be `golden_answers`: without it, all questions would go without answers."""
+    """The field that was probably meant to be `golden_answers`; ignoring it would leave all questions unlabelled."""
     if {"golden_answers", "reward_model", "extra_info"} & set(names):
         return None
     near = get_close_matches("golden_answers", names, n=1, cutoff=0.8)
@@ -318,18 +318,18 @@ def _misnamed(names: tuple[str, ...]) -> str | None:
 
 
 def contents_of(title: str, text: str) -> str:
-    """FlashRAG's form of a passage, `"Title"\\ntext`; text of one line without a title is its own contents."""
+    """FlashRAG's form of a passage, `"Title"\\ntext`; a one-line text without a title is unchanged."""
     return text if not title and "\n" not in text else f'"{title}"\n{text}'
 
 
 def passage_fields(row: Any) -> tuple[str, str]:
     """(id, contents) of a passage.
 
-    Read: FlashRAG's `{id, contents}`, `{id, title, text}` and `{id, text}`, BEIR's `{_id, title, text}` and Tevatron's
-    `{docid, title, text}`. Contents, where there are any, are the passage whatever title and text say.
+    Accepted: FlashRAG's `{id, contents}`, `{id, title, text}` and `{id, text}`, BEIR's `{_id, title, text}` and
+    Tevatron's `{docid, title, text}`. If there are contents, title and text are ignored.
 
     Raises:
-        RecordError: no id, or neither contents nor text, or a wrong type.
+        RecordError: no id, neither contents nor text, or a wrong type.
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"expected a JSON object, found {type(row).__name__}")
@@ -348,7 +348,7 @@ def passage_fields(row: Any) -> tuple[str, str]:
 
 
 def _text(row: Row, field: str) -> str:
-    """A passage's text; absent text is empty: the passage must stay, since row i of an index belongs to line i."""
+    """Text of a passage, empty if absent: the passage must stay, since row i of an index belongs to line i."""
     value = row.get(field)
     if isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""How far long work is, and about how long the rest of it takes."""
+"""Progress of long work, with an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 Phase = TypeVar("Phase")
 _LEAST_S = 10.0
-"""Phases of less than this tell no pace."""
+"""Seconds of finished phases below which the pace cannot be estimated."""
 
 
 def duration(seconds: float) -> str:
-    """Rounded as an estimate deserves.
+    """A duration rounded for an estimate.
 
     >>> [duration(seconds) for seconds in (4.2, 75, 620, 7800)]
     ['4 s', '1 min 15 s', '10 min', '2 h 10 min']
@@ -28,12 +28,12 @@ def duration(seconds: float) -> str:
 
 
 def scaled(expected: Mapping[Phase, float], took: Mapping[Phase, float]) -> dict[Phase, float]:
-    """Seconds of the phases that are not done, on this machine.
+    """Estimate the seconds of the unfinished phases on this machine.
 
     Args:
         expected: seconds of every phase, measured on another machine.
-        took: seconds of the phases done here; their sum against what was expected is this machine's pace, once
-            phases of `_LEAST_S` are done.
+        took: seconds of the phases finished here. Their ratio to the expected seconds is this machine's pace, used once
+            at least `_LEAST_S` seconds of phases are finished.
 
     >>> scaled({"index": 20.0, "train": 100.0, "evaluate": 60.0}, {"index": 30.0})
     {'train': 150.0, 'evaluate': 90.0}
@@ -44,7 +44,7 @@ def scaled(expected: Mapping[Phase, float], took: Mapping[Phase, float]) -> dict
 
 
 def progress(*, total: int, desc: str, unit: str, initial: int = 0, shown: bool = True) -> Any:
-    """A context manager with `update(n)`: a bar of tqdm on a terminal, else `Lines`."""
+    """A context manager with `update(n)`: a tqdm bar on a terminal, else `Lines`."""
     if shown and not sys.stderr.isatty():
         return Lines(total, desc, unit, initial)
     from tqdm import tqdm
@@ -53,7 +53,7 @@ def progress(*, total: int, desc: str, unit: str, initial: int = 0, shown: bool 
 
 
 class Lines:
-    """An estimate on stderr once the first units tell one, then one each minute."""
+    """Prints an estimate on stderr after 10 seconds, then once per minute."""
 
     FIRST_S, EVERY_S = 10.0, 60.0
 
@@ -70,11 +70,11 @@ class Lines:
         return None
 
     def set_postfix(self, *, refresh: bool = True, **values: object) -> None:
-        """Values to show with the next line."""
+        """Set values to show in the next line."""
         self._postfix = "".join(f", {name} {value}" for name, value in values.items())
 
     def update(self, n: int = 1) -> None:
-        """`n` further units are done."""
+        """Count `n` more finished units."""
         self.done += n
         took, fresh = time.monotonic() - self._started, self.done - self._initial
         if took < self._due or not fresh or self.done >= self.total:

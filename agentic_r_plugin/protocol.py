@@ -1,7 +1,7 @@
-"""The agent protocol (method section 2): the only place that knows the tags, the limits and the mask.
+"""The agent protocol (method section 2): the only module that knows the tags, the limits and the mask.
 
-`AgentProtocol` holds the words: instruction, tags, how passages are rendered, what a malformed turn is told.
-`Session` is one trajectory as a state machine without I/O. Whoever drives it (verl's agent loop, the data stages, the
+`AgentProtocol` holds the wording: instruction, tags, rendering of passages, and the correction of a malformed turn.
+`Session` is one trajectory as a state machine without I/O. Every driver (verl's agent loop, the data stages, the
 FlashRAG pipeline) follows the same four steps:
 
     session = Session(protocol, codec, limits, question)
@@ -10,8 +10,8 @@ FlashRAG pipeline) follows the same four steps:
         if isinstance(action, Search):
             session.found(retrieve(action.query))                                # or session.search_failed()
 
-Token ids go in and stay as they are; the mask is made from who wrote them, never by tokenising text again. Every
-finished trajectory ends with a token of the model, so that verl's GAE does not lose the reward on a masked one.
+Token ids are stored as they are; the mask follows from who wrote them, and text is never tokenised again. Every
+finished trajectory ends with a token of the model, because verl's GAE would lose the reward on a masked last token.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ _BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 _SPILL = 16
-"""Characters that the token completing a stop string may hold after it."""
+"""Maximum number of characters after a stop string in the token that completes it."""
 
 
 _CHARACTERS_PER_TOKEN = 16
-"""Of a text that is longer than this for each token of the limit, only a start is tokenised at first."""
+"""A text longer than this per token of the limit is tokenised only in part at first."""
 
 _LONGEST_WORD = 200
-"""Characters before a cut among which a space is looked for."""
+"""Characters before a cut in which to look for a space."""
 
 
 class Codec(Protocol):
-    """Text to token ids and back (`llm.codec.TokenizerCodec` wraps a Hugging Face tokenizer)."""
+    """Converts text to token ids and back (`llm.codec.TokenizerCodec` wraps a Hugging Face tokenizer)."""
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of the prompt, in the tokenizer's chat template if it has one."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, no special tokens added."""
+        """Ids of plain text, without special tokens."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens kept."""
+        """Text of ids, including special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,9 @@ class Limits:
 
     max_searches: int = 5
     max_malformed: int = 2
-    """Malformed turns that are answered with a correction; one more ends the trajectory."""
+    """Malformed turns that get a correction; one more ends the trajectory."""
     max_tokens: int = 4096
-    """Prompt and response together."""
+    """Prompt and response together, in tokens."""
     max_response_tokens: int = 500
     """Tokens the model may write in one turn."""
     max_observation_tokens: int = 500
@@ -83,7 +83,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Search:
-    """The model asks for passages; the driver answers with `found` or `search_failed`."""
+    """The model asks for passages; the driver calls `found` or `search_failed`."""
 
     query: str
     reasoning: str
@@ -91,7 +91,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Retry:
-    """The turn was malformed; a correction has been appended and the model may go on."""
+    """The turn was malformed; a correction has been appended and the model may continue."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ Action = Search | Retry | Finished
 
 @dataclass(frozen=True, kw_only=True)
 class AgentProtocol:
-    """Instruction, tags and rendering of one family of agents; defaults are Search-R1's.
+    """Instruction, tags and rendering for one family of agents; the defaults are Search-R1's.
 
-    A tag is written `<tag>` and `</tag>`, unless `marks` says otherwise.
+    Tags are written `<tag>` and `</tag>` unless `marks` overrides them.
     """
 
     name: str
@@ -124,15 +124,15 @@ class AgentProtocol:
     answer_tag: str = "answer"
     information_tag: str = "information"
     marks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Tag -> what opens and what closes it. One closed by `}` may hold balanced braces."""
+    """Tag -> (opening, closing) strings. A block closed by `}` may contain balanced braces."""
     stop_at_answer: bool = True
-    """Whether generation stops where an answer is closed; otherwise the model ends its turn itself."""
+    """Whether generation stops at the end of an answer; otherwise the model ends its turn itself."""
     chat: bool = True
-    """Whether the prompt goes through the tokenizer's chat template, if it has one."""
+    """Whether the prompt is put into the tokenizer's chat template, if there is one."""
     passage_form: str = 'Doc {rank}(Title: "{title}") {text}'
-    """One passage of an information block; passages are joined by new lines."""
+    """Template of one passage in an information block; passages are joined by newlines."""
     block_form: str = "\n\n{opening}{passages}{closing}\n\n"
-    """The information block."""
+    """Template of the information block."""
     correction: str = (
         "\n\nThat was neither a search nor an answer. Write <search> query </search> to look something up, "
         "or <answer> answer </answer> to finish.\n\n"
@@ -148,25 +148,25 @@ class AgentProtocol:
             )
 
     def prompt(self, question: str) -> str:
-        """The text that is put before the agent."""
+        """The prompt text for a question."""
         return self.instruction.replace("{question}", question)
 
     def prompt_ids(self, question: str, codec: Codec) -> list[int]:
-        """Ids of the prompt."""
+        """Token ids of the prompt."""
         plain = getattr(codec, "encode_plain_prompt", codec.encode)  # codecs of earlier versions lack it
         return (codec.encode_prompt if self.chat else plain)(self.prompt(question))
 
     def opening(self, tag: str) -> str:
-        """What opens a tag."""
+        """String that opens a tag."""
         return self.marks[tag][0] if tag in self.marks else f"<{tag}>"
 
     def closing(self, tag: str) -> str:
-        """What closes a tag."""
+        """String that closes a tag."""
         return self.marks[tag][1] if tag in self.marks else f"</{tag}>"
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings after which generation stops (they stay in the output), that of a search first."""
+        """Strings after which generation stops (they stay in the output); the search's is first."""
         search, answer = self.closing(self.search_tag), self.closing(self.answer_tag)
         return (search, answer) if self.stop_at_answer else (search,)
 
@@ -180,22 +180,23 @@ class AgentProtocol:
         return f"{opening}({body}){closing}"
 
     def parse(self, text: str) -> Search | Finished | None:
-        """What one turn of the model asks for: its first complete block decides; None when there is none.
+        """The action of one turn, decided by its first complete block; None if there is none.
 
-        A search needs a query. Where the text goes on and answers more than once, the last complete answer counts.
+        A search needs a query. If the first block is an answer and others follow, the last complete answer counts.
         """
         match = self._block.search(text)
         if match is None:
             return None
         query, answer = match.groups()
         if answer is not None:
+            # The model may write several answers in one turn; the last one is what it settled on.
             answers = [found.group(2) for found in self._block.finditer(text) if found.group(2) is not None]
             return Finished(StopReason.ANSWERED, self._inner(self.answer_tag, answers[-1]))
         query = self._inner(self.search_tag, query)
         return Search(query, self._reasoning(text[: match.start()])) if query else None
 
     def _inner(self, tag: str, body: str) -> str:
-        """What a block holds: after its last opening, and out of LaTeX's text commands where braces close it."""
+        """Content of a block: the text after its last opening, without LaTeX text commands if it is closed by `}`."""
         body = body.rpartition(self.opening(tag))[2].strip()
         return _LATEX_TEXT.sub(r"\1", body).strip() if self.closing(tag) == "}" else body
 
@@ -204,15 +205,15 @@ class AgentProtocol:
         return inner.partition(self.closing(self.think_tag))[0].strip()
 
     def through_search(self, text: str) -> str:
-        """A turn's text up to and with its closing search tag."""
+        """Text of a turn up to and including its closing search tag."""
         head, closing, _ = text.partition(self.stop[0])
         return head + closing
 
     def searches(self, text: str) -> list[tuple[str, str]]:
-        """Of a whole trajectory's text: (query, text up to and with its closing tag) of each search, in order.
+        """Searches of a whole trajectory's text, in order: (query, text up to and including its closing tag).
 
-        Searches that were carried out are the closing search tags right before an information block; a last one may end
-        the text. Tags in passages are disarmed. What a correction follows was not carried out, whatever comes next.
+        A search was carried out if its closing tag is directly before an information block; the last one may end the
+        text. Tags in passages are disarmed. A search followed by a correction was not carried out.
         """
         opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
         before = self.block_form.partition("{opening}")[0]
@@ -222,7 +223,7 @@ class AgentProtocol:
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
 
     def render(self, passages: Sequence[Passage]) -> str:
-        """The information block. Nothing inside can open or close a tag of the protocol."""
+        """The information block. No passage can open or close a tag of the protocol."""
         docs = "\n".join(
             self.passage_form.format(rank=rank, title=disarm(passage.title), text=disarm(passage.text))
             for rank, passage in enumerate(passages, start=1)
@@ -232,7 +233,7 @@ class AgentProtocol:
 
 
 def disarm(text: str) -> str:
-    """Passage text with every `<` that could begin a tag or a special token made a harmless `‹`.
+    """Passage text in which every `<` that could begin a tag or a special token is replaced by a harmless `‹`.
 
     >>> disarm("a < b, </answer> <|im_end|>")
     'a < b, ‹/answer> ‹|im_end|>'
@@ -241,7 +242,7 @@ def disarm(text: str) -> str:
 
 
 _PREFIX_SEARCH = Search("", "")
-"""Stands for the last search of a prefix, whose passages are awaited; it is not a turn of the session's own."""
+"""Placeholder for the last search of a prefix, which awaits its passages; it is not a turn of the session itself."""
 
 
 # --- One trajectory ---------------------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ _PREFIX_SEARCH = Search("", "")
 
 @dataclass(kw_only=True)
 class Segment:
-    """A run of tokens by one writer."""
+    """A run of tokens written by the model or by the environment."""
 
     ids: list[int]
     text: str
@@ -261,20 +262,20 @@ class Session:
     """One trajectory: what was written, by whom, and what comes next.
 
     Args:
-        protocol: tags and words.
+        protocol: tags and wording.
         codec: tokenizer of the agent.
-        limits: how far it may go.
+        limits: limits of the trajectory.
         question: the user's question.
         prefix: text of a trajectory that this one continues, up to a closing search tag (correctness stage); it counts
-            as written by the environment. The passages for that search come next, through `found`.
-        searches: searches already made in the prefix, its last one included.
-        history: the queries of the prefix, its last one included; later searches are made with them.
+            as written by the environment. The passages of that search come next, through `found`.
+        searches: number of searches in the prefix, including its last one.
+        history: queries of the prefix, including its last one; later searches include them.
 
-    A prompt or a prefix that leaves the model no room finishes the session at once (`StopReason.MAX_TOKENS`); for a
-    prompt `refusal` says so.
+    A prompt or a prefix that leaves no room for the model finishes the session at once (`StopReason.MAX_TOKENS`); in
+    the case of a prompt, `refusal` gives the reason.
 
     Raises:
-        ConfigError: an information block leaves no room for a passage.
+        ConfigError: an information block leaves no room for passages.
     """
 
     protocol: AgentProtocol
@@ -291,7 +292,7 @@ class Session:
     malformed: int = field(init=False, default=0)
     finished: Finished | None = field(init=False, default=None)
     refusal: str | None = field(init=False, default=None)
-    """Why the limits, the model or the retriever do not take this trajectory; it is finished then."""
+    """Reason why the limits, the model or the retriever refuse this trajectory, which is then finished."""
     _pending: Search | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -317,7 +318,7 @@ class Session:
 
     @property
     def ids(self) -> list[int]:
-        """Prompt and response so far: what the model is given next."""
+        """Prompt and response so far: the model's next input."""
         return self.prompt_ids + self.response_ids
 
     @property
@@ -327,22 +328,22 @@ class Session:
 
     @property
     def response_mask(self) -> list[int]:
-        """1 for each id the model wrote, 0 for each the environment wrote; as long as `response_ids`."""
+        """1 for each id written by the model, 0 for each written by the environment; as long as `response_ids`."""
         return [int(segment.by_model) for segment in self.segments for _ in segment.ids]
 
     @property
     def text(self) -> str:
-        """All that was written after the prompt."""
+        """Full text after the prompt."""
         return "".join(segment.text for segment in self.segments)
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens the model wrote."""
+        """Number of tokens written by the model."""
         return sum(len(segment.ids) for segment in self.segments if segment.by_model)
 
     @property
     def budget(self) -> int:
-        """Tokens the model may write now; at least 1 while the session is not finished."""
+        """Maximum tokens for the model's next turn; at least 1 until the session is finished."""
         return min(self.limits.max_response_tokens, self._room)
 
     @property
@@ -352,7 +353,7 @@ class Session:
     # What happens
 
     def model_wrote(self, ids: Sequence[int]) -> Action:
-        """Take the model's turn, exactly the ids it produced, and say what it asks for.
+        """Take the model's turn, exactly the ids it produced, and return the action it asks for.
 
         Raises:
             ValueError: called out of turn, with no ids, or with more than `budget`.
@@ -363,6 +364,7 @@ class Session:
         text = self.codec.decode(ids)
         self._append(list(ids), text, by_model=True)
         action = self.protocol.parse(text)
+        # The order matters: an answer counts even after the last allowed search, a further search does not.
         if isinstance(action, Finished):
             return self._finish(action)
         if action is None:
@@ -374,14 +376,15 @@ class Session:
         return action
 
     def found(self, passages: Sequence[Passage], scores: Sequence[float] | None = None) -> Finished | None:
-        """Append the information block for the pending search; whole passages only, as many as fit.
+        """Append the information block of the pending search, with as many whole passages as fit.
 
         Returns:
-            Finished when the block leaves the model no room (nothing is appended then), else None.
+            Finished if the block leaves no room for the model (then nothing is appended), else None.
         """
         self._expect(pending=True)
         search, self._pending = self._pending, None
         shown, block, block_ids = self._fit(passages)
+        # The block must leave room for at least one token of the model, so that it can still answer.
         fits = len(block_ids) < self._room
         if search != _PREFIX_SEARCH:
             self._record(search, shown if fits else [], scores if scores is not None else [0.0] * len(shown))
@@ -391,16 +394,16 @@ class Session:
         return None
 
     def refused(self, reason: str) -> Finished:
-        """End here without an answer: there is no room for the prompt, or the model does not take it."""
+        """End without an answer: the prompt leaves no room, or the model refuses it."""
         self._expect(pending=False)
         self.refusal = reason
         return self._finish(Finished(StopReason.MAX_TOKENS))
 
     def search_failed(self, refusal: str | None = None) -> Finished:
-        """End here: the search could not be carried out. Never rendered as an empty result.
+        """End because the search failed. A failed search is never rendered as an empty result.
 
         Args:
-            refusal: why, where the retriever does not take this query but may take others.
+            refusal: the reason, if the retriever refuses this query but may accept others.
         """
         self._expect(pending=True)
         self._pending, self.refusal = None, refusal
@@ -415,7 +418,7 @@ class Session:
             raise ValueError("a search awaits its passages" if self._pending is not None else "no search is pending")
 
     def _record(self, search: Search | None, shown: Sequence[Passage], scores: Sequence[float]) -> None:
-        """Note a search of this session with the passages that the model got to read."""
+        """Record a search of this session with the passages shown to the model."""
         assert search is not None
         read = tuple(ScoredPassage(id=p.id, score=score) for p, score in zip(shown, scores, strict=False))
         self.turns.append(Turn(turn=self.searches, reasoning=search.reasoning, query=search.query, passages=read))
@@ -430,6 +433,7 @@ class Session:
     def _malformed(self) -> Retry | Finished:
         self.malformed += 1
         correction = self.codec.encode(self.protocol.correction)
+        # Token room first: without it the correction could not be followed by a turn of the model.
         if len(correction) >= self._room:
             return self._finish(Finished(StopReason.MAX_TOKENS))
         if self.malformed > self.limits.max_malformed:
@@ -438,13 +442,13 @@ class Session:
         return Retry()
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
-        """As many leading passages as the observation limit holds; a first one too long loses its last words."""
+        """As many leading passages as fit the observation limit; if the first is too long, its end is cut off."""
         shown, most = list(passages), self.limits.max_observation_tokens
         ids: list[int] = []
         encoded = ""
         while True:
             block = self.protocol.render(shown)
-            # With fewer passages a block often begins with the very text that was too long before.
+            # With fewer passages the block often begins with the same text that was already too long.
             if not encoded or not block.startswith(encoded):
                 ids, encoded = self._encode_start(block)
             if encoded == block and (len(ids) <= most or not shown):
@@ -452,19 +456,20 @@ class Session:
             if len(shown) > 1:
                 shown.pop()
                 continue
+            # Tokens per word vary, so the cut is an estimate; the loop repeats until the block fits.
             text = _shortened(shown[0].text[: len(encoded)], most, len(ids))
             shown, encoded = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else [], ""
 
     def _encode_start(self, block: str) -> tuple[list[int], str]:
-        """Ids of a block, or of a start of it that is too long already, and the text that they are of.
+        """Ids of a block, or of a prefix of it that is already too long, with the text that they encode.
 
-        A block may be a hundred times longer than what fits, and tokenising all of it would hold up the event loop.
-        No limit on the characters of a token is assumed: the start grows until it has too many tokens.
+        A block may be a hundred times longer than the limit, and tokenising all of it would block the event loop. The
+        number of characters per token is not bounded, so the prefix grows until it has too many tokens.
         """
         most = self.limits.max_observation_tokens
         length = _CHARACTERS_PER_TOKEN * most
         while length < len(block):
-            # A word that is cut in two may have more tokens than the whole one.
+            # A word that is cut in two may have more tokens than the whole word.
             space = block.rfind(" ", length - _LONGEST_WORD, length)
             start = block[: space if space > 0 else length]
             ids = self.codec.encode(start)
@@ -475,7 +480,7 @@ class Session:
 
 
 def _shortened(text: str, most: int, tokens: int) -> str:
-    """`most / tokens` of a text's words, or of its characters where it has too few (Chinese, Thai); always less.
+    """`most / tokens` of a text's words, or of its characters if it has few words (Chinese, Thai); always shorter.
 
     >>> _shortened("one two three four", 1, 2), _shortened("一二三四", 1, 2), _shortened("x", 9, 10)
     ('one two', '一二', '')

@@ -1,7 +1,7 @@
-"""Query formulation: what the retriever is given for the agent's query (method section 3).
+"""Query formulation: the retriever input for the agent's query (method section 3).
 
-The only place that knows `[SEP]`. A retriever checkpoint records the name of its formulation; training, indexing,
-serving and evaluation read it from there.
+Only this module knows `[SEP]`. A retriever checkpoint records the name of its formulation; training, indexing, serving
+and evaluation read it from there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from agentic_r_plugin import components
 
 SEPARATOR = " [SEP] "
-"""BERT tokenizers map the inner token to their own separator; to other tokenizers it is plain text."""
+"""BERT tokenizers map the inner token to their own separator; for other tokenizers it is plain text."""
 
 DEFAULT_FORMULATION = "question_query"
 

@@ -1,7 +1,7 @@
-"""Reading questions: the one way in for every command.
+"""Reading questions, for every command.
 
 `.jsonl`, `.json` (JSON Lines or one JSON list), `.jsonl.gz` and `.parquet` files, and folders of them, are checked in
-the same way and give the same questions; `forms` says which fields are read.
+the same way and give the same questions; `forms` defines which fields are read.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def read_questions(path: str | Path, *, labelled: bool = False) -> Iterator[Ques
 def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[tuple[Question, Mapping[str, Any]]]:
     """Each question with the row that it was read from.
 
-    Search-R1 joins data sets whose ids begin again: where the ids of a file with `data_source` repeat, each question is
-    named by `data_source/split/index`.
+    Search-R1 concatenates data sets whose ids start over. If ids repeat in a file with `data_source`, each question is
+    identified by `data_source/split/index`.
 
     Raises:
-        RecordError: no such file, a broken row, an id that is missing or occurs twice, or a question without gold
-            answers where they are wanted; file and line (Parquet: row).
+        RecordError: no such file, a broken row, a missing or duplicate id, or a question without gold answers if
+            `labelled`; names file and line (Parquet: row).
     """
     by_place = _ids_begin_again(path)
     seen: set[str] = set()
@@ -63,7 +63,7 @@ def _rows(path: str | Path) -> Iterator[tuple[Path, int, Any]]:
 
 
 def _ids_begin_again(path: str | Path) -> bool:
-    """Whether rows of several data sets share ids; files without both fields in their first row are not read for it."""
+    """Whether rows of several data sets share ids; only checked if the first row has both `id` and `data_source`."""
     first = next(islice(_rows(path), 1), None)
     if first is None or not isinstance(first[2], Mapping) or not {"data_source", "id"} <= first[2].keys():
         return False

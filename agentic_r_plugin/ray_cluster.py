@@ -1,4 +1,4 @@
-"""The Ray cluster that the data stages and `index` put their workers on: entered or started, and large enough."""
+"""The Ray cluster for the workers of data stages and `index`: connect to it or start it, and check its size."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
 
 
 def enter(address: str, setting: str) -> bool:
-    """Enter the cluster at `address`, or start one on this machine where it is empty.
+    """Connect to the cluster at `address`, or start one on this machine if it is empty.
 
     Args:
-        setting: what the address is called, for messages.
+        setting: name of the address setting, for messages.
 
     Returns:
-        Whether `ray.shutdown` is the caller's: False where this process was in a cluster already, and stays in it.
+        Whether the caller must call `ray.shutdown`: False if this process was already connected.
 
     Raises:
-        ConfigError: no cluster there.
+        ConfigError: no cluster at the address.
     """
     import ray
 
@@ -32,14 +32,14 @@ def enter(address: str, setting: str) -> bool:
 
 
 def require(workers: int, *, cpus: float, gpus: float, names: str) -> None:
-    """See that the cluster can hold all workers; Ray would wait for more machines without a word.
+    """Check that the cluster has room for all workers; Ray would silently wait for more machines.
 
     Args:
-        cpus, gpus: what each reserves.
+        cpus, gpus: resources reserved per worker.
         names: the settings to lower, for the message.
 
     Raises:
-        ConfigError: it has fewer processors or accelerators.
+        ConfigError: the cluster has too few processors or accelerators.
     """
     import ray
 
@@ -52,7 +52,7 @@ def require(workers: int, *, cpus: float, gpus: float, names: str) -> None:
 
 
 def one_per_node(actors: Sequence[Any]) -> list[Any]:
-    """The first actor on each machine; they have a method `node` that returns `this_node()`."""
+    """The first actor on each machine; actors have a method `node` that returns `this_node()`."""
     import ray
 
     first: dict[str, Any] = {}
@@ -62,21 +62,21 @@ def one_per_node(actors: Sequence[Any]) -> list[Any]:
 
 
 def this_node() -> str:
-    """Name of the machine an actor is on."""
+    """Name of the machine that this process runs on."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
 def get(reference: Any, worker: str) -> Any:
-    """The result of a call of an actor.
+    """The result of an actor call.
 
     Args:
-        worker: what the actor is, for the message.
+        worker: description of the actor, for the message.
 
     Raises:
         AgenticRError: the call raised it.
-        BackendError: the actor's process died, and again each time it was started again.
+        BackendError: the actor's process died, and died again after every restart.
     """
     import ray
     from ray.exceptions import RayActorError, RayTaskError
@@ -92,7 +92,7 @@ def get(reference: Any, worker: str) -> Any:
 
 
 def our_fault(error: BaseException | None) -> AgenticRError | None:
-    """The fault of this package behind an error that may have travelled through Ray."""
+    """The exception of this package behind an error that may have passed through Ray."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, AgenticRError):

@@ -1,8 +1,8 @@
-"""The vocabulary as data: one frozen type per line of a data file (contract, section Files).
+"""The vocabulary as data: one frozen type per kind of line in a data file (contract, section Files).
 
-Every record is checked when it is read: its schema tag, its fields and their types. A record of our own with an unknown
-field is refused, because a misspelt name is the commonest way to lose data. Questions and passages come from others;
-`forms` says which of their forms are read.
+Every record is checked when it is read: schema tag, fields and types. A record of our own format with an unknown field
+is refused, because a misspelt name is the most common way to lose data. Questions and passages come from other
+projects; `forms` defines which of their formats are read.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class StopReason(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """Base: turns itself into a plain dict and back, with checks."""
+    """Base class: converts a record to a plain dict and back, with checks."""
 
     schema: ClassVar[str | None] = None
-    """Schema tag written to and required from files; None for FlashRAG's own formats."""
+    """Schema tag that is written to and required from files; None for FlashRAG's own formats."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, schema tag first, fields in declaration order."""
@@ -48,7 +48,7 @@ class Record:
         """Build from a parsed line.
 
         Raises:
-            RecordError: not an object, another schema, a missing or unknown field, a wrong type or value. The caller
+            RecordError: not an object, another schema, a missing or unknown field, or a wrong type or value. The caller
                 adds file and line.
         """
         if not isinstance(data, Mapping):
@@ -108,7 +108,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
     elif is_dataclass(hint) and isinstance(value, Mapping):
         return _build(hint, dict(value), f"{where}.")
     elif isinstance(hint, type) and issubclass(hint, Enum):
-        if value in [option.value for option in hint]:  # not a set: what was read may not be hashable
+        if value in [option.value for option in hint]:  # a list, not a set: the value may not be hashable
             return hint(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -133,23 +133,23 @@ class Question(Record):
     id: str
     question: str
     golden_answers: tuple[str, ...]
-    """Empty for a question without a label: it can be asked, but neither scored nor trained on."""
+    """Empty for an unlabelled question, which can be asked, but neither scored nor trained on."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Any) -> Question:
-        """From any form that `forms.question_fields` reads; fields that we do not know are left out."""
+        """Build from any format that `forms.question_fields` reads; unknown fields are ignored."""
         return super().from_dict(question_fields(data) if isinstance(data, Mapping) else data)
 
     def require_label(self) -> None:
-        """RecordError where there is no gold answer."""
+        """Raise RecordError if there is no gold answer."""
         if not self.golden_answers:
             raise RecordError(f"question {self.id!r} has no golden answers; expected at least one in 'golden_answers'")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusLine(Record):
-    """A corpus line as FlashRAG keeps it: the first line of `contents` is the quoted title."""
+    """A corpus line in FlashRAG's format: the first line of `contents` is the quoted title."""
 
     id: str
     contents: str
@@ -163,8 +163,8 @@ class Passage:
     title: str
     text: str
     contents: str = ""
-    """FlashRAG's form, `"Title"\\ntext`, as the corpus holds it: the string that is encoded. Where it is not given, it
-    is made from title and text; text of one line without a title stands for itself."""
+    """FlashRAG's form, `"Title"\\ntext`, as in the corpus: the string that is encoded. If it is not given, it is made
+    from title and text; a one-line text without a title is used unchanged."""
 
     def __post_init__(self) -> None:
         if not self.contents:
@@ -172,7 +172,7 @@ class Passage:
 
     @classmethod
     def from_contents(cls, id: str, contents: str) -> Passage:
-        """From FlashRAG's form; contents of one line have no title.
+        """Build from FlashRAG's form; one-line contents have no title.
 
         >>> Passage.from_contents("1", '""Heroes""\\nA song.').title
         '"Heroes"'
@@ -187,11 +187,11 @@ class Passage:
 
 
 TEXT_ID = "text-"
-"""How the id of a passage begins that a retrieval service gave without one."""
+"""Prefix of the ids of passages that a retrieval service returned without an id."""
 
 
 def text_id(contents: str) -> str:
-    """The id of a passage without one: a hash of its contents.
+    """Id for a passage without one: a hash of its contents.
 
     >>> text_id("A song.")
     'text-387fb93a06af808c'

@@ -1,7 +1,7 @@
-"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by the file's name, or a folder of shards.
+"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by file name, or a folder of shards.
 
-Reading checks every record and names file and line; writing goes to a temporary file beside the target and is renamed
-at the end, so a file that exists is whole.
+Reading checks every record and names file and line in errors. Writing goes to a temporary file next to the target,
+which is renamed at the end: a file that exists is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType
     """Records of a `.jsonl`, `.jsonl.gz` or `.parquet` file, or of a folder of them, in order, one at a time.
 
     Raises:
-        RecordError: no such file, a broken line, or a record that is not a `cls`; file and line (Parquet: row).
+        RecordError: no such file, a broken line, or a record that is not a `cls`; names file and line (Parquet: row).
     """
     for shard in shards(path):
         for number, data in read_lines(shard):
@@ -48,7 +48,7 @@ def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType
 
 
 def shards(path: str | Path) -> list[Path]:
-    """The files behind a path: itself, or a folder's record files in the order of their names.
+    """The files of a path: the path itself, or the record files of a folder, sorted by name.
 
     Raises:
         RecordError: a folder without record files.
@@ -65,13 +65,13 @@ def shards(path: str | Path) -> list[Path]:
 def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
     """(line number from 1, parsed JSON) of each non-empty line, or Parquet row as a dict.
 
-    A file that holds one JSON list gives the list's items, each with the line that it begins on.
+    A file that holds one JSON list gives its items, each with the line on which it begins.
 
     Args:
-        columns: read these alone of a Parquet file, whatever the others hold; none: all.
+        columns: the only columns to read from a Parquet file; empty reads all.
 
     Raises:
-        RecordError: no such file, a line that is not JSON in UTF-8, or a Parquet file without one of the `columns`.
+        RecordError: no such file, a line that is not UTF-8 JSON, or a Parquet file without one of the `columns`.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,10 +95,10 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
 
 
 def parse_json(text: bytes | str) -> Any:
-    """One JSON value whose strings are text.
+    """One JSON value whose strings are valid text.
 
     Raises:
-        ValueError: bad UTF-8, bad JSON, or half a surrogate pair (`\\ud83d` alone), which no tokenizer or file takes.
+        ValueError: bad UTF-8, bad JSON, or a lone surrogate (`\\ud83d`), which tokenizers and files do not accept.
         RecursionError: nested too deeply.
     """
     value = json.loads(text)
@@ -109,10 +109,10 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def parse_line(line: bytes, path: str | Path, number: int) -> Any:
-    """One JSON value.
+    """Parse one line as a JSON value.
 
     Raises:
-        RecordError: bad UTF-8, bad JSON, or half a surrogate pair.
+        RecordError: bad UTF-8, bad JSON, or a lone surrogate.
     """
     try:
         return parse_json(line)
@@ -126,7 +126,7 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
 
 
 def _read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON list, each with the line that it begins on; `line` is that of the data's first byte."""
+    """Items of a JSON list, each with the line on which it begins; `line` is that of the data's first byte."""
     decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
     try:
         text, counted, comma = data.decode("utf-8-sig"), 0, ","
@@ -175,7 +175,7 @@ def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str,
     for key in _JSON_COLUMNS & row.keys():
         found = row[key]
         if isinstance(found, str):
-            if key == "scores":  # metadata that is no JSON may be another project's text
+            if key == "scores":  # metadata that is not JSON may be text of another project
                 row[key] = parse_line(found.encode(), path, number)
         elif found is None:
             del row[key]
@@ -187,12 +187,12 @@ def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str,
 
 
 _JSON_COLUMNS = frozenset({"scores", "metadata"})
-"""Fields whose keys are data. Parquet would make every key a column of every row, so they are kept as JSON text; a
-struct or a map, as others write it, is read as well."""
+"""Fields whose keys are data. Parquet would make every key a column of every row, so they are stored as JSON text;
+structs and maps, as other projects write them, can also be read."""
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
-    """Write all records atomically; returns how many. The format follows the file's name, as in `read_records`."""
+    """Write all records atomically; returns their number. The format follows the file name, as in `read_records`."""
     path = Path(path)
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
@@ -200,7 +200,7 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
         count = 0
         with ExitStack() as stack:
             stream: Any = stack.enter_context(temporary.open("wb"))
-            if path.suffix == ".gz":  # neither name nor time: later stages know the same records by the same bytes
+            if path.suffix == ".gz":  # no name or time, so that equal records give equal bytes
                 stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=stream, mtime=0))
             for record in records:
                 stream.write(dump_line(record.to_dict()))
@@ -209,14 +209,14 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
 
 
 def drop_torn_end(path: str | Path) -> None:
-    """Cut off what stands after the last newline: a process that was killed while it added a line left it there."""
+    """Cut off the text after the last newline, left by a process that was killed while it appended a line."""
     if Path(path).is_file():
         with Path(path).open("rb+") as stream:
             stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def dump_line(data: Any) -> bytes:
-    """One JSON line in UTF-8, newline included."""
+    """One JSON line in UTF-8, including the newline."""
     return (json.dumps(data, ensure_ascii=False) + "\n").encode()
 
 
@@ -238,7 +238,7 @@ def _write_parquet(path: Path, records: Iterable[Record]) -> int:
 
 
 def _parquet_schema(cls: type[Record]) -> Any:
-    """Columns from the record's annotations: a column that is empty in the first rows still has its type."""
+    """Columns from the record's annotations, so that a column that is empty in the first rows still has its type."""
     import pyarrow
 
     tag = [] if cls.schema is None else [("schema", pyarrow.string())]
@@ -274,7 +274,7 @@ def _parquet_row(record: Record) -> dict[str, Any]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well, and vanishes when it does not."""
+    """A temporary path next to `path`, renamed to it if the block succeeds and deleted if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -293,9 +293,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(path: str | Path) -> None:
-    """Delete what a killed process left of `atomic_path(path)`; for the one process that may write `path`."""
+    """Delete files that a killed process left from `atomic_path(path)`; only for the process that may write `path`."""
     path = Path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):  # as `mkstemp` names them
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):  # names given by `mkstemp`
         left.unlink(missing_ok=True)
 
 
@@ -306,10 +306,10 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """One JSON document.
+    """Read one JSON document.
 
     Raises:
-        RecordError: no such file or not JSON.
+        RecordError: no such file, or not JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -324,7 +324,7 @@ _SAMPLES, _SAMPLED_BYTES = 16, 1 << 16
 
 
 def sampled_fingerprint(path: str | Path) -> str:
-    """Hash of a file's size and of 16 stretches of 64 KiB spread over it: tells large files apart at little cost."""
+    """Hash of a file's size and 16 blocks of 64 KiB spread over it: distinguishes large files at little cost."""
     path = Path(path)
     size = path.stat().st_size
     digest = hashlib.sha256(f"{size}:".encode())
@@ -337,7 +337,7 @@ def sampled_fingerprint(path: str | Path) -> str:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Hash of the bytes of a file, or of a folder's shards one after the other (16 hex digits).
+    """Hash of the bytes of a file, or of a folder's shards in sequence (16 hex digits).
 
     Raises:
         RecordError: no such file.
@@ -353,13 +353,13 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def absolute(path: str) -> str:
-    """A path that is there, made absolute; what is none (a hub name, a URL, nothing) as it is."""
+    """Make an existing path absolute; return a hub name, URL or empty string unchanged."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 @contextmanager
 def only_writer(folder: str | Path) -> Iterator[IO[bytes]]:
-    """Hold a folder's lock; a child process that inherits the open file holds it as long as that lives.
+    """Hold a folder's lock; a child process that inherits the open file holds it as long as it lives.
 
     Raises:
         OutputExistsError: another process holds it.
@@ -373,10 +373,10 @@ def only_writer(folder: str | Path) -> Iterator[IO[bytes]]:
 
 
 def require_absent(path: str | Path, *, or_else: str = "pass --resume to continue it") -> None:
-    """Refuse to overwrite.
+    """Refuse to overwrite an existing path.
 
     Args:
-        or_else: what else than another path the caller can give.
+        or_else: the caller's alternative to another path, for the message.
 
     Raises:
         OutputExistsError: the path exists.

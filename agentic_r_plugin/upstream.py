@@ -1,8 +1,8 @@
-"""Run-time changes to verl, vLLM and FlashRAG: each one small, named, and bound to the release it was written for.
+"""Run-time changes to verl, vLLM and FlashRAG: each is small, named, and bound to the release it was written for.
 
-A hook is a function that changes one symbol of an upstream module. It is applied through `apply`, which first checks
-that the distribution is the pinned release and that the symbol is there; anything else is an error, never a silent
-change of something that has moved. Each hook names the file in `patches/` that makes the same change to the sources.
+A hook is a function that changes one symbol of an upstream module. `apply` first checks that the distribution is the
+pinned release and that the symbol exists; anything else is an error, so a symbol that has moved is never changed
+silently. Each hook names the file in `patches/` that makes the same change to the sources.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from agentic_r_plugin.errors import UpstreamError
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
-    """One run-time change of an upstream package."""
+    """One run-time change to an upstream package."""
 
     name: str
     distribution: str
     """Name on PyPI, such as `verl`."""
     versions: tuple[str, ...]
-    """The releases it was written and tested for; a local part such as `+cpu` does not count."""
+    """Releases it was written and tested for; a local version part such as `+cpu` is ignored."""
     symbol: str
-    """`package.module:Name.attribute`: what is changed, which must exist."""
+    """`package.module:Name.attribute`: the symbol to change, which must exist."""
     patch: str
     """File in `patches/` that makes the same change to the sources."""
     install: Callable[[Any, str, Any], None]
-    """Given the object that holds the symbol, the symbol's name there, and its present value, changes it."""
+    """Makes the change; arguments: the object that holds the symbol, the symbol's name there, and its current value."""
 
 
 def apply(hooks: Sequence[Hook]) -> list[str]:
-    """Apply every hook once, in order; a second call does nothing. Returns the names of those applied now.
+    """Apply every hook once, in order; a second call does nothing. Returns the names of the hooks applied now.
 
     Raises:
-        UpstreamError: another release, or a symbol that is not where it was.
+        UpstreamError: another release, or a symbol that does not exist there.
     """
     applied = []
     for hook in hooks:
@@ -51,7 +51,7 @@ def apply(hooks: Sequence[Hook]) -> list[str]:
 
 
 def is_applied(hook: Hook) -> bool:
-    """Whether this process runs with the hook's change."""
+    """Whether the hook has been applied in this process."""
     return hook.name in getattr(resolve(hook)[0], _MARK, ())
 
 
@@ -59,7 +59,7 @@ def resolve(hook: Hook) -> tuple[Any, str, Any]:
     """The object that holds the hook's symbol, the symbol's name there, and its value.
 
     Raises:
-        UpstreamError: another release, or a symbol that is not where it was.
+        UpstreamError: another release, or a symbol that does not exist there.
     """
     check_version(hook.distribution, hook.versions, needed_by=f"hook {hook.name!r} ({hook.patch})")
     module_name, _, path = hook.symbol.partition(":")
@@ -80,7 +80,7 @@ def check_version(distribution: str, versions: Sequence[str], *, needed_by: str)
     """The installed version of a distribution.
 
     Raises:
-        UpstreamError: it is not installed, or not one of `versions`.
+        UpstreamError: it is not installed, or its version is not one of `versions`.
     """
     try:
         installed = importlib.metadata.version(distribution)

@@ -183,7 +183,7 @@ class WorkTable:
 
     @contextmanager
     def _checked(self) -> Iterator[None]:
-        """Turn SQLite's errors into the package's own, or into OSError if the disk is full."""
+        """Turn SQLite's errors into the package's own, or into OSError for I/O errors such as a full disk."""
         try:
             yield
         except sqlite3.DatabaseError as error:
