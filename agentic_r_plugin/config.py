@@ -96,7 +96,7 @@ def _parsed(override: str) -> DictConfig:
 def _preset(
     cls: type, file: str | Path | None, overrides: Sequence[str], values: Mapping[str, Any]
 ) -> Mapping[str, Any] | None:
-    """Values of the preset chosen by file, values or overrides; None if `cls` has no presets or rejects the choice."""
+    """Values of the preset chosen by file, values or overrides; None if there is no such preset."""
     presets = getattr(cls, "PRESETS", None)
     if presets is None:
         return None
