@@ -175,7 +175,7 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
 
 
 def _later(scales: Sequence[Scale], hours: Sequence[float]) -> Iterator[str]:
-    """Iterations whose PPO differs in size from that of the iteration before; nothing else changes between them."""
+    """Lines on iterations whose PPO differs in size from the iteration before; nothing else changes between them."""
     for number, (before, now) in enumerate(pairwise(scales), start=2):
         if now != before:
             yield (

@@ -94,7 +94,7 @@ class Corpus:
         """Read the whole corpus; returns the table and the digest of all ids and contents."""
         digest, position, number, count = hashlib.sha256(), 0, 0, 0
         block = array("q")
-        found = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as what is mapped from it)
+        found = tempfile.TemporaryFile()  # noqa: SIM115 (must live as long as its mapping)
         stream.seek(0)
         for line in stream:
             number += 1

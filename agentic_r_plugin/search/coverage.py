@@ -80,9 +80,9 @@ class Coverage(Record):
 
     id: str
     answer_in_corpus: bool | None
-    """None where finding an answer would say nothing (`answers.is_closed`)."""
+    """None if finding an answer would mean nothing (`answers.is_closed`)."""
     answer_rank: int | None
-    """From 1: first passage with a gold answer; None when there is none within the largest depth."""
+    """From 1: first passage with a gold answer; None if there is none within the largest depth."""
     gold: int
     """Gold documents that the metadata names."""
     gold_in_corpus: int
