@@ -1,4 +1,4 @@
-"""What a run of verl on accelerators is told: Hydra overrides from our settings, each group with its reason."""
+"""Hydra overrides for verl on accelerators, derived from our settings; a comment gives the reason for each group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ENGINES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
 
 
 def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
-    """Overrides for one machine or a Ray cluster; like the CPU's, they come before the user's own.
+    """Build the overrides for one machine or a Ray cluster; like those for the CPU, they precede the user's own.
 
     Raises:
-        ConfigError: rollout engines that do not divide the devices, mini-batches that the devices do not divide, or an
-            engine that cannot be had.
+        ConfigError: `tensor_parallel` does not divide the number of devices, the devices do not divide a mini-batch,
+            or the rollout engine is not available.
     """
     _check_engine(config)
     _check_shares(config)
@@ -26,7 +26,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
     overrides = [
         f"actor_rollout_ref.rollout.name={config.engine}",
         f"actor_rollout_ref.rollout.tensor_model_parallel_size={config.tensor_parallel}",
-        # The reference policy only looks at each batch once: it never needs to stay.
+        # The reference policy sees each batch only once, so it never has to stay on the device.
         "actor_rollout_ref.ref.fsdp_config.param_offload=true",
     ]
     for engine in _ENGINES:
@@ -39,17 +39,17 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
     if not any("attn_implementation" in item for item in config.verl):
         overrides += attention.overrides(config.attention)
     if config.engine == "sglang":
-        overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # it finds stop strings in text only
+        overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # its stop strings match text only
     if config.micro_batch_tokens:
         overrides += [
-            "actor_rollout_ref.actor.use_dynamic_bsz=true",  # reference and old log-probabilities follow it
+            "actor_rollout_ref.actor.use_dynamic_bsz=true",  # also applies to reference and old log-probabilities
             f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={config.micro_batch_tokens}",
         ]
     overrides += critic_tokens(config.micro_batch_tokens or config.micro_batch_size * config.limits.max_tokens)
     overrides += [
-        # Join the cluster that is running only where several machines are meant: Ray would look for one by itself.
+        # Join a running cluster only for multi-machine runs; by default Ray would search for one itself.
         f"+ray_kwargs.ray_init.address={'auto' if config.nodes + config.rollout_nodes > 1 else 'local'}",
-        # Other machines' processes have the environment of `ray start`; some of them see no accelerator.
+        # Processes on other machines inherit the environment of `ray start`, and some of them see no accelerator.
         f"+ray_kwargs.ray_init.runtime_env.env_vars.{SWITCH}='0'",
     ]
     if config.lora_rank:
@@ -57,9 +57,9 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             f"actor_rollout_ref.model.lora_rank={config.lora_rank}",
             f"actor_rollout_ref.model.lora_alpha={config.lora_alpha}",
             "actor_rollout_ref.model.target_modules=all-linear",
-            # The engine reads the base weights itself; then only adapters are sent to it.
+            # The engine loads the base weights from disk; after that only the adapters are sent to it.
             "actor_rollout_ref.rollout.load_format=safetensors",
-            # Adapters are gathered layer by layer: verl's other way is for FSDP1 and is not taken to FSDP2 modules.
+            # Gather adapters layer by layer: verl's other method supports FSDP1 only.
             "actor_rollout_ref.rollout.layered_summon=true",
         ]
     if config.mode == "separate_async":

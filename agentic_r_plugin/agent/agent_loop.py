@@ -1,16 +1,17 @@
 """verl's agent loop for Agentic-R: one trajectory, driven by the protocol's `Session` (method section 2).
 
-Registered through the YAML file of `rollout.agent.agent_loop_config_path` only (`launch` writes it). verl's decorator
-`@register` would put an entry without arguments under the same name, and the two overwrite each other.
+The loop is registered only through the YAML file at `rollout.agent.agent_loop_config_path`, which `launch` writes:
+verl's `@register` decorator would add an entry without arguments under the same name, and each overwrites the other.
 
-Ids in, ids out: what the engine wrote is passed on as it is; the mask says who wrote each id; log-probabilities of ids
-that the environment wrote are 0.0. The answer, and so the reward, comes from the model's own ids only.
+The loop works on token ids throughout: ids from the engine are passed on unchanged, the mask marks the ids written by
+the model, and ids written by the environment have log-probability 0.0. The answer, and therefore the reward, is taken
+from the model's ids only.
 
-A trajectory whose search failed must not teach the agent anything. Its mask is all zeros, so it adds nothing to sum and
-count of any masked mean over tokens (policy loss, value loss, KL, entropy, whitening of advantages): with GAE and
-`loss_agg_mode=token-mean` that is exact in every trainer of verl. Two things a mask cannot do are left to our trainer
-(`agent.trainer`), which takes such trajectories out of the batch: a mini-batch of masked trajectories only would divide
-by zero, and group baselines or sequence means would count them.
+A trajectory whose search failed must not contribute to learning. Its mask is all zeros, so it adds nothing to the sum
+or the count of any masked token mean (policy loss, value loss, KL, entropy, advantage whitening). With GAE and
+`loss_agg_mode=token-mean` this is exact in every verl trainer. A mask cannot handle two cases, so our trainer
+(`agent.trainer`) also removes these trajectories from the batch: a mini-batch that is fully masked would divide by
+zero, and group baselines or sequence means would still count the trajectory.
 """
 
 from __future__ import annotations
@@ -40,37 +41,37 @@ from agentic_r_plugin.search.client import RetrievalClient
 _log = logging.getLogger(__name__)
 
 NAME = "agentic_r"
-"""Name of the loop in the YAML file and in `rollout.agent.default_agent_loop`."""
+"""Name of this loop in the YAML file and in `rollout.agent.default_agent_loop`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """What an engine calls those sampling parameters that verl hands to it unchanged."""
+    """An engine's names for the sampling parameters that verl passes through unchanged."""
 
     keep_stop: str
     seed: str
 
 
-_VLLM = _Names(keep_stop="include_stop_str_in_output", seed="seed")  # ours on the CPU takes vLLM's
+_VLLM = _Names(keep_stop="include_stop_str_in_output", seed="seed")  # our CPU engine uses vLLM's names
 _SGLANG = _Names(keep_stop="no_stop_trim", seed="sampling_seed")
 
 
 class SearchAgentLoop(AgentLoopBase):
-    """Think, search, read, answer. verl makes one instance per trajectory.
+    """Think, search, read, answer. verl creates one instance per trajectory.
 
     Args:
         protocol: name of a registered agent protocol.
         limits: fields of `protocol.Limits`.
-        retrieval_url: the retrieval service.
-        retrieval_token_env: environment variable that holds the service's token; empty: it wants none. The value is
-            read here, in the Ray worker: a runtime environment would carry it into Ray's and verl's logs.
-        topk: passages shown for a search.
-        max_concurrent_searches: searches under way at once in one agent-loop worker.
-        search_timeout_s: limit of one attempt of a search.
-        search_retries: attempts after the first, with doubling pauses; then the search has failed.
-        mask_observations: off, the ablation: also what the environment wrote is trained on.
-        seed: base of each request's own sampling seed; None leaves the draw to the engine. With a seed, a step that is
-            done again after a resume draws the same tokens.
+        retrieval_url: address of the retrieval service.
+        retrieval_token_env: environment variable that holds the service's token; empty if it needs none. The value is
+            read here, in the Ray worker, because a runtime environment would expose it in Ray's and verl's logs.
+        topk: passages shown per search.
+        max_concurrent_searches: maximum number of concurrent searches per agent-loop worker.
+        search_timeout_s: timeout of one search attempt.
+        search_retries: attempts after the first, with exponential backoff, before the search counts as failed.
+        mask_observations: False trains on the environment's tokens too (ablation).
+        seed: base of the sampling seed of each request; None lets the engine choose. With a seed, a step repeated
+            after a resume samples the same tokens.
 
     Raises:
         ConfigError: the token's variable is not set in this Ray worker.
@@ -101,16 +102,16 @@ class SearchAgentLoop(AgentLoopBase):
         )
 
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
-        """One trajectory.
+        """Run one trajectory.
 
         Args:
-            sampling_params: verl's sampling parameters; shared between trajectories, never changed here.
-            kwargs: the data set's fields; `extra_info` holds `id`, `question` and `golden_answers`, or the row is one
-                of Search-R1's or verl's (`forms.question_fields`).
+            sampling_params: verl's sampling parameters; shared between trajectories and never modified.
+            kwargs: fields of the data set row. `extra_info` holds `id`, `question` and `golden_answers`, or the row
+                has Search-R1's or verl's layout (`forms.question_fields`).
 
         Raises:
-            BackendError: the engine returned no tokens, or log-probabilities that do not match them.
-            ConfigError: the prompt alone leaves no room for the model.
+            BackendError: the engine returned no tokens, or log-probabilities that do not match the tokens.
+            ConfigError: the prompt alone fills `limits.max_tokens`.
         """
         question = _question(kwargs)
         session = Session(self.protocol, self.codec, self.limits, question.question)
@@ -127,6 +128,7 @@ class SearchAgentLoop(AgentLoopBase):
             cut_at_stop(output, self.protocol.stop, self.codec)
             log.took(output, perf_counter() - started)
             action = session.model_wrote(output.token_ids)
+            # Every other outcome (answer, malformed turn, limit reached) is handled inside the session.
             if isinstance(action, Search):
                 started = perf_counter()
                 await self._search(session, action)
@@ -143,7 +145,7 @@ class SearchAgentLoop(AgentLoopBase):
             "max_tokens": session.budget,
         }
         if names is _VLLM:
-            params["skip_special_tokens"] = False  # a stop string may be made of them
+            params["skip_special_tokens"] = False  # stop strings may consist of special tokens
         if self.seed is not None and "global_steps" in fields:
             params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
         return params
@@ -161,13 +163,14 @@ class SearchAgentLoop(AgentLoopBase):
 
 
 def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:
-    """Take away what an engine wrote after the token that completed a stop string.
+    """Drop the tokens after the one that completed a stop string.
 
-    Engines end there. But the asynchronous trainers abort requests and go on from the tokens so far (verl's
-    `workers/rollout/llm_server.py`), and an engine does not see a stop string that began before it was resumed.
+    Engines normally stop there. The asynchronous trainers, however, abort requests and resume them from the tokens
+    generated so far (verl's `workers/rollout/llm_server.py`), and a resumed engine misses a stop string that began
+    before the abort.
 
     Args:
-        output: verl's `TokenOutput`; `token_ids` and `log_probs` are changed.
+        output: verl's `TokenOutput`; `token_ids` and `log_probs` are modified in place.
     """
     ids = output.token_ids
 
@@ -177,13 +180,14 @@ def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:
 
     if not stopped(len(ids) - 1):
         return
+    # Once a prefix holds a stop string, every longer prefix does too, so the shortest one is found by bisection.
     count = bisect_left(range(len(ids)), True, key=stopped)
     output.token_ids = ids[:count]
     output.log_probs = output.log_probs and output.log_probs[:count]
 
 
 def request_seed(*parts: int) -> int:
-    """A 31-bit seed for one request, the same for the same place in a run.
+    """Derive a 31-bit seed for one request; the same place in a run always gets the same seed.
 
     >>> request_seed(0, 1, 2, 0, 0) == request_seed(0, 1, 2, 0, 0) != request_seed(0, 1, 2, 0, 1)
     True
@@ -210,7 +214,7 @@ def _token(variable: str) -> str | None:
 def _shared_client(
     url: str, token: str | None, concurrency: int, timeout_s: float, retries: int
 ) -> tuple[RetrievalClient, asyncio.Semaphore]:
-    """One connection pool and one limit per worker process (event loop), for all its trajectories."""
+    """Return the connection pool and semaphore that all trajectories of a worker process (event loop) share."""
     clients = _clients.setdefault(asyncio.get_running_loop(), {})
     key = (url, token, concurrency, timeout_s, retries)
     if key not in clients:
@@ -220,7 +224,7 @@ def _shared_client(
 
 
 def _place(fields: Mapping[str, Any]) -> tuple[int, int]:
-    """(row of the data set, number of the sample): names a trajectory within a step."""
+    """(data set row, sample number): identifies a trajectory within a step."""
     return int(fields["extra_info"]["index"]), int(fields.get("session_id", 0))
 
 
@@ -231,18 +235,18 @@ def _question(fields: Mapping[str, Any]) -> Question:
 
 @dataclass
 class _EngineLog:
-    """What the engine said along the way, aligned with the response ids."""
+    """Log-probabilities (aligned with the response ids), times and counters collected over a trajectory's turns."""
 
     logprobs: list[float] | None = field(default_factory=list)
     generate_s: float = 0.0
     search_s: float = 0.0
     num_preempted: int = -1
-    """-1: the engine does not say."""
+    """-1: not reported by the engine."""
     min_global_steps: int | None = None
     max_global_steps: int | None = None
 
     def took(self, output: Any, seconds: float) -> None:
-        """Add one turn of the model."""
+        """Add one model turn."""
         if not output.token_ids:
             raise BackendError(f"the rollout engine returned no tokens (stop reason {output.stop_reason!r})")
         if output.log_probs and len(output.log_probs) != len(output.token_ids):
@@ -250,7 +254,7 @@ class _EngineLog:
                 f"the rollout engine returned {len(output.token_ids)} ids and {len(output.log_probs)} log-probabilities"
             )
         if not output.log_probs:
-            self.logprobs = None
+            self.logprobs = None  # one turn without them makes the trajectory's list useless
         elif self.logprobs is not None:
             self.logprobs += output.log_probs
         self.generate_s += seconds
@@ -263,7 +267,7 @@ class _EngineLog:
             self.max_global_steps = last if self.max_global_steps is None else max(self.max_global_steps, last)
 
     def pad(self, length: int) -> None:
-        """0.0 for the ids that the environment has written since."""
+        """Add 0.0 for each id that the environment has written since, up to `length` ids."""
         if self.logprobs is not None:
             self.logprobs += [0.0] * (length - len(self.logprobs))
 

@@ -1,8 +1,9 @@
 """Causal attention over packed trajectories, for training without the package flash-attn.
 
-verl removes padding by laying the trajectories of a micro-batch end to end in one row, whose position ids begin at 0
-again with each trajectory, and leaves it to variable-length flash attention to keep them apart. The same here, on what
-torch itself brings: its variable-length kernel on CUDA, elsewhere calls without a mask (`agentic_r_plugin.attention`).
+verl removes padding by concatenating the trajectories of a micro-batch into one row, in which position ids restart at 0
+for each trajectory, and relies on variable-length flash attention to keep them separate. This module does the same with
+what torch provides: its variable-length kernel on CUDA, and calls without a mask on other devices
+(`agentic_r_plugin.attention`).
 
 Legend: H attention heads, G key-value heads, T tokens of all trajectories together, K head size, N trajectories.
 """
@@ -28,26 +29,27 @@ _MODELS = ("actor_rollout_ref.model", "critic.model")
 
 
 def overrides(attention: str | None) -> list[str]:
-    """verl's keys for the attention of actor, reference and critic; none, where verl's default can be had.
+    """Overrides that set the attention of actor, reference and critic; empty when verl's default is used.
 
     Args:
-        attention: a name that transformers knows; None: `flash_attention_2` where flash-attn is installed here, else
-            ours.
+        attention: an attention name of transformers; None: `flash_attention_2` if flash-attn is installed here, else
+            `packed_causal`.
     """
     name = attention or chosen()
     return [] if name == _FLASH else [f"+{model}.override_config.attn_implementation={name}" for model in _MODELS]
 
 
 def chosen() -> str:
-    """The attention that a training on accelerators uses by itself."""
+    """The default attention for training on accelerators."""
     return _FLASH if importlib.util.find_spec("flash_attn") is not None else NAME
 
 
 def check(composed: Any) -> str:
-    """The attention of a composed configuration of verl.
+    """Return the attention that a composed verl configuration uses.
 
     Raises:
-        ConfigError: ours, with what only flash attention gives in verl: sequence parallelism, or rows with padding.
+        ConfigError: the attention is `packed_causal`, but the configuration asks for sequence parallelism or padded
+            rows, which need flash attention in verl.
     """
     used = composed.actor_rollout_ref.model.override_config.get("attn_implementation", _FLASH)
     for role, engine in (("actor_rollout_ref.actor", "fsdp_config"), ("actor_rollout_ref.ref", "fsdp_config"),
@@ -81,11 +83,11 @@ def packed_causal(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' interface: `query [1, H, T, K]`, `key` and `value [1, G, T, K]` -> `[1, T, H, K]`.
+    """Attention function for transformers: `query [1, H, T, K]`, `key` and `value [1, G, T, K]` -> `[1, T, H, K]`.
 
     Raises:
-        ValueError: a batch of several rows, a mask, or a cache (only packed rows are served); a sliding window that is
-            shorter than a trajectory, soft-capped logits (Gemma 2) or attention sinks (gpt-oss).
+        ValueError: several rows, a mask or a cache (only one packed row is supported); a sliding window shorter than a
+            trajectory; soft-capped logits (Gemma 2) or attention sinks (gpt-oss).
     """
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{NAME} attention has no soft-capped logits and no sinks; train this model with flash-attn")
@@ -111,14 +113,14 @@ def packed_causal(
 class _Row:
     lengths: Sequence[int]
     ends: torch.Tensor
-    """(N + 1,) int32, on the row's device."""
+    """(N + 1,) int32 cumulative lengths, on the row's device."""
 
 
 _rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _row(position_ids_1T: torch.Tensor) -> _Row:
-    """Found once a forward pass and not in every layer: on CUDA it waits for the device."""
+    """Boundaries of the row, computed once per forward pass instead of in every layer: on CUDA it synchronises."""
     found = _rows.get(position_ids_1T)
     if found is None:
         lengths = trajectory_lengths(position_ids_1T[0])
@@ -128,13 +130,13 @@ def _row(position_ids_1T: torch.Tensor) -> _Row:
 
 
 def trajectory_lengths(position_ids_T: torch.Tensor) -> list[int]:
-    """Tokens of each packed trajectory.
+    """Number of tokens of each packed trajectory.
 
     >>> trajectory_lengths(torch.tensor([0, 1, 2, 0, 0, 1]))
     [3, 1, 2]
 
     Raises:
-        ValueError: the row does not begin with a trajectory, as a part of a row that was cut over devices.
+        ValueError: the row starts inside a trajectory, as when a row was split over devices.
     """
     starts = (position_ids_T == 0).nonzero().flatten().tolist()
     if not starts or starts[0] != 0:
@@ -143,7 +145,7 @@ def trajectory_lengths(position_ids_T: torch.Tensor) -> list[int]:
 
 
 def register() -> None:
-    """Make the name known to transformers; it builds no mask for an attention it knows no mask of."""
+    """Register the attention with transformers, which builds no mask for attentions without a mask function."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_causal)

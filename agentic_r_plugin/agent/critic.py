@@ -1,7 +1,7 @@
-"""A critic to start from: the agent with a value head of zeros.
+"""Initial critic: the agent with a value head of zeros.
 
-verl starts a new value head at random. Its values then differ from token to token by about as much as the rewards do,
-and with lambda = gamma = 1 they go straight into the first advantages. With zeros the first advantages are the rewards.
+verl initialises a new value head at random. Its values then vary between tokens about as much as the rewards do, and
+with lambda = gamma = 1 they enter the first advantages unchanged. With zeros the first advantages equal the rewards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def write_critic(agent: Path, folder: Path) -> None:
-    """Write `folder`: the agent's weights, a value head of zeros, and the tokenizer. It appears whole or not at all."""
+    """Write the agent's weights, a value head of zeros, and the tokenizer to `folder`, atomically."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 

@@ -1,8 +1,9 @@
-"""The batch behind a loss that is not finite, saved so that one can look for what caused it.
+"""Save the batch that produced a non-finite loss, for debugging.
 
-A folder `culprits/step_N/` holds `batch.pt` (field -> one tensor a trajectory, and their keys), `trajectories.jsonl`
-and, written last, `report.json`: the numbers that were not finite, and for each field its range and the trajectories
-whose numbers are not finite. All fields finite means that the update itself broke: look at range and learning rate.
+The folder `culprits/step_N/` holds `batch.pt` (the keys, and for each field one tensor per trajectory),
+`trajectories.jsonl` and, written last, `report.json`: the non-finite metrics, and for each field its range and the
+trajectories with non-finite values. If all fields are finite, the update itself failed: check the ranges and the
+learning rate.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FIELDS = (
     "advantages",
     "returns",
 )
-"""What is saved of each trajectory, as far as the algorithm has it."""
+"""Fields saved for each trajectory; those that the algorithm does not produce are left out."""
 
 
 def write_culprit(
@@ -39,7 +40,7 @@ def write_culprit(
     *,
     step: int,
 ) -> None:
-    """Write the folder; `fields` holds a tensor for each key."""
+    """Write the folder; each field holds one tensor per key."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def write_culprit(
 
 
 def field_report(keys: Sequence[str], rows: Sequence[Any]) -> dict[str, Any]:
-    """Range of a field's finite numbers, and the keys of the rows that hold others."""
+    """Range of a field's finite values, and the keys of the rows with non-finite values."""
     bad = [key for key, row in zip(keys, rows, strict=True) if not bool(row.isfinite().all())]
     finite = [row[row.isfinite()] for row in rows]
     lows = [float(row.min()) for row in finite if row.numel()]

@@ -1,4 +1,4 @@
-"""Questions in FlashRAG layout as a verl data set (Parquet)."""
+"""Convert questions in FlashRAG layout to a verl data set (Parquet)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class SourcedQuestion:
 
 
 def read_questions(path: str | Path) -> list[SourcedQuestion]:
-    """Questions of a file, in order, each with gold answers.
+    """Read the questions of a file in order; each has gold answers.
 
-    The benchmark is the row's `data_source`, where it has one (Parquet of `write_parquet`, of Search-R1, of verl), else
-    the name of the file's folder, as in FlashRAG's layout.
+    The benchmark is the row's `data_source` if present (Parquet from `write_parquet`, Search-R1 or verl), else the
+    name of the file's folder, as in FlashRAG's layout.
 
     Raises:
         RecordError: as `questions.read_rows`.
-        ConfigError: no question in it.
+        ConfigError: the file holds no question.
     """
     folder = data_source_name(path)
     found = [
@@ -44,7 +44,7 @@ def read_questions(path: str | Path) -> list[SourcedQuestion]:
 
 
 def draw(questions: list[SourcedQuestion], most: int, seed: int | str) -> list[SourcedQuestion]:
-    """At most `most` of them, drawn by the seed, in their order; 0: all."""
+    """Sample at most `most` questions with the given seed, keeping their order; 0: all."""
     if not most or most >= len(questions):
         return questions
     chosen = sorted(random.Random(seed).sample(range(len(questions)), most))
@@ -52,7 +52,7 @@ def draw(questions: list[SourcedQuestion], most: int, seed: int | str) -> list[S
 
 
 def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict[str, Any]:
-    """One row: what verl's data set, our agent loop and our reward read."""
+    """Build one data set row with the fields that verl, our agent loop and our reward read."""
     question = item.question
     answers = list(question.golden_answers)
     return {
@@ -82,10 +82,10 @@ def write_parquet(path: str | Path, questions: Sequence[SourcedQuestion], protoc
 def prompt_lengths(
     questions: Sequence[SourcedQuestion], protocol: AgentProtocol, codec: Codec, limits: Limits
 ) -> list[int]:
-    """Tokens of each question's prompt.
+    """Number of prompt tokens of each question.
 
     Raises:
-        ConfigError: a prompt leaves the model no room within `limits.max_tokens`.
+        ConfigError: a prompt alone fills `limits.max_tokens`.
     """
     lengths = [len(protocol.prompt_ids(item.question.question, codec)) for item in questions]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -98,7 +98,7 @@ def prompt_lengths(
 
 
 def data_source_name(path: str | Path) -> str:
-    """Name of the benchmark a question file belongs to: its folder's, as in FlashRAG's layout.
+    """Benchmark of a question file: the name of its folder, as in FlashRAG's layout.
 
     >>> data_source_name("data/hotpotqa/dev.jsonl")
     'hotpotqa'

@@ -1,8 +1,8 @@
-"""Scripted search trajectories for a supervised warm start, made from questions whose supporting passages are known.
+"""Scripted search trajectories for a supervised warm start, from questions whose supporting passages are known.
 
-A script (`agent.scripted_agent`) plays the agent in a real `Session` over the real corpus, so that ids and mask are
-those of a trajectory that the agent will write itself. Supporting passages that the retriever misses are put among the
-passages found, except in some trajectories that are to show a second attempt.
+A script (`agent.scripted_agent`) plays the agent in a real `Session` over the real corpus, so ids and mask have the
+same form as in the agent's own trajectories. Supporting passages that the retriever misses are inserted into the
+results, except in some trajectories that demonstrate a second attempt.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def demonstrate(
     seed: int,
     supporting_field: str = "gold_doc_ids",
 ) -> list[Session]:
-    """One finished session for each question, ended by the gold answer; the mask tells the scripted agent's tokens.
+    """Make one finished session per question, ending with the gold answer; the mask marks the scripted agent's tokens.
 
-    A session that reaches its limits before it has seen all supporting passages is left out: its answer would be a
-    guess. The same seed gives the same sessions.
+    A session that reaches its limits before all supporting passages were shown is dropped, because its answer would be
+    a guess. The same seed gives the same sessions.
 
     Args:
-        questions: with the ids of their supporting passages in `metadata[supporting_field]`.
-        search: real retriever over `corpus`.
+        questions: questions with the ids of their supporting passages in `metadata[supporting_field]`.
+        search: retriever over `corpus`.
 
     Raises:
-        RecordError: a question without supporting ids, or with one that the corpus does not hold.
+        RecordError: a question without supporting ids, or with an id that the corpus does not hold.
         SearchError: the retriever failed.
     """
     scripts = [
@@ -74,6 +74,7 @@ def demonstrate(
         for question in questions
     ]  # fmt: skip
     active = scripts
+    # All scripts advance turn by turn together, so that each round of searches is one batched call.
     while active:
         waiting = [script for script in active if isinstance(write_turn(script), Search)]
         requests = [SearchRequest(query=s.queries[-1], question=s.question.question) for s in waiting]
@@ -85,7 +86,7 @@ def demonstrate(
 
 
 def supporting_passages(question: Question, corpus: Corpus, supporting_field: str) -> tuple[Passage, ...]:
-    """The passages that a question's metadata names.
+    """Look up the passages listed in a question's metadata.
 
     Raises:
         RecordError: no ids, or an id that the corpus does not hold.
@@ -116,18 +117,18 @@ def _script(
     )
 
 
-# --- What the script is shown -----------------------------------------------------------------------------------------
+# --- Observations -----------------------------------------------------------------------------------------------------
 
 
 def _show(script: Script, found: Sequence[Passage], settings: DemonstrationSettings) -> None:
-    """Append the passages found; a supporting one that was missed is put among them, unless this is to be a retry."""
+    """Show the passages found; insert a missed supporting passage at random, unless this trajectory shows a retry."""
     session, shown = script.session, list(found[: script.num_passages])
     wanted = script.wanted
     may_miss = len(script.queries) == 1 and script.rng.random() < settings.retry_share
     if wanted is not None and not may_miss and wanted not in _visible(session, shown):
         shown = [passage for passage in shown if passage != wanted][: script.num_passages - 1]
         shown.insert(script.rng.randrange(len(shown) + 1), wanted)
-        while wanted not in _visible(session, shown):
+        while wanted not in _visible(session, shown):  # the block is full: drop other passages from the end
             shown.remove(next(passage for passage in reversed(shown) if passage != wanted))
     visible = _visible(session, shown)
     script.missed = wanted is not None and wanted not in visible
@@ -136,7 +137,7 @@ def _show(script: Script, found: Sequence[Passage], settings: DemonstrationSetti
 
 
 def _visible(session: Session, passages: Sequence[Passage]) -> list[Passage]:
-    """The leading passages that fit into one information block."""
+    """The longest prefix of the passages that fits into one information block (always at least one passage)."""
     fitting = list(passages)
     while len(fitting) > 1 and len(session.codec.encode(session.protocol.render(fitting))) > (
         session.limits.max_observation_tokens
@@ -146,7 +147,7 @@ def _visible(session: Session, passages: Sequence[Passage]) -> list[Passage]:
 
 
 def describe(sessions: Sequence[Session]) -> Mapping[str, float]:
-    """Counts and mean lengths of a set of demonstrations, for the report."""
+    """Number and mean lengths of the demonstrations, for the report."""
     count = max(1, len(sessions))
     return {
         "demonstrations": len(sessions),

@@ -1,7 +1,7 @@
-"""`agentic-r train-agent --dry-run`: everything a launch can know before it asks for an accelerator.
+"""`agentic-r train-agent --dry-run`: all checks that a launch can make before it needs an accelerator.
 
-Printed to stdout: verl's configuration as resolved, the memory estimate, and one line a check. All checks are made, so
-one run names all that is wrong.
+Prints verl's resolved configuration, the memory estimate, and one line per check to stdout. A failed check does not
+stop the others, so one run reports every problem.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(config: TrainAgentConfig) -> None:
     """Print configuration, estimate and checks; nothing is written.
 
     Raises:
-        ConfigError: a check failed; the message counts them.
+        ConfigError: checks failed; the message gives their number.
     """
     checks = Checks()
     checks.make("protocol", lambda: components.load("agent_protocol", config.protocol).description)
@@ -40,7 +40,7 @@ def run(config: TrainAgentConfig) -> None:
     checks.make("retrieval service", lambda: prepare.check_service(config, probe=probe))
     checks.make("output folder", lambda: _output_folder(Path(config.out).resolve()))
     checks.make("rollout engine", lambda: _engine(config))
-    # Without model or data, the lengths of prompts are not known; everything else of the configuration is.
+    # Without model or data the prompt lengths are unknown; a placeholder lets the rest of the configuration be checked.
     known = lengths or [config.limits.max_tokens // 2]
     composed = checks.make(
         "verl configuration",
@@ -52,7 +52,7 @@ def run(config: TrainAgentConfig) -> None:
     if composed is not None:
         print(OmegaConf.to_yaml(composed))
         checks.make("attention", lambda: attention.check(composed))
-    if composed is not None and model is not None:  # verl's checks read the model's configuration
+    if composed is not None and model is not None:  # verl's checks load the model's configuration
         checks.make("verl's own checks", lambda: validate(_with_critic(config, composed)))
         if not prepare.on_cpu(config):
             checks.make("memory", lambda: _memory(config, composed))
@@ -62,14 +62,14 @@ def run(config: TrainAgentConfig) -> None:
 
 
 class Checks:
-    """Checks and what came of them."""
+    """Runs checks and collects their results."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.failed = 0
 
     def make(self, name: str, check: Callable[[], Any], show: Callable[[Any], str] = str) -> Any:
-        """Make one check; returns what it found, or None where it failed."""
+        """Run one check; return its result, or None if it failed."""
         try:
             found = check()
         except AgenticRError as error:
@@ -81,15 +81,15 @@ class Checks:
 
 
 def validate(composed: Any) -> str:
-    """verl's `validate_config`, as its own entry point calls it, and the rollout's and the models' typed forms.
+    """Run verl's `validate_config` as its own entry point does, and build its typed rollout configuration.
 
     Raises:
-        ConfigError: what verl refuses.
+        ConfigError: verl rejects the configuration.
     """
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    # verl reads the ranks that LoRA may have from vLLM itself; a machine that only launches need not have it.
+    # verl asks vLLM for the allowed LoRA ranks, but a machine that only launches need not have vLLM installed.
     unseen = bool(
         composed.actor_rollout_ref.model.lora_rank
         and composed.actor_rollout_ref.rollout.name == "vllm"
@@ -110,7 +110,7 @@ def validate(composed: Any) -> str:
 
 
 def _with_critic(config: TrainAgentConfig, composed: Any) -> Any:
-    """The configuration with the agent in place of a critic that only the launch will write: they have one shape."""
+    """Use the agent in place of a critic that only the launch will write: both have the same shape."""
     if not verl_config.starts_from_zero_critic(config):
         return composed
     shown = copy.deepcopy(composed)
@@ -159,10 +159,12 @@ def _output_folder(folder: Path) -> str:
 
 
 def _engine(config: TrainAgentConfig) -> str:
-    """The engine; what it needs must be here where an accelerator is, else on the machines that will train.
+    """Name the rollout engine and its missing packages.
+
+    They may be missing on a machine without an accelerator, which can only launch training on others.
 
     Raises:
-        ConfigError: this machine has an accelerator, and something is missing to train on it.
+        ConfigError: this machine has an accelerator, but packages needed to train on it are missing.
     """
     if prepare.on_cpu(config):
         return "hf, on the CPU"

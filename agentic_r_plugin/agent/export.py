@@ -1,6 +1,6 @@
-"""A checkpoint of verl's FSDP engine as a plain Hugging Face folder, bit for bit.
+"""Export a checkpoint of verl's FSDP engine to a plain Hugging Face folder, bit for bit.
 
-verl's own merger turns every weight into bfloat16, which would lose the small steps of a training kept in float32.
+verl's own merger converts every weight to bfloat16, which would lose the small updates of float32 training.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json
 
 _PEFT = "base_model.model."
-"""What PEFT puts before every name."""
+"""Prefix that PEFT adds to every parameter name."""
 
 
 def export_model(checkpoint: Path, folder: Path) -> None:
     """Write `folder` (weights, configuration, tokenizer) from a checkpoint's `actor` or `critic` folder.
 
-    The folder appears whole or not at all.
+    The folder is written under a temporary name and then renamed, so it is never partial.
 
     Raises:
-        TrainingError: the checkpoint is not whole, or its weights are not those of its model.
+        TrainingError: the checkpoint is incomplete, or its weights do not fit its model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
@@ -32,13 +32,13 @@ def export_model(checkpoint: Path, folder: Path) -> None:
         raise TrainingError(f"{checkpoint}: expected verl's checkpoint with a folder 'huggingface', found none")
     model_config = AutoConfig.from_pretrained(source)
     weights = with_adapters_merged(checkpoint, merged_weights(checkpoint))
-    # A critic's checkpoint carries the architecture of the agent it was made from; its value head tells it apart.
+    # A critic's checkpoint names the architecture of the agent it was made from, so it is recognised by its value head.
     is_critic = "score.weight" in weights
     auto = AutoModelForTokenClassification if is_critic else AutoModelForCausalLM
     if is_critic:
         model_config.num_labels = weights["score.weight"].shape[0]
     model_config.dtype = next(iter(weights.values())).dtype
-    with torch.device("meta"):
+    with torch.device("meta"):  # allocates nothing; the loaded tensors are assigned below
         model = auto.from_config(model_config)
     outcome = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -57,10 +57,10 @@ def export_model(checkpoint: Path, folder: Path) -> None:
 
 
 def shard_files(checkpoint: Path) -> list[Path]:
-    """The weights of a checkpoint's `actor` or `critic` folder, by rank.
+    """Weight files of a checkpoint's `actor` or `critic` folder, in order of rank.
 
     Raises:
-        TrainingError: they are not all there.
+        TrainingError: a file is missing.
     """
     record = checkpoint / "fsdp_config.json"
     world_size = int(read_json(record)["world_size"]) if record.is_file() else 1
@@ -75,10 +75,10 @@ def shard_files(checkpoint: Path) -> list[Path]:
 
 
 def merged_weights(checkpoint: Path) -> dict[str, Any]:
-    """All weights of a sharded checkpoint, whole, in their own precision.
+    """Load a sharded checkpoint and join its shards, keeping the precision of each weight.
 
     Raises:
-        TrainingError: a shard is missing, or `join_shards`.
+        TrainingError: a shard is missing, or `join_shards` cannot join the shards.
     """
     import torch
 
@@ -87,7 +87,7 @@ def merged_weights(checkpoint: Path) -> dict[str, Any]:
 
 
 def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str, Any]:
-    """Weights of a LoRA checkpoint as those of the plain model, the adapters added; other weights as they are.
+    """Merge LoRA adapters into the base weights and restore the plain model's names; no adapters: no change.
 
     Raises:
         TrainingError: adapters without verl's record of their scale.
@@ -109,15 +109,16 @@ def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str,
         layer = name.removeprefix(_PEFT).partition(".lora_A.")[0]
         down, up = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]
         base = merged[f"{layer}.weight"]
+        # The product is computed in float64 so that it is rounded only once, to the precision of the base weight.
         merged[f"{layer}.weight"] = base + (scale * (up.double() @ down.double())).to(base.dtype)
     return merged
 
 
 def join_shards(name: str, parts: list[Any]) -> Any:
-    """One tensor from its parts, in order of rank; plain tensors are the same on every rank.
+    """Join the parts of one tensor, given in order of rank; plain tensors are equal on every rank.
 
     Raises:
-        TrainingError: sharded along more than one dimension.
+        TrainingError: the tensor is sharded along more than one dimension.
     """
     import torch
     from torch.distributed.tensor import DTensor, Shard

@@ -1,4 +1,4 @@
-"""What verl 0.9.1 needs changed at run time on every machine; `patches/` holds the same as patches."""
+"""Run-time changes to verl 0.9.1 needed on every machine; `patches/` holds the same changes as patch files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ VERL = ("0.9.1",)
 
 
 def configured_attention(owner: Any, attribute: str, original: Any) -> None:
-    """Load the critic with the attention its configuration names; verl asks for flash attention whatever it says.
+    """Load the critic with the attention named in its configuration; verl always requests flash attention.
 
-    A model that cannot be loaded so is left to verl's own function: its error, or its value head of TRL, for which it
-    still asks for flash attention.
+    If loading fails, verl's own function is called: it raises its own error, or falls back to TRL's value head, still
+    with flash attention.
     """
 
     def load_valuehead_model(local_path: str, torch_dtype: Any, model_config: Any, trust_remote_code: bool) -> Any:
@@ -51,10 +51,10 @@ HOOKS = (
 
 
 def install() -> list[str]:
-    """Apply the hooks, and make our attention known to transformers; returns the names of the hooks applied now.
+    """Apply the hooks and register our attention with transformers; return the names of the hooks applied now.
 
     Raises:
-        UpstreamError: another verl, or a symbol that has moved.
+        UpstreamError: the version of verl is not supported, or a symbol has moved.
     """
     attention.register()
     return apply(HOOKS)

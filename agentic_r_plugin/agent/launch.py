@@ -1,9 +1,9 @@
-"""`agentic-r train-agent`: PPO of the agent in verl, in a process of its own (method section 6).
+"""`agentic-r train-agent`: PPO training of the agent in verl, in a separate process (method section 6).
 
-A run folder holds `config.yaml` and `verl.yaml` (as resolved), `data/`, `train.log`, `metrics.jsonl` (a line a step,
-line 0 the validation before the first), `rollouts/` (sampled trajectories of each step), `checkpoints/`, and when it is
-done `stability.json` (which checkpoint was taken, and why), `agent/` (a plain Hugging Face folder with `agent.json`),
-`critic/`, and, written last, `done.json`.
+A run folder holds `config.yaml` and `verl.yaml` (resolved), `data/`, `train.log`, `metrics.jsonl` (one line per step;
+line 0 is the validation before the first step), `rollouts/` (sampled trajectories of each step) and `checkpoints/`. A
+finished run adds `stability.json` (the chosen checkpoint and the reason), `agent/` (a plain Hugging Face folder with
+`agent.json`), `critic/`, and, written last, `done.json`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _LOG_TAIL_LINES = 25
 
 
 def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
-    """Train, or go on training, and export the agent.
+    """Train or resume training, then export the agent.
 
     Raises:
-        ConfigError, RecordError: impossible settings, missing or broken files; nothing is written then.
-        SearchError: the retrieval service does not answer, or refuses to search; nothing is written then.
-        OutputExistsError: the run folder exists, without `resume`; it holds something else than a training; or another
-            process is writing it.
-        ManifestMismatchError: the run folder is another run's.
+        ConfigError, RecordError: invalid settings, missing or broken files; nothing is written.
+        SearchError: the retrieval service does not answer or refuses to search; nothing is written.
+        OutputExistsError: the run folder exists and `resume` is False, it is not a training run folder, or another
+            process is writing to it.
+        ManifestMismatchError: the run folder belongs to a different run.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
     if config.dry_run:
@@ -79,12 +79,12 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
         _finish(run_dir, config)
 
 
-# --- before -----------------------------------------------------------------------------------------------------------
+# --- Before training --------------------------------------------------------------------------------------------------
 
 
 def _fingerprint(config: TrainAgentConfig) -> str:
     values = deciding(config)
-    del values["steps"]  # a finished training may go on for more steps
+    del values["steps"]  # a finished run may be extended with more steps
     values["precision"] = precision(config)
     for name in ("model", "critic", "questions", "validation"):
         path = getattr(config, name)
@@ -114,7 +114,7 @@ def _collapsed(run_dir: Path) -> bool:
 
 
 def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, made_from: dict[str, str]) -> None:
-    """Whose run this is comes first: inputs found here later are known to be of the same settings and files."""
+    """Write the run's identity first, so that inputs found in the folder later match these settings and files."""
     if not (run_dir / "run.json").is_file():
         write_json(run_dir / "run.json", made_from | {"seconds": 0.0})
     data = run_dir / "data"
@@ -131,17 +131,17 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, m
         (run_dir / stale).unlink(missing_ok=True)
 
 
-# --- while ------------------------------------------------------------------------------------------------------------
+# --- During training --------------------------------------------------------------------------------------------------
 
 
 def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str | None], lock: IO[bytes]) -> None:
-    """Run the training process and report each step; what it took is added to `run.json`."""
+    """Run the training process and report each step; add the elapsed seconds to `run.json`."""
     variables = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
     for name, value in environment.items():
         if value is None:
             variables.pop(name, None)
     name_latest(run_dir)
-    # Steps after the checkpoint are done again: their old lines would be taken for news.
+    # Steps after the checkpoint are repeated; their old lines would be reported as new steps.
     StepLog(run_dir / "metrics.jsonl").keep_until(latest_step(run_dir))
     debug = "--debug" in sys.argv
     started = time.monotonic()
@@ -165,12 +165,12 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
 
 
 def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[bytes]) -> None:
-    """Print a line for each new step until the process ends."""
+    """Print one line per new step until the process ends."""
     log = StepLog(run_dir / "metrics.jsonl")
     shown = max((record["step"] for record in log.read()), default=-1)
     took: list[float] = []
     while True:
-        ended = process.poll() is not None
+        ended = process.poll() is not None  # polled before reading: lines written just before the exit are still shown
         for record in log.read():
             if record["step"] > shown:
                 shown = record["step"]
@@ -182,7 +182,7 @@ def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[b
 
 
 def progress_line(record: dict[str, Any], steps: int, took: Sequence[float] = ()) -> str:
-    """One step in words; with the seconds that steps took so far, also what is left.
+    """Format one step for the terminal; given the seconds of earlier steps, add the estimated time left.
 
     >>> progress_line({"step": 2, "agentic_r/em": 0.25, "agentic_r/search_turns": 1.5, "timing_s/step": 8.04}, 10)
     'step 2/10  EM 0.250  searches 1.50  8.0 s'
@@ -210,7 +210,7 @@ def _why(run_dir: Path, code: int) -> str:
     return f"the training process ended with code {code}; the end of {log}:\n" + "\n".join(lines)
 
 
-# --- after ------------------------------------------------------------------------------------------------------------
+# --- After training ---------------------------------------------------------------------------------------------------
 
 
 def _finish(run_dir: Path, config: TrainAgentConfig) -> None:

@@ -1,8 +1,9 @@
-"""How much memory a training needs, before an accelerator is asked for: an estimate from verl's own configuration.
+"""Estimate the memory that a training run needs from verl's configuration, without an accelerator.
 
-Weights, gradients and optimizer states are counted exactly; activations and logits from the model's shape, for one
-micro-batch of the longest trajectories; what CUDA, NCCL and fragmentation take is a flat `RESERVE_GIB`. Two moments
-matter on a device: sampling (rollout engine beside what was not offloaded) and the update of the actor or the critic.
+Weights, gradients and optimizer states are counted exactly. Activations and logits are derived from the model's shape
+for one micro-batch of the longest trajectories. CUDA, NCCL and fragmentation are covered by a flat `RESERVE_GIB`.
+Device memory peaks either while sampling (rollout engine plus everything that is not offloaded) or during the update
+of the actor or the critic.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ GIB = 2**30
 RESERVE_GIB = 4.0
 _MASTER_BYTES = {"fp32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2}
 _ADAM_BYTES = 8
-"""Two float32 moments a weight."""
+"""Two float32 moments per weight."""
 _LINEAR_SHAPES = 7
-"""Linear layers of a block: query, key, value, output, gate, up, down."""
+"""Linear layers per block: query, key, value, output, gate, up, down."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """The shape of a language model, as far as memory asks for it."""
+    """The dimensions of a language model that determine its memory."""
 
     parameters: int
     layers: int
@@ -35,13 +36,13 @@ class ModelSize:
 
     @property
     def per_layer(self) -> int:
-        """Weights of one block, about: what FSDP gathers at once."""
+        """Approximate number of weights per block, the unit that FSDP gathers."""
         return (self.parameters - 2 * self.vocabulary * self.hidden) // max(1, self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """GiB by what they are for, for each moment; of one device, and of one machine's main memory."""
+    """GiB by purpose: for each moment on one device, and for the main memory of one machine."""
 
     moments: Mapping[str, Mapping[str, float]]
     host: Mapping[str, float]
@@ -49,16 +50,16 @@ class Estimate:
 
     @property
     def peak_gib(self) -> float:
-        """Of the fullest moment on a device."""
+        """GiB needed on a device at the fullest moment."""
         return max(sum(parts.values()) for parts in self.moments.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest moment fits into a device."""
+        """Whether the fullest moment fits into one device."""
         return self.peak_gib <= self.device_gib
 
     def table(self) -> str:
-        """The estimate as lines of text."""
+        """Format the estimate as text."""
         lines = []
         for moment, parts in {**self.moments, "main memory of a machine": self.host}.items():
             lines.append(f"{moment}: {sum(parts.values()):.1f} GiB")
@@ -70,10 +71,10 @@ class Estimate:
 
 
 def model_size(folder: str | Path) -> ModelSize:
-    """Read a model's shape from its `config.json`; no weight is loaded.
+    """Read a model's shape from its `config.json`, without loading weights.
 
     Raises:
-        ConfigError: no configuration that transformers knows.
+        ConfigError: transformers cannot read the configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,13 +95,13 @@ def model_size(folder: str | Path) -> ModelSize:
 
 
 def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, device_memory_gb: float) -> Estimate:
-    """Memory of a run.
+    """Estimate the memory of a run.
 
     Args:
-        composed: verl's configuration.
-        actor: shape of the agent; the reference policy has the same.
+        composed: verl's composed configuration.
+        actor: shape of the agent, and of the reference policy.
         critic: shape of the critic; None without one.
-        device_memory_gb: of one accelerator, in 10^9 bytes as vendors count.
+        device_memory_gb: memory of one accelerator in units of 10^9 bytes, as vendors count.
     """
     rollout, trainer = composed.actor_rollout_ref.rollout, composed.trainer
     world = trainer.nnodes * trainer.n_gpus_per_node
@@ -114,9 +115,11 @@ def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, devic
     }
     reference, reference_config = 0.0, composed.actor_rollout_ref.ref.fsdp_config
     if composed.algorithm.use_kl_in_reward or composed.actor_rollout_ref.actor.use_kl_loss:
+        # With LoRA the reference policy is the actor with its adapters disabled: no second copy of the weights.
         reference = 0.0 if _lora(composed, actor) else _bytes(reference_config) * actor.parameters / world / GIB
 
     def idle(role: str) -> float:
+        # Gradients exist only during an update; weights and optimizer states remain between updates.
         states, config = trained[role], offload[role]
         return states["weights"] * (not config.param_offload) + states["optimizer"] * (not config.optimizer_offload)
 
@@ -128,6 +131,7 @@ def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, devic
     for role, states in trained.items():
         size = sizes[role]
         assert size is not None
+        # The model being updated is on the device in full; the others hold only what is not offloaded.
         others = {name: gib for name, gib in resting.items() if not name.startswith(role)}
         moments[f"update of the {role}"] = {
             "weights": states["weights"],
@@ -154,15 +158,16 @@ def _bytes(fsdp: Any) -> int:
 
 
 def _lora(composed: Any, size: ModelSize) -> int | None:
-    """Trained weights under LoRA on all linear layers; None without."""
+    """Number of weights trained with LoRA on all linear layers; None without LoRA."""
     rank = composed.actor_rollout_ref.model.lora_rank
     if not rank:
         return None
+    # Adapters of an (in, out) layer have rank * (in + out) weights; this is summed over the linear layers of a block.
     return int(size.layers * rank * (_LINEAR_SHAPES * size.hidden + 3 * size.intermediate + 4 * size.hidden))
 
 
 def _role(size: ModelSize, fsdp: Any, world: int, trained: int | None) -> dict[str, float]:
-    """GiB of one model's states on one device; FSDP shards all of them."""
+    """GiB of one model's weights, gradients and optimizer states on one device; FSDP shards all three."""
     learning = size.parameters if trained is None else trained
     return {
         "weights": (_bytes(fsdp) * size.parameters + (0 if trained is None else 4 * trained)) / world / GIB,
@@ -172,7 +177,7 @@ def _role(size: ModelSize, fsdp: Any, world: int, trained: int | None) -> dict[s
 
 
 def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) -> dict[str, float]:
-    """GiB of one micro-batch's forward and backward pass, in bfloat16."""
+    """GiB of the forward and backward pass of one micro-batch in bfloat16."""
     actor = composed.actor_rollout_ref.actor
     model = composed.actor_rollout_ref.model if role == "actor" else composed.critic.model
     longest = composed.data.max_prompt_length + composed.data.max_response_length
@@ -182,11 +187,13 @@ def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) 
     else:
         packed = actor.use_dynamic_bsz
         tokens = actor.ppo_max_token_len_per_gpu if packed else actor.ppo_micro_batch_size_per_gpu * longest
+    # Per token and block, 2 bytes each: about 8 vectors of the hidden size and 3 of the MLP's. Checkpointing keeps only
+    # each block's input and recomputes one block at a time.
     inside = 2 * (8 * size.hidden + 3 * size.intermediate)
     kept = 2 * size.hidden * size.layers if model.enable_gradient_checkpointing else inside * size.layers
     return {
         "gathered block, twice": 2 * 2 * size.per_layer / GIB,
         "activations": tokens * (kept + inside) / GIB,
-        # bfloat16 logits and their gradient, and a float32 copy for log-probabilities and entropy
+        # bfloat16 logits and their gradient, plus a float32 copy for log-probabilities and entropy
         "logits": tokens * vocabulary * 8 / GIB if vocabulary > 1 else 0.0,
     }

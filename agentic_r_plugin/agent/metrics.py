@@ -1,7 +1,7 @@
-"""What a training step did, in numbers, and what keeps it: `metrics.jsonl` and the files of `rollouts/`.
+"""Metrics of each training step, and the files that store them: `metrics.jsonl` and `rollouts/`.
 
-One line, or one file, a step. Before a run goes on from a checkpoint, those of later steps are taken out, because those
-steps will be done again; so no step ever stands twice.
+There is one line or file per step. Before a run resumes from a checkpoint, the entries of later steps are removed,
+because those steps are repeated. No step is therefore recorded twice.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PREFIX = "agentic_r"
 
 
 def trajectory_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics of one step from the agent loop's `extra_fields`.
+    """Compute the metrics of one step from the agent loop's `extra_fields`.
 
-    Trajectories whose search failed are counted in `failed_searches` (and in `stop/search_failed`) and left out of all
+    Trajectories whose search failed are counted in `failed_searches` and `stop/search_failed`, and excluded from all
     means.
     """
     valid = [item for item in trajectories if not item["search_failed"]]
@@ -48,7 +48,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def not_finite(metrics: Mapping[str, Any]) -> list[str]:
-    """Names of losses and gradient norms that are not finite numbers.
+    """Names of the losses, gradient norms and entropies that are not finite.
 
     >>> not_finite({"actor/pg_loss": float("nan"), "critic/grad_norm": 1.0, "perf/x": float("nan")})
     ['actor/pg_loss']
@@ -58,7 +58,7 @@ def not_finite(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """Numbers only, as JSON knows them; a number that is not finite becomes None."""
+    """Keep only numbers, as JSON values; a non-finite number becomes None."""
     result: dict[str, float | int | None] = {}
     for name, value in metrics.items():
         number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
@@ -69,19 +69,19 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
 
 
 class StepLog:
-    """A JSON Lines file whose records carry `step`, in rising order; every append is one write."""
+    """A JSON Lines file of records with a `step`, in ascending order; each append is a single write."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add records."""
+        """Append records."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as stream:
             stream.write(b"".join(dump_line(record) for record in records))
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that was cut off by a kill is left out."""
+        """Read all records, skipping a last line that a kill truncated."""
         if not self.path.is_file():
             return []
         lines = self.path.read_bytes()
@@ -93,7 +93,7 @@ class StepLog:
         return any(record["step"] == step for record in self.read())
 
     def keep_until(self, step: int) -> None:
-        """Take out records of later steps (all of them for step 0), and a last line that was cut off."""
+        """Remove the records of later steps (all records for step 0) and a truncated last line."""
         if not self.path.is_file():
             return
         kept = [record for record in self.read() if step > 0 and record["step"] <= step]
@@ -102,9 +102,10 @@ class StepLog:
 
 
 def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """One line of `rollouts/STEP.jsonl`, from the agent loop's `extra_fields`.
+    """Build one line of `rollouts/STEP.jsonl` from the agent loop's `extra_fields`.
 
-    The first five fields are those of verl's own dumps (`trainer.rollout_data_dir`); `segments` says who wrote what.
+    The first five fields are those of verl's own dumps (`trainer.rollout_data_dir`); `segments` records the author of
+    each piece of text.
     """
     trajectory = item["trajectory"]
     verls = {
@@ -118,26 +119,26 @@ def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
 
 
 class RolloutLog:
-    """Trajectories of each step in a file of their own, `STEP.jsonl`: the form that verl's rollout viewer opens."""
+    """One file of trajectories per step, `STEP.jsonl`, in the format that verl's rollout viewer opens."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def write(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write a step's file whole; a step done again replaces it."""
+        """Write the file of a step atomically, replacing an existing one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / f"{step}.jsonl") as temporary:
             temporary.write_bytes(b"".join(dump_line(line) for line in lines))
 
     def steps(self) -> list[int]:
-        """Steps that have a file, rising."""
+        """Steps that have a file, in ascending order."""
         return sorted(int(file.stem) for file in self.folder.glob("*.jsonl"))
 
     def read(self, step: int) -> list[dict[str, Any]]:
-        """The lines of one step.
+        """Read the lines of one step.
 
         Raises:
-            RecordError: no such file, or a broken line.
+            RecordError: the file is missing, or a line is broken.
         """
         return [record for _, record in read_lines(self.folder / f"{step}.jsonl")]
 
@@ -149,10 +150,10 @@ class RolloutLog:
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Steps of the checkpoint folders under `root`, rising."""
+    """Steps of the checkpoint folders under `root`, in ascending order."""
     return sorted(int(folder.name.rpartition("_")[2]) for folder in root.glob("global_step_*") if folder.is_dir())
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """All lines of a run's `metrics.jsonl`, in order of steps."""
+    """Read all lines of a run's `metrics.jsonl`, in order of steps."""
     return [record for _, record in read_lines(Path(run) / "metrics.jsonl")]

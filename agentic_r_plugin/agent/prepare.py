@@ -1,4 +1,4 @@
-"""Everything of `train-agent` that can fail before anything is written or an accelerator is asked for."""
+"""Inputs and checks of `train-agent` that can fail before anything is written or an accelerator is used."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from agentic_r_plugin.store import atomic_path, file_fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run folder is made from."""
+    """The inputs of a run folder, read and checked."""
 
     protocol: AgentProtocol
     questions: list[SourcedQuestion]
     validation: list[SourcedQuestion] | None
     verl: Any
-    """verl's configuration."""
+    """verl's composed configuration."""
     environment: dict[str, str | None]
-    """Variables of the training process; None removes one."""
+    """Environment variables of the training process; None removes a variable."""
     loop: str
-    """The agent loop's YAML file."""
+    """Content of the agent loop's YAML file."""
 
 
 def prepare(config: TrainAgentConfig) -> Prepared:
     """Read and check all inputs.
 
     Raises:
-        ConfigError, RecordError: impossible settings, missing or broken files.
-        SearchError: the retrieval service does not answer, or refuses to search.
+        ConfigError, RecordError: invalid settings, missing or broken files.
+        SearchError: the retrieval service does not answer or refuses to search.
     """
     protocol = components.load("agent_protocol", config.protocol)
     questions = training_questions(config)
@@ -71,10 +71,10 @@ def prepare(config: TrainAgentConfig) -> Prepared:
 
 
 def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
-    """The training set; at least one batch.
+    """Read the training questions, at least one batch of them.
 
     Raises:
-        ConfigError, RecordError: missing, broken or too small.
+        ConfigError, RecordError: the file is missing, broken or too small.
     """
     questions = dataset.read_questions(config.questions)
     if len(questions) < config.batch_size:
@@ -85,9 +85,9 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
 
 
 def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | None:
-    """The validation set, if one is asked for: all of its file, or a draw from it.
+    """Read the validation questions, all or a sample; None if no validation is configured.
 
-    The draw does not depend on the run's seed: runs and iterations of the loop are compared on the same questions.
+    The sample does not depend on the run's seed, so runs and iterations are compared on the same questions.
     """
     if config.validation is None:
         return None
@@ -95,7 +95,7 @@ def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | No
 
 
 def check_model(folder: Path) -> None:
-    """Refuse what is no model folder.
+    """Check that the folder holds a model.
 
     Raises:
         ConfigError: it has no config.json.
@@ -105,7 +105,7 @@ def check_model(folder: Path) -> None:
 
 
 def codec(model: str) -> Codec:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -121,13 +121,13 @@ def codec(model: str) -> Codec:
 
 
 def check_service(config: TrainAgentConfig, *, probe: str) -> str:
-    """Ask the retrieval service for passages. A service of others need not have `/health`.
+    """Check the retrieval service with one search. Third-party services need not have `/health`.
 
     Returns:
-        Its address, what it serves (where it says so), and how many passages it found.
+        Its address, its fingerprint (if it has one), and the number of passages found.
 
     Raises:
-        ConfigError: an address that other machines cannot reach; the token's variable is not set.
+        ConfigError: other machines cannot reach the address, or the token's variable is not set.
         SearchError: it does not answer, or refuses to search.
     """
     token = read_secret(config.retrieval_token_env, "retrieval_token_env")
@@ -141,7 +141,7 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
     served = client.url
     try:
         (found,) = client.search([SearchRequest(query=probe, question=probe)], config.topk)
-        with suppress(SearchUnavailableError):  # the search decides
+        with suppress(SearchUnavailableError):  # a successful search is enough
             served = client.fingerprint()
     except SearchRefusedError as error:
         if error.status != 401:
@@ -157,7 +157,7 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
 
 
 def on_cpu(config: TrainAgentConfig) -> bool:
-    """Whether to train on the CPU: as told, or where no accelerator is found."""
+    """Whether to train on the CPU: the setting if given, else True if no accelerator is found."""
     if config.cpu is not None:
         return config.cpu
     from agentic_r_plugin.agent.cpu.detect import cpu_wanted
@@ -166,17 +166,17 @@ def on_cpu(config: TrainAgentConfig) -> bool:
 
 
 def precision(config: TrainAgentConfig) -> str:
-    """The type that actor, reference and critic compute in; `auto` where verl's configuration decides."""
+    """Compute type of actor, reference and critic; `auto` if verl's configuration decides."""
     return compute.resolve(config.precision, "cpu") if on_cpu(config) else config.precision
 
 
 def compose(
     config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int]
 ) -> tuple[Any, dict[str, str | None]]:
-    """verl's configuration and the training process's environment, for the machine this run is for.
+    """Compose verl's configuration and the training process's environment for the CPU or for accelerators.
 
     Raises:
-        ConfigError: settings that verl's configuration or the machine does not take.
+        ConfigError: verl's configuration or the machine does not support the settings.
     """
     from agentic_r_plugin.agent.accelerator import accelerator_overrides
 
@@ -208,17 +208,17 @@ def compose(
 
 
 def content_key(path: Path) -> str:
-    """Hash of a file, or of a model folder's files and their names."""
+    """Hash of a file, or of the names and contents of a model folder's files."""
     if path.is_file():
         return file_fingerprint(path)
     return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else than a training.
+    """Reject an existing folder that is not a training run folder.
 
     Raises:
-        OutputExistsError: it is not empty (hidden files aside), and no `run.json` says whose run it is.
+        OutputExistsError: it holds files (hidden ones are ignored) but no `run.json`.
     """
     if not folder.exists() or (folder / "run.json").is_file():
         return
@@ -227,16 +227,16 @@ def check_run_folder(folder: Path) -> None:
 
 
 def latest_step(run_dir: Path) -> int:
-    """Step of the newest whole checkpoint; 0 without one. verl writes its name after everything else."""
+    """Step of the newest complete checkpoint; 0 without one. verl writes this file after everything else."""
     file = _latest_file(run_dir)
     if not file.is_file():
         return 0
-    # A kill while verl writes the name leaves the file empty: the newest folder was whole by then.
+    # If verl is killed while it writes this file, the file is empty, but the newest folder is already complete.
     return int(file.read_text() or max(checkpoint_steps(file.parent), default=0))
 
 
 def name_latest(run_dir: Path) -> None:
-    """Write the newest checkpoint's name again where a kill left none, which verl cannot read."""
+    """Restore the newest checkpoint's step in a file that a kill left empty, which verl cannot read."""
     file = _latest_file(run_dir)
     if file.is_file() and not file.read_text():
         with atomic_path(file) as temporary:

@@ -1,13 +1,13 @@
-"""Protocols of other released agents, so that they run unchanged; their prompts are read from the installed FlashRAG.
+"""Protocols of other released agents, which run unchanged; their prompts are read from the installed FlashRAG.
 
-| protocol | searches | reads | answers | its own settings |
+| protocol | searches | reads | answers | special settings |
 |---|---|---|---|---|
 | `r1_searcher` | `<|begin_of_query|>` | `<|begin_of_documents|>` | `<answer>` | prompt without chat template |
 | `simple_deep_searcher` | `<|begin_search_query|>` | `<|begin_search_result|>` | `\\boxed{}` | at most 10 searches |
 
-In the original agents a turn without search or answer ends the trajectory: `limits.max_malformed=0` does the same.
-SimpleDeepSearcher's own evaluation lets a second model summarise web pages; here, as in FlashRAG, the agent reads the
-passages themselves.
+In the original agents a turn without search or answer ends the trajectory; `limits.max_malformed=0` does the same.
+SimpleDeepSearcher's own evaluation uses a second model to summarise web pages; here, as in FlashRAG, the agent reads
+the passages themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agentic_r_plugin.errors import UpstreamError
 from agentic_r_plugin.protocol import AgentProtocol
 
 SIMPLE_DEEP_SEARCHER_SEARCHES = 10
-"""What its prompt tells the agent it may do; run it with `limits.max_searches=10`."""
+"""Search limit stated in its prompt; run it with `limits.max_searches=10`."""
 
 _PASSAGE = '({rank})Title: "{title}" Text: {text}'
 _BLOCK = "\n\n{opening}\n{passages}\n\n{closing}\n\n"

@@ -1,7 +1,7 @@
 """The outcome reward: exact match of the model's own answer (method sections 2 and 6).
 
-verl calls `compute_score` with the whole response as text, passages included. That text is not looked at: the answer is
-the one the agent loop took from the model's own tokens.
+verl calls `compute_score` with the whole response as text, passages included. That text is ignored: the answer is the
+one that the agent loop extracted from the model's own tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.forms import answers
 
 NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share", "generated_tokens")
-"""Fields of the loop that are passed on, so that validation reports them as `val-aux/<data source>/<field>/mean@1`."""
+"""Agent loop fields passed on, so that validation reports them as `val-aux/<data source>/<field>/mean@1`."""
 
 
 def compute_score(
@@ -28,16 +28,16 @@ def compute_score(
 
     Args:
         data_source: name of the benchmark.
-        solution_str: the response as text; not used.
+        solution_str: the response as text; ignored.
         ground_truth: gold answers, in any form that `forms.answers` reads.
         extra_info: the agent loop's `extra_fields`.
 
     Returns:
         `score`, the reward (0 or 1); `acc` and `em`, the same number under the names that verl and we report; `f1`;
-        and the loop's `NUMBERS`.
+        and the fields in `NUMBERS`.
 
     Raises:
-        TrainingError: the trajectory does not come from our agent loop, or its question has no gold answers.
+        TrainingError: the trajectory is not from our agent loop, or its question has no gold answers.
     """
     if "stop_reason" not in extra_info:
         raise TrainingError(

@@ -1,7 +1,7 @@
-"""`agentic-r show-rollouts`: sampled trajectories of a training as one HTML page, masked tokens coloured.
+"""`agentic-r show-rollouts`: sampled trajectories of a training run as one HTML page, masked tokens coloured.
 
-The page needs no network and no script: it can be sent to a colleague. It is made from `rollouts/STEP.jsonl`, which
-verl's own rollout viewer (`scripts/rollout_viewer.py RUN/rollouts`) opens too.
+The page is self-contained, without network access or scripts. It is built from `rollouts/STEP.jsonl`, which verl's own
+rollout viewer (`scripts/rollout_viewer.py RUN/rollouts`) can also open.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def run(config: ShowRolloutsConfig, *, resume: bool = False) -> None:
     """Write the page.
 
     Raises:
-        ConfigError: the run has no rollouts, or not of a step asked for.
-        OutputExistsError: the page is already there, without `resume`.
+        ConfigError: the run has no rollouts, or none for a requested step.
+        OutputExistsError: the page exists and `resume` is False.
     """
     log = RolloutLog(Path(config.run) / "rollouts")
     known = log.steps()
@@ -65,7 +65,7 @@ def run(config: ShowRolloutsConfig, *, resume: bool = False) -> None:
 
 
 def spread(steps: Sequence[int], most: int) -> list[int]:
-    """First, last, and evenly between.
+    """Select at most `most` steps: the first, the last, and evenly spaced ones between.
 
     >>> spread(range(1, 101), 4)
     [1, 34, 67, 100]
@@ -76,7 +76,7 @@ def spread(steps: Sequence[int], most: int) -> list[int]:
 
 
 def page(title: str, rollouts: Mapping[int, Sequence[Mapping[str, Any]]]) -> str:
-    """The whole page; step -> lines of its file."""
+    """Render the page; `rollouts` maps each step to the lines of its file."""
     sections = "\n".join(
         f"<h2>Step {step}</h2>\n" + "\n".join(_trajectory(line) for line in lines) for step, lines in rollouts.items()
     )

@@ -1,8 +1,8 @@
-"""The scripted agent of a demonstration: what it knows, and what it writes next.
+"""The scripted agent of a demonstration: its state and its next turn.
 
-It asks for a supporting passage by its title where the title stands in the question or in a passage already shown, and
-by words of the question otherwise; it looks again, in other words, when the passage was not found; and it answers when
-it has seen all supporting passages. Titles that it cannot have read stay out of its queries.
+It searches for a supporting passage by title if the title occurs in the question or in a passage already shown, and by
+keywords of the question otherwise. If the passage was not found, it tries again with a different query. It answers once
+all supporting passages were shown. Its queries never contain titles that it cannot have read.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _STOP_WORDS = frozenset(
     "which while who whom whose why will with would you your".split()
 )
 THOUGHTS = ("question", "title", "excerpt", "short")
-"""What the last thought holds: the question again, titles and the question, words copied, or next to nothing."""
+"""Content of the last thought: the question again, titles and the question, copied words, or a short sentence."""
 _TITLE_WORDS = 12
 _QUERY_WORDS = 10
 _WORDS_BEFORE, _WORDS_AFTER = 9, 4
-"""Words of a passage that are copied around the answer."""
+"""Number of words copied from a passage before and after the answer."""
 
 
 @dataclass
 class Script:
-    """What the scripted agent of one trajectory knows."""
+    """State of the scripted agent in one trajectory."""
 
     question: Question
     supporting: tuple[Passage, ...]
@@ -45,13 +45,13 @@ class Script:
 
     @property
     def unseen(self) -> list[Passage]:
-        """Supporting passages not shown yet; those whose title can be known come first, in order of the question."""
+        """Supporting passages not shown yet: those with known titles first, in the order of the question."""
         shown = {passage.id for passage in self.seen}
         left = [passage for passage in self.supporting if passage.id not in shown]
         return sorted(left, key=lambda passage: (not self.knows(passage), self._place(passage)))
 
     def knows(self, passage: Passage) -> bool:
-        """Whether the passage's title can be read in the question or in a passage shown."""
+        """Whether the passage's title occurs in the question or in a passage shown."""
         texts = [self.question.question, *(shown.contents for shown in self.seen)]
         return any(contains_answer(text, [plain_title(passage)]) for text in texts)
 
@@ -61,17 +61,17 @@ class Script:
 
     @property
     def wanted(self) -> Passage | None:
-        """The supporting passage to look for now: None when all were shown."""
+        """The next supporting passage to search for; None when all were shown."""
         return next(iter(self.unseen), None)
 
     @property
     def out_of_searches(self) -> bool:
-        """Whether a passage is missing that no search is left for."""
+        """Whether a passage is missing and no search is left."""
         return self.wanted is not None and self.session.searches >= self.session.limits.max_searches
 
 
 def plain_title(passage: Passage) -> str:
-    """Title without a disambiguation in brackets.
+    """Title without its disambiguation in parentheses.
 
     >>> plain_title(Passage(id="1", title="Mercury (planet)", text=""))
     'Mercury'
@@ -80,7 +80,7 @@ def plain_title(passage: Passage) -> str:
 
 
 def keywords(text: str, *, limit: int, without: str = "") -> list[str]:
-    """Words of `text` that carry meaning, in order, leaving out those of `without`.
+    """Up to `limit` content words of `text` in order, without repeats and without the words of `without`.
 
     >>> keywords("Which band was formed first, Suede or Pulp?", limit=4, without="Pulp")
     ['band', 'formed', 'first', 'Suede']
@@ -92,7 +92,7 @@ def keywords(text: str, *, limit: int, without: str = "") -> list[str]:
 
 
 def write_turn(script: Script) -> object:
-    """Write one turn; returns what the session makes of it."""
+    """Write one turn; return the session's action."""
     wanted, session, protocol = script.wanted, script.session, script.session.protocol
     if wanted is None:
         thought, tag, body = _last_thought(script), protocol.answer_tag, script.question.golden_answers[0]
@@ -107,7 +107,7 @@ def write_turn(script: Script) -> object:
 
 
 def _within(session: Session, text: str) -> list[int]:
-    """The turn's ids; a turn that is too long is cut, which the session sees as malformed, and so is left out."""
+    """Ids of the turn, cut to the session's budget; a cut turn is malformed, so its session is left out."""
     return session.codec.encode(text)[: session.budget]
 
 
@@ -139,9 +139,9 @@ def _first_new(script: Script, queries: Sequence[str]) -> str:
 
 
 def _last_thought(script: Script) -> str:
-    """What is thought before the answer.
+    """The thought before the answer.
 
-    Small models answer better when the question stands right before the answer, and lose their way in long excerpts.
+    Small models answer better when the question directly precedes the answer, and worse after long excerpts.
     """
     answer, question = script.question.golden_answers[0], script.question.question.strip()
     holding = [passage for passage in reversed(script.supporting) if contains_answer(passage.contents, [answer])]
@@ -155,7 +155,7 @@ def _last_thought(script: Script) -> str:
 
 
 def _excerpt(passage: Passage, phrase: str) -> str:
-    """Some words of the passage around the phrase, or its first words where only the title holds it."""
+    """Words of the passage around the phrase, or its first words if the text does not contain the phrase."""
     words = passage.text.split()
     wanted = normalize(phrase).split()
     plain = [normalize(word) for word in words]

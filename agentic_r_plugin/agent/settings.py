@@ -1,4 +1,4 @@
-"""What `agentic-r train-agent` is told."""
+"""Settings of `agentic-r train-agent`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MEMORY_OF_VERL = (
     "gpu_memory_utilization", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "_offload", "enforce_eager",
     "max_num_seqs", "max_num_batched_tokens",
 )  # fmt: skip
-"""Ends of verl's keys that say how memory is used and not what is learnt."""
+"""Suffixes of verl's keys that affect memory use but not what is learnt."""
 
 
 def _deciding_overrides(overrides: list[str]) -> list[str]:
@@ -53,7 +53,7 @@ class TrainAgentConfig:
             "limits": {"max_searches": 4, "max_response_tokens": 800, "max_observation_tokens": 800},
         },
     }
-    """Values that stand in for the defaults; a file, flags and overrides still win."""
+    """Values that replace the defaults; a file, flags and overrides take precedence."""
 
     preset: str = _help(
         "paper, or released_code: 4 searches, 800 tokens a turn and an observation, 400 steps", default="paper"

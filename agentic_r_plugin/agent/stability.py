@@ -1,13 +1,12 @@
-"""Watching a training, and which checkpoint is taken when it collapses (method section 6).
+"""Detect the collapse of a training run and choose the checkpoint to export (method section 6).
 
-The paper takes "the last stable checkpoint" by hand. Here it is a rule over the lines of `metrics.jsonl`:
+The paper selects "the last stable checkpoint" by hand. Here a rule over the lines of `metrics.jsonl` selects it:
 
-1. A step is unstable when a watched number breaks its bound. Reward, searches, length, KL, entropy and malformed share
-   are means over the last `window` steps; reward and malformed share are compared with the best such mean so far,
-   length, searches, entropy and gradient norm with the first `window` steps. A number that is not finite makes its step
-   unstable at once.
-2. The training has collapsed at the first of `patience` unstable steps in a row.
-3. The last stable checkpoint is the newest one before the collapse; without a collapse it is simply the newest.
+1. A step is unstable if the mean of a watched metric over the last `window` steps breaks its bound. Reward and
+   malformed share are compared with the best such mean so far; length, searches, entropy and gradient norm with the
+   mean of the first `window` steps; KL with a fixed bound. A non-finite value makes its step unstable at once.
+2. Training has collapsed once `patience` steps in a row are unstable; the collapse is dated to the first of them.
+3. The last stable checkpoint is the newest one before the collapse, or the newest of all without a collapse.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ WATCHED = {
     "malformed": ("agentic_r/malformed_share",),
     "gradient_norm": ("actor/grad_norm",),
 }
-"""What is watched -> the metrics that hold it, the first found counting."""
+"""Watched quantity -> names of the metrics that hold it; the first one present is used."""
 
 ACTIONS = ("finish", "stop")
 
 
 class CollapseError(TrainingError):
-    """Training has collapsed and is to stop; what was trained before is kept."""
+    """Training collapsed and stops; earlier checkpoints are kept."""
 
 
 def _help(text: str, default: Any) -> Any:
@@ -72,29 +71,30 @@ class StabilityRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the rule says of a training so far."""
+    """Result of the stability rule for the steps so far."""
 
     reasons: Mapping[int, tuple[str, ...]]
-    """Unstable step -> what broke its bound."""
+    """Unstable step -> the bounds it broke."""
     collapse: int | None
-    """First step of the collapse; None: there was none."""
+    """First step of the collapse; None without a collapse."""
     doubtful_from: int | None
-    """First step of the collapse, or of unstable steps that still go on; later checkpoints are not trusted yet."""
+    """First step of the collapse, or of the unstable steps at the end; later checkpoints are not trusted yet."""
 
     def describe(self) -> str:
-        """The collapse in words."""
+        """Describe the collapse in words."""
         if self.collapse is None:
             return "no collapse"
         return f"collapse at step {self.collapse}: {'; '.join(self.reasons[self.collapse])}"
 
 
 def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
-    """Apply the rule to the lines of a training, in order of steps; lines without a reward (validation) are left out.
+    """Apply the rule to the steps of a run; lines without a reward (validation) are skipped.
 
     Args:
-        records: lines of `metrics.jsonl`; a number that was not finite stands there as None.
+        records: lines of `metrics.jsonl`, in order of steps; non-finite numbers are stored as None.
     """
     steps = [record for record in records if _has(record, "reward")]
+    # Each step is judged on the steps up to it only, so that the verdict on a step never changes later.
     reasons = {int(steps[end]["step"]): _broken(steps[: end + 1], rule) for end in range(len(steps))}
     collapse = doubtful = None
     in_a_row: list[int] = []
@@ -102,6 +102,7 @@ def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
         in_a_row = [*in_a_row, step] if broken else []
         if len(in_a_row) == rule.patience and collapse is None:
             collapse = in_a_row[0]
+    # Unstable steps at the end may still become a collapse: until that is known, checkpoints since then are in doubt.
     doubtful = collapse if collapse is not None else next(iter(in_a_row), None)
     return Verdict(
         reasons={step: broken for step, broken in reasons.items() if broken}, collapse=collapse, doubtful_from=doubtful
@@ -109,10 +110,10 @@ def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
 
 
 def last_stable(checkpoints: Sequence[int], verdict: Verdict) -> int:
-    """Step of the checkpoint to take.
+    """Return the step of the checkpoint to export.
 
     Raises:
-        TrainingError: there is none, or the training collapsed before the first.
+        TrainingError: there is no checkpoint, or training collapsed before the first one.
     """
     stable = [step for step in checkpoints if verdict.collapse is None or step < verdict.collapse]
     if not stable and verdict.collapse is not None:
@@ -127,7 +128,7 @@ def last_stable(checkpoints: Sequence[int], verdict: Verdict) -> int:
 
 
 def to_keep(checkpoints: Sequence[int], verdict: Verdict, newest: int) -> set[int]:
-    """Checkpoints that may not be removed: the `newest` ones, and the newest that is not in doubt."""
+    """Checkpoints that must be kept: the `newest` most recent ones, and the most recent one that is not in doubt."""
     trusted = [step for step in checkpoints if verdict.doubtful_from is None or step < verdict.doubtful_from]
     return {*sorted(checkpoints)[-newest:], *sorted(trusted)[-1:]}
 
@@ -136,13 +137,14 @@ def to_keep(checkpoints: Sequence[int], verdict: Verdict, newest: int) -> set[in
 
 
 def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[str, ...]:
-    """What breaks its bound at the last of these steps."""
+    """Describe each bound that is broken at the last of these steps."""
     lost = [name for name in WATCHED if _has(steps[-1], name) and _value(steps[-1], name) is None]
     if lost:
         return tuple(f"{name} is not finite" for name in lost)
     found = []
     reward = _mean(steps[-rule.window :], "reward")
     best = max(_of_windows(steps, rule, "reward"), default=0.0)
+    # A drop from a reward near zero is noise: with a best mean under `min_reward` no drop is reported.
     least = best * (1 - rule.max_reward_drop) if rule.max_reward_drop is not None and best >= rule.min_reward else 0.0
     if reward is not None and reward < least:
         found.append(f"reward {reward:.3f}, best {best:.3f}")
@@ -150,6 +152,7 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
     if rule.max_malformed_rise is not None:
         lowest = min(_of_windows(steps, rule, "malformed"), default=None)
         found += _above(steps, rule, "malformed", None if lowest is None else lowest + rule.max_malformed_rise)
+    # The first window is the reference for these metrics, so they are compared from the step after it.
     if len(steps) > rule.window:
         for name, factor in (
             ("entropy", rule.max_entropy_factor),
@@ -168,7 +171,7 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
 
 
 def _of_windows(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str) -> Iterator[float]:
-    """Means over every whole window; one of fewer steps has more luck in it than the later ones it is held against."""
+    """Means over all full windows; a shorter window is noisier and would set a best mean by luck."""
     for end in range(rule.window, len(steps) + 1):
         yield _mean(steps[end - rule.window : end], name) or 0.0
 

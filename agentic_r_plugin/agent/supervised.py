@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of a Hugging Face causal language model on the tokens that an agent is to write.
+"""Supervised fine-tuning of a Hugging Face causal language model on the agent's tokens.
 
-One trajectory at a time goes through the model (no padding, and logits only where a token is trained), gradients are
-added up over an optimiser step, in bfloat16 autocast where the device has it. Checkpoints let an interrupted
-run go on with the same batches.
+The model processes one trajectory at a time, without padding and with logits only for the trained tokens, and gradients
+are accumulated over an optimiser step. Autocast uses bfloat16 where the device supports it. Checkpoints let an
+interrupted run continue with the same batches.
 
 Legend: T tokens of one trajectory, M of them written by the agent, V vocabulary.
 """
@@ -30,13 +30,13 @@ class Example:
     """One trajectory to learn from."""
 
     ids: tuple[int, ...]
-    """[T] prompt and response."""
+    """[T] ids of prompt and response."""
     mask: tuple[int, ...]
-    """[T] 1 on tokens the agent wrote."""
+    """[T] 1 for tokens written by the agent."""
 
     @classmethod
     def from_session(cls, session: Session) -> Example:
-        """A finished session, from its prompt to its last token."""
+        """Make an example of a finished session, from its prompt to its last token."""
         return cls(ids=tuple(session.ids), mask=(0,) * len(session.prompt_ids) + tuple(session.response_mask))
 
 
@@ -67,11 +67,11 @@ class FineTuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What one optimiser step did."""
+    """Measurements of one optimiser step."""
 
     step: int
     loss: float
-    """Mean cross entropy of the agent's tokens."""
+    """Mean cross entropy over the agent's tokens."""
     learning_rate: float
     grad_norm: float
     tokens: int
@@ -88,15 +88,15 @@ def fine_tune(
     checkpoint: Path,
     on_step: Callable[[StepRecord, int], None] = lambda record, total: None,
 ) -> list[StepRecord]:
-    """Train in place; goes on from `checkpoint` where that file exists.
+    """Train the model in place, resuming from `checkpoint` if that file exists.
 
     Args:
-        model: any causal language model of transformers, float32, on its device.
-        epochs: the examples of each pass; every pass is shuffled by `seed`.
-        on_step: called with each step's record and the number of all steps.
+        model: causal language model of transformers, in float32, on its device.
+        epochs: examples of each epoch; each epoch is shuffled with a seed derived from `seed`.
+        on_step: called with the record of each step and the total number of steps.
 
     Raises:
-        TrainingError: no example, or a loss that is not finite.
+        TrainingError: no examples, or a non-finite loss or gradient norm.
     """
     batches = [batch for number, examples in enumerate(epochs) for batch in _batches(examples, settings, seed + number)]
     if not batches:
@@ -124,7 +124,7 @@ def fine_tune(
 
 
 def learning_rate(settings: FineTuneSettings, step: int, num_steps: int) -> float:
-    """Rate of a step, counted from 0: linear warm-up, then cosine decay.
+    """Learning rate of a step (counted from 0): linear warm-up, then cosine decay.
 
     >>> settings = FineTuneSettings(learning_rate=1.0, warmup_share=0.2)
     >>> [round(learning_rate(settings, step, 10), 2) for step in (0, 1, 2, 5, 9)]
@@ -147,7 +147,7 @@ def _batches(examples: Sequence[Example], settings: FineTuneSettings, seed: int)
 def _step(
     model: Any, optimizer: torch.optim.Optimizer, batch: Sequence[Example], settings: FineTuneSettings, rate: float
 ) -> tuple[float, float]:
-    """One optimiser step; (mean loss of the agent's tokens, gradient norm before clipping)."""
+    """Take one optimiser step; return the mean loss of the agent's tokens and the gradient norm before clipping."""
     num_targets = sum(sum(example.mask[1:]) for example in batch)
     total = 0.0
     for example in batch:
@@ -163,8 +163,9 @@ def _step(
 
 
 def token_loss(model: Any, example: Example, *, precision: str) -> torch.Tensor:
-    """Sum of the cross entropy of the agent's tokens, a scalar."""
+    """Cross entropy summed over the agent's tokens, a scalar."""
     device = model.device
+    # The logits at position t - 1 predict token t; the first token has no prediction and is never a target.
     ids_1T = torch.tensor([example.ids], device=device)
     target_M = torch.tensor(example.mask[1:], device=device).nonzero().squeeze(1) + 1
     bfloat16 = compute.resolve(precision, device) == "bfloat16"

@@ -1,16 +1,16 @@
-"""verl's PPO trainers with what Agentic-R adds around each step.
+"""verl's PPO trainers, extended with what Agentic-R adds around each step.
 
-Losses, advantages and updates are verl's own. Added are: metrics of the trajectories, two log files, the removal of
-trajectories whose search failed, an order of the batch drawn by seed and step (so that mini-batches mix the data sets
-and a resumed step equals the uninterrupted one), the stability rule, and a stop with a clear error where verl would go
-on: a loss that is not finite (its batch is saved), trajectories that never arrived, too many failed searches.
+Losses, advantages and updates are verl's own. This module adds trajectory metrics, two log files, and the stability
+rule. It removes trajectories whose search failed, and shuffles the batch by seed and step, so that mini-batches mix the
+data sets and a resumed step equals the uninterrupted one. It stops with a clear error where verl would continue: a
+non-finite loss (the batch is saved), missing trajectories, or too many failed searches.
 
-One class for each of verl's modes: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
-values of `trainer.v1.trainer_mode`. Configuration is read from `config.agentic_r`, which `launch` adds to verl's own:
+There is one class per verl mode: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
+values of `trainer.v1.trainer_mode`. Settings are read from `config.agentic_r`, which `launch` adds to verl's own:
 `run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
 
-This is the only module that builds on what verl keeps to itself or may take away (its v1 trainers, their private
-methods, TransferQueue, the replay buffer); `tests/agent/verl_members.py` names each, and can look at another verl.
+This is the only module that depends on private or unstable parts of verl (its v1 trainers and their private methods,
+TransferQueue, the replay buffer). `tests/agent/verl_members.py` lists each and can check another version of verl.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ _Base = PPOTrainer if TYPE_CHECKING else object
 
 
 class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
-    """What is added to each of verl's trainers; see the module."""
+    """Additions shared by all of verl's trainers; see the module docstring."""
 
     mode: ClassVar[str]
-    """verl's name of the trainer."""
+    """verl's name of the trainer mode."""
 
     def __init__(self, config: DictConfig) -> None:
         with open_dict(config):
-            config.trainer.v1.trainer_mode = self.mode  # verl compares this name to choose how it samples
+            config.trainer.v1.trainer_mode = self.mode  # verl compares this name to choose the sampling mode
         super().__init__(config)
         self.settings = config.agentic_r
         self.replay_buffer.poll_interval = self.settings.poll_interval_s
@@ -75,16 +75,16 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
         self.unlogged: dict[str, Any] | None = None
-        """Line of the loaded step that a kill kept from being written, while it waits for the step's validation."""
+        """Missing metrics line of the loaded step (after a kill), held back until the step's validation has run."""
 
-    # --- one step -----------------------------------------------------------------------------------------------------
+    # --- One step -----------------------------------------------------------------------------------------------------
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        """One PPO step, of one update (sync) or several.
+        """Run one PPO step, with one update (sync) or several.
 
         Raises:
-            TrainingError: a loss or gradient norm is not finite; its batch is saved, the step is not. Or too many
-                trajectories did not arrive.
+            TrainingError: a loss or gradient norm is not finite (the batch is saved, the step is not), or too many
+                trajectories are missing.
         """
         self.trajectories = []
         self.lost.count = 0
@@ -106,7 +106,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        """verl's. With LoRA it marks the batch as one for the actor without adapters; the critic, next, has none."""
+        """verl's method; with LoRA it marks the batch `no_lora_adapter`, which must not reach the critic."""
         batch = super()._compute_ref_log_prob(batch, metrics)
         batch.extra_info.pop("no_lora_adapter", None)
         return batch
@@ -121,15 +121,15 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """The batch without trajectories whose search failed, in an order drawn by the seed and the step.
+        """Remove trajectories whose search failed, and shuffle the rest by seed and step.
 
-        GRPO compares the trajectories of a question: where one alone is left, it goes, too.
+        GRPO compares the trajectories of a question, so a trajectory left alone is removed too.
 
-        verl takes mini-batches in the order it is given, and the order in which trajectories arrive is chance; the data
-        set's order would make them by data set.
+        verl forms mini-batches in the order given. The order of arrival is random, and the data set's order would
+        separate the data sets.
 
-        verl then fills the batch up to whole mini-batches with its own padding, which its losses and metrics skip; so
-        every mini-batch holds at least one real trajectory.
+        verl then pads the batch to full mini-batches; its losses and metrics skip the padding. Every mini-batch
+        therefore holds at least one real trajectory.
         """
         wanted = ["extra_fields", "response_mask"]
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
@@ -143,6 +143,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         def order(item: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
             return drawn(_place(item), self.settings.seed, self.global_steps)
 
+        # Metrics and logs cover failed trajectories too, so all are recorded before any is removed.
         self.trajectories += sorted(extra, key=order)
         rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
         if self.config.algorithm.adv_estimator == "grpo":
@@ -167,6 +168,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         metrics.update(trajectory_metrics(self.trajectories))
+        # The step is judged before it is logged, so that its own line can say whether training is stable.
         verdict = judge([*self.metrics_log.read(), {"step": global_steps, **plain(metrics)}], self.rule)
         metrics["agentic_r/stable"] = float(verdict.doubtful_from is None)
         self.metrics_log.append([{"step": global_steps, **plain(metrics)}])
@@ -175,15 +177,15 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         if verdict.collapse is not None and self.rule.on_collapse == "stop":
             raise CollapseError(f"{verdict.describe()}; training was stopped at step {global_steps}")
 
-    # --- validation ---------------------------------------------------------------------------------------------------
+    # --- Validation ---------------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, float]:
-        """verl's validation; before the first step its numbers become line 0 of `metrics.jsonl`.
+        """Run verl's validation; before the first step its metrics become line 0 of `metrics.jsonl`.
 
-        After a resume they may be what the last step's line still lacks.
+        After a resume, the metrics may complete the line of the last step.
 
         Raises:
-            TrainingError: more searches failed than `max_failed_search_share`.
+            TrainingError: more searches failed than `max_failed_search_share` allows.
         """
         metrics = super()._validate()
         failed = [value for name, value in metrics.items() if "/search_failed/mean" in name]
@@ -196,13 +198,13 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             self.unlogged = None
         return metrics
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        """verl's checkpoint, with this step's metrics beside it; then old checkpoints go, but never the last stable.
+        """Save verl's checkpoint with this step's metrics, then remove old checkpoints except the last stable one.
 
         Raises:
-            TrainingError: shards of other machines are not here.
+            TrainingError: shards written by other machines are missing here.
         """
         root = Path(self.config.trainer.default_local_dir)
         folder = root / f"global_step_{self.global_steps}"
@@ -218,14 +220,14 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 shutil.rmtree(root / f"global_step_{step}")
 
     def _drop_unfinished(self) -> None:
-        """Remove folders of later steps than the checkpoint in use: a kill while saving left them in pieces."""
+        """Remove checkpoint folders of steps after the loaded one: a kill while saving left them incomplete."""
         root = Path(self.config.trainer.default_local_dir)
         for step in checkpoint_steps(root):
             if step > self.global_steps:
                 shutil.rmtree(root / f"global_step_{step}")
 
     def _load_checkpoint(self) -> None:
-        """verl's loading; the logs then lose the steps after the checkpoint, which will be done again."""
+        """Load verl's checkpoint, and drop the log entries of later steps, which will be repeated."""
         super()._load_checkpoint()
         self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
@@ -236,9 +238,10 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             self._complete_last_step()
 
     def _complete_last_step(self) -> None:
-        """After a kill between a checkpoint and its step's line: the line, with the validation if one was due.
+        """Write the missing metrics line of a step that was killed after its checkpoint was saved.
 
-        verl validates after it has saved. It does so before it trains, and then not at all, if it is told to.
+        verl validates after saving, so a validation that was due is missing too. It is repeated through
+        `val_before_train`; after the last step, `val_only` makes verl validate without training.
         """
         trainer = self.config.trainer
         line = read_json(Path(trainer.default_local_dir) / f"global_step_{self.global_steps}" / "metrics.json")
@@ -253,30 +256,31 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
 
 @register_trainer("agentic_r_sync")
 class AgenticPPOTrainer(AgenticTrainer, PPOTrainerSync):  # type: ignore[misc]
-    """verl's synchronous trainer: a step samples, trains, and then hands over its weights."""
+    """verl's synchronous trainer: each step samples, trains, and then sends its weights to the rollout engine."""
 
     mode = "sync"
 
 
 @register_trainer("agentic_r_colocate_async")
 class AgenticColocateAsyncTrainer(AgenticTrainer, PPOTrainerColocateAsync):  # type: ignore[misc]
-    """Trainer and rollout share accelerators; trajectories that are under way go on after the weights changed."""
+    """Trainer and rollout share accelerators; unfinished trajectories continue after the weights change."""
 
     mode = "colocate_async"
 
 
 @register_trainer("agentic_r_separate_async")
 class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # type: ignore[misc]
-    """Rollout has accelerators of its own and never stops."""
+    """The rollout has its own accelerators and never pauses."""
 
     mode = "separate_async"
 
 
 def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
-    """Rows of each run of `size` by length, so that a micro-batch pads little.
+    """Sort each block of `size` rows by length, to reduce padding within micro-batches.
 
-    On one worker such a run is a mini-batch. verl deals the rows of a batch out to several workers by length, and takes
-    each worker's share of a mini-batch from those it got, in this order; there rows near a boundary may change sides.
+    With one worker, a block is a mini-batch. With several, verl distributes the rows of the batch by length and then
+    takes each worker's share of a mini-batch from its rows in this order, so rows near a block boundary may move to the
+    neighbouring mini-batch.
 
     >>> by_length_within(["ccc", "a", "bb", "dd", "e"], 3, len)
     ['a', 'bb', 'ccc', 'e', 'dd']
@@ -286,7 +290,7 @@ def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -
 
 
 def drawn(place: tuple[int, ...], seed: int, step: int) -> tuple[int, tuple[int, ...]]:
-    """Sort key that puts a step's trajectories into an order of chance, the same one when the step is done again.
+    """Sort key that shuffles the trajectories of a step; repeating the step gives the same order.
 
     >>> sorted([(0, 0), (1, 0), (2, 0), (3, 0)], key=lambda place: drawn(place, 0, 1))
     [(3, 0), (0, 0), (2, 0), (1, 0)]
@@ -295,10 +299,10 @@ def drawn(place: tuple[int, ...], seed: int, step: int) -> tuple[int, tuple[int,
 
 
 def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, max_share: float, step: int) -> None:
-    """Stop where a step would silently learn from fewer trajectories than it should.
+    """Stop if a step would silently train on fewer trajectories than expected.
 
     Raises:
-        TrainingError: some never arrived (their agent loop raised), or too many searches failed.
+        TrainingError: trajectories are missing because their agent loop raised, or too many searches failed.
     """
     if len(trajectories) < expected:
         raise TrainingError(
@@ -311,14 +315,14 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
 
 
 class LostGroups:
-    """Counts the question groups that verl's replay buffer replaces because an agent loop raised an error.
+    """Counts the question groups that verl's replay buffer drops because an agent loop raised an error.
 
-    The asynchronous trainers replace such a group by the next question, without end; in the synchronous one the step
-    lacks its trajectories, which `check_trajectories` sees.
+    The asynchronous trainers replace such a group with the next question, without limit. In the synchronous trainer its
+    trajectories are missing from the step, which `check_trajectories` detects.
 
     Args:
-        buffer: verl's replay buffer; from now on it raises where a step loses too many.
-        most: groups that a step may lose.
+        buffer: verl's replay buffer; it is patched to raise `TrainingError` when a step loses too many groups.
+        most: maximum number of groups that a step may lose.
     """
 
     def __init__(self, buffer: Any, most: int) -> None:
@@ -328,7 +332,7 @@ class LostGroups:
         buffer._evict_terminal_groups = self._evict_and_count
 
     def ignore_present(self) -> None:
-        """Leave out groups that a checkpoint brought along: what failed them may be mended by now."""
+        """Do not count failed groups restored from a checkpoint: the cause may be fixed by now."""
         self.buffer._sync_metadata_from_transfer_queue()
         self.ignored = frozenset(self.buffer.failure_keys["train"])
 
@@ -344,13 +348,13 @@ class LostGroups:
 
 
 def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:
-    """The tokens verl is about to train on are those the agent loop chose, trajectory by trajectory.
+    """Check for each trajectory that verl trains on as many tokens as the agent loop selected.
 
     Args:
-        trained: sum of each trajectory's mask, as it stands in verl's batch.
+        trained: sum of each trajectory's mask in verl's batch.
 
     Raises:
-        TrainingError: a number differs.
+        TrainingError: a count differs.
     """
     for item, found in zip(trajectories, trained, strict=True):
         chosen = item["trained_tokens"]
@@ -377,9 +381,9 @@ _TaskRunner: Any = TaskRunnerV1.__ray_metadata__.modified_class  # type: ignore[
 
 @ray.remote
 class AgenticTaskRunner(_TaskRunner):
-    """verl's task runner in a process that knows our trainer."""
+    """verl's task runner, with our trainers registered in its process."""
 
     def run(self, config: DictConfig) -> None:
-        """As verl's. Ray sends this class by value, so the module that registers the trainer is imported here."""
+        """Run verl's task. Ray pickles this class by value, so the module that registers the trainers is imported."""
         importlib.import_module("agentic_r_plugin.agent.trainer")
         super().run(config)

@@ -1,6 +1,6 @@
-"""From our settings to verl's whole configuration, as Hydra overrides on verl's `ppo_trainer`.
+"""Compose verl's configuration from our settings, as Hydra overrides on verl's `ppo_trainer`.
 
-Order, the later winning: `config/ppo.yaml`, the machine's overrides, the settings, the user's own overrides.
+Overrides in ascending precedence: `config/ppo.yaml`, the machine's overrides, the settings, the user's own overrides.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from agentic_r_plugin.errors import ConfigError, UpstreamError
 
 _PPO_YAML = Path(__file__).parent / "config" / "ppo.yaml"
 LOOP_NAME = "agentic_r"
-"""Name under which verl finds our agent loop."""
+"""Name of our agent loop in verl."""
 ZERO_CRITIC = "critic-start"
-"""Folder of the critic with a value head of zeros, in the run folder."""
+"""Folder inside the run folder of the critic with a value head of zeros."""
 
 
 def agent_loop_yaml(config: TrainAgentConfig) -> str:
-    """Content of the file that `rollout.agent.agent_loop_config_path` names."""
+    """Content of the file at `rollout.agent.agent_loop_config_path`."""
     loop = {
         "name": LOOP_NAME,
         "_target_": "agentic_r_plugin.agent.agent_loop.SearchAgentLoop",
@@ -51,17 +51,18 @@ def compose(
     prompt_lengths: Sequence[int],
     fresh: bool,
 ) -> Any:
-    """verl's configuration of a run.
+    """Compose verl's configuration of a run.
 
     Args:
-        machine: overrides for the machine: `cpu.overrides.cpu_overrides()`, `accelerator.accelerator_overrides()`.
-        num_questions: of the training set.
-        prompt_lengths: tokens of every prompt, training and validation; verl's two length limits follow from them
-            and from `limits.max_tokens`, so that verl never cuts anything.
-        fresh: the run has no checkpoint yet: validate before the first step.
+        machine: overrides for the machine, from `cpu.overrides.cpu_overrides()` or
+            `accelerator.accelerator_overrides()`.
+        num_questions: number of training questions.
+        prompt_lengths: tokens of each training and validation prompt; with `limits.max_tokens` they determine verl's
+            two length limits, so that verl never truncates anything.
+        fresh: the run has no checkpoint yet, so it validates before the first step.
 
     Raises:
-        ConfigError: an override verl's configuration does not take.
+        ConfigError: verl's configuration rejects an override.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -98,7 +99,7 @@ def _verl_config_dir() -> Path:
 def _settings(
     config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int], fresh: bool
 ) -> dict[str, Any]:
-    """Our settings under verl's names."""
+    """Map our settings to verl's names."""
     run_dir = Path(config.out).resolve()
     with_critic = config.algorithm == "ppo"
     validated = config.validation is not None
@@ -129,7 +130,7 @@ def _settings(
                 "n": config.samples,
                 "temperature": config.temperature,
                 "seed": config.seed,
-                # verl keeps one token of SGLang's room free, which the last turn may need.
+                # verl reserves one token of SGLang's context length, which the last turn may need.
                 "max_model_len": config.limits.max_tokens + (config.engine == "sglang"),
                 "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
             },
@@ -157,7 +158,7 @@ def _settings(
             "save_freq": config.save_every,
             "test_freq": (config.validate_every or config.steps) if validated else -1,
             "val_before_train": validated and fresh,
-            # verl updates the actor from the step of this number on.
+            # verl updates the actor from this step number on.
             "critic_warmup": config.critic_only_steps + 1 if config.critic_only_steps else 0,
             "v1": {"trainer_mode": f"{LOOP_NAME}_{config.mode}"},
         },
@@ -174,28 +175,28 @@ def _settings(
 
 
 def critic_tokens(most: int) -> list[str]:
-    """Overrides that pack the critic's micro-batches to `most` tokens a device.
+    """Overrides that limit the critic's packed micro-batches to `most` tokens per device.
 
-    verl 0.9.1 (`PPOTrainer._init_workers` in `trainer/ppo/v1/trainer_base.py`) takes the size of all its passes from a
-    key that its configuration does not hold, and ignores its micro-batch size.
+    verl 0.9.1 (`PPOTrainer._init_workers` in `trainer/ppo/v1/trainer_base.py`) reads the size of all critic passes from
+    a key that its configuration does not define, and ignores the critic's micro-batch size.
     """
     return [f"critic.ppo_max_token_len_per_gpu={most}", f"++critic.ppo_infer_max_token_len_per_gpu={most}"]
 
 
 def starts_from_zero_critic(config: TrainAgentConfig) -> bool:
-    """Whether `launch` must write a critic with a value head of zeros."""
+    """Whether `launch` writes an initial critic with a value head of zeros."""
     return config.algorithm == "ppo" and config.critic is None and config.value_head == "zero"
 
 
 def _critic_start(config: TrainAgentConfig) -> Path:
-    """Where the critic's first weights are."""
+    """Folder of the critic's initial weights."""
     if starts_from_zero_critic(config):
         return Path(config.out) / ZERO_CRITIC
     return Path(config.critic or config.model)
 
 
 def to_overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A nested mapping as Hydra overrides that set or add each leaf.
+    """Convert a nested mapping to Hydra overrides that set or add each leaf.
 
     >>> to_overrides({"a": {"b": 1, "c": [True, None]}, "d": "x y"})
     ['++a.b=1', '++a.c=[true,null]', "++d='x y'"]

@@ -1,10 +1,10 @@
-"""What verl imports in every process (entry point `verl.plugins`): importing this changes in verl what has to differ.
+"""The plugin module that verl imports in every process (entry point `verl.plugins`); importing it modifies verl.
 
-That is one hook and an attention for training without flash-attn; and the CPU's parts on a machine without accelerator.
-The agent loop and the reward are named in verl's configuration, and the trainer is registered where it runs.
+It installs one hook and an attention for training without flash-attn and, on a machine without an accelerator, the CPU
+support. The agent loop and the reward are named in verl's configuration; the trainer is registered where it runs.
 
-verl swallows an error raised here (it logs it at DEBUG), so whoever starts a training calls `assert_registered()`, in
-each kind of process it can reach: a registration that did not happen must not pass for a training that runs.
+verl swallows errors raised here (it logs them at DEBUG). Code that starts a training therefore calls
+`assert_registered()` in each kind of process it can reach, so that a failed registration cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from agentic_r_plugin.errors import UpstreamError
 from agentic_r_plugin.upstream import Hook, is_applied
 
 registered: tuple[str, ...] = ()
-"""What was registered in this process; the last step of the import, so its being set means that all went well."""
+"""Names of what was registered in this process; set last, so a non-empty value means that the import succeeded."""
 
 
 def check() -> list[str]:
-    """What is missing in this process, in words; empty when all is well."""
+    """Describe each part that is missing in this process; empty if none is."""
     import verl.plugin.platform as platform
 
     missing = []
@@ -47,10 +47,10 @@ def _not_applied(wanted: Sequence[Hook]) -> list[str]:
 
 
 def assert_registered() -> None:
-    """Refuse to go on without our registrations.
+    """Check that everything is registered in this process.
 
     Raises:
-        UpstreamError: says what is missing and why verl may not have loaded the plugin.
+        UpstreamError: a part is missing; the message says why verl may not have loaded the plugin.
     """
     missing = check()
     if missing:

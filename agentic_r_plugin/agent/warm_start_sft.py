@@ -1,8 +1,8 @@
 """`agentic-r warm-start-sft`: teach a Hugging Face causal language model the agent protocol on scripted trajectories.
 
-A model that has never searched earns no reward, so PPO has nothing to start from. This makes demonstrations from
-training questions with known supporting passages (`agent.demonstrations`) and fine-tunes on the agent's own tokens
-(`agent.supervised`). Each epoch has its own demonstrations of the same questions.
+A model that has never searched earns no reward, so PPO gets no signal. This command makes demonstrations from training
+questions with known supporting passages (`agent.demonstrations`) and fine-tunes on the agent's own tokens
+(`agent.supervised`). Each epoch has new demonstrations of the same questions.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class WarmStartSFTConfig:
 
 
 def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
-    """Make the demonstrations, train, and write the model; beside it `agent.json`, `warm_start.json`, `config.yaml`.
+    """Make the demonstrations, train, and write the model with `agent.json`, `warm_start.json` and `config.yaml`.
 
     Args:
-        resume: leave a finished output alone, and go on from the last checkpoint of an unfinished one.
+        resume: keep a finished output unchanged, and continue an unfinished one from its last checkpoint.
 
     Raises:
-        OutputExistsError: the output, or work on it, is there and `resume` was not asked for; it is something else; or
-            another process works on it.
-        ManifestMismatchError: resumed with another configuration or other inputs.
+        OutputExistsError: the output or unfinished work exists and `resume` is False, the output is not from this
+            command, or another process is writing it.
+        ManifestMismatchError: resumed with a different configuration or different inputs.
         RecordError: a broken question or corpus file, or unknown supporting passages.
-        ConfigError: no such model.
+        ConfigError: the model folder holds no weights.
     """
     out, work = Path(config.out), Path(f"{config.out}.partial")
     if not resume:
@@ -155,7 +155,7 @@ def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
 
 
 def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Session]]:
-    """The sessions of each epoch."""
+    """Make the sessions of each epoch."""
     last = config.skip + config.limit if config.limit else None
     questions = list(islice(read_questions(config.questions, labelled=True), config.skip, last))
     spec = config.search
@@ -182,7 +182,7 @@ def _finish(
     epochs: list[list[Session]],
     seconds: float,
 ) -> None:
-    """Write everything beside, then give it its name: an output that exists is whole."""
+    """Write everything to a temporary folder and rename it last, so that an existing output is always complete."""
     final = work / "model"
     shutil.rmtree(final, ignore_errors=True)
     model.save_pretrained(final)

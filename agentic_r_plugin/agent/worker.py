@@ -1,7 +1,7 @@
-"""The process that trains: `python -m agentic_r_plugin.agent.worker RUN_DIR PARENT_PID`, started by `launch` only.
+"""The training process: `python -m agentic_r_plugin.agent.worker RUN_DIR PARENT_PID`, started only by `launch`.
 
-It reads `RUN_DIR/verl.yaml`, runs verl, and exports the last checkpoint; a fault of ours is left in
-`RUN_DIR/fault.json` for the process that waits. It ends when that process dies.
+It reads `RUN_DIR/verl.yaml`, runs verl, and exports the chosen checkpoint. If one of our errors is raised, it is
+written to `RUN_DIR/fault.json` for the waiting parent process. The process ends when its parent dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STABILITY = "stability.json"
 
 
 def main(run_dir: Path, parent: int) -> int:
-    """Train from the newest checkpoint to the last step, then export."""
+    """Train from the newest checkpoint to the last step, then export; return the exit code."""
     die_with(parent, family=True)
     try:
         train(run_dir)
@@ -34,7 +34,7 @@ def main(run_dir: Path, parent: int) -> int:
 
 
 def train(run_dir: Path) -> None:
-    """Run verl where something is left to do, choose the checkpoint, and write `agent/` and `critic/`."""
+    """Run verl if anything is left to do, choose the checkpoint, and write `agent/` and `critic/`."""
     from omegaconf import OmegaConf
 
     from agentic_r_plugin.agent.export import export_model
@@ -48,7 +48,7 @@ def train(run_dir: Path) -> None:
 
 
 def _unfinished(run_dir: Path, config: Any) -> bool:
-    """Whether steps are left to do, or the last one's line, which is written after its validation."""
+    """Whether steps are left, or the last step's metrics line, which is written after its validation."""
     from agentic_r_plugin.agent.metrics import StepLog
     from agentic_r_plugin.agent.prepare import latest_step
 
@@ -57,7 +57,7 @@ def _unfinished(run_dir: Path, config: Any) -> bool:
 
 
 def _trained_to_the_end(config: Any) -> bool:
-    """Run verl; False where the stability rule stopped it."""
+    """Run verl; return False if the stability rule stopped it."""
     from agentic_r_plugin.agent.stability import CollapseError
 
     try:
@@ -71,10 +71,10 @@ def _trained_to_the_end(config: Any) -> bool:
 
 
 def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
-    """Step of the checkpoint to export; the reason is written to `stability.json`, also where there is none to take.
+    """Choose the step of the checkpoint to export; `stability.json` records the reason, even if there is none.
 
     Raises:
-        TrainingError: no stable checkpoint.
+        TrainingError: there is no stable checkpoint.
     """
     from omegaconf import OmegaConf
 

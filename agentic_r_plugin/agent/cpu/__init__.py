@@ -1,4 +1,4 @@
 """verl on a machine without an accelerator: platform, engine fixes, and a rollout engine on Hugging Face models.
 
-Nothing here is imported, and nothing in verl is touched, where an accelerator is found (`detect.cpu_wanted`).
+If an accelerator is found (`detect.cpu_wanted`), none of these modules is imported and verl is not modified.
 """

@@ -1,4 +1,4 @@
-"""Requests of concurrent agent loops, gathered into batches for one generator."""
+"""Gather the requests of concurrent agent loops into batches for one generator."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from agentic_r_plugin.llm.hf_generate import Generated, HFGenerator
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What one request asks for; requests that differ in more than `max_tokens` and `seed` go in different batches."""
+    """Sampling parameters of one request; only requests that differ in `max_tokens` and `seed` alone share a batch."""
 
     max_tokens: int
     seed: int | None
-    """Of this request's draws; None: the engine chooses one."""
+    """Sampling seed of this request; None: the engine chooses one."""
     temperature: float
     top_p: float
     top_k: int
@@ -30,11 +30,11 @@ class Sampling:
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
-        """Equal for requests that can share a call."""
+        """Key that is equal for requests that can share a batch."""
         return self.temperature, self.top_p, self.top_k, self.stop, self.with_logprobs, self.ignore_eos
 
 
-# Parameters that must have the value under which they change nothing, and parameters that concern text, not tokens.
+# Parameters accepted only with the value that has no effect, and parameters that affect the text but not the tokens.
 _NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "n": 1}
 _TEXT_ONLY = {"include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "detokenize"}
 
@@ -42,15 +42,16 @@ _TEXT_ONLY = {"include_stop_str_in_output", "skip_special_tokens", "spaces_betwe
 def parse_sampling(
     params: dict[str, Any], *, num_prompt_tokens: int, max_length: int, response_length: int, total_length: int
 ) -> Sampling:
-    """Read vLLM-style sampling parameters; the limits are those of verl's vLLM server.
+    """Parse vLLM-style sampling parameters, with the same length limits as verl's vLLM server.
 
     Args:
-        params: left as it is.
-        max_length: longest prompt and answer together that the model takes, in tokens.
-        response_length, total_length: from the rollout configuration, for requests without `max_tokens`.
+        params: not modified.
+        max_length: maximum number of tokens of prompt and answer together.
+        response_length, total_length: limits in tokens from the rollout configuration, for requests without
+            `max_tokens`.
 
     Raises:
-        BackendError: the prompt leaves no room, or a parameter this engine does not have.
+        BackendError: the prompt leaves no room, or this engine does not support a parameter.
     """
     params = dict(params)
     room = max_length - num_prompt_tokens
@@ -93,11 +94,11 @@ class _Request:
 
 
 class RequestBatcher:
-    """Collects requests until none has come for `quiet_s`, at most `max_wait_s`, and generates for all of them at once.
+    """Collects requests until none arrives for `quiet_s`, for at most `max_wait_s`, and generates for all at once.
 
-    A request's random draws depend on its own seed, not on when it came or with which others. Without one they depend
-    on the engine's seed, the version of the weights, the prompt, and how often that prompt was asked before with these
-    weights: two requests of one prompt then share out the same two draws by who comes first.
+    A request's random draws depend on its own seed, not on its time of arrival or its batch. Without a seed they depend
+    on the engine's seed, the version of the weights, the prompt, and how often that prompt was requested before with
+    these weights: of two requests with the same prompt, the first to arrive gets the first of the two draws.
     """
 
     def __init__(self, generator: HFGenerator, *, seed: int, quiet_s: float, max_wait_s: float) -> None:
@@ -111,12 +112,13 @@ class RequestBatcher:
         self._loop_task: asyncio.Task[None] | None = None
 
     def new_weights(self, version: int | None) -> None:
-        """Draws begin anew with each version of the weights."""
+        """Restart the per-prompt counts that seed the draws, for a new version of the weights."""
         self._version = version
         self._asked.clear()
 
     async def submit(self, prompt: list[int], sampling: Sampling) -> Generated:
-        """One request's answer; raises whatever its batch raised."""
+        """Generate the answer to one request; raises the error of its batch."""
+        # Started with the first request, not in the constructor, because the task needs a running event loop.
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._serve())
         seed = sampling.seed
@@ -131,7 +133,7 @@ class RequestBatcher:
 
     @asynccontextmanager
     async def idle(self) -> AsyncIterator[None]:
-        """Hold back further batches while the block runs, once the present one is done."""
+        """Wait for the current batch, and hold back further batches while the block runs."""
         async with self._busy:
             yield
 
@@ -140,6 +142,7 @@ class RequestBatcher:
             await self._arrived.wait()
             await self._gather()
             async with self._busy:
+                # Taken under the lock: requests that arrived while the weights were being replaced join this batch.
                 requests, self._waiting = self._waiting, []
                 self._arrived.clear()
                 groups: dict[tuple[Any, ...], list[_Request]] = defaultdict(list)
@@ -152,6 +155,7 @@ class RequestBatcher:
         loop = asyncio.get_running_loop()
         end = loop.time() + self.max_wait_s
         seen = -1
+        # Requests arrive in bursts: as long as more keep arriving, a short wait makes the batch larger.
         while len(self._waiting) != seen and loop.time() < end:
             seen = len(self._waiting)
             await asyncio.sleep(self.quiet_s)
@@ -159,13 +163,15 @@ class RequestBatcher:
     async def _answer(self, group: list[_Request]) -> None:
         loop = asyncio.get_running_loop()
         try:
+            # A thread keeps the event loop free to accept requests while the model generates.
             answers = await loop.run_in_executor(self._thread, self._generate, group)
-        except Exception as error:  # it belongs to the callers, who wait for it
+        except Exception as error:  # re-raised in each waiting caller
             for request in group:
                 if not request.answer.done():
                     request.answer.set_exception(error)
             return
         for request, answer in zip(group, answers, strict=True):
+            # A caller that was cancelled has a cancelled future, which takes no result.
             if not request.answer.done():
                 request.answer.set_result(answer)
 

@@ -1,4 +1,4 @@
-"""Whether verl should run on the CPU here."""
+"""Decide whether verl should run on the CPU of this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SWITCH = "AGENTIC_R_CPU"
 
 
 def cpu_wanted() -> bool:
-    """True where no accelerator is found; the environment variable `AGENTIC_R_CPU` (1, 0, auto) overrides.
+    """True if no usable accelerator is found; the environment variable `AGENTIC_R_CPU` (1, 0, auto) overrides this.
 
-    A PyTorch built for CPUs alone cannot use an accelerator, whatever the machine has.
+    A CPU-only build of PyTorch cannot use an accelerator, even if the machine has one.
 
     Raises:
-        ConfigError: `AGENTIC_R_CPU` holds something else.
+        ConfigError: `AGENTIC_R_CPU` has another value.
     """
     choice = os.environ.get(SWITCH, "auto").strip().lower()
     if choice in ("1", "0"):
@@ -30,10 +30,10 @@ def cpu_wanted() -> bool:
 
 
 def accelerator() -> str:
-    """verl's name of the platform of this machine's accelerator (`nvidia`, ...); empty where none is found.
+    """verl's platform name of this machine's accelerator (`nvidia`, ...); empty if none is found.
 
-    Asks verl's own platforms, with their look at the host: a Ray actor without a GPU of its own, on a machine that has
-    one, must not be taken for a machine without.
+    Uses the host-level check of verl's platforms, so that a Ray actor without an assigned GPU does not make a GPU
+    machine look like a CPU machine.
     """
     from verl.plugin.platform import PlatformRegistry
 
@@ -45,7 +45,7 @@ def accelerator() -> str:
 
 
 def torch_drives(platform: str) -> bool:
-    """Whether this PyTorch was built for `platform`; those that come as extensions of it (Ascend) are taken to be."""
+    """Whether this PyTorch supports `platform`; platforms added by extensions (Ascend) are assumed to be supported."""
     import torch
 
     return platform != "nvidia" or torch.version.cuda is not None

@@ -1,4 +1,4 @@
-"""What verl 0.9.1 needs changed at run time to train without an accelerator; `patches/` holds the same as patches."""
+"""Run-time changes to verl 0.9.1 for training without an accelerator; `patches/` holds the same changes as patches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROLLOUT_CLASS = "agentic_r_plugin.agent.cpu.rollout.HFServerAdapter"
 
 
 def gloo_process_group(owner: Any, attribute: str, original: Any) -> None:
-    """One backend, `cpu:gloo`: verl composes `cpu:gloo,<device>:<backend>`, which names the CPU twice here."""
+    """Use the backend `cpu:gloo`: verl composes `cpu:gloo,<device>:<backend>`, which would name the CPU twice."""
 
     def initialize(timeout_second: float | None = None, backend: str | None = None) -> None:
         original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
@@ -22,7 +22,7 @@ def gloo_process_group(owner: Any, attribute: str, original: Any) -> None:
 
 
 def pageable_offload(owner: Any, attribute: str, original: Any) -> None:
-    """Offload the reference policy into ordinary memory: pinned memory cannot be had without an accelerator."""
+    """Offload the reference policy to pageable memory: pinned memory requires an accelerator."""
 
     class PageableOffloadPolicy(original):  # type: ignore[misc]
         def __init__(self, pin_memory: bool = False) -> None:
@@ -32,7 +32,7 @@ def pageable_offload(owner: Any, attribute: str, original: Any) -> None:
 
 
 def rollout_entry(owner: Any, attribute: str, original: Any) -> None:
-    """Name our rollout engine: `verl.workers.rollout.base` keeps a plain dictionary without a way to register."""
+    """Add our rollout engine to the dictionary in `verl.workers.rollout.base`, which has no registration function."""
     original[(ROLLOUT_NAME, "async")] = ROLLOUT_CLASS
 
 
@@ -65,12 +65,12 @@ HOOKS = (
 
 
 def install() -> list[str]:
-    """Apply all hooks and the settings verl offers for the rest; returns the names of the hooks applied now.
+    """Apply all hooks and register the rollout engine; return the names of the hooks applied now.
 
     Raises:
-        UpstreamError: another verl, or a symbol that has moved.
+        UpstreamError: the version of verl is not supported, or a symbol has moved.
     """
-    # verl registers its FSDP engines for "cuda" and "npu"; this variable is its own way to say which to take.
+    # verl registers its FSDP engines only for "cuda" and "npu"; this variable of verl selects one of them.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
     applied = apply(HOOKS)
     from verl.workers.rollout.replica import RolloutReplicaRegistry

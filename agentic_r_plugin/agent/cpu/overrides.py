@@ -1,4 +1,4 @@
-"""What a run of verl on the CPU must be told: Hydra overrides and environment variables, each with its reason."""
+"""Hydra overrides and environment variables for running verl on the CPU, with reasons."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ def cpu_overrides(
     longest_trajectory: int = 4096,
     micro_batch_tokens: int = 1024,
 ) -> list[str]:
-    """Hydra overrides for `verl.trainer.main_ppo` on a machine without accelerator.
+    """Hydra overrides for `verl.trainer.main_ppo` on a machine without an accelerator.
 
-    They hold nothing about model, data or algorithm, and come before the user's own, which may change any of them.
+    They do not concern model, data or algorithm, and precede the user's own overrides, which may change any of them.
 
     Args:
-        num_workers: trainer processes; each has a rollout engine of its own and takes one logical Ray GPU.
-        train_dtype: in which actor, reference and critic compute: `bfloat16`, `float32`, or `auto`
+        num_workers: trainer processes; each has its own rollout engine and uses one logical Ray GPU.
+        train_dtype: compute type of actor, reference and critic: `bfloat16`, `float32`, or `auto`
             (`compute.fast_type`); weights stay in float32.
-        rollout_dtype: of the rollout engine's weights and computation.
-        longest_trajectory: in tokens, prompt included.
-        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens, or of one longest
-            trajectory where that is more, and ignores the micro-batch sizes in trajectories. Activations take memory by
-            the micro-batch, and small ones stay in the CPU's caches.
+        rollout_dtype: type of the rollout engine's weights and computation.
+        longest_trajectory: maximum tokens of a trajectory, prompt included.
+        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens (raised to
+            `longest_trajectory` if smaller) and ignores micro-batch sizes given in trajectories. Activation memory
+            grows with the micro-batch, and small micro-batches stay in the CPU's caches.
     """
     micro_batch_tokens = max(micro_batch_tokens, longest_trajectory)
     overrides = [
         "trainer.device=cpu",
         "trainer.nnodes=1",
         f"trainer.n_gpus_per_node={num_workers}",
-        "+ray_kwargs.ray_init.address=local",  # Ray would look for a running cluster first
-        # verl counts GPUs and NPUs only; Ray is told of as many logical ones as there are workers.
+        "+ray_kwargs.ray_init.address=local",  # by default Ray first looks for a running cluster
+        # verl counts only GPUs and NPUs, so Ray is given one logical GPU per worker.
         f"+ray_kwargs.ray_init.num_gpus={num_workers}",
-        # Logical cores for verl's actors, which mostly sleep; Ray starts one Python process for each at once.
+        # Logical cores for verl's actors, which are mostly idle; Ray starts one Python process per core at once.
         f"ray_kwargs.ray_init.num_cpus={4 + 4 * num_workers}",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "actor_rollout_ref.rollout.name=hf",
@@ -54,7 +54,7 @@ def cpu_overrides(
     for engine in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"):
         fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
         overrides += [
-            f"{engine}.strategy=fsdp2",  # FSDP1 synchronises module states on an accelerator
+            f"{engine}.strategy=fsdp2",  # FSDP1 needs an accelerator to synchronise module states
             f"{fsdp}.strategy=fsdp2",
             f"{fsdp}.use_torch_compile=False",
             f"+{fsdp}.mixed_precision.param_dtype={compute.resolve(train_dtype, 'cpu')}",
@@ -62,7 +62,7 @@ def cpu_overrides(
             f"+{fsdp}.mixed_precision.buffer_dtype=fp32",
         ]
     overrides += [
-        "actor_rollout_ref.actor.use_dynamic_bsz=True",  # reference and old log-probabilities follow it
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",  # also applies to reference and old log-probabilities
         f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={micro_batch_tokens}",
         *critic_tokens(micro_batch_tokens),
     ]
@@ -76,10 +76,10 @@ def cpu_overrides(
 
 
 def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
-    """Environment variables for the process that starts the training; Ray hands them on to its workers.
+    """Environment variables for the process that starts the training; Ray passes them on to its workers.
 
     Args:
-        num_threads: of each training and rollout process, which take turns; by default all cores.
+        num_threads: threads of each training and rollout process; the default is all cores, because the two alternate.
     """
     threads = num_threads or len(os.sched_getaffinity(0))
     return {
@@ -88,12 +88,13 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "VERL_ENGINE_DEVICE": "cuda",  # verl's FSDP engines are registered under this name only
-        # Activations of some megabytes come and go thousands of times a step: keep them, in large pages.
+        "VERL_ENGINE_DEVICE": "cuda",  # the name under which verl registers its FSDP engines
+        # Activations of a few megabytes are allocated and freed thousands of times per step: keep their memory in the
+        # process, in huge pages.
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        # One heap a process: what one thread frees serves the others.
+        # One heap per process, so that all threads can reuse freed memory.
         "MALLOC_ARENA_MAX": "1",
         **memory.ENVIRONMENT,
     }

@@ -1,6 +1,6 @@
-"""The CPU as a verl platform: what verl asks of an accelerator, answered for a machine that has none.
+"""The CPU as a verl platform: verl's accelerator interface for a machine without an accelerator.
 
-verl is imported inside `register` only: importing verl imports our plugin, which needs this module whole.
+verl is imported only inside `register`: importing verl imports our plugin, which needs this module fully loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def _cpu_device_module() -> ModuleType:
-    """`torch.cpu` with what verl uses of `torch.cuda` and `torch.cpu` lacks."""
+    """`torch.cpu`, extended with the functions of `torch.cuda` that verl uses and `torch.cpu` lacks."""
     module = ModuleType("agentic_r_plugin.agent.cpu.device_module")
     module.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("__")})
 
@@ -49,10 +49,10 @@ def _cpu_device_module() -> ModuleType:
 
 
 class CPUPlatform:
-    """One device, named `cpu`; collectives by gloo. Made a `PlatformBase` of verl by `register`.
+    """One device named `cpu`, with gloo collectives; `register` combines it with verl's `PlatformBase`.
 
-    Ray is told of logical GPUs (`ray_kwargs.ray_init.num_gpus`), because verl's placement groups and resource check
-    count nothing else: one logical GPU is one worker process.
+    Ray is given logical GPUs (`ray_kwargs.ray_init.num_gpus`), one per worker process, because verl's placement groups
+    and resource check count only GPUs and NPUs.
     """
 
     _module = _cpu_device_module()
@@ -73,7 +73,7 @@ class CPUPlatform:
         return True
 
     def current_device(self) -> str:
-        return "cpu"  # what `tensor.to` takes; an index would mean an accelerator
+        return "cpu"  # passed to `tensor.to`, where an index would mean an accelerator
 
     def device_count(self) -> int:
         return 1
@@ -129,7 +129,7 @@ class CPUPlatform:
 
 
 def register() -> None:
-    """Make the CPU this process's platform, before verl looks for another."""
+    """Make the CPU this process's platform, before verl selects another one."""
     from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
 
     if PlatformRegistry.get("cpu") is not None:

@@ -1,7 +1,7 @@
-"""verl's rollout engine on a Hugging Face model: a Ray actor that batches the requests of many agent loops.
+"""A rollout engine for verl on a Hugging Face model: a Ray actor that batches the requests of many agent loops.
 
-Three pieces, as in verl's own engines: `HFServer` (the actor that holds the model and generates), `HFReplica` (starts
-it, in the trainer's process group), `HFServerAdapter` (lives in the trainer's workers and sends it the weights).
+It has three parts, like verl's own engines: `HFServer` (the actor that holds the model and generates), `HFReplica`
+(starts the actor), and `HFServerAdapter` (runs in the trainer's workers and sends the weights to the actor).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class HFServer:
-    """The actor: one model, one batch of requests at a time.
+    """The Ray actor: holds one model and processes one batch of requests at a time.
 
     Args:
         config: verl's rollout configuration; `engine_kwargs.hf` may hold `num_threads`, `max_batch_tokens`,
@@ -47,7 +47,7 @@ class HFServer:
             model_config.local_path,
             config=model_config.hf_config,
             dtype=PrecisionType.to_dtype(config.dtype),
-            attn_implementation="sdpa",  # the configuration names the trainer's, which has no cache
+            attn_implementation="sdpa",  # the configuration's value is for training and supports no cache
             trust_remote_code=model_config.trust_remote_code,
         )
         self.max_length = min(
@@ -71,15 +71,15 @@ class HFServer:
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any
     ) -> TokenOutput:
-        """Continue one prompt; token in, token out.
+        """Generate the continuation of one prompt, as token ids.
 
         Args:
             sampling_params: `temperature`, `top_p`, `top_k`, `seed`, `stop`, `max_tokens`, `logprobs`, `ignore_eos`.
-                The stop string always stays in the ids, as in vLLM, where `include_stop_str_in_output` concerns the
-                text only.
+                The ids always include the stop string, as in vLLM, where `include_stop_str_in_output` affects only
+                the text.
 
         Raises:
-            BackendError: a sampling parameter this engine does not have, or a prompt that fills the context.
+            BackendError: an unsupported sampling parameter, or a prompt that fills the context.
         """
         wanted = parse_sampling(
             sampling_params,
@@ -97,13 +97,13 @@ class HFServer:
         )
 
     async def load_weights(self, state: dict[str, torch.Tensor], global_steps: int | None) -> dict[str, float]:
-        """Take over the trainer's weights; waits for a batch that is being generated.
+        """Load the trainer's weights, after the current batch has finished.
 
         Returns:
-            Number of tensors and the sum of all their values, for the trainer to compare with its own.
+            Number of tensors and the sum of all their values, which the trainer compares with its own.
 
         Raises:
-            UpstreamError: the names are not this model's.
+            UpstreamError: parameter names do not match this model.
         """
         async with self.batcher.idle():
             outcome = self.model.load_state_dict(state, strict=False)
@@ -122,10 +122,10 @@ class HFServer:
             return weight_sums((name, own[name]) for name in state)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Nothing is ever released here."""
+        """Do nothing: `sleep` releases nothing."""
 
     async def sleep(self) -> None:
-        """Nothing to release: the memory is the trainer's too."""
+        """Do nothing: there is no device memory to release to the trainer."""
 
     async def clear_kv_cache(self) -> None:
         async with self.batcher.idle():
@@ -135,7 +135,7 @@ class HFServer:
         await self.clear_kv_cache()
 
     async def resume_kv_cache(self) -> None:
-        """It grows again by itself."""
+        """Do nothing: the cache grows again with the next requests."""
 
     async def set_global_steps(self, global_steps: int) -> None:
         self.global_steps = global_steps
@@ -145,33 +145,33 @@ class HFServer:
             pass
 
     async def start_profile(self, **kwargs: Any) -> None:
-        """No profiler."""
+        """Do nothing: this engine has no profiler."""
 
     async def stop_profile(self) -> None:
-        """No profiler."""
+        """Do nothing: this engine has no profiler."""
 
 
 class HFReplica(RolloutReplica):
-    """One server actor per replica; a replica is one worker process."""
+    """A replica is one worker process with one server actor."""
 
     async def launch_servers(self) -> None:
-        """Start the actor under the name the adapter looks for."""
+        """Start the actor under the name that the adapter looks up."""
         server: Any = (
             ray.remote(HFServer)
             .options(name=server_name(self.replica_rank), num_cpus=0, max_concurrency=self.max_concurrency)
             .remote(self.config, self.model_config, self.replica_rank)
         )
-        await server.wait_for_requests_to_drain.remote()  # it answers once the model is loaded
+        await server.wait_for_requests_to_drain.remote()  # returns once the model is loaded
         self.servers = [server]
         self._server_handle, self._server_address = server, server_name(self.replica_rank)
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
-        """Requests run to their end; verl aborts in its asynchronous trainers only, which need an accelerator."""
+        """Not supported: only verl's asynchronous trainers abort requests, and they need an accelerator."""
         raise NotImplementedError("the hf rollout engine cannot abort requests: use trainer.v1.trainer_mode=sync")
 
 
 class HFServerAdapter(BaseRollout):
-    """In each trainer worker: sends the weights to the worker's own server, and checks that they arrived."""
+    """Runs in each trainer worker; sends the weights to the worker's server and verifies that they arrived."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -185,10 +185,10 @@ class HFServerAdapter(BaseRollout):
         self.has_server = rank % ranks == 0
 
     async def resume(self, tags: list[str]) -> None:
-        """Nothing is ever released."""
+        """Do nothing: nothing is ever released."""
 
     async def release(self) -> None:
-        """Nothing is ever released."""
+        """Do nothing: nothing is ever released."""
 
     async def update_weights(
         self,
@@ -197,10 +197,10 @@ class HFServerAdapter(BaseRollout):
         global_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Send all weights, and compare sums on both sides.
+        """Send all weights and compare the sums on both sides.
 
         Raises:
-            UpstreamError: a wire format other than full tensors, or sums that differ.
+            UpstreamError: the wire format is not full tensors, or the sums differ.
         """
         if wire_format != "named_tensors":
             raise UpstreamError(f"hf rollout takes wire_format='named_tensors', verl sent {wire_format!r}")
@@ -209,7 +209,7 @@ class HFServerAdapter(BaseRollout):
 
         dtype = PrecisionType.to_dtype(self.config.dtype)
         state = {}
-        async for name, tensor in ensure_async_iterator(weights):  # every rank takes part in gathering
+        async for name, tensor in ensure_async_iterator(weights):  # gathering is collective, so every rank iterates
             if self.has_server:
                 state[name] = tensor.detach().to(dtype)
         if not self.has_server:
@@ -228,6 +228,6 @@ def server_name(replica_rank: int) -> str:
 
 
 def weight_sums(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-    """Number of tensors and the double-precision sum of all their values, in order of name."""
+    """Number of tensors and the float64 sum of all their values, added in order of name."""
     named = sorted(weights, key=lambda item: item[0])
     return {"tensors": len(named), "sum": float(sum(tensor.double().sum().item() for _, tensor in named))}
