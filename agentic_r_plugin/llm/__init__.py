@@ -1,1 +1,1 @@
-"""Language models behind one small interface: token ids in, token ids out, in batches."""
+"""Language models behind one small interface: batches of token ids in, token ids out."""

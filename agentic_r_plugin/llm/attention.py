@@ -1,8 +1,8 @@
-"""Which models our own attention masks and caches run as transformers runs them, and up to what length.
+"""Which models our attention masks and caches run exactly as transformers does, and up to what length.
 
-Generation (`llm.hf_generate`) gives a model 4-D masks and a cache of its own; transformers then builds no mask, so that
-whatever a model's own masks do beside causality (sliding windows, chunks, ALiBi) must be done here or refused. The
-attention over packed trajectories (`agent.cpu.attention`) has the same limits.
+Generation (`llm.hf_generate`) passes 4-D masks and its own cache to the model. transformers then builds no mask, so
+everything that a model's masks do in addition to causality (sliding windows, chunks, ALiBi) must be done here or
+rejected. The attention over packed trajectories (`agent.attention`) has the same limits.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ TESTED = frozenset(
         "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
     }
 )  # fmt: skip
-"""Model types whose greedy continuations a test compares with transformers' own; others are compared when loaded."""
+"""Model types whose greedy continuations are tested against transformers; other types are compared when loaded."""
 
 _WAY_OUT = "use another backend (vllm, openai with a server) for this model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """How the layers of one model attend."""
+    """Attention properties of a model's layers."""
 
     window: int | None
-    """Keys that a token of a sliding layer sees, itself included; None: there is no such layer."""
+    """Number of keys visible to a token in a sliding layer, itself included; None without sliding layers."""
     kinds: tuple[str, ...]
     """`full_attention`, `sliding_attention`, or both."""
     max_length: int
-    """Longest sequence, in tokens, that is run as transformers runs it."""
+    """Maximum sequence length, in tokens, at which results equal those of transformers."""
     bound: str
-    """What sets `max_length`, for messages."""
+    """The setting that determines `max_length`, for error messages."""
 
     def masks(self, allowed: torch.Tensor, first_query: int, first_key: int) -> dict[str, torch.Tensor]:
-        """A causal mask `[B, 1, Q, K]`, narrowed to the window of each kind of layer.
+        """Restrict a causal mask `[B, 1, Q, K]` to the window of each kind of layer.
 
         Args:
-            allowed: True where a query may attend to a key without a window.
+            allowed: True where a query may attend to a key if there is no window.
             first_query, first_key: positions of the first query and of the first key.
         """
         if self.window is None:
@@ -57,7 +57,7 @@ class Attention:
         return {kind: near if kind == SLIDING else allowed for kind in self.kinds}
 
     def require(self, max_tokens: int) -> None:
-        """Raise `BackendError` where sequences of `max_tokens` tokens are longer than the model runs."""
+        """Raise `BackendError` if sequences of `max_tokens` tokens are longer than `max_length`."""
         if max_tokens > self.max_length:
             raise BackendError(
                 f"sequences of {max_tokens} tokens: this model runs {self.max_length} at most ({self.bound}); lower "
@@ -66,10 +66,10 @@ class Attention:
 
 
 def inspect(config: Any) -> Attention:
-    """Read a model's configuration (`transformers.PreTrainedConfig`).
+    """Read the attention properties from a model's configuration (`transformers.PreTrainedConfig`).
 
     Raises:
-        BackendError: layers that attend in another way than fully or by a sliding window.
+        BackendError: a layer uses neither full nor sliding-window attention, or the model uses ALiBi.
     """
     text = config.get_text_config()
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
@@ -92,13 +92,13 @@ def inspect(config: Any) -> Attention:
 
 
 def cap_logits(model: Any) -> None:
-    """Compute the attention of a model that soft-caps its logits (Gemma 2) so that they are: SDPA leaves that out."""
+    """Switch models that soft-cap attention logits (Gemma 2) to eager attention, because SDPA ignores the cap."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
 
 
 def _longest(text: Any) -> tuple[int, str]:
-    """The length up to which a position means the same in sequences of every length, and what sets it."""
+    """The length up to which position encodings do not depend on the sequence length, and what determines it."""
     positions = getattr(text, "max_position_embeddings", None)
     length, bound = 2**31, "no bound"
     if isinstance(positions, int) and positions > 0:
@@ -108,7 +108,7 @@ def _longest(text: Any) -> tuple[int, str]:
         kind = parameters.get("rope_type")
         original = parameters.get("original_max_position_embeddings") or positions
         if kind in ("dynamic", "longrope") and original:
-            # Keys that are in the cache were turned for a shorter sequence.
+            # Beyond the original length these types rotate all keys differently, but cached keys keep their rotation.
             length = min(length, int(original))
             bound = f"rope_type {kind!r} turns all keys again beyond {length} tokens"
     return length, bound

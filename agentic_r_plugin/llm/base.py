@@ -1,4 +1,4 @@
-"""What the stages ask of a language model. Backends are registered components of kind `llm_backend`."""
+"""The interface between the stages and a language model. Backends are components of kind `llm_backend`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Sampling:
     """How tokens are drawn; one value for a whole batch."""
 
     temperature: float = 0.0
-    """0 is greedy."""
+    """0: greedy decoding."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 is off."""
+    """0: off."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    """Generation ends after any of these; the string stays in the output."""
+    """Generation stops after any of these strings, which stays in the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Completion:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int = 0
-    """Prompt tokens the engine took from its prefix cache, where it says so."""
+    """Prompt tokens read from the engine's prefix cache, if the engine reports them."""
     cut: bool = False
-    """Whether the model was stopped at `max_tokens`, where the engine says so."""
+    """Whether generation stopped at `max_tokens`, if the engine reports it."""
 
 
 @dataclass
@@ -52,72 +52,72 @@ class Usage:
 
     requests: int = 0
     retried: int = 0
-    """Requests that failed in passing and were sent again."""
+    """Number of times a request was sent again after a transient failure."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of the prompt tokens, those the engine took from its prefix cache, where it says so."""
+    """Prompt tokens read from the engine's prefix cache, if the engine reports them."""
     generated_tokens: int = 0
     usd: float = 0.0
-    """By the prices the backend was given; 0 without."""
+    """Cost at the configured prices; 0 without prices."""
 
 
 class LLMBackend(Protocol):
-    """A model that continues prompts. A backend that has a meter keeps it in `usage` (`Usage`).
+    """A model that continues prompts. A backend that counts its usage exposes it as `usage` (`Usage`).
 
-    One whose cache of earlier turns is small says in `kept_tokens` how many tokens it keeps; it is then given no more
-    conversations at once than fit.
+    A backend with a limited cache of earlier turns exposes its size in tokens as `kept_tokens`; callers then run no
+    more conversations at once than fit.
     """
 
     codec: Codec
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Completion | RequestRefusedError]:
-        """Continue every prompt; the i-th completion, or why it is refused, belongs to the i-th request.
+        """Continue every prompt; the i-th result is the completion, or the refusal, of the i-th request.
 
         Raises:
-            BackendError: the model or its server failed after its retries. Never a shorter list.
-            RequestRefusedError: a backend that cannot refuse one prompt alone refuses the batch for one of them.
+            BackendError: the model or its server failed after all retries. The list is never shorter.
+            RequestRefusedError: one prompt is refused and the backend cannot process the rest of the batch.
         """
 
     def fingerprint(self) -> str:
-        """Changes when the weights, the model's name or the tokenizer change."""
+        """Identifier that changes with the weights, the model's name or the tokenizer."""
 
     def close(self) -> None:
-        """Free what it holds; safe to call twice."""
+        """Release all resources; safe to call twice."""
 
 
 class ChatBackend(Protocol):
-    """A model that answers a message: what judges ask of it. Our backends do both."""
+    """A model that answers messages, as used by judges. Our backends implement both protocols."""
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Sequence[Reply | str | RequestRefusedError]:
-        """The reply to each prompt, sent as the only user message of its own conversation, or why it is refused.
+        """Return the reply to each prompt, or its refusal; each prompt is the only user message of a conversation.
 
-        A backend that can tell gives a `Reply`, which says whether the text was cut at `max_tokens`; a plain string is
-        taken for a whole reply.
+        A backend that knows whether a reply was cut at `max_tokens` returns a `Reply`; a plain string counts as a
+        complete reply.
 
         Args:
-            prompts: messages.
-            max_tokens: longest reply.
-            temperature: 0 is greedy.
-            seed: of the draw, where the temperature is not 0.
+            prompts: user messages.
+            max_tokens: maximum length of a reply.
+            temperature: 0 for greedy decoding.
+            seed: sampling seed, used if the temperature is not 0.
 
         Raises:
-            BackendError: the model or its server failed after its retries. Never a shorter list.
+            BackendError: the model or its server failed after all retries. The list is never shorter.
         """
 
     def fingerprint(self) -> str:
-        """Changes when the weights or the model's name change."""
+        """Identifier that changes with the weights or the model's name."""
 
 
 def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
-    """Seed of one prompt's draw (31 bits): the same for the same prompt, whatever is drawn beside it."""
+    """31-bit sampling seed of one prompt; it depends only on `seed` and the prompt, not on the rest of the batch."""
     digest = hashlib.blake2b(f"{seed} {list(prompt_ids)}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def count(usage: Usage, completions: Sequence[Completion]) -> None:
-    """Add completions to a meter."""
+    """Add completions to the usage counts."""
     for done in completions:
         usage.requests += 1
         usage.prompt_tokens += done.prompt_tokens

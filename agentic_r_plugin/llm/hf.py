@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model in this process, as a backend of the data stages and of evaluation."""
+"""Backend for a Hugging Face causal language model in this process, used by the data stages and by evaluation."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class HFBackend:
 
     Args:
         model: directory of a checkpoint with its tokenizer.
-        tokenizer: directory of the tokenizer, where it is not the model's.
-        dtype: type to compute in: `auto` (as saved, or float32 where the device would emulate that), `fast`
+        tokenizer: directory of the tokenizer, if different from the model's.
+        dtype: compute type: `auto` (as saved, or float32 if the device would emulate that type), `fast`
             (`compute.fast_type`), `float32`, `bfloat16` or `float16`.
-        device: `auto` (cuda where there is one) or a torch device.
-        max_batch_tokens: rows of a batch times their longest possible length stay within this.
-        prefix_cache_tokens: tokens whose keys and values are kept between calls.
+        device: `auto` (cuda if available) or a torch device.
+        max_batch_tokens: upper bound on the rows of a batch times their maximum length.
+        prefix_cache_tokens: number of tokens whose keys and values are kept between calls.
         chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
 
     Raises:
-        ConfigError: no such directory, or no model or tokenizer in it.
-        BackendError: the architecture is not one this generator serves.
+        ConfigError: the directory does not exist, or holds no model or tokenizer.
+        BackendError: the generator does not support the architecture.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class HFBackend:
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> HFBackend:
-        """From the settings of a command."""
+        """Create the backend from a command's settings."""
         return cls(
             spec.model,
             tokenizer=spec.tokenizer,
@@ -101,8 +101,8 @@ class HFBackend:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """Continue every prompt.
 
-        A draw depends on the seed and on its own prompt, not on the other requests: the same prompt drawn twice with
-        one seed gives the same text, in whatever batch.
+        Sampling depends on the seed and the request's own prompt, not on the other requests: the same prompt and seed
+        give the same text in any batch.
         """
         prompts = [request.prompt_ids for request in requests]
         rows = self._generator.generate(
@@ -129,7 +129,7 @@ class HFBackend:
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
-        """The reply to each message, special tokens left out; see `ChatBackend.chat`."""
+        """Return the reply to each message without special tokens; see `ChatBackend.chat`."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
@@ -148,9 +148,9 @@ class HFBackend:
         ]
 
     def fingerprint(self) -> str:
-        """Hash of weights, configuration and tokenizer files, and the type that is computed in.
+        """Hash of weights, configuration and tokenizer files, followed by the compute type.
 
-        With the type, work that was begun on another kind of processor is refused instead of mixed.
+        Including the type prevents results from different kinds of processors from being mixed in one output.
         """
         return f"{self._fingerprint} {self.dtype}"
 
@@ -160,7 +160,7 @@ class HFBackend:
 
 
 def checkpoint_fingerprint(model: Path, tokenizer: Path) -> str:
-    """Hash of a checkpoint's weights and configuration, and of its tokenizer's files."""
+    """Hash of the weights, configuration and tokenizer files of a checkpoint."""
     files = [path for pattern in (*_WEIGHTS, "config.json") for path in sorted(model.glob(pattern))]
     files += [path for pattern in _TOKENIZER for path in sorted(tokenizer.glob(pattern))]
     return fingerprint([(path.name, file_fingerprint(path)) for path in files if path.is_file()])

@@ -1,20 +1,20 @@
-"""Batched generation with a Hugging Face causal language model, exact per row, fast for small models on a CPU.
+"""Batched generation with a Hugging Face causal language model, exact per row and fast for small models on a CPU.
 
-Used by verl's CPU rollout engine and by the data stages. It drives the model's own forward pass with a cache that is
+Used by verl's CPU rollout engine and by the data stages. It calls the model's own forward pass with a cache that is
 written in place, shrinks as rows finish, and keeps the keys and values of earlier turns, so that the next turn of a
-trajectory computes only what is new. Beginnings that prompts share are computed once.
+trajectory computes only its new tokens. Prefixes shared by several prompts are computed once.
 
-Figures of `tests/benchmarks/generation.py` (the quick start's agent, 3.4 M parameters, float32, one thread of an AMD
-EPYC with other work on it; 16 rows, 300 prompt tokens, 40 written and 200 observed per turn):
+Results of `tests/benchmarks/generation.py` (the quick start's agent, 3.4 M parameters, float32, one thread of a busy
+AMD EPYC; 16 rows, 300 prompt tokens, 40 tokens written and 200 observed per turn):
 
 | turns | ours | `model.generate`, dynamic cache | static cache |
 |---|---|---|---|
 | 1 | 1.06 s | 1.18 times ours | 1.10 times |
 | 3 | 3.43 s | 1.88 times | 1.81 times |
 
-Prefill takes 1.3 times its matrix products and attention alone, measured in the same run; norms, rotations and
-activations of the model are most of the rest. Decoding takes 1.4 times: its attention reads all keys and values of
-every row from memory for each token, and small batches add some milliseconds of Python per step.
+Prefill takes 1.3 times as long as its matrix products and attention alone, measured in the same run; most of the rest
+is the model's norms, rotations and activations. Decoding takes 1.4 times as long: its attention reads all keys and
+values of every row from memory for each token, and small batches add a few milliseconds of Python per step.
 
 Legend: B rows of a batch, P padded prompt length, R prompt tokens to compute, V vocabulary.
 """
@@ -34,25 +34,25 @@ from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore, Window
 from agentic_r_plugin.llm.sampling import StopStrings, sample
 
 PREFILL_TOKENS = 512
-"""Prompt tokens of one forward pass on a CPU, unless a single row has more: their activations stay in its cache, and
-long rows are not padded to each other. Eight times as many on other devices."""
+"""Maximum prompt tokens per forward pass on a CPU, unless a single row has more: activations stay in the CPU's cache,
+and long rows need no padding to equal length. Other devices use eight times as many."""
 
 FinishReason = Literal["stop", "length", "eos"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What was generated for one prompt."""
+    """Generated tokens of one prompt."""
 
     token_ids: tuple[int, ...]
-    """Generated ids; the one that ended the row (end-of-sequence, or the one completing a stop string) included."""
+    """Generated ids, including the one that ended the row (end of sequence, or the last token of a stop string)."""
     logprobs: tuple[float, ...] | None
-    """Of each id, under the distribution it was drawn from; None unless asked for."""
+    """Log-probability of each id under the distribution it was sampled from; None unless requested."""
     finish_reason: FinishReason
     stop_string: str | None
-    """The stop string that ended the row, for finish reason `stop`."""
+    """The stop string that ended the row, if the finish reason is `stop`."""
     cached_tokens: int = 0
-    """Prompt tokens whose keys and values were kept from earlier calls or shared within this one."""
+    """Prompt tokens whose keys and values came from earlier calls or were shared within this call."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,14 +82,14 @@ class HFGenerator:
     """Generates for many prompts at once. Not thread-safe.
 
     Args:
-        model: a Hugging Face causal language model with full or sliding attention in its layers, on its device.
-        tokenizer: its tokenizer; used to find stop strings.
-        max_batch_tokens: rows of a batch times their longest possible length stay within this.
-        prefix_cache_tokens: how many tokens' keys and values to keep between calls (0: none).
+        model: Hugging Face causal language model with full or sliding-window attention, on its device.
+        tokenizer: the model's tokenizer, used to find stop strings.
+        max_batch_tokens: upper bound on the rows of a batch times their maximum length.
+        prefix_cache_tokens: number of tokens whose keys and values are kept between calls (0: none).
 
     Raises:
-        BackendError: the model has layers that attend in another way, or (model types that no test covers) does not
-            continue a prompt here as it does in transformers.
+        BackendError: a layer uses another kind of attention, or the model (of a type without tests) gives different
+            log-probabilities here than in transformers.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class HFGenerator:
             self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Forget everything computed with the old weights."""
+        """Discard everything computed with the old weights."""
         self.prefixes.clear()
 
     @torch.inference_mode()
     def _compare(self) -> None:
-        """Raise `BackendError` unless what is drawn has the likelihood that the model's own forward pass gives it."""
+        """Raise `BackendError` unless the sampled tokens have the log-probabilities of the model's own forward pass."""
         size = self.model.get_input_embeddings().num_embeddings
         ids = torch.randint(size, (33,), generator=torch.Generator().manual_seed(0)).tolist()
-        prompts = [ids[:24], ids[24:]]
+        prompts = [ids[:24], ids[24:]]  # different lengths, so that padding is tested too
         kind = self.model.config.get_text_config().model_type
         try:
             rows = self.generate(
@@ -147,18 +147,18 @@ class HFGenerator:
         with_logprobs: bool = False,
         ignore_eos: bool = False,
     ) -> list[Generated]:
-        """Continue every prompt until end-of-sequence, a stop string or its number of tokens.
+        """Continue every prompt until the end-of-sequence token, a stop string or its token limit.
 
         Args:
-            prompts: token ids, each at least one.
-            max_tokens: how many tokens each prompt may get at most.
-            stop: a row ends with the token that completes one of these; the text of the prompt does not count.
+            prompts: token ids, at least one per prompt.
+            max_tokens: maximum number of new tokens of each prompt.
+            stop: a row ends with the token that completes one of these strings; the prompt's text does not count.
             temperature: 0 is greedy. top_p, top_k: 1.0 and -1 keep everything.
-            seed: one for all (rows then differ by their position), or one per row, or None for a fresh draw. What a
-                row draws depends on its own seed only, not on the other rows.
+            seed: one seed for all rows (combined with their position), one seed per row, or None for a random seed.
+                The samples of a row depend only on its own seed, not on the other rows.
 
         Raises:
-            BackendError: an empty prompt, lists of different lengths, or a sequence longer than the model runs.
+            BackendError: an empty prompt, lists of different lengths, or a sequence longer than the model supports.
         """
         rows = _rows(prompts, max_tokens, seed)
         self.attention.require(max((len(row.prompt) + row.max_tokens for row in rows), default=0))
@@ -183,9 +183,9 @@ class HFGenerator:
         ]
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows with about the same work together, each batch within the token budget.
+        """Group rows with similar numbers of new prompt tokens into batches within the token budget.
 
-        Work is compared in steps, so that rows of about the same length are neighbours within one.
+        New tokens are rounded to multiples of 64, so that rows with similar work are sorted by length.
         """
         work = {row.index: (len(row.prompt) - self.prefixes.length(row.prompt)) // 64 for row in rows}
         batch: list[_Row] = []
@@ -201,10 +201,10 @@ class HFGenerator:
             yield batch
 
     def _prefill_shared(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compute once, and keep, the beginnings that several prompts share and that are not kept yet.
+        """Compute and store the prefixes that several prompts share and that are not stored yet.
 
-        They form a tree: a beginning may go on in several ways, each of them shared again. It is computed level by
-        level, so that each beginning takes over what the one before it has computed.
+        Shared prefixes form a tree, because a shared prefix may continue in several ways that are shared in turn. The
+        tree is computed level by level, so that each prefix reuses the result of its parent.
         """
         blocks = [self.prefixes.blocks(prompt) for prompt in prompts]
         count = Counter(key for keys in blocks for key in keys)
@@ -213,7 +213,7 @@ class HFGenerator:
             kept, level = self.prefixes.length(prompt) // self.prefixes.block_size, 0
             for depth, key in enumerate(keys, start=1):
                 ways_on = count[keys[depth]] if depth < len(keys) else 0
-                if count[key] > max(ways_on, 1) and depth - kept >= 2:  # the prompts part here
+                if count[key] > max(ways_on, 1) and depth - kept >= 2:  # the prompts branch here
                     levels[level][key] = tuple(prompt[: depth * self.prefixes.block_size])
                     kept, level = depth, level + 1
         none = torch.empty(0)
@@ -228,7 +228,7 @@ class HFGenerator:
                     self._keep(slot, row, padded)
 
     def _run(self, rows: list[_Row], sampling: _Sampling) -> None:
-        """Prefill one batch and decode it to the end, dropping rows as they finish."""
+        """Prefill one batch and decode it to the end, removing rows as they finish."""
         padded = max(len(row.prompt) for row in rows)
         capacity = padded + max(row.max_tokens for row in rows)
         rows, logits_BV = self._prefill(rows, padded, capacity)
@@ -237,7 +237,7 @@ class HFGenerator:
         valid_BC = torch.arange(capacity, device=device) >= start_B[:, None]
         active, end = list(rows), padded
         while True:
-            step, begin = end - padded, int(start_B.min())
+            step, begin = end - padded, int(start_B.min())  # attention starts at the longest remaining row
             uniform_B = torch.stack([row.uniform[step] for row in active]).to(device)
             token_B, logprob_B = sample(
                 logits_BV, uniform_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
@@ -265,15 +265,16 @@ class HFGenerator:
             ).logits[:, -1]
 
     def _prefill(self, rows: list[_Row], padded: int, capacity: int) -> tuple[list[_Row], torch.Tensor]:
-        """Compute the prompts, right-aligned, from where their kept beginnings end.
+        """Compute the new tokens of right-aligned prompts, after their stored prefixes.
 
-        A few rows at a time; all of one pass compute the same number R of last tokens, so that nothing kept is
-        overwritten by padding.
+        Rows are processed in several passes. All rows of a pass compute the same number R of last tokens, so that
+        padding never overwrites stored keys and values.
 
         Returns:
-            The rows in the order of their slots, fewest new tokens first, and logits `[B, V]` of their last tokens.
+            The rows in slot order (fewest new tokens first) and the logits `[B, V]` of their last tokens.
         """
         self._cache.reserve(len(rows), capacity)
+        # A stored prefix may cover all tokens but the last, which must be computed to get its logits.
         kept = {row.index: self.prefixes.find(row.prompt[:-1]) for row in rows}
         count = {row.index: len(row.prompt) - len(kept[row.index]) * self.prefixes.block_size for row in rows}
         rows = sorted(rows, key=lambda row: count[row.index])
@@ -287,15 +288,15 @@ class HFGenerator:
         return rows, torch.cat(logits)
 
     def _recall(self, slot: int, row: _Row, kept: list[int], padded: int, num_new: int) -> None:
-        """Put what is kept of a row before its last `num_new` tokens, and zeros before the row."""
+        """Copy the stored keys and values of a row up to its last `num_new` tokens, and zero the padding before it."""
         start, recalled = padded - len(row.prompt), max(len(row.prompt) - num_new, 0)
         row.cached_tokens = recalled
         if recalled:
             self.prefixes.copy_in(self._cache, slot, start, kept, recalled)
-        self._cache.blank(slot, start)  # what lies before a row is masked, but must be finite
+        self._cache.blank(slot, start)  # masked values must still be finite: 0 * nan is nan
 
     def _compute(self, rows: list[_Row], slot: int, padded: int, num_new: int) -> torch.Tensor:
-        """Compute the last `num_new` tokens of rows that stand from `slot` on; logits `[B, V]` of the last one."""
+        """Compute the last `num_new` tokens of the rows from `slot` on; return the logits `[B, V]` of the last one."""
         device = self.model.device
         start = padded - max(num_new, *(len(row.prompt) for row in rows))
         ids_BR = torch.zeros((len(rows), num_new), dtype=torch.long)
@@ -319,8 +320,8 @@ class HFGenerator:
         ).logits[:, -1]
 
     def _mask(self, allowed: torch.Tensor, first_query: int, first_key: int) -> Any:
-        """What the model's attention takes: a boolean mask for SDPA, an additive one otherwise; by kind of layer where
-        there are two."""
+        """Build the mask for the model's attention: boolean for SDPA, else additive; a dict if there are two kinds of
+        layers."""
         masks = self.attention.masks(allowed, first_query, first_key)
         if self.model.config._attn_implementation != "sdpa":
             lowest = torch.finfo(self.model.dtype).min
@@ -331,10 +332,12 @@ class HFGenerator:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _drop_finished(self, active: list[_Row], end: int) -> list[int]:
-        """The slots that go on, in their new order; their keys and values are moved to the front."""
+        """Move the unfinished rows to the front of the cache; return their old slots in the new order."""
+        # Finished rows are stored first, while their keys and values are still in place.
         keep = list(range(len(active)))
         for slot in [slot for slot, row in enumerate(active) if row.finish_reason is not None]:
             self._keep(slot, active[slot], end)
+        # Each gap is filled with the last row instead of shifting all rows: one copy per finished row.
         last = len(keep) - 1
         for slot in reversed(range(len(active))):
             if active[slot].finish_reason is None:
@@ -347,14 +350,14 @@ class HFGenerator:
         return keep
 
     def _keep(self, slot: int, row: _Row, end: int) -> None:
-        """Keep a finished row's keys and values; its last generated token has none yet."""
+        """Store the keys and values of a finished row, except for its last generated token, which has none yet."""
         if self.prefixes.max_tokens:
             tokens = (*row.prompt, *row.token_ids[:-1])
             self.prefixes.add(tokens, self._cache, slot, end - len(tokens))
 
 
 def _passes(new: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """First and behind the last of the rows of each forward pass, by how many tokens each computes.
+    """Ranges of rows (first, last + 1) that are computed in one forward pass, given the new tokens of each row.
 
     >>> list(_passes([900, 1000, 1100, 3000], 2048))
     [(0, 2), (2, 3), (3, 4)]
@@ -389,13 +392,14 @@ def _rows(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int
     for index, (prompt, limit, row_seed) in enumerate(zip(prompts, max_tokens, seeds, strict=True)):
         if not len(prompt):
             raise BackendError(f"prompt {index} is empty; a model needs at least one token to go on from")
+        # All draws of a row are made up front from its own seed, so they do not depend on the batch it runs in.
         uniform = torch.rand(max(limit, 0), generator=torch.Generator().manual_seed(row_seed % 2**63))
         rows.append(_Row(index=index, prompt=tuple(prompt), max_tokens=limit, uniform=uniform))
     return rows
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids of the generation config and of the tokenizer."""
+    """End-of-sequence ids of the generation configuration and the tokenizer."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = list(configured) if isinstance(configured, (list, tuple)) else [configured]
     return frozenset(int(token_id) for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None)

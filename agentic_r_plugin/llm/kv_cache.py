@@ -1,14 +1,14 @@
-"""Keys and values of a batch that shrinks as rows finish, and of finished rows whose tokens may come again.
+"""Keys and values of the running batch, which shrinks as rows finish, and of finished rows that may be reused.
 
 Legend: B rows, H key-value heads, C capacity in tokens, D head size, L layers.
 
-`BatchCache` is a Hugging Face `Cache` whose layers are written in place: growing `DynamicCache` copies every key and
-value at every token, which is most of the time of a small model on a CPU. Rows are right-aligned: all rows end at the
-same write position, and row `r` begins at `write position - length of r`. A forward pass sees a window of it: some
-rows, from some position on.
+`BatchCache` is a Hugging Face `Cache` whose layers are written in place. A growing `DynamicCache` copies every key and
+value for every token, which dominates the time of a small model on a CPU. Rows are right-aligned: all rows end at the
+same write position, and row `r` begins at `write position - length of r`. A forward pass sees a window of the cache: a
+range of rows, from a start position on.
 
 `PrefixStore` keeps the keys and values of finished rows in blocks of tokens, so that the next turn of the same
-trajectory (or another candidate with the same prefix) computes only what is new.
+trajectory (or another candidate with the same prefix) computes only its new tokens.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What the next forward pass sees and where it writes."""
+    """The part of the cache that the next forward pass reads, and where it writes."""
 
     row: int = 0
-    """Its first row."""
+    """First row."""
     start: int = 0
-    """The first position it attends to."""
+    """First position attended to."""
     position: int = 0
-    """Where its tokens are written."""
+    """Position at which the new tokens are written."""
 
 
 class BatchLayer(CacheLayerMixin):
-    """One layer's keys and values, `[B, H, C, D]`, preallocated; `update` writes where the owner's window says."""
+    """Preallocated keys and values `[B, H, C, D]` of one layer; `update` writes at the owner's window."""
 
     is_sliding = False
 
@@ -49,7 +49,7 @@ class BatchLayer(CacheLayerMixin):
         self._storage: States | None = None
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Lay out room for `rows` x `capacity` tokens, reusing the memory of earlier batches where it suffices."""
+        """Provide space for `rows` x `capacity` tokens, reusing the memory of earlier batches if it is large enough."""
         self.rows, self.capacity, self.window = rows, capacity, Window()
         if self._storage is not None:
             self._lay_out()
@@ -66,6 +66,7 @@ class BatchLayer(CacheLayerMixin):
         views, storage = [], []
         for flat, (heads, size) in zip(self._storage, self._shapes, strict=True):
             needed = self.rows * heads * self.capacity * size
+            # New memory is zeroed because attention reads masked positions too, and these must be finite.
             flat = flat if flat.numel() >= needed else flat.new_zeros(needed)
             storage.append(flat)
             views.append(flat[:needed].view(self.rows, heads, self.capacity, size))
@@ -73,7 +74,7 @@ class BatchLayer(CacheLayerMixin):
         self.keys, self.values = views
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> States:
-        """Write the new `[b, H, q, D]` at the window's position and return the window up to and with them."""
+        """Write the new `[b, H, q, D]` states at the window's position; return the window including them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.pair()
@@ -84,7 +85,7 @@ class BatchLayer(CacheLayerMixin):
         return keys[first:last, :, start:end], values[first:last, :, start:end]
 
     def pair(self) -> States:
-        """The whole room for keys and for values, `[B, H, C, D]` each."""
+        """All keys and all values, `[B, H, C, D]` each."""
         assert self.keys is not None and self.values is not None, "nothing was written yet"
         return self.keys, self.values
 
@@ -99,37 +100,37 @@ class BatchLayer(CacheLayerMixin):
 
 
 class BatchCache(Cache):
-    """The layers of one batch; the caller moves the window before each forward pass."""
+    """The cache of one batch; the caller sets the window before each forward pass."""
 
     def __init__(self, num_layers: int) -> None:
         self.batch_layers = [BatchLayer() for _ in range(num_layers)]
         super().__init__(layers=[*self.batch_layers])
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Begin a batch of `rows`, each of at most `capacity` tokens, padding included."""
+        """Start a batch of `rows` rows with up to `capacity` tokens each, padding included."""
         for layer in self.batch_layers:
             layer.reserve(rows, capacity)
 
     def seek(self, window: Window) -> None:
-        """Set what the next forward pass sees and where it writes."""
+        """Set the window of the next forward pass."""
         for layer in self.batch_layers:
             layer.window = window
 
     def blank(self, row: int, end: int) -> None:
-        """Zero the first `end` tokens of a row: masked positions must still be finite. New memory is zero as it is."""
+        """Zero the first `end` tokens of a row: masked positions must be finite. New memory is already zero."""
         for layer in self.batch_layers:
             if layer.is_initialized:
                 for states in layer.pair():
                     states[row, :, :end] = 0
 
     def move_row(self, source: int, target: int, end: int) -> None:
-        """Copy row `source` over row `target`, up to `end` tokens."""
+        """Copy the first `end` tokens of row `source` to row `target`."""
         for layer in self.batch_layers:
             for states in layer.pair():
                 states[target, :, :end] = states[source, :, :end]
 
     def read(self, row: int, start: int, end: int) -> Iterator[torch.Tensor]:
-        """Keys and values `[H, end - start, D]` of one row, layer by layer, as views to copy from or to."""
+        """Yield views of the keys and values `[H, end - start, D]` of one row, layer by layer."""
         for layer in self.batch_layers:
             for states in layer.pair():
                 yield states[row, :, start:end]
@@ -139,19 +140,19 @@ class BatchCache(Cache):
 class _Block:
     tokens: tuple[int, ...]
     parent: int
-    """Key of the block before it; 0 for the first one."""
+    """Key of the previous block; 0 for the first block."""
     slot: int
 
 
 class PrefixStore:
-    """Keys and values of tokens that may come again, in blocks that rows with the same beginning share.
+    """Keys and values for reuse, in blocks of tokens that rows with the same prefix share.
 
-    A block is known by its tokens and all tokens before it. The least recently used block goes first; a block is always
-    used after those that follow it, so none is left without its beginning.
+    A block is identified by its tokens and all tokens before it. The least recently used block is evicted first. A
+    block always counts as used after the blocks that follow it, so that none outlives the blocks before it.
 
     Args:
-        max_tokens: tokens to keep in all, shared ones counted once; 0 keeps nothing.
-        block_size: tokens of a block; shorter ends are not kept.
+        max_tokens: maximum number of stored tokens, shared ones counted once; 0 stores nothing.
+        block_size: tokens per block; a shorter block at the end of a row is not stored.
     """
 
     def __init__(self, max_tokens: int, block_size: int = 16) -> None:
@@ -163,11 +164,11 @@ class PrefixStore:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are kept."""
+        """Number of stored tokens."""
         return len(self._blocks) * self.block_size
 
     def blocks(self, tokens: Sequence[int]) -> list[int]:
-        """The key of each whole block, which depends on all tokens up to that block's end."""
+        """Key of each full block, which depends on all tokens up to the end of that block."""
         return [key for key, _, _ in self._walk(tokens)]
 
     def _walk(self, tokens: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -178,37 +179,39 @@ class PrefixStore:
             yield key, parent, chunk
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """Slots of the blocks that are kept of the beginning of `tokens`; these are now the last to go."""
+        """Slots of the stored blocks of the longest stored prefix of `tokens`; marks them as most recently used."""
         found: list[tuple[int, int]] = []
         for key, parent, chunk in self._walk(tokens):
             block = self._blocks.get(key)
-            if block is None or block.parent != parent or block.tokens != chunk:  # another block with this hash
+            if block is None or block.parent != parent or block.tokens != chunk:  # also on a hash collision
                 break
             found.append((key, block.slot))
-        for key, _ in reversed(found):  # the first block last
+        for key, _ in reversed(found):  # first block last: eviction must start at the end of a prefix
             self._blocks.move_to_end(key)
         return [slot for _, slot in found]
 
     def length(self, tokens: Sequence[int]) -> int:
-        """How many tokens of the beginning are kept."""
+        """Length in tokens of the longest stored prefix."""
         return len(self.find(tokens)) * self.block_size
 
     def copy_in(self, cache: BatchCache, row: int, start: int, slots: Sequence[int], length: int) -> None:
-        """Put the first `length` tokens of blocks that `find` gave at `start` of a row."""
+        """Copy the first `length` tokens of the blocks at `slots` (from `find`) to position `start` of a row."""
         used = torch.tensor(slots[: -(-length // self.block_size)], device=self._pools[0].device)
         for pool, target in zip(self._pools, cache.read(row, start, start + length), strict=True):
             target.copy_(pool[used].transpose(0, 1).flatten(1, 2)[:, :length])
 
     def add(self, tokens: Sequence[int], cache: BatchCache, row: int, start: int) -> None:
-        """Keep the whole blocks of a row that begins at `start` of the cache, those that are not kept yet."""
+        """Store the full blocks of a row that starts at position `start` of the cache, except those already stored."""
         if len(tokens) > self.max_tokens:
             return
         known = len(self.find(tokens))
-        # No key is there already, but for one of other tokens with the same hash, which stays.
+        # Keys after the known prefix are new, except for a hash collision: the block of the other tokens stays, and
+        # storing stops there because later blocks would lack their predecessor.
         new = list(takewhile(lambda block: block[0] not in self._blocks, islice(self._walk(tokens), known, None)))
         if not new:
             return
         used = torch.tensor([self._take() for _ in new], device=next(cache.read(row, 0, 0)).device)
+        # Inserted last block first, then the known prefix is marked as used: eviction order is from the end.
         for (key, parent, chunk), slot in zip(reversed(new), reversed(used.tolist()), strict=True):
             self._blocks[key] = _Block(chunk, parent, slot)
         self.find(tokens[: known * self.block_size])
@@ -218,7 +221,7 @@ class PrefixStore:
             self._pool(number, blocks)[used] = blocks
 
     def _take(self) -> int:
-        """A free slot, of the least recently used block where all are taken."""
+        """Return a free slot, evicting the least recently used block if none is free."""
         if self._free:
             return self._free.pop()
         if (self._slots + 1) * self.block_size > self.max_tokens:
@@ -227,17 +230,18 @@ class PrefixStore:
         return self._slots - 1
 
     def _pool(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        """The pool of one layer's keys or values, with room for all slots."""
+        """Return the pool of one layer's keys or values, grown to hold all slots."""
         if number == len(self._pools):
             self._pools.append(like.new_empty((0, *like.shape[1:])))
         pool = self._pools[number]
         if len(pool) < self._slots:
+            # At least doubled, so that the copies stay a constant factor of the stored tokens.
             larger = like.new_empty((max(self._slots, 2 * len(pool)), *like.shape[1:]))
             larger[: len(pool)] = pool
             pool = self._pools[number] = larger
         return pool
 
     def clear(self) -> None:
-        """Forget everything: the weights have changed."""
+        """Discard all blocks, because the weights have changed; the memory is kept."""
         self._free = list(range(self._slots))
         self._blocks.clear()

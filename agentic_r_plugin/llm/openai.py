@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server (vLLM, SGLang, a hosted API): `/completions` and `/chat/completions`."""
+"""Backend for OpenAI-compatible servers (vLLM, SGLang, hosted APIs): `/completions` and `/chat/completions`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ Output = TypeVar("Output")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 
 _REFUSALS = (400, 401, 403, 404, 405, 413, 415, 422)
-"""Status of a request that is refused for good: for its prompt, or for its form (`llm.refusals`)."""
+"""HTTP status codes of a permanent refusal, caused by the prompt or by the form of the request (`llm.refusals`)."""
 
 _UNCLEAR = 8
-"""Requests refused without a clear reason, none taken before, after which their form is taken to be at fault."""
+"""If none was accepted, this many refusals without a clear reason are blamed on the form of the requests."""
 
 _DETECT_S = 5.0
 
@@ -53,46 +53,46 @@ _BODY = frozenset(
         "cache_salt", "truncate_prompt_tokens",
         "skip_special_tokens", "spaces_between_special_tokens", "thinking_token_budget", "reasoning_format",
         "thinking_forced_open", "cache_prompt", "id_slot", "repeat_penalty", "think", "keep_alive", "num_ctx",
-        # hosted ones
+        # hosted APIs
         "thinking", "enable_thinking", "thinking_budget", "reasoning", "provider", "models", "route", "transforms",
         "safe_prompt", "random_seed",
     }
 )  # fmt: skip
-"""Further fields of a request's body that `llm.options` may name directly; any other goes into `extra_body`."""
+"""Additional body fields that `llm.options` accepts by name; any other field must go into `extra_body`."""
 
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""Sampling that changes nothing. What is not sent, vLLM and SGLang fill in from the model's generation_config.json."""
+"""Sampling parameters with no effect. vLLM and SGLang fill in omitted ones from the model's generation_config.json."""
 
 _OWNERS = ("vllm", "sglang")
-"""What the servers that know `_NEUTRAL` call the owner of their models."""
+"""Values of `owned_by` in the model lists of the servers that support `_NEUTRAL`."""
 
 
 class OpenAIBackend:
     """OpenAI-compatible server: vLLM or SGLang for agents, any for judges.
 
-    Prompts are sent as token ids. Continuations are taken as token ids where the server gives them (vLLM's
-    `return_token_ids`), else its text is tokenised, which is exact in text but may differ in ids: good for the data
-    stages, not for training. The server must keep stop strings in its output (vLLM's `include_stop_str_in_output`,
-    SGLang's `no_stop_trim`) or say what ended it (vLLM's `stop_reason`, SGLang's `matched_stop`). A server on this
-    machine is reached without a proxy. The server's own sampling defaults are overruled by neutral values, in chats
-    only where the server says that it is vLLM or SGLang: others refuse fields that they do not know.
+    Prompts are sent as token ids. Continuations are read as token ids if the server returns them (vLLM's
+    `return_token_ids`). Otherwise the text is tokenised, which preserves the text but may give different ids: suitable
+    for the data stages, but not for training. The server must keep stop strings in its output (vLLM's
+    `include_stop_str_in_output`, SGLang's `no_stop_trim`) or report what ended it (vLLM's `stop_reason`, SGLang's
+    `matched_stop`). Servers on this machine are reached without a proxy. Neutral values override the server's own
+    sampling defaults; in chats only if the server identifies itself as vLLM or SGLang, because other servers reject
+    unknown fields.
 
     Args:
-        url: base URL, with `/v1`.
-        model: the name the server knows.
-        tokenizer: directory or name of the model's tokenizer; not needed for `chat` alone.
-        api_key: sent as bearer token when given, or as it is where it begins with `Basic `.
-        api_key_env: the variable it was read from, for errors.
-        concurrency: requests of this backend at the same time; each worker of a stage has a backend of its own.
-        timeout_s: for one request.
-        max_retries: further attempts after 429, 5xx, a timeout, a broken or cut connection, or an answer that is not
-            what the protocol says (no JSON, no choice, nothing); waits double from 0.5 s to 30 s, or are as long as the
-            server's `Retry-After`, 30 s at most.
-        requests_per_minute: this backend begins no more; 0 is no limit. Repeated ones count too.
-        body: further fields of every request's body, which win over ours; None leaves a field out.
-            `max_completion_tokens` takes the place of `max_tokens` in chats, with the stage's number where it is True.
-        usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices, for the
-            cost report; cached prompt tokens cost as much as others unless their price is given.
+        url: base URL, including `/v1`.
+        model: name of the model on the server.
+        tokenizer: directory or name of the model's tokenizer; not needed if only `chat` is used.
+        api_key: sent as a bearer token if given, or unchanged if it starts with `Basic `.
+        api_key_env: the variable that held the key, for error messages.
+        concurrency: maximum number of concurrent requests; each worker of a stage has its own backend.
+        timeout_s: timeout of one request.
+        max_retries: further attempts after 429, 5xx, a timeout, a broken connection, or a malformed answer (no JSON,
+            no choice, empty). Waits double from 0.5 s to 30 s, or follow the server's `Retry-After`, up to 30 s.
+        requests_per_minute: limit on the requests started by this backend, retries included; 0: no limit.
+        body: additional body fields, which override ours; None omits a field. `max_completion_tokens` replaces
+            `max_tokens` in chats; if it is True, it takes the value of the stage's `max_tokens`.
+        usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices for the
+            cost report; cached prompt tokens have the price of other prompt tokens by default.
 
     Raises:
         ConfigError: no url or no model.
@@ -152,13 +152,13 @@ class OpenAIBackend:
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> OpenAIBackend:
-        """From the settings of a command; the key is read from the environment variable they name.
+        """Create the backend from a command's settings; the key is read from the environment variable they name.
 
-        Options: `requests_per_minute` (per worker), the prices, and further fields of the request's body: those that
-        servers are known to take by their own name (`_BODY`), any others in `extra_body`.
+        Options are `requests_per_minute` (per worker), the prices, and additional body fields: common ones (`_BODY`) by
+        name, all others in `extra_body`.
 
         Raises:
-            ConfigError: another option; a variable that does not hold a key.
+            ConfigError: an unknown option, or a variable that does not hold a key.
         """
         known = {item.name for item in fields(cls.Options)}
         if unknown := sorted(set(spec.options) - known - _BODY - {"extra_body"}):
@@ -170,7 +170,7 @@ class OpenAIBackend:
         body |= spec.options.get("extra_body") or {}
         if taken := sorted(_OURS.keys() & body):
             raise ConfigError(f"llm.options: {taken[0]!r} is no option; it is set by {_OURS[taken[0]]}")
-        # By default the variable may be missing: a server of one's own wants no key.
+        # The default variable may be unset, because self-hosted servers usually need no key.
         required = spec.api_key_env != "OPENAI_API_KEY"
         return cls(
             spec.url,
@@ -187,10 +187,10 @@ class OpenAIBackend:
 
     @property
     def codec(self) -> TokenizerCodec:
-        """The model's tokenizer, loaded when first needed.
+        """The model's tokenizer, loaded on first use.
 
         Raises:
-            ConfigError: none was named, or it cannot be loaded.
+            ConfigError: no tokenizer is configured, or it cannot be loaded.
         """
         if self._codec is None:
             from transformers import AutoTokenizer
@@ -204,14 +204,14 @@ class OpenAIBackend:
         return self._codec
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
-        """Continue every prompt; a refused one, such as one longer than the model's context, gives its refusal."""
-        codec = self.codec  # loaded here, before the threads need it
+        """Continue every prompt; a refused prompt (for example, longer than the context) yields its refusal."""
+        codec = self.codec  # loaded before the threads use it
         return self._all(lambda request: self._complete(request, sampling, codec), requests)
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
-        """The reply to each message, or why the server refuses it."""
+        """Return the reply to each message, or its refusal."""
         settings: dict[str, Any] = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature}
         if seed is not None and temperature > 0:
             settings["seed"] = seed
@@ -226,7 +226,7 @@ class OpenAIBackend:
         return self._all(reply, prompts)
 
     def fingerprint(self) -> str:
-        """Hash of the model's name; a server does not tell its weights."""
+        """Hash of the model's and tokenizer's names; servers do not identify their weights."""
         return fingerprint("openai", self.model, self._tokenizer)
 
     def close(self) -> None:
@@ -234,11 +234,11 @@ class OpenAIBackend:
         self._client.close()
 
     def _all(self, function: Callable[[Input], Output], inputs: Sequence[Input]) -> list[Output | RequestRefusedError]:
-        """`function` of each input, or its refusal, `concurrency` at a time; the first other error ends it all."""
+        """Apply `function` to each input, `concurrency` at a time; return refusals in place, stop at other errors."""
         failed: list[BackendError] = []
 
         def one(item: Input) -> Output | RequestRefusedError:
-            if failed:  # what waited in the pool begins before it can be cancelled
+            if failed:  # queued inputs may start before they are cancelled
                 raise failed[0]
             try:
                 return function(item)
@@ -262,18 +262,18 @@ class OpenAIBackend:
         return results
 
     def _served_by(self) -> str:
-        """Who owns the server's models, by its own list of them: `vllm`, `sglang`, another name, or nothing."""
+        """Owner of the server's models according to its model list: `vllm`, `sglang`, another name, or empty."""
         with self._lock:
             if self._owner is None:
                 try:
                     models = self._client.get("models", timeout=min(_DETECT_S, self._timeout_s)).json()["data"]
                     self._owner = str(models[0]["owned_by"]).lower()
                 except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
-                    self._owner = ""  # where the server is at fault, the request that follows says so
+                    self._owner = ""  # if the server is faulty, the next request reports it
             return self._owner
 
     def _with_options(self, body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
-        """A request's body with the further fields of `llm.options`; an agent's continuation keeps its own length."""
+        """Add the body fields of `llm.options`; `max_completion_tokens` applies to chats only, not to agents."""
         given = dict(self._body)
         most = given.pop("max_completion_tokens", None)
         if chat and most:
@@ -310,28 +310,29 @@ class OpenAIBackend:
         )
 
     def _end_of_sequence(self, codec: TokenizerCodec) -> list[int]:
-        """What a model wrote that wrote nothing."""
+        """Ids of an empty continuation: the end-of-sequence token."""
         if codec.tokenizer.eos_token_id is None:
             raise BackendError(f"{self.model}: an empty continuation, and its tokenizer has no end-of-sequence token")
         return [int(codec.tokenizer.eos_token_id)]
 
     def _post(self, path: str, body: dict[str, Any], parse: Callable[[dict[str, Any]], Output]) -> Output:
-        """One request with its retries; what `parse` makes of its answer.
+        """Send one request with retries; return its answer after `parse`.
 
         Raises:
-            RequestRefusedError: the server does not take this request.
-            BackendConfigError: it takes no request of this form.
-            BackendError: it still fails after the last retry, or in a way that no retry mends.
+            RequestRefusedError: the server refuses this request.
+            BackendConfigError: the server refuses every request of this form.
+            BackendError: the last retry failed, or the error is permanent.
         """
         problem = ""
         for attempt in range(self._max_retries + 1):
+            # Jitter keeps the threads of a batch from retrying all at the same time.
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.75, 1.25)
             self._pace.wait()
             try:
                 response = self._client.post(path, json=body)
                 if response.status_code == 200:
                     answer = _json(response)
-                    self._pay(_usage(answer))  # whatever it says, it was paid for
+                    self._pay(_usage(answer))  # billed even if the answer cannot be parsed
                     parsed = parse(answer)
                     self._count(attempt)
                     return parsed
@@ -344,7 +345,7 @@ class OpenAIBackend:
                 ):
                     raise BackendError(f"{self._where(path)}: {problem}")
                 wait = _retry_after(response, wait)
-            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # no retry mends our own request
+            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
                 raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {redacted(str(error), self._api_key)}"
@@ -358,7 +359,7 @@ class OpenAIBackend:
         return redacted(f"{self._client.base_url}{path}", self._api_key)
 
     def _refused(self, response: httpx.Response, body: Mapping[str, Any], problem: str) -> BackendError:
-        """What a refusal is: of this prompt, or of all requests of this form, with the setting to change."""
+        """Build the error for a refusal of this prompt, or of every request of this form (naming the setting)."""
         where = redacted(str(response.url), self._api_key)
         kind = refusal(response.status_code, response.text)
         if kind is not Refusal.FORM:
@@ -396,7 +397,7 @@ class OpenAIBackend:
 
 _THOUGHTS = ("reasoning_content", "reasoning")
 _CUT = ("length", "max_tokens")
-"""Finish reasons of a text that is not whole."""
+"""Finish reasons of a truncated text."""
 
 _OURS = {
     "model": "llm.model",
@@ -407,7 +408,7 @@ _OURS = {
     "n": "the stages, which want one reply per prompt",
     "stream": "the stages, which want whole replies",
 }
-"""Fields of a request's body that no option may change, and what sets them."""
+"""Body fields that options cannot change, and what sets them."""
 
 _WAYS_OUT = {
     "temperature": "llm.options.temperature=null sends no temperature",
@@ -421,7 +422,7 @@ _HINT = (
 
 
 class _NotAsAskedError(Exception):
-    """An answer with status 200 that is not what the protocol says; it may be right the next time."""
+    """An answer with status 200 that violates the protocol; a retry may succeed."""
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -442,10 +443,10 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _message(answer: dict[str, Any]) -> Reply:
-    """Text of a chat completion; nothing where there is a thought only.
+    """Text of a chat completion; empty if the message contains only a thought.
 
     Raises:
-        RequestRefusedError: the model, or a filter behind it, declines to answer.
+        RequestRefusedError: the model or a content filter declines to answer.
     """
     choice = _choice(answer)
     message = choice.get("message")
@@ -460,7 +461,7 @@ def _message(answer: dict[str, Any]) -> Reply:
 
 
 def _text(content: Any) -> str | None:
-    """Text of a message's content, a string or a list of parts, those that are thoughts left out; None: neither."""
+    """Text of a message's content: a string, or a list of parts without its thoughts; None for anything else."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
@@ -470,7 +471,7 @@ def _text(content: Any) -> str | None:
 
 
 def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
-    """The choice of a completion, its text, and the prompt tokens that were cached."""
+    """The choice of a completion, its text, and its number of cached prompt tokens."""
     choice = _choice(answer)
     if not isinstance(choice.get("text"), str):
         raise _NotAsAskedError(f"expected a choice with text, found {str(answer)[:300]}")
@@ -478,18 +479,19 @@ def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
 
 
 def _whole(text: str) -> str:
-    """Text with U+FFFD for halves of surrogate pairs, as tokenizers decode half a character; no file can hold them."""
+    """Replace lone surrogates by U+FFFD, as tokenizers decode partial characters; UTF-8 files cannot hold them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
-    """The text of a choice with the stop string that ended it, which the server may have left out.
+    """Text of a choice, with the stop string that ended it restored if the server removed it.
 
-    What ended it is a stop string, a token's id, or null for the end-of-sequence token (vLLM, SGLang for a cut text).
+    The reported reason is a stop string, a token id, or null for the end-of-sequence token (in SGLang also for a text
+    cut at its limit).
 
     Raises:
-        BackendError: the model stopped by itself, no stop string ends the text, and the server does not say why: a
-            stop string may be lost, and with it a search or an answer.
+        BackendError: the model stopped, no stop string ends the text, and the server does not report why. A stop
+            string, and with it a search or an answer, may be lost.
     """
     if text.endswith(stop):
         return text
@@ -505,7 +507,7 @@ def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int, int]:
-    """(prompt, cached, generated) tokens, 0 where the server does not tell."""
+    """(prompt, cached, generated) tokens; 0 where the server reports no number."""
     usage = answer.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")

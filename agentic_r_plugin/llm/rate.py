@@ -1,4 +1,4 @@
-"""Keeps requests to a server below a rate, over all threads of a backend."""
+"""Rate limit for the requests of a backend, across all its threads."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 
 
 class Pace:
-    """Spaces out requests evenly.
+    """Spaces requests evenly in time.
 
     Args:
-        per_s: requests a second; 0 is no limit.
+        per_s: requests per second; 0: no limit.
     """
 
     def __init__(self, per_s: float) -> None:
@@ -18,10 +18,11 @@ class Pace:
         self._lock, self._next = threading.Lock(), 0.0
 
     def wait(self) -> None:
-        """Return when the next request may begin."""
+        """Wait until the next request may start."""
         if not self._gap_s:
             return
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._gap_s
+        # Sleeping outside the lock lets other threads reserve their turns meanwhile.
         time.sleep(max(0.0, turn - time.monotonic()))

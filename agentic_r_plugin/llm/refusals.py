@@ -1,4 +1,4 @@
-"""Why a server refuses a request: for its one prompt, or for its form, so that it would refuse every other one too."""
+"""Classify a server's refusal: caused by one prompt, or by the form of the request and thus common to all requests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class Refusal(Enum):
-    """What of a request is refused."""
+    """Cause of a refusal."""
 
     PROMPT = "prompt"
-    """Too long a prompt, or one that a filter stops; other prompts may be taken."""
+    """The prompt is too long or blocked by a filter; other prompts may be accepted."""
     FORM = "form"
-    """A field, a value, a model name: every request is refused."""
+    """A field, value or model name is wrong; every request is refused."""
     UNCLEAR = "unclear"
-    """The server does not say; taken for the prompt's fault, unless no request is taken."""
+    """The server gives no clear reason; blamed on the prompt unless no request is accepted."""
 
 
 _PROMPT_CODES = frozenset(
@@ -56,9 +56,9 @@ _OF_THE_PROMPT = frozenset({"messages", "prompt", "input", "input_tokens", "body
 
 
 def refusal(status: int, content: str) -> Refusal:
-    """What of a request a server refuses, by the status and the body of its answer.
+    """Classify a refusal by the status and body of the response.
 
-    The bodies read here are those of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, LiteLLM and FastAPI.
+    Supports the error bodies of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, LiteLLM and FastAPI.
 
     >>> refusal(400, '{"error": {"code": "context_length_exceeded", "message": "..."}}').value
     'prompt'
@@ -68,6 +68,7 @@ def refusal(status: int, content: str) -> Refusal:
     said = _said(content)
     codes = {str(said.get(name)).lower() for name in ("code", "type")} | {said["inner"]}
     message, named = said["message"], said["param"]
+    # From specific to vague: a message about the prompt's length may also match a pattern for a wrong value.
     if status == 413 or codes & _PROMPT_CODES:
         return Refusal.PROMPT
     if status in (401, 404, 405):
@@ -82,12 +83,12 @@ def refusal(status: int, content: str) -> Refusal:
 
 
 def named_fields(content: str, fields: Iterable[str]) -> list[str]:
-    """Those fields of a request's body that a refusal names."""
+    """The body fields that a refusal mentions."""
     return [name for name in dict.fromkeys(fields) if re.search(rf"\b{re.escape(name)}\b", content)]
 
 
 def _said(content: str) -> dict[str, Any]:
-    """`code`, `type`, `inner` code, `param` and `message` of an error body."""
+    """Extract `code`, `type`, the `inner` code, `param` and `message` from an error body."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""One language model as several engines on as many accelerators: each in a Ray actor, and a batch is dealt out to all.
+"""Several engines of one language model, each in a Ray actor on its own accelerators; batches are split among them.
 
-For what opens its model in one process, such as `evaluate`. A data stage can also have Ray workers (`runner`), which
-need not wait for each other at the end of a batch.
+Intended for commands that open their model in one process, such as `evaluate`. A data stage can use Ray workers
+(`runner`) instead, which do not wait for each other at the end of a batch.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
 
 _MAX_RESTARTS = 3
-"""How often Ray starts an engine again whose process died."""
+"""Maximum number of times that Ray restarts an engine whose process died."""
 _CLOSE_S = 10.0
 
 
 class Replica:
-    """One of the engines, in a process of its own."""
+    """One engine, in its own process."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
         self._build = build
 
     @cached_property
     def _backend(self) -> Any:
-        """Opened by the first call: Ray keeps no cause of an error in a constructor."""
+        """The backend, opened on first use: Ray does not report the cause of an error in a constructor."""
         return self._build()
 
     def node(self) -> str:
-        """The machine it is on."""
+        """Name of the engine's machine."""
         return ray_cluster.this_node()
 
     def codec(self) -> Codec:
-        """The model's; opens it."""
+        """Codec of the model; opens the model if needed."""
         return self._backend.codec  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:
-        """The model's."""
+        """Fingerprint of the model."""
         return str(self._backend.fingerprint())
 
     def call(self, method: str, *arguments: Any, **named: Any) -> tuple[list[Any], dict[str, float]]:
-        """What a method of the backend returns, and the backend's usage since it was opened."""
+        """Call a method of the backend; return its result and the backend's usage since it was opened."""
         found = getattr(self._backend, method)(*arguments, **named)
         return list(found), asdict(getattr(self._backend, "usage", None) or Usage())
 
@@ -61,15 +61,15 @@ class Replica:
 class ReplicatedBackend:
     """`replicas` engines behind the interface of one.
 
-    Neighbours in a batch, which may share a prefix, go to the same engine. The cluster is the one that the environment
-    variable `RAY_ADDRESS` names, or one that is started on this machine.
+    Neighbours in a batch, which may share a prefix, go to the same engine. The Ray cluster is the one at the address in
+    the environment variable `RAY_ADDRESS`, or a new one on this machine.
 
     Args:
         build: opens the backend; pickled, so it must be importable where the actors run.
-        gpus: accelerators that Ray reserves for each engine, where the cluster has any.
+        gpus: accelerators that Ray reserves for each engine, if the cluster has any.
 
     Raises:
-        ConfigError: the cluster has fewer accelerators, the engines cannot be opened, or hold different models.
+        ConfigError: the cluster has too few accelerators, or the engines cannot be opened or hold different models.
     """
 
     def __init__(self, build: Callable[[], Any], replicas: int, gpus: float) -> None:
@@ -88,7 +88,7 @@ class ReplicatedBackend:
             self._spent: list[dict[str, float]] = [{} for _ in self._actors]
             self.usage = Usage()
             self.codec: Codec = self._get([actor.codec.remote() for actor in self._actors])[0]
-            asked = ray_cluster.one_per_node(self._actors)  # all on one machine read the same files
+            asked = ray_cluster.one_per_node(self._actors)  # engines on one machine read the same files
             self._fingerprint, *others = self._get([actor.fingerprint.remote() for actor in asked])
             if any(other != self._fingerprint for other in others):
                 raise ConfigError("llm.replicas: the engines hold different models; is it the same on every machine?")
@@ -107,11 +107,11 @@ class ReplicatedBackend:
         return self._deal("chat", prompts, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     def fingerprint(self) -> str:
-        """Of the model, the same whatever the number of engines."""
+        """Fingerprint of the model, independent of the number of engines."""
         return self._fingerprint
 
     def close(self) -> None:
-        """Free the engines, and stop the cluster where it was started here."""
+        """Close the engines, and stop the cluster if it was started here."""
         if self._actors:
             closing = [actor.close.remote() for actor in self._actors]
             self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
@@ -135,7 +135,7 @@ class ReplicatedBackend:
         return answers
 
     def _count(self, place: int, spent: dict[str, float]) -> None:
-        """Add what an engine used since it was last asked; an engine that was started again counts from 0."""
+        """Add the usage of an engine since its last call; a restarted engine counts from 0 again."""
         before = self._spent[place]
         started_again = any(value < before.get(name, 0) for name, value in spent.items())
         for name, value in spent.items():
@@ -149,7 +149,7 @@ class ReplicatedBackend:
 
 
 def shares(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
-    """`items` in order, cut into that many parts of nearly equal length.
+    """Split `items`, in order, into `parts` parts of nearly equal length.
 
     >>> shares([1, 2, 3, 4, 5], 3)
     [[1, 2], [3, 4], [5]]

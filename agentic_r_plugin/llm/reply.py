@@ -1,4 +1,4 @@
-"""A reply to a message: its text, whether it was cut, and where the model's thoughts end in it."""
+"""A reply to a message: its text, whether it was cut, and the end of the model's thoughts in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 
 
 class Reply(str):
-    """Text of a reply. It is a string, so that code which knows only strings goes on working.
+    """Text of a reply; a subclass of `str`, so that code written for strings also accepts it.
 
     Args:
-        text: what the model wrote.
-        cut: whether the model was stopped at `max_tokens`, so that the text is not whole.
+        text: the model's output.
+        cut: whether generation stopped at `max_tokens`, so that the text is incomplete.
     """
 
     cut: bool
@@ -39,9 +39,9 @@ _BEGINS = re.compile(
 
 
 def after_thoughts(text: str) -> tuple[str, bool]:
-    """What follows the last end of a thought, and whether the text ends within a thought that is never closed.
+    """Return the text after the last end of a thought, and whether a thought is still open at the end of the text.
 
-    A thought needs no beginning: many chat templates write the opening tag into the prompt.
+    The opening tag may be missing, because many chat templates write it into the prompt.
 
     >>> after_thoughts("Perhaps [50]? No.</think>[90]"), after_thoughts("<think>Perhaps [50]")
     (('[90]', False), ('<think>Perhaps [50]', True))

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, log-probabilities, and stop strings.
+"""Sample tokens from logits (temperature, top-k, top-p, log-probabilities) and detect stop strings.
 
 Legend: B rows, V vocabulary.
 """
@@ -20,14 +20,14 @@ def sample(
     top_p: float = 1.0,
     with_logprobs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draw one token a row by inverting the cumulative distribution at `uniform_B`; temperature 0 takes the best.
+    """Sample one token per row by inverting the cumulative distribution at `uniform_B`; temperature 0 takes the argmax.
 
-    The draw of a row depends on that row's logits and number only, never on its neighbours.
+    The result for a row depends only on its own logits and uniform number, never on other rows.
 
     Returns:
-        Token ids `[B]`, and the log-probability of each under the distribution it was drawn from, that is after
-        temperature, top-k and top-p (at temperature 0: of the unscaled logits), `[B]` or None. This is what vLLM
-        returns with `logprobs_mode=processed_logprobs`, verl's default.
+        Token ids `[B]`, and the log-probability of each under the distribution it was sampled from, after temperature,
+        top-k and top-p (at temperature 0: of the unscaled logits), `[B]` or None. This matches vLLM's
+        `logprobs_mode=processed_logprobs`, verl's default.
     """
     logits_BV = logits_BV.float()
     if temperature == 0:
@@ -42,7 +42,7 @@ def sample(
         logits_BV = _keep_top_p(logits_BV, top_p)
     cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
     total_B1 = cumulative_BV[:, -1:]
-    # The largest float below the total keeps a number that rounds to 1 from pointing behind the last token.
+    # Capping at the largest float below the total keeps a number that rounds to 1 from selecting past the last token.
     point_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     token_B = torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(1)
     return token_B, _logprob_of(logits_BV, token_B) if with_logprobs else None
@@ -61,25 +61,26 @@ def _logprob_of(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
 
 
 class StopStrings:
-    """Tells when the last token of a row completes a stop string.
+    """Detects when the last token of a row completes a stop string.
 
-    A row is decoded only when the text of its new token holds the last character of some stop string, and then only
-    its tail.
+    To save time, a row is decoded only if the text of its new token contains the last character of a stop string, and
+    then only its tail.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text)
         self._ends = {text[-1] for text in self.stop}
-        # A token holds at least one byte of the text it helps to write.
+        # Every token contributes at least one byte, so a stop string of N bytes spans at most N tokens.
         self._tail = max((len(text.encode()) for text in self.stop), default=0) + 1
         self._may_end: dict[int, bool] = {}
 
     def completed_by_last(self, token_ids: Sequence[int]) -> str | None:
-        """The stop string that the last token completes (the one that ends first), or None."""
+        """Return the stop string that the last token completes (the one that ends first), or None."""
         if not self.stop or not self._could_end(token_ids[-1]):
             return None
         tail = list(token_ids[-self._tail :])
         text, before = self._decode(tail), len(self._decode(tail[:-1]))
+        # Searching from just before the last token skips stop strings that were complete without it.
         found = [(text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self.stop]
         ends = sorted((at + len(stop), stop) for at, stop in found if at >= 0)
         return ends[0][1] if ends else None

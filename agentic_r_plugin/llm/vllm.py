@@ -1,6 +1,6 @@
-"""vLLM in this process, as a backend of the data stages: the engine sees whole batches, candidates of a query together.
+"""Backend for vLLM in this process, used by the data stages: whole batches, with the candidates of a query together.
 
-Written against vLLM's offline interface (`LLM.generate` on token ids, `SamplingParams`, `RequestOutput`); run on a
+It uses vLLM's offline interface (`LLM.generate` on token ids, `SamplingParams`, `RequestOutput`). It was tested on a
 CPU (`make test-vllm`), not on an accelerator.
 """
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
 
 _ENGINE_ERRORS = frozenset({"EngineDeadError", "EngineGenerateError"})
-"""vLLM's exceptions of a failed engine; they derive from `Exception` alone, and their module moves."""
+"""vLLM's exceptions for a failed engine, by name: they derive from `Exception` directly, and their module changes."""
 
 _OWN = {"model", "tokenizer", "dtype", "enable_prefix_caching"}
-"""Engine arguments that have a setting of their own."""
+"""Engine arguments that are set elsewhere, not in `llm.options`."""
 
 
 class VLLMBackend:
@@ -32,13 +32,13 @@ class VLLMBackend:
 
     Args:
         model: directory or hub name of a checkpoint.
-        tokenizer: where it is not the model's.
+        tokenizer: directory or hub name of the tokenizer, if different from the model's.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
         options: further engine arguments, such as `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`.
 
     Raises:
-        ConfigError: vllm is not installed, or the engine refuses its arguments.
+        ConfigError: vllm is not installed, or the engine rejects its arguments.
         BackendError: the engine did not start.
     """
 
@@ -78,7 +78,7 @@ class VLLMBackend:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"vllm.LLM({model!r}): {error}") from error
-        except RuntimeError as error:  # whatever fails in the engine's own process
+        except RuntimeError as error:  # any failure in the engine's own process
             raise BackendError(
                 f"vllm.LLM({model!r}): the engine did not start: {error}; what failed stands above, in the engine's "
                 "own output. Too little memory: end other processes on the accelerator, lower "
@@ -89,14 +89,14 @@ class VLLMBackend:
 
     @classmethod
     def from_spec(cls, spec: LLMSpec) -> VLLMBackend:
-        """From the settings of a command; `options` go to the engine."""
+        """Create the backend from a command's settings; `options` are passed to the engine."""
         return cls(spec.model, tokenizer=spec.tokenizer, dtype=spec.dtype, **spec.options)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
-        """Continue every prompt; one that fills the model's context is refused.
+        """Continue every prompt; a prompt that fills the model's context is refused.
 
         Raises:
-            BackendError: the engine failed, or left a prompt without a continuation.
+            BackendError: the engine failed, or returned no continuation for a prompt.
         """
         refusals = [self._refusal(request) for request in requests]
         taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
@@ -124,7 +124,7 @@ class VLLMBackend:
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
-        """The reply to each message, special tokens left out, or that it fills the model's context."""
+        """Return the reply to each message without special tokens, or a refusal if it fills the model's context."""
         requests = [
             Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
         ]
@@ -144,11 +144,11 @@ class VLLMBackend:
         return fingerprint("vllm", self.model, self._tokenizer)
 
     def close(self) -> None:
-        """Free the engine."""
+        """Release the engine."""
         self._engine = None
 
     def _refusal(self, request: Request) -> RequestRefusedError | None:
-        """Why the engine would refuse a prompt, and with it the whole batch."""
+        """Check a prompt in advance, because the engine would reject the whole batch because of it."""
         length, limit = len(request.prompt_ids), self._engine.llm_engine.model_config.max_model_len
         if length < limit:
             return None

@@ -1,12 +1,12 @@
-"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): engines end with whoever opened them.
+"""Plugin that vLLM loads in each of its processes (entry point `vllm.general_plugins`): ends engines with their parent.
 
 vLLM's engine core and workers do not watch the process that started them. After a SIGKILL (`kill -9`, the kernel's
-out-of-memory killer, a Ray actor that dies) they would keep their share of the accelerator's memory for good, and the
-resumed job could not open its engine.
+out-of-memory killer, a Ray actor that dies) they would hold their accelerator memory forever, and the resumed job could
+not open its engine.
 
 The watch polls the parent's process id, as in every other process that this package starts. `prctl(PR_SET_PDEATHSIG)`
-is not used: its signal also comes when the thread that opened the engine ends, while the process goes on.
-`VLLM_PLUGINS`, where it is set, must name `agentic_r`.
+is not used because its signal is also sent when the thread that opened the engine ends, while the process continues.
+If `VLLM_PLUGINS` is set, it must include `agentic_r`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from multiprocessing import util
 from agentic_r_plugin.child import die_with
 
 _ENGINE_PROCESSES = ("EngineCore", "VllmWorker")
-"""How the names of vLLM's engine processes begin (`multiprocessing.Process.name`)."""
+"""Prefixes of the names of vLLM's engine processes (`multiprocessing.Process.name`)."""
 
 
 def register() -> None:
-    """Watch the parent in an engine process, and in those forked from here; other processes are left alone.
+    """Watch the parent of this process, and of processes forked from it, if they are engine processes.
 
-    A forked process finds vLLM's plugins loaded and does not call them again, so multiprocessing calls this there.
+    A forked process inherits the loaded plugins and does not call them again, so multiprocessing calls the watch there.
     """
     util.register_after_fork(_watch_parent, lambda watch: watch())
     _watch_parent()
