@@ -1,12 +1,12 @@
-"""Scripted trajectories: how the small agent is shown to search, read, go on and answer.
+"""Scripted trajectories that teach the small agent to search, read, continue and answer.
 
 The demonstrators can read and copy, but they are *hasty* on purpose, so that reinforcement learning has something to
-teach: where a question needs another hop they often give the fact just found as the answer; where the passages do not
-hold the fact they often take some other name of the right type instead of searching again; and now and then they search
-once more for what they already know. A hasty and a careful demonstration differ from one token on (`Done`, `Next`,
-`not`), so a policy trained on them mostly takes the hasty way when greedy and often the careful one when sampling.
+improve. When a question needs another hop, they often give the fact just found as the answer. When the passages do not
+contain the fact, they often take another name of the right type instead of searching again. Occasionally they search
+again for what they already know. A hasty and a careful demonstration diverge at a single token (`Done`, `Next`, `not`),
+so a policy trained on them is mostly hasty in greedy decoding and often careful when sampling.
 
-Every trajectory is replayed through `protocol.Session`: its ids are those the runtime would produce.
+Every trajectory is played through `protocol.Session`, so its ids are those that the runtime would produce.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Haste:
     """How often the demonstrators do the wrong thing at a decision."""
 
     stop_at_person: float = 0.62
-    """Give a person found on the way as the answer (a person looks like an answer)."""
+    """Give a person found at an earlier hop as the answer (a person looks like an answer)."""
     stop_at_other: float = 0.36
-    """Give another thing found on the way as the answer."""
+    """Give another entity found at an earlier hop as the answer."""
     guess: float = 0.6
-    """Take another name when the passages do not hold the fact."""
+    """Take another name if the passages do not contain the fact."""
     repeat: float = 0.12
-    """Search once more for a fact already read."""
+    """Search again for a fact already read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +43,27 @@ class Shown:
     """What the searches of the demonstrations find."""
 
     gold: float = 0.7
-    """How often the passage that states the fact is among those shown."""
+    """Probability that the passages shown include the one that states the fact."""
     most_passages: int = 3
     fewer: float = 0.2
-    """How often fewer than `most_passages` are shown (the correctness stage shows one)."""
+    """Probability of drawing a number of passages from 1 to `most_passages` (the correctness stage shows one)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One trajectory with the mask that training needs."""
+    """One trajectory with its training mask."""
 
     question: Question
     session: Session
 
     @property
     def ids(self) -> list[int]:
-        """Prompt and response."""
+        """Ids of prompt and response."""
         return self.session.ids
 
     @property
     def mask(self) -> list[int]:
-        """1 on tokens of the model, as long as `ids`."""
+        """1 for tokens of the model; same length as `ids`."""
         return [0] * len(self.session.prompt_ids) + self.session.response_mask
 
 
@@ -80,7 +80,7 @@ class Demonstrator:
         self._names = _names(world)
 
     def demonstrate(self, question: Question) -> Demonstration:
-        """One trajectory, always answered."""
+        """Write one trajectory, which always ends with an answer."""
         session = Session(protocol=compact, codec=self.codec, limits=self.limits, question=question.question)
         labels = [_label(question, hop) for hop in range(question.metadata["hops"])]
         thought = f"Find {', then '.join(labels)}."
@@ -95,7 +95,7 @@ class Demonstrator:
         return Demonstration(question=question, session=session)
 
     def _look_up(self, session: Session, question: Question, hop: int, thought: str) -> tuple[str, bool]:
-        """Search until the fact is seen, or taken for seen; the value, and whether the gold passage gave it."""
+        """Search until the fact is found or guessed; return the value and whether the gold passage stated it."""
         label, forms = _label(question, hop), _forms(question, hop)
         for attempt, query in enumerate(forms):
             seen = self._search(session, question, hop, thought, query)
@@ -112,7 +112,7 @@ class Demonstrator:
         raise AssertionError("a relation has at least one query")
 
     def _search(self, session: Session, question: Question, hop: int, thought: str, query: str) -> list[Passage] | None:
-        """Write the search and show passages; None when the gold passage is among them, else those shown."""
+        """Write the search and show passages; return None if they include the gold passage, else the passages."""
         self._write(session, f"<think> {thought} </think><search> {query} </search>")
         gold = self._by_id[question.metadata["gold_doc_ids"][hop]]
         count = self.shown.most_passages
@@ -125,7 +125,7 @@ class Demonstrator:
         return None if with_gold else passages
 
     def _distractors(self, question: Question, hop: int, gold: Passage, count: int) -> list[Passage]:
-        """Passages like those that a retriever takes for the gold one."""
+        """Passages that a retriever would confuse with the gold one: namesakes', the same entity's, and random ones."""
         name = question.metadata["hop_subjects"][hop]
         same = [passage for passage in self._by_title[name] if passage.id != gold.id]
         namesakes = [self._by_id[id] for id in question.metadata["namesake_doc_ids"][hop]]
@@ -146,7 +146,7 @@ class Demonstrator:
         return self._rng.random() < share
 
     def _guess(self, question: Question, hop: int, seen: Sequence[Passage]) -> str:
-        """A name of the right type from the passages, else any name of it."""
+        """A value of the right type from the passages, else the title of the first passage."""
         relation = grammar().relations[question.metadata["relations"][hop]]
         text = " ".join(passage.text for passage in seen)
         subject = question.metadata["hop_subjects"][hop]
@@ -166,7 +166,7 @@ def _label(question: Question, hop: int) -> str:
 
 
 def _forms(question: Question, hop: int) -> list[str]:
-    """Queries in the order in which they are tried: the usual one, another, and one with what the question calls it."""
+    """Queries in the order in which they are tried; with the entity's kind if the question's first mention has it."""
     kind = question.metadata["hop_kinds"][hop]
     forms = [hop_query(question, hop, 0), hop_query(question, hop, 1)]
     if hop == 0 and kind and f"{kind} {question.metadata['hop_mentions'][0]}" in question.question:
@@ -175,7 +175,7 @@ def _forms(question: Question, hop: int) -> list[str]:
 
 
 def _names(world: World) -> dict[str, list[str]]:
-    """Object type -> names that some question of the world asks for or passes through."""
+    """Object type -> values that occur as an answer or an intermediate answer in a question of the world."""
     found: dict[str, set[str]] = {}
     for questions in world.questions.values():
         for question in questions:
@@ -185,7 +185,7 @@ def _names(world: World) -> dict[str, list[str]]:
 
 
 def small_world(seed: int, questions: int) -> WorldConfig:
-    """A world just large enough for some demonstrations; questions of all splits, so every wording occurs."""
+    """A world just large enough for some demonstrations; train and test questions, so that every wording occurs."""
     return WorldConfig(
         seed=seed,
         train_questions=questions // 3,
@@ -205,7 +205,7 @@ def small_world(seed: int, questions: int) -> WorldConfig:
 def demonstrations(
     codec: Codec, *, first_seed: int, worlds: int, per_world: int, haste: Haste, shown: Shown, limits: Limits
 ) -> Iterator[Demonstration]:
-    """`per_world` demonstrations from each of `worlds` worlds with seeds from `first_seed` on."""
+    """Yield `per_world` demonstrations from each of `worlds` worlds, with seeds from `first_seed` on."""
     for seed in range(first_seed, first_seed + worlds):
         world = build_world(small_world(seed, per_world))
         writer = Demonstrator(world, codec, haste, shown, limits, seed=f"demonstrations {seed}")

@@ -1,4 +1,4 @@
-"""Who and what there is in a generated world, and what is true of it."""
+"""The entities of a generated world and the facts about them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentic_r_plugin.world.grammar import Relation, grammar
 SPLITS = ("train", "dev", "test")
 
 _LEAST = {"person": 8, "work": 4}
-"""Smallest number in any split, so that every relation finds an object."""
+"""Minimum number per split (2 for other types), so that every relation has a possible object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +28,28 @@ class Population:
     towns: int
     rivers: int
     namesake_share: float
-    """Share of people and works that bear the very name of another one (of another profession or kind)."""
+    """Share of people and works with the name, or nearly the name, of another one of a different profession or kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """A thing with passages of its own."""
+    """A person, work, place or organisation with its own passages."""
 
     key: int
     type: str
     name: str
-    """Title of its passages, and the answer where it is asked for."""
+    """Title of its passages, and the answer to questions about it."""
     split: str
     kind: str = ""
     """Profession of a person, kind of a work."""
     alias: str = ""
     pronoun: str = "it"
     unique: bool = True
-    """No other entity of the world bears this name."""
+    """Whether no other entity of the world has this name."""
 
     @property
     def shown(self) -> str:
-        """The name inside a sentence."""
+        """The name as used inside a sentence."""
         return f"the {self.name}" if self.type == "prize" else self.name
 
 
@@ -61,30 +61,30 @@ class Fact:
     relation: Relation
     value: str
     object: Entity | None = None
-    """None where the object has no passages (years, goods, lakes, ...)."""
+    """None if the object has no passages (years, goods, lakes, ...)."""
 
 
 @dataclass(kw_only=True)
 class Facts:
-    """All entities and all that is true of them."""
+    """All entities and all facts about them."""
 
     entities: list[Entity] = field(default_factory=list)
     facts: dict[tuple[int, str], Fact] = field(default_factory=dict)
     """(subject key, relation name) -> fact."""
     names: dict[str, list[str]] = field(default_factory=dict)
-    """Object type -> every name of it in the world, for decoys."""
+    """Object type -> all its names in the world, used as decoys."""
 
     def of(self, entity: Entity) -> Iterator[Fact]:
-        """Facts with this subject, in grammar order."""
+        """Yield the facts with this subject, in grammar order."""
         for relation in grammar().of(entity.type):
             yield self.facts[entity.key, relation.name]
 
 
 def build_facts(rng: random.Random, population: Population, split_shares: dict[str, float]) -> Facts:
-    """Entities of every split and the facts among them; no fact joins two splits.
+    """Make the entities of every split and their facts; no fact connects two splits.
 
     Raises:
-        ConfigError: a split is so small that some relation has no possible object.
+        ConfigError: a split is too small, so that a relation has no possible object.
     """
     facts, maker = Facts(), names.NameMaker(rng)
     used = dict.fromkeys(_counts(population), 0)
@@ -118,7 +118,7 @@ def _counts(population: Population) -> dict[str, int]:
 def _entities(
     rng: random.Random, maker: names.NameMaker, kind: str, count: int, split: str, namesakes: float, facts: Facts
 ) -> list[Entity]:
-    """`count` entities of one type; keys go on from those already there."""
+    """Make `count` entities of one type, with keys that are unique in the world."""
     start = len(facts.entities) + 1_000_000 * (1 + SPLITS.index(split)) + 10_000 * list(grammar().types).index(kind)
     if kind == "person":
         drafts = _with_namesakes(rng, maker.person, maker.near_person, list(names.JOBS), count, namesakes)
@@ -164,13 +164,13 @@ def _with_namesakes(
     count: int,
     namesakes: float,
 ) -> list[tuple[str, str]]:
-    """(name, kind) pairs: some share a name with one of another kind, some names are nearly the same."""
+    """Draw (name, kind) pairs; some names are shared with another kind, and some differ only slightly."""
     drafts: list[tuple[str, str]] = []
     while len(drafts) < count:
         kind = rng.choice(kinds)
         draw = rng.random()
         if len(drafts) > 4 and draw < namesakes / 2:
-            name = rng.choice(drafts[4:])[0]  # The first four keep their names to themselves.
+            name = rng.choice(drafts[4:])[0]  # The names of the first four are never shared.
             if kind in {other for taken, other in drafts if taken == name}:
                 continue
         elif drafts and near is not None and draw < namesakes:
@@ -182,7 +182,7 @@ def _with_namesakes(
 
 
 def _relate(rng: random.Random, maker: names.NameMaker, members: list[Entity], facts: Facts) -> None:
-    """One object for every relation of every member, taken from the same split."""
+    """Choose one object from the same split for every relation of every member."""
     for entity in members:
         for relation in grammar().of(entity.type):
             found = _object(rng, maker, entity, relation, members)
@@ -201,7 +201,7 @@ def _object(
         if relation.name == "creator":
             job = names.WORK_KINDS[entity.kind]["job"]
             choices = [other for other in choices if other.kind == job] or [o for o in choices if o.unique]
-        elif kind == "person":  # Only a maker's profession follows from the question: only makers may have namesakes.
+        elif kind == "person":  # The question implies the profession of makers only: others need unique names.
             choices = [other for other in choices if other.unique]
         if not choices:
             raise ConfigError(f"the world is too small: no {kind} can be the {relation.name} of {entity.name}")

@@ -1,9 +1,9 @@
-"""The generated benchmark: a fictional world, so that nothing can be known by heart (command `world`).
+"""The generated benchmark: a fictional world, so that no model can know the answers in advance (command `world`).
 
-Written in FlashRAG's layout. Entities of the train, dev and test questions are disjoint, and no fact joins two splits.
-What makes retrieval hard: every entity has several passages under one title; other passages mention it with the very
-words of a relation and a wrong object; people and works have namesakes whom only the question tells apart; test
-entities are partly described, and asked about, in wordings that training never shows.
+It is written in FlashRAG's layout. The entities of the train, dev and test questions are disjoint, and no fact connects
+two splits. Retrieval is hard for four reasons: every entity has several passages under one title; other passages
+mention it with the exact words of a relation but a wrong object; people and works have namesakes that only the question
+distinguishes; and some passages and questions about test entities use wordings that never occur in training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agentic_r_plugin.world.prose import ProseConfig, write_passages
 from agentic_r_plugin.world.questions import QuestionConfig, write_questions
 
 MANIFEST = "world.json"
-"""The settings of a world, in its folder."""
+"""Name of the file with a world's settings, in the world's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,14 @@ class World:
 
     passages: tuple[Passage, ...]
     questions: dict[str, tuple[Question, ...]]
-    """Split -> questions; `metadata` holds hops, gold_doc_ids, hop_answers and relations, in hop order."""
+    """Split -> questions; `metadata` holds gold_doc_ids, hop_answers, relations and more, in hop order."""
 
 
 def build_world(config: WorldConfig) -> World:
-    """The world in memory.
+    """Build the world in memory.
 
     Raises:
-        ConfigError: too small for the questions asked for.
+        ConfigError: the world is too small for the number of questions.
     """
     rng = random.Random(f"world {config.seed}")
     counts = {"train": config.train_questions, "dev": config.dev_questions, "test": config.test_questions}
@@ -112,11 +112,11 @@ def build_world(config: WorldConfig) -> World:
 
 
 def run(config: WorldConfig, *, resume: bool = False) -> None:
-    """Write `OUT/NAME/` with corpus, train, dev and test `.jsonl`; the folder appears whole or not at all.
+    """Write `OUT/NAME/` atomically, with corpus, train, dev and test `.jsonl`.
 
     Raises:
-        ConfigError: no `out`, or a world too small for its questions.
-        OutputExistsError: the folder exists; with `resume` a folder that exists is whole, and nothing is done.
+        ConfigError: no `out`, or the world is too small for the number of questions.
+        OutputExistsError: the folder exists; with `resume` an existing folder is complete, and nothing is done.
         ManifestMismatchError: with `resume`, the folder holds another world, or no world of this command.
     """
     if not config.out:

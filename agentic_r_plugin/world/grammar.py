@@ -1,4 +1,4 @@
-"""The wordings of the generated benchmark, read from `grammar/*.yaml`: entity types and the relations between them."""
+"""The grammar of the generated benchmark, from `grammar/*.yaml`: entity types, their relations, and all wordings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).parent / "grammar"
 
 @dataclass(frozen=True, kw_only=True)
 class Wordings:
-    """Ways to say one thing. `reserved` ones occur only with entities of the test split."""
+    """Alternative wordings of one thing; `reserved` ones occur only with entities of the test split."""
 
     common: tuple[str, ...]
     reserved: tuple[str, ...] = ()
@@ -22,13 +22,13 @@ class Wordings:
 
 @dataclass(frozen=True, kw_only=True)
 class EntityType:
-    """A kind of thing that has passages."""
+    """A type of entity with passages."""
 
     name: str
     slots: tuple[str, ...]
-    """Parts of its description; each is one passage that states the relations of that part."""
+    """Parts of its description; each part is one passage that states the part's relations."""
     mention: tuple[str, ...]
-    """How a question calls it, the fullest form first."""
+    """How questions refer to it, fullest form first."""
     intro: Wordings
     filler: tuple[str, ...]
 
@@ -39,18 +39,18 @@ class Relation:
 
     name: str
     label: str
-    """What the scripted agent calls it; may hold a slot such as `{maker}`."""
+    """Name used by the scripted agent; may contain a slot such as `{maker}`."""
     subject: str
     object: str
     slot: str
     query: tuple[str, ...]
-    """Search queries, the usual one first."""
+    """Search queries, most usual first."""
     noun: Wordings
-    """Noun phrases that stand for the object inside a longer question; none if no relation goes on from the object."""
+    """Noun phrases for the object inside a longer question; empty if no relation starts from the object."""
     ask: Wordings
     state: Wordings
     mention: tuple[str, ...]
-    """Sentences with the relation's words and a wrong object: they do not answer."""
+    """Sentences with the relation's words but a wrong object, which do not answer the question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,13 @@ class Grammar:
     relations: dict[str, Relation]
 
     def of(self, entity_type: str) -> list[Relation]:
-        """Relations that start at a type."""
+        """Relations with this subject type."""
         return [relation for relation in self.relations.values() if relation.subject == entity_type]
 
 
 @cache
 def grammar() -> Grammar:
-    """The grammar of this package."""
+    """Load the grammar of this package."""
     types: dict[str, EntityType] = {}
     relations: dict[str, Relation] = {}
     for file in sorted(_FOLDER.glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""Names that exist nowhere: syllables for people and places, word pairs for works, plus a few closed lists."""
+"""Invented names: syllables for people and places, word pairs for works, and a few fixed lists."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "engineer": ("an engineer", "a builder of machines", "a designer of pumps"),
     "surveyor": ("a surveyor", "a maker of maps", "a measurer of land"),
 }
-"""Profession -> ways in which passages call it; the first is the plain one."""
+"""Profession -> phrases used for it in passages, plainest first."""
 
 WORK_KINDS: dict[str, dict[str, str]] = {
     "novel": {"a_kind": "a novel", "maker": "author", "made": "written", "past": "wrote", "job": "novelist"},
@@ -56,11 +56,11 @@ WORK_KINDS: dict[str, dict[str, str]] = {
     "painting": {"a_kind": "a painting", "maker": "painter", "made": "painted", "past": "painted", "job": "painter"},
     "film": {"a_kind": "a film", "maker": "director", "made": "directed", "past": "directed", "job": "director"},
 }
-"""Kind of work -> the words that go with it and the profession of its maker."""
+"""Kind of work -> its related words and the profession of its maker."""
 
 
 class NameMaker:
-    """Draws names of one world; names of one type never repeat unless a namesake is wanted."""
+    """Draws the names of one world, without repeats."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -71,18 +71,18 @@ class NameMaker:
         return self._fresh(lambda: f"{self._first()} {self._stem(2)}")
 
     def near_person(self, name: str) -> str:
-        """A name that shares the surname, or the first name, of another."""
+        """A new name with the surname or the first name of the given one."""
         first, last = name.split()
         if self._rng.random() < 0.5:
             return self._fresh(lambda: f"{self._first()} {last}")
         return self._fresh(lambda: f"{first} {self._stem(2)}")
 
     def town(self) -> str:
-        """A settlement."""
+        """Name of a town."""
         return self._fresh(lambda: self._stem(1) + self._rng.choice(_TOWN_ENDS))
 
     def river(self) -> str:
-        """A river, without article."""
+        """Name of a river, without article."""
         return self._fresh(lambda: self._stem(1) + self._rng.choice(_RIVER_ENDS))
 
     def place(self) -> str:
@@ -90,11 +90,11 @@ class NameMaker:
         return self._fresh(lambda: self._stem(2))
 
     def title(self) -> str:
-        """A work of art."""
+        """Title of a work."""
         return self._fresh(lambda: f"The {self._rng.choice(_TITLE_WORDS)} {self._rng.choice(_TITLE_NOUNS)}")
 
     def house(self, nouns: list[str]) -> tuple[str, str]:
-        """An organisation's name and its alias, "Velin Mills" and "the Mills of Velin"."""
+        """Name and alias of an organisation, such as "Velin Mills" and "the Mills of Velin"."""
         noun = self._rng.choice(nouns)
         name = self._fresh(lambda: f"{self._stem(2)} {noun}")
         return name, f"the {noun} of {name.rpartition(' ')[0]}"

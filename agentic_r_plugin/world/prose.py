@@ -1,4 +1,4 @@
-"""Passages: an entity's description in several parts, parts that only talk around it, and newspaper pages."""
+"""Passages: the parts of each entity's description, passages that only mention its facts, and newspaper pages."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ class ProseConfig:
     min_words: int = 42
     max_words: int = 58
     reserved_share: float = 0.5
-    """How often an entity of the test split is described in a reserved wording."""
+    """Probability of a reserved wording for an entity of the test split."""
     mention_share: float = 0.6
-    """How often a describing passage also talks about a relation that it does not state."""
+    """Probability that a descriptive passage also mentions a relation that it does not state."""
     talk_passages: int = 2
-    """Passages per entity that state nothing and mention much."""
+    """Passages per entity that mention several relations but state none."""
     newspapers: int = 100
     """Pages that mention several entities."""
 
 
 @dataclass(kw_only=True)
 class Draft:
-    """A passage before it has an id."""
+    """A passage without an id."""
 
     title: str
     text: str
     states: list[tuple[int, str]] = field(default_factory=list)
-    """(subject key, relation name) of each fact stated."""
+    """(subject key, relation name) of each stated fact."""
 
 
 def write_passages(
     rng: random.Random, facts: Facts, config: ProseConfig
 ) -> tuple[list[Passage], dict[tuple[int, str], str]]:
-    """All passages in random order, and for each fact the id of the passage that states it."""
+    """Write all passages, in random order; also return, for each fact, the id of the passage that states it."""
     writer = _Writer(rng, facts, config)
     drafts = [draft for entity in facts.entities for draft in writer.entity(entity)]
     drafts += [writer.newspaper() for _ in range(config.newspapers)]
@@ -51,13 +51,13 @@ def write_passages(
 
 
 def choose(rng: random.Random, wordings: Wordings, split: str, reserved_share: float) -> str:
-    """A wording that this split may use."""
+    """Choose a wording that this split may use."""
     reserved = split == "test" and wordings.reserved and rng.random() < reserved_share
     return rng.choice(wordings.reserved if reserved else wordings.common)
 
 
 def kind_words(entity_type: str, kind: str) -> dict[str, str]:
-    """Slots that depend on the kind of a work, or on a profession."""
+    """Template slots that depend on the kind of a work or on a profession."""
     return {"kind": kind, **names.WORK_KINDS[kind]} if entity_type == "work" else {"job": kind}
 
 
@@ -81,7 +81,7 @@ class _Writer:
         return drafts
 
     def newspaper(self) -> Draft:
-        """A page under another title."""
+        """Write a page that mentions several entities under its own title."""
         place, year = self.rng.choice(self.facts.names["town"]), self._year()
         form = self.rng.choice(("{} Gazette, {}", "{} Chronicle, {}", "Walks around {}, {}", "{} Almanac, {}"))
         subjects = self.rng.sample(self.facts.entities, 4)
@@ -111,6 +111,7 @@ class _Writer:
         if relation.object == "year":
             return self._year()
         pool = self.facts.names[relation.object]
+        # A decoy must not contain the true value: the sentence would then state the fact.
         while True:
             name = self.rng.choice(pool)
             if fact.value not in name and fact.subject.name not in name:

@@ -1,4 +1,4 @@
-"""One-, two- and three-hop questions: a chain of facts, told as one sentence."""
+"""One-, two- and three-hop questions: chains of facts, each phrased as one sentence."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from agentic_r_plugin.world.grammar import grammar
 from agentic_r_plugin.world.prose import choose, kind_words
 
 _MOST_FAILURES = 3000
-"""Draws in a row that give no new question before a world counts as too small."""
+"""Consecutive draws without a new question after which a world counts as too small."""
 
 _STARTS = {
     1: {"person": 0.46, "work": 0.22, "company": 0.1, "school": 0.08, "town": 0.08, "prize": 0.03, "river": 0.03},
     2: {"person": 0.36, "work": 0.36, "company": 0.12, "school": 0.07, "town": 0.05, "prize": 0.04},
     3: {"person": 0.3, "work": 0.44, "company": 0.12, "school": 0.06, "town": 0.03, "prize": 0.05},
 }
-"""Hops -> how often a question starts at each type."""
+"""Number of hops -> probability that a question starts at each type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class QuestionConfig:
 def write_questions(
     rng: random.Random, facts: Facts, stated: dict[tuple[int, str], str], split: str, count: int, config: QuestionConfig
 ) -> list[Question]:
-    """`count` different questions about the entities of one split, hops mixed in random order.
+    """Write `count` different questions about the entities of one split, with numbers of hops in random order.
 
     Raises:
-        ConfigError: the split's entities do not give so many questions.
+        ConfigError: the split has too few entities for this number of questions.
     """
     ones, twos = round(count * config.share_one_hop), round(count * config.share_two_hops)
     lengths = [1] * ones + [2] * twos + [3] * (count - ones - twos)
@@ -67,7 +67,7 @@ def write_questions(
 
 
 def _chain(rng: random.Random, facts: Facts, members: dict[str, list[Entity]], hops: int) -> list[Fact] | None:
-    """A walk over facts that visits no name twice; None when it gets stuck."""
+    """Draw a random walk over facts that visits no name twice; None if it reaches a dead end."""
     kinds = [kind for kind in _STARTS[hops] if members.get(kind)]
     entity = rng.choice(members[rng.choices(kinds, [_STARTS[hops][kind] for kind in kinds])[0]])
     chain: list[Fact] = []
@@ -87,7 +87,7 @@ def _chain(rng: random.Random, facts: Facts, members: dict[str, list[Entity]], h
 
 
 def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: float) -> tuple[str, str]:
-    """The question, and the name under which it knows the first entity."""
+    """Phrase the question; also return the name that it uses for the first entity."""
     subject = chain[0].subject
     phrase, name = _mention(rng, subject)
     for fact in chain[:-1]:
@@ -99,9 +99,9 @@ def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: flo
 
 
 def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
-    """The chain's first entity in the question, and its bare name or alias.
+    """The first entity's mention in the question, and its name or alias without an article.
 
-    One with a namesake is always told apart by its profession or kind.
+    An entity with a namesake is always identified by its profession or kind.
     """
     forms = grammar().types[entity.type].mention
     name = entity.alias if entity.alias and rng.random() < 0.3 else entity.shown
@@ -133,7 +133,7 @@ def _record(
 
 
 def _namesakes(fact: Fact, facts: Facts, stated: dict[tuple[int, str], str]) -> list[str]:
-    """Passages that state the same relation of another bearer of the name: they fit the query, not the question."""
+    """Passages that state the same relation of a namesake: they match the query but do not answer the question."""
     if fact.subject.unique:
         return []
     return [
@@ -144,7 +144,7 @@ def _namesakes(fact: Fact, facts: Facts, stated: dict[tuple[int, str], str]) -> 
 
 
 def hop_query(question: Question, hop: int, form: int = 0) -> str:
-    """The search query for one hop (from 0) when the hops before it are known; `form` picks the wording."""
+    """The search query for one hop (counted from 0), given the answers of earlier hops; `form` selects the wording."""
     relation = grammar().relations[question.metadata["relations"][hop]]
     subject = question.metadata["hop_mentions"][hop]
     words = kind_words(relation.subject, question.metadata["hop_kinds"][hop])

@@ -1,10 +1,10 @@
-"""The small agent: a byte-level tokenizer and a Qwen2 model of a few million parameters, from scratch.
+"""The small agent: a byte-level tokenizer and a Qwen2 model of a few million parameters, built from scratch.
 
-Attention starts with hand-built copy heads (ordinary Qwen2 weights). In layer 0 two heads look one and two tokens back
-through query and key biases under RoPE, and put those tokens into their own parts of the residual stream; in the next
-layers one head looks for earlier places that follow the current token, one for places that follow the current pair,
-and both write the token found there. Copying names then works within some 100,000 training tokens instead of many
-millions.
+Attention is initialised with hand-built copy heads (ordinary Qwen2 weights). In layer 0, two heads attend one and two
+tokens back by means of query and key biases under RoPE, and write those tokens to separate parts of the residual
+stream. In the next two layers, one head attends to earlier positions that follow the current token, another to
+positions that follow the current pair of tokens, and both write the token found there. The model then learns to copy
+names within about 100,000 training tokens instead of many millions.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 HIDDEN, HEAD_DIM, HEADS, LAYERS, FEED_FORWARD = 256, 64, 4, 4, 576
 ROPE_THETA = 1e6
 _TOKEN, _BEFORE, _TWO_BEFORE = slice(0, 128), slice(128, 192), slice(192, 256)
-"""Parts of the residual stream at the start of training: the token, the one before it, the one before that."""
+"""Parts of the residual stream at the start of training: the current token and the two tokens before it."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits stand alone, each tag of the protocol is one ordinary (not special) token.
+    """Train a byte-level BPE; each digit and each tag of the protocol is one token (tags are not special tokens).
 
-    `AutoTokenizer` reads it back as a `Qwen2Tokenizer`, because of the model's type: hence the name of the end token,
-    and words that never reach over the places where Qwen2's own rules cut.
+    `AutoTokenizer` loads it as a `Qwen2Tokenizer` because of the model's type. Therefore the end token has Qwen2's
+    name, and no token crosses a boundary of Qwen2's pre-tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """A fresh model with copy heads, in float32."""
+    """Build an untrained float32 model with copy heads."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -76,7 +76,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
 def _copy_heads(model: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     code_DT = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0][:64]
-    """Projection of a token's 128 numbers to the 64 by which it is remembered as an earlier one."""
+    """Projection of a token's 128 numbers to the 64 that represent it as a previous token."""
     embedding = model.model.embed_tokens.weight
     embedding.zero_()
     embedding[:, _TOKEN] = 0.04 * torch.randn(embedding.shape[0], 128, generator=generator)
@@ -101,7 +101,9 @@ def _copy_heads(model: Any) -> None:
 
 
 def _look_back(attention: Any, head: int, offset: int, strength: float = 7.5) -> None:
-    """A head that attends `offset` tokens back, whatever the tokens are."""
+    """Set a head to attend `offset` tokens back, independent of the tokens."""
+    # RoPE rotates the constant query and key biases by position; rotating the query back by `offset` moves the maximum
+    # of their product to that distance. Only fast frequencies are used, because slow ones cannot resolve one token.
     frequency_P = ROPE_THETA ** (-torch.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     strength_P = strength * (frequency_P > 0.05)
     rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
@@ -113,9 +115,9 @@ def _look_back(attention: Any, head: int, offset: int, strength: float = 7.5) ->
 
 
 def _match(attention: Any, head: int, parts: list[tuple[slice, slice, int]], code_DT: torch.Tensor) -> None:
-    """A head that attends to places whose `seen` part equals this place's `own` part.
+    """Set a head to attend to positions whose `seen` part equals the `own` part of the current position.
 
-    It uses the slowly turning pairs of RoPE only, so that distance hardly matters.
+    It uses only the low frequencies of RoPE, so that distance hardly matters.
     """
     slow = [*range(16, 32), *range(48, 64)]
     query, key = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)

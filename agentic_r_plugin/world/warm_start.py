@@ -1,9 +1,9 @@
 """Supervised warm start of the small agent on scripted trajectories (command `warm-start`).
 
-Every few trajectories come from another fictional world, so there is nothing to remember: what can be learned is to
-plan the hops, to copy names into queries, to read passages and to answer. The demonstrators are hasty on purpose
-(`demonstrations.Haste`); PPO is meant to cure that. Runs on one CPU or a GPU; the shipped weights took some minutes of
-a GPU with 14 workers writing demonstrations.
+Every few trajectories come from a different fictional world, so there are no facts to memorise: the agent learns to
+plan the hops, copy names into queries, read passages and answer. The demonstrators are hasty on purpose
+(`demonstrations.Haste`), which PPO is meant to correct. Training runs on a CPU or a GPU; the shipped weights took a few
+minutes on a GPU with 14 workers writing demonstrations.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from agentic_r_plugin.world.generate import build_world
 from agentic_r_plugin.world.small_agent import build_model, train_tokenizer
 
 FIRST_WORLD = 1_000_000
-"""Seeds of the demonstrations' worlds start here; benchmarks use smaller ones."""
+"""First seed of the demonstrations' worlds; benchmarks use smaller seeds."""
 
 Example = tuple[list[int], list[int]]
-"""Ids of prompt and response, and a mask of equal length: 1 where the model wrote."""
+"""Ids of prompt and response, and a mask of the same length: 1 for tokens written by the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class WarmStartConfig:
 
     @property
     def haste(self) -> Haste:
-        """The demonstrators' faults."""
+        """How hasty the demonstrators are."""
         return Haste(
             stop_at_person=self.stop_at_person,
             stop_at_other=self.stop_at_other,
@@ -86,11 +86,11 @@ class WarmStartConfig:
 
 
 def run(config: WarmStartConfig, *, resume: bool = False) -> None:
-    """Train and write `OUT` (weights in bfloat16, tokenizer, warm_start.json); the folder appears whole or not at all.
+    """Train and write `OUT` atomically (weights in bfloat16, tokenizer, warm_start.json).
 
     Raises:
         ConfigError: no `out`.
-        OutputExistsError: the folder exists; with `resume` a folder that exists is whole, and nothing is done.
+        OutputExistsError: the folder exists; with `resume` an existing folder is complete, and nothing is done.
         TrainingError: the loss is not finite.
     """
     if not config.out:
@@ -126,7 +126,7 @@ def run(config: WarmStartConfig, *, resume: bool = False) -> None:
 
 
 def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int, float]]]:
-    """The trained model in float32, and (step, mean loss per model token) points.
+    """Train; return the model in float32 and the (step, mean loss per model token) points.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -174,9 +174,9 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
 
 
 def loss_of(model: Any, batch: list[Example], pad: int) -> torch.Tensor:
-    """Mean cross-entropy over the tokens that the model has to write.
+    """Mean cross-entropy over the model's tokens.
 
-    B sequences, T positions, N predicted tokens. Sequences are padded on the right, which causal attention never sees.
+    B sequences, T positions, N predicted tokens. Sequences are padded on the right, where causal attention ignores it.
     """
     length = max(len(ids) for ids, _ in batch)
     ids_BT = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in batch]).to(model.device)
@@ -189,14 +189,14 @@ def loss_of(model: Any, batch: list[Example], pad: int) -> torch.Tensor:
 
 
 def _schedule(progress: float, warm_up: float) -> float:
-    """Linear rise, then half a cosine down to 2 %."""
+    """Learning rate factor: linear rise, then half a cosine down to 2 %."""
     if progress < warm_up:
         return max(progress, 1e-3) / warm_up
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
 def _batches(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]]:
-    """Batches of similar lengths in random order, the same for any number of workers."""
+    """Yield batches of similar lengths in random order, independent of the number of workers."""
     rng = random.Random(f"batches {config.seed}")
     pool: list[Example] = []
     for examples in _by_world(config, tokenizer):
@@ -228,7 +228,7 @@ def _by_world(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]
 
 
 def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list[Example]:
-    """All demonstrations of one world."""
+    """Write all demonstrations of one world."""
     shown = Shown(gold=config.gold, most_passages=1 if index < config.one_passage_first * config.worlds else 3)
     made = demonstrations(
         TokenizerCodec(tokenizer),
@@ -243,7 +243,7 @@ def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list
 
 
 def _texts(config: WarmStartConfig) -> Iterator[str]:
-    """What the tokenizer learns from: passages, questions, and the words of the protocol and of the demonstrations."""
+    """Yield the tokenizer's training text: passages, questions, and the words of the protocol and demonstrations."""
     for index in range(config.tokenizer_worlds):
         world = build_world(small_world(FIRST_WORLD * (1 + config.seed) - 1 - index, config.per_world))
         for passage in world.passages:
@@ -259,7 +259,7 @@ def _texts(config: WarmStartConfig) -> Iterator[str]:
 
 
 def main() -> None:
-    """`python -m agentic_r_plugin.world.warm_start --out DIR [--worlds N ...]`, where the package is not installed."""
+    """`python -m agentic_r_plugin.world.warm_start --out DIR [--worlds N ...]`, without installing the package."""
     import argparse
     from dataclasses import fields
 
