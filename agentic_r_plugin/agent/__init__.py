@@ -1,1 +1,1 @@
-"""Agent training: Agentic-R in verl (agent loop, reward, metrics, launch) and what verl needs on a CPU."""
+"""Agent training: Agentic-R in verl (agent loop, reward, metrics, launch), and support for running verl on a CPU."""

@@ -48,7 +48,7 @@ class Completion:
 
 @dataclass
 class Usage:
-    """What a backend has been asked for since it was opened; added to as it works."""
+    """Running totals of a backend since it was opened."""
 
     requests: int = 0
     retried: int = 0

@@ -53,7 +53,7 @@ class Replica:
         return list(found), asdict(getattr(self._backend, "usage", None) or Usage())
 
     def close(self) -> None:
-        """Free the engine, if it was opened."""
+        """Close the engine if it was opened."""
         if "_backend" in vars(self):
             self._backend.close()
 

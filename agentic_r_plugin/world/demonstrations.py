@@ -26,7 +26,7 @@ from agentic_r_plugin.world.questions import hop_query
 
 @dataclass(frozen=True, kw_only=True)
 class Haste:
-    """How often the demonstrators do the wrong thing at a decision."""
+    """Probabilities of a wrong decision by the demonstrators."""
 
     stop_at_person: float = 0.62
     """Give a person found at an earlier hop as the answer (a person looks like an answer)."""
@@ -40,7 +40,7 @@ class Haste:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What the searches of the demonstrations find."""
+    """Results of the searches in demonstrations."""
 
     gold: float = 0.7
     """Probability that the passages shown include the one that states the fact."""

@@ -18,7 +18,7 @@ _LEAST = {"person": 8, "work": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Population:
-    """How many of each kind a world holds, over all splits."""
+    """Number of entities of each type in a world, over all splits."""
 
     people: int
     works: int
