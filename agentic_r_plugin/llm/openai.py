@@ -486,8 +486,8 @@ def _whole(text: str) -> str:
 def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
     """Text of a choice, with the stop string that ended it restored if the server removed it.
 
-    The reported reason is a stop string, a token id, or null for the end-of-sequence token (in SGLang also for a text
-    cut at its limit).
+    The reported reason is a stop string, a token id, or null (in vLLM for the end-of-sequence token, in SGLang for a
+    cut text).
 
     Raises:
         BackendError: the model stopped, no stop string ends the text, and the server does not report why. A stop
