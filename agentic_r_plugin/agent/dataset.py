@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,22 +80,29 @@ def write_parquet(path: str | Path, questions: Sequence[SourcedQuestion], protoc
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
 
 
-def prompt_lengths(
+def fitting(
     questions: Sequence[SourcedQuestion], protocol: AgentProtocol, codec: Codec, limits: Limits
-) -> list[int]:
-    """Number of prompt tokens of each question.
+) -> tuple[list[SourcedQuestion], list[int]]:
+    """Select the questions whose prompts leave the model room within `limits.max_tokens`; count their prompt tokens.
+
+    Prints on stderr how many questions are left out.
 
     Raises:
-        ConfigError: a prompt alone fills `limits.max_tokens`.
+        ConfigError: no question fits.
     """
     lengths = [len(protocol.prompt_ids(item.question.question, codec)) for item in questions]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] >= limits.max_tokens:
-        raise ConfigError(
-            f"limits.max_tokens={limits.max_tokens}: the prompt of question {questions[longest].question.id!r} alone "
-            f"takes {lengths[longest]} tokens; raise the limit or leave the question out"
+    kept = [place for place, length in enumerate(lengths) if length < limits.max_tokens]
+    if len(kept) < len(lengths):
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        named = questions[longest].question.id
+        problem = (
+            f"limits.max_tokens={limits.max_tokens} leaves no room after the prompts of {len(lengths) - len(kept)} of "
+            f"{len(lengths)} questions; the longest, of question {named!r}, takes {lengths[longest]} tokens"
         )
-    return lengths
+        if not kept:
+            raise ConfigError(f"{problem}; raise the limit")
+        print(f"train-agent: {problem}; they are left out", file=sys.stderr)
+    return [questions[place] for place in kept], [lengths[place] for place in kept]
 
 
 def data_source_name(path: str | Path) -> str:

@@ -129,9 +129,7 @@ def _lengths(config: TrainAgentConfig, questions: Any, validation: Any) -> list[
     if questions is None:
         raise ConfigError("not looked at, because the questions could not be read")
     prepare.check_model(Path(config.model))
-    protocol = components.load("agent_protocol", config.protocol)
-    codec = prepare.codec(config.model)
-    return dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec, config.limits)
+    return prepare.fitting_questions(config, questions, validation)[2]
 
 
 def _describe(questions: list[dataset.SourcedQuestion] | None) -> str:

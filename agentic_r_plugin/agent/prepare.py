@@ -58,7 +58,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
     validation = validation_questions(config)
     check_model(Path(config.model))
     check_service(config, probe=questions[0].question.question)
-    lengths = dataset.prompt_lengths([*questions, *(validation or [])], protocol, codec(config.model), config.limits)
+    questions, validation, lengths = fitting_questions(config, questions, validation)
     composed, environment = compose(config, num_questions=len(questions), prompt_lengths=lengths)
     return Prepared(
         protocol=protocol,
@@ -77,11 +77,32 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
         ConfigError, RecordError: the file is missing, broken or too small.
     """
     questions = dataset.read_questions(config.questions)
+    _require_a_batch(config, questions)
+    return questions
+
+
+def fitting_questions(
+    config: TrainAgentConfig, questions: list[SourcedQuestion], validation: list[SourcedQuestion] | None
+) -> tuple[list[SourcedQuestion], list[SourcedQuestion] | None, list[int]]:
+    """Training and validation questions whose prompts fit the limits, and the tokens of all their prompts.
+
+    Raises:
+        ConfigError: fewer than one batch fit, or no validation question does.
+    """
+    protocol, tokens = components.load("agent_protocol", config.protocol), codec(config.model)
+    questions, lengths = dataset.fitting(questions, protocol, tokens, config.limits)
+    _require_a_batch(config, questions)
+    if validation is not None:
+        validation, more = dataset.fitting(validation, protocol, tokens, config.limits)
+        lengths += more
+    return questions, validation, lengths
+
+
+def _require_a_batch(config: TrainAgentConfig, questions: Sequence[SourcedQuestion]) -> None:
     if len(questions) < config.batch_size:
         raise ConfigError(
             f"{config.questions}: {len(questions)} questions are fewer than batch_size={config.batch_size}"
         )
-    return questions
 
 
 def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | None:

@@ -352,11 +352,12 @@ def _untrained_record(
     use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
     longest = families.longest_text(model) or sys.maxsize
     length = min(given.get("max_length") or model.max_seq_length or MAX_LENGTH, MAX_LENGTH, longest)
-    print(
-        f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
-        "change that",
-        file=sys.stderr,
-    )
+    if not source.startswith("builtin:"):
+        print(
+            f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
+            "change that",
+            file=sys.stderr,
+        )
     return RetrieverRecord(
         formulation=given.get("formulation", "query"),
         query_prompt=use.query_prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent.dataset import SourcedQuestion, prompt_lengths, read_questions, write_parquet
+from agentic_r_plugin.agent.dataset import SourcedQuestion, fitting, read_questions, write_parquet
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits
@@ -63,11 +64,15 @@ def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None
         read_questions(path)
 
 
-def test_a_prompt_that_leaves_no_room_is_named_before_training(agent_dir: Path) -> None:
+def test_questions_whose_prompts_leave_no_room_are_left_out_and_counted(agent_dir: Path, capsys) -> None:
     from transformers import AutoTokenizer
 
     codec = TokenizerCodec(AutoTokenizer.from_pretrained(agent_dir))
-    lengths = prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits())
-    assert lengths == [len(codec.encode(PROTOCOL.prompt(question.question))) for question in RECORDS]
-    with pytest.raises(ConfigError, match=r"max_tokens=50: the prompt of question 'a' alone takes \d+ tokens"):
-        prompt_lengths(QUESTIONS, PROTOCOL, codec, Limits(max_tokens=50))
+    kept, lengths = fitting(QUESTIONS, PROTOCOL, codec, Limits())
+    assert kept == QUESTIONS and lengths == [len(codec.encode(PROTOCOL.prompt(item.question))) for item in RECORDS]
+    long = replace(QUESTIONS[0], question=replace(QUESTIONS[0].question, id="long", question="Who? " * 500))
+    limits = Limits(max_tokens=max(lengths) + 1)
+    assert fitting([*QUESTIONS, long], PROTOCOL, codec, limits) == (QUESTIONS, lengths)
+    assert f"1 of {len(QUESTIONS) + 1} questions; the longest, of question 'long', takes" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"max_tokens=5 leaves no room after the prompts of .*; raise the limit"):
+        fitting(QUESTIONS, PROTOCOL, codec, Limits(max_tokens=5))
