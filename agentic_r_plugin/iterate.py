@@ -131,7 +131,7 @@ class IterateConfig:
     expected_seconds: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "iteration -> phase -> seconds on some machine, from which what is left is told",
+            "help": "iteration -> phase -> seconds on some machine, for the estimate of the time left",
             **FREE,
         },
     )

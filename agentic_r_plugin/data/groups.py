@@ -45,7 +45,7 @@ class GroupsConfig:
     false_negative_relevance: int = field(
         default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
     )
-    hard_negatives: int = field(default=0, metadata={"help": "ours: so many negatives are the best-ranked others"})
+    hard_negatives: int = field(default=0, metadata={"help": "ours: N negatives are the best-ranked others"})
     drop_duplicate_queries: bool = field(
         default=False, metadata={"help": "ours: of equal queries to equal questions only the first is taken"}
     )

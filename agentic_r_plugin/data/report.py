@@ -29,7 +29,7 @@ class DataReportConfig:
     """Say what an iteration's data look like and what they cost."""
 
     data: str = field(metadata={"help": "folder with candidates, relevance, correctness and groups (.jsonl)"})
-    out: str = field(default="", metadata={"help": "JSON file; empty: DATA/data_report.json; a .md is put beside it"})
+    out: str = field(default="", metadata={"help": "JSON file; empty: DATA/data_report.json; a .md is put next to it"})
     suffix: str = field(default=".jsonl", metadata={"help": "how the files' names end"})
     threshold: int = field(default=60, metadata={"help": "least relevance of a positive, for the agreement"})
 

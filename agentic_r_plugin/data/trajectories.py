@@ -38,8 +38,8 @@ class TrajectoriesConfig:
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
     seed: int = field(default=0, metadata={"help": "of random_sample, and of the draw where the temperature is not 0"})
-    num_questions: int = field(default=0, metadata={"help": "only so many, from the start of the file; 0: all"})
-    random_sample: bool = field(default=False, metadata={"help": "so many drawn at random, in the file's order"})
+    num_questions: int = field(default=0, metadata={"help": "only the first N of the file; 0: all"})
+    random_sample: bool = field(default=False, metadata={"help": "draw num_questions at random, in the file's order"})
     batch_size: int = field(default=64, metadata={"help": "questions answered at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 

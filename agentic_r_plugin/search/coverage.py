@@ -56,7 +56,7 @@ class CoverageConfig:
     corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
     topk: list[int] = field(default_factory=lambda: [3, 20, 100], metadata={"help": "depths"})
-    max_questions: int = field(default=0, metadata={"help": "the first so many only; 0: all"})
+    max_questions: int = field(default=0, metadata={"help": "only the first N; 0: all"})
 
     def __post_init__(self) -> None:
         if not self.topk or min(self.topk) < 1:

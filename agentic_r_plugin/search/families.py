@@ -356,12 +356,14 @@ def end_texts(model: SentenceTransformer, source: str) -> None:
 
 def longest_text(model: SentenceTransformer) -> int | None:
     """Maximum tokens of a text, special tokens included, by the model's positions; None if no bound is known."""
-    transformer: Any = model[0]
-    config = getattr(transformer, "config", None)
-    if config is None:
-        return None
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions - first_position(transformer) if isinstance(positions, int) and positions > 0 else None
+    config = getattr(model[0], "config", None)
+    return None if config is None else positions(model[0], config)
+
+
+def positions(model: nn.Module, config: Any) -> int | None:
+    """Number of positions that a model of transformers has for tokens; None if its configuration gives no bound."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found - first_position(model) if isinstance(found, int) and found > 0 else None
 
 
 def first_position(model: nn.Module) -> int:

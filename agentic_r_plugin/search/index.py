@@ -72,7 +72,7 @@ class IndexConfig:
     )
     shard_size: int = field(default=2048, metadata={"help": "passages between two resume points"})
     train_rows: int = field(default=262_144, metadata={"help": "vectors that SQ8, IVF and PQ are trained on at most"})
-    ray_workers: int = field(default=0, metadata={"help": "encode with so many Ray actors; 0: without Ray", **FREE})
+    ray_workers: int = field(default=0, metadata={"help": "Ray actors that encode; 0: without Ray", **FREE})
     ray_address: str = field(
         default="", metadata={"help": "Ray cluster (auto, ray://…); empty: one on this machine", **FREE}
     )

@@ -144,6 +144,17 @@ def test_a_cross_encoder_scores_long_passages_by_their_beginning(encoder: Path):
     assert [len(given) for _, given in read] == [16 * 16]
 
 
+def test_a_cross_encoders_length_is_limited_to_its_positions(encoder: Path, capsys: pytest.CaptureFixture[str]):
+    passage = Passage(id="long", title="T", text="text of a b c ? " * 500)
+    task = ScoringTask(query=QUERY, passages=(passage,), question=None, sub_answer=None)
+    scored = []
+    for length in (512, 100_000, 0):
+        scorer = CrossEncoderScorer.build({"model": str(encoder), "device": "cpu", "max_length": length}, resources())
+        scored += scorer.score([task])
+    assert scored[0] == scored[1] == scored[2]
+    assert "max_length=100000 is limited to the 512 tokens" in capsys.readouterr().err
+
+
 def test_a_cross_encoder_of_another_kind_or_with_other_options_is_refused(encoder: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"give options\.model"):
         CrossEncoderScorer.build({}, resources())

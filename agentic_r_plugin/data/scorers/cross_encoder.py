@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -72,6 +73,22 @@ class CrossEncoderScorer:
         labels = self._encoder.model.config.num_labels
         if labels != 1:
             raise ConfigError(f"cross_encoder: {model!r} has {labels} labels; expected one, a score of relevance")
+        self._limit_length()
+
+    def _limit_length(self) -> None:
+        """Reduce the length of a pair to the model's positions: a longer one would end the stage hours later."""
+        from agentic_r_plugin.search.families import positions
+
+        longest = positions(self._encoder.model, self._encoder.model.config)
+        if longest is None or (self._encoder.max_seq_length or longest + 1) <= longest:
+            return
+        if self.max_length > longest:
+            print(
+                f"cross_encoder {self.model}: max_length={self.max_length} is limited to the {longest} tokens that the "
+                "model has positions for",
+                file=sys.stderr,
+            )
+        self._encoder.max_seq_length = longest
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> CrossEncoderScorer:
