@@ -65,7 +65,7 @@ def test_a_service_of_others_is_good_for_training_when_its_search_is(config: Tra
         ({"protocol": "unknown"}, ConfigError, "unknown agent_protocol 'unknown'; registered: .*compact"),
         ({"batch_size": 64, "mini_batch_size": 64}, ConfigError, "12 questions are fewer than batch_size=64"),
         ({"retrieval_url": "http://127.0.0.1:9"}, SearchUnavailableError, "127.0.0.1:9/retrieve"),
-        ({"limits": replace(LIMITS, max_tokens=20)}, ConfigError, "leave the question out"),
+        ({"limits": replace(LIMITS, max_tokens=20)}, ConfigError, "raise the limit"),
         ({"verl": ["actor_rollout_ref.actor.no_such_key=1"]}, ConfigError, "no_such_key"),
     ],
 )
