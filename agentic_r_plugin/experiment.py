@@ -434,7 +434,7 @@ def _stands(built: Path, model: str) -> bool:
     if not (built / index.MANIFEST).is_file():
         return False
     manifest = index.read_manifest(built)
-    return Path(manifest.corpus).is_file() and (manifest.retriever == model or Path(manifest.retriever).is_dir())
+    return Path(manifest.corpus).exists() and (manifest.retriever == model or Path(manifest.retriever).is_dir())
 
 
 def _link(link: Path, target: Path) -> None:

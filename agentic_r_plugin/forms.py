@@ -6,13 +6,16 @@ raise RecordError with the name of the field; the caller adds file and line.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import tokenize
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from io import StringIO
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
@@ -25,9 +28,22 @@ LISTS = ("gold_doc_ids", "supporting_titles", "hop_answers")
 _ANSWER_FIELDS = ("gold_answers", "golden_answer", "gold", "target")
 """Field names accepted in place of `golden_answers`."""
 
+_GOLD_FIELDS = ("answers", "answer", "possible_answers", "ground_truth")
+"""Gold answers of other data sets (SQuAD, TriviaQA, MS MARCO, PopQA), read if `golden_answers` is absent."""
+
+_ANSWER_PARTS = ("target", "text", "value", "aliases")
+"""Keys of an object that holds gold answers."""
+
+_NO_ANSWERS = frozenset({"", "<unk>", "No Answer Present."})
+"""What data sets write instead of an answer that is unknown: TriviaQA's test split, MS MARCO."""
+
+_QUESTION_IDS = ("id", "_id", "question_id", "query_id")
 _ID_FIELDS = ("id", "_id", "docid")
 PASSAGE_FIELDS = (*_ID_FIELDS, "contents", "title", "text")
 """All fields that `passage_fields` reads."""
+
+_MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content)["']""")
+"""How a list of chat messages that is written as text begins."""
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 
@@ -65,7 +81,11 @@ def listed(metadata: Row | None, field: str) -> list[str]:
     """
     value = _plain((metadata or {}).get(field))
     values = value if isinstance(value, list | tuple) else [value]
-    names = [name_of(item, f"metadata.{field}") for item in values]
+    names = []
+    for item in values:
+        decoded = decoded_text(item, f"metadata.{field}")
+        parts = decoded if isinstance(decoded, list) else [item]
+        names += [name_of(part, f"metadata.{field}") for part in parts]
     return [name for name in names if name is not None]
 
 
@@ -73,23 +93,20 @@ def answers(value: Any, field: str = "golden_answers") -> list[str]:
     """Gold answers: a text is one answer, a list holds several; `{"target"}`, `{"text"}` and `{"value", "aliases"}` of
     other data sets hold either. Blank and absent answers are dropped.
 
+    A list of texts or an object that is itself written as text (JSON, or Python's repr as in a CSV file) is decoded.
     An integer is converted as written: 1921 becomes "1921". `1921.0` and `true` are refused, because "1921.0" and
     "True" are unlikely to be the intended answers.
 
     Raises:
-        RecordError: another type.
+        RecordError: another type, or a list written as text whose items are not texts.
     """
     value = _plain(value)
     if isinstance(value, Mapping):
-        parts = [value.get(name) for name in ("target", "text", "value", "aliases")]
-        found = [answer for part in parts for answer in answers(part, field)]
-        if not found and any(not absent(item) for item in value.values()):
+        if not set(_ANSWER_PARTS) & value.keys() and any(not absent(item) for item in value.values()):
             raise RecordError(f"field {field!r}: expected text or a list of texts, found {_found(value)}")
-        return _unique(found)
+        return _unique(answer for name in _ANSWER_PARTS for answer in answers(value.get(name), field))
     if isinstance(value, list | tuple):
         return [answer for item in value for answer in _answer(item, field)]
-    if isinstance(value, str) and value.lstrip().startswith("[") and _is_json_list(value):
-        raise RecordError(f"field {field!r}: expected a list, found a list that is written as text: {value[:80]!r}")
     return _answer(value, field)
 
 
@@ -99,15 +116,62 @@ def _answer(value: Any, field: str) -> list[str]:
     if isinstance(value, int) and not isinstance(value, bool):
         return [str(value)]
     if isinstance(value, str):
-        return [value] if value.strip() else []
+        decoded = decoded_text(value, field)
+        if isinstance(decoded, list) and not all(absent(item) or isinstance(item, str) for item in decoded):
+            raise RecordError(f"field {field!r}: expected a list, found a list that is written as text: {value[:80]!r}")
+        if isinstance(decoded, list) or (decoded and set(_ANSWER_PARTS) & decoded.keys()):
+            return answers(decoded, field)
+        return [] if value.strip() in _NO_ANSWERS else [value]
     raise RecordError(f"field {field!r}: expected text, found {_found(value)}; write each answer as text")
 
 
-def _is_json_list(text: str) -> bool:
+def decoded_text(value: Any, field: str) -> list[Any] | dict[str, Any] | None:
+    """The list or object that a text holds as JSON or as Python's repr (pandas writes it to CSV), else None.
+
+    Raises:
+        RecordError: the repr of a NumPy array, whose items cannot be told apart, or half a surrogate pair.
+
+    >>> decoded_text("['Paris', 'Rome']", "golden_answers"), decoded_text("[Intro]", "golden_answers")
+    (['Paris', 'Rome'], None)
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
+        return None
+    text = value.strip()
     try:
-        return isinstance(json.loads(text), list)
+        found = json.loads(text)
     except (ValueError, RecursionError):
+        found = _python_literal(text)
+        if (found is None and "array([" in text) or _joins_strings(text, found):
+            reason = f"found a NumPy array written as text: {value[:80]!r}; write a JSON list instead"
+            raise RecordError(f"field {field!r}: {reason}") from None
+    if not isinstance(found, list | dict):
+        return None
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RecordError(f"field {field!r}: expected JSON, found {value[:80]!r}: {error}") from error
+    return found
+
+
+def _python_literal(text: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an invalid escape sequence, say
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _joins_strings(text: str, found: Any) -> bool:
+    """Whether Python joined adjacent strings: NumPy writes `['Paris' 'Rome']`, without a comma."""
+    if not isinstance(found, list | dict):
         return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nodes = ast.walk(ast.parse(text, mode="eval"))
+    values = sum(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes)
+    tokens = tokenize.generate_tokens(StringIO(text).readline)
+    return sum(token.type == tokenize.STRING for token in tokens) > values
 
 
 def _plain(value: Any) -> Any:
@@ -137,33 +201,46 @@ def question_fields(row: Row) -> dict[str, Any]:
     Raises:
         RecordError: no id or question, a field of the wrong type, or a field whose name is nearly one of ours.
     """
+    row = {name: value for name, value in row.items() if not absent(value)}
     for form in QUESTION_FORMS:
         if form.has <= row.keys() and not form.lacks & row.keys():
-            row = form.parse(row)
+            row |= form.parse(row)
             break
-    if other := _misnamed(tuple(row)):
-        raise RecordError(f"unknown field {other!r} and no 'golden_answers'; rename it to 'golden_answers'")
-    info = _mapping(row.get("extra_info"))
+    if absent(row.get("golden_answers")):
+        given = (row[name] for name in _GOLD_FIELDS if name in row and answers(row[name], name))
+        row["golden_answers"] = next(given, None)
+    info = _mapping(row, "extra_info")
     golden = golden_answers(row) or answers(info.get("golden_answers"), "extra_info.golden_answers")
     if not golden:
-        golden = answers(_mapping(row.get("reward_model")).get("ground_truth"), "reward_model.ground_truth")
+        golden = answers(_mapping(row, "reward_model").get("ground_truth"), "reward_model.ground_truth")
+    if not golden and (other := _misnamed(tuple(name for name, value in row.items() if not absent(value)))):
+        raise RecordError(f"unknown field {other!r} and no 'golden_answers'; rename it to 'golden_answers'")
     return {
-        "id": name_of(row.get("id"), "id") or name_of(info.get("id"), "extra_info.id") or place(row),
+        "id": _question_id(row) or name_of(info.get("id"), "extra_info.id") or place(row),
         "question": _question(row, info),
         "golden_answers": golden,
         "metadata": _metadata(row.get("metadata")),
     }
 
 
+def _question_id(row: Row) -> str | None:
+    return next(filter(None, (name_of(row.get(field), field) for field in _QUESTION_IDS)), None)
+
+
 def place(row: Row) -> str:
-    """Origin of a Search-R1 row: data source, split and index, which together identify it.
+    """Origin of a row in a file of several data sets: Search-R1's data source, split and index, which together identify
+    it; without an index, data source and id.
 
     Raises:
-        RecordError: one of them is missing.
+        RecordError: neither an index nor an id.
     """
-    info = _mapping(row.get("extra_info"))
-    parts = [name_of(part, "extra_info") for part in (row.get("data_source"), info.get("split"), info.get("index"))]
-    if absent(info.get("index")):
+    info = _mapping(row, "extra_info")
+    parts = [name_of(row.get("data_source"), "data_source")]
+    if not absent(info.get("index")):
+        parts += [name_of(info.get(field), f"extra_info.{field}") for field in ("split", "index")]
+    elif (identifier := _question_id(row)) is not None:
+        parts.append(identifier)
+    else:
         raise RecordError(
             f"missing field 'id', found only {', '.join(map(repr, row))}; give every question an id of its own: "
             "outputs and resumed work know it by that"
@@ -171,7 +248,7 @@ def place(row: Row) -> str:
     return "/".join(part for part in parts if part is not None)
 
 
-# Formats of other data sets, each converted to a row with FlashRAG's fields. The first match is used.
+# Formats of other data sets, each converted to FlashRAG's fields. The first match is used.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +267,7 @@ def _hotpotqa(row: Row) -> dict[str, Any]:
         pairs = facts if isinstance(facts, list) else ()
         facts = {"title": [fact[0] for fact in pairs if isinstance(fact, list | tuple) and fact]}
     metadata = {"supporting_titles": _unique(listed(facts, "title")), **{k: row.get(k) for k in ("type", "level")}}
-    return _row(row, id=row.get("_id", row.get("id")), golden_answers=row.get("answer"), metadata=metadata)
+    return {"metadata": metadata}
 
 
 def _musique(row: Row) -> dict[str, Any]:
@@ -202,33 +279,22 @@ def _musique(row: Row) -> dict[str, Any]:
         "hop_answers": [hop.get("answer") for hop in _mappings(row["question_decomposition"])],
         "answerable": row.get("answerable"),
     }
-    return _row(row, golden_answers=_unique(golden), metadata=metadata)
+    return {"golden_answers": _unique(golden), "metadata": metadata}
 
 
 def _browsecomp_plus(row: Row) -> dict[str, Any]:
-    """BrowseComp-Plus: gold documents hold the answer, evidence documents lead to it."""
+    """BrowseComp-Plus: gold documents hold the answer, evidence documents lead to it. Also MS MARCO's queries."""
     metadata = {
         f"{kind}_doc_ids": [name for item in _mappings(row.get(f"{kind}_docs")) for name in listed(item, "docid")]
         for kind in ("gold", "evidence")
+        if f"{kind}_docs" in row
     }
-    return _row(
-        row, id=row["query_id"], question=row["query"], golden_answers=row.get("answer"), metadata=metadata
-    )  # fmt: skip
+    return {"id": row["query_id"], "question": row["query"], "metadata": metadata | dict(_mapping(row, "metadata"))}
 
 
 def _beir(row: Row) -> dict[str, Any]:
     """BEIR's queries, which have no answers."""
-    return _row(row, id=row["_id"], question=row["text"], golden_answers=None)
-
-
-def _answer_column(row: Row) -> dict[str, Any]:
-    """Data sets of the hub with `answer` or `answers` (SQuAD, Natural Questions, TriviaQA)."""
-    identifier = next((row[name] for name in ("id", "_id", "question_id") if not absent(row.get(name))), None)
-    return _row(row, id=identifier, golden_answers=row["answers"] if "answers" in row else row["answer"])
-
-
-def _row(row: Row, **fields: Any) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("id", "question", "metadata", "choices")} | fields
+    return {"question": row["text"]}
 
 
 def _mappings(value: Any) -> list[Row]:
@@ -237,12 +303,10 @@ def _mappings(value: Any) -> list[Row]:
 
 
 QUESTION_FORMS = (
-    QuestionForm(has=frozenset({"question", "answer", "supporting_facts"}), parse=_hotpotqa),
+    QuestionForm(has=frozenset({"question", "supporting_facts"}), parse=_hotpotqa),
     QuestionForm(has=frozenset({"question", "question_decomposition"}), parse=_musique),
     QuestionForm(has=frozenset({"query_id", "query"}), parse=_browsecomp_plus),
-    QuestionForm(has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question", "title"}), parse=_beir),
-    QuestionForm(has=frozenset({"question", "answers"}), parse=_answer_column),
-    QuestionForm(has=frozenset({"question", "answer"}), parse=_answer_column),
+    QuestionForm(has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question"}), parse=_beir),
 )
 
 
@@ -269,8 +333,13 @@ def _question(row: Row, info: Row) -> str:
         if not absent(value) and not isinstance(value, str):
             raise RecordError(f"field 'question': expected text, found {_found(value)}")
     prompt = _plain(row.get("prompt"))
+    if isinstance(prompt, str) and _MESSAGES.match(prompt):
+        messages = decoded_text(prompt, "prompt")
+        if messages is None:
+            raise RecordError(f"field 'prompt': expected messages as JSON, found {_found(prompt)}")
+        prompt = messages
     if isinstance(prompt, list):
-        asked = [_mapping(message).get("content") for message in prompt if _mapping(message).get("role") == "user"]
+        asked = [message.get("content") for message in _mappings(prompt) if message.get("role") == "user"]
         prompt = asked[-1] if asked else None
     if isinstance(prompt, str):
         _, marker, question = prompt.rpartition("Question:")
@@ -281,9 +350,8 @@ def _question(row: Row, info: Row) -> str:
 
 
 def _metadata(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and value.strip():  # our Parquet files store it as text
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)
+    if (decoded := decoded_text(value, "metadata")) is not None:  # our Parquet files store it as text
+        value = decoded
     if absent(value) or value == "":
         return {}
     if not isinstance(value, Mapping):
@@ -301,7 +369,17 @@ def _without_absent(value: Any) -> Any:
     return value
 
 
-def _mapping(value: Any) -> Row:
+def _mapping(row: Row, field: str) -> Row:
+    """An object, also one written as text; empty if the field holds none.
+
+    Raises:
+        RecordError: text that begins as an object and is none.
+    """
+    value = row.get(field)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = decoded_text(value, field)
+        if value is None:
+            raise RecordError(f"field {field!r}: expected an object, found {_found(row[field])}")
     return value if isinstance(value, Mapping) else {}
 
 

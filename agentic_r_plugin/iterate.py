@@ -279,7 +279,7 @@ class Loop:
             read_secret(self._token_env, "serve.token_env")
         except ConfigError as error:
             missing.append(str(error))
-        if (self.config.benchmark or self.config.corpus) and not self.corpus.is_file():
+        if (self.config.benchmark or self.config.corpus) and not self.corpus.exists():
             missing.append(f"corpus: {self.corpus} does not exist")
         if not Path(self.config.agent).is_dir():
             missing.append(f"agent: {self.config.agent} is not a folder")

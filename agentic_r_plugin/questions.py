@@ -1,7 +1,7 @@
 """Reading questions, for every command.
 
-`.jsonl`, `.json` (JSON Lines or one JSON list), `.jsonl.gz` and `.parquet` files, and folders of them, are checked in
-the same way and give the same questions; `forms` defines which fields are read.
+`.jsonl` and `.json` (JSON Lines or one JSON list), also gzipped, `.parquet` and folders of them are checked in the same
+way and give the same questions; `forms` defines which fields are read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[tuple[Que
     """Each question with the row that it was read from.
 
     Search-R1 concatenates data sets whose ids start over. If ids repeat in a file with `data_source`, each question is
-    identified by `data_source/split/index`.
+    identified by `data_source/split/index`, or by `data_source/id` if it has no index.
 
     Raises:
         RecordError: no such file, a broken row, a missing or duplicate id, or a question without gold answers if

@@ -1,4 +1,4 @@
-"""Reading and writing record files: JSON Lines (also gzipped) or Parquet, by file name, or a folder of shards.
+"""Reading and writing record files: JSON (also gzipped) or Parquet, by file name, or a folder of shards.
 
 Reading checks every record and names file and line in errors. Writing goes to a temporary file next to the target,
 which is renamed at the end: a file that exists is complete.
@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from decimal import Decimal
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
@@ -34,7 +35,7 @@ _PARQUET_BATCH = 1024
 
 
 def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType]:
-    """Records of a `.jsonl`, `.jsonl.gz` or `.parquet` file, or of a folder of them, in order, one at a time.
+    """Records of a JSON (also gzipped) or Parquet file, or of a folder of them, in order, one at a time.
 
     Raises:
         RecordError: no such file, a broken line, or a record that is not a `cls`; names file and line (Parquet: row).
@@ -51,15 +52,25 @@ def shards(path: str | Path) -> list[Path]:
     """The files of a path: the path itself, or the record files of a folder, sorted by name.
 
     Raises:
-        RecordError: a folder without record files.
+        RecordError: a folder without record files, or with data in a format that is not read.
     """
     path = Path(path)
     if not path.is_dir():
         return [path]
-    found = sorted(item for item in path.iterdir() if item.name.endswith((".jsonl", ".jsonl.gz", ".parquet")))
+    found = sorted(item for item in path.iterdir() if _DATA.search(item.name) and not _NO_SHARD.search(item.name))
+    for item in found:
+        if not _READ.search(item.name):
+            raise RecordError(f"expected only {_SHARDS} shards in this folder; convert this file or move it", path=item)
     if not found:
-        raise RecordError("expected a record file or a folder of .jsonl, .jsonl.gz or .parquet shards", path=path)
+        raise RecordError(f"expected a record file or a folder of {_SHARDS} shards", path=path)
     return found
+
+
+_SHARDS = ".jsonl, .jsonl.gz, .json, .json.gz or .parquet"
+_READ = re.compile(r"\.(jsonl|json|ndjson)(\.gz)?$|\.parquet$")
+_DATA = re.compile(r"\.(jsonl|json|ndjson|parquet|csv|tsv|arrow)(\.(gz|zst|bz2|xz|lz4|zip))?$")
+_NO_SHARD = re.compile(r"^[._]|\.(manifest|report)\.json$|\.errors\.jsonl$|^(dataset_infos?|state)\.json$")
+"""Files that stand next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
 
 
 def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
@@ -85,7 +96,7 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
         with opener(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if not started and line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"["):
-                    yield from _read_list(line + stream.read(), path, number)
+                    yield from read_list(line + stream.read(), path, number)
                     return
                 if line.strip():
                     started = True
@@ -125,8 +136,12 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
         raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
 
 
-def _read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON list, each with the line on which it begins; `line` is that of the data's first byte."""
+def read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON list, each with the line on which it begins; `line` is that of the data's first byte.
+
+    Raises:
+        RecordError: not one list of JSON values in UTF-8.
+    """
     decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
     try:
         text, counted, comma = data.decode("utf-8-sig"), 0, ","
@@ -163,25 +178,56 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any
                 if column not in names:
                     found = ", ".join(map(repr, names))
                     raise RecordError(f"expected a column {column!r}, found only {found}", path=path)
+            convert = any(_NOT_JSON.search(str(kind)) for kind in table.schema_arrow.types)
             for batch in table.iter_batches(_PARQUET_BATCH, columns=list(columns) or None):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except (ValueError, OverflowError) as error:
+                    where = f"rows {number + 1} to {number + len(batch)}"
+                    raise RecordError(f"{where} hold a value that is not valid: {error}", path=path) from error
+                for row in rows:
                     number += 1
-                    yield number, _from_parquet_row(row, path, number)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RecordError(f"not a whole Parquet file: {error}", path=path) from error
+                    yield number, _from_parquet_row(_json_value(row) if convert else row, path, number)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecordError(f"not a whole Parquet file, or not one that pyarrow reads: {error}", path=path) from error
+
+
+_NOT_JSON = re.compile("binary|decimal|date|time|duration|interval|extension")
+"""Parquet types whose values JSON lacks (field names in a struct may match too, which only costs time)."""
+
+
+def _json_value(value: Any) -> Any:
+    """A Parquet value with JSON types: Spark's binary text, whole decimals, and dates as text. Bytes that are no text
+    stay as they are: they may belong to an ignored field, and the record check refuses them elsewhere."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    if isinstance(value, tuple):  # an entry of a map
+        return tuple(map(_json_value, value))
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, Decimal):
+        return int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _from_parquet_row(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     for key in _JSON_COLUMNS & row.keys():
         found = row[key]
+        if key == "scores" and "schema" not in row:
+            continue  # a column of another project
         if isinstance(found, str):
             if key == "scores":  # metadata that is not JSON may be text of another project
                 row[key] = parse_line(found.encode(), path, number)
         elif found is None:
             del row[key]
-        elif isinstance(found, list):  # a map
-            row[key] = dict(found)
-        else:  # a struct, which has the keys of all rows
+        elif isinstance(found, list) and all(isinstance(item, tuple) and isinstance(item[0], str) for item in found):
+            row[key] = dict(found)  # a map; the items of a list are no tuples
+        elif isinstance(found, Mapping):  # a struct, which has the keys of all rows
             row[key] = {name: value for name, value in found.items() if value is not None}
     return row
 

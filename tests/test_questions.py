@@ -86,7 +86,7 @@ FAULTS = [
     ({"id": None}, "missing field 'id'"),
     ({"id": "q0"}, "question id 'q0' occurs twice"),
     ({"question": None}, "expected a text field 'question'"),
-    ({"golden_answers": '["a", "b"]'}, "a list that is written as text"),
+    ({"golden_answers": "[1921, 1922]"}, "a list that is written as text"),
     ({"metadata": "plain"}, "field 'metadata': expected an object, found str 'plain'"),
     ({"golden_answers": 1921.5}, "field 'golden_answers': expected text, found float '1921.5'; write each answer"),
     ({"golden_answers": True}, "field 'golden_answers': expected text, found bool 'True'"),
@@ -124,11 +124,28 @@ def test_a_broken_question_is_refused_with_file_and_line_in_every_form(tmp_path,
         ({"text": ["a", "b"], "answer_start": [1, 2]}, ("a", "b")),
         ({"value": "a", "aliases": ["a", "b"]}, ("a", "b")),
         ({"target": "a"}, ("a",)),
+        ("['Paris', \"Côte d'Or\"]", ("Paris", "Côte d'Or")),
+        ('["Paris", "Côte d\'Or"]', ("Paris", "Côte d'Or")),
+        (['["Paris", "Lutetia"]', "Rome"], ("Paris", "Lutetia", "Rome")),
+        ("{'target': ['a', 'b']}", ("a", "b")),
+        ("[]", ()),
+        ("[Intro] of (", ("[Intro] of (",)),
+        ("{1, 2}", ("{1, 2}",)),
+        ({"text": [], "answer_start": []}, ()),
+        ({"target": []}, ()),
+        ({"value": "", "aliases": []}, ()),
+        ({"value": "<unk>", "normalized_value": "<unk>", "aliases": []}, ()),
     ],
 )  # fmt: skip
 def test_gold_answers_are_texts_and_never_letters(tmp_path, golden, wanted):
     (question,) = read_questions(write(tmp_path, {"id": 0, "question": "Q", "golden_answers": golden}))
     assert (question.id, question.golden_answers) == ("0", wanted)
+
+
+@pytest.mark.parametrize("golden", ["['Paris' 'Lutetia']", "{'target': array(['x'], dtype=object)}", "array(['x'])"])
+def test_gold_answers_that_numpy_wrote_as_text_are_refused(tmp_path, golden):
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: field 'golden_answers': found a NumPy array written as text"):
+        list(read_questions(write(tmp_path, {"id": "a", "question": "Q", "golden_answers": golden})))
 
 
 @pytest.mark.parametrize("golden", [1921.0, [1921.0], True, ["x", False], {"a": 1}, [["x"]]])
@@ -146,7 +163,17 @@ def test_a_place_among_choices_is_that_choice(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "wanted"),
-    [("12", ["12"]), (12, ["12"]), (12.0, ["12"]), ([1, "b", None], ["1", "b"]), (None, None), (math.nan, None)],
+    [
+        ("12", ["12"]),
+        (12, ["12"]),
+        (12.0, ["12"]),
+        ([1, "b", None], ["1", "b"]),
+        ('["12", "13"]', ["12", "13"]),
+        ("['12', 13]", ["12", "13"]),
+        ("[12] b", ["[12] b"]),
+        (None, None),
+        (math.nan, None),
+    ],
 )
 def test_one_gold_document_is_a_list_of_one_and_null_is_absent(tmp_path, value, wanted):
     row = {"id": "a", "question": "Q", "golden_answers": ["x"], "metadata": {"gold_doc_ids": value, "hops": 2}}
@@ -187,6 +214,10 @@ VERL = {
         ({"reward_model": {"ground_truth": {"target": "a"}}}, ("nq/train/3", "Who is it?", ("a",))),
         ({"reward_model": {"ground_truth": "a"}}, ("nq/train/3", "Who is it?", ("a",))),
         ({"extra_info": {"index": 3}}, ("nq/3", "Who is it?", ("a", "b"))),
+        ({"reward_model": '{"ground_truth": {"target": ["c"]}}'}, ("nq/train/3", "Who is it?", ("c",))),
+        ({"extra_info": "{'split': 'dev', 'index': 4}"}, ("nq/dev/4", "Who is it?", ("a", "b"))),
+        ({"prompt": json.dumps(PROMPT)}, ("nq/train/3", "Who is it?", ("a", "b"))),
+        ({"golden_answers": None, "reward_model": None, "ground_truth": "c"}, ("nq/train/3", "Who is it?", ("c",))),
     ],
 )
 def test_rows_of_search_r1_and_verl_are_read(tmp_path, name, change, wanted):
@@ -209,6 +240,22 @@ def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
     assert found is not None and found.question == "hotpotqa"
     file = write_form(tmp_path / "t.parquet", [rows[0], rows[1] | {"id": "train_1"}])
     assert [question.id for question in read_questions(file)] == ["train_0", "train_1"]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
+def test_ids_that_begin_again_without_an_index_are_told_apart_by_their_data_set(tmp_path, name):
+    row = {"id": "test_0", "question": "Q", "golden_answers": ["x"]}
+    file = write_form(tmp_path / name, [row | {"data_source": "nq"}, row | {"data_source": "hotpotqa"}])
+    assert [question.id for question in read_questions(file)] == ["nq/test_0", "hotpotqa/test_0"]
+    file = write_form(tmp_path / name, [row | {"data_source": "nq"}, row | {"data_source": "nq"}])
+    with pytest.raises(RecordError, match="question id 'test_0' occurs twice"):
+        list(read_questions(file))
+
+
+@pytest.mark.parametrize("field", ["reward_model", "extra_info"])
+def test_an_object_that_is_written_as_text_and_broken_is_refused(tmp_path, field):
+    with pytest.raises(RecordError, match=rf"q\.jsonl:1: field '{field}': expected an object, found str"):
+        list(read_questions(write(tmp_path, VERL | {field: '{"index": 3'})))
 
 
 def test_a_prompt_without_a_question_is_refused(tmp_path):
@@ -273,6 +320,27 @@ OF_HOTPOTQA = {"supporting_titles": ["Ann", "Bob"], "type": "bridge", "level": "
             ("tc_1", "Q?", ("A", "B"), {}),
         ),
         ({"id": "m", "question": "Q?", "choices": ["a", "b"], "answer": 1}, ("m", "Q?", ("b",), {})),
+        ({"_id": "q", "title": "", "text": "Q?"}, ("q", "Q?", (), {})),
+        ({"_id": "q", "title": "T", "text": "Q?"}, ("q", "Q?", (), {})),
+        ({"id": "a", "question": "Q?", "golden_answers": None, "answer": "Paris"}, ("a", "Q?", ("Paris",), {})),
+        ({"id": "a", "question": "Q?", "answers": [], "answer": "Paris"}, ("a", "Q?", ("Paris",), {})),
+        (
+            {"id": "a", "question": "Q?", "query_id": None, "query": None, "golden_answers": None, "answer": "Paris"},
+            ("a", "Q?", ("Paris",), {}),
+        ),
+        (
+            {
+                "id": "2hop__1", "question": "Q?", "answer": "Rome", "answer_aliases": ["Roma"],
+                "supporting_facts": None, "question_decomposition": [{"answer": "Italy"}],
+            },
+            ("2hop__1", "Q?", ("Rome", "Roma"), {"supporting_titles": [], "hop_answers": ["Italy"]}),
+        ),
+        ({"query_id": 7, "query": "Q?", "answers": ["x", "y"], "query_type": "entity"}, ("7", "Q?", ("x", "y"), {})),
+        ({"query_id": 7, "query": "Q?", "answers": ["No Answer Present."]}, ("7", "Q?", (), {})),
+        ({"id": 7, "question": "Q?", "possible_answers": '["a", "b"]'}, ("7", "Q?", ("a", "b"), {})),
+        ({"id": 7, "question": "Q?", "possible_answers": ["a", "b"]}, ("7", "Q?", ("a", "b"), {})),
+        ({"id": 7, "question": "Q?", "ground_truth": "a"}, ("7", "Q?", ("a",), {})),
+        ({"_id": "5a", "question": "Q?", "answer": None, "supporting_facts": None}, ("5a", "Q?", (), {})),
     ],
 )  # fmt: skip
 def test_questions_of_other_data_sets_are_read_as_they_are(tmp_path, name, row, wanted):
@@ -282,9 +350,10 @@ def test_questions_of_other_data_sets_are_read_as_they_are(tmp_path, name, row, 
     assert (question.id, question.question, question.golden_answers, question.metadata) == wanted
 
 
-def test_a_corpus_is_not_taken_for_queries(tmp_path):
-    with pytest.raises(RecordError, match=r"q\.jsonl:1: missing field 'id'"):
-        list(read_questions(write(tmp_path, {"_id": "d0", "title": "T", "text": "x"})))
+def test_a_misnamed_field_is_refused_though_the_right_one_is_null(tmp_path):
+    row = {"id": "a", "question": "Q", "golden_answers": None, "gold_answers": ["x"]}
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: unknown field 'gold_answers' and no 'golden_answers'"):
+        list(read_questions(write(tmp_path, row)))
 
 
 FIELDS = st.sampled_from(

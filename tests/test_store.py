@@ -6,6 +6,8 @@ import gzip
 import json
 import time
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -90,6 +92,67 @@ def test_parquet_of_others_is_read_with_a_struct_a_map_or_nothing_where_keys_are
     questions = [{"id": "1", "question": "Q", "golden_answers": ["x"], "metadata": item} for item in (None, {"k": 1})]
     pq.write_table(pa.Table.from_pylist(questions), tmp_path / "q.parquet")
     assert [item.metadata for item in read_records(tmp_path / "q.parquet", Question)] == [{}, {"k": 1}]
+
+
+@pytest.mark.parametrize("value", [[1, 2], ["ab"], [["a", "b"]], [{"a": 1}], 3, True])
+def test_a_parquet_column_that_is_no_object_is_left_to_the_record_check(tmp_path: Path, value: object):
+    row = {"id": "1", "question": "Q", "golden_answers": ["x"], "metadata": value}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
+    with pytest.raises(RecordError, match=r"q\.parquet:1: field 'metadata': expected an object, found "):
+        list(read_records(tmp_path / "q.parquet", Question))
+    row = {"schema": "relevance/1", "id": "q", "turn": 1, "scores": value}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "r.parquet")
+    with pytest.raises(RecordError, match=r"r\.parquet:1: field 'scores': expected "):
+        list(read_records(tmp_path / "r.parquet", Relevance))
+
+
+@pytest.mark.parametrize("value", ["high", [0.5, 1.0], 3.5, None])
+def test_a_scores_column_of_another_project_is_ignored(tmp_path: Path, value: object):
+    row = {"id": "1", "question": "Q", "golden_answers": ["x"], "scores": value}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
+    (question,) = read_records(tmp_path / "q.parquet", Question)
+    assert question.golden_answers == ("x",)
+
+
+def test_parquet_types_that_json_lacks_are_converted_or_refused_with_file_and_row(tmp_path: Path):
+    file = tmp_path / "q.parquet"
+
+    def read(**columns: pa.Array) -> list[Question]:
+        pq.write_table(pa.table({"id": pa.array(["1"]), "question": pa.array(["Q"])} | columns), file)
+        return list(read_records(file, Question))
+
+    (question,) = read(
+        id=pa.array([Decimal("12")], pa.decimal128(20, 0)),
+        question=pa.array(["Où?".encode()], pa.binary()),
+        golden_answers=pa.array([[b"x"]], pa.list_(pa.binary())),
+        image=pa.array([b"\xff"], pa.binary()),
+        metadata=pa.array([{"day": date(2020, 1, 2)}]),
+    )
+    assert question == Question(id="12", question="Où?", golden_answers=("x",), metadata={"day": "2020-01-02"})
+    with pytest.raises(RecordError, match=r"q\.parquet:1: field 'question': expected text, found bytes"):
+        read(question=pa.array([b"\xff"], pa.binary()))
+    with pytest.raises(RecordError, match=r"q\.parquet:1: field 'id': expected text or a whole number, found float"):
+        read(id=pa.array([Decimal("1.5")], pa.decimal128(20, 1)))
+    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers())
+    with pytest.raises(RecordError, match=r"q\.parquet: rows 1 to 1 hold a value that is not valid: 'utf-8' codec"):
+        read(question=broken)
+
+
+def test_a_folder_of_shards_is_read_whole_or_refused_by_the_file_that_is_not_read(tmp_path: Path):
+    rows = [{"id": str(number), "question": "Q", "golden_answers": ["x"]} for number in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows[:1]))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows[1]).encode()))
+    (tmp_path / "c.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows[3]).encode()))
+    pq.write_table(pa.Table.from_pylist(rows[4:]), tmp_path / "e.parquet")
+    for name in ("README.md", "_SUCCESS", ".a.json.crc", ".x.json", "dataset_info.json", "c.jsonl.report.json"):
+        (tmp_path / name).write_text("{}")
+    assert [question.id for question in read_records(tmp_path, Question)] == ["0", "1", "2", "3", "4"]
+    for name in ("f.jsonl.zst", "f.csv", "f.ndjson.xz", "f.parquet.gz"):
+        (tmp_path / name).touch()
+        with pytest.raises(RecordError, match=f"{name}: expected only .jsonl, .*; convert this file or move it"):
+            list(read_records(tmp_path, Question))
+        (tmp_path / name).unlink()
 
 
 def test_a_correctness_out_of_range_is_refused():

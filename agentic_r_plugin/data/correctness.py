@@ -37,6 +37,8 @@ from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
+NO_GOLD_ANSWER = "no_gold_answer"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectnessConfig:
@@ -241,6 +243,8 @@ def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, 
     Raises:
         RecordError: the relevance scores belong to other candidates.
     """
+    if not query.golden_answers:
+        return NO_GOLD_ANSWER
     passages = [passage.id for passage in query.passages]
     if config.max_turn and query.turn > config.max_turn:
         return "turn_left_out"
@@ -316,18 +320,17 @@ class CorrectnessWorker:
 
 
 def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
-    """The queries of a candidates file, checked to have gold answers.
+    """The queries of a candidates file; those without gold answers are dropped later.
 
     Raises:
-        RecordError: a query whose question has no gold answers.
+        RecordError: no query has gold answers; raised at the end.
     """
+    query, labelled = None, False
     for key, query in query_units(path):
-        if not query.golden_answers:
-            raise RecordError(
-                f"question {query.id!r} has no golden answers, which correctness compares with; leave its queries out",
-                path=path,
-            )
+        labelled = labelled or bool(query.golden_answers)
         yield key, query
+    if query is not None and not labelled:
+        raise RecordError("no question has golden answers, which correctness compares with", path=path)
 
 
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:

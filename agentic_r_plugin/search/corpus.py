@@ -7,6 +7,7 @@ fingerprint) can be saved next to an index; they are then mapped instead of comp
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
@@ -34,7 +35,9 @@ from agentic_r_plugin.store import (
     parse_line,
     read_json,
     read_lines,
+    read_list,
     sampled_fingerprint,
+    shards,
     write_json,
 )
 
@@ -58,9 +61,10 @@ class Corpus:
     The positions of passages are in an unnamed temporary file (32 bytes per passage) or in a saved table.
 
     Args:
-        path: `.jsonl`, `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields that
-            `forms.passage_fields` reads: `id` and `contents`, or title and text as in Search-R1, BEIR and Tevatron.
-            Other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO.
+        path: `.jsonl` (or one JSON list), `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields
+            that `forms.passage_fields` reads: `id` and `contents`, or title and text as in Search-R1, BEIR and
+            Tevatron. Other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO, and a folder of JSON or
+            Parquet shards, read in the order of their names.
         table: a folder written by `save_table`; ignored if `path` has changed since. None or "" for no table.
 
     Raises:
@@ -69,7 +73,7 @@ class Corpus:
 
     def __init__(self, path: str | Path, *, table: str | Path | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise RecordError("no such corpus file", path=self.path)
         identity = _identity(self.path)
         named = _named_by_form(self.path)
@@ -241,8 +245,10 @@ def corpus_file(folder: Path) -> Path:
 
 def count_lines(path: Path) -> int:
     """Approximate number of passages, without parsing them; 0 if there is no such file."""
-    if not path.is_file():
+    if not path.exists():
         return 0
+    if path.is_dir():
+        return sum(map(count_lines, shards(path)))
     named = _named_by_form(path)
     if named.suffix == ".parquet":
         import pyarrow.parquet
@@ -261,11 +267,22 @@ def _named_by_form(path: Path) -> Path:
 
 
 def _is_packed(path: Path) -> bool:
-    return path.suffix in (".gz", ".zst", ".parquet", ".tsv")
+    return path.is_dir() or path.suffix in (".gz", ".zst", ".parquet", ".tsv") or _is_list(path)
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a JSON file holds one list instead of lines."""
+    with _opened(path) as stream:
+        try:
+            return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        except (OSError, EOFError, zlib.error):
+            return False  # reported by `_blocks`
 
 
 def _identity(path: Path) -> dict[str, Any]:
     """Values that change when a file is written to, even if its size and date are preserved."""
+    if path.is_dir():
+        return {"name": path.name, "shards": [_identity(shard) for shard in shards(path)]}
     status = path.stat()
     return {
         "name": path.name,
@@ -297,9 +314,11 @@ def _plain_lines(path: Path) -> IO[bytes]:
         return path.open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
     try:
-        if path.suffix == ".parquet":
-            for _, row in read_lines(path, columns=_columns(path)):
-                stream.write(dump_line(row))
+        if path.is_dir():
+            for shard in shards(path):
+                stream.writelines(_passage_lines(shard))
+        elif path.suffix == ".parquet" or (".tsv" not in path.suffixes and _is_list(path)):
+            stream.writelines(_passage_lines(path))
         elif ".tsv" in path.suffixes:
             stream.writelines(_tsv_lines(path))
         else:
@@ -309,6 +328,26 @@ def _plain_lines(path: Path) -> IO[bytes]:
         stream.close()
         raise
     return stream
+
+
+def _passage_lines(path: Path) -> Iterator[bytes]:
+    """JSON lines from the rows of a Parquet file, a JSON list or a shard, checked here, where file and line are known.
+
+    Raises:
+        RecordError: a row that is no passage; names file and line (Parquet: row).
+    """
+    if path.suffix == ".parquet":
+        rows = read_lines(path, columns=_columns(path))
+    elif _is_list(path):
+        rows = read_list(b"".join(_blocks(path)), path, 1)
+    else:
+        rows = read_lines(path)
+    for number, row in rows:
+        try:
+            identifier, contents = passage_fields(row)
+        except RecordError as error:
+            raise RecordError(str(error), path=path, line=number) from error
+        yield dump_line({"id": identifier, "contents": contents})
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -363,13 +402,22 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
                 return
             yield b"\n"  # stands in for the header, to keep the file's line numbers
             csv.field_size_limit(1 << 30)
-            rows = csv.reader(text, delimiter="\t")
+            rows = csv.reader(text, delimiter="\t", strict=True)
             for row in rows:
+                # An unquoted cell that begins with a quotation mark would swallow the lines up to the next mark.
+                if any("\n" in cell for cell in row):
+                    raise csv.Error("a cell holds a line break")
                 number = rows.line_num + 1
                 if row and len(row) != len(names):
                     raise RecordError(f"expected {len(names)} fields, found {len(row)}", path=path, line=number)
                 yield dump_line(dict(zip(names, row, strict=True))) if row else b"\n"
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        reason = (
+            f"a cell is not quoted as expected ({error}): quote a cell that begins with a quotation mark, double the "
+            "marks within it, and replace line breaks; or write the passages as JSON Lines"
+        )
+        raise RecordError(reason, path=path, line=number + 1) from error
+    except UnicodeDecodeError as error:
         raise RecordError(f"expected tab-separated UTF-8: {error}", path=path, line=number + 1) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise RecordError(f"not a whole gzip file: {error}", path=path) from error

@@ -190,4 +190,4 @@ def test_unlabelled_questions_are_asked_but_need_a_label_for_correctness(
     (record,) = read_records(tmp_path / "trajectories.jsonl", Trajectory)
     assert (record.id, record.golden_answers, record.em, record.f1) == ("7", (), 0, 0.0) and record.answer
     assert main(lines["exhaustive"]) == 1
-    assert "candidates.jsonl: question '7' has no golden answers" in capsys.readouterr().err
+    assert "candidates.jsonl: no question has golden answers" in capsys.readouterr().err

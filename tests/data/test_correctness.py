@@ -10,13 +10,15 @@ from agentic_r_plugin.data.correctness import (
     Continuations,
     CorrectnessConfig,
     CorrectnessCost,
+    _labelled_units,
     judge_candidates,
     run,
     steps_of,
 )
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
+from agentic_r_plugin.store import write_records
 from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"
@@ -133,3 +135,14 @@ def test_the_released_codes_omissions_are_options():
 def test_either_relevance_or_exhaustive_must_be_given(changes: dict):
     with pytest.raises(ConfigError, match="either --relevance FILE, for exact pruning, or --exhaustive"):
         run(settings(**changes))
+
+
+def test_a_query_without_gold_answers_is_dropped_and_only_all_of_them_are_an_error(tmp_path):
+    unlabelled = query("a", id="r", golden_answers=())
+    assert steps_of(unlabelled, settings(), {"a": 90}) == "no_gold_answer"
+    file = tmp_path / "c.jsonl"
+    write_records(file, [unlabelled, query("a")])
+    assert [item.id for _, item in _labelled_units(str(file))] == ["r", "q"]
+    write_records(file, [unlabelled, replace(unlabelled, turn=3)])
+    with pytest.raises(RecordError, match=r"c\.jsonl: no question has golden answers"):
+        list(_labelled_units(str(file)))

@@ -6,6 +6,7 @@ import codecs
 import datetime
 import gzip
 import json
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -100,7 +101,8 @@ def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):
         ('{"id": true, "contents": "x"}\n', r":1: field 'id': expected text or a whole number, found bool 'True'"),
         ('{"id": "a", "contents": 3}\n', r":1: field 'contents': expected text, found int '3'"),
         ('{"id": "a", "text": ["x"]}\n', r":1: field 'text': expected text, found list"),
-        ("[1]\n", r":1: expected a JSON object, found list"),
+        ("[1]\n", r":1: expected a JSON object, found int"),
+        ('[\n{"id": "a", "text": "x"},\n{"id": "b"}]', r":3: expected text in field 'contents'"),
         ("", "the corpus is empty"),
         ("\n\n", "the corpus is empty"),
     ],
@@ -189,10 +191,54 @@ def test_passages_of_dpr_and_ms_marco_are_read(tmp_path, name):
     for text, message in (
         (DPR + "3\tx\n", ":4: expected 3 fields, found 2"),
         (MARCO + "3\n", ":3: expected an id, a tab"),
+        (DPR + '3\t"Go" he said\tC\n4\tx\ty\n', ":4: a cell is not quoted as expected .* as JSON Lines"),
+        (DPR + '3\t"Go he said\tC\n4\tx\ty\n', ":4: a cell is not quoted as expected"),
+        (DPR + '3\t"Go he said\tC\n4\tx"\ty\n', ":4: a cell is not quoted as expected .*holds a line break"),
         (DPR + "1\tx\ty\n", ":4: duplicate passage id '1', first at line 2"),
     ):
         with pytest.raises(RecordError, match=message):
             found(text)
+
+
+@pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.jsonl.gz", "c.jsonl.zst"])
+def test_a_corpus_of_one_json_list_is_read(tmp_path, name):
+    plain = write_jsonl(tmp_path / "plain.jsonl", ROWS)
+    data = json.dumps(ROWS, indent=1).encode()
+    with pyarrow.output_stream(str(tmp_path / name), compression={"gz": "gzip", "zst": "zstd"}.get(name[8:])) as out:
+        out.write(data)
+    with Corpus(tmp_path / name) as corpus, Corpus(plain) as expected:
+        assert list(corpus) == list(expected) and corpus.fingerprint() == expected.fingerprint()
+
+
+def test_a_folder_of_shards_is_a_corpus_in_the_order_of_their_names(tmp_path):
+    folder, saved = tmp_path / "wiki", tmp_path / "saved"
+    folder.mkdir()
+    saved.mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[2:]), folder / "b.parquet")
+    write_jsonl(folder / "a.jsonl", ROWS[:2])
+    with Corpus(folder) as corpus, Corpus(write_jsonl(tmp_path / "plain.jsonl", ROWS)) as expected:
+        assert list(corpus) == list(expected) and corpus.fingerprint() == expected.fingerprint()
+        corpus.save_table(saved)
+    assert count_lines(folder) == 3
+    with Corpus(folder, table=saved) as corpus:
+        assert corpus.by_id("ä").text == '{"id": 1}'
+    write_jsonl(folder / "c.jsonl", [{"id": "c", "contents": "x"}])
+    with Corpus(folder, table=saved) as corpus:
+        assert len(corpus) == 4, "a shard was added, so the saved table is not used"
+    write_jsonl(folder / "c.jsonl", [{"id": "c"}])
+    with pytest.raises(RecordError, match=r"c\.jsonl:1: expected text in field 'contents'"):
+        Corpus(folder)
+
+
+def test_binary_text_and_decimal_ids_of_a_parquet_corpus_are_read_and_other_types_refused(tmp_path):
+    file = tmp_path / "c.parquet"
+    ids = pyarrow.array([Decimal("12")], pyarrow.decimal128(20, 0))
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "contents": pyarrow.array(["Ö".encode()])}), file)
+    with Corpus(file) as corpus:
+        assert [(passage.id, passage.text) for passage in corpus] == [("12", "Ö")]
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "contents": pyarrow.array([b"\xff"])}), file)
+    with pytest.raises(RecordError, match=r"c\.parquet:1: field 'contents': expected text, found bytes"):
+        Corpus(file)
 
 
 def test_a_corpus_packed_with_zstandard_is_read_and_a_cut_one_refused(tmp_path):
