@@ -58,8 +58,7 @@ class LLMSpec:
                 "llm.replicas: a server is no engine; start it with --data-parallel-size, and leave this at 1"
             )
         way_out = "put it into an environment variable and give that variable's name as llm.api_key_env"
-        refuse_secrets("llm.url", self.url, way_out)
-        refuse_secrets("llm.options", self.options, way_out)
+        refuse_secrets("llm", {"url": self.url, "api_key_env": self.api_key_env, "options": self.options}, way_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +82,7 @@ class SearchSpec:
 
     def __post_init__(self) -> None:
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"
-        refuse_secrets("search.url", self.url, way_out)
-        refuse_secrets("search.options", self.options, way_out)
+        refuse_secrets("search", {"url": self.url, "options": self.options}, way_out)
 
 
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})

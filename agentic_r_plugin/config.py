@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from agentic_r_plugin import components
-from agentic_r_plugin.credentials import redacted
+from agentic_r_plugin.credentials import redacted, refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.store import atomic_path
 
@@ -226,9 +226,15 @@ def free_settings(cls: type) -> list[str]:
 
 
 def save_config(config: Any, file: str | Path) -> None:
-    """Write the resolved configuration as YAML, atomically."""
+    """Write the resolved configuration as YAML, atomically.
+
+    Raises:
+        ConfigError: a setting holds a secret; nothing is written.
+    """
+    values = to_dict(config)
+    refuse_secrets(type(config).__name__, values, "put it into an environment variable and give that variable's name")
     with atomic_path(file) as temporary:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
 
 
 def fingerprint(*parts: Any) -> str:

@@ -17,6 +17,7 @@ _SECRET_NAME = re.compile(
     r"|^(?:key|(?:access|auth|bearer|hf|api)?[_-]?token)$",
     re.IGNORECASE,
 )
+_NAMES_VARIABLE = re.compile(r"(?:key|token|secret|password)_env$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _BEARER = re.compile(r"(?<=Bearer )[A-Za-z0-9._~+/=-]{6,}")
 _ASSIGNED = re.compile(
@@ -79,6 +80,10 @@ def redacted(text: str, *secrets: str | None) -> str:
     return _ASSIGNED.sub(rf"\1{HIDDEN}", _BEARER.sub(HIDDEN, _IN_URL.sub(HIDDEN, text)))
 
 
+def _may_be_secret(variable: str) -> bool:
+    return shown(variable) != variable and variable not in os.environ
+
+
 def refuse_secrets(setting: str, value: Any, way_out: str) -> None:
     """Refuse a secret in a setting, because settings are written to manifests.
 
@@ -88,12 +93,15 @@ def refuse_secrets(setting: str, value: Any, way_out: str) -> None:
         way_out: where to put the secret instead.
 
     Raises:
-        ConfigError: a URL with a user or a key, or an option named like a secret; the value is never shown.
+        ConfigError: a URL with a user or a key, an option named like a secret, or (in `..._env`) what may be a key in
+            place of the name of a variable; the value is never shown.
     """
     if isinstance(value, Mapping):
         for name, item in value.items():
             if _SECRET_NAME.search(str(name)) and isinstance(item, str):
                 raise ConfigError(f"{setting}.{name}: settings are written to files; {way_out}")
+            if _NAMES_VARIABLE.search(str(name)) and isinstance(item, str) and item and _may_be_secret(item):
+                raise ConfigError(f"{setting}.{name}: environment variable {shown(item)} is not set; {way_out}")
             refuse_secrets(f"{setting}.{name}", item, way_out)
     elif isinstance(value, str) and "://" in value and redacted(value) != value:
         raise ConfigError(f"{setting}: the address holds a password or a key, and is written to files; {way_out}")

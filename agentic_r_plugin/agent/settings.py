@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from agentic_r_plugin.agent.stability import StabilityRule
 from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
 
@@ -156,6 +157,8 @@ class TrainAgentConfig:
     )
 
     def __post_init__(self) -> None:
+        reached = {"retrieval_url": self.retrieval_url, "retrieval_token_env": self.retrieval_token_env}
+        refuse_secrets("train-agent", reached, "give the name of an environment variable that holds it")
         choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}
         choices["precision"] = PRECISIONS
         for name, known in choices.items():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
 from agentic_r_plugin.config import FREE, deciding, load_config, save_config, to_dict
+from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
@@ -191,9 +192,12 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         later: names of agents and searches that do not exist yet.
 
     Raises:
-        ConfigError: a split, an agent or an index does not exist, or there are fewer questions than requested.
+        ConfigError: a split, an agent or an index does not exist, there are fewer questions than requested, or an
+            address holds a password (whether a cell uses it or not).
         RecordError: a question file is broken.
     """
+    for name in ("agents", "searches", "per_agent"):
+        refuse_secrets(name, getattr(config, name), "put it into an environment variable and give that variable's name")
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random)

@@ -43,7 +43,7 @@ class Completion:
     cached_tokens: int = 0
     """Prompt tokens read from the engine's prefix cache, if the engine reports them."""
     cut: bool = False
-    """Whether generation stopped at `max_tokens`, if the engine reports it."""
+    """Whether the text is incomplete, such as at `max_tokens`, if the engine reports it."""
 
 
 @dataclass

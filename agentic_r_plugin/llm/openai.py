@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -52,13 +53,20 @@ _BODY = frozenset(
         "guided_decoding_backend", "grammar", "json_schema", "regex", "ebnf", "logits_processors", "priority",
         "cache_salt", "truncate_prompt_tokens",
         "skip_special_tokens", "spaces_between_special_tokens", "thinking_token_budget", "reasoning_format",
-        "thinking_forced_open", "cache_prompt", "id_slot", "repeat_penalty", "think", "keep_alive", "num_ctx",
+        "thinking_forced_open", "cache_prompt", "id_slot", "repeat_penalty",
         # hosted APIs
         "thinking", "enable_thinking", "thinking_budget", "reasoning", "provider", "models", "route", "transforms",
         "safe_prompt", "random_seed",
     }
 )  # fmt: skip
 """Additional body fields that `llm.options` accepts by name; any other field must go into `extra_body`."""
+
+_OF_OLLAMA = {
+    "num_ctx": "start the server with OLLAMA_CONTEXT_LENGTH, or set `PARAMETER num_ctx` in a Modelfile",
+    "keep_alive": "start the server with OLLAMA_KEEP_ALIVE",
+    "think": "set llm.options.reasoning_effort",
+}
+"""Fields of Ollama's own API, which its `/v1` ignores, and what has their effect there."""
 
 _NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """Sampling parameters with no effect. vLLM and SGLang fill in omitted ones from the model's generation_config.json."""
@@ -95,7 +103,7 @@ class OpenAIBackend:
             cost report; cached prompt tokens have the price of other prompt tokens by default.
 
     Raises:
-        ConfigError: no url or no model.
+        ConfigError: no url, no model, or a url that is not the base URL of a server.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -128,11 +136,13 @@ class OpenAIBackend:
             raise ConfigError(
                 "llm: the openai backend needs llm.url (with /v1) and llm.model (the name the server knows)"
             )
+        _check_url(url)
         self.model, self._tokenizer, self._max_retries = model, str(tokenizer), max_retries
         self._concurrency, self._timeout_s = max(1, concurrency), timeout_s
         self._api_key, self._api_key_env, self._body = api_key, api_key_env, dict(body or {})
         self._owner: str | None = None
-        self._accepted, self._unclear = False, 0
+        self._accepted: set[tuple[str, ...]] = set()  # forms of requests: path and names of the fields
+        self._unclear = 0
         self._codec: TokenizerCodec | None = None
         cached = usd_per_million_cached_tokens
         self._prices = (
@@ -161,6 +171,8 @@ class OpenAIBackend:
             ConfigError: an unknown option, or a variable that does not hold a key.
         """
         known = {item.name for item in fields(cls.Options)}
+        if ignored := sorted(_OF_OLLAMA.keys() & spec.options):
+            raise ConfigError(f"llm.options.{ignored[0]}: Ollama ignores it under /v1; {_OF_OLLAMA[ignored[0]]}")
         if unknown := sorted(set(spec.options) - known - _BODY - {"extra_body"}):
             raise ConfigError(
                 f"llm.options: openai has no option {unknown[0]!r}; it has {', '.join(sorted(known))}, usual fields of "
@@ -262,14 +274,21 @@ class OpenAIBackend:
         return results
 
     def _served_by(self) -> str:
-        """Owner of the server's models according to its model list: `vllm`, `sglang`, another name, or empty."""
+        """Owner of the server's models according to its model list: `vllm`, `sglang`, another name, or empty.
+
+        After a transient failure, as of a server that still loads its model, the next call asks again.
+        """
         with self._lock:
             if self._owner is None:
                 try:
-                    models = self._client.get("models", timeout=min(_DETECT_S, self._timeout_s)).json()["data"]
-                    self._owner = str(models[0]["owned_by"]).lower()
-                except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):
-                    self._owner = ""  # if the server is faulty, the next request reports it
+                    response = self._client.get("models", timeout=min(_DETECT_S, self._timeout_s))
+                    if response.status_code in (408, 429) or response.is_server_error:
+                        return ""  # if the server is faulty, the next request reports it
+                    self._owner = str(response.json()["data"][0]["owned_by"]).lower()
+                except httpx.HTTPError:
+                    return ""
+                except (ValueError, KeyError, IndexError, TypeError):
+                    self._owner = ""
             return self._owner
 
     def _with_options(self, body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
@@ -301,13 +320,39 @@ class OpenAIBackend:
         choice, text, cached = self._post("completions", self._with_options(body, chat=False), _text_choice)
         ids = choice.get("token_ids")
         if not ids:
-            ids = codec.encode(_with_stop(choice, text, sampling.stop)) or self._end_of_sequence(codec)
+            ids = codec.encode(self._with_stop(choice, text, sampling.stop))
+        if not ids and _cut(choice):
+            raise RequestRefusedError(f"no continuation: finish_reason {str(choice['finish_reason'])[:80]}")
+        ids = ids or self._end_of_sequence(codec)
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=cached,
-            cut=choice.get("finish_reason") in _CUT,
+            cut=_cut(choice),
         )
+
+    def _with_stop(self, choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
+        """Text of a choice, with the stop string that ended it restored if the server removed it.
+
+        The reported reason is a stop string, a token id, or null (in vLLM for the end-of-sequence token, in SGLang for
+        a cut text).
+
+        Raises:
+            BackendError: the model stopped, no stop string ends the text, and the server does not report why. A stop
+                string, and with it a search or an answer, may be lost.
+        """
+        if text.endswith(stop):
+            return text
+        told = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
+        if met := next((reason for reason in told if reason in stop), None):
+            return text + str(met)
+        if stop and not told and _reason(choice) in ("stop", "stop_sequence"):
+            raise BackendError(
+                "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says "
+                "what ended a completion (stop_reason, matched_stop), found neither in "
+                f"{self._brief(str(choice))}; use vLLM or SGLang"
+            )
+        return text
 
     def _end_of_sequence(self, codec: TokenizerCodec) -> list[int]:
         """Ids of an empty continuation: the end-of-sequence token."""
@@ -323,53 +368,69 @@ class OpenAIBackend:
             BackendConfigError: the server refuses every request of this form.
             BackendError: the last retry failed, or the error is permanent.
         """
-        problem = ""
+        problem, refused, form = "", False, (path, *sorted(body))
         for attempt in range(self._max_retries + 1):
             # Jitter keeps the threads of a batch from retrying all at the same time.
             wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.75, 1.25)
             self._pace.wait()
             try:
                 response = self._client.post(path, json=body)
-                if response.status_code == 200:
+                status = response.status_code
+                if status == 200:
                     answer = _json(response)
                     self._pay(_usage(answer))  # billed even if the answer cannot be parsed
-                    parsed = parse(answer)
-                    self._count(attempt)
-                    return parsed
-                said = " ".join(redacted(response.text, self._api_key).split())
-                problem = f"HTTP {response.status_code}: {said[:300]}"
-                if response.status_code in _REFUSALS:
-                    raise self._refused(response, body, problem)
-                if response.status_code in (501, 505) or not (
-                    response.status_code in (408, 429) or response.is_server_error
-                ):
+                    if (status := _status(answer)) == 200:
+                        parsed = parse(answer)
+                        self._count(attempt, form)
+                        return parsed
+                problem = f"HTTP {status}: {self._brief(response.text)}"
+                kind = refusal(status, response.text)
+                # A form that was accepted before is right: the fault is the prompt's, or a router's.
+                routed = False
+                if kind is Refusal.FORM and form in self._accepted:
+                    kind, routed = Refusal.UNCLEAR if status in (400, 422) else kind, status == 404
+                if status in _REFUSALS and not routed:
+                    raise self._refused(status, kind, response, body, problem)
+                refused = kind is Refusal.PROMPT
+                if status == 429 and refused:  # larger than the limit of a whole minute
+                    raise RequestRefusedError(f"{self._where(path)}: {problem}")
+                if status in (501, 505) or not (status in (404, 408, 429) or status >= 500):
                     raise BackendError(f"{self._where(path)}: {problem}")
                 wait = _retry_after(response, wait)
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
                 raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
             except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {redacted(str(error), self._api_key)}"
+                problem, refused = f"{type(error).__name__}: {redacted(str(error), self._api_key)}", False
             except _NotAsAskedError as error:
-                problem = str(error)
+                # Some servers block a prompt by an empty list of choices. A faulty server would accept no prompt.
+                problem, refused = self._brief(str(error)), isinstance(error, _NoChoiceError) and bool(self._accepted)
+            except _DeclinedError as error:
+                raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
             if attempt < self._max_retries:
                 time.sleep(wait)
-        raise BackendError(f"{self._where(path)}: {problem} (tried {self._max_retries + 1} times)")
+        failure = RequestRefusedError if refused else BackendError
+        raise failure(f"{self._where(path)}: {problem} (tried {self._max_retries + 1} times)")
+
+    def _brief(self, text: str) -> str:
+        """The start of a server's text, without secrets; removed first, because a part of one is not recognised."""
+        return " ".join(redacted(text, self._api_key).split())[:400]
 
     def _where(self, path: str) -> str:
         return redacted(f"{self._client.base_url}{path}", self._api_key)
 
-    def _refused(self, response: httpx.Response, body: Mapping[str, Any], problem: str) -> BackendError:
+    def _refused(
+        self, status: int, kind: Refusal, response: httpx.Response, body: Mapping[str, Any], problem: str
+    ) -> BackendError:
         """Build the error for a refusal of this prompt, or of every request of this form (naming the setting)."""
         where = redacted(str(response.url), self._api_key)
-        kind = refusal(response.status_code, response.text)
         if kind is not Refusal.FORM:
             with self._lock:
                 self._unclear += kind is Refusal.UNCLEAR
             return RequestRefusedError(f"{where}: {problem}")
-        if response.status_code in (401, 403):
+        if status in (401, 403):
             state = "a key was sent" if self._api_key else "no key was sent"
             hint = f"{state}; llm.api_key_env names the variable that holds it ({shown(self._api_key_env)})"
-        elif response.status_code in (404, 405):
+        elif status in (404, 405):
             hint = f"llm.url (with /v1) or llm.model={self.model!r} is not what the server knows"
         else:
             hint = "; ".join(
@@ -379,9 +440,9 @@ class OpenAIBackend:
             )
         return BackendConfigError(f"{where}: {problem}. The server takes no request of this form: {hint or _HINT}")
 
-    def _count(self, attempt: int) -> None:
+    def _count(self, attempt: int, form: tuple[str, ...]) -> None:
         with self._lock:
-            self._accepted = True
+            self._accepted.add(form)
             self.usage.requests += 1
             self.usage.retried += attempt
 
@@ -396,8 +457,12 @@ class OpenAIBackend:
 
 
 _THOUGHTS = ("reasoning_content", "reasoning")
-_CUT = ("length", "max_tokens")
-"""Finish reasons of a truncated text."""
+_WHOLE = frozenset(
+    {"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "tool_calls", "function_call", "tool_use"}
+)
+"""Finish reasons of a complete text, as is null; any other means that it was cut."""
+_FAILED = frozenset({"error", "abort", "aborted", "cancelled"})
+"""Finish reasons of a failed generation."""
 
 _OURS = {
     "model": "llm.model",
@@ -422,42 +487,102 @@ _HINT = (
 
 
 class _NotAsAskedError(Exception):
-    """An answer with status 200 that violates the protocol; a retry may succeed."""
+    """An answer with status 200 that violates the protocol, or a failed generation; a retry may succeed."""
+
+
+class _NoChoiceError(_NotAsAskedError):
+    """An answer with an empty list of choices."""
+
+
+class _DeclinedError(Exception):
+    """The model or a content filter declines to answer."""
+
+
+def _check_url(url: str) -> None:
+    """Refuse an address that requests cannot be sent to.
+
+    Raises:
+        ConfigError: not a URL, no http(s), a query, or one deployment of Azure.
+    """
+    way_out = "expected a server's base URL without a query, such as http://127.0.0.1:8000/v1"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"llm.url={redacted(url)!r}: {error}; {way_out}") from None
+    if "/openai/deployments/" in parsed.path:
+        way_out = f"expected {parsed.scheme}://{parsed.netloc.decode()}/openai/v1, and the deployment as llm.model"
+    elif parsed.scheme in ("http", "https") and parsed.host and not parsed.query:
+        return
+    raise ConfigError(f"llm.url={redacted(url)!r}: {way_out}")
+
+
+def _status(answer: dict[str, Any]) -> int:
+    """HTTP status of an answer; some gateways send an error with 200, and its status or nothing in `error.code`."""
+    error = answer.get("error")
+    if not error or answer.get("choices"):
+        return 200
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    if code.isdigit() and 400 <= int(code) < 600:
+        return int(code)
+    return 500 if refusal(400, json.dumps(answer)) is Refusal.UNCLEAR else 400
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
     try:
         answer = response.json()
     except ValueError as error:
-        raise _NotAsAskedError(f"expected JSON, found {response.text[:300]!r}") from error
+        raise _NotAsAskedError(f"expected JSON, found {response.text!r}") from error
     if not isinstance(answer, dict):
-        raise _NotAsAskedError(f"expected a JSON object, found {response.text[:300]!r}")
+        raise _NotAsAskedError(f"expected a JSON object, found {response.text!r}")
     return answer
 
 
 def _choice(answer: dict[str, Any]) -> dict[str, Any]:
+    """The only choice of an answer.
+
+    Raises:
+        _DeclinedError: a content filter stopped it.
+        _NotAsAskedError: there is none, or its generation failed.
+    """
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise _NotAsAskedError(f"expected one choice in the server's answer, found {str(answer)[:300]}")
+        error = _NoChoiceError if choices == [] else _NotAsAskedError
+        raise error(f"expected one choice in the server's answer, found {answer}")
+    reason = _reason(choices[0])
+    if reason == "content_filter":
+        raise _DeclinedError("finish_reason content_filter")
+    if reason in _FAILED:
+        raise _NotAsAskedError(f"expected a whole generation, found {answer}")
     return choices[0]
 
 
+def _reason(choice: dict[str, Any]) -> str:
+    return str(choice.get("finish_reason") or "").lower()
+
+
+def _cut(choice: dict[str, Any]) -> bool:
+    """Whether a text is incomplete: its finish reason is neither null nor one of a complete text."""
+    return bool(_reason(choice)) and _reason(choice) not in _WHOLE
+
+
 def _message(answer: dict[str, Any]) -> Reply:
-    """Text of a chat completion; empty if the message contains only a thought.
+    """Text of a chat completion; empty if the message contains only a thought, or was cut within it.
 
     Raises:
-        RequestRefusedError: the model or a content filter declines to answer.
+        _DeclinedError: the model or a content filter declines to answer.
     """
     choice = _choice(answer)
     message = choice.get("message")
-    if not isinstance(message, dict) or not ("content" in message or any(message.get(name) for name in _THOUGHTS)):
-        raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        raise RequestRefusedError(f"no reply: {message.get('refusal') or 'finish_reason content_filter'}"[:300])
+    if not isinstance(message, dict) or not (
+        "content" in message or any(message.get(name) for name in (*_THOUGHTS, "refusal")) or _cut(choice)
+    ):
+        raise _NotAsAskedError(f"expected a message with text, found {answer}")
+    if message.get("refusal"):
+        raise _DeclinedError(str(message["refusal"]))
     text = _text(message.get("content"))
     if text is None:
-        raise _NotAsAskedError(f"expected a message with text, found {str(answer)[:300]}")
-    return Reply(_whole(text), cut=choice.get("finish_reason") in _CUT)
+        raise _NotAsAskedError(f"expected a message with text, found {answer}")
+    return Reply(_whole(text), cut=_cut(choice))
 
 
 def _text(content: Any) -> str | None:
@@ -474,36 +599,13 @@ def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
     """The choice of a completion, its text, and its number of cached prompt tokens."""
     choice = _choice(answer)
     if not isinstance(choice.get("text"), str):
-        raise _NotAsAskedError(f"expected a choice with text, found {str(answer)[:300]}")
+        raise _NotAsAskedError(f"expected a choice with text, found {answer}")
     return choice, _whole(choice["text"]), _usage(answer)[1]
 
 
 def _whole(text: str) -> str:
     """Replace lone surrogates by U+FFFD, as tokenizers decode partial characters; UTF-8 files cannot hold them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _with_stop(choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
-    """Text of a choice, with the stop string that ended it restored if the server removed it.
-
-    The reported reason is a stop string, a token id, or null (in vLLM for the end-of-sequence token, in SGLang for a
-    cut text).
-
-    Raises:
-        BackendError: the model stopped, no stop string ends the text, and the server does not report why. A stop
-            string, and with it a search or an answer, may be lost.
-    """
-    if text.endswith(stop):
-        return text
-    told = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
-    if met := next((reason for reason in told if reason in stop), None):
-        return text + str(met)
-    if stop and not told and choice.get("finish_reason") == "stop":
-        raise BackendError(
-            "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says what "
-            f"ended a completion (stop_reason, matched_stop), found neither in {str(choice)[:300]}; use vLLM or SGLang"
-        )
-    return text
 
 
 def _usage(answer: dict[str, Any]) -> tuple[int, int, int]:

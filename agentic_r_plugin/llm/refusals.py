@@ -35,6 +35,15 @@ _FORM_CODES = frozenset(
     }
 )  # fmt: skip
 
+_SURELY_OF_PROMPT = re.compile(
+    r"(?:maximum|exceed)[^.]{0,80} context (?:size|length|window)|context (?:size|length|window)[^.]{0,80} exceed"
+    r"|request (?:is )?too large|(?:input|prompt)s? (?:is |are )?too (?:long|large)"
+    r"|support[^.]{0,40} (?:input|prompt) length|input text contains"  # e.g. unsupported characters
+    r"|`inputs`(?: tokens \+ `max_new_tokens`)? must (?:be <|have less)",  # Text Generation Inference, Together
+    re.IGNORECASE,
+)
+"""Texts that no refusal of a form contains, though some also match a pattern of `_OF_FORM`."""
+
 _OF_FORM = re.compile(
     r"(?:un|not |n't )support|unrecogni[sz]ed|unknown (?:field|parameter|argument|name|option|variant|key)"
     r"|unexpected (?:keyword|field|argument|property|value)|extra (?:inputs|fields|keys)|not permitted|no such model"
@@ -58,7 +67,8 @@ _OF_THE_PROMPT = frozenset({"messages", "prompt", "input", "input_tokens", "body
 def refusal(status: int, content: str) -> Refusal:
     """Classify a refusal by the status and body of the response.
 
-    Supports the error bodies of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, LiteLLM and FastAPI.
+    Supports the error bodies of OpenAI, Azure, vLLM, SGLang, llama.cpp, Ollama, LiteLLM, TGI and FastAPI. Statuses of
+    transient failures (408, 429, 5xx) are a refusal of the prompt if they clearly say so, else unclear.
 
     >>> refusal(400, '{"error": {"code": "context_length_exceeded", "message": "..."}}').value
     'prompt'
@@ -69,8 +79,10 @@ def refusal(status: int, content: str) -> Refusal:
     codes = {str(said.get(name)).lower() for name in ("code", "type")} | {said["inner"]}
     message, named = said["message"], said["param"]
     # From specific to vague: a message about the prompt's length may also match a pattern for a wrong value.
-    if status == 413 or codes & _PROMPT_CODES:
+    if status == 413 or codes & _PROMPT_CODES or _SURELY_OF_PROMPT.search(message):
         return Refusal.PROMPT
+    if status in (408, 429) or status >= 500:  # "rate limit exceeded" is not about the prompt
+        return Refusal.UNCLEAR
     if status in (401, 404, 405):
         return Refusal.FORM
     if codes & _FORM_CODES or _OF_FORM.search(message):

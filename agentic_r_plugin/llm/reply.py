@@ -10,7 +10,7 @@ class Reply(str):
 
     Args:
         text: the model's output.
-        cut: whether generation stopped at `max_tokens`, so that the text is incomplete.
+        cut: whether the text is incomplete, such as at `max_tokens`.
     """
 
     cut: bool

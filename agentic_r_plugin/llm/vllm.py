@@ -177,5 +177,5 @@ class VLLMBackend:
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=int(getattr(output, "num_cached_tokens", None) or 0),
-            cut=getattr(output.outputs[0], "finish_reason", None) == "length",
+            cut=output.outputs[0].finish_reason != "stop",
         )

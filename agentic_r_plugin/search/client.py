@@ -152,13 +152,20 @@ class RetrievalClient:
                 f"{self.url}/reload", json={"index": index} | changes, timeout=httpx.Timeout(timeout_s)
             )
         except httpx.TransportError as error:
-            raise SearchError(f"{self.url}/reload: {_describe(error, timeout_s)}") from error
+            reason = redacted(_describe(error, timeout_s), self.token)
+            raise SearchError(f"{self.url}/reload: {reason}") from None
         if answer.status_code != 200:
-            reason = f"HTTP {answer.status_code}: {_error_message(answer.content)}"
+            reason = f"HTTP {answer.status_code}: {_error_message(answer.content, self.token)}"
             raise SearchRefusedError(
                 f"{self.url}/reload: the service refused the request: {reason}", status=answer.status_code
             )
-        return str(answer.json()["fingerprint"])
+        told = _Attempts(self, "/reload").parse(answer.content)
+        if not isinstance(told, dict) or not isinstance(told.get("fingerprint"), str):
+            found = _start(repr(told), self.token)
+            raise SearchError(
+                f"{self.url}/reload: malformed answer: expected an object with 'fingerprint', found {found}"
+            )
+        return str(told["fingerprint"])
 
     def close(self) -> None:
         """Close the blocking connections; those of event loops are closed by `aclose` or with their loop."""
@@ -236,7 +243,7 @@ class RetrievalClient:
         try:
             return decode_hits(answer, num_requests=num_requests, topk=topk)
         except SearchError as error:
-            raise SearchError(f"{self.url}/retrieve: {error}") from error
+            raise SearchError(f"{self.url}/retrieve: {_start(str(error), self.token, 300)}") from None
 
     def _check_size(self, content: bytearray) -> None:
         if len(content) > _MAX_ANSWER_BYTES:
@@ -324,7 +331,7 @@ class _Attempts:
         """
         if status == 200:
             return None
-        said = _error_message(content)
+        said = _error_message(content, self.token)
         if 300 <= status < 400 and "Location" in headers:
             said = f"it redirects to {headers['Location']}; give the address that answers itself"
         reason = redacted(f"HTTP {status}: {said}", self.token)
@@ -337,8 +344,8 @@ class _Attempts:
         try:
             return parse_json(content)
         except (ValueError, RecursionError) as error:
-            found = content[:80]
-            raise SearchError(f"{self.where}: malformed answer: expected JSON, found {found!r} ({error})") from error
+            found = _start(content.decode("utf-8", "replace"), self.token, 80)
+            raise SearchError(f"{self.where}: malformed answer: expected JSON, found {found!r} ({error})") from None
 
 
 def _rebuild(url: str, settings: dict[str, Any]) -> RetrievalClient:
@@ -374,10 +381,16 @@ def _retry_after_s(value: str | None) -> float | None:
         return None
 
 
-def _error_message(content: bytes) -> str:
-    """The `message` of our error body, or the start of the body."""
+def _error_message(content: bytes, token: str | None) -> str:
+    """The `message` of our error body, or the start of the body; without secrets."""
     try:
         error = json.loads(content)["error"]
-        return f"{error['type']}: {error['message']}"
+        return redacted(f"{error['type']}: {error['message']}", token)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return content[:200].decode("utf-8", "replace") or "(empty body)"
+        return _start(content.decode("utf-8", "replace"), token, 200) or "(empty body)"
+
+
+def _start(text: str, token: str | None, length: int = 120) -> str:
+    """The start of a text, without secrets; they are removed first, because a part of one is no longer recognised."""
+    text = redacted(text, token)
+    return text if len(text) <= length else f"{text[:length]}…"

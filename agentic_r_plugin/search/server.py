@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
-from agentic_r_plugin.credentials import read_secret
+from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
 from agentic_r_plugin.store import read_json, write_json
@@ -95,6 +95,8 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
+        way_out = "give the name of an environment variable that holds it"
+        refuse_secrets("serve", {"token_env": self.token_env, "options": self.options}, way_out)
         positive = ("default_topk", "max_queries", "max_topk", "max_passages", "max_query_chars", "max_body_bytes")
         for name in (*positive, "max_waiting", "timeout_s", "header_timeout_s", "batch_size", "workers"):
             if getattr(self, name) <= 0:

@@ -58,6 +58,8 @@ def _document(passage: Passage) -> dict[str, str]:
 def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     """Hits of a parsed answer, best first.
 
+    Errors end with the faulty value, whole: the caller removes secrets from it and shortens it.
+
     Raises:
         SearchError: the answer reports an error, does not hold one list per request, or holds more hits than requested,
             a duplicate passage, a document without text, or a score that is not a finite number. An incomplete answer
@@ -65,9 +67,9 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     """
     result = body.get("result") if isinstance(body, Mapping) else None
     if isinstance(body, Mapping) and body.get("error"):
-        raise SearchError(f"the service answered with an error: {_short(body['error'])}")
+        raise SearchError(f"the service answered with an error: {body['error']!r}")
     if not isinstance(result, list):
-        raise SearchError(f"malformed answer: expected an object with a list 'result', found {_short(body)}")
+        raise SearchError(f"malformed answer: expected an object with a list 'result', found {body!r}")
     if len(result) != num_requests:
         raise SearchError(f"malformed answer: expected {num_requests} results, one per query, found {len(result)}")
     return [_decode_one(hits, index, topk) for index, hits in enumerate(result)]
@@ -76,7 +78,7 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
 def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
     where = f"malformed answer: result[{index}]"
     if not isinstance(hits, list):
-        raise SearchError(f"{where}: expected a list, found {_short(hits)}")
+        raise SearchError(f"{where}: expected a list, found {hits!r}")
     if len(hits) > topk:
         raise SearchError(f"{where}: expected at most {topk} hits, found {len(hits)}")
     found: dict[str, Hit] = {}
@@ -91,17 +93,17 @@ def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
 def _decode_hit(hit: Any, where: str) -> Hit:
     """A document with a score next to it, or (without scores) the document itself."""
     if not isinstance(hit, Mapping):
-        raise SearchError(f"{where}: expected an object with 'document' or the document itself, found {_short(hit)}")
+        raise SearchError(f"{where}: expected an object with 'document' or the document itself, found {hit!r}")
     document = hit.get("document", hit)
     if isinstance(document, str):
         document = {"contents": document}
     if not isinstance(document, Mapping):
-        raise SearchError(f"{where}: expected an object as 'document', found {_short(document)}")
+        raise SearchError(f"{where}: expected an object as 'document', found {document!r}")
     score = hit.get("score")
     if score is None:
         score = 0.0
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise SearchError(f"{where}: expected a finite number as 'score', found {_short(score)}")
+        raise SearchError(f"{where}: expected a finite number as 'score', found {score!r}")
     return Hit(passage=_decode_document(document, _identifier(document) or _identifier(hit), where), score=float(score))
 
 
@@ -125,10 +127,5 @@ def _decode_document(document: Mapping[str, Any], identifier: str, where: str) -
     elif isinstance(contents, str):
         passage = Passage.from_contents(identifier, contents)
     else:
-        raise SearchError(f"{where}: expected a document with 'contents' or 'text', found {_short(document)}")
+        raise SearchError(f"{where}: expected a document with 'contents' or 'text', found {document!r}")
     return passage if identifier else replace(passage, id=text_id(passage.contents))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:120]}…"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
@@ -308,6 +309,103 @@ def test_a_continuation_says_whether_it_was_cut():
         assert [made.generate([request("a")], Sampling())[0].cut for _ in range(2)] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [*((name, False) for name in ("stop", "eos", "eos_token", "stop_sequence", "end_turn", "STOP", "tool_calls", None)),
+     *((name, True) for name in ("model_length", "MAX_TOKENS", "insufficient_system_resource", "recitation"))],
+)  # fmt: skip
+def test_only_the_finish_reasons_of_a_complete_text_are_whole(reason: str | None, cut: bool):
+    with serve(
+        lambda path, body: message("x", reason) if "messages" in body else completion("x", finish_reason=reason)
+    ) as server:
+        made = backend(server.url)
+        assert made.chat(["hello"], max_tokens=5)[0].cut is cut
+        assert made.generate([request("a")], Sampling())[0].cut is cut
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+def test_a_failed_generation_is_asked_for_again_and_is_no_end_of_sequence(reason: str):
+    answers = iter([completion("", finish_reason=reason), completion("x", finish_reason="stop")])
+    with serve(lambda path, body: next(answers)) as server:
+        (done,) = backend(server.url).generate([request("a")], Sampling())
+    assert CODEC.decode(done.token_ids) == "x" and len(server.requests) == 2
+    with (
+        serve(lambda path, body: completion("", finish_reason=reason)) as server,
+        pytest.raises(BackendError, match=rf"expected a whole generation.*{reason}.*tried 2 times"),
+    ):
+        backend(server.url, max_retries=1).generate([request("a")], Sampling())
+
+
+@pytest.mark.parametrize("reason", ["model_length", "content_filter"])
+def test_a_continuation_that_is_cut_before_its_first_token_is_a_refusal_and_no_end_of_sequence(reason: str):
+    with serve(lambda path, body: completion("", finish_reason=reason)) as server:
+        (done,) = backend(server.url).generate([request("a")], Sampling())
+    assert isinstance(done, RequestRefusedError) and reason in str(done)
+
+
+def test_a_message_whose_thoughts_used_all_tokens_is_an_empty_cut_reply():
+    choice = {"finish_reason": "length", "message": {"role": "assistant"}}
+    with serve(lambda path, body: (200, {"choices": [choice]})) as server:
+        (reply,) = backend(server.url).chat(["hello"], max_tokens=5)
+    assert reply == "" and reply.cut and len(server.requests) == 1
+
+
+def test_an_error_with_status_200_goes_through_the_rules_of_refusals():
+    def answer(path: str, body: dict) -> Answer:
+        told = {
+            "long": {"code": 400, "message": "maximum context length is 8 tokens"},
+            "long too": {"message": "prompt is too long", "code": "context_length_exceeded"},
+        }.get(body["messages"][0]["content"])
+        return (200, {"error": told}) if told else chat("fine")
+
+    with serve(answer) as server:
+        first, second, third = backend(server.url).chat(["long", "a", "long too"], max_tokens=5)
+    assert second == "fine" and len(server.requests) == 3
+    assert isinstance(first, RequestRefusedError) and "HTTP 400" in str(first) and "maximum context" in str(first)
+    assert isinstance(third, RequestRefusedError)
+    with (
+        serve(lambda path, body: (200, {"error": {"code": 401, "message": "No auth credentials found"}})) as server,
+        pytest.raises(BackendConfigError, match=r"llm\.api_key_env"),
+    ):
+        backend(server.url).chat(["a"], max_tokens=5)
+    answers = iter([(200, {"error": {"code": 502, "message": "Provider returned error"}}), chat("fine")])
+    with serve(lambda path, body: next(answers)) as server:
+        assert backend(server.url).chat(["a"], max_tokens=5) == ["fine"]
+
+
+def test_a_prompt_that_gets_no_choice_is_refused_alone_once_others_were_accepted():
+    with serve(
+        lambda path, body: (200, {"choices": []}) if body["messages"][0]["content"] == "bad" else chat("x")
+    ) as server:
+        made = backend(server.url, max_retries=1, concurrency=1)
+        first, second, third = made.chat(["a", "bad", "b"], max_tokens=5)
+    assert (first, third) == ("x", "x") and isinstance(second, RequestRefusedError)
+    assert "tried 2 times" in str(second) and len(server.requests) == 4
+
+
+def test_a_failed_look_at_the_model_list_is_repeated_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch):
+    statuses = iter([503, 429, 200])
+    looks = []
+    models = [{"id": "m", "owned_by": "vllm"}]
+    with serve(lambda path, body: chat("x"), models=models) as server:
+        made = backend(server.url)
+        get = made._client.get
+
+        def look(*arguments, **settings):
+            looks.append(1)
+            if len(looks) == 1:
+                raise httpx.ConnectError("refused")
+            response = get(*arguments, **settings)
+            response.status_code = next(statuses)
+            return response
+
+        monkeypatch.setattr(made._client, "get", look)
+        for _ in range(5):
+            made.chat(["hello"], max_tokens=5)
+    assert ["top_k" in body for _, body, _ in server.requests] == [False, False, False, True, True]
+    assert len(looks) == 4
+
+
 # --- Further fields of the body ---------------------------------------------------------------------------------------
 
 
@@ -441,6 +539,66 @@ def test_a_refusal_of_one_prompt_is_that_prompts_alone(status: int, body: dict |
     assert len(server.requests) == 3
 
 
+TOO_LONG = [
+    (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4744 `inputs` "
+           "tokens and 500 `max_new_tokens`", "error_type": "validation"}),
+    (422, {"error": "Input validation error: `inputs` must have less than 1024 tokens. Given: 1350"}),
+    (400, error("The model does not support the input length 5000")),
+    (400, error("Input text contains unsupported characters")),
+    (429, error("Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 40000.",
+                type="tokens", code="rate_limit_exceeded")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "body"), TOO_LONG)
+def test_a_prompt_that_is_too_long_is_not_taken_for_a_wrong_form(status: int, body: dict):
+    with serve(lambda path, _: (status, body)) as server:
+        (only,) = backend(server.url).chat(["long"], max_tokens=5)
+    assert isinstance(only, RequestRefusedError) and f"HTTP {status}" in str(only) and len(server.requests) == 1
+
+
+def test_a_context_overflow_sent_as_500_is_the_prompts_after_the_retries():
+    """llama.cpp sends it also if requests that share the context fill it together, so it may pass."""
+
+    def answer(path: str, body: dict) -> Answer:
+        if body["messages"][0]["content"] == "long":
+            return 500, error("Context size has been exceeded.", code=500, type="server_error")
+        return chat("fine")
+
+    with serve(answer) as server:
+        first, second = backend(server.url, max_retries=1).chat(["long", "a"], max_tokens=5)
+    assert isinstance(first, RequestRefusedError) and second == "fine" and len(server.requests) == 3
+
+
+@pytest.mark.parametrize("said", ["context deadline exceeded", "Rate limit exceeded: too many tokens"])
+@pytest.mark.parametrize("status", [429, 500])
+def test_an_overloaded_server_does_not_refuse_a_prompt(status: int, said: str):
+    with serve(lambda path, body: (status, error(said))) as server, pytest.raises(BackendError) as raised:
+        backend(server.url, max_retries=1).chat(["a"], max_tokens=5)
+    assert not isinstance(raised.value, RequestRefusedError) and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_once_a_form_was_accepted_its_refusal_is_one_prompts_alone(status: int):
+    def answer(path: str, body: dict) -> Answer:
+        odd = body["messages"][0]["content"] == "odd"
+        return (status, error("Unsupported value in template")) if odd else chat("fine")
+
+    with serve(answer) as server:
+        made = backend(server.url, concurrency=1)
+        first, second, third = made.chat(["a", "odd", "b"], max_tokens=5)
+        assert (first, third) == ("fine", "fine") and isinstance(second, RequestRefusedError)
+        with pytest.raises(BackendConfigError):  # another form
+            made.chat(["odd"], max_tokens=5, temperature=0.5, seed=1)
+
+
+def test_a_404_in_the_middle_of_a_run_is_tried_again():
+    answers = iter([chat("a"), (404, "no route"), chat("b")])
+    with serve(lambda path, body: next(answers)) as server:
+        assert backend(server.url, concurrency=1).chat(["a", "b"], max_tokens=5) == ["a", "b"]
+    assert len(server.requests) == 3
+
+
 def test_refusals_without_a_reason_are_of_the_form_where_no_request_was_ever_taken():
     with serve(lambda path, body: (400, "Bad Request")) as server:
         made = backend(server.url)
@@ -485,6 +643,73 @@ def test_a_key_that_the_server_sends_back_is_not_shown(monkeypatch: pytest.Monke
         except BackendError as raised:
             found = raised
     assert "***" in str(found) and "sk-secret" not in str(found)
+
+
+KEY = "sk-secret-1234"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [f"{'x' * 370}{KEY}", f"<html>{KEY}</html>", [KEY], {"choices": [], "said": KEY},
+     {"choices": [{"message": {"x": KEY}}]}, {"choices": [{"message": {"content": None, "refusal": f"no {KEY}"}}]},
+     {"choices": [{"text": KEY, "finish_reason": "error"}]}],
+)  # fmt: skip
+def test_a_key_in_an_answer_with_status_200_is_not_shown_nor_a_part_of_it(content):
+    with serve(lambda path, body: (200, content)) as server:
+        made = backend(server.url, max_retries=0, api_key=KEY)
+        for ask in (
+            lambda: made.chat(["hello"], max_tokens=5),
+            lambda: made.generate([request("a")], Sampling()),
+        ):
+            try:
+                (found,) = ask()
+            except BackendError as raised:
+                found = raised
+            assert isinstance(found, BackendError) and "***" in str(found) and "sk-" not in str(found)
+
+
+def test_a_key_in_a_text_without_its_stop_string_is_not_shown():
+    with (
+        serve(lambda path, body: completion(f"<search> {KEY}", finish_reason="stop")) as server,
+        pytest.raises(BackendError, match=r"<search> \*\*\*") as raised,
+    ):
+        backend(server.url, api_key=KEY).generate([request("a")], STOP)
+    assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["num_ctx", "keep_alive", "think"])
+def test_a_field_that_ollama_ignores_is_no_option_and_the_error_names_the_way_out(name: str):
+    spec = LLMSpec(backend="openai", url="http://127.0.0.1:1/v1", model="m", options={name: 1})
+    way_out = {
+        "num_ctx": "OLLAMA_CONTEXT_LENGTH.*Modelfile",
+        "keep_alive": "OLLAMA_KEEP_ALIVE",
+        "think": "reasoning_effort",
+    }
+    with pytest.raises(ConfigError, match=rf"llm\.options\.{name}: .*{way_out[name]}"):
+        OpenAIBackend.from_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "https://x.openai.azure.com/openai/deployments/d?api-version=2024-06-01",
+            r"https://x\.openai\.azure\.com/openai/v1",
+        ),
+        (
+            "https://x.openai.azure.com/openai/deployments/d/",
+            r"https://x\.openai\.azure\.com/openai/v1, and the deployment",
+        ),
+        ("http://[::1/v1", "base URL"),
+        ("http://127.0.0.1:port/v1", "base URL"),
+        ("127.0.0.1:8000/v1", "base URL"),
+        ("localhost:8000/v1", "base URL"),
+        ("http://127.0.0.1:8000/v1?version=1", "without a query"),
+    ],
+)
+def test_an_address_that_no_request_can_be_sent_to_is_an_error_of_the_settings(url: str, said: str):
+    with pytest.raises(ConfigError, match=rf"llm\.url=.*{said}"):
+        OpenAIBackend(url, "m")
 
 
 def test_missing_settings_are_named():

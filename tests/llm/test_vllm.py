@@ -53,6 +53,7 @@ class LLM:
     enable_prefix_caching: bool
     tensor_parallel_size: int = 1
     said: str = "<search> q </search>"
+    finish_reason: str = "stop"
     max_model_len: int = 100
     calls: list[tuple[list, list, bool]] = field(default_factory=list)
 
@@ -69,7 +70,11 @@ class LLM:
             raise ValueError("a prompt is longer than the maximum model length")
         return [
             SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=tuple(map(ord, self.said))[: params.max_tokens])],
+                outputs=[
+                    SimpleNamespace(
+                        token_ids=tuple(map(ord, self.said))[: params.max_tokens], finish_reason=self.finish_reason
+                    )
+                ],
                 num_cached_tokens=1,
             )
             for params in sampling_params
@@ -123,6 +128,13 @@ def test_a_message_or_a_prompt_that_fills_the_context_is_refused_alone():
     found = backend.generate([Request(prompt_ids=(1,) * length, max_tokens=5) for length in lengths], Sampling())
     assert [one.prompt_tokens for one in (found[0], found[2])] == [2, 3]
     assert isinstance(found[1], RequestRefusedError) and "a prompt of 11 tokens leaves no room" in str(found[1])
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(("reason", "cut"), [("stop", False), ("length", True), ("abort", True), (None, True)])
+def test_only_a_text_that_the_model_ended_is_whole(reason: str | None, cut: bool):
+    backend = VLLMBackend("m", finish_reason=reason)
+    assert backend.generate([Request(prompt_ids=(1,), max_tokens=50)], Sampling())[0].cut is cut
 
 
 @pytest.mark.usefixtures("vllm")

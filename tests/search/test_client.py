@@ -81,7 +81,7 @@ def test_what_does_not_pass_is_unavailable_with_address_attempts_and_last_fault(
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"<html>", "expected JSON, found b'<html>'"),
+        (b"<html>", "expected JSON, found '<html>'"),
         (b"\xff\xfe", "expected JSON"),
         (b"[" * 100_000, "expected JSON"),
         (b"[]", "an object with a list 'result'"),
