@@ -206,7 +206,7 @@ def question_fields(row: Row) -> dict[str, Any]:
         if form.has <= row.keys() and not form.lacks & row.keys():
             row |= form.parse(row)
             break
-    if absent(row.get("golden_answers")):
+    if not answers(row.get("golden_answers")):
         given = (row[name] for name in _GOLD_FIELDS if name in row and answers(row[name], name))
         row["golden_answers"] = next(given, None)
     info = _mapping(row, "extra_info")

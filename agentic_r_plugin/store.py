@@ -59,11 +59,15 @@ def shards(path: str | Path) -> list[Path]:
         return [path]
     found = sorted(item for item in path.iterdir() if _DATA.search(item.name) and not _NO_SHARD.search(item.name))
     for item in found:
-        if not _READ.search(item.name):
-            raise RecordError(f"expected only {_SHARDS} shards in this folder; convert this file or move it", path=item)
+        _check_readable(item)
     if not found:
         raise RecordError(f"expected a record file or a folder of {_SHARDS} shards", path=path)
     return found
+
+
+def _check_readable(path: Path) -> None:
+    if _DATA.search(path.name) and not _READ.search(path.name):
+        raise RecordError(f"expected {_SHARDS}; convert this file (in a folder of shards, move it away)", path=path)
 
 
 _SHARDS = ".jsonl, .jsonl.gz, .json, .json.gz or .parquet"
@@ -87,6 +91,7 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
     path = Path(path)
     if not path.is_file():
         raise RecordError("no such file", path=path)
+    _check_readable(path)
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns)
         return

@@ -323,6 +323,7 @@ OF_HOTPOTQA = {"supporting_titles": ["Ann", "Bob"], "type": "bridge", "level": "
         ({"_id": "q", "title": "", "text": "Q?"}, ("q", "Q?", (), {})),
         ({"_id": "q", "title": "T", "text": "Q?"}, ("q", "Q?", (), {})),
         ({"id": "a", "question": "Q?", "golden_answers": None, "answer": "Paris"}, ("a", "Q?", ("Paris",), {})),
+        ({"id": "a", "question": "Q?", "golden_answers": [], "answer": "Paris"}, ("a", "Q?", ("Paris",), {})),
         ({"id": "a", "question": "Q?", "answers": [], "answer": "Paris"}, ("a", "Q?", ("Paris",), {})),
         (
             {"id": "a", "question": "Q?", "query_id": None, "query": None, "golden_answers": None, "answer": "Paris"},

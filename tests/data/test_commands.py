@@ -191,3 +191,8 @@ def test_unlabelled_questions_are_asked_but_need_a_label_for_correctness(
     assert (record.id, record.golden_answers, record.em, record.f1) == ("7", (), 0, 0.0) and record.answer
     assert main(lines["exhaustive"]) == 1
     assert "candidates.jsonl: no question has golden answers" in capsys.readouterr().err
+    (query,) = read_records(tmp_path / "candidates.jsonl", Candidates)
+    write_records(tmp_path / "candidates.jsonl", [query, replace(query, id="8", golden_answers=("x",))])
+    assert main(lines["exhaustive"]) == 0
+    assert {record.id for record in read_records(tmp_path / "exhaustive.jsonl", Correctness)} == {"8"}
+    assert read_json(tmp_path / "exhaustive.jsonl.report.json")["dropped"] == {"no_gold_answer": 1}
