@@ -297,10 +297,11 @@ class Session:
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.protocol.prompt_ids(self.question, self.codec)
-        bare = len(self.codec.encode(self.protocol.render([])))
+        # A search that found something must be able to show a passage.
+        bare = len(self.codec.encode(self.protocol.render([Passage(id="", title="", text="")])))
         if bare > self.limits.max_observation_tokens:
             raise ConfigError(
-                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block without passages alone "
+                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block with one empty passage "
                 f"takes {bare}"
             )
         if self._room < 1:
@@ -442,7 +443,10 @@ class Session:
         return Retry()
 
     def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
-        """As many leading passages as fit the observation limit; if the first is too long, its end is cut off."""
+        """As many leading passages as fit the observation limit, at least one if there is one.
+
+        If the first is too long, its text is cut, and if no text is left, its title.
+        """
         shown, most = list(passages), self.limits.max_observation_tokens
         ids: list[int] = []
         encoded = ""
@@ -457,8 +461,12 @@ class Session:
                 shown.pop()
                 continue
             # Tokens per word vary, so the cut is an estimate; the loop repeats until the block fits.
-            text = _shortened(shown[0].text[: len(encoded)], most, len(ids))
-            shown, encoded = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else [], ""
+            title, text = shown[0].title, shown[0].text
+            if text:
+                text = _shortened(text[: len(encoded)], most, len(ids))
+            else:
+                title = _shortened(title[: len(encoded)], most, len(ids))
+            shown, encoded = [Passage(id=shown[0].id, title=title, text=text)], ""
 
     def _encode_start(self, block: str) -> tuple[list[int], str]:
         """Ids of a block, or of a prefix of it that is already too long, with the text that they encode.

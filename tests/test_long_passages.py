@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session, _shortened, compact
 from agentic_r_plugin.records import Passage
@@ -61,7 +62,7 @@ def from_all(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[s
             shown.pop()
         else:
             text = _shortened(shown[0].text, MOST, len(ids))
-            shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)] if text else []
+            shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)]
 
 
 @pytest.mark.parametrize("name", ["bpe", "wordpiece"])
@@ -83,7 +84,7 @@ def test_observations_are_those_of_tokenising_everything(name: str) -> None:
             assert (shown, ids, block) == expected
         else:  # its last words are lost, perhaps one more or less than where all of it is tokenised
             assert ids == codec.encode(block) and len(ids) <= MOST
-            assert first.startswith(block.removesuffix("</information>\n\n")) or not shown
+            assert first.startswith(block.removesuffix("</information>\n\n")) and shown == ["0"]
     assert min(count for kind, count in seen.items() if (name, kind) != ("bpe", "long, fits")) > 0, seen
 
 
@@ -95,3 +96,24 @@ def test_little_more_than_an_observation_holds_is_tokenised_of_long_passages(nam
     shown, ids, _ = observation(codec, passages)
     assert shown == ["0"] and MOST * 0.7 < len(ids) <= MOST
     assert codec.characters < 3 * BOUND
+
+
+@pytest.mark.parametrize("name", ["bpe", "wordpiece"])
+@pytest.mark.parametrize(
+    "line", ["lighthouse keeper " * 400, "字" * 2_000, "a/" * 2_500], ids=["words", "字", "slashes"]
+)
+def test_a_title_too_long_is_cut_and_a_passage_is_always_shown(name: str, line: str) -> None:
+    passages = [Passage.from_contents(str(rank), f"{line}\nThe text of {rank}.") for rank in range(3)]
+    codec = CountingCodec(tokenizer(name))
+    shown, ids, block = observation(codec, passages)
+    assert shown == ["0"] and ids == codec.encode(block) and len(ids) <= MOST
+    head, tail = compact.render([Passage(id="", title="|", text="")]).split("|")
+    assert block.startswith(head + line[:5]) and block.endswith(tail)
+
+
+def test_limits_that_hold_no_passage_are_an_error() -> None:
+    codec = TokenizerCodec(tokenizer("bpe"))
+    empty = len(codec.encode(compact.render([Passage(id="", title="", text="")])))
+    Session(compact, codec, Limits(max_observation_tokens=empty), "Who?")
+    with pytest.raises(ConfigError, match=f"={empty - 1}: a block with one empty passage takes {empty}"):
+        Session(compact, codec, Limits(max_observation_tokens=empty - 1), "Who?")
