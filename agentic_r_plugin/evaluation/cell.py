@@ -233,7 +233,7 @@ def _intervals(
 
 
 def _breakdown(dataset: Any, records: Sequence[Trajectory]) -> dict[str, Any]:
-    """Exact match and number of searches by kind of question."""
+    """Exact match of the questions with gold answers, and number of searches of all, by kind of question."""
     table: dict[str, dict[str, Any]] = {}
     for key in BREAKDOWNS:
         groups: dict[str, list[Trajectory]] = {}
@@ -244,7 +244,9 @@ def _breakdown(dataset: Any, records: Sequence[Trajectory]) -> dict[str, Any]:
             table[key] = {
                 value: {
                     "num_questions": len(rows),
-                    "em": sum(row.em for row in rows) / len(rows),
+                    "em": statistics.fmean(labelled)
+                    if (labelled := [r.em for r in rows if r.golden_answers])
+                    else None,
                     "search_turns": sum(len(row.turns) for row in rows) / len(rows),
                 }
                 for value, rows in sorted(groups.items())

@@ -545,7 +545,12 @@ def test_unlabelled_questions_are_answered_and_left_out_of_the_scores(
 ) -> None:
     settings = config(tmp_path, tiny_agent)
     rows = [
-        {"id": str(i), "question": "Where?", "golden_answers": golden, "metadata": {"gold_doc_ids": "p0"}}
+        {
+            "id": str(i),
+            "question": "Where?",
+            "golden_answers": golden,
+            "metadata": {"gold_doc_ids": "p0", "hops": i + 1},
+        }
         for i, golden in enumerate(labels)
     ]
     write_form(tmp_path / "toy" / "test.jsonl", rows)
@@ -556,6 +561,11 @@ def test_unlabelled_questions_are_answered_and_left_out_of_the_scores(
     assert cell["metrics"]["agentic_em"]["mean"] == (0.0 if labelled else None)
     assert cell["metrics"]["agentic_em"].get("num_questions", 0) == labelled
     assert cell["metrics"]["gold_document_recall"]["mean"] == 0.0
+    kinds = cell["breakdown"]["hops"]
+    assert {value: (kind["num_questions"], kind["em"]) for value, kind in kinds.items()} == {
+        "1": (1, None), "2": (1, 0.0 if labelled else None)
+    }  # fmt: skip
     assert f"2 questions, {2 - labelled} of them without gold answers" in capsys.readouterr().out
     report.run(report.ReportConfig(run=str(tmp_path / "out")))
-    assert (tmp_path / "out" / "report.html").is_file()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<td data-value="">– <span class="ci">') == len(labels) - labelled
