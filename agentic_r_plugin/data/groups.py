@@ -11,7 +11,7 @@ from pathlib import Path
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, preset_rule, select
+from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, check_scored, preset_rule, select
 from agentic_r_plugin.data.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
@@ -232,6 +232,8 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
 
         def prepare(query: Candidates) -> SelectionTask:
             scored = relevance.get(query_key(query)) if relevance is not None else None
+            if scored is not None:
+                check_scored([passage.id for passage in query.passages], scored.scores)
             texts = None
             if corpus is not None:
                 texts = {passage.id: normalize(corpus.by_id(passage.id).text) for passage in query.passages}

@@ -69,6 +69,10 @@ def task_of(
     return ScoringTask(query=query, passages=found, question=question, sub_answer=sub_answer)
 
 
+def _no_question(query: Candidates) -> RecordError:
+    return RecordError(f"query {query.key}: question {query.id!r} is not in the questions file")
+
+
 def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> list[Relevance | JudgeError]:
     """Relevance of each query's candidates, or the judge's error; all queries are scored in one call.
 
@@ -78,7 +82,7 @@ def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> l
     """
     for task in tasks:
         if scorer.needs_questions and task.question is None:
-            raise RecordError(f"query {task.query.key}: question {task.query.id!r} is not in the questions file")
+            raise _no_question(task.query)
     return [
         scores
         if isinstance(scores, JudgeError)
@@ -131,13 +135,17 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
         inputs["sub-answers"] = Path(config.sub_answers)
         sub_answers = KeyedRecords(config.sub_answers, SubAnswer, lambda item: f"{item.id}/{item.turn}", folder=folder)
     with Corpus(config.corpus) as corpus:
+        needs_question = components.load("relevance_scorer", config.scorer).needs_questions
 
         def prepare(query: Candidates) -> ScoringTask:
             known = sub_answers.get(query_key(query)) if sub_answers is not None else None
+            question = questions.get(query.id) if questions is not None else None
+            if needs_question and question is None:
+                raise _no_question(query)
             return task_of(
                 query,
                 corpus,
-                question=questions.get(query.id) if questions is not None else None,
+                question=question,
                 sub_answer=known.sub_answer if known is not None else None,
             )
 

@@ -89,11 +89,16 @@ def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold:
     >>> tie_levels(["a", "b", "c", "d"], {"a": 70, "b": 90, "c": 70, "d": 10}, 60)
     [['b'], ['a', 'c']]
     """
+    check_scored(passages, relevance)
+    scores = sorted({relevance[passage] for passage in passages if relevance[passage] >= threshold}, reverse=True)
+    return [[passage for passage in passages if relevance[passage] == score] for score in scores]
+
+
+def check_scored(passages: Sequence[str], relevance: Mapping[str, int]) -> None:
+    """Raise RecordError if a passage has no relevance."""
     unscored = [passage for passage in passages if passage not in relevance]
     if unscored:
         raise RecordError(f"no relevance for passage {unscored[0]!r}; the relevance file is of other candidates")
-    scores = sorted({relevance[passage] for passage in passages if relevance[passage] >= threshold}, reverse=True)
-    return [[passage for passage in passages if relevance[passage] == score] for score in scores]
 
 
 def rollout_order(passages: Sequence[str], relevance: Mapping[str, int], rule: SelectionRule) -> list[list[str]]:

@@ -35,7 +35,7 @@ from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
-from agentic_r_plugin.storage.table import REFUSED, Row, WorkTable
+from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
 from agentic_r_plugin.store import (
     absolute,
     atomic_path,
@@ -63,7 +63,7 @@ class Stage(Generic[Item]):
         models: fingerprints of the caller's own resources, by role; the workers add theirs.
         record: type of the records written.
         units: reads the input from its start: (key, item), each key once.
-        prepare: item -> task of a worker.
+        prepare: item -> task of a worker; a unit for which it raises RecordError is refused.
         sides: files in which `prepare` looks records up; read once before any work, closed at the end.
         worker: builds a worker (from `for_workers(config)`); must be picklable if `runner` uses Ray.
         batch_size: units per batch; a killed process loses the batches in flight.
@@ -216,7 +216,7 @@ def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -
     _check_errors(stage, table, total)
     with progress(total=total, initial=sum(done), desc=stage.name, unit="unit") as shown:
         # Start no further batch once the share of errors is certain to be too large.
-        batches = takewhile(lambda _: not _too_many_errors(stage, table, total), _batches(stage, done))
+        batches = takewhile(lambda _: not _too_many_errors(stage, table, total), _batches(stage, table, done, shown))
         for batch, (outcomes, spent) in executor.run(batches):
             table.add(list(zip(batch.positions, batch.keys, outcomes, strict=True)), spent)
             shown.update(len(outcomes))
@@ -224,13 +224,30 @@ def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -
     _check_refused(stage, table, total)
 
 
-def _batches(stage: Stage[Any], done: bytearray) -> Iterator[Batch[Any]]:
-    """Batches of unfinished units, in input order."""
-    left = (
-        (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if not done[position]
-    )
-    while ready := list(islice(left, stage.batch_size)):
-        yield Batch(*zip(*ready, strict=True))
+def _batches(stage: Stage[Any], table: WorkTable, done: bytearray, shown: Any) -> Iterator[Batch[Any]]:
+    """Batches of unfinished units, in input order; units that cannot be prepared are stored as refused."""
+    left = (unit for unit in enumerate(stage.units()) if not done[unit[0]])
+    while units := list(islice(left, stage.batch_size)):
+        ready, refused = _prepared(stage, units)
+        if refused:
+            table.add(refused, {})
+            shown.update(len(refused))
+        if ready:
+            yield Batch(*zip(*ready, strict=True))
+
+
+def _prepared(
+    stage: Stage[Item], units: Iterable[tuple[int, tuple[str, Item]]]
+) -> tuple[list[tuple[int, str, Any]], list[tuple[int, str, Outcome]]]:
+    """Units with their tasks, and units that do not fit the other inputs, such as a candidate that the corpus lacks."""
+    ready: list[tuple[int, str, Any]] = []
+    refused: list[tuple[int, str, Outcome]] = []
+    for position, (key, item) in units:
+        try:
+            ready.append((position, key, stage.prepare(item)))
+        except RecordError as error:
+            refused.append((position, key, Outcome.refused(error)))
+    return ready, refused
 
 
 def _too_many_errors(stage: Stage[Any], table: WorkTable, total: int) -> bool:
@@ -266,9 +283,9 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
     # Evenly spaced units: inputs are often sorted by data set, so the first units would not be representative.
     wanted = min(stage.runner.forecast, total)
     picked = {index * total // wanted for index in range(wanted)} if wanted else set()
-    ready = [
-        (position, key, stage.prepare(item)) for position, (key, item) in enumerate(stage.units()) if position in picked
-    ]
+    ready, refused = _prepared(stage, (unit for unit in enumerate(stage.units()) if unit[0] in picked))
+    if refused and not ready:
+        raise RequestRefusedError(f"{stage.name}: all units of the sample were refused; first, {refused[0][2].error}")
     # At least 8 batches if possible, since the standard error is estimated between batches.
     size = max(1, min(stage.batch_size, len(ready) // 8))
     batches = [Batch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]

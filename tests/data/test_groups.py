@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.data.groups import GroupsConfig, run
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, ScoredPassage
 from agentic_r_plugin.store import read_json, read_records, write_records
 
@@ -109,11 +110,28 @@ def test_repeated_passages_are_told_by_their_text(config: GroupsConfig, tmp_path
     assert len({"p17", "p18", "p19"} & set(first.negatives)) <= 1
 
 
-def test_correctness_that_names_a_passage_twice_is_an_error(config: GroupsConfig, tmp_path: Path):
+def test_correctness_that_names_a_passage_twice_refuses_its_query(config: GroupsConfig, tmp_path: Path):
     twice = [Correctness(id="0", turn=1, passage_id="p03", em=em, answer=None, searches=0) for em in (0, 1)]
     write_records(tmp_path / "twice.jsonl", twice)
-    with pytest.raises(RecordError, match=r"twice\.jsonl: query \('0', 1\): passage 'p03' occurs twice"):
-        run(replace(config, correctness=str(tmp_path / "twice.jsonl")))
+    run(replace(config, correctness=str(tmp_path / "twice.jsonl")))
+    (line,) = Path(config.out + ".errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["unit"] == "0/1"
+    assert re.search(r"twice\.jsonl: query \('0', 1\): passage 'p03' occurs twice", json.loads(line)["error"])
+
+
+def test_relevance_of_other_candidates_refuses_a_query_and_of_no_query_is_an_error(
+    config: GroupsConfig, tmp_path: Path
+):
+    scored = list(read_records(config.relevance, Relevance))
+    others = [replace(one, scores={"other": 90}) if one.id == "0" else one for one in scored]
+    write_records(tmp_path / "one.jsonl", others)
+    run(replace(config, relevance=str(tmp_path / "one.jsonl")))
+    report = read_json(config.out + ".report.json")
+    assert (report["dropped"]["refused"], report["read"]) == (1, 6)
+    assert "0" not in [group.id for group in read_records(config.out, Group)] and report["kept"] > 0
+    write_records(tmp_path / "all.jsonl", [Relevance(id=str(n), turn=1, scores={"other": 90}) for n in range(6)])
+    with pytest.raises(RequestRefusedError, match=r"all of the 6 units were refused.*no relevance for passage 'p00'"):
+        run(replace(config, relevance=str(tmp_path / "all.jsonl"), out=config.out + "2"))
 
 
 def test_missing_files_and_unknown_presets_are_named(config: GroupsConfig):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,51 @@ def test_a_backend_that_refuses_a_whole_batch_is_asked_one_by_one():
     assert [one.refusal for one in sessions] == [None, "too long", None]
     assert [one.finished.answer for one in sessions] == ["x", None, "x"]
     assert sessions[1].finished.stop_reason is StopReason.MAX_TOKENS
+
+
+def lose_passages(folder: Path, lost: set[str]) -> None:
+    """Replace a candidate of these queries by one that the corpus lacks."""
+    queries = list(read_records(folder / "candidates.jsonl", Candidates))
+    away = ScoredPassage(id="lost", score=1.0)
+    queries = [replace(q, passages=(*q.passages[:3], away)) if q.id in lost else q for q in queries]
+    write_records(folder / "candidates.jsonl", queries)
+
+
+@pytest.mark.parametrize("stage", ["correctness", "relevance"])
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_candidate_that_the_corpus_lacks_refuses_its_query_and_of_all_queries_is_an_error(
+    folder: Path, stage: str, batch_size: int, capsys: pytest.CaptureFixture
+):
+    def command(url: str, out: str) -> int:
+        files = ["--candidates", str(folder / "candidates.jsonl"), "--corpus", str(folder / "corpus.jsonl")]
+        own = (
+            ["--exhaustive", *backends(folder, url)]
+            if stage == "correctness"
+            else ["--scorer", "listwise_judge", "llm.backend=openai", f"llm.url={url}", "llm.model=m"]
+        )
+        return main([stage, *files, *own, "--out", str(folder / out), f"batch_size={batch_size}"])
+
+    record = Correctness if stage == "correctness" else Relevance
+    accepting = agent if stage == "correctness" else judge
+    lose_passages(folder, {"q0"})
+    with serve(accepting) as server:
+        assert command(server.url, "one.jsonl") == 0
+        asked = len(server.requests)
+        lose_passages(folder, {"q0", "q1", "q2"})
+        capsys.readouterr()
+        assert command(server.url, "all.jsonl") == 1
+        assert len(server.requests) == asked, "nothing was asked"
+    assert {one.id for one in read_records(folder / "one.jsonl", record)} == {"q2"}  # q1 is refused by the server
+    found = dict(errors(folder / "one.jsonl"))
+    assert list(found) == ["q0/1", "q1/1"] and "no passage with id 'lost' in this corpus" in found["q0/1"]
+    assert read_json(folder / "one.jsonl.report.json")["dropped"] == {"refused": 2}
+    assert "all of the 3 units were refused, none could be worked on; first, q0/1: " in capsys.readouterr().err
+
+
+def test_a_question_that_the_file_lacks_refuses_its_queries(folder: Path):
+    gold = [replace(one, metadata={"gold_doc_ids": ["0"]}) for one in QUESTIONS if one.id != "q1"]
+    write_records(folder / "questions.jsonl", gold)
+    files = [f"--{name}={folder / name}.jsonl" for name in ("candidates", "corpus", "questions")]
+    assert main(["relevance", *files, "--out", str(folder / "r.jsonl")]) == 0
+    assert [one.id for one in read_records(folder / "r.jsonl", Relevance)] == ["q0", "q2"]
+    assert "question 'q1' is not in the questions file" in dict(errors(folder / "r.jsonl"))["q1/1"]
