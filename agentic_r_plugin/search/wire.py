@@ -6,8 +6,9 @@ list holds the documents themselves. Further fields are ignored in both; a `topk
 default.
 
 Answers of other services can be read too: documents with `contents`, with `text` and perhaps `title`, or with all of
-them; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers without scores (0 is
-recorded); fewer passages than requested. A document without an id gets a hash of its text (`records.text_id`).
+them, or as plain text; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers
+without scores (0 is recorded); fewer passages than requested, or more (the first are taken). A document without an id
+gets a hash of its text (`records.text_id`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from agentic_r_plugin.errors import SearchError
-from agentic_r_plugin.records import TEXT_ID, Passage, text_id
+from agentic_r_plugin.errors import RecordError, SearchError
+from agentic_r_plugin.forms import name_of
+from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
 MAX_PASSAGES = 65_536
@@ -61,9 +64,9 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     Errors end with the faulty value, whole: the caller removes secrets from it and shortens it.
 
     Raises:
-        SearchError: the answer reports an error, does not hold one list per request, or holds more hits than requested,
-            a duplicate passage, a document without text, or a score that is not a finite number. An incomplete answer
-            is never an empty result.
+        SearchError: the answer reports an error, does not hold one list per request, or holds one id with different
+            contents, a document without text, or a score that is not a finite number. An incomplete answer is never an
+            empty result.
     """
     result = body.get("result") if isinstance(body, Mapping) else None
     if isinstance(body, Mapping) and body.get("error"):
@@ -71,7 +74,10 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
     if not isinstance(result, list):
         raise SearchError(f"malformed answer: expected an object with a list 'result', found {body!r}")
     if len(result) != num_requests:
-        raise SearchError(f"malformed answer: expected {num_requests} results, one per query, found {len(result)}")
+        raise SearchError(
+            f"malformed answer: expected {num_requests} results, one per query, found {len(result)}; if the service "
+            "takes one query per request, set search.options.max_batch=1"
+        )
     return [_decode_one(hits, index, topk) for index, hits in enumerate(result)]
 
 
@@ -79,19 +85,21 @@ def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
     where = f"malformed answer: result[{index}]"
     if not isinstance(hits, list):
         raise SearchError(f"{where}: expected a list, found {hits!r}")
-    if len(hits) > topk:
-        raise SearchError(f"{where}: expected at most {topk} hits, found {len(hits)}")
     found: dict[str, Hit] = {}
     for rank, hit in enumerate(hits):
+        if len(found) == topk:  # some services always return the same number
+            break
         decoded = _decode_hit(hit, f"{where}[{rank}]")
-        if decoded.passage.id in found and not decoded.passage.id.startswith(TEXT_ID):
-            raise SearchError(f"{where}: the same passage id stands there twice")
-        found.setdefault(decoded.passage.id, decoded)
+        first = found.setdefault(decoded.passage.id, decoded)
+        if first.passage.contents != decoded.passage.contents:
+            raise SearchError(f"{where}: passage id {first.passage.id!r} occurs twice with different contents")
     return list(found.values())
 
 
 def _decode_hit(hit: Any, where: str) -> Hit:
-    """A document with a score next to it, or (without scores) the document itself."""
+    """A document with a score next to it, or (without scores) the document itself, perhaps as plain text."""
+    if isinstance(hit, str):
+        hit = {"document": hit}
     if not isinstance(hit, Mapping):
         raise SearchError(f"{where}: expected an object with 'document' or the document itself, found {hit!r}")
     document = hit.get("document", hit)
@@ -99,12 +107,19 @@ def _decode_hit(hit: Any, where: str) -> Hit:
         document = {"contents": document}
     if not isinstance(document, Mapping):
         raise SearchError(f"{where}: expected an object as 'document', found {document!r}")
-    score = hit.get("score")
-    if score is None:
-        score = 0.0
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise SearchError(f"{where}: expected a finite number as 'score', found {score!r}")
-    return Hit(passage=_decode_document(document, _identifier(document) or _identifier(hit), where), score=float(score))
+    passage = _decode_document(document, _identifier(document) or _identifier(hit), where)
+    return Hit(passage=passage, score=_score(hit.get("score"), where))
+
+
+def _score(value: Any, where: str) -> float:
+    """A score, perhaps written as text; 0 if there is none."""
+    if value is None:
+        return 0.0
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(score := float(value)):
+                return score
+    raise SearchError(f"{where}: expected a finite number as 'score', found {value!r}")
 
 
 def _identifier(fields: Mapping[str, Any]) -> str:
@@ -120,10 +135,15 @@ def _identifier(fields: Mapping[str, Any]) -> str:
 
 def _decode_document(document: Mapping[str, Any], identifier: str, where: str) -> Passage:
     """Title, text and contents as sent; services may send only `contents`, or no `contents`."""
-    title, text, contents = document.get("title"), document.get("text"), document.get("contents")
-    if isinstance(text, str) and (isinstance(title, str) or not isinstance(contents, str)):
-        title = title if isinstance(title, str) else ""
-        passage = Passage(id=identifier, title=title, text=text, contents=contents if isinstance(contents, str) else "")
+    text, contents = document.get("text"), document.get("contents")
+    try:
+        title = name_of(document.get("title"), "title")
+    except RecordError as error:
+        found = document["title"]
+        raise SearchError(f"{where}: field 'title': expected text or a whole number, found {found!r}") from error
+    if isinstance(text, str) and (title is not None or not isinstance(contents, str)):
+        contents = contents if isinstance(contents, str) else ""
+        passage = Passage(id=identifier, title=title or "", text=text, contents=contents)
     elif isinstance(contents, str):
         passage = Passage.from_contents(identifier, contents)
     else:
