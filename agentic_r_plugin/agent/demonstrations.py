@@ -8,15 +8,16 @@ results, except in some trajectories that demonstrate a second attempt.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agentic_r_plugin.agent.scripted_agent import THOUGHTS, Script, write_turn
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
-from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Search, Session
-from agentic_r_plugin.records import Passage, Question
-from agentic_r_plugin.search.base import SearchBackend, SearchRequest
+from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Limits, Search, Session
+from agentic_r_plugin.records import Passage, Question, StopReason
+from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
 
 
@@ -58,7 +59,8 @@ def demonstrate(
     """Make one finished session per question, ending with the gold answer; the mask marks the scripted agent's tokens.
 
     A session that reaches its limits before all supporting passages were shown is dropped, because its answer would be
-    a guess. The same seed gives the same sessions.
+    a guess. So is one with a search that the retriever refuses; stderr says how many. The same seed gives the same
+    sessions.
 
     Args:
         questions: questions with the ids of their supporting passages in `metadata[supporting_field]`.
@@ -66,7 +68,7 @@ def demonstrate(
 
     Raises:
         RecordError: a question without supporting ids, or with an id that the corpus does not hold.
-        SearchError: the retriever failed.
+        SearchError: the retriever failed, or refused the searches of all questions.
     """
     scripts = [
         _script(question, supporting_passages(question, corpus, supporting_field), protocol, codec, limits, settings,
@@ -78,11 +80,30 @@ def demonstrate(
     while active:
         waiting = [script for script in active if isinstance(write_turn(script), Search)]
         requests = [SearchRequest(query=s.queries[-1], question=s.question.question) for s in waiting]
-        found = search.search(requests, settings.topk) if requests else []
-        for script, hits in zip(waiting, found, strict=True):
-            _show(script, [hit.passage for hit in hits], settings)
+        for script, hits in zip(waiting, search_each(search, requests, settings.topk), strict=True):
+            if isinstance(hits, SearchRefusedError):
+                script.session.search_failed(str(hits))
+            else:
+                _show(script, [hit.passage for hit in hits], settings)
         active = [script for script in waiting if script.session.finished is None and not script.out_of_searches]
+    _say_refused(scripts)
     return [s.session for s in scripts if s.session.finished is not None and s.session.finished.answer is not None]
+
+
+def _say_refused(scripts: Sequence[Script]) -> None:
+    """Print how many questions were left out because the retriever refused a search.
+
+    Raises:
+        SearchRefusedError: it refused a search of every question, so a setting must be wrong.
+    """
+    refused = [s for s in scripts if s.session.finished == Finished(StopReason.SEARCH_FAILED)]
+    if not refused:
+        return
+    count = f"{len(refused)} of {len(scripts)} questions"
+    said = f"the retriever refused a search of {count}; first, {refused[0].question.id}: {refused[0].session.refusal}"
+    if len(refused) == len(scripts):
+        raise SearchRefusedError(said)
+    print(f"demonstrations: {said}", file=sys.stderr)
 
 
 def supporting_passages(question: Question, corpus: Corpus, supporting_field: str) -> tuple[Passage, ...]:

@@ -152,7 +152,7 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
         SearchError: it does not answer, or refuses to search.
     """
     token = read_secret(config.retrieval_token_env, "retrieval_token_env")
-    client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=10, token=token)
+    client = RetrievalClient(config.retrieval_url, retries=1, timeout_s=config.search_timeout_s, token=token)
     host = httpx.URL(client.url).host
     if config.nodes + config.rollout_nodes > 1 and is_loopback(host):
         raise ConfigError(

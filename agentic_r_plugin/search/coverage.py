@@ -6,7 +6,7 @@ question. A corpus that lacks documents (such as wiki-18) caps every retriever; 
 
 The shares of answers leave out questions without gold answers and those whose answers are yes, no or an article. The
 shares of documents leave out questions without gold documents in their metadata (`gold_doc_ids`, or
-`supporting_titles`).
+`supporting_titles`). A question that the retriever refuses counts as not found; the report names it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tqdm import tqdm
 from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import fingerprint, to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question, Record
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import (
     atomic_path,
@@ -98,6 +98,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
         ManifestMismatchError: the unfinished work belongs to other inputs.
         RecordError: broken questions or corpus.
         ConfigError: no corpus is named, or the retriever cannot be opened.
+        SearchRefusedError: the retriever refuses every question; a resume asks it again.
     """
     out = Path(config.out)
     if not resume:
@@ -122,11 +123,16 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
         )
         answered, titles = scan_corpus(corpus, questions, kept)
         ranks = find_ranks(backend, questions, depth, kept)
+        refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
+        if len(refused) == len(questions):
+            for path in kept.folder.glob(f"{_SEARCH}*.json"):
+                path.unlink()
+            raise SearchRefusedError(f"the retriever refused all {len(questions)} questions; first, {_first(refused)}")
         records = [
             _record(question, number in answered, titles, corpus, ranks[number])
             for number, question in enumerate(questions)
         ]
-    report = summarize(records, config.topk)
+    report = summarize(records, config.topk) | {"refused": refused}
     text = render(report)
     write_json(out.with_name(out.name + ".report.json"), report)
     with atomic_path(out.with_name(out.name + ".report.md")) as temporary:
@@ -226,27 +232,33 @@ def scan_corpus(corpus: Corpus, questions: Sequence[Question], kept: Kept) -> tu
     return answered, titles
 
 
-Ranks = tuple[int | None, list[int]]
-"""First rank with an answer, and the ranks of the gold documents found."""
+Ranks = tuple[int | None, list[int], str | None]
+"""First rank with an answer, ranks of the gold documents found, and why the retriever refused the question, if so."""
+
+_SEARCH = "ranks-"
+"""Name of the pieces of work that hold ranks."""
 
 
 def find_ranks(backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept) -> list[Ranks]:
     """Ranks at which the retriever finds answers and gold documents for each plain question."""
 
     def search(part: Sequence[Question]) -> list[Ranks]:
-        hits = backend.search([SearchRequest(query=question.question) for question in part], depth)
-        return [_ranks(question, found) for question, found in zip(part, hits, strict=True)]
+        hits = search_each(backend, [SearchRequest(query=question.question) for question in part], depth)
+        return [
+            (None, [], str(found)) if isinstance(found, SearchRefusedError) else (*_ranks(question, found), None)
+            for question, found in zip(part, hits, strict=True)
+        ]
 
     ranks: list[Ranks] = []
     with tqdm(total=len(questions), desc="search", unit="question", mininterval=1.0) as progress:
         for start in range(0, len(questions), _QUESTIONS):
             part = questions[start : start + _QUESTIONS]
-            ranks += kept(f"search-{start}", partial(search, part))
+            ranks += kept(f"{_SEARCH}{start}", partial(search, part))
             progress.update(len(part))
     return ranks
 
 
-def _ranks(question: Question, hits: Sequence[Hit]) -> Ranks:
+def _ranks(question: Question, hits: Sequence[Hit]) -> tuple[int | None, list[int]]:
     passages = [hit.passage for hit in hits]
     closed = is_closed(question.golden_answers)
     answer = next(
@@ -319,6 +331,10 @@ def summarize(records: Sequence[Coverage], topk: Sequence[int]) -> dict[str, Any
     return {"questions": counts, "shares": shares}
 
 
+def _first(refused: dict[str, str]) -> str:
+    return ": ".join(next(iter(refused.items())))
+
+
 def render(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     counts = report["questions"]
@@ -331,4 +347,7 @@ def render(report: dict[str, Any]) -> str:
     for name, row in report["shares"].items():
         cells = ("-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("answer", "gold", "all_gold"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if refused := report.get("refused"):
+        lines += ["", f"{len(refused)} questions were refused and count as not found: {', '.join(refused)}."]
+        lines.append(f"First, {_first(refused)}")
     return "\n".join(lines) + "\n"

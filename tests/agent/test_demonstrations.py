@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
 from agentic_r_plugin.agent.scripted_agent import keywords
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import Limits, Session, compact
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.backends import BM25Backend
+from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 
 PASSAGES = {
@@ -153,3 +155,22 @@ def test_describe_counts_searches_and_tokens(corpus_file: Path) -> None:
     sessions = _demonstrate(corpus_file, [BRIDGE])
     assert describe(sessions)["mean_searches"] == 2
     assert describe(sessions)["mean_model_tokens"] == sum(len(text) for text in _written(sessions[0]))
+
+
+def test_a_question_with_a_refused_search_is_left_out_and_named(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search, refused = BM25Backend.search, "province"
+
+    def refusing(self: BM25Backend, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        if any(refused in str(request.question) for request in requests):
+            raise SearchRefusedError("HTTP 413: too long", status=413)
+        return search(self, requests, topk)
+
+    monkeypatch.setattr(BM25Backend, "search", refusing)
+    (session,) = _demonstrate(corpus_file, [BRIDGE, COMPARISON])
+    assert session.question == COMPARISON.question
+    said = "the retriever refused a search of 1 of 2 questions; first, bridge: HTTP 413: too long"
+    assert said in capsys.readouterr().err
+    with pytest.raises(SearchRefusedError, match="refused a search of 1 of 1 questions; first, bridge: HTTP 413"):
+        _demonstrate(corpus_file, [BRIDGE])

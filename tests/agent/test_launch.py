@@ -57,6 +57,20 @@ def test_a_service_of_others_is_good_for_training_when_its_search_is(config: Tra
         assert told == f"{other.url}, without a fingerprint, {found} passages for 'Who?'"
 
 
+def test_the_first_search_has_as_much_time_as_the_searches_of_the_training(config: TrainAgentConfig) -> None:
+    def slow(connection: Any) -> None:
+        time.sleep(0.5)
+        connection.sendall(loopback.response(200, b'{"result": [[{"id": "1", "contents": "x"}]]}'))
+
+    with (
+        loopback.Misbehaving([slow, slow]) as other,
+        pytest.raises(SearchUnavailableError, match=r"no whole answer within 0\.2 s"),
+    ):
+        check_service(replace(config, retrieval_url=other.url, search_timeout_s=0.2), probe="Who?")
+    with loopback.Misbehaving([slow, loopback.response(404, b"")]) as other:
+        assert "1 of 1" in check_service(replace(config, retrieval_url=other.url, search_timeout_s=5.0), probe="Who?")
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 
 from agentic_r_plugin.answers import contains_answer
 from agentic_r_plugin.cli import main
+from agentic_r_plugin.errors import SearchRefusedError
+from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search import coverage
+from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.coverage import AnswerFinder
 from agentic_r_plugin.store import read_json, read_records
 
@@ -87,3 +91,35 @@ WORDS = st.lists(st.sampled_from(["a", "the", "New", "York", "york.", "X-ray", "
 def test_the_finder_agrees_with_the_rule_of_answer_recall(text, answers):
     text, golden = " ".join(text), [" ".join(answer) for answer in answers]
     assert bool(AnswerFinder([golden]).find(text)) == contains_answer(text, golden)
+
+
+class Refusing:
+    """Finds the Nile; refuses batches with a question about what."""
+
+    what = "bread"
+
+    def search(self, requests, topk):
+        if any(self.what in request.query for request in requests):
+            raise SearchRefusedError("HTTP 413: too long", status=413)
+        return [[Hit(passage=Passage.from_contents(**CORPUS[0]), score=1.0)] for _ in requests]
+
+    def fingerprint(self):
+        return "refusing"
+
+
+def test_a_question_that_the_retriever_refuses_counts_as_not_found_and_is_named(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    search = Refusing()
+    monkeypatch.setattr(coverage, "open_search", lambda spec: nullcontext(search))
+    search.what = ""
+    assert main(arguments) == 1
+    assert "refused all 4 questions; first, 1: HTTP 413: too long" in capsys.readouterr().err
+    search.what = "bread"
+    assert main([*arguments, "--resume"]) == 0
+    records = list(read_records(tmp_path / "out.jsonl", coverage.Coverage))
+    assert [(item.answer_rank, item.gold_ranks) for item in records] == [(1, (1,)), (None, ()), (None, ()), (None, ())]
+    assert read_json(tmp_path / "out.jsonl.report.json")["refused"] == {"3": "HTTP 413: too long"}
+    text = (tmp_path / "out.jsonl.report.md").read_text()
+    assert "1 questions were refused and count as not found: 3.\nFirst, 3: HTTP 413: too long" in text
+    assert text in capsys.readouterr().out
