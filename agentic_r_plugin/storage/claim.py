@@ -16,13 +16,13 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.errors import ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.store import read_json, write_json
 
 LOCK, MANIFEST, WORK = ".lock", ".manifest.json", ".work"
@@ -157,6 +157,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
 
     Raises:
         OutputExistsError: another process holds it.
+        ConfigError: the disk does not support locks.
     """
     out = Path(out)
     path = beside(out, LOCK, folder=folder)
@@ -166,12 +167,19 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
         stream = path.open("ab")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             stream.close()
             raise OutputExistsError(f"{out}: another process is working on it; wait for it or end it") from error
+        except OSError as error:  # some network disks have no locks
+            stream.close()
+            raise ConfigError(
+                f"{out}: cannot lock {path}: the disk that holds {path.parent.resolve()} does not support file locks "
+                f"({error.strerror}); choose an output on another disk, or mount this one with locks (Lustre: -o flock)"
+            ) from error
         # A process removes its lock file when it ends. A lock on such a removed file locks nobody out: open it again.
-        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                break
         stream.close()
     with stream:
         try:
