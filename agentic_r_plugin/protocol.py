@@ -495,7 +495,8 @@ def _shortened(text: str, most: int, tokens: int) -> str:
     """
     words = text.split(" ")
     keep = min(len(words) - 1, len(words) * most // tokens)
-    return " ".join(words[:keep]) if keep > 0 else text[: max(0, min(len(text) - 1, len(text) * most // tokens))]
+    # No words are left of a text that begins with a space and one long word.
+    return " ".join(words[:keep]) or text[: max(0, min(len(text) - 1, len(text) * most // tokens))]
 
 
 # --- Registered protocols ---------------------------------------------------------------------------------------------
