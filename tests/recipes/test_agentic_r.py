@@ -22,7 +22,7 @@ from agentic_r_plugin.store import write_json, write_records
 from tests.agent import tiny_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "agentic_r"
-SCRIPTS = sorted(RECIPE.glob("run_*.sh"))
+SCRIPTS = sorted(RECIPE.glob("run_qwen*.sh"))
 ADDED = ("agentic_r.", "ray_kwargs.ray_init.", "critic.ppo_infer_max_token_len_per_gpu",
          "actor_rollout_ref.model.override_config.", "critic.model.override_config.")  # fmt: skip
 """Keys that verl's own configuration does not have: ours, what goes to `ray.init` and into the models' configuration,
