@@ -46,6 +46,9 @@ PER_QUESTION = "per_question.jsonl"
 OPENED = ("agent_fingerprint", "search_fingerprint")
 """Entries of `made_from` that are known only once the agent and the retriever are open."""
 
+ADDRESSES = ("agent_url", "retriever")
+"""Entries of `made_from` that earlier versions wrote for servers. Only a service's retriever is left out today."""
+
 BREAKDOWNS = ("hops", "type", "level")
 """Keys of question metadata by which exact match is broken down, if the benchmark has them."""
 
@@ -85,7 +88,7 @@ class Cell:
     def output(self, out: Path) -> Output:
         """The cell's folder in `out`. Metrics are computed after the last question, so until then they may change."""
         return Output(
-            out=out / self.name, made_from=self.made_from, done=RESULT, folder=True, late=OPENED,
+            out=out / self.name, made_from=self.made_from, done=RESULT, folder=True, late=(*OPENED, *ADDRESSES),
             at_end=frozenset({"metrics", "level", "resamples"}),
         )  # fmt: skip
 

@@ -307,15 +307,18 @@ def _made_from(
     identities: Mapping[str, str],
     search: str,
 ) -> dict[str, Any]:
-    """Everything known before the start that can change a cell's figures. Paths and batch sizes cannot."""
+    """Everything known before the start that can change a cell's figures. Paths, addresses and batch sizes cannot.
+
+    A retrieval service is identified by its `search_fingerprint`, which is its address only if it reports no other.
+    """
     own, llm = deciding(settings), settings.agent
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
+    if settings.search.backend != "service":
+        own["retriever"] = identities[_place(config, search, benchmark)]
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
-        "agent_url": llm.url,
         "agent_options": agent["options"],
-        "retriever": identities[_place(config, search, benchmark)],
         "first": config.first,
         "random": config.random,
         "seed": config.seed,

@@ -312,6 +312,40 @@ def test_a_finished_cell_is_kept_only_while_its_service_serves_the_same_index(
     assert f"cells of http://127.0.0.1:{port} are kept without asking" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of_earlier_version", [False, True])
+def test_a_cell_goes_on_with_the_same_servers_at_other_addresses(
+    tmp_path: Path, tiny_agent: Path, of_earlier_version: bool
+) -> None:
+    served = {"settings": {"agent": {"model": "agent", "tokenizer": str(tiny_agent)}}}
+    out = tmp_path / "out" / "tiny-served-toy"
+
+    def asked(port: int, agent: int, **settings: Any) -> EvaluateConfig:
+        settings = served | {"searches": {"served": f"http://127.0.0.1:{port}"}} | settings
+        return config(tmp_path, f"http://127.0.0.1:{agent}/v1", **settings)
+
+    def cell(port: int, agent: int) -> Cell:
+        (only,) = evaluate._cells(asked(port, agent))
+        return only
+
+    with service({"status": "ok", "fingerprint": "first"}) as port, service({"fingerprint": "first"}) as other:
+        first, moved = cell(port, 1), cell(other, 2)
+        with first.output(tmp_path / "out").claim(resume=True) as held:
+            held.begin({"agent_fingerprint": "agent", "search_fingerprint": "first"})
+        if of_earlier_version:
+            manifest = read_json(out / ".manifest.json")
+            addresses = {"agent_url": "http://127.0.0.1:1/v1", "retriever": f"http://127.0.0.1:{port}"}
+            manifest["made_from"] |= addresses
+            write_json(out / ".manifest.json", manifest)
+        with open_search(moved.settings.search) as search, moved.output(tmp_path / "out").claim(resume=True) as held:
+            held.begin({"agent_fingerprint": "agent", "search_fingerprint": search.fingerprint()})
+            assert held.finished is None
+            with pytest.raises(ManifestMismatchError, match='search_fingerprint was "first", now "second"'):
+                held.begin({"agent_fingerprint": "agent", "search_fingerprint": "second"})
+    (local,) = evaluate._cells(asked(0, 1, searches={"served": f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"}))
+    with pytest.raises(ManifestMismatchError, match=r"retriever was .*; search_backend was \"service\", now \"bm25\""):
+        local.output(tmp_path / "out").finished()
+
+
 def test_a_cell_in_work_may_change_its_scores_but_not_its_retriever(
     tmp_path: Path, tiny_agent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
