@@ -20,16 +20,17 @@ from collections.abc import Iterable
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ARTICLE_WORDS = frozenset({"a", "an", "the"})
-_UNSPACED = re.compile(
-    "["
-    "\u0e00-\u0eff"  # Thai, Lao
-    "\u0f00-\u109f"  # Tibetan, Myanmar
-    "\u1780-\u17ff"  # Khmer
-    "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"  # Korean
-    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
+UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf"  # Thai, Lao
+    "\u0f20-\u0f33\u0f40-\u0f84\u0f86-\u0fbc\u1000-\u1049\u1050-\u109d\u1780-\u17d3"  # Tibetan, Burmese, Khmer
+    "\u1100-\u11ff\u3131-\u318e\uac00-\ud7af"  # Korean, whose words carry their particles
+    "\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
     "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-    "]"
 )
+"""Characters of scripts that do not separate words by spaces, without their punctuation; part of a character class."""
+
+_UNSPACED = re.compile(f"[{UNSPACED}\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3130-\u318f]")
+"""With the punctuation of these scripts."""
 
 
 def normalize(text: str) -> str:

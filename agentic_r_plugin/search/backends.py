@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError
@@ -34,17 +35,11 @@ if TYPE_CHECKING:
 _BM25_KEY = "bm25.json"
 """Written last: its presence means that the index folder is complete."""
 
-_UNSPACED = (
-    "\u0900-\u0963\u0966-\u0dff"  # Indic: words have spaces, but `\\w` does not match their vowel signs
-    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf\u1000-\u1049\u1780-\u17d3"  # Thai, Lao, Burmese, Khmer
-    "\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
-    "\uac00-\ud7af"  # Korean, whose words carry their particles
-)
-"""Characters of scripts that do not separate words by spaces."""
+_PAIRED = f"{UNSPACED}\u0900-\u0963\u0966-\u0dff"
+"""Scripts without spaces, and Indic ones: their words have spaces, but `\\w` does not match their vowel signs."""
 
-_RUN = re.compile(f"[{_UNSPACED}]+")
-_TOKEN = rf"(?u)[{_UNSPACED}]+|\b\w\w+\b"
+_RUN = re.compile(f"[{_PAIRED}]+")
+_TOKEN = rf"(?u)[{_PAIRED}]+|\b\w\w+\b"
 
 
 def cut_runs(text: str, *, singles: bool = False) -> str:
@@ -147,7 +142,7 @@ class BM25Backend:
 
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`."""
-        return fingerprint("bm25/2", self.corpus.fingerprint(), self._k1, self._b)
+        return fingerprint("bm25/2", self.corpus.fingerprint(), self._k1, self._b, _TOKEN)
 
     def close(self) -> None:
         """Unmap the corpus."""

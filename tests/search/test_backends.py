@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from agentic_r_plugin.answers import tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
-from agentic_r_plugin.search.backends import BM25Backend
+from agentic_r_plugin.search.backends import BM25Backend, cut_runs
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import write_json
@@ -40,6 +41,7 @@ PASSAGES = {
     "bangkok": '"กรุงเทพ"\nกรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย',
     "seoul": '"서울"\n서울은 대한민국의 수도이다.',
     "delhi": '"दिल्ली"\nदिल्ली भारत की राजधानी है।',
+    "lhasa": '"ལྷ་ས།"\nལྷ་ས་ནི་བོད་ཀྱི་རྒྱལ་ས་ཡིན།',
     "london": '"London"\nThe capital of England.',
 }
 
@@ -53,6 +55,7 @@ PASSAGES = {
         ("เมืองหลวง", "bangkok", 1),
         ("서울에서", "seoul", 1),
         ("दिल्ली", "delhi", 1),
+        ("བོད", "lhasa", 1),
         ("唐", "libai", 1),
         ("LONDON 在哪里", "london", 1),
         ("茶道", None, 0),
@@ -63,7 +66,7 @@ def test_bm25_finds_words_of_scripts_without_spaces(tmp_path, query, best, found
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(json.dumps({"id": key, "contents": text}) + "\n" for key, text in PASSAGES.items()))
     backend = BM25Backend(corpus)
-    [hits] = backend.search([SearchRequest(query=query)], 7)
+    [hits] = backend.search([SearchRequest(query=query)], 8)
     assert (hits[0].passage.id if hits else None, len(hits)) == (best, found)
     assert all(hit.score > 0 for hit in hits)
 
@@ -153,3 +156,11 @@ def test_faiss_opens_by_its_folder_alone(index_folder):
 def test_incomplete_settings_are_explained(spec, message):
     with pytest.raises(ConfigError, match=message), open_search(spec):
         pass
+
+
+@pytest.mark.parametrize(
+    "character", [*"\u0e01\u0e81\u0f40\u1000\u1050\u1780\u1100\u3131\uac00\u3042\u30a2\uff71\u3005\u6f22"]
+)
+def test_bm25_pairs_the_characters_that_answers_are_compared_by(character):
+    assert cut_runs(character * 3) == f" {character * 2} {character * 2} "
+    assert tokens(character * 3) == [character] * 3
