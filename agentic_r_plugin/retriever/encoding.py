@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agentic_r_plugin.attention import has_kernel
 from agentic_r_plugin.retriever.packing import NAME, is_packable, pack, set_attention_dropout
-from agentic_r_plugin.search.encoder import Retriever, autocast
+from agentic_r_plugin.search.encoder import Retriever, autocast, truncated
 from agentic_r_plugin.search.families import first_position
 
 
@@ -112,7 +112,8 @@ class TextEncoder:
             for module in list(self.model)[1:]:
                 features = module(features)
         vectors = features["sentence_embedding"]
-        return vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+        vectors = vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+        return truncated(self.model, vectors)
 
     def _none(self) -> Tensor:
         """An empty (0, D) tensor attached to the parameters, so that a batch of empty texts has a backward pass."""

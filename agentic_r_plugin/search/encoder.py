@@ -34,7 +34,7 @@ from agentic_r_plugin.store import read_json, write_json
 
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
-"""Tokens, if neither the record nor the model gives a limit (method section 3)."""
+"""Tokens, unless the record or the settings give a length, or the model takes fewer (method section 3)."""
 
 _TEXTS_AT_ONCE = 8192
 """Texts that are tokenised, sorted and held as token ids at the same time."""
@@ -223,16 +223,19 @@ class Retriever:
                         name: value[rows, kept].to(device, non_blocking=True) if torch.is_tensor(value) else value
                         for name, value in features.items()
                     }
-                    found = self.model(batch, task=_TASKS[kind])["sentence_embedding"]
-                    vectors[torch.as_tensor(rows, device=device) + start] = found.float()
+                    found = self.model(batch, task=_TASKS[kind])["sentence_embedding"].float()
+                    vectors[torch.as_tensor(rows, device=device) + start] = truncated(self.model, found)
         return np.ascontiguousarray(vectors.cpu().numpy())
 
     def _encode_static(self, texts: list[str], prompt: str) -> NDArray[np.float32]:
         """Mean word vectors, without padding or truncation."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
-        vectors = self.model.encode(texts, prompt=prompt, batch_size=1024, show_progress_bar=False)
-        return np.ascontiguousarray(vectors, np.float32)
+        with self.model.truncate_embeddings(None):
+            vectors = self.model.encode(
+                texts, prompt=prompt, batch_size=1024, show_progress_bar=False, convert_to_tensor=True
+            )
+        return np.ascontiguousarray(truncated(self.model, vectors.float()).cpu().numpy())
 
     def save(self, folder: str | Path) -> None:
         """Write the sentence-transformers folder with its prompts and our record."""
@@ -258,9 +261,10 @@ class Retriever:
         return [sorted(tokenizer.get_vocab().items()), found]
 
     def _later_modules(self) -> list[Any]:
-        """Pooling and all modules after the encoder."""
+        """Pooling and all modules after the encoder, and the dimension that vectors are truncated to, if any."""
         configured = [(module, getattr(module, "get_config_dict", dict)) for module in list(self.model)[1:]]
-        return [(type(module).__name__, config()) for module, config in configured]
+        dim = self.model.truncate_dim
+        return [(type(module).__name__, config()) for module, config in configured] + ([dim] if dim else [])
 
 
 _TASKS = {"query": "query", "passage": "document"}
@@ -284,6 +288,18 @@ def token_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int
         batch.append(row)
     if batch:
         yield batch
+
+
+def truncated(model: SentenceTransformer, vectors: torch.Tensor) -> torch.Tensor:
+    """(N, D) vectors cut to the model's `truncate_dim`, if it has one (Matryoshka).
+
+    sentence-transformers cuts after the last module. If that is `Normalize`, the cut vectors get unit length again: our
+    indexes compare by inner products, sentence-transformers by cosines.
+    """
+    if model.truncate_dim is None or vectors.shape[1] <= model.truncate_dim:
+        return vectors
+    vectors = vectors[:, : model.truncate_dim]
+    return torch.nn.functional.normalize(vectors, dim=1) if isinstance(model[-1], Normalize) else vectors
 
 
 def resolve(name: str) -> str:
@@ -350,12 +366,12 @@ def _untrained_record(
 ) -> RetrieverRecord:
     """Record of a model that was not trained for agentic search; prints on stderr how it is used."""
     use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
-    longest = families.longest_text(model) or sys.maxsize
-    length = min(given.get("max_length") or model.max_seq_length or MAX_LENGTH, MAX_LENGTH, longest)
+    longest = min(families.longest_text(model) or sys.maxsize, model.max_seq_length or sys.maxsize)
+    length = min(given.get("max_length") or MAX_LENGTH, MAX_LENGTH, longest)
     if not source.startswith("builtin:"):
         print(
             f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
-            "change that",
+            f"change that{_cut_at(model, length, longest, given)}",
             file=sys.stderr,
         )
     return RetrieverRecord(
@@ -367,6 +383,17 @@ def _untrained_record(
         pooling=use.pooling,
         normalize=use.normalize,
     )
+
+
+def _cut_at(model: SentenceTransformer, length: int, longest: int, given: Mapping[str, Any]) -> str:
+    """Message: the default length, and how to raise it if the model takes longer texts."""
+    kinds = [kind for kind in ("query", "passage") if f"{kind}_max_length" not in given]
+    if not kinds or isinstance(model[0], StaticEmbedding):
+        return ""
+    more = f", and the model takes {longest:,}" if longest < sys.maxsize else ""
+    names = " and ".join(f"{kind}_max_length" for kind in kinds)
+    raised = f"{more}; {names} (in `index`: max_length) raise that" if longest > length else ""
+    return f". Length of {' and '.join(kinds)}: {length} tokens{raised}"
 
 
 def _within_positions(model: SentenceTransformer, record: RetrieverRecord, source: str) -> RetrieverRecord:

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Passage
+from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import RECORD_FILE, Retriever
+from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
 from tests.search.tiny_retriever import make_model
 
 
@@ -138,3 +142,56 @@ def test_batches_change_nothing_but_the_padding(trained):
     one_by_one = np.concatenate([trained.encode_passages([passage]) for passage in passages])
     for limits in ({"batch_size": 1}, {"batch_size": 7}, {"max_batch_tokens": 9}, {"max_batch_tokens": 10_000}):
         np.testing.assert_allclose(trained.encode_passages(passages, **limits), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_truncated_dimension_gives_the_vectors_of_sentence_transformers_in_search_index_and_training(
+    tmp_path, corpus_file, normalized
+):
+    folder = make_model(tmp_path)
+    plain = SentenceTransformer(folder, device="cpu", truncate_dim=16, similarity_fn_name="cosine")
+    if normalized:
+        plain.append(Normalize())
+    plain.save_pretrained(str(tmp_path / "cut"), create_model_card=False)
+    texts = ["p1 p2", "title p3 p4 p5", "p1"]
+    expected = SentenceTransformer(str(tmp_path / "cut"), device="cpu").encode(texts, normalize_embeddings=True)
+    assert expected.shape == (3, 16)
+    retriever = Retriever.load(tmp_path / "cut", precision="float32")
+    passages = [Passage.from_contents(text, text) for text in texts]
+    assert retriever.dim == 16
+    np.testing.assert_allclose(retriever.encode_passages(passages), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        retriever.encode_queries([SearchRequest(query=text) for text in texts]), expected, atol=1e-6
+    )
+    for packing in (False, True):
+        with torch.no_grad():
+            encoder = TextEncoder(retriever.model.eval(), precision="float32", packing=packing)
+            np.testing.assert_allclose(encoder(tokenize(retriever, texts, "passage")).numpy(), expected, atol=1e-6)
+        encoder.close()
+    assert retriever.fingerprint() != Retriever.load(folder, precision="float32").fingerprint()
+    retriever.save(tmp_path / "saved")
+    assert Retriever.load(tmp_path / "saved", precision="float32").fingerprint() == retriever.fingerprint()
+    config = IndexConfig(
+        corpus=str(corpus_file), retriever=str(tmp_path / "saved"), out=str(tmp_path / "index"), precision="float32"
+    )
+    build_index(config)
+    assert read_manifest(config.out).dim == 16
+    with open_search(SearchSpec(index=config.out)) as backend:
+        [[hit]] = backend.search([SearchRequest(query="p1 p2")], 1)
+    vectors = retriever.encode_passages(list(Corpus(corpus_file)))
+    assert hit.score == pytest.approx(float((vectors @ expected[0]).max()), abs=1e-5)
+
+
+@pytest.mark.parametrize("truncate_dim", [None, 2])
+def test_a_static_model_is_truncated_too(tmp_path, truncate_dim):
+    words = {"[UNK]": 0, "p1": 1, "p2": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    static = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=4)], truncate_dim=truncate_dim)
+    static.save_pretrained(str(tmp_path / "static"), create_model_card=False)
+    expected = static.encode(["p1", "p1 p2"], normalize_embeddings=True)
+    passages = [Passage.from_contents(text, text) for text in ("p1", "p1 p2")]
+    found = Retriever.load(tmp_path / "static").encode_passages(passages)
+    assert found.shape == (2, truncate_dim or 4)
+    np.testing.assert_allclose(found, expected, atol=1e-6)

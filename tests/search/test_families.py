@@ -12,7 +12,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from transformers import AutoTokenizer, LlamaForCausalLM, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage
@@ -320,3 +320,25 @@ def test_the_record_of_a_trained_model_needs_no_guess(plain, tmp_path, capfd):
     again = Retriever.load(tmp_path / "e5-base-v2")
     assert again.record == first.record and again.model[1].pooling_mode == "cls"
     assert "no agentic_r.json" not in capfd.readouterr().err
+
+
+def test_the_default_length_is_said_with_the_settings_that_raise_it(plain, tmp_path, capfd):
+    def said(folder: Path, **settings: Any) -> str:
+        record = Retriever.load(folder, pooling="mean", **settings).record
+        assert (record.query_max_length, record.passage_max_length) == lengths
+        return capfd.readouterr().err
+
+    lengths = (64, 64)
+    assert "that. Length of query and passage: 64 tokens\n" in said(plain)
+    config = BertConfig.from_pretrained(plain, max_position_embeddings=1024)
+    BertModel(config).save_pretrained(plain)
+    edit(plain / "tokenizer_config.json", model_max_length=1024)
+    lengths = (512, 512)
+    assert (
+        "Length of query and passage: 512 tokens, and the model takes 1,024; query_max_length and passage_max_length "
+        "(in `index`: max_length) raise that\n"
+    ) in said(plain)
+    lengths = (512, 1024)
+    assert "Length of query: 512 tokens" in said(plain, passage_max_length=1024)
+    lengths = (1024, 1024)
+    assert "Length" not in said(plain, passage_max_length=1024, query_max_length=1024)
