@@ -14,12 +14,16 @@ HIT_RATES = {
 }
 """Share -> (part, whole) among the counts."""
 
+_UNKNOWN = {"prefix_hit_rate": "cache_unknown_tokens", "judge_prefix_hit_rate": "judge_cache_unknown_tokens"}
+"""Share -> the count of tokens for which the server does not report the part."""
+
 
 def summary(spent: Mapping[str, float], units: int) -> dict[str, Any]:
-    """Totals, the shares that the counts allow, and the means per unit (`per_unit`)."""
+    """Totals, the shares that the counts allow (None: unknown), and the means per unit (`per_unit`)."""
     totals = {key: round(value, 3) for key, value in sorted(spent.items())}
     shares = {
-        name: round(totals[part] / totals[whole], 4)
+        # Some servers leave out a count of 0, so a prompt without one is of unknown share only if no prompt has any.
+        name: round(totals[part] / totals[whole], 4) if totals[part] or not totals.get(_UNKNOWN.get(name, "")) else None
         for name, (part, whole) in HIT_RATES.items()
         if totals.get(whole) and part in totals
     }

@@ -111,6 +111,7 @@ def ask(
             break
     cost.judge_prompt_tokens += usage.prompt_tokens - before.prompt_tokens
     cost.judge_cached_tokens += usage.cached_tokens - before.cached_tokens
+    cost.judge_cache_unknown_tokens += usage.cache_unknown_tokens - before.cache_unknown_tokens
     cost.judge_generated_tokens += usage.generated_tokens - before.generated_tokens
     cost.retried_requests += usage.retried - before.retried
     cost.usd += usage.usd - before.usd

@@ -142,4 +142,7 @@ def cost_rows(run: RunFolder) -> tuple[list[dict[str, Any]], list[str]]:
     columns = [name for name in known if any(line.get(name) for line in run.costs)]
     longest = max((line.get("seconds", 0.0) for line in run.costs), default=0.0) or 1.0
     rows = [dict(line) | {"width": 100 * line.get("seconds", 0.0) / longest} for line in run.costs]
+    for row in rows:
+        if row.get("cache_unknown_tokens") and not row.get("cached_tokens"):
+            row.pop("cached_tokens", None)  # unknown, not 0
     return rows, columns

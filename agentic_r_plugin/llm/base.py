@@ -40,8 +40,8 @@ class Completion:
 
     token_ids: tuple[int, ...]
     prompt_tokens: int
-    cached_tokens: int = 0
-    """Prompt tokens read from the engine's prefix cache, if the engine reports them."""
+    cached_tokens: int | None = None
+    """Prompt tokens read from the engine's prefix cache; None if the engine does not report them."""
     cut: bool = False
     """Whether the text is incomplete, such as at `max_tokens`, if the engine reports it."""
 
@@ -56,6 +56,8 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens read from the engine's prefix cache, if the engine reports them."""
+    cache_unknown_tokens: int = 0
+    """Tokens of the prompts for which it does not report them."""
     generated_tokens: int = 0
     usd: float = 0.0
     """Cost at the configured prices; 0 without prices."""
@@ -121,5 +123,8 @@ def count(usage: Usage, completions: Sequence[Completion]) -> None:
     for done in completions:
         usage.requests += 1
         usage.prompt_tokens += done.prompt_tokens
-        usage.cached_tokens += done.cached_tokens
+        if done.cached_tokens is None:
+            usage.cache_unknown_tokens += done.prompt_tokens
+        else:
+            usage.cached_tokens += done.cached_tokens
         usage.generated_tokens += len(done.token_ids)

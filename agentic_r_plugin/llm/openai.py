@@ -446,10 +446,12 @@ class OpenAIBackend:
             self.usage.requests += 1
             self.usage.retried += attempt
 
-    def _pay(self, usage: tuple[int, int, int]) -> None:
-        prompt, cached, generated = usage
+    def _pay(self, usage: tuple[int, int | None, int]) -> None:
+        prompt, reported, generated = usage
+        cached = reported or 0
         with self._lock:
             self.usage.prompt_tokens += prompt
+            self.usage.cache_unknown_tokens += prompt if reported is None else 0
             self.usage.cached_tokens += cached
             self.usage.generated_tokens += generated
             paid = (prompt - cached, cached, generated)
@@ -595,8 +597,8 @@ def _text(content: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
-    """The choice of a completion, its text, and its number of cached prompt tokens."""
+def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int | None]:
+    """The choice of a completion, its text, and its number of cached prompt tokens if reported."""
     choice = _choice(answer)
     if not isinstance(choice.get("text"), str):
         raise _NotAsAskedError(f"expected a choice with text, found {answer}")
@@ -608,16 +610,16 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _usage(answer: dict[str, Any]) -> tuple[int, int, int]:
-    """(prompt, cached, generated) tokens; 0 where the server reports no number."""
+def _usage(answer: dict[str, Any]) -> tuple[int, int | None, int]:
+    """(prompt, cached, generated) tokens; 0 where the server reports no number, for cached tokens None."""
     usage = answer.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    return tuple(  # type: ignore[return-value]
-        value if isinstance(value, int) else 0
-        for value in (usage.get("prompt_tokens"), cached, usage.get("completion_tokens"))
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    prompt, generated = (
+        value if isinstance(value, int) else 0 for value in (usage.get("prompt_tokens"), usage.get("completion_tokens"))
     )
+    return prompt, cached if isinstance(cached, int) else None, generated
 
 
 def _retry_after(response: httpx.Response, otherwise: float) -> float:

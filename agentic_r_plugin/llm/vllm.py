@@ -176,6 +176,6 @@ class VLLMBackend:
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
-            cached_tokens=int(getattr(output, "num_cached_tokens", None) or 0),
+            cached_tokens=getattr(output, "num_cached_tokens", None),
             cut=output.outputs[0].finish_reason != "stop",
         )

@@ -88,3 +88,14 @@ def test_shares_are_told_where_their_counts_are():
     told = cost.summary({"cached_tokens": 30, "prompt_tokens": 120, "pruned": 5, "candidates": 20}, 10)
     assert (told["prefix_hit_rate"], told["pruned_share"], told["per_unit"]["prompt_tokens"]) == (0.25, 0.25, 12.0)
     assert "judge_prefix_hit_rate" not in told
+
+
+def test_a_hit_rate_is_unknown_and_not_0_if_the_server_reports_no_cached_tokens():
+    nothing = {"cached_tokens": 0, "prompt_tokens": 120, "cache_unknown_tokens": 120}
+    assert cost.summary(nothing, 10)["prefix_hit_rate"] is None
+    assert cost.summary(nothing | {"cache_unknown_tokens": 0}, 10)["prefix_hit_rate"] == 0.0
+    assert cost.summary({"cached_tokens": 0, "prompt_tokens": 120}, 10)["prefix_hit_rate"] == 0.0  # earlier counts
+    # vLLM leaves the count out where it is 0
+    assert cost.summary(nothing | {"cached_tokens": 30, "cache_unknown_tokens": 90}, 10)["prefix_hit_rate"] == 0.25
+    judged = {"judge_cached_tokens": 0, "judge_prompt_tokens": 9, "judge_cache_unknown_tokens": 9}
+    assert cost.summary(judged, 1)["judge_prefix_hit_rate"] is None

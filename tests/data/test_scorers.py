@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_the_pointwise_judge_asks_once_a_passage_and_counts_its_tokens():
         (scored,) = score_candidates([task_of(QUERY, STORE, sub_answer="Oslo")], scorer)
     assert isinstance(scored, Relevance) and scored.scores == {"a": 85, "b": 7, "c": 0}
     assert (cost.judge_requests, cost.judge_prompt_tokens, cost.judge_generated_tokens) == (3, 300, 6)
+    assert (cost.judge_cached_tokens, cost.judge_cache_unknown_tokens) == (0, 300)
     prompt = server.requests[0][1]["messages"][0]["content"]
     assert "Query: find it\nReference answer to the query: Oslo\n" in prompt and "{" not in prompt
 
@@ -170,3 +172,30 @@ def test_the_text_that_stands_for_the_query_is_part_of_the_fingerprint(encoder: 
     one, other = (CrossEncoderScorer(str(encoder), text=text, device="cpu") for text in ("query", "question_query"))
     assert one.fingerprint() != other.fingerprint() != fingerprint("cross_encoder")
     assert other._text(task_of(QUERY, STORE)) == "Who? find it"
+
+
+def test_a_cross_encoders_fingerprint_follows_its_files_and_not_its_place(encoder: Path, tmp_path: Path):
+    def fingerprint_of(folder: Path) -> str:
+        return CrossEncoderScorer(str(folder), device="cpu").fingerprint()
+
+    moved = shutil.copytree(encoder, tmp_path / "moved")
+    assert fingerprint_of(moved) == fingerprint_of(encoder)
+    from safetensors.torch import load_file
+
+    weights = load_file(moved / "model.safetensors")
+    (moved / "model.safetensors").unlink()
+    torch.save(weights, moved / "pytorch_model.bin")
+    found = [fingerprint_of(moved), fingerprint_of(shutil.copytree(moved, tmp_path / "again"))]
+    assert found[0] == found[1]
+    weights["classifier.bias"] += 1
+    torch.save(weights, moved / "pytorch_model.bin")
+    found.append(fingerprint_of(moved))
+    for name, old, new in (
+        ("config.json", '"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-3'),
+        ("tokenizer.json", '"find"', '"found"'),
+    ):
+        text = (moved / name).read_text()
+        assert old in text
+        (moved / name).write_text(text.replace(old, new))
+        found.append(fingerprint_of(moved))
+    assert len(set(found)) == 4

@@ -16,7 +16,8 @@ from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.evaluation import report_results
 from agentic_r_plugin.evaluation.report import ReportConfig, run
 from agentic_r_plugin.evaluation.report_answers import read_answers
-from agentic_r_plugin.evaluation.run_folder import read_run
+from agentic_r_plugin.evaluation.report_training import cost_rows
+from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.evaluation.transcript import pieces
 from agentic_r_plugin.protocol import compact, search_r1
@@ -378,3 +379,13 @@ def test_a_transcript_tells_the_environments_blocks_from_the_models_own() -> Non
         ("answer", "z", True),
     ]
     assert [piece.kind for piece in pieces("<think>cut", compact)] == ["think"]
+
+
+def test_cached_tokens_that_no_server_reported_are_unknown_in_the_costs() -> None:
+    reported = {"iteration": 1, "phase": "correctness", "prompt_tokens": 90, "cached_tokens": 30}
+    unknown = {"iteration": 1, "phase": "trajectories", "prompt_tokens": 90, "cached_tokens": 0}
+    unknown |= {"cache_unknown_tokens": 90, "prefix_hit_rate": None}
+    none = {"iteration": 2, "phase": "trajectories", "prompt_tokens": 90, "cached_tokens": 0}
+    rows, columns = cost_rows(RunFolder(path=Path("run"), costs=[reported, unknown, none]))
+    assert columns == ["prompt_tokens", "cached_tokens"]
+    assert [row.get("cached_tokens") for row in rows] == [30, None, 0]

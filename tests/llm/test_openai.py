@@ -229,6 +229,16 @@ def test_an_answer_that_cannot_be_read_was_paid_for_too():
     assert (found.prompt_tokens, found.generated_tokens, found.requests, found.retried) == (14, 6, 1, 1)
 
 
+@pytest.mark.parametrize("details", [{}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {}}])
+def test_cached_tokens_that_the_server_does_not_report_are_unknown(details):
+    answer = {"choices": [{"text": "x", "finish_reason": "length"}], "usage": {"prompt_tokens": 1, **details}}
+    with serve(lambda path, body: (200, answer)) as server:
+        made = backend(server.url)
+        [done] = made.generate([request("a")], Sampling())
+    assert done.cached_tokens is None
+    assert (made.usage.prompt_tokens, made.usage.cached_tokens, made.usage.cache_unknown_tokens) == (1, 0, 1)
+
+
 def test_tokens_are_counted_and_paid_for():
     usage = {"prompt_tokens": 1000, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 400}}
     prices = {"usd_per_million_prompt_tokens": 2.0, "usd_per_million_generated_tokens": 10.0}

@@ -11,7 +11,6 @@ from typing import Any
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
-from agentic_r_plugin.store import file_fingerprint
 
 _CHARACTERS_PER_TOKEN = 16
 """Upper bound on the average characters per token of real text."""
@@ -133,7 +132,9 @@ class CrossEncoderScorer:
         return task.query.query if self.text == "query" else f"{task.query.question} {task.query.query}"
 
     def fingerprint(self) -> str:
-        """Hash of the weights (or the hub name) and the options."""
-        files = sorted(Path(self.model).glob("*.safetensors")) if Path(self.model).is_dir() else []
-        weights = [file_fingerprint(path) for path in files] or self.model
-        return fingerprint("cross_encoder", weights, self.text, self.max_length)
+        """Hash of the checkpoint's files (or the hub name) and the options."""
+        from agentic_r_plugin.llm.hf import checkpoint_fingerprint
+
+        folder = Path(self.model)
+        model = checkpoint_fingerprint(folder, folder) if folder.is_dir() else self.model
+        return fingerprint("cross_encoder", model, self.text, self.max_length)
