@@ -402,8 +402,7 @@ class OpenAIBackend:
             except httpx.TransportError as error:
                 problem, refused = f"{type(error).__name__}: {redacted(str(error), self._api_key)}", False
             except _NotAsAskedError as error:
-                # Some servers block a prompt by an empty list of choices. A faulty server would accept no prompt.
-                problem, refused = self._brief(str(error)), isinstance(error, _NoChoiceError) and bool(self._accepted)
+                problem, refused = self._brief(str(error)), False
             except _DeclinedError as error:
                 raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
             if attempt < self._max_retries:
@@ -492,10 +491,6 @@ class _NotAsAskedError(Exception):
     """An answer with status 200 that violates the protocol, or a failed generation; a retry may succeed."""
 
 
-class _NoChoiceError(_NotAsAskedError):
-    """An answer with an empty list of choices."""
-
-
 class _DeclinedError(Exception):
     """The model or a content filter declines to answer."""
 
@@ -548,8 +543,7 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
     """
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        error = _NoChoiceError if choices == [] else _NotAsAskedError
-        raise error(f"expected one choice in the server's answer, found {answer}")
+        raise _NotAsAskedError(f"expected one choice in the server's answer, found {answer}")
     reason = _reason(choices[0])
     if reason == "content_filter":
         raise _DeclinedError("finish_reason content_filter")

@@ -383,16 +383,6 @@ def test_an_error_with_status_200_goes_through_the_rules_of_refusals():
         assert backend(server.url).chat(["a"], max_tokens=5) == ["fine"]
 
 
-def test_a_prompt_that_gets_no_choice_is_refused_alone_once_others_were_accepted():
-    with serve(
-        lambda path, body: (200, {"choices": []}) if body["messages"][0]["content"] == "bad" else chat("x")
-    ) as server:
-        made = backend(server.url, max_retries=1, concurrency=1)
-        first, second, third = made.chat(["a", "bad", "b"], max_tokens=5)
-    assert (first, third) == ("x", "x") and isinstance(second, RequestRefusedError)
-    assert "tried 2 times" in str(second) and len(server.requests) == 4
-
-
 def test_a_failed_look_at_the_model_list_is_repeated_and_an_answer_is_kept(monkeypatch: pytest.MonkeyPatch):
     statuses = iter([503, 429, 200])
     looks = []
