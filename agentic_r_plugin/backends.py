@@ -44,7 +44,7 @@ class LLMSpec:
     max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
     replicas: int = field(
         default=1,
-        metadata={"help": "engines, each on accelerators of its own in a Ray actor; a batch is dealt out", **FREE},
+        metadata={"help": "engines, each a Ray actor with its own accelerators; they share a batch", **FREE},
     )
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("llm_backend")}

@@ -16,7 +16,7 @@ from functools import cache
 
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.errors import RequestRefusedError, SearchError, SearchRefusedError
-from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage
+from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage, count_tokens
 from agentic_r_plugin.protocol import Search, Session
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order, search_each
@@ -94,12 +94,7 @@ def run_sessions(
             if isinstance(completion, RequestRefusedError):
                 session.refused(str(completion))
                 continue
-            cost.prompt_tokens += completion.prompt_tokens
-            if completion.cached_tokens is None:
-                cost.cache_unknown_tokens += completion.prompt_tokens
-            else:
-                cost.cached_tokens += completion.cached_tokens
-            cost.generated_tokens += len(completion.token_ids)
+            count_tokens(cost, completion)
             action = session.model_wrote(completion.token_ids)
             if isinstance(action, Search):
                 waiting.append((session, action))

@@ -175,10 +175,10 @@ def _engine(config: TrainAgentConfig) -> str:
         missing.insert(0, "torch with CUDA")
     if not missing:
         return config.engine
-    told = f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
+    absent = f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
     if found:
-        raise ConfigError(f"{told}, and this machine has an accelerator ({found}); install that, or set cpu=true")
-    return told
+        raise ConfigError(f"{absent}, and this machine has an accelerator ({found}); install that, or set cpu=true")
+    return absent
 
 
 def _memory(config: TrainAgentConfig, composed: Any) -> str:

@@ -118,13 +118,27 @@ def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class TokenMeter(Protocol):
+    """Counts of tokens: `Usage`, or what a stage spent (`rollout.RolloutCost`)."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    cache_unknown_tokens: int
+    generated_tokens: int
+
+
+def count_tokens(meter: TokenMeter, done: Completion) -> None:
+    """Add the tokens of one completion."""
+    meter.prompt_tokens += done.prompt_tokens
+    if done.cached_tokens is None:
+        meter.cache_unknown_tokens += done.prompt_tokens
+    else:
+        meter.cached_tokens += done.cached_tokens
+    meter.generated_tokens += len(done.token_ids)
+
+
 def count(usage: Usage, completions: Sequence[Completion]) -> None:
     """Add completions to the usage counts."""
     for done in completions:
         usage.requests += 1
-        usage.prompt_tokens += done.prompt_tokens
-        if done.cached_tokens is None:
-            usage.cache_unknown_tokens += done.prompt_tokens
-        else:
-            usage.cached_tokens += done.cached_tokens
-        usage.generated_tokens += len(done.token_ids)
+        count_tokens(usage, done)
