@@ -1,7 +1,7 @@
 """`agentic-r COMMAND [--config FILE] [key=value ...] [--resume]`: every step of the method as one command.
 
-A command is a typed configuration and a function. The fields of the configuration are its flags. Heavy packages are
-imported only once the command is known.
+A command is a typed configuration and a function. The fields of the configuration are its flags. A command may have two
+words (`convert questions`). Heavy packages are imported only once the command is known.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ COMMANDS = {
         "teach a Hugging Face model the protocol on scripted trajectories", "agent.warm_start_sft:WarmStartSFTConfig"
     ),
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
+    "convert questions": Command("any form of questions to FlashRAG's", "convert.questions:QuestionsConfig"),
     "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
@@ -63,21 +64,26 @@ COMMANDS = {
     "report": Command("report.html and report.md of a run", "evaluation.report:ReportConfig"),
 }
 
+GROUPS = {"convert": "others' data in, training sets and runs out"}
+"""Commands of two words: first word -> help."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code, which is 0 only if the work is complete."""
     parser = build_parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = next((item for item in arguments if not item.startswith("-")), None)
+    words = [item for item in arguments if not item.startswith("-")]
+    name = next((item for item in (" ".join(words[:2]), *words[:1]) if item in COMMANDS), None)
     debug = "--debug" in arguments
     _prepare_upstream()
     try:
-        if name not in COMMANDS:
+        if name is None:
             options = parser.parse_args(arguments)
             list_components(as_json=options.json)
             return 0
         config_class, run = COMMANDS[name].load()
-        options, overrides = parse_command(name, config_class, arguments[arguments.index(name) + 1 :])
+        given = arguments[arguments.index(name.split()[-1]) + 1 :]
+        options, overrides = parse_command(name, config_class, given)
         config = build_config(config_class, options, overrides)
         from agentic_r_plugin.child import family
 
@@ -120,8 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("components", help="list registered components")
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    kinds: dict[str, Any] = {}
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help)
+        first, _, kind = name.partition(" ")
+        if kind and first not in kinds:
+            kinds[first] = commands.add_parser(first, help=GROUPS[first], description=GROUPS[first]).add_subparsers(
+                dest="kind", metavar="KIND", required=True
+            )
+        (kinds[first] if kind else commands).add_parser(kind or name, help=command.help)
     return parser
 
 
@@ -183,6 +195,8 @@ def build_config(config_class: type, options: argparse.Namespace, overrides: Seq
     for item in overrides:
         if "=" not in item and not (for_verl and item.startswith("~")):  # Hydra's way to delete a key
             raise ConfigError(f"argument {item!r}: expected key=value")
+    # `in` is a keyword of Python, so its field is `in_`
+    overrides = [item.replace("=", "_=", 1) if item.partition("=")[0] + "_" in fields else item for item in overrides]
     hints = get_type_hints(config_class)
 
     def is_ours(item: str) -> bool:

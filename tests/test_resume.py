@@ -38,6 +38,7 @@ FREE_OF = {
     "CorrectnessConfig": "out batch_size runner",
     "GroupsConfig": "out runner",
     "TrainRetrieverConfig": "out device checkpoint_steps",
+    "QuestionsConfig": "out",
     "AgenticRSettings": "batch_size",
     "EvaluateConfig": "processes tables",
     "IterateConfig": "out dry_run service_startup_timeout_s report expected_seconds plan",
