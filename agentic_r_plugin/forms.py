@@ -18,7 +18,7 @@ from functools import lru_cache
 from io import StringIO
 from typing import Any
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError
 
 Row = Mapping[str, Any]
 
@@ -183,6 +183,10 @@ def _unique(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
+def _names(row: Row) -> str:
+    return ", ".join(map(repr, row))
+
+
 def _found(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:80]!r}"
 
@@ -190,22 +194,27 @@ def _found(value: Any) -> str:
 # --- Questions --------------------------------------------------------------------------------------------------------
 
 
-def question_fields(row: Row) -> dict[str, Any]:
-    """`id`, `question`, `golden_answers` and `metadata` of a question, in FlashRAG's format or one of `QUESTION_FORMS`.
+def question_fields(row: Row, form: QuestionForm | None = None) -> dict[str, Any]:
+    """`id`, `question`, `golden_answers` and `metadata` of a question.
 
     FlashRAG's fields are used as they are; an answer that is an index into the list `choices` becomes that choice. If
     they are absent, those of Search-R1's and verl's Parquet are used: the question from `extra_info` or from the last
     user message of `prompt` (after its last "Question:"), the answers from `reward_model.ground_truth`, the id from
     `data_source`, `extra_info.split` and `extra_info.index`.
 
+    Args:
+        form: format of the row; None: the first of `QUESTION_FORMS` whose fields it has.
+
     Raises:
-        RecordError: no id or question, a field of the wrong type, or a field whose name is nearly one of ours.
+        RecordError: no id or question, a field of the wrong type, a field whose name is nearly one of ours, or a row
+            without the fields of `form`.
     """
+    if form is not None and (missing := sorted(form.has - row.keys())):
+        raise RecordError(f"expected a field {missing[0]!r}, as format={form.name} says, found only {_names(row)}")
     row = {name: value for name, value in row.items() if not absent(value)}
-    for form in QUESTION_FORMS:
-        if form.has <= row.keys() and not form.lacks & row.keys():
-            row |= form.parse(row)
-            break
+    form = form or next((f for f in QUESTION_FORMS if f.has <= row.keys() and not f.lacks & row.keys()), None)
+    if form is not None:
+        row |= form.parse(row)
     if not answers(row.get("golden_answers")):
         given = (row[name] for name in _GOLD_FIELDS if name in row and answers(row[name], name))
         row["golden_answers"] = next(given, None)
@@ -242,8 +251,8 @@ def place(row: Row) -> str:
         parts.append(identifier)
     else:
         raise RecordError(
-            f"missing field 'id', found only {', '.join(map(repr, row))}; give every question an id of its own: "
-            "outputs and resumed work know it by that"
+            f"missing field 'id', found only {_names(row)}; give every question an id of its own, by "
+            "which outputs and resumed work know it, or name its column (format=question=COLUMN,id=COLUMN)"
         )
     return "/".join(part for part in parts if part is not None)
 
@@ -255,31 +264,64 @@ def place(row: Row) -> str:
 class QuestionForm:
     """One format of question rows, recognised by the fields that it has and lacks."""
 
+    name: str
     has: frozenset[str]
     lacks: frozenset[str] = frozenset({"golden_answers"})
-    parse: Callable[[Row], dict[str, Any]]
+    """Not checked if the format is named in a setting."""
+    numbered: bool = False
+    """Whether rows without an id get their place in the file."""
+    parse: Callable[[Row], dict[str, Any]] = lambda _: {}
 
 
 def _hotpotqa(row: Row) -> dict[str, Any]:
-    """HotpotQA and 2WikiMultihopQA: supporting facts are [title, sentence] pairs, on the hub a dict of two lists."""
-    facts = _plain(row["supporting_facts"])
-    if not isinstance(facts, Mapping):
-        pairs = facts if isinstance(facts, list) else ()
-        facts = {"title": [fact[0] for fact in pairs if isinstance(fact, list | tuple) and fact]}
-    metadata = {"supporting_titles": _unique(listed(facts, "title")), **{k: row.get(k) for k in ("type", "level")}}
-    return {"metadata": metadata}
+    """HotpotQA and 2WikiMultihopQA."""
+    return {"metadata": _named_gold(row) | {key: row.get(key) for key in ("type", "level")}}
 
 
 def _musique(row: Row) -> dict[str, Any]:
-    """MuSiQue: the decomposition holds the answer of every hop."""
+    """MuSiQue: an answer with aliases."""
     golden = [*answers(row.get("answer")), *answers(row.get("answer_aliases"))]
-    supporting = [item for item in _mappings(row.get("paragraphs")) if item.get("is_supporting")]
-    metadata = {
-        "supporting_titles": _unique(title for item in supporting for title in listed(item, "title")),
-        "hop_answers": [hop.get("answer") for hop in _mappings(row["question_decomposition"])],
-        "answerable": row.get("answerable"),
-    }
-    return {"golden_answers": _unique(golden), "metadata": metadata}
+    return {"golden_answers": _unique(golden), "metadata": _named_gold(row) | {"answerable": row.get("answerable")}}
+
+
+def _named_gold(row: Row) -> dict[str, list[Any]]:
+    """Titles of gold documents and the answer of every hop, where a row (or FlashRAG's metadata) names them.
+
+    HotpotQA's and 2WikiMultihopQA's supporting facts are [title, sentence] pairs, on the hub a dict of two lists.
+    2WikiMultihopQA's evidences are triples that end with the answer of a hop. MuSiQue marks supporting paragraphs and
+    decomposes the question. Each may be written as JSON text.
+    """
+    facts, evidences = (_decoded(row, field) for field in ("supporting_facts", "evidences"))
+    found: dict[str, list[Any]] = {}
+    if facts is not None:
+        found["supporting_titles"] = _unique(
+            listed(facts if isinstance(facts, Mapping) else {"title": _at(facts, 0)}, "title")
+        )
+    elif "question_decomposition" in row:
+        paragraphs = [item for item in _mappings(row.get("paragraphs")) if item.get("is_supporting")]
+        found["supporting_titles"] = _unique(title for item in paragraphs for title in listed(item, "title"))
+    if isinstance(evidences, Mapping):
+        found["hop_answers"] = listed(evidences, "entity")
+    elif evidences:
+        found["hop_answers"] = _at(evidences, 2) or _each(evidences, "entity")
+    elif "question_decomposition" in row:
+        found["hop_answers"] = _each(row["question_decomposition"], "answer")
+    return found
+
+
+def _decoded(row: Row, field: str) -> Any:
+    value = _plain(row.get(field))
+    return decoded_text(value, field) if isinstance(value, str) else value
+
+
+def _at(rows: Any, place: int) -> list[Any]:
+    """One item of each list in a list."""
+    rows = map(_plain, rows if isinstance(rows, list) else ())
+    return [row[place] for row in rows if isinstance(row, list | tuple) and len(row) > place]
+
+
+def _each(rows: Any, field: str) -> list[Any]:
+    return [item.get(field) for item in _mappings(rows)]
 
 
 def _browsecomp_plus(row: Row) -> dict[str, Any]:
@@ -302,12 +344,85 @@ def _mappings(value: Any) -> list[Row]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
+_NAMED_GOLD = frozenset({"supporting_facts", "evidences", "question_decomposition"})
+
 QUESTION_FORMS = (
-    QuestionForm(has=frozenset({"question", "supporting_facts"}), parse=_hotpotqa),
-    QuestionForm(has=frozenset({"question", "question_decomposition"}), parse=_musique),
-    QuestionForm(has=frozenset({"query_id", "query"}), parse=_browsecomp_plus),
-    QuestionForm(has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question"}), parse=_beir),
+    QuestionForm(name="flashrag", has=frozenset({"question", "golden_answers"}), lacks=frozenset()),
+    QuestionForm(name="hotpotqa", has=frozenset({"question", "supporting_facts"}), parse=_hotpotqa),
+    QuestionForm(name="musique", has=frozenset({"question", "question_decomposition"}), parse=_musique),
+    QuestionForm(name="browsecomp_plus", has=frozenset({"query_id", "query"}), parse=_browsecomp_plus),
+    QuestionForm(
+        name="beir", has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question"}), parse=_beir
+    ),
+    QuestionForm(name="search_r1", has=frozenset({"prompt", "reward_model"})),
 )
+
+_COLUMNS = ("question", "answers", "id", *LISTS)
+"""What columns of any data set can be mapped to."""
+
+
+def question_form(text: str) -> QuestionForm | None:
+    """The format that a setting `format` names; None if it is empty.
+
+    Args:
+        text: a name of `QUESTION_FORMS`, or `question=COLUMN,answers=COLUMN,id=COLUMN` with the columns of any data
+            set; `a.b` is field b of column a, or of each object in it if it is a list. `gold_doc_ids`,
+            `supporting_titles` and `hop_answers` can be mapped, too.
+
+    Raises:
+        ConfigError: an unknown name, or no column for the question.
+
+    >>> form = question_form("question=q.text,answers=a.aliases,id=key")
+    >>> question_fields({"key": 7, "q": {"text": "Who?"}, "a": {"value": "x", "aliases": ["y", "z"]}}, form)
+    {'id': '7', 'question': 'Who?', 'golden_answers': ['y', 'z'], 'metadata': {}}
+    """
+    if not text:
+        return None
+    names = {form.name: form for form in QUESTION_FORMS}
+    if "=" not in text and text in names:
+        return names[text]
+    columns = {name.strip(): path.strip() for name, _, path in (part.partition("=") for part in text.split(","))}
+    if "question" not in columns or not all(columns.values()) or not set(columns) <= set(_COLUMNS):
+        raise ConfigError(
+            f"format={text}: expected one of {', '.join(names)}, or question=COLUMN with any of "
+            f"{', '.join(f'{name}=COLUMN' for name in _COLUMNS[1:])}, separated by commas"
+        )
+
+    def parse(row: Row) -> dict[str, Any]:
+        values = {name: column_value(row, path) for name, path in columns.items()}
+        return dict.fromkeys(row) | {
+            "id": values.get("id") if "id" in values else _question_id(row),
+            "question": values["question"],
+            "golden_answers": values.get("answers"),
+            "metadata": {name: values[name] for name in LISTS if name in values},
+        }
+
+    has = frozenset(path.partition(".")[0] for path in columns.values())
+    return QuestionForm(name=text, has=has, numbered="id" not in columns, parse=parse)
+
+
+def column_value(row: Any, path: str) -> Any:
+    """Value at a dotted path; None if there is none. Of a list of objects, the values of all, as one list.
+
+    >>> column_value({"a": [{"b": 1}, {"b": [2, 3]}]}, "a.b")
+    [1, 2, 3]
+    """
+    value = row
+    for name in path.split("."):
+        value = _plain(value)
+        if isinstance(value, str):
+            value = decoded_text(value, path)
+        if isinstance(value, list):
+            parts = [_plain(item.get(name)) for item in _mappings(value)]
+            value = [item for part in parts for item in (part if isinstance(part, list) else [part])]
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def has_question_id(row: Row) -> bool:
+    """Whether a row has one of the fields that hold a question's id."""
+    return any(not absent(row.get(field)) for field in _QUESTION_IDS)
 
 
 def golden_answers(row: Row) -> list[str]:
@@ -345,8 +460,11 @@ def _question(row: Row, info: Row) -> str:
         _, marker, question = prompt.rpartition("Question:")
         if marker and question.strip():
             return question.strip()
-    found = "an empty one" if "question" in row else f"only {', '.join(map(repr, row))}"
-    raise RecordError(f"expected a text field 'question' (or a prompt with 'Question:'), found {found}")
+    found = "an empty one" if "question" in row else f"only {_names(row)}"
+    raise RecordError(
+        f"expected a text field 'question' (or a prompt with 'Question:'), found {found}; other columns can be named: "
+        "format=question=COLUMN,answers=COLUMN,id=COLUMN"
+    )
 
 
 def _metadata(value: Any) -> dict[str, Any]:
@@ -357,6 +475,8 @@ def _metadata(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise RecordError(f"field 'metadata': expected an object, found {_found(value)}; rename or drop this field")
     metadata: dict[str, Any] = _without_absent(value)
+    if _NAMED_GOLD & metadata.keys():  # FlashRAG keeps the fields of HotpotQA, 2WikiMultihopQA and MuSiQue there
+        metadata = _without_absent(_named_gold(metadata)) | metadata
     return metadata | {field: listed(metadata, field) for field in LISTS if field in metadata}
 
 

@@ -53,7 +53,7 @@ from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import corpus_file, count_lines
@@ -89,6 +89,7 @@ class IterateConfig:
     retriever: str = field(metadata={"help": "retriever to start from: folder, or builtin:NAME"})
     benchmark: str = field(default="", metadata={"help": "benchmark in FlashRAG layout; empty: generate one (world)"})
     corpus: str = field(default="", metadata={"help": "corpus, where it is not the benchmark's corpus.jsonl"})
+    format: str = field(default="", metadata=FORMAT)
     iterations: int = field(default=2, metadata={"help": "K"})
     dry_run: bool = field(
         default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop", **FREE}
@@ -315,7 +316,9 @@ class Loop:
         judged = stages["relevance"].scorer in _JUDGES
         window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         train = Path(self._questions(self.config.train_split))
-        questions = settings.train_questions or (sum(1 for _ in read_questions(train)) if train.is_file() else 0)
+        questions = settings.train_questions
+        if not questions and train.is_file():
+            questions = sum(1 for _ in read_questions(train, format=self.config.format))
         first = plan.Scale(
             questions=stages["trajectories"].num_questions or questions,
             passages=settings.corpus_passages or count_lines(self.corpus),
@@ -529,7 +532,7 @@ class Loop:
             "retrieval_url": url,
             "out": str(self.folder / f"iteration-{k}" / "agent"),
         }
-        known = {"seed": self._seed(k), "retrieval_token_env": self._token_env}
+        known = {"seed": self._seed(k), "retrieval_token_env": self._token_env, "format": self.config.format}
         if k > 1 and self.config.critic_from == "previous":
             paths["critic"] = str(self.folder / f"iteration-{k - 1}" / "agent" / "critic")
         values = merged(known | self.protocol_settings(), section)
@@ -571,6 +574,7 @@ class Loop:
             "search": search,
             "seed": self._seed(k),
             "protocol": self.config.protocol,
+            "format": self.config.format,
         }
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}
@@ -600,6 +604,7 @@ class Loop:
             "data_dir": str(self.benchmark.parent),
             "benchmarks": [self.benchmark.name],
             "split": self.config.test_split,
+            "format": self.config.format,
             "agents": dict(agents),
             "searches": {name: str(folder) for name, folder in indexes.items()},
             "settings": self.protocol_settings() | {"agent": self.config.llm},

@@ -1,51 +1,82 @@
 """Reading questions, for every command.
 
-`.jsonl` and `.json` (JSON Lines or one JSON list), also gzipped, `.parquet` and folders of them are checked in the same
-way and give the same questions; `forms` defines which fields are read.
+`.jsonl` and `.json` (JSON Lines or one JSON list), also packed (gzip, zstd), `.parquet` and folders of them are checked
+in the same way and give the same questions; `forms` defines which fields are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import place
+from agentic_r_plugin.forms import has_question_id, place, question_form
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import read_lines, shards
 
+FORMAT: Mapping[str, Any] = {
+    "help": "form of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: found by their fields"
+}
+"""Metadata of the setting `format` of every command that reads questions."""
 
-def read_questions(path: str | Path, *, labelled: bool = False) -> Iterator[Question]:
+Rows = Iterable[tuple[Path, int, Any]]
+"""(file, line or row from 1, row) of every question."""
+
+
+def read_questions(path: str | Path, *, labelled: bool = False, format: str = "") -> Iterator[Question]:
     """Questions in order, one at a time.
 
     Args:
         labelled: whether every question must have a gold answer.
+        format: name of the rows' format or their columns, as `forms.question_form` reads it.
 
     Raises:
         RecordError: as `read_rows`.
+        ConfigError: an unknown format.
     """
-    return (question for question, _ in read_rows(path, labelled=labelled))
+    return (question for question, _ in read_rows(path, labelled=labelled, format=format))
 
 
-def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[tuple[Question, Mapping[str, Any]]]:
+def read_rows(
+    path: str | Path, *, labelled: bool = False, format: str = ""
+) -> Iterator[tuple[Question, Mapping[str, Any]]]:
     """Each question with the row that it was read from.
 
-    Search-R1 concatenates data sets whose ids start over. If ids repeat in a file with `data_source`, each question is
-    identified by `data_source/split/index`, or by `data_source/id` if it has no index.
+    Raises:
+        RecordError: as `checked`, or no such file, or a broken line.
+        ConfigError: an unknown format.
+    """
+    return checked(
+        lambda: ((shard, number, row) for shard in shards(path) for number, row in read_lines(shard)),
+        labelled=labelled,
+        format=format,
+    )
+
+
+def checked(
+    rows: Callable[[], Rows], *, labelled: bool = False, format: str = ""
+) -> Iterator[tuple[Question, Mapping[str, Any]]]:
+    """Each question with its row, where `rows` reads the rows from the start.
+
+    Search-R1 concatenates data sets whose ids start over. If ids repeat in rows with `data_source`, each question is
+    identified by `data_source/split/index`, or by `data_source/id` if it has no index. Rows without an id whose columns
+    are given in `format` are numbered: `FILE_0`, `FILE_1`, ... where FILE is the file's name.
 
     Raises:
-        RecordError: no such file, a broken row, a missing or duplicate id, or a question without gold answers if
-            `labelled`; names file and line (Parquet: row).
+        RecordError: a broken row, a missing or duplicate id, or a question without gold answers if `labelled`; names
+            file and line (Parquet: row).
+        ConfigError: an unknown format.
     """
-    by_place = _ids_begin_again(path)
+    form, by_place = question_form(format), _ids_begin_again(rows())
     seen: set[str] = set()
-    for shard, number, row in _rows(path):
+    for shard, number, row in rows():
         try:
             if by_place:
                 row = {**row, "id": place(row)}
-            question = Question.from_dict(row)
+            elif form is not None and form.numbered and isinstance(row, Mapping) and not has_question_id(row):
+                row = {**row, "id": f"{shard.name.partition('.')[0]}_{number - 1}"}
+            question = Question.from_dict(row, form)
             if labelled:
                 question.require_label()
             if question.id in seen:
@@ -58,18 +89,14 @@ def read_rows(path: str | Path, *, labelled: bool = False) -> Iterator[tuple[Que
         yield question, row
 
 
-def _rows(path: str | Path) -> Iterator[tuple[Path, int, Any]]:
-    return ((shard, number, row) for shard in shards(path) for number, row in read_lines(shard))
-
-
-def _ids_begin_again(path: str | Path) -> bool:
+def _ids_begin_again(rows: Rows) -> bool:
     """Whether rows of several data sets share ids; only checked if the first row has both `id` and `data_source`."""
-    first = next(islice(_rows(path), 1), None)
-    if first is None or not isinstance(first[2], Mapping) or not {"data_source", "id"} <= first[2].keys():
-        return False
     seen: dict[str, Any] = {}
-    for _, _, row in _rows(path):
-        source = (row if isinstance(row, Mapping) else {}).get("data_source")
+    for number, (_, _, row) in enumerate(rows):
+        row = row if isinstance(row, Mapping) else {}
+        if not number and not {"data_source", "id"} <= row.keys():
+            return False
+        source = row.get("data_source")
         if source is not None and seen.setdefault(str(row.get("id")), source) != source:
             return True
     return False

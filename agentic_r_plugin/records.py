@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import contents_of, question_fields
+from agentic_r_plugin.forms import QuestionForm, contents_of, question_fields
 
 RecordType = TypeVar("RecordType", bound="Record")
 
@@ -137,9 +137,9 @@ class Question(Record):
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, data: Any) -> Question:
-        """Build from any format that `forms.question_fields` reads; unknown fields are ignored."""
-        return super().from_dict(question_fields(data) if isinstance(data, Mapping) else data)
+    def from_dict(cls, data: Any, form: QuestionForm | None = None) -> Question:
+        """Build from any format that `forms.question_fields` reads, or from `form`; unknown fields are ignored."""
+        return super().from_dict(question_fields(data, form) if isinstance(data, Mapping) else data)
 
     def require_label(self) -> None:
         """Raise RecordError if there is no gold answer."""

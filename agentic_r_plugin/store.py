@@ -1,4 +1,4 @@
-"""Reading and writing record files: JSON (also gzipped) or Parquet, by file name, or a folder of shards.
+"""Reading and writing record files: JSON (also packed) or Parquet, by file name, or a folder of shards.
 
 Reading checks every record and names file and line in errors. Writing goes to a temporary file next to the target,
 which is renamed at the end: a file that exists is complete.
@@ -11,6 +11,7 @@ import fcntl
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from decimal import Decimal
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
 from agentic_r_plugin.records import Record
@@ -35,7 +36,7 @@ _PARQUET_BATCH = 1024
 
 
 def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType]:
-    """Records of a JSON (also gzipped) or Parquet file, or of a folder of them, in order, one at a time.
+    """Records of a JSON (also packed) or Parquet file, or of a folder of them, in order, one at a time.
 
     Raises:
         RecordError: no such file, a broken line, or a record that is not a `cls`; names file and line (Parquet: row).
@@ -70,8 +71,8 @@ def _check_readable(path: Path) -> None:
         raise RecordError(f"expected {_SHARDS}; convert this file (in a folder of shards, move it away)", path=path)
 
 
-_SHARDS = ".jsonl, .jsonl.gz, .json, .json.gz or .parquet"
-_READ = re.compile(r"\.(jsonl|json|ndjson)(\.gz)?$|\.parquet$")
+_SHARDS = ".jsonl, .json (both also .gz, .zst) or .parquet"
+_READ = re.compile(r"\.(jsonl|json|ndjson)(\.(gz|zst))?$|\.parquet$")
 _DATA = re.compile(r"\.(jsonl|json|ndjson|parquet|csv|tsv|arrow)(\.(gz|zst|bz2|xz|lz4|zip))?$")
 _NO_SHARD = re.compile(r"^[._]|\.(manifest|report)\.json$|\.errors\.jsonl$|^(dataset_infos?|state)\.json$")
 """Files that stand next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
@@ -95,10 +96,9 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
     if path.suffix == ".parquet":
         yield from _read_parquet(path, columns)
         return
-    opener = gzip.open if path.suffix == ".gz" else open
     number, started = 0, False
     try:
-        with opener(path, "rb") as stream:
+        with unpacked(path) as stream:
             for number, line in enumerate(stream, start=1):
                 if not started and line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"["):
                     yield from read_list(line + stream.read(), path, number)
@@ -106,8 +106,34 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
                 if line.strip():
                     started = True
                     yield number, parse_line(line, path, number)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"not a whole gzip file: {error}", path=path, line=number + 1) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise broken_file(error, path, number + 1) from error
+
+
+PACKINGS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of packed files that are read."""
+
+
+@contextmanager
+def unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading its bytes, unpacked if its suffix is one of `PACKINGS`.
+
+    A broken file raises OSError, EOFError or zlib.error where it is read (`broken_file`).
+    """
+    if path.suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression="zstd") as packed, io.BufferedReader(packed, 1 << 20) as lines:
+            yield cast(IO[bytes], lines)
+    else:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            yield cast(IO[bytes], stream)
+
+
+def broken_file(error: Exception, path: Path, line: int | None = None) -> RecordError:
+    """The error for a file that cannot be read to its end."""
+    found = f"not a whole {PACKINGS[path.suffix]} file" if path.suffix in PACKINGS else "the file cannot be read"
+    return RecordError(f"{found}: {error}", path=path, line=line)
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -148,7 +148,7 @@ def test_a_folder_of_shards_is_read_whole_or_refused_by_the_file_that_is_not_rea
     for name in ("README.md", "_SUCCESS", ".a.json.crc", ".x.json", "dataset_info.json", "c.jsonl.report.json"):
         (tmp_path / name).write_text("{}")
     assert [question.id for question in read_records(tmp_path, Question)] == ["0", "1", "2", "3", "4"]
-    for name in ("f.jsonl.zst", "f.csv", "f.ndjson.xz", "f.parquet.gz"):
+    for name in ("f.jsonl.bz2", "f.csv", "f.ndjson.xz", "f.parquet.gz"):
         (tmp_path / name).touch()
         for path in (tmp_path, tmp_path / name):
             with pytest.raises(RecordError, match=f"{name}: expected .jsonl, .*; convert this file"):

@@ -24,7 +24,7 @@ class SourcedQuestion:
     source: str
 
 
-def read_questions(path: str | Path) -> list[SourcedQuestion]:
+def read_questions(path: str | Path, format: str = "") -> list[SourcedQuestion]:
     """Read the questions of a file in order; each has gold answers.
 
     The benchmark is the row's `data_source` if present (Parquet from `write_parquet`, Search-R1 or verl), else the
@@ -32,12 +32,12 @@ def read_questions(path: str | Path) -> list[SourcedQuestion]:
 
     Raises:
         RecordError: as `questions.read_rows`.
-        ConfigError: the file holds no question.
+        ConfigError: an unknown format, or the file holds no question.
     """
     folder = data_source_name(path)
     found = [
         SourcedQuestion(question=question, source=str(row.get("data_source") or folder))
-        for question, row in read_rows(path, labelled=True)
+        for question, row in read_rows(path, labelled=True, format=format)
     ]
     if not found:
         raise ConfigError(f"{path}: expected at least one question, found none")

@@ -76,7 +76,7 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
     Raises:
         ConfigError, RecordError: the file is missing, broken or too small.
     """
-    questions = dataset.read_questions(config.questions)
+    questions = dataset.read_questions(config.questions, config.format)
     _require_a_batch(config, questions)
     return questions
 
@@ -112,7 +112,7 @@ def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | No
     """
     if config.validation is None:
         return None
-    return dataset.draw(dataset.read_questions(config.validation), config.validation_questions, seed=0)
+    return dataset.draw(dataset.read_questions(config.validation, config.format), config.validation_questions, seed=0)
 
 
 def check_model(folder: Path) -> None:

@@ -13,6 +13,7 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.questions import FORMAT
 
 ALGORITHMS = ("ppo", "grpo")
 MODES = ("sync", "colocate_async", "separate_async")
@@ -60,7 +61,8 @@ class TrainAgentConfig:
         "paper, or released_code: 4 searches, 800 tokens a turn and an observation, 400 steps", default="paper"
     )
     model: str = _file("folder of the agent to start from (Hugging Face format)", default=MISSING)
-    questions: str = _file("training questions (FlashRAG jsonl)", default=MISSING)
+    questions: str = _file("training questions", default=MISSING)
+    format: str = field(default="", metadata=FORMAT)
     retrieval_url: str = _free("address of the retrieval service", default=MISSING)
     retrieval_token_env: str = _free(
         "environment variable that holds the service's token; workers of a Ray cluster need it, too", default=""

@@ -25,7 +25,7 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, fingerprint, sa
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, require_absent, write_json
 
@@ -40,6 +40,7 @@ class WarmStartSFTConfig:
     questions: str = field(
         default="???", metadata={"help": "questions whose metadata names supporting passages", **BY_CONTENTS}
     )
+    format: str = field(default="", metadata=FORMAT)
     corpus: str = field(default="???", metadata={"help": "corpus file", **BY_CONTENTS})
     out: str = field(default="???", metadata={"help": "folder of the trained model", **FREE})
     protocol: str = field(default="compact", metadata={"help": "registered agent_protocol"})
@@ -157,7 +158,7 @@ def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
 def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Session]]:
     """Make the sessions of each epoch."""
     last = config.skip + config.limit if config.limit else None
-    questions = list(islice(read_questions(config.questions, labelled=True), config.skip, last))
+    questions = list(islice(read_questions(config.questions, labelled=True, format=config.format), config.skip, last))
     spec = config.search
     if spec.backend == "bm25" and not spec.corpus:
         spec = SearchSpec(**(to_dict(spec) | {"corpus": config.corpus}))

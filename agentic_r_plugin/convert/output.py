@@ -43,7 +43,12 @@ def convert_once(
     with output.claim(resume=resume) as held:
         held.begin(config=to_dict(config))
         if held.finished is None:
-            held.finish(write(held.out))
+            try:
+                held.finish(write(held.out))
+            except Exception:
+                if not folder:  # a file is written whole or not at all: nothing to go on from
+                    held.manifest.unlink(missing_ok=True)
+                raise
     assert held.finished is not None
     print(f"{config.out}: {json.dumps(held.finished, ensure_ascii=False)}", file=sys.stderr)
     return held.finished

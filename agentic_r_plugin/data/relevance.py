@@ -19,7 +19,7 @@ from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
@@ -38,6 +38,7 @@ class RelevanceConfig:
     questions: str = field(
         default="", metadata={"help": "questions file, for scorers that use metadata", **BY_CONTENTS}
     )
+    format: str = field(default="", metadata=FORMAT)
     sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **BY_CONTENTS})
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "the scorer's options", **options_of("relevance_scorer", "scorer")}
@@ -127,9 +128,8 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     questions: KeyedRecords[Question] | None = None
     if config.questions:
         inputs["questions"] = Path(config.questions)
-        questions = KeyedRecords(
-            config.questions, Question, lambda question: question.id, folder=folder, reader=read_questions
-        )
+        reader = partial(read_questions, format=config.format)
+        questions = KeyedRecords(config.questions, Question, lambda question: question.id, folder=folder, reader=reader)
     sub_answers: KeyedRecords[SubAnswer] | None = None
     if config.sub_answers:
         inputs["sub-answers"] = Path(config.sub_answers)

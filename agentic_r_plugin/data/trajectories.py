@@ -18,7 +18,7 @@ from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
@@ -30,6 +30,7 @@ class TrajectoriesConfig:
     """Let the agent answer every question, and write what it did."""
 
     in_: str = field(metadata={"help": "questions file", **BY_CONTENTS})
+    format: str = field(default="", metadata=FORMAT)
     out: str = field(metadata={"help": "trajectories file to write", **FREE})
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
@@ -116,11 +117,12 @@ class TrajectoriesWorker:
 def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
     """The questions to answer, in file order."""
     if not config.num_questions or not config.random_sample:
-        yield from islice(read_questions(config.in_), config.num_questions or None)
+        yield from islice(read_questions(config.in_, format=config.format), config.num_questions or None)
         return
-    total = sum(1 for _ in read_questions(config.in_))
+    total = sum(1 for _ in read_questions(config.in_, format=config.format))
     drawn = frozenset(random.Random(config.seed).sample(range(total), min(config.num_questions, total)))
-    yield from (question for place, question in enumerate(read_questions(config.in_)) if place in drawn)
+    questions = read_questions(config.in_, format=config.format)
+    yield from (question for place, question in enumerate(questions) if place in drawn)
 
 
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:

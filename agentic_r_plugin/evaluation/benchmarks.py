@@ -7,8 +7,8 @@ from pathlib import Path
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.questions import read_questions
 
-QUESTION_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz")
-"""Question files in FlashRAG's order of preference. FlashRAG itself does not read the last one."""
+QUESTION_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
+"""Question files in FlashRAG's order of preference. FlashRAG itself does not read the last two."""
 
 
 def split_file(folder: Path, split: str) -> Path:
@@ -25,14 +25,14 @@ def split_file(folder: Path, split: str) -> Path:
     raise ConfigError(f"split {split!r}: no {folder / split}.jsonl; {found}")
 
 
-def check_questions(file: Path, num_questions: int | None) -> None:
+def check_questions(file: Path, num_questions: int | None, format: str = "") -> None:
     """Check every line of a question file.
 
     Raises:
         RecordError: as `questions.read_questions`.
-        ConfigError: the file holds no question, or fewer than `num_questions`.
+        ConfigError: an unknown format, or the file holds no question, or fewer than `num_questions`.
     """
-    check_number(file, sum(1 for _ in read_questions(file)), num_questions)
+    check_number(file, sum(1 for _ in read_questions(file, format=format)), num_questions)
 
 
 def check_number(file: Path, found: int, num_questions: int | None) -> None:

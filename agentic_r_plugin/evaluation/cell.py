@@ -77,6 +77,8 @@ class Cell:
     metrics: tuple[str, ...]
     settings: AgenticRSettings
     """Settings that include the paths of this agent and this retriever."""
+    format: str = ""
+    """How the questions are written (`forms.question_form`)."""
     made_from: Mapping[str, Any] = field(default_factory=dict)
     """Everything the result depends on. A resume with other values is refused."""
 
@@ -134,7 +136,7 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) ->
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
-        dataset = load_split(config, cell.split)
+        dataset = load_split(config, cell.split, cell.format)
         with WorkTable(held.work) as table:
             _answer(pipeline, dataset, table)
             _check_refused(cell, dataset, table)

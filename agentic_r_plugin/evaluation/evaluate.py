@@ -23,6 +23,7 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchEr
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
 from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
+from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.store import file_fingerprint, require_absent, write_json
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class EvaluateConfig:
     tables: bool = field(default=True, metadata={"help": "write the matrix and its tables", **FREE})
     split: str = field(default="test", metadata={"help": "split of every benchmark"})
     splits: dict[str, str] = field(default_factory=dict, metadata={"help": "benchmark -> split, where it differs"})
+    format: str = field(default="", metadata=FORMAT)
     first: int | None = field(default=None, metadata={"help": "only the first N questions"})
     random: int | None = field(default=None, metadata={"help": "only N questions drawn with the seed"})
     seed: int = field(default=0, metadata={"help": "of the random sample and of the intervals"})
@@ -200,7 +202,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         refuse_secrets(name, getattr(config, name), "put it into an environment variable and give that variable's name")
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
-        check_questions(file, config.first if config.first is not None else config.random)
+        check_questions(file, config.first if config.first is not None else config.random, config.format)
     agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
     for name in (name for name in agents if name not in later):
         spec = _llm_spec(config, name)
@@ -283,6 +285,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 resamples=config.resamples,
                 metrics=tuple(config.metrics),
                 settings=settings,
+                format=config.format,
                 made_from=_made_from(config, settings, benchmark, split, identities, search),
             )
             if cell.name in names:
@@ -332,6 +335,7 @@ def _made_from(
         "level": config.level,
         "resamples": config.resamples,
         "sampling_seed": sampling_seed,
+        **({"format": config.format} if config.format else {}),
     } | own
 
 

@@ -233,18 +233,19 @@ def _refuse(config: Any, prompt_template: Any, generator: Any) -> None:
         )
 
 
-def load_split(config: Any, split: str) -> Any:
+def load_split(config: Any, split: str, format: str = "") -> Any:
     """Read one split as a FlashRAG `Dataset` of checked questions.
 
     FlashRAG's own reader accepts questions without ids and reads a text as a list of letters, so the rows are read
     here. The sample is drawn as in FlashRAG, but a split may have any name (in FlashRAG: test, val, dev or train).
 
     Raises:
-        ConfigError: the split has no file, where FlashRAG returns None, or fewer questions than the sample needs.
+        ConfigError: an unknown format, or the split has no file, where FlashRAG returns None, or fewer questions than
+            the sample needs.
         RecordError: as `questions.read_questions`.
     """
     file, sample = split_file(Path(config["dataset_path"]), split), config["test_sample_num"]
-    items = [question.to_dict() for question in read_questions(file)]
+    items = [question.to_dict() for question in read_questions(file, format=format)]
     check_number(file, len(items), sample)
     random.seed(config["seed"])
     if sample is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -18,10 +17,9 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +28,9 @@ from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields
 from agentic_r_plugin.records import TEXT_ID, Passage
 from agentic_r_plugin.store import (
+    PACKINGS,
     atomic_path,
+    broken_file,
     dump_line,
     parse_line,
     read_json,
@@ -38,6 +38,7 @@ from agentic_r_plugin.store import (
     read_list,
     sampled_fingerprint,
     shards,
+    unpacked,
     write_json,
 )
 
@@ -46,8 +47,6 @@ TABLE, PASSAGES, IDENTITY = "corpus_rows.npy", "corpus_passages.jsonl", "corpus.
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tsv", ".tsv.gz")
 """File name suffixes of corpora."""
-
-_PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 
 _BLOCK = 3 * 65_536
 """Numbers per write while a corpus is scanned."""
@@ -267,12 +266,12 @@ def _named_by_form(path: Path) -> Path:
 
 
 def _is_packed(path: Path) -> bool:
-    return path.is_dir() or path.suffix in (".gz", ".zst", ".parquet", ".tsv") or _is_list(path)
+    return path.is_dir() or path.suffix in (*PACKINGS, ".parquet", ".tsv") or _is_list(path)
 
 
 def _is_list(path: Path) -> bool:
     """Whether a JSON file holds one list instead of lines."""
-    with _opened(path) as stream:
+    with unpacked(path) as stream:
         try:
             return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         except (OSError, EOFError, zlib.error):
@@ -356,30 +355,12 @@ def _blocks(path: Path) -> Iterator[bytes]:
     Raises:
         RecordError: the file is truncated or broken.
     """
-    with _opened(path) as stream:
-        while True:
-            try:
-                block = stream.read(1 << 20)
-            except (OSError, EOFError, zlib.error) as error:
-                raise RecordError(
-                    f"not a whole {_PACKINGS.get(path.suffix, 'corpus')} file: {error}", path=path
-                ) from error
-            if not block:
-                return
-            yield block
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading its unpacked bytes."""
-    if path.suffix == ".zst":
-        import pyarrow
-
-        with pyarrow.input_stream(str(path), compression="zstd") as unpacked:
-            yield cast(IO[bytes], unpacked)
-    else:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            yield cast(IO[bytes], stream)
+    try:
+        with unpacked(path) as stream:
+            while block := stream.read(1 << 20):
+                yield block
+    except (OSError, EOFError, zlib.error) as error:
+        raise broken_file(error, path) from error
 
 
 def _tsv_lines(path: Path) -> Iterator[bytes]:
@@ -390,7 +371,7 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
     """
     number = 1
     try:
-        with _opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="\n") as text:
+        with unpacked(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="\n") as text:
             first = text.readline()
             names = first.rstrip("\r\n").split("\t")
             if not {"id", "text"} <= set(names):
@@ -419,8 +400,8 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
         raise RecordError(reason, path=path, line=number + 1) from error
     except UnicodeDecodeError as error:
         raise RecordError(f"expected tab-separated UTF-8: {error}", path=path, line=number + 1) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RecordError(f"not a whole gzip file: {error}", path=path) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise broken_file(error, path) from error
 
 
 def _columns(path: Path) -> list[str]:

@@ -27,7 +27,7 @@ from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import fingerprint, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Record
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
@@ -50,7 +50,8 @@ _ROWS, _QUESTIONS = 200_000, 256
 class CoverageConfig:
     """Settings of `agentic-r coverage`."""
 
-    questions: str = field(metadata={"help": "questions in FlashRAG's format"})
+    questions: str = field(metadata={"help": "questions file"})
+    format: str = field(default="", metadata=FORMAT)
     out: str = field(metadata={"help": "one record a question; OUT.report.json and OUT.report.md hold the shares"})
     index: str = field(default="", metadata={"help": "index folder of the retriever (short for search.index=)"})
     corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
@@ -106,7 +107,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     elif out.exists():
         log.warning("%s is done already", out)
         return
-    questions = list(read_questions(config.questions))[: config.max_questions or None]
+    questions = list(read_questions(config.questions, format=config.format))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)
     spec, depth = config.spec(), max(config.topk)
@@ -119,6 +120,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
                 depth,
                 file_fingerprint(config.questions),
                 len(questions),
+                *([config.format] if config.format else []),
             ),
         )
         answered, titles = scan_corpus(corpus, questions, kept)
