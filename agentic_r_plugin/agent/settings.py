@@ -86,7 +86,8 @@ class TrainAgentConfig:
     steps: int = _help("PPO steps in all", default=500)
     seed: int = _help("of the data order, all draws, the sampling and the workers", default=0)
     sampling_seed: int | None = _help(
-        "of the rollouts; -1: as seed; null: none, which vLLM samples faster, and a step done again draws other tokens",
+        "of the rollouts; -1: as seed with mode=sync, else none (an aborted request would go on with the draws that it "
+        "began with); null: none, which vLLM samples faster, and a step done again draws other tokens",
         default=-1,
     )
     batch_size: int = _help("questions a step", default=512)

@@ -38,7 +38,7 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
         "search_timeout_s": config.search_timeout_s,
         "search_retries": config.search_retries,
         "mask_observations": config.mask_observations,
-        "seed": config.seed if config.sampling_seed == -1 else config.sampling_seed,
+        "seed": config.sampling_seed if config.sampling_seed != -1 else config.seed if config.mode == "sync" else None,
     }
     return OmegaConf.to_yaml(OmegaConf.create([loop]))
 

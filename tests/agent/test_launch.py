@@ -362,6 +362,16 @@ def test_requests_carry_seeds_on_the_cpu_and_on_accelerators(config: TrainAgentC
         assert OmegaConf.create(prepare(replace(config, cpu=cpu, seed=7)).loop)[0].seed == 7
 
 
+@pytest.mark.parametrize(("mode", "drawn"), [("sync", 7), ("colocate_async", None), ("separate_async", None)])
+def test_requests_that_may_be_aborted_and_go_on_carry_no_seed_unless_one_is_set(
+    config: TrainAgentConfig, mode: str, drawn: int | None
+) -> None:
+    chosen = replace(config, cpu=False, seed=7, mode=mode, rollout_nodes=int(mode == "separate_async"))
+    for sampling_seed, expected in ((-1, drawn), (5, 5), (None, None)):
+        (loop,) = OmegaConf.create(verl_config.agent_loop_yaml(replace(chosen, sampling_seed=sampling_seed)))
+        assert loop.seed == expected
+
+
 def test_the_validation_subset_is_drawn_from_the_whole_file(config: TrainAgentConfig) -> None:
     def ids(most: int, seed: int = 0) -> list[str]:
         chosen = replace(config, validation=config.questions, validation_questions=most, seed=seed)
