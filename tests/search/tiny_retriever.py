@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 NUM_WORDS = 30
 
 
-def make_model(folder: Path, *, dim: int = 32, seed: int = 0, pooler: bool = True) -> str:
+def make_model(folder: Path, *, dim: int = 32, layers: int = 1, seed: int = 0, pooler: bool = True) -> str:
     """Write an untrained sentence-transformers model; returns its folder. Without the `pooler` its weights lack it."""
     torch.manual_seed(seed)
     words = [f"{letter}{i}" for letter in "pq" for i in range(NUM_WORDS)] + ["query", "passage", "title", ":", '"']
@@ -30,9 +30,9 @@ def make_model(folder: Path, *, dim: int = 32, seed: int = 0, pooler: bool = Tru
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=dim,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=max(2, dim // 64),
+        intermediate_size=64 if layers == 1 else 4 * dim,
         max_position_embeddings=64,
     )
     BertModel(config).save_pretrained(plain)
