@@ -203,8 +203,8 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(
 def test_a_training_process_that_dies_is_quoted_and_nothing_counts_as_done(
     config: TrainAgentConfig, tmp_path: Path
 ) -> None:
-    broken = replace(config, out=str(tmp_path / "run"), verl=["actor_rollout_ref.actor.loss_agg_mode=nonsense"])
-    with pytest.raises(TrainingError, match=r"ended with code 1.*train\.log(.|\n)*nonsense"):
+    broken = replace(config, out=str(tmp_path / "run"), verl=["ray_kwargs.ray_init.num_gpus=-1"])
+    with pytest.raises(TrainingError, match=r"ended with code 1.*train\.log(.|\n)*must be nonnegative"):
         run(broken)
     assert not (tmp_path / "run" / "done.json").exists()
     assert not (tmp_path / "run" / "agent").exists()
