@@ -45,6 +45,9 @@ PASSAGE_FIELDS = (*_ID_FIELDS, "contents", "title", "text")
 _MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content)["']""")
 """How a list of chat messages that is written as text begins."""
 
+_FRONT_TITLE = re.compile(r"---\r?\ntitle:[ \t]*(\S.*?)[ \t\r]*\n")
+"""The title in the front matter with which a text begins."""
+
 _LINE_BREAKS = re.compile(r"[\r\n]+")
 
 
@@ -524,7 +527,8 @@ def passage_fields(row: Any) -> tuple[str, str]:
     """(id, contents) of a passage.
 
     Accepted: FlashRAG's `{id, contents}`, `{id, title, text}` and `{id, text}`, BEIR's `{_id, title, text}` and
-    Tevatron's `{docid, title, text}`. If there are contents, title and text are ignored.
+    Tevatron's `{docid, title, text}`. If there are contents, title and text are ignored. A text without a title that
+    begins with `---` and `title: ...`, as in BrowseComp-Plus, has that title; the text is kept whole.
 
     Raises:
         RecordError: no id, neither contents nor text, or a wrong type.
@@ -541,8 +545,21 @@ def passage_fields(row: Any) -> tuple[str, str]:
             f"expected text in field 'contents', or in 'text' next to 'title', found only {', '.join(map(repr, row))}; "
             "rename the field that holds it"
         )
-    title = name_of(row.get("title"), "title") or ""
-    return identifier, contents_of(_LINE_BREAKS.sub(" ", title), _text(row, "text"))
+    title, text = name_of(row.get("title"), "title") or "", _text(row, "text")
+    if not title and (found := _FRONT_TITLE.match(text)):
+        title = found[1].strip("\"'")
+    return identifier, contents_of(_LINE_BREAKS.sub(" ", title), text)
+
+
+def passage_metadata(row: Row) -> dict[str, Any]:
+    """What else a corpus says of a passage: its object `metadata`, and `url` if the row has one.
+
+    >>> passage_metadata({"id": 1, "text": "x", "url": "https://u", "metadata": {"page": 2}})
+    {'page': 2, 'url': 'https://u'}
+    """
+    metadata = row.get("metadata")
+    found: dict[str, Any] = _without_absent(metadata) if isinstance(metadata, Mapping) else {}
+    return found | ({"url": row["url"]} if isinstance(row.get("url"), str) else {})
 
 
 def _text(row: Row, field: str) -> str:

@@ -165,6 +165,8 @@ class Passage:
     contents: str = ""
     """FlashRAG's form, `"Title"\\ntext`, as in the corpus: the string that is encoded. If it is not given, it is made
     from title and text; a one-line text without a title is used unchanged."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What else the corpus says of it, such as the place of its text."""
 
     def __post_init__(self) -> None:
         if not self.contents:

@@ -279,6 +279,10 @@ def write_records(path: str | Path, records: Iterable[Record]) -> int:
             stream: Any = stack.enter_context(temporary.open("wb"))
             if path.suffix == ".gz":  # no name or time, so that equal records give equal bytes
                 stream = stack.enter_context(gzip.GzipFile("", "wb", fileobj=stream, mtime=0))
+            elif path.suffix == ".zst":
+                import pyarrow
+
+                stream = stack.enter_context(pyarrow.CompressedOutputStream(stream, "zstd"))
             for record in records:
                 stream.write(dump_line(record.to_dict()))
                 count += 1

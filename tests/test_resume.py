@@ -39,6 +39,7 @@ FREE_OF = {
     "GroupsConfig": "out runner",
     "TrainRetrieverConfig": "out device checkpoint_steps",
     "QuestionsConfig": "out",
+    "CorpusConfig": "out batch_size runner",
     "AgenticRSettings": "batch_size",
     "EvaluateConfig": "processes tables",
     "IterateConfig": "out dry_run service_startup_timeout_s report expected_seconds plan",

@@ -37,6 +37,7 @@ from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
 from agentic_r_plugin.store import (
+    PACKINGS,
     absolute,
     atomic_path,
     dump_line,
@@ -349,7 +350,7 @@ def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, fi
 
 
 def _write(path: Path, record: type[Record], rows: Iterable[Row]) -> None:
-    if path.suffix in (".gz", ".parquet"):
+    if path.suffix in (*PACKINGS, ".parquet"):
         lines = (line for row in rows for line in row.records.splitlines())
         write_records(path, (record.from_dict(parse_line(line, path, 0)) for line in lines))
         return

@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields
+from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields, passage_metadata
 from agentic_r_plugin.records import TEXT_ID, Passage
 from agentic_r_plugin.store import (
     PACKINGS,
@@ -174,7 +175,9 @@ class Corpus:
         start = int(self._table[_STARTS, row])
         end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._size
         try:
-            return Passage.from_contents(*passage_fields(json.loads(os.pread(self._fd, end - start, start))))
+            found = json.loads(os.pread(self._fd, end - start, start))
+            passage, metadata = Passage.from_contents(*passage_fields(found)), passage_metadata(found)
+            return replace(passage, metadata=metadata) if metadata else passage
         except (ValueError, RecordError) as error:
             raise RecordError(
                 f"no passage stands where row {row} was; the file has changed since it was opened",
@@ -346,7 +349,8 @@ def _passage_lines(path: Path) -> Iterator[bytes]:
             identifier, contents = passage_fields(row)
         except RecordError as error:
             raise RecordError(str(error), path=path, line=number) from error
-        yield dump_line({"id": identifier, "contents": contents})
+        metadata = passage_metadata(row)
+        yield dump_line({"id": identifier, "contents": contents, **({"metadata": metadata} if metadata else {})})
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -2,8 +2,8 @@
 
 Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]]}`,
 answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`; without scores each inner
-list holds the documents themselves. Further fields are ignored in both; a `topk` of 0 or null means the service's
-default.
+list holds the documents themselves. A document has `metadata` if the corpus says more of it. Further fields are
+ignored in both; a `topk` of 0 or null means the service's default.
 
 Answers of other services can be read too: documents with `contents`, with `text` and perhaps `title`, or with all of
 them, or as plain text; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers
@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError, SearchError
-from agentic_r_plugin.forms import name_of
+from agentic_r_plugin.forms import name_of, passage_metadata
 from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
@@ -54,8 +54,9 @@ def encode_hits(results: Sequence[Sequence[Hit]], *, with_scores: bool) -> dict[
     return {"result": [[_document(h.passage) for h in hits] for hits in results]}
 
 
-def _document(passage: Passage) -> dict[str, str]:
-    return {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
+def _document(passage: Passage) -> dict[str, Any]:
+    document = {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
+    return document | ({"metadata": dict(passage.metadata)} if passage.metadata else {})
 
 
 def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
@@ -148,4 +149,6 @@ def _decode_document(document: Mapping[str, Any], identifier: str, where: str) -
         passage = Passage.from_contents(identifier, contents)
     else:
         raise SearchError(f"{where}: expected a document with 'contents' or 'text', found {document!r}")
+    if metadata := passage_metadata(document):
+        passage = replace(passage, metadata=metadata)
     return passage if identifier else replace(passage, id=text_id(passage.contents))

@@ -14,7 +14,9 @@ import pytest
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Passage, text_id
+from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.corpus import Corpus, count_lines
+from agentic_r_plugin.search.wire import decode_hits, encode_hits
 
 ROWS = [
     {"id": "a", "contents": '"Ann"\nfirst\nsecond'},
@@ -157,6 +159,45 @@ def test_every_form_of_a_corpus_gives_the_same_passages(tmp_path, form, name, id
         corpus.save_table(tmp_path)
     with Corpus(file, table=tmp_path) as corpus:
         assert corpus.by_id("2").title == '"Heroes"'
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "list.json", "shards"])
+def test_what_else_a_corpus_says_of_a_passage_is_kept_but_not_compared(tmp_path, name):
+    rows = [
+        {"_id": "1", "title": "A", "text": "x", "metadata": {"source": "a.pdf", "page": 3, "gap": None}},
+        {"docid": 2, "text": "y", "url": "https://u"},
+        {"docid": 3, "text": "z", "url": None, "metadata": "plain"},
+    ]
+    path = tmp_path / name
+    if name == "shards":
+        path.mkdir()
+        for row in rows:
+            write_jsonl(path / f"{row.get('_id', row.get('docid'))}.jsonl", [row])
+    elif name == "list.json":
+        path.write_text(json.dumps(rows))
+    else:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with Corpus(path) as corpus:
+        assert [dict(passage.metadata) for passage in corpus] == [
+            {"source": "a.pdf", "page": 3}, {"url": "https://u"}, {}
+        ]  # fmt: skip
+        answer = encode_hits([[Hit(passage=passage, score=1.0) for passage in corpus]], with_scores=True)
+        documents = [hit["document"] for hit in answer["result"][0]]
+        assert [document.get("metadata") for document in documents] == [
+            {"source": "a.pdf", "page": 3}, {"url": "https://u"}, None
+        ]  # fmt: skip
+        (received,) = decode_hits(json.loads(json.dumps(answer)), num_requests=1, topk=3)
+        assert [hit.passage.metadata for hit in received] == [passage.metadata for passage in corpus]
+        assert corpus[0] == Passage(id="1", title="A", text="x")
+
+
+def test_a_title_in_the_front_matter_of_a_text_is_its_title(tmp_path):
+    text = "---\ntitle: 'Ann: a life'\ndate: 2020\n---\nAnn was born."
+    rows = [{"docid": "1", "text": text}, {"docid": "2", "title": "T", "text": text}, {"docid": "3", "text": "--- x"}]
+    with Corpus(write_jsonl(tmp_path / "c.jsonl", rows)) as corpus:
+        assert [passage.title for passage in corpus] == ["Ann: a life", "T", ""]
+        assert corpus[0].text == text
 
 
 def test_a_passage_without_title_or_text_keeps_its_row(tmp_path):

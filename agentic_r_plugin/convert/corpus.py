@@ -1,0 +1,264 @@
+"""`agentic-r convert corpus`: whole articles and folders of documents cut into passages.
+
+`chonkie` packs sentences into passages of at most `words` words; `markitdown` reads HTML, PDF and Word. Each passage
+names its place: file or article, character positions in that text, and the page of a PDF.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.answers import UNSPACED
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.data.runner import RunnerSpec
+from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.forms import passage_fields, passage_metadata
+from agentic_r_plugin.records import CorpusLine, Passage
+from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
+
+PLAIN = (".md", ".markdown", ".txt")
+"""Documents that are text already; their positions are those of the file's characters."""
+
+CONVERTERS = {".html": "HtmlConverter", ".htm": "HtmlConverter", ".pdf": "PdfConverter", ".docx": "DocxConverter"}
+"""Suffix -> class in `markitdown.converters`."""
+
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]{{1,64}}")
+"""What counts as one word: a character of a script without spaces, or at most 64 characters up to the next space."""
+
+_SENTENCE_ENDS = [". ", "! ", "? ", "\n", "。", "！", "？"]
+_HEADING = re.compile(r"^# +(.+?)[ #\r]*$", re.M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Cut whole articles or a folder of documents into passages, and write them as a corpus."""
+
+    in_: str = field(
+        metadata={"help": "folder of .md, .txt, .html, .pdf and .docx, or a corpus of whole articles", **BY_CONTENTS}
+    )
+    out: str = field(metadata={"help": "corpus file to write", **FREE})
+    words: int = field(default=100, metadata={"help": "most words of a passage"})
+    batch_size: int = field(default=16, metadata={"help": "documents read at once", **FREE})
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+
+    def __post_init__(self) -> None:
+        if self.words < 1:
+            raise ConfigError(f"words: expected at least 1, found {self.words}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text to be cut."""
+
+    source: str
+    """Path in the folder, or the article's id; ids of passages begin with it."""
+    title: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Put on every passage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutPassage(CorpusLine):
+    """A corpus line with the place of its text."""
+
+    metadata: dict[str, Any]
+    """`source`, `start` and `end` (characters of the document's text, `end` excluded), `page` of a PDF (from 1), and
+    what was known of an article, such as `url`."""
+
+
+def run(config: CorpusConfig, *, resume: bool = False) -> None:
+    """Run the command `convert corpus`.
+
+    A document that cannot be read is left out, counted as refused, and named in `OUT.errors.jsonl`.
+
+    Raises:
+        ConfigError: no documents, or `markitdown` is needed and not installed.
+        RecordError: an article without id or text; names file and line.
+        RequestRefusedError: no document could be read.
+    """
+    folder = Path(config.in_).absolute()  # workers may run elsewhere
+    files = find_documents(folder)
+    if not files and not folder.exists():
+        raise RecordError("no such file or folder", path=folder)
+    if any(file.suffix.lower() in CONVERTERS for file in files) and find_spec("markitdown") is None:
+        raise ConfigError("HTML, PDF and Word need markitdown: pip install 'agentic-r-plugin[documents]'")
+    names = [file.relative_to(folder).as_posix() for file in files]
+    stage = Stage[Any](
+        name="convert corpus",
+        config=config,
+        out=Path(config.out),
+        inputs={} if files else {"articles": folder},
+        models={"documents": fingerprint([(n, sampled_fingerprint(f)) for n, f in zip(names, files, strict=True)])},
+        record=CutPassage,
+        units=lambda: zip(names, map(str, files), strict=True) if files else articles(folder),
+        worker=partial(CutWorker, for_workers(config), str(folder)),
+        batch_size=config.batch_size,
+        runner=config.runner,
+    )
+    report = run_stage(stage, resume=resume)
+    if not config.runner.forecast:
+        print(f"{config.out}: {report['records']} passages of {report['kept']} documents", file=sys.stderr)
+
+
+def find_documents(folder: Path) -> list[Path]:
+    """Documents in a folder and its subfolders, sorted; none for a file, or a folder of corpus shards.
+
+    Prints on stderr which other files are left out. Hidden files and folders are ignored.
+    """
+    if not folder.is_dir():
+        return []
+    every = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
+    found = sorted(path for path in every if path.suffix.lower() in (*PLAIN, *CONVERTERS))
+    if all(path.name == "README.md" for path in found):  # which describes the shards next to it, if there are any
+        try:
+            return [] if shards(folder) else found
+        except RecordError:
+            if not found:
+                raise
+    others = Counter(path.suffix.lower() or path.name for path in every if path not in set(found))
+    if others:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        print(f"convert corpus: files of other kinds are left out: {listed}", file=sys.stderr)
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "~$")) for part in path.parts)
+
+
+def articles(path: Path) -> Iterator[tuple[str, Document]]:
+    """(id, article) of every row of a corpus in JSON or Parquet.
+
+    Raises:
+        RecordError: a row without id or text; names file and line.
+    """
+    for shard in shards(path):
+        for number, row in read_lines(shard):
+            try:
+                passage = Passage.from_contents(*passage_fields(row))
+            except RecordError as error:
+                raise RecordError(str(error), path=shard, line=number) from error
+            yield (
+                passage.id,
+                Document(source=passage.id, title=passage.title, text=passage.text, metadata=passage_metadata(row)),
+            )
+
+
+class CutWorker:
+    """Reads documents and cuts them into passages."""
+
+    def __init__(self, config: CorpusConfig, folder: str) -> None:
+        self.config, self.folder, self.cost = config, Path(folder), RolloutCost()
+
+    def fingerprints(self) -> dict[str, str]:
+        """No models are used."""
+        return {}
+
+    def work(self, batch: Sequence[str | Document]) -> list[Outcome]:
+        """The passages of every document, or why it cannot be read."""
+        return [self._cut(item) for item in batch]
+
+    def _cut(self, item: str | Document) -> Outcome:
+        try:
+            document = item if isinstance(item, Document) else read_document(Path(item), self.folder)
+            passages = tuple(cut(document, self.config.words, self._chunker))
+        except Exception as error:  # parsers of broken files raise errors of every type
+            return Outcome.refused(f"{type(error).__name__}: {error}")
+        return (
+            Outcome(records=passages) if passages else Outcome.refused("no text in it (scanned pages need OCR first)")
+        )
+
+    @cached_property
+    def _chunker(self) -> Any:
+        return sentence_chunker(self.config.words)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def read_document(path: Path, folder: Path) -> Document:
+    """Text of a document, as Markdown where it has a structure.
+
+    The title is that of an HTML page, else the first heading of level 1, else the file's name.
+
+    Raises:
+        RecordError: a text file that is not UTF-8.
+        Exception: the file is broken; whatever its parser raises.
+    """
+    suffix, title = path.suffix.lower(), None
+    if suffix in PLAIN:
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecordError(f"expected UTF-8: {error}", path=path) from error
+    else:
+        import markitdown
+        import markitdown.converters
+
+        # One converter, chosen by the suffix: `MarkItDown` itself would pass a broken PDF off as plain text.
+        converter = getattr(markitdown.converters, CONVERTERS[suffix])()
+        with path.open("rb") as stream:
+            found = converter.convert(stream, markitdown.StreamInfo(extension=suffix))
+        text, title = found.markdown, found.title
+    heading = None if suffix == ".txt" else _HEADING.search(text)
+    title = (title or "").strip() or (heading[1] if heading else path.stem)
+    return Document(source=path.relative_to(folder).as_posix(), title=title, text=text)
+
+
+def sentence_chunker(words: int) -> Any:
+    """A `chonkie.SentenceChunker` that counts words as `count_words` does."""
+    from chonkie import SentenceChunker
+
+    # chonkie 1.0 fills a chunk up to, but excluding, `chunk_size`
+    return SentenceChunker(count_words, chunk_size=words + 1, delim=_SENTENCE_ENDS)
+
+
+def count_words(text: str) -> int:
+    """Number of words; in scripts without spaces, each character is one.
+
+    >>> count_words("Tokyo 東京!"), count_words("x" * 100)
+    (4, 2)
+    """
+    return sum(1 for _ in _WORD.finditer(text))
+
+
+def cut(document: Document, words: int, chunker: Any) -> Iterator[CutPassage]:
+    """Passages of at most `words` words, in order, which together hold every word once.
+
+    A sentence that is longer is cut between words.
+    """
+    pages = "\f" in document.text and document.source.lower().endswith(".pdf")
+    number = 0
+    for chunk in chunker.chunk(document.text) if document.text.strip() else ():
+        for start, end in _spans(document.text, chunk.start_index, chunk.end_index, words):
+            text = document.text[start:end]
+            start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
+            if start >= end:
+                continue
+            text = document.text[start:end].replace("\r\n", "\n").replace("\f", "\n")
+            place: dict[str, Any] = {"source": document.source, "start": start, "end": end}
+            if pages:
+                place["page"] = document.text.count("\f", 0, start) + 1
+            identifier, contents = passage_fields(
+                {"id": f"{document.source}#{number}", "title": document.title, "text": text}
+            )
+            yield CutPassage(id=identifier, contents=contents, metadata=document.metadata | place)
+            number += 1
+
+
+def _spans(text: str, start: int, end: int, words: int) -> Iterator[tuple[int, int]]:
+    """The part of a text, or pieces of `words` words if it has more."""
+    starts = [found.start() for found in _WORD.finditer(text, start, end)][::words]
+    yield from zip([start, *starts[1:]], [*starts[1:], end], strict=True)
