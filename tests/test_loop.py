@@ -66,11 +66,11 @@ def kill_when(out: Path, reached, log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run that was killed in PPO after its first checkpoint, and again in correctness."""
+    """A run that was killed in PPO's last validation, after its last checkpoint, and again in correctness."""
     out = tmp_path_factory.mktemp("loop") / "run"
     log = out.parent / "log"
     checkpoint = out / "iteration-1" / "agent" / "checkpoints" / "latest_checkpointed_iteration.txt"
-    kill_when(out, checkpoint.is_file, log)
+    kill_when(out, lambda: checkpoint.is_file() and checkpoint.read_text() == "2", log)
     work = out / "iteration-1" / "data" / "correctness.jsonl.work"
     kill_when(out, lambda: work.is_file() and work.stat().st_size > 0, log)
     done = subprocess.run(command(out), capture_output=True, text=True, cwd=ROOT, timeout=900)
@@ -91,8 +91,9 @@ def test_every_phase_was_finished_once_and_said_what_it_cost(finished):
 
 
 def test_no_step_of_ppo_was_lost_or_repeated(finished):
-    steps = [line["step"] for _, line in read_lines(finished / "iteration-1" / "agent" / "metrics.jsonl")]
-    assert steps == [0, 1, 2]
+    lines = [line for _, line in read_lines(finished / "iteration-1" / "agent" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [any(key.startswith("val-core/") for key in line) for line in lines] == [True, False, True]
 
 
 def test_groups_hold_passages_of_the_corpus(finished):

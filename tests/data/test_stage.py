@@ -386,7 +386,7 @@ def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(config: Upper
     Shouter(whole).run()
     command = [sys.executable, "-c", _KILLED, config.in_, config.out, str(Path(__file__).parent)]
     chance, work, sizes = random.Random(7), Path(config.out + ".work"), []
-    for _ in range(4):
+    for _ in range(2):
         before = work.stat().st_size if work.exists() else 0
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
