@@ -46,6 +46,9 @@ COMMANDS = {
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
     "convert questions": Command("any form of questions to FlashRAG's", "convert.questions:QuestionsConfig"),
     "convert corpus": Command("documents and whole articles as passages", "convert.corpus:CorpusConfig"),
+    "convert trajectories": Command(
+        "other agents' logs to trajectories", "convert.trajectories:ConvertTrajectoriesConfig"
+    ),
     "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),

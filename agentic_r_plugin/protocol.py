@@ -222,6 +222,48 @@ class AgentProtocol:
         ends = re.finditer(f"{closing}(?!{spill}{correction})(?={spill}(?:{block}|\\Z))", text)
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
 
+    def exchanges(self, text: str) -> list[tuple[str, str | None]]:
+        """A whole trajectory's text: (what the model wrote, content of the information block after it).
+
+        The last item has no block: it holds the answer, or what else follows the last block.
+        """
+        before, after = self.block_form.partition("{opening}")[0], self.block_form.rpartition("{closing}")[2]
+        opening, closing = self.opening(self.information_tag), self.closing(self.information_tag)
+        head, tail = re.escape(before + opening), re.escape(closing)
+        block = re.compile(f"[^<]{{0,{_SPILL}}}?{head}(.*?){tail}(?:{re.escape(after)})?", re.DOTALL)
+        found: list[tuple[str, str | None]] = []
+        start = 0
+        for _, through in self.searches(text):
+            if (shown := block.match(text, len(through))) is not None:
+                found.append((text[start : len(through)], shown[1]))
+                start = shown.end()
+        return [*found, (text[start:], None)]
+
+    def write(self, reasoning: str, tag: str, body: str) -> str:
+        """A turn in the model's place: its reasoning, if there is one, and a search or an answer.
+
+        Reasoning that holds its tag already is kept as it is, white space included.
+        """
+        opening, closing = self.opening(self.think_tag), self.closing(self.think_tag)
+        thought = f"{opening} {reasoning} {closing}\n" if reasoning and opening not in reasoning else reasoning
+        return f"{thought}{self.opening(tag)} {body} {self.closing(tag)}"
+
+    def read_block(self, block: str) -> list[tuple[str, str]]:
+        """(title, text) of each passage in an information block; empty if it has another form than `passage_form`.
+
+        White space and the quotation marks around a title may be missing, as in the blocks of Search-R1 and verl.
+
+        >>> compact.read_block("Doc 1 (Title: Emma)\\nA novel.\\nDoc 2(Title: \\"Ulm (city)\\") A city.")
+        [('Emma', 'A novel.'), ('Ulm (city)', 'A city.')]
+        """
+        title = r'(?:"([^\n]*?)"|([^\n]*?))'
+        head = re.escape(self.passage_form.partition("{text}")[0]).replace(r"\{rank\}", r"\d+")
+        head = re.sub(r'"?\\{title\\}"?', lambda _: title, head).replace(r"\(", r"\s*\(").replace(r"\ ", r"\s*")
+        head = head.removesuffix(r"\s*") + r"(?=\s|\Z)\s*"
+        found = list(re.finditer(f"^{head}", block, re.MULTILINE))
+        ends = [match.start() for match in found[1:]] + [len(block)]
+        return [(m[1] or m[2] or "", block[m.end() : end].strip()) for m, end in zip(found, ends, strict=False)]
+
     def render(self, passages: Sequence[Passage]) -> str:
         """The information block. No passage can open or close a tag of the protocol."""
         docs = "\n".join(

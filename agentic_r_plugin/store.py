@@ -78,13 +78,17 @@ _NO_SHARD = re.compile(r"^[._]|\.(manifest|report)\.json$|\.errors\.jsonl$|^(dat
 """Files that stand next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
 
 
-def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tuple[int, Any]]:
+def read_lines(
+    path: str | Path, *, columns: Sequence[str] = (), keep_errors: bool = False
+) -> Iterator[tuple[int, Any]]:
     """(line number from 1, parsed JSON) of each non-empty line, or Parquet row as a dict.
 
-    A file that holds one JSON list gives its items, each with the line on which it begins.
+    A file that holds one JSON list gives its items, each with the line on which it begins; one that holds a single
+    object over several lines gives that.
 
     Args:
         columns: the only columns to read from a Parquet file; empty reads all.
+        keep_errors: give the RecordError of a broken line in its place, and go on.
 
     Raises:
         RecordError: no such file, a line that is not UTF-8 JSON, or a Parquet file without one of the `columns`.
@@ -103,9 +107,17 @@ def read_lines(path: str | Path, *, columns: Sequence[str] = ()) -> Iterator[tup
                 if not started and line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"["):
                     yield from read_list(line + stream.read(), path, number)
                     return
+                if not started and line.strip() == b"{":
+                    line += stream.read()
                 if line.strip():
                     started = True
-                    yield number, parse_line(line, path, number)
+                    try:
+                        value = parse_line(line, path, number)
+                    except RecordError as error:
+                        if not keep_errors:
+                            raise
+                        value = error
+                    yield number, value
     except (OSError, EOFError, zlib.error) as error:
         raise broken_file(error, path, number + 1) from error
 

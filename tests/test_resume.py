@@ -40,6 +40,7 @@ FREE_OF = {
     "TrainRetrieverConfig": "out device checkpoint_steps",
     "QuestionsConfig": "out",
     "CorpusConfig": "out batch_size runner",
+    "ConvertTrajectoriesConfig": "out",
     "AgenticRSettings": "batch_size",
     "EvaluateConfig": "processes tables",
     "IterateConfig": "out dry_run service_startup_timeout_s report expected_seconds plan",

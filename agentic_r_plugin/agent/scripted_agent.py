@@ -100,10 +100,7 @@ def write_turn(script: Script) -> object:
         thought, body = _thought_and_query(script, wanted)
         tag = protocol.search_tag
         script.queries.append(body)
-    think = protocol.think_tag
-    thought = f"{protocol.opening(think)} {thought} {protocol.closing(think)}"
-    text = f"{thought}\n{protocol.opening(tag)} {body} {protocol.closing(tag)}"
-    return session.model_wrote(_within(session, text))
+    return session.model_wrote(_within(session, protocol.write(thought, tag, body)))
 
 
 def _within(session: Session, text: str) -> list[int]:

@@ -90,15 +90,19 @@ def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
     for rank, hit in enumerate(hits):
         if len(found) == topk:  # some services always return the same number
             break
-        decoded = _decode_hit(hit, f"{where}[{rank}]")
+        decoded = decode_hit(hit, f"{where}[{rank}]")
         first = found.setdefault(decoded.passage.id, decoded)
         if first.passage.contents != decoded.passage.contents:
             raise SearchError(f"{where}: passage id {first.passage.id!r} occurs twice with different contents")
     return list(found.values())
 
 
-def _decode_hit(hit: Any, where: str) -> Hit:
-    """A document with a score next to it, or (without scores) the document itself, perhaps as plain text."""
+def decode_hit(hit: Any, where: str) -> Hit:
+    """A document with a score next to it, or (without scores) the document itself, perhaps as plain text.
+
+    Raises:
+        SearchError: as `decode_hits`; `where` begins the message.
+    """
     if isinstance(hit, str):
         hit = {"document": hit}
     if not isinstance(hit, Mapping):

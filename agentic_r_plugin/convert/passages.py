@@ -1,0 +1,72 @@
+"""Find in the corpus the passages that another agent was shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agentic_r_plugin.protocol import disarm
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.storage.lookup import HashIndex, key_hash
+
+
+class PassageFinder:
+    """Looks passages up by id and by text; text is compared exactly, but for white space.
+
+    The index of texts is on disk (two hashes per passage) and is built when the first passage is looked up by text.
+
+    Args:
+        corpus: the corpus of the retriever.
+        folder: for the index.
+
+    Attributes:
+        counts: passages found `by_id`, `by_text`, and `not_found`.
+    """
+
+    def __init__(self, corpus: Corpus, folder: Path) -> None:
+        self.counts = {"by_id": 0, "by_text": 0, "not_found": 0}
+        self._corpus, self._folder = corpus, folder
+        self._index: HashIndex | None = None
+
+    def find(self, shown: Passage) -> Passage | None:
+        """The corpus's passage, or None if the corpus lacks it.
+
+        An id alone is trusted. If there is also a text, the corpus's must begin with it: another corpus may use the
+        same ids for other passages.
+        """
+        how, found = "by_id", self._corpus.by_id(shown.id) if shown.id in self._corpus else None
+        if found is None or not _begins_with(found, shown):
+            how, found = "by_text", self._by_text(shown)
+        self.counts["not_found" if found is None else how] += 1
+        return found
+
+    def close(self) -> None:
+        """Delete the index; safe to call twice."""
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+
+    def _by_text(self, shown: Passage) -> Passage | None:
+        for text in filter(None, _texts(shown)):
+            for row in self._opened().find(key_hash(text)):
+                if text in _texts(passage := self._corpus[row]):
+                    return passage
+        return None
+
+    def _opened(self) -> HashIndex:
+        if self._index is None:
+            self._index = HashIndex(self._folder)
+            for row, passage in enumerate(self._corpus):
+                for text in set(_texts(passage)):
+                    self._index.add(key_hash(text), row)
+            self._index.finish()
+        return self._index
+
+
+def _texts(passage: Passage) -> tuple[str, str]:
+    """Title with text, and text alone, as an agent may have been shown them, with white space collapsed."""
+    return " ".join(disarm(f"{passage.title} {passage.text}").split()), " ".join(disarm(passage.text).split())
+
+
+def _begins_with(passage: Passage, shown: Passage) -> bool:
+    return any(whole.startswith(part) for whole, part in zip(_texts(passage), _texts(shown), strict=True))
