@@ -49,6 +49,9 @@ COMMANDS = {
     "convert trajectories": Command(
         "other agents' logs to trajectories", "convert.trajectories:ConvertTrajectoriesConfig"
     ),
+    "convert groups": Command("training groups as other trainers' data sets", "convert.groups:ConvertGroupsConfig"),
+    "convert runs": Command("what was retrieved, as TREC or BrowseComp-Plus runs", "convert.runs:ConvertRunsConfig"),
+    "convert qrels": Command("gold documents or judged relevance as TREC qrels", "convert.qrels:ConvertQrelsConfig"),
     "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),

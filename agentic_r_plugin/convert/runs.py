@@ -1,0 +1,148 @@
+"""`agentic-r convert runs`: what was retrieved, for trec_eval, ranx and BrowseComp-Plus.
+
+| in | `to` | out |
+|---|---|---|
+| trajectories (a cell's `per_question.jsonl`) | `trec` | one ranking per question: passages in the order shown |
+| candidates | `trec` | one ranking per query, named `id/turn` |
+| trajectories | `browsecomp_plus` | a folder with one run file per question |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin import components
+from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.convert.output import convert_once
+from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.records import Candidates, StopReason, Trajectory
+from agentic_r_plugin.store import atomic_path, read_lines, read_records, shards, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRunsConfig:
+    """Write what was retrieved as a TREC run, or trajectories as BrowseComp-Plus run files."""
+
+    in_: str = field(metadata={"help": "trajectories, or candidates", **BY_CONTENTS})
+    out: str = field(metadata={"help": "file to write; for browsecomp_plus a folder", **FREE})
+    to: str = field(default="trec", metadata={"help": "trec or browsecomp_plus"})
+    tag: str = field(default="agentic-r", metadata={"help": "name of the run; for browsecomp_plus the model's"})
+    protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
+
+    def __post_init__(self) -> None:
+        if self.to not in ("trec", "browsecomp_plus"):
+            raise ConfigError(f"to={self.to!r}: expected trec or browsecomp_plus")
+        word(self.tag)
+
+
+def run(config: ConvertRunsConfig, *, resume: bool = False) -> None:
+    """Run the command `convert runs`."""
+    folder = config.to == "browsecomp_plus"
+    write = _write_browsecomp_plus if folder else _write_trec
+    convert_once(config, lambda out: write(config, out), inputs={"in": config.in_}, resume=resume, folder=folder)
+
+
+def _write_trec(config: ConvertRunsConfig, out: Path) -> dict[str, int]:
+    counts = Counter(rankings=0, passages=0)
+
+    def lines() -> Iterator[str]:
+        for name, ranking in _rankings(config.in_):
+            counts["rankings"] += 1
+            for rank, (passage, score) in enumerate(ranking, start=1):
+                counts["passages"] += 1
+                yield f"{word(name)} Q0 {word(passage)} {rank} {score!r} {config.tag}\n"
+
+    write_lines(out, lines())
+    return dict(counts)
+
+
+def _rankings(path: str) -> Iterator[tuple[str, Sequence[tuple[str, float]]]]:
+    """(name, passages with falling scores) of each ranking.
+
+    Evaluators sort by score. Candidates keep theirs if these fall from rank to rank; the passages of a trajectory come
+    from several searches, whose scores do not compare, so their scores are 1 / rank.
+    """
+    if schema_of(path) == Candidates.schema:
+        for query in read_records(path, Candidates):
+            scores = [passage.score for passage in query.passages]
+            falls = all(first > second for first, second in pairwise(scores))
+            names = [passage.id for passage in query.passages]
+            yield f"{query.id}/{query.turn}", list(zip(names, scores, strict=True)) if falls else _by_rank(names)
+    else:
+        for record in read_records(path, Trajectory):
+            yield record.id, _by_rank(_shown(record))
+
+
+def _by_rank(names: Sequence[str]) -> list[tuple[str, float]]:
+    return [(name, 1 / rank) for rank, name in enumerate(names, start=1)]
+
+
+def _shown(record: Trajectory) -> list[str]:
+    """Passages of all searches, in the order in which they were first shown."""
+    return list(dict.fromkeys(passage.id for turn in record.turns for passage in turn.passages))
+
+
+def _write_browsecomp_plus(config: ConvertRunsConfig, out: Path) -> dict[str, int]:
+    protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+    count = 0
+    for count, record in enumerate(read_records(config.in_, Trajectory), start=1):
+        write_json(out / f"run_{count:06d}.json", _browsecomp_plus(record, protocol, config.tag))
+    if not count:
+        raise RecordError("no trajectories", path=config.in_)
+    return {"files": count}
+
+
+def _browsecomp_plus(record: Trajectory, protocol: AgentProtocol, model: str) -> dict[str, Any]:
+    def event(kind: str, output: Any, tool: str | None = None, arguments: str | None = None) -> dict[str, Any]:
+        return {"type": kind, "tool_name": tool, "arguments": arguments, "output": output}
+
+    events = []
+    for turn in record.turns:
+        if turn.reasoning:
+            events.append(event("reasoning", [turn.reasoning]))
+        found = json.dumps([{"docid": passage.id, "score": passage.score} for passage in turn.passages])
+        events.append(event("tool_call", found, "search", json.dumps({"query": turn.query}, ensure_ascii=False)))
+    if record.answer is not None:
+        thought, _, _ = protocol.exchanges(record.text)[-1][0].rpartition(protocol.opening(protocol.answer_tag))
+        if reasoning := re.sub(r"</?\w+>", "", thought).strip():
+            events.append(event("reasoning", [reasoning]))
+        events.append(event("output_text", record.answer))
+    return {
+        "metadata": {"model": model},
+        "query_id": record.id,
+        "tool_call_counts": {"search": len(record.turns)},
+        "status": "completed" if record.stop_reason == StopReason.ANSWERED else "incomplete",
+        "retrieved_docids": _shown(record),
+        "result": events,
+    }
+
+
+def schema_of(path: str) -> Any:
+    """Schema tag of the first record of a file or folder."""
+    first = next((row for shard in shards(path) for _, row in read_lines(shard)), None)
+    return first.get("schema") if isinstance(first, dict) else None
+
+
+def word(text: str) -> str:
+    """A field of a TREC file.
+
+    Raises:
+        RecordError: it is empty or holds white space.
+    """
+    if not text or text.split() != [text]:
+        raise RecordError(f"expected a name without white space, which separates TREC's fields, found {text!r}")
+    return text
+
+
+def write_lines(out: Path, lines: Iterator[str]) -> None:
+    """Write a text file atomically."""
+    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(lines)
