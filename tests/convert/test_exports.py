@@ -21,7 +21,7 @@ from agentic_r_plugin.records import (
 from agentic_r_plugin.store import read_records, write_records
 
 PASSAGES = [Passage(id=str(number), title=f"T{number}", text=f"Text {number}.") for number in range(6)]
-MINILM = ["retriever=builtin:minilm", "query_prompt=query: ", "passage_prompt=passage: "]
+MINILM = ["retriever=builtin:minilm", "--query-prompt", "query: ", "--passage-prompt", "passage: "]
 
 
 def convert(*arguments):
@@ -167,7 +167,7 @@ def test_trec_files_of_trajectories_and_of_candidates(searched, tmp_path):
 
 def test_run_files_of_browsecomp_plus_are_read_again_as_the_same_trajectories(groups, searched, tmp_path):
     convert("runs", f"in={searched}", f"out={tmp_path / 'runs'}", "to=browsecomp_plus", "tag=model")
-    files = sorted(path.name for path in (tmp_path / "runs").glob("*.json"))
+    files = sorted(path.name for path in (tmp_path / "runs").glob("run_*.json"))
     assert files == ["run_000001.json", "run_000002.json"]
     first, second = (json.loads((tmp_path / "runs" / name).read_text()) for name in files)
     assert (first["query_id"], first["status"], first["tool_call_counts"]) == ("q1", "completed", {"search": 2})
