@@ -34,15 +34,8 @@ from agentic_r_plugin.records import Group, Relevance
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import corpus_file
-from agentic_r_plugin.store import (
-    atomic_path,
-    file_fingerprint,
-    read_json,
-    read_records,
-    require_absent,
-    write_json,
-    write_records,
-)
+from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, read_records, write_json, write_records
 from agentic_r_plugin.world import generate
 
 
@@ -57,17 +50,18 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
     """
     experiment = Experiment(config)
     experiment.check()
-    if not resume:
-        require_absent(config.out)
-    experiment.out.mkdir(parents=True, exist_ok=True)
-    save_config(config, experiment.out / "config.yaml")
-    experiment.gather_benchmarks()
-    experiment.check_evaluation()
-    searches = {name: experiment.make_retriever(name) for name in config.retrievers}
-    experiment.compare(searches)
-    if config.stop_rule:
-        experiment.find_stop(searches)
-    experiment.summarize()
+    # Retrievers, benchmarks and agents may be added later; what each was made from is recorded with it.
+    output = Output(out=experiment.out, made_from={"iteration": config.iteration}, done="experiment.json", folder=True)
+    with output.claim(resume=resume) as held:
+        held.begin()
+        save_config(config, experiment.out / "config.yaml")
+        experiment.gather_benchmarks()
+        experiment.check_evaluation()
+        searches = {name: experiment.make_retriever(name) for name in config.retrievers}
+        experiment.compare(searches)
+        if config.stop_rule:
+            experiment.find_stop(searches)
+        held.finish(experiment.summarize())
 
 
 def stops_at(scores: Sequence[float]) -> int:
@@ -173,7 +167,7 @@ class Experiment:
             own = corpus_file(folder)
             _link(target / "corpus.jsonl", own if name != self.main and own.is_file() else self.loop.corpus)
             for file in sorted(folder.iterdir()):
-                if file.name.endswith(QUESTION_SUFFIXES) and not file.name.startswith("corpus."):
+                if file.name.endswith(QUESTION_SUFFIXES) and not file.name.startswith(("corpus.", ".")):
                     _link(target / file.name, file)
         for name in self.config.worlds:
             generate.run(self._world_config(name), resume=True)
@@ -267,17 +261,10 @@ class Experiment:
         """Write relevance scores in which all candidates except `count` random ones score 0, so they stay negatives.
 
         Raises:
-            ManifestMismatchError: the file exists and was drawn from another source.
+            ManifestMismatchError: the file was drawn from another source.
         """
-        whole, manifest = self.data / "relevance.jsonl", out.with_name(out.name + ".manifest.json")
+        whole = self.data / "relevance.jsonl"
         drawn_from = {"relevance": file_fingerprint(whole), "seed": self.loop.config.seed, "sampled": count}
-        if out.is_file():
-            found = read_json(manifest) if manifest.is_file() else None
-            if found != drawn_from:
-                raise ManifestMismatchError(
-                    f"{out}: was drawn from {found}, now {drawn_from}; choose another out, or remove {out.parent}"
-                )
-            return
 
         def drawn() -> Iterator[Relevance]:
             for record in read_records(whole, Relevance):
@@ -286,8 +273,10 @@ class Experiment:
                 scores = {name: score if name in kept else 0 for name, score in record.scores.items()}
                 yield replace(record, scores=scores)
 
-        write_json(manifest, drawn_from)
-        write_records(out, drawn())
+        with Output(out=out, made_from=drawn_from, done=".report.json").claim(resume=True) as held:
+            held.begin()
+            if held.finished is None:
+                held.finish({"records": write_records(out, drawn())})
 
     def _roll_out(self, home: Path, plan: RetrieverPlan, relevance: str) -> Path:
         """Run the stage `correctness` with the loop's agent and search. Retrievers share an exhaustive result."""
@@ -361,13 +350,10 @@ class Experiment:
     def _rounds(self) -> list[int]:
         return [k for k in range(1, self.loop.config.iterations + 1) if f"agent-{k}" in self.agents]
 
-    def summarize(self) -> None:
-        """Write a table of each retriever's groups, their cost and its exact match."""
+    def summarize(self) -> dict[str, Any]:
+        """Print and write a table of each retriever's groups, their cost and its exact match; returns the summary."""
         cells = read_json(self.out / "evaluation" / "matrix.json")["cells"]
         rows = {name: self._made_from(name) for name in self.config.retrievers}
-        write_json(
-            self.out / "experiment.json", {"schema": "experiment/1", "retrievers": rows, "config": to_dict(self.config)}
-        )
         table = [["retriever", "groups", "same positive", "rollouts", "agent", "benchmark", "EM", "searches"]]
         for cell in cells:
             made, metrics = rows[cell["retriever"]], cell["metrics"]
@@ -388,6 +374,7 @@ class Experiment:
         with atomic_path(self.out / "experiment.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text, flush=True)
+        return {"schema": "experiment/1", "retrievers": rows, "config": to_dict(self.config)}
 
     def _made_from(self, name: str) -> dict[str, Any]:
         """Number of groups and rollouts, and the share of queries with the same positive as in the run.

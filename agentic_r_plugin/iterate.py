@@ -12,7 +12,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 | in RUN | contents |
 |---|---|
 | `config.yaml` | the resolved configuration; on resume, only settings that cannot change a result may differ |
-| `inputs.json` | fingerprints of the given agent, retriever and questions, which must not change during a run |
+| `.manifest.json` | the other settings; fingerprints of the given agent, retriever and questions (`storage.claim`) |
 | `benchmark/` | the generated benchmark, if none was given |
 | `iteration-0/index/` | the corpus, encoded with the first retriever |
 | `iteration-K/agent/` | PPO run; the trained agent is in `agent/agent/` |
@@ -20,8 +20,8 @@ Every phase is one of the package's commands on files in the run folder, so each
 | `iteration-K/retriever/`, `iteration-K/index/` | the trained retriever, and the corpus encoded with it |
 | `evaluation/` | agents x retrievers on the test split |
 | `costs.jsonl` | one line per finished phase: seconds (also of workers), rollouts, tokens; its line means done |
-| `attempt.json` | seconds of the unfinished phase so far, over all attempts |
 | `report.html`, `report.md` | the result |
+| `done.json` | seconds of all phases; written last |
 """
 
 from __future__ import annotations
@@ -45,11 +45,10 @@ from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.scorers import listwise_judge
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
-from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
@@ -58,14 +57,15 @@ from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import corpus_file, count_lines
 from agentic_r_plugin.search.wire import is_loopback
-from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines, write_json
+from agentic_r_plugin.storage.claim import Claim, Output
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines
 from agentic_r_plugin.world import generate
 
 _URL = "http://127.0.0.1:1"
 """Placeholder for the address of the retrieval service in configurations that are only checked."""
-_ATTEMPT, _INPUTS = "attempt.json", "inputs.json"
 _KEEP_S = 10.0
-"""Seconds between two updates of `attempt.json`."""
+"""Seconds between two notes in the manifest of how long the unfinished phase has taken, over all attempts."""
 _CHOICES = {
     "agent_from": ("previous", "first"),
     "retriever_from": ("previous", "first"),
@@ -164,19 +164,19 @@ def run(config: IterateConfig, *, resume: bool = False) -> None:
     loop.check()
     if config.dry_run:
         return
-    loop.open(resume=resume)
-    agent, retriever = config.agent, config.retriever
-    agents, indexes = {"agent-0": agent}, {"retriever-0": loop.build_index(0, retriever)}
-    for k in range(1, config.iterations + 1):
-        previous_index = indexes[f"retriever-{k - 1}"]
-        with loop.search_service(k, previous_index) as url:
-            agent = loop.train_agent(k, agent if config.agent_from == "previous" else config.agent, url)
-            training_groups = loop.construct(k, agent, url)
-        start = retriever if config.retriever_from == "previous" else config.retriever
-        retriever = loop.train_retriever(k, start, training_groups)
-        agents[f"agent-{k}"], indexes[f"retriever-{k}"] = agent, loop.build_index(k, retriever)
-    loop.evaluate(agents, indexes)
-    loop.report()
+    with loop.open(resume=resume):
+        agent, retriever = config.agent, config.retriever
+        agents, indexes = {"agent-0": agent}, {"retriever-0": loop.build_index(0, retriever)}
+        for k in range(1, config.iterations + 1):
+            previous_index = indexes[f"retriever-{k - 1}"]
+            with loop.search_service(k, previous_index) as url:
+                agent = loop.train_agent(k, agent if config.agent_from == "previous" else config.agent, url)
+                training_groups = loop.construct(k, agent, url)
+            start = retriever if config.retriever_from == "previous" else config.retriever
+            retriever = loop.train_retriever(k, start, training_groups)
+            agents[f"agent-{k}"], indexes[f"retriever-{k}"] = agent, loop.build_index(k, retriever)
+        loop.evaluate(agents, indexes)
+        loop.report()
 
 
 class Loop:
@@ -188,6 +188,7 @@ class Loop:
         self.benchmark = Path(config.benchmark) if config.benchmark else self.folder / "benchmark" / "fictional_world"
         self.corpus = Path(config.corpus) if config.corpus else corpus_file(self.benchmark)
         self._done: dict[tuple[int, str], Any] = {}
+        self._held: Claim
 
     # --- checks before the start
 
@@ -333,46 +334,38 @@ class Loop:
         scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
         return plan.table(scales, settings)
 
-    def open(self, *, resume: bool) -> None:
-        """Create the run folder, or check that it belongs to this run and read which phases are done."""
-        saved = self.folder / "config.yaml"
-        if self.folder.exists() and not resume:
-            raise OutputExistsError(f"{self.folder} already exists; go on with --resume, or choose another out=")
-        before = load_config(IterateConfig, saved) if saved.exists() else None
-        if before is not None and before != self.config:
-            then, now = _deciding(Loop(replace(before, out=self.config.out))), _deciding(self)
-            if changed := [key for key in {**then, **now} if then.get(key) != now.get(key)]:
-                raise ManifestMismatchError(
-                    f"{self.folder} was begun with another configuration ({', '.join(changed)} differ from {saved}); "
-                    "choose another out="
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_inputs()
-        if before != self.config:
-            save_config(self.config, saved)
-        costs = self.folder / "costs.jsonl"
-        drop_torn_end(costs)
-        if costs.exists():
-            self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
-        if not self.config.benchmark:
-            self._phase(0, "world", lambda: generate.run(self._world_config(), resume=True))
+    @contextmanager
+    def open(self, *, resume: bool) -> Iterator[None]:
+        """Lock the run folder, check that it belongs to this run, and read which phases are done.
 
-    def _check_inputs(self) -> None:
-        """Check that agent, retriever and questions are unchanged, because finished phases are not run again.
-
-        The corpus needs no check here: the manifests of the indexes record it.
+        Raises:
+            OutputExistsError: the run folder exists and `resume` is off, or another process is working in it.
+            ManifestMismatchError: the run folder belongs to another configuration, agent, retriever or questions.
         """
-        config, kept = self.config, self.folder / _INPUTS
-        now = {"agent": identity(config.agent), "retriever": identity(config.retriever)}
+        output = Output(out=self.folder, made_from=self._made_from(), done="done.json", folder=True)
+        with output.claim(resume=resume) as self._held:
+            self._held.begin()
+            saved, costs = self.folder / "config.yaml", self.folder / "costs.jsonl"
+            if not saved.exists() or load_config(IterateConfig, saved) != self.config:
+                save_config(self.config, saved)
+            drop_torn_end(costs)
+            if costs.exists():
+                self._done = {(line["iteration"], line["phase"]): line for _, line in read_lines(costs)}
+            if not self.config.benchmark:
+                self._phase(0, "world", lambda: generate.run(self._world_config(), resume=True))
+            yield
+
+    def _made_from(self) -> dict[str, Any]:
+        """Settings that can change the results, and contents of agent, retriever and questions.
+
+        Finished phases are not run again, so these are compared here. The manifests of the indexes record the corpus.
+        """
+        config = self.config
+        given = {"agent": config.agent, "retriever": config.retriever}
         if config.benchmark:
             for split in filter(None, (config.train_split, config.dev_split, config.test_split)):
-                now[f"questions of {split}"] = identity(self._questions(split))
-        before = read_json(kept) if kept.is_file() else now
-        if changed := [name for name in now if before.get(name) != now[name]]:
-            raise ManifestMismatchError(
-                f"{self.folder} was begun with other contents of {', '.join(changed)}; choose another out="
-            )
-        write_json(kept, now)
+                given[f"questions of {split}"] = self._questions(split)
+        return _deciding(self) | {f"contents of {name}": path_fingerprint(where) for name, where in given.items()}
 
     def _phase(
         self, iteration: int, name: str, work: Callable[[], None], cost: Callable[[], Mapping[str, Any]] = dict
@@ -389,7 +382,6 @@ class Loop:
         with (self.folder / "costs.jsonl").open("ab") as stream:
             stream.write(dump_line(line))
         self._done[iteration, name] = line
-        (self.folder / _ATTEMPT).unlink(missing_ok=True)
 
     def _estimate(self, iteration: int, name: str) -> str:
         """Text with the time that this phase and the rest of the loop will take; empty without `expected_seconds`."""
@@ -408,8 +400,8 @@ class Loop:
     @contextmanager
     def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:
         """Clock of a phase that includes its earlier attempts. A kill loses at most the last `_KEEP_S` seconds."""
-        file, phase = self.folder / _ATTEMPT, {"iteration": iteration, "phase": name}
-        before = read_json(file) if file.is_file() else {}
+        phase = {"iteration": iteration, "phase": name}
+        before = self._held.noted("attempt", {})
         earlier = before["seconds"] if phase.items() <= before.items() else 0.0
         started, ended = time.monotonic(), threading.Event()
 
@@ -418,7 +410,7 @@ class Loop:
 
         def keep() -> None:
             while not ended.wait(_KEEP_S):
-                write_json(file, phase | {"seconds": seconds()})
+                self._held.note(attempt=phase | {"seconds": seconds()})
 
         keeper = threading.Thread(target=keep, daemon=True)
         keeper.start()
@@ -427,7 +419,7 @@ class Loop:
         finally:
             ended.set()
             keeper.join()
-            write_json(file, phase | {"seconds": seconds()})
+            self._held.note(attempt=phase | {"seconds": seconds()})
 
     # --- the phases
 
@@ -488,6 +480,7 @@ class Loop:
         """Write the report. It is rewritten every time, because that is cheap and shows the current state."""
         print((self.folder / "evaluation" / "matrix.md").read_text(encoding="utf-8"))
         report.run(load_config(report.ReportConfig, values={"run": str(self.folder)} | self.config.report), resume=True)
+        self._held.finish({"seconds": round(sum(line["seconds"] for line in self._done.values()), 1)})
 
     # --- configurations of the phases
 

@@ -7,7 +7,6 @@ which is renamed at the end: a file that exists is complete.
 from __future__ import annotations
 
 import codecs
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -27,7 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from agentic_r_plugin.errors import OutputExistsError, RecordError
+from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Record
 
 RecordType = TypeVar("RecordType", bound=Record)
@@ -448,31 +447,3 @@ def file_fingerprint(path: str | Path) -> str:
 def absolute(path: str) -> str:
     """Make an existing path absolute; return a hub name, URL or empty string unchanged."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
-
-
-@contextmanager
-def only_writer(folder: str | Path) -> Iterator[IO[bytes]]:
-    """Hold a folder's lock; a child process that inherits the open file holds it as long as it lives.
-
-    Raises:
-        OutputExistsError: another process holds it.
-    """
-    with (Path(folder) / ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExistsError(f"{folder}: another process is working here; wait for it or end it") from error
-        yield lock
-
-
-def require_absent(path: str | Path, *, or_else: str = "pass --resume to continue it") -> None:
-    """Refuse to overwrite an existing path.
-
-    Args:
-        or_else: the caller's alternative to another path, for the message.
-
-    Raises:
-        OutputExistsError: the path exists.
-    """
-    if Path(path).exists():
-        raise OutputExistsError(f"{path} already exists; choose another path, remove it, or {or_else}")

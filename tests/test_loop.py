@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.iterate import IterateConfig, Loop, run
 from agentic_r_plugin.records import Group
-from agentic_r_plugin.store import read_json, read_lines, read_records, write_json
+from agentic_r_plugin.store import read_lines, read_records
 from tests.evaluation.evaluation_toy import write_benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +118,7 @@ def test_a_finished_run_does_nothing_again(finished):
 
 def test_a_run_folder_refuses_another_configuration_and_a_second_start(finished):
     config = load_config(IterateConfig, finished / "config.yaml")
-    with pytest.raises(OutputExistsError, match="go on with --resume"):
+    with pytest.raises(OutputExistsError, match="pass --resume to go on"):
         run(config)
     other = load_config(IterateConfig, finished / "config.yaml", ["seed=1"])
     with pytest.raises(ManifestMismatchError, match="seed"):
@@ -152,6 +154,13 @@ def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
     agents, indexes = {f"agent-{k}": "x" for k in range(3)}, {f"retriever-{k}": Path("x") for k in range(3)}
     settings = loop._evaluate_config(agents, indexes).settings
     assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
+
+
+@contextmanager
+def begun(tmp_path: Path) -> Iterator[Loop]:
+    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
+    with loop.open(resume=True):
+        yield loop
 
 
 CLUSTER = ("correctness.runner={kind: ray, address: auto}", "serve.host=0.0.0.0", "serve.token_env=LOOP_TOKEN")
@@ -196,13 +205,13 @@ def test_stages_that_stay_here_or_search_elsewhere_need_no_open_service(tmp_path
 
 def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
     loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
-    loop.open(resume=False)
-    loop._phase(0, "index", lambda: None)
+    with loop.open(resume=False):
+        loop._phase(0, "index", lambda: None)
     with (loop.folder / "costs.jsonl").open("ab") as stream:
         stream.write(b'{"iteration": 1, "phase": "train-ag')
     again = Loop(loop.config)
-    again.open(resume=True)
-    again._phase(1, "train-agent", lambda: None)
+    with again.open(resume=True):
+        again._phase(1, "train-agent", lambda: None)
     assert [line["phase"] for _, line in read_lines(loop.folder / "costs.jsonl")] == ["index", "train-agent"]
 
 
@@ -213,15 +222,18 @@ def test_what_a_run_was_given_may_not_change_under_it(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("questions")
     overrides = [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", f"agent={agent}"]
     config = load_config(IterateConfig, RECIPE, overrides)
-    Loop(config).open(resume=False)
-    Loop(config).open(resume=True)
+    for resume in (False, True):
+        with Loop(config).open(resume=resume):
+            pass
     questions.write_text("other questions")
-    with pytest.raises(ManifestMismatchError, match="other contents of questions of train;"):
-        Loop(config).open(resume=True)
+    other = pytest.raises(ManifestMismatchError, match=r'contents of questions of train was "[^;]*; Give')
+    with other, Loop(config).open(resume=True):
+        pass
     questions.write_text("questions")
     (agent / "model.safetensors").write_text("weights")
-    with pytest.raises(ManifestMismatchError, match="other contents of agent;"):
-        Loop(config).open(resume=True)
+    other = pytest.raises(ManifestMismatchError, match=r'contents of agent was "[^;]*; Give')
+    with other, Loop(config).open(resume=True):
+        pass
 
 
 def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
@@ -237,9 +249,8 @@ def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
 
 
 def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
-    loop = composed(tmp_path)
-    loop.folder.mkdir()
-    loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
+    with begun(tmp_path) as loop:
+        loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
     ((_, line),) = read_lines(loop.folder / "costs.jsonl")
     assert 0.2 <= line.pop("seconds") < 60
     assert line == {"iteration": 1, "phase": "relevance", "worker_seconds": 900.0, "rollouts": 3}
@@ -247,31 +258,27 @@ def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_pat
 
 def test_a_phase_that_was_killed_is_charged_with_all_its_attempts(tmp_path, monkeypatch):
     monkeypatch.setattr(iterate, "_KEEP_S", 0.05)
-    loop = composed(tmp_path)
-    loop.folder.mkdir()
-    attempt = loop.folder / "attempt.json"
 
     def fails() -> None:
         time.sleep(0.3)
-        assert read_json(attempt)["seconds"] >= 0.05  # kept while it runs: a kill -9 leaves no time for it
+        assert loop._held.noted("attempt")["seconds"] >= 0.05  # kept while it runs: a kill -9 leaves no time for it
         raise KeyboardInterrupt
 
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with begun(tmp_path) as loop, pytest.raises(KeyboardInterrupt):
             loop._phase(1, "relevance", fails)
-    assert 0.6 <= read_json(attempt)["seconds"] < 60
-    loop._phase(1, "relevance", lambda: time.sleep(0.1))
-    loop._phase(1, "groups", lambda: None)
+    with begun(tmp_path) as loop:
+        assert 0.6 <= loop._held.noted("attempt")["seconds"] < 60
+        loop._phase(1, "relevance", lambda: time.sleep(0.1))
+        loop._phase(1, "groups", lambda: None)
     first, second = (line["seconds"] for _, line in read_lines(loop.folder / "costs.jsonl"))
     assert 0.7 <= first < 60 and second < first
-    assert not attempt.exists()
 
 
 def test_seconds_of_another_phase_are_not_taken_over(tmp_path):
-    loop = composed(tmp_path)
-    loop.folder.mkdir()
-    write_json(loop.folder / "attempt.json", {"iteration": 1, "phase": "relevance", "seconds": 1e6})
-    loop._phase(2, "relevance", lambda: None)
+    with begun(tmp_path) as loop:
+        loop._held.note(attempt={"iteration": 1, "phase": "relevance", "seconds": 1e6})
+        loop._phase(2, "relevance", lambda: None)
     ((_, line),) = read_lines(loop.folder / "costs.jsonl")
     assert line["seconds"] < 1000
 

@@ -12,6 +12,7 @@ import pytest
 
 from agentic_r_plugin import components, iterate
 from agentic_r_plugin.agent import launch
+from agentic_r_plugin.agent.prepare import run_output
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.cli import COMMANDS
 from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, free_settings, load_config, options_of
@@ -23,7 +24,10 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart" / "loop.yaml"
 FREE_OF = {
     "LLMSpec": "url api_key_env device max_batch_tokens prefix_cache_tokens concurrency timeout_s max_retries replicas",
     "SearchSpec": "url device batch_size timeout_s max_retries",
+    "WorldConfig": "out name",
+    "WarmStartConfig": "out device workers",
     "WarmStartSFTConfig": "out device",
+    "CoverageConfig": "out",
     "IndexConfig": "out device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
     "ServeConfig": "device host port token_env workers allow_reload ready_file exit_with_parent default_topk "
     "max_queries max_topk max_passages max_query_chars max_history max_body_bytes max_waiting timeout_s "
@@ -128,8 +132,8 @@ def test_of_a_backend_only_its_name_type_and_deciding_options_are_compared() -> 
 
 def begun(tmp_path: Path, *overrides: str) -> Loop:
     loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", *overrides]))
-    loop.open(resume=False)
-    return loop
+    with loop.open(resume=False):
+        return loop
 
 
 ACCEPTED = (
@@ -152,10 +156,12 @@ def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(t
     loop = begun(tmp_path, "train_retriever.epochs=2", "train_agent.verl=[]")
     saved = loop.folder / "config.yaml"
     before = saved.stat().st_mtime_ns
-    loop.open(resume=True)
+    with loop.open(resume=True):
+        pass
     assert saved.stat().st_mtime_ns == before
     other = load_config(IterateConfig, saved, ACCEPTED)
-    Loop(other).open(resume=True)
+    with Loop(other).open(resume=True):
+        pass
     assert load_config(IterateConfig, saved) == other
 
 
@@ -176,8 +182,9 @@ def test_a_resume_may_not_change_what_decides_results(tmp_path: Path) -> None:
         now = iterate._deciding(Loop(load_config(IterateConfig, saved, [override])))
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         assert [key for key in changed if key.startswith(name)], (override, changed)
-    with pytest.raises(ManifestMismatchError, match=r"another configuration \(groups\.threshold differ from"):
-        Loop(load_config(IterateConfig, saved, ["groups.threshold=70"])).open(resume=True)
+    other = Loop(load_config(IterateConfig, saved, ["groups.threshold=70"]))
+    with pytest.raises(ManifestMismatchError, match=r"groups\.threshold was 60, now 70"), other.open(resume=True):
+        pass
 
 
 def test_what_train_agent_takes_on_a_resume_the_loop_takes_as_well(tmp_path: Path) -> None:
@@ -195,5 +202,6 @@ def test_what_train_agent_takes_on_a_resume_the_loop_takes_as_well(tmp_path: Pat
     saved = begun(tmp_path).folder / "config.yaml"
     for name, value in values.items():
         changed = load_config(launch.TrainAgentConfig, values=given | {name: value})
-        assert launch._fingerprint(changed) == launch._fingerprint(config), name
-    Loop(load_config(IterateConfig, saved, values={"train_agent": values})).open(resume=True)
+        assert run_output(changed).made_from == run_output(config).made_from, name
+    with Loop(load_config(IterateConfig, saved, values={"train_agent": values})).open(resume=True):
+        pass

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agentic_r_plugin.errors import OutputExistsError, RecordError
+from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import (
     Candidates,
     Correctness,
@@ -32,11 +32,9 @@ from agentic_r_plugin.store import (
     atomic_path,
     drop_torn_end,
     file_fingerprint,
-    only_writer,
     read_json,
     read_lines,
     read_records,
-    require_absent,
     write_json,
     write_records,
 )
@@ -292,22 +290,6 @@ def test_a_fingerprint_follows_the_bytes(tmp_path: Path):
     assert file_fingerprint(first) == file_fingerprint(second)
     second.write_bytes(b"2")
     assert file_fingerprint(first) != file_fingerprint(second)
-
-
-def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path):
-    require_absent(tmp_path / "new")
-    with pytest.raises(OutputExistsError, match="--resume"):
-        require_absent(tmp_path)
-    with pytest.raises(OutputExistsError, match=r"remove it, or pass --overwrite$"):
-        require_absent(tmp_path, or_else="pass --overwrite")
-
-
-def test_a_folder_has_one_writer_at_a_time(tmp_path: Path):
-    held = pytest.raises(OutputExistsError, match="another process is working here")
-    with only_writer(tmp_path), held, only_writer(tmp_path):
-        pass
-    with only_writer(tmp_path):
-        pass
 
 
 @pytest.mark.parametrize(

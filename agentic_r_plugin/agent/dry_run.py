@@ -38,7 +38,7 @@ def run(config: TrainAgentConfig) -> None:
     lengths = checks.make("prompts", lambda: _lengths(config, questions, validation), show=_spread)
     probe = questions[0].question.question if questions else "test"
     checks.make("retrieval service", lambda: prepare.check_service(config, probe=probe))
-    checks.make("output folder", lambda: _output_folder(Path(config.out).resolve()))
+    checks.make("output folder", lambda: _output_folder(config))
     checks.make("rollout engine", lambda: _engine(config))
     # Without model or data the prompt lengths are unknown; a placeholder lets the rest of the configuration be checked.
     known = lengths or [config.limits.max_tokens // 2]
@@ -145,9 +145,10 @@ def _spread(lengths: list[int]) -> str:
     return f"{min(lengths)} to {max(lengths)} tokens"
 
 
-def _output_folder(folder: Path) -> str:
-    prepare.check_run_folder(folder)
+def _output_folder(config: TrainAgentConfig) -> str:
+    folder = Path(config.out).resolve()
     if folder.exists():
+        prepare.run_output(config).finished()
         step = prepare.latest_step(folder)
         return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
     parent = next(item for item in folder.parents if item.exists())

@@ -1,9 +1,9 @@
 """`agentic-r train-agent`: PPO training of the agent in verl, in a separate process (method section 6).
 
-A run folder holds `config.yaml` and `verl.yaml` (resolved), `data/`, `train.log`, `metrics.jsonl` (one line per step;
-line 0 is the validation before the first step), `rollouts/` (sampled trajectories of each step) and `checkpoints/`. A
-finished run adds `stability.json` (the chosen checkpoint and the reason), `agent/` (a plain Hugging Face folder with
-`agent.json`), `critic/`, and, written last, `done.json`.
+A run folder (`storage.claim`) holds `config.yaml` and `verl.yaml` (resolved), `data/`, `train.log`, `metrics.jsonl`
+(one line per step; line 0 is the validation before the first step), `rollouts/` (sampled trajectories of each step) and
+`checkpoints/`. A finished run adds `stability.json` (the chosen checkpoint and the reason), `agent/` (a plain Hugging
+Face folder with `agent.json`), `critic/`, and, written last, `done.json`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import (
-    Prepared,
-    check_run_folder,
-    content_key,
-    latest_step,
-    name_latest,
-    precision,
-    prepare,
-)
+from agentic_r_plugin.agent.prepare import Prepared, latest_step, name_latest, precision, prepare, run_output
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
-from agentic_r_plugin.config import deciding, fingerprint, free_settings, save_config
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, TrainingError
+from agentic_r_plugin.config import save_config
+from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.progress import duration
-from agentic_r_plugin.store import only_writer, read_json, require_absent, write_json
+from agentic_r_plugin.storage.claim import Claim, require_new
+from agentic_r_plugin.store import read_json, write_json
 
 __all__ = ["TrainAgentConfig", "latest_step", "run"]
 
@@ -52,71 +45,30 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError, RecordError: invalid settings, missing or broken files; nothing is written.
         SearchError: the retrieval service does not answer or refuses to search; nothing is written.
-        OutputExistsError: the run folder exists and `resume` is False, it is not a training run folder, or another
-            process is writing to it.
-        ManifestMismatchError: the run folder belongs to a different run.
+        OutputExistsError: the run folder exists and `resume` is False, or another process is writing to it.
+        ManifestMismatchError: the run folder belongs to a different run, or is not one of a training.
         TrainingError: training stopped; the message is ours or the end of the log. The folder can be resumed.
     """
     if config.dry_run:
         from agentic_r_plugin.agent import dry_run
 
         return dry_run.run(config)
-    run_dir = Path(config.out).resolve()
     if not resume:
-        require_absent(run_dir)
-    check_run_folder(run_dir)
-    key, dtype = _fingerprint(config), precision(config)
-    if (run_dir / "run.json").is_file():
-        _check_same(run_dir, key, dtype)
-        if (run_dir / "done.json").is_file() and (latest_step(run_dir) >= config.steps or _collapsed(run_dir)):
-            print(f"train-agent: {run_dir} is done", file=sys.stderr)
+        require_new(config.out, folder=True)
+    with run_output(config).claim(resume=resume) as held:
+        if (done := held.finished) is not None and (latest_step(held.out) >= config.steps or done["stopped"]):
+            print(f"train-agent: {held.out} is done", file=sys.stderr)
             return
-    prepared = prepare(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(run_dir) as lock:
-        _write_inputs(run_dir, config, prepared, {"fingerprint": key, "precision": dtype})
-        _train(run_dir, config, prepared.environment, lock)
-        _finish(run_dir, config)
+        prepared = prepare(config)
+        for stale in (FAULT, STABILITY, "done.json"):
+            (held.out / stale).unlink(missing_ok=True)
+        held.begin()
+        _write_inputs(held.out, config, prepared)
+        _train(held, config, prepared.environment)
+        _finish(held, config)
 
 
-# --- Before training --------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(config: TrainAgentConfig) -> str:
-    values = deciding(config)
-    del values["steps"]  # a finished run may be extended with more steps
-    values["precision"] = precision(config)
-    for name in ("model", "critic", "questions", "validation"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).exists():
-            raise ConfigError(f"{name}: {path} does not exist")
-        values[name] = path and content_key(Path(path))
-    return fingerprint(values)
-
-
-def _check_same(run_dir: Path, key: str, dtype: str) -> None:
-    found = read_json(run_dir / "run.json")
-    if (begun := found.get("precision", dtype)) != dtype:
-        raise ManifestMismatchError(
-            f"{run_dir} was begun in {begun}, and precision=auto is {dtype} on this machine; go on with "
-            f"precision={begun}, or choose another folder"
-        )
-    if found["fingerprint"] != key:
-        raise ManifestMismatchError(
-            f"{run_dir} belongs to a run with other settings, questions or models (see its config.yaml); choose "
-            "another folder, or give the same settings. May change: steps, "
-            f"{', '.join(free_settings(TrainAgentConfig))}, and verl's settings of memory"
-        )
-
-
-def _collapsed(run_dir: Path) -> bool:
-    return bool(read_json(run_dir / "done.json").get("stopped"))
-
-
-def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, made_from: dict[str, str]) -> None:
-    """Write the run's identity first, so that inputs found in the folder later match these settings and files."""
-    if not (run_dir / "run.json").is_file():
-        write_json(run_dir / "run.json", made_from | {"seconds": 0.0})
+def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared) -> None:
     data = run_dir / "data"
     for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
@@ -127,15 +79,17 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared, m
     (run_dir / "agent_loop.yaml").write_text(prepared.loop, encoding="utf-8")
     OmegaConf.save(prepared.verl, run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
-    for stale in (FAULT, STABILITY, "done.json"):
-        (run_dir / stale).unlink(missing_ok=True)
 
 
 # --- During training --------------------------------------------------------------------------------------------------
 
 
-def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str | None], lock: IO[bytes]) -> None:
-    """Run the training process and report each step; add the elapsed seconds to `run.json`."""
+def _train(held: Claim, config: TrainAgentConfig, environment: dict[str, str | None]) -> None:
+    """Run the training process and report each step; add the elapsed seconds to the manifest.
+
+    The process inherits the lock of the run folder: should it outlive this one, no other starts.
+    """
+    run_dir = held.out
     variables = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
     for name, value in environment.items():
         if value is None:
@@ -152,14 +106,13 @@ def _train(run_dir: Path, config: TrainAgentConfig, environment: dict[str, str |
             stderr=subprocess.STDOUT if not debug else None,
             env=variables,
             start_new_session=True,
-            pass_fds=[lock.fileno()],
+            pass_fds=[held.lock.fileno()],
         )
         try:
             _follow(run_dir, config, process)
         finally:
             end(process)
-            record = read_json(run_dir / "run.json")
-            write_json(run_dir / "run.json", record | {"seconds": record["seconds"] + time.monotonic() - started})
+            held.note(seconds=held.noted("seconds", 0.0) + time.monotonic() - started)
     if process.returncode:
         raise TrainingError(_why(run_dir, process.returncode))
 
@@ -213,7 +166,8 @@ def _why(run_dir: Path, code: int) -> str:
 # --- After training ---------------------------------------------------------------------------------------------------
 
 
-def _finish(run_dir: Path, config: TrainAgentConfig) -> None:
+def _finish(held: Claim, config: TrainAgentConfig) -> None:
+    run_dir = held.out
     chosen = read_json(run_dir / STABILITY)
     agent = {
         "schema": "agent/1",
@@ -229,13 +183,13 @@ def _finish(run_dir: Path, config: TrainAgentConfig) -> None:
     done = {
         "step": chosen["checkpoint"],
         "stopped": chosen["stopped"],
-        "seconds": round(read_json(run_dir / "run.json")["seconds"], 1),
+        "seconds": round(held.noted("seconds"), 1),
         "step_seconds": round(sum(record.get("timing_s/step") or 0 for record in metrics), 1),
         "agent": "agent",
         "precision": precision(config),
         "critic": "critic" if (run_dir / "critic").is_dir() else None,
     }
-    write_json(run_dir / "done.json", done)
+    held.finish(done)
     if chosen["collapse"] is not None:
         print(f"train-agent: {chosen['verdict']}; step {chosen['checkpoint']} was taken", file=sys.stderr)
     print(f"train-agent: {json.dumps(done)}", file=sys.stderr)

@@ -15,20 +15,16 @@ from agentic_r_plugin.agent import attention, dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.config import deciding
 from agentic_r_plugin.credentials import read_secret
-from agentic_r_plugin.errors import (
-    ConfigError,
-    OutputExistsError,
-    SearchError,
-    SearchRefusedError,
-    SearchUnavailableError,
-)
+from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
 from agentic_r_plugin.protocol import AgentProtocol, Codec
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.wire import is_loopback
-from agentic_r_plugin.store import atomic_path, file_fingerprint
+from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,23 +224,20 @@ def compose(
     return composed, environment
 
 
-def content_key(path: Path) -> str:
-    """Hash of a file, or of the names and contents of a model folder's files."""
-    if path.is_file():
-        return file_fingerprint(path)
-    return fingerprint({file.name: file_fingerprint(file) for file in path.iterdir() if file.is_file()})
-
-
-def check_run_folder(folder: Path) -> None:
-    """Reject an existing folder that is not a training run folder.
+def run_output(config: TrainAgentConfig) -> Output:
+    """The run folder and everything that determines the agent, apart from the number of steps: a run may be extended.
 
     Raises:
-        OutputExistsError: it holds files (hidden ones are ignored) but no `run.json`.
+        ConfigError: a model or a file does not exist.
     """
-    if not folder.exists() or (folder / "run.json").is_file():
-        return
-    if not folder.is_dir() or any(not file.name.startswith(".") for file in folder.iterdir()):
-        raise OutputExistsError(f"{folder} exists and is not the folder of a training; choose another out=")
+    made_from = deciding(config) | {"precision": precision(config)}
+    del made_from["steps"]
+    for name in ("model", "critic", "questions", "validation"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{name}: {path} does not exist")
+        made_from[name] = path and path_fingerprint(path)
+    return Output(out=Path(config.out).resolve(), made_from=made_from, done="done.json", folder=True)
 
 
 def latest_step(run_dir: Path) -> int:

@@ -15,7 +15,8 @@ from typing import Any
 
 from agentic_r_plugin.agent.metrics import RolloutLog
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.store import atomic_path, require_absent
+from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.store import atomic_path
 
 _STYLE = """
 :root { color-scheme: light dark; --model: #1a7f37; --masked: #8250df; --masked-back: #8250df1f; --rule: #8888; }
@@ -57,7 +58,7 @@ def run(config: ShowRolloutsConfig, *, resume: bool = False) -> None:
         )
     out = Path(config.out or Path(config.run) / "rollouts.html")
     if not resume:
-        require_absent(out)
+        require_new(out)
     rollouts = {step: log.read(step) for step in config.steps or spread(known, 10)}
     with atomic_path(out) as temporary:
         temporary.write_text(page(Path(config.run).name, rollouts), encoding="utf-8")

@@ -18,16 +18,17 @@ from typing import Any
 
 from agentic_r_plugin import components, compute
 from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
-from agentic_r_plugin.agent.prepare import content_key
 from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, fingerprint, save_config, to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config, to_dict
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import file_fingerprint, only_writer, read_json, require_absent, write_json
+from agentic_r_plugin.storage.claim import Output, require_new
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,36 +57,32 @@ class WarmStartSFTConfig:
 
 
 def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:
-    """Make the demonstrations, train, and write the model with `agent.json`, `warm_start.json` and `config.yaml`.
+    """Make the demonstrations, train, and write the model with `agent.json` and `config.yaml`; last `warm_start.json`.
 
     Args:
         resume: keep a finished output unchanged, and continue an unfinished one from its last checkpoint.
 
     Raises:
-        OutputExistsError: the output or unfinished work exists and `resume` is False, the output is not from this
-            command, or another process is writing it.
-        ManifestMismatchError: resumed with a different configuration or different inputs.
+        OutputExistsError: the output exists or was begun and `resume` is False, or another process is writing it.
+        ManifestMismatchError: resumed with a different configuration or different inputs, or the output is not from
+            this command.
         RecordError: a broken question or corpus file, or unknown supporting passages.
         ConfigError: the model folder holds no weights.
     """
-    out, work = Path(config.out), Path(f"{config.out}.partial")
+    out = Path(config.out)
     if not resume:
-        require_absent(out)
-        require_absent(work)
-    identity = _identity(config)
-    if out.exists() and not (out / "identity.json").is_file():
-        raise OutputExistsError(f"{out} exists and is not an output of this command (no identity.json); choose another")
-    for folder in (out, work):
-        _check_identity(folder, identity)
-    if out.exists():
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with only_writer(work):
-        write_json(work / "identity.json", identity)
-        _train(config, work, out)
+        require_new(out, folder=True)
+    output = Output(out=out, made_from=_made_from(config), done="warm_start.json", folder=True)
+    with output.claim(resume=resume) as held:
+        if held.finished is None:
+            held.begin()
+            held.work.mkdir(exist_ok=True)
+            held.finish(_train(config, held.work, out))
+        shutil.rmtree(held.work, ignore_errors=True)
 
 
-def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> None:
+def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> dict[str, Any]:
+    """Train and write the model; returns the report."""
     started = time.monotonic()
     model, tokenizer = _load(config)
     epochs = _demonstrations(config, tokenizer)
@@ -109,38 +106,35 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> None:
         checkpoint=work / "checkpoint.pt",
         on_step=report,
     )
-    _finish(config, work, out, model, tokenizer, records, epochs, time.monotonic() - started)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    save_config(config, out / "config.yaml")
+    card = {"protocol": config.protocol, "limits": vars(config.limits), "topk": config.demonstrations.topk}
+    write_json(out / "agent.json", card)
+    last = records[-min(len(records), 5) :]
+    return {
+        **describe([session for sessions in epochs for session in sessions]),
+        "precision": _precision(config),
+        "steps": len(records),
+        "tokens": sum(record.tokens for record in records),
+        "model_tokens": sum(record.model_tokens for record in records),
+        "first_loss": records[0].loss,
+        "last_loss": sum(record.loss for record in last) / len(last),
+        "training_seconds": sum(record.seconds for record in records),
+        "seconds": time.monotonic() - started,
+        "losses": [round(record.loss, 4) for record in records],
+    }
 
 
-def _identity(config: WarmStartSFTConfig) -> dict[str, str]:
-    settings = deciding(config)
-    settings["training"] |= {"precision": _precision(config)}
+def _made_from(config: WarmStartSFTConfig) -> dict[str, Any]:
     if not any(Path(config.model).glob("*.safetensors")):
         raise ConfigError(f"model {config.model!r}: expected a folder with *.safetensors")
-    index = Path(config.search.index)
-    known = {"search index": content_key(index)} if config.search.index and index.is_dir() else {}
-    return known | {
-        "config": fingerprint(settings),
-        "precision": _precision(config),
-        "questions": file_fingerprint(config.questions),
-        "corpus": file_fingerprint(config.corpus),
-        "model": content_key(Path(config.model)),
-    }
+    files = {name: path_fingerprint(getattr(config, name)) for name in ("questions", "corpus", "model")}
+    return deciding(config) | files | {"index": path_fingerprint(config.search.index), "precision": _precision(config)}
 
 
 def _precision(config: WarmStartSFTConfig) -> str:
     return compute.resolve(config.training.precision, config.device)
-
-
-def _check_identity(folder: Path, identity: dict[str, str]) -> None:
-    if not (folder / "identity.json").exists():
-        return
-    found = read_json(folder / "identity.json")
-    changed = [name for name, value in identity.items() if found.get(name) != value]
-    if changed:
-        raise ManifestMismatchError(
-            f"{folder} was begun with another {', '.join(changed)}; remove it or choose another path"
-        )
 
 
 def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
@@ -171,42 +165,3 @@ def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Ses
             )
             for epoch in range(config.training.epochs)
         ]  # fmt: skip
-
-
-def _finish(
-    config: WarmStartSFTConfig,
-    work: Path,
-    out: Path,
-    model: Any,
-    tokenizer: Any,
-    records: list[StepRecord],
-    epochs: list[list[Session]],
-    seconds: float,
-) -> None:
-    """Write everything to a temporary folder and rename it last, so that an existing output is always complete."""
-    final = work / "model"
-    shutil.rmtree(final, ignore_errors=True)
-    model.save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    save_config(config, final / "config.yaml")
-    shutil.copy(work / "identity.json", final)
-    card = {"protocol": config.protocol, "limits": vars(config.limits), "topk": config.demonstrations.topk}
-    write_json(final / "agent.json", card)
-    last = records[-min(len(records), 5) :]
-    write_json(
-        final / "warm_start.json",
-        {
-            **describe([session for sessions in epochs for session in sessions]),
-            "precision": _precision(config),
-            "steps": len(records),
-            "tokens": sum(record.tokens for record in records),
-            "model_tokens": sum(record.model_tokens for record in records),
-            "first_loss": records[0].loss,
-            "last_loss": sum(record.loss for record in last) / len(last),
-            "training_seconds": sum(record.seconds for record in records),
-            "seconds": seconds,
-            "losses": [round(record.loss, 4) for record in records],
-        },
-    )
-    final.rename(out)
-    shutil.rmtree(work)

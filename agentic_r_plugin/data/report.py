@@ -16,8 +16,9 @@ from typing import Any
 from agentic_r_plugin.data.groups import correctness_of, keyed_relevance, query_key, query_units
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Correctness, Group
+from agentic_r_plugin.storage.claim import require_new
 from agentic_r_plugin.storage.lookup import KeyedRecords
-from agentic_r_plugin.store import read_json, require_absent, write_json
+from agentic_r_plugin.store import read_json, write_json
 
 BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")
 STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
@@ -145,7 +146,7 @@ def run(config: DataReportConfig, *, resume: bool = False) -> None:
     """
     out = Path(config.out or Path(config.data) / "data_report.json")
     if not resume:
-        require_absent(out)
+        require_new(out)
     print(write_report(config, out))
 
 

@@ -25,7 +25,8 @@ from agentic_r_plugin.evaluation.matrix import (
     write_tables,
 )
 from agentic_r_plugin.evaluation.statistics import seeds_interval
-from agentic_r_plugin.store import read_json, require_absent, write_json
+from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.store import read_json, write_json
 
 METHOD = "half-widths of Student's t over the seeds' means and over the questions' means, added in quadrature"
 _KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", "seed", "protocol", "limits", "topk")
@@ -77,7 +78,7 @@ def run(config: AggregateConfig, *, resume: bool = False) -> None:
     """
     out = Path(config.out)
     if not resume:
-        require_absent(out / "matrix.json")
+        require_new(out / "matrix.json")
     runs = [_read(Path(folder)) for folder in config.runs]
     _check_same(runs)
     cells = [_cell(runs, name, config.level) for name in runs[0].cells]

@@ -21,10 +21,11 @@ from agentic_r_plugin.config import FREE, deciding, load_config, save_config, to
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
-from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
 from agentic_r_plugin.questions import FORMAT
-from agentic_r_plugin.store import file_fingerprint, require_absent, write_json
+from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import file_fingerprint, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.cell import Cell
@@ -160,7 +161,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     """
     out = Path(config.out)
     if not resume:
-        require_absent(out)
+        require_new(out, folder=True)
     check_inputs(config)
     cells = list(_cells(config))
     done = {cell.name: result for cell in cells if (result := cell.output(out).finished()) is not None}
@@ -271,7 +272,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
             retriever = (_place(config, search, benchmark), settings.search.retriever)
             for where in (settings.agent.model, settings.agent.tokenizer, *retriever):
                 if where not in identities:
-                    identities[where] = identity(where)
+                    identities[where] = path_fingerprint(where)
             cell = Cell(
                 agent=agent,
                 retriever=search,

@@ -24,7 +24,8 @@ from agentic_r_plugin.evaluation import report_training as training
 from agentic_r_plugin.evaluation.matrix import cell_name, markdown_table
 from agentic_r_plugin.evaluation.report_answers import embed, read_answers
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
-from agentic_r_plugin.store import atomic_path, require_absent
+from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.store import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,8 @@ def run(config: ReportConfig, *, resume: bool = False) -> None:
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder
     if not resume:
-        require_absent(out / "report.html")
-        require_absent(out / "report.md")
+        require_new(out / "report.html")
+        require_new(out / "report.md")
     content = context(read_run(folder), config)
     for name in ("report.html", "report.md"):
         text = render(f"{name}.jinja", content)

@@ -7,10 +7,10 @@ from typing import Any
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, SearchError
-from agentic_r_plugin.evaluation.identity import identity
 from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
 
 FlashRAGDoc = dict[str, str]
 """FlashRAG's passage: id, title, text, contents."""
@@ -123,7 +123,8 @@ class FlashRAGBackend:
         retriever, kind = self.retriever, type(self.retriever).__name__
         settings = getattr(retriever, "config", None) or {}
         named = {name: str(settings[name]) for name in _DECIDING if name in settings and settings[name] is not None}
-        return fingerprint(kind, self.formulation, {name: [where, identity(where)] for name, where in named.items()})
+        files = {name: [where, path_fingerprint(where)] for name, where in named.items()}
+        return fingerprint(kind, self.formulation, files)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -24,21 +24,15 @@ from tqdm import tqdm
 
 from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import fingerprint, to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError, SearchRefusedError
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, to_dict
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Record
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import (
-    atomic_path,
-    file_fingerprint,
-    read_json,
-    require_absent,
-    write_json,
-    write_records,
-)
+from agentic_r_plugin.storage.claim import Claim, Output, require_new
+from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, write_json, write_records
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +44,15 @@ _ROWS, _QUESTIONS = 200_000, 256
 class CoverageConfig:
     """Settings of `agentic-r coverage`."""
 
-    questions: str = field(metadata={"help": "questions file"})
+    questions: str = field(metadata={"help": "questions file", **BY_CONTENTS})
     format: str = field(default="", metadata=FORMAT)
-    out: str = field(metadata={"help": "one record a question; OUT.report.json and OUT.report.md hold the shares"})
-    index: str = field(default="", metadata={"help": "index folder of the retriever (short for search.index=)"})
-    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own"})
+    out: str = field(
+        metadata={"help": "one record a question; OUT.report.json and OUT.report.md hold the shares", **FREE}
+    )
+    index: str = field(
+        default="", metadata={"help": "index folder of the retriever (short for search.index=)", **BY_CONTENTS}
+    )
+    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own", **BY_CONTENTS})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
     topk: list[int] = field(default_factory=lambda: [3, 20, 100], metadata={"help": "depths"})
     max_questions: int = field(default=0, metadata={"help": "only the first N; 0: all"})
@@ -103,45 +101,47 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     """
     out = Path(config.out)
     if not resume:
-        require_absent(out)
-    elif out.exists():
-        log.warning("%s is done already", out)
-        return
+        require_new(out)
     questions = list(read_questions(config.questions, format=config.format))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)
-    spec, depth = config.spec(), max(config.topk)
-    with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
-        kept = _Kept(
-            out.with_name(out.name + ".work"),
-            fingerprint(
-                corpus.fingerprint(),
-                backend.fingerprint(),
-                depth,
-                file_fingerprint(config.questions),
-                len(questions),
-                *([config.format] if config.format else []),
-            ),
-        )
-        answered, titles = scan_corpus(corpus, questions, kept)
-        ranks = find_ranks(backend, questions, depth, kept)
-        refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
-        if len(refused) == len(questions):
-            for path in kept.folder.glob(f"{_SEARCH}*.json"):
-                path.unlink()
-            raise SearchRefusedError(f"the retriever refused all {len(questions)} questions; first, {_first(refused)}")
-        records = [
-            _record(question, number in answered, titles, corpus, ranks[number])
-            for number, question in enumerate(questions)
-        ]
+    made_from = deciding(config) | {"questions": file_fingerprint(config.questions), "topk": max(config.topk)}
+    output = Output(out=out, made_from=made_from, done=".report.json", late=("fingerprint of ",))
+    with output.claim(resume=resume) as held:
+        if held.finished is not None:
+            log.warning("%s is done already", out)
+            return
+        spec = config.spec()
+        with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
+            opened = {"corpus": corpus.fingerprint(), "retriever": backend.fingerprint()}
+            held.begin({f"fingerprint of {role}": value for role, value in opened.items()})
+            report = _measure(config, held, questions, corpus, backend)
+        shutil.rmtree(held.work)
+        held.finish(report)
+    print(render(report))
+
+
+def _measure(
+    config: CoverageConfig, held: Claim, questions: Sequence[Question], corpus: Corpus, backend: SearchBackend
+) -> dict[str, Any]:
+    """Write the records and the report as Markdown; returns the report."""
+    kept = partial(_kept, held.work)
+    answered, titles = scan_corpus(corpus, questions, kept)
+    ranks = find_ranks(backend, questions, max(config.topk), kept)
+    refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
+    if len(refused) == len(questions):
+        for path in held.work.glob(f"{_SEARCH}*.json"):
+            path.unlink()
+        raise SearchRefusedError(f"the retriever refused all {len(questions)} questions; first, {_first(refused)}")
+    records = [
+        _record(question, number in answered, titles, corpus, ranks[number])
+        for number, question in enumerate(questions)
+    ]
     report = summarize(records, config.topk) | {"refused": refused}
-    text = render(report)
-    write_json(out.with_name(out.name + ".report.json"), report)
-    with atomic_path(out.with_name(out.name + ".report.md")) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    write_records(out, records)
-    shutil.rmtree(kept.folder)
-    print(text)
+    write_records(held.out, records)
+    with atomic_path(held.output.path(".report.md")) as temporary:
+        temporary.write_text(render(report), encoding="utf-8")
+    return report
 
 
 def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
@@ -157,22 +157,12 @@ def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
     return Corpus(path, table=spec.index)
 
 
-class _Kept:
-    """Cache of finished pieces of work: JSON files in a folder that belongs to one set of inputs."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
-        if (folder / "key.json").is_file():
-            if read_json(folder / "key.json") != key:
-                raise ManifestMismatchError(f"{folder} was begun with other inputs; remove it or choose another out")
-        else:
-            write_json(folder / "key.json", key)
-
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, work())
-        return read_json(path)
+def _kept(folder: Path, name: str, work: Callable[[], Any]) -> Any:
+    """The result of a piece of work, from its file in the folder if it is there."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        write_json(path, work())
+    return read_json(path)
 
 
 Kept = Callable[[str, Callable[[], Any]], Any]

@@ -156,11 +156,13 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
     """Hold the lock of an output.
 
     Raises:
-        OutputExistsError: another process holds it.
+        OutputExistsError: another process holds it, or a file has the name of the folder.
         ConfigError: the disk does not support locks.
     """
     out = Path(out)
     path = beside(out, LOCK, folder=folder)
+    if folder and out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is a file, expected a folder; choose another path")
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -199,15 +201,18 @@ def _named(out: Path, suffix: str) -> Path:
     return out.with_name(out.name + suffix)
 
 
-def require_new(out: str | Path, *, folder: bool = False) -> None:
+def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass --resume to go on") -> None:
     """Refuse to overwrite; for commands that cannot resume, or before the inputs of the output are known.
+
+    Args:
+        or_else: what else the user can do, for the message.
 
     Raises:
         OutputExistsError: the output exists, or was started.
     """
     out = Path(out)
     if _is_there(out):
-        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or pass --resume to go on")
+        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or {or_else}")
     begun = [path for path in (beside(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
     if begun:
         raise OutputExistsError(

@@ -9,29 +9,28 @@ distinguishes; and some passages and questions about test entities use wordings 
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentic_r_plugin.config import to_dict
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.config import FREE, deciding
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import CorpusLine, Passage, Question
-from agentic_r_plugin.store import read_json, require_absent, write_json, write_records
+from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.store import write_records
 from agentic_r_plugin.world.facts import SPLITS, Population, build_facts
 from agentic_r_plugin.world.prose import ProseConfig, write_passages
 from agentic_r_plugin.world.questions import QuestionConfig, write_questions
 
 MANIFEST = "world.json"
-"""Name of the file with a world's settings, in the world's folder."""
+"""Name of the file with a world's settings, in the world's folder; written last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """A world's sizes; the same values always give the same bytes."""
 
-    out: str = field(default="", metadata={"help": "folder in which the benchmark's folder is made"})
-    name: str = field(default="fictional_world", metadata={"help": "name of the benchmark, and of its folder"})
+    out: str = field(default="", metadata={"help": "folder in which the benchmark's folder is made", **FREE})
+    name: str = field(default="fictional_world", metadata={"help": "name of the benchmark, and of its folder", **FREE})
     seed: int = field(default=0, metadata={"help": "another seed gives another world"})
     train_questions: int = field(default=600, metadata={"help": "questions in train.jsonl"})
     dev_questions: int = field(default=100, metadata={"help": "questions in dev.jsonl"})
@@ -112,34 +111,22 @@ def build_world(config: WorldConfig) -> World:
 
 
 def run(config: WorldConfig, *, resume: bool = False) -> None:
-    """Write `OUT/NAME/` atomically, with corpus, train, dev and test `.jsonl`.
+    """Write `OUT/NAME/` with corpus, train, dev and test `.jsonl`.
 
     Raises:
         ConfigError: no `out`, or the world is too small for the number of questions.
-        OutputExistsError: the folder exists; with `resume` an existing folder is complete, and nothing is done.
+        OutputExistsError: the folder exists and `resume` is off; with it, a finished world is left as it is.
         ManifestMismatchError: with `resume`, the folder holds another world, or no world of this command.
     """
     if not config.out:
         raise ConfigError("world: expected --out DIR")
-    folder = Path(config.out) / config.name
-    sizes = {name: value for name, value in to_dict(config).items() if name not in ("out", "name")}
-    if resume and folder.exists():
-        found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
-        if changed := sorted(name for name, value in sizes.items() if found.get(name) != value):
-            raise ManifestMismatchError(
-                f"{folder}: was written with another {', '.join(changed)}; choose another out or name, or remove it"
-            )
-        return
-    require_absent(folder)
-    world = build_world(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{config.name}.", suffix=".tmp"))
-    try:
-        write_records(temporary / "corpus.jsonl", (CorpusLine(id=p.id, contents=p.contents) for p in world.passages))
-        for split in SPLITS:
-            write_records(temporary / f"{split}.jsonl", world.questions[split])
-        write_json(temporary / MANIFEST, sizes)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder, sizes = Path(config.out) / config.name, deciding(config)
+    with Output(out=folder, made_from=sizes, done=MANIFEST, folder=True).claim(resume=resume) as held:
+        if held.finished is None:
+            world = build_world(config)
+            held.begin()
+            lines = (CorpusLine(id=passage.id, contents=passage.contents) for passage in world.passages)
+            write_records(folder / "corpus.jsonl", lines)
+            for split in SPLITS:
+                write_records(folder / f"{split}.jsonl", world.questions[split])
+            held.finish(sizes)

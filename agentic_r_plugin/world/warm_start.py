@@ -8,13 +8,10 @@ minutes on a GPU with 14 workers writing demonstrations.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,10 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.child import die_with
 from agentic_r_plugin.compute import fast_type
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, compact
-from agentic_r_plugin.store import require_absent
+from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.world.demonstrations import Haste, Shown, demonstrations, small_world
 from agentic_r_plugin.world.generate import build_world
 from agentic_r_plugin.world.small_agent import build_model, train_tokenizer
@@ -46,8 +45,10 @@ Example = tuple[list[int], list[int]]
 class WarmStartConfig:
     """Data, schedule and haste of one warm start."""
 
-    out: str = field(default="", metadata={"help": "folder for weights and tokenizer"})
-    init: str = field(default="", metadata={"help": "folder of an agent to go on from; empty: from scratch"})
+    out: str = field(default="", metadata={"help": "folder for weights and tokenizer", **FREE})
+    init: str = field(
+        default="", metadata={"help": "folder of an agent to go on from; empty: from scratch", **BY_CONTENTS}
+    )
     seed: int = field(default=0, metadata={"help": "seed of weights and order; also shifts the worlds"})
     worlds: int = field(default=400, metadata={"help": "worlds that demonstrations come from"})
     per_world: int = field(default=24, metadata={"help": "demonstrations from each world"})
@@ -58,8 +59,8 @@ class WarmStartConfig:
     warm_up: float = field(default=0.03, metadata={"help": "share of the demonstrations with a rising learning rate"})
     weight_decay: float = field(default=0.1, metadata={"help": "of matrices"})
     seconds: float = field(default=0.0, metadata={"help": "end after this time, schedule included; 0: no limit"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda", **FREE})
+    workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one", **FREE})
     stop_at_person: float = field(default=Haste.stop_at_person, metadata={"help": "see demonstrations.Haste"})
     stop_at_other: float = field(default=Haste.stop_at_other, metadata={"help": "see demonstrations.Haste"})
     guess: float = field(default=Haste.guess, metadata={"help": "see demonstrations.Haste"})
@@ -86,43 +87,37 @@ class WarmStartConfig:
 
 
 def run(config: WarmStartConfig, *, resume: bool = False) -> None:
-    """Train and write `OUT` atomically (weights in bfloat16, tokenizer, warm_start.json).
+    """Train and write weights in bfloat16 and the tokenizer to `OUT`; last `warm_start.json`.
 
     Raises:
         ConfigError: no `out`.
-        OutputExistsError: the folder exists; with `resume` an existing folder is complete, and nothing is done.
+        OutputExistsError: the folder exists and `resume` is off; with it, a finished folder is left as it is.
+        ManifestMismatchError: with `resume`, the folder was begun with other settings.
         TrainingError: the loss is not finite.
     """
     if not config.out:
         raise ConfigError("warm-start: expected --out DIR")
-    out = Path(config.out)
-    if resume and out.exists():
-        return
-    require_absent(out)
-    started = time.monotonic()
-    if config.init:
-        tokenizer = AutoTokenizer.from_pretrained(config.init)
-    else:
-        tokenizer = train_tokenizer(_texts(config), config.vocabulary)
-    model, curve = train(config, tokenizer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
-    try:
-        model.to(torch.bfloat16).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        record = {
-            "config": asdict(config) | {"out": out.name},
-            "precision": fast_type(config.device),
-            "loss": curve,
-            "seconds": time.monotonic() - started,
-        }
-        (temporary / "warm_start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    out, started = Path(config.out), time.monotonic()
+    made_from = deciding(config) | {"init": path_fingerprint(config.init), "precision": fast_type(config.device)}
+    with Output(out=out, made_from=made_from, done="warm_start.json", folder=True).claim(resume=resume) as held:
+        if held.finished is not None:
+            return
+        held.begin()
+        if config.init:
+            tokenizer = AutoTokenizer.from_pretrained(config.init)
+        else:
+            tokenizer = train_tokenizer(_texts(config), config.vocabulary)
+        model, curve = train(config, tokenizer)
+        model.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        held.finish(
+            {
+                "config": asdict(config) | {"out": out.name},
+                "precision": fast_type(config.device),
+                "loss": curve,
+                "seconds": time.monotonic() - started,
+            }
+        )
 
 
 def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int, float]]]:

@@ -19,7 +19,7 @@ from agentic_r_plugin.agent.dataset import SourcedQuestion, draw, write_parquet
 from agentic_r_plugin.errors import AgenticRError, ConfigError
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.questions import read_questions
-from agentic_r_plugin.store import require_absent
+from agentic_r_plugin.storage.claim import require_new
 
 TRAIN = ("hotpotqa:train", "triviaqa:train")
 VALIDATION = (
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (sets, per_set) in chosen.items():
         path = options.out / f"{name}.parquet"
         if not options.overwrite:
-            require_absent(path, or_else="pass --overwrite")
+            require_new(path, or_else="pass --overwrite")
         questions = [
             question
             for item in sets

@@ -24,7 +24,8 @@ from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import CorpusLine, Group, Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
-from agentic_r_plugin.store import require_absent, write_records
+from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.store import write_records
 
 QUERY_WORDS = 10
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, help="corpus file to write")
     args = parser.parse_args()
     for path in filter(None, (args.out, args.pool)):
-        require_absent(path, or_else="move it away")
+        require_new(path, or_else="move it away")
     questions = list(islice(read_questions(split_file(args.data, args.split)), args.questions))
     search = BM25Backend(args.data / "corpus.jsonl")
     groups = make_groups(

@@ -20,7 +20,7 @@ from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
-from agentic_r_plugin.agent.prepare import check_run_folder, check_service, name_latest, prepare, validation_questions
+from agentic_r_plugin.agent.prepare import check_service, name_latest, prepare, run_output, validation_questions
 from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import (
@@ -34,7 +34,7 @@ from agentic_r_plugin.errors import (
     TrainingError,
 )
 from agentic_r_plugin.ray_cluster import our_fault
-from agentic_r_plugin.store import write_json
+from agentic_r_plugin.storage.claim import Output
 from tests.agent.tiny_world import LIMITS, Service
 from tests.search import loopback
 
@@ -189,19 +189,20 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_settings_that_take_less(confi
         offload=True,
         verl=["critic.cliprange_value=0.2", f"{rollout}.gpu_memory_utilization=0.5"],
     )
-    assert launch._fingerprint(less) == launch._fingerprint(begun)
+    assert run_output(less).made_from == run_output(begun).made_from
     other = replace(begun, verl=["critic.cliprange_value=0.3", *begun.verl[1:]])
-    assert launch._fingerprint(other) != launch._fingerprint(begun)
+    assert run_output(other).made_from != run_output(begun).made_from
 
 
 def test_an_existing_output_needs_resume_and_the_same_settings(config: TrainAgentConfig) -> None:
     out = Path(config.out)
-    out.mkdir()
+    with run_output(replace(config, topk=2)).claim(resume=False) as held:
+        held.begin()
     with pytest.raises(OutputExistsError, match="--resume"):
         run(config)
-    write_json(out / "run.json", {"fingerprint": "of another run", "seconds": 0.0})
-    with pytest.raises(ManifestMismatchError, match="other settings"):
+    with pytest.raises(ManifestMismatchError, match="topk was 2, now 1"):
         run(config, resume=True)
+    assert [file.name for file in out.iterdir()] == [".manifest.json"]
 
 
 def test_a_start_that_was_cut_off_is_known_by_its_settings(
@@ -219,20 +220,19 @@ def test_a_start_that_was_cut_off_is_known_by_its_settings(
     other = tmp_path / "other" / "train.jsonl"
     other.parent.mkdir()
     other.write_text(Path(config.questions).read_text().replace("?", "!"))
-    with pytest.raises(ManifestMismatchError, match="other settings, questions or models"):
+    with pytest.raises(ManifestMismatchError, match="questions was "):
         run(replace(config, questions=str(other)), resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(config, resume=True)
-    assert (calls, (out / "run.json").is_file()) == ([1, 1], True)
+    assert (calls, (out / ".manifest.json").is_file()) == ([1, 1], True)
 
 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(config: TrainAgentConfig) -> None:
     out = Path(config.out)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    for attempt in (lambda: run(config, resume=True), lambda: check_run_folder(out / "notes.txt")):
-        with pytest.raises(OutputExistsError, match="is not the folder of a training"):
-            attempt()
+    with pytest.raises(ManifestMismatchError, match="what it was made from is unknown"):
+        run(config, resume=True)
     assert [file.name for file in out.iterdir()] == ["notes.txt"]
 
 
@@ -435,7 +435,6 @@ def test_after_a_resume_the_steps_done_again_are_reported(
     log.append([{"step": step, "agentic_r/em": 0.0} for step in range(6)])
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
-    write_json(tmp_path / "run.json", {"fingerprint": "", "seconds": 0.0})
 
     class Training:
         returncode = 0
@@ -446,8 +445,8 @@ def test_after_a_resume_the_steps_done_again_are_reported(
 
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Training())
     monkeypatch.setattr(launch, "end", lambda *_, **__: None)
-    with (tmp_path / ".lock").open("wb") as lock:
-        launch._train(tmp_path, config, {}, lock)
+    with Output(out=tmp_path, made_from={}, done="done.json", folder=True).claim(resume=False) as held:
+        launch._train(held, config, {})
     assert capsys.readouterr().err == "step 4/2  EM 0.500\n"
 
 

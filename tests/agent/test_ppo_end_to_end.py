@@ -180,7 +180,7 @@ def test_a_finished_run_is_not_done_again_and_other_settings_are_refused(
 ) -> None:
     run(config, resume=True)
     assert "is done" in capsys.readouterr().err
-    with pytest.raises(ManifestMismatchError, match="other settings"):
+    with pytest.raises(ManifestMismatchError, match="actor_lr was "):
         run(replace(config, actor_lr=1e-5), resume=True)
 
 

@@ -20,7 +20,7 @@ from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.evaluation.settings import read_agent_card
 from agentic_r_plugin.protocol import Limits
-from agentic_r_plugin.store import only_writer
+from agentic_r_plugin.storage.claim import locked
 
 SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, precision="float32", save_every_steps=2)
 EXAMPLES = [Example(ids=tuple(range(start, start + 12)), mask=(0,) * 6 + (1,) * 6) for start in range(8)]
@@ -133,7 +133,7 @@ def test_the_command_writes_a_model_that_says_how_it_is_to_be_used(inputs: dict[
     assert card is not None
     assert (card.protocol, card.topk, card.limits.max_searches) == ("compact", 2, 2)
     LlamaForCausalLM.from_pretrained(tmp_path / "agent")
-    assert not (tmp_path / "agent.partial").exists()
+    assert not (tmp_path / "agent" / ".work").exists()
 
 
 def test_a_finished_output_is_an_error_without_resume_left_alone_with_it_and_never_mixed(
@@ -146,7 +146,7 @@ def test_a_finished_output_is_an_error_without_resume_left_alone_with_it_and_nev
         warm_start_sft.run(_config(inputs, out))
     warm_start_sft.run(_config(inputs, out), resume=True)
     assert (out / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ManifestMismatchError, match="config"):
+    with pytest.raises(ManifestMismatchError, match="seed was 0, now 1"):
         warm_start_sft.run(_config(inputs, out, seed=1), resume=True)
 
 
@@ -155,16 +155,17 @@ def test_another_folder_or_a_model_with_other_weights_of_the_same_size_does_not_
 ) -> None:
     out = tmp_path / "agent"
     out.mkdir()
-    with pytest.raises(OutputExistsError, match="not an output of this command"):
+    (out / "config.json").touch()
+    with pytest.raises(ManifestMismatchError, match=r"what it was made from is unknown"):
         warm_start_sft.run(_config(inputs, out), resume=True)
-    out.rmdir()
+    (out / "config.json").unlink()
     model = tmp_path / "model"
     shutil.copytree(inputs["model"], model)
     warm_start_sft.run(_config(inputs | {"model": str(model)}, out))
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ManifestMismatchError, match="begun with another model"):
+    with pytest.raises(ManifestMismatchError, match="model was "):
         warm_start_sft.run(_config(inputs | {"model": str(model)}, out), resume=True)
 
 
@@ -176,9 +177,8 @@ def test_a_folder_without_weights_is_refused(inputs: dict[str, str], tmp_path: P
 def test_two_processes_do_not_train_in_one_folder_and_another_index_is_another_training(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    work = tmp_path / "agent.partial"
-    work.mkdir()
-    with only_writer(work), pytest.raises(OutputExistsError, match="another process is working here"):
+    held = pytest.raises(OutputExistsError, match="another process is working on it")
+    with locked(tmp_path / "agent", folder=True), held:
         warm_start_sft.run(_config(inputs, tmp_path / "agent"), resume=True)
     index = tmp_path / "index"
     index.mkdir()
@@ -186,5 +186,5 @@ def test_two_processes_do_not_train_in_one_folder_and_another_index_is_another_t
     for vectors in ("first", "second"):
         (index / "vectors").write_text(vectors)
         search = SearchSpec(backend="faiss", index=str(index))
-        keys.append(warm_start_sft._identity(_config(inputs, tmp_path / "agent", search=search)))
-    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["search index"]
+        keys.append(warm_start_sft._made_from(_config(inputs, tmp_path / "agent", search=search)))
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["index"]

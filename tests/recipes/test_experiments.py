@@ -252,7 +252,7 @@ def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_
     before = file.stat().st_mtime_ns
     drawing._sample(file, 4)
     assert file.stat().st_mtime_ns == before
-    with pytest.raises(ManifestMismatchError, match=r"was drawn from .*'sampled': 4.*, now .*'sampled': 5"):
+    with pytest.raises(ManifestMismatchError, match="sampled was 4, now 5"):
         drawing._sample(file, 5)
 
 

@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on_with_what_it_had_and_only_with_the_same_inpu
     with monkeypatch.context() as patch:
         patch.setattr(AnswerFinder, "find", lambda *_: pytest.fail("read the corpus again"))
         assert main([*arguments, "topk=[5]", "--resume"]) == 1
-        assert "was begun with other inputs" in capsys.readouterr().err
+        assert "begun from something else" in capsys.readouterr().err
         assert main([*arguments, "--resume"]) == 0
     assert main(arguments) == 1
     assert "already exists" in capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_what_was_begun_on_fewer_questions_is_not_taken_for_all(arguments, monke
         patch.setattr(coverage, "find_ranks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*arguments, "max_questions=1"]) == 130
     assert main([*arguments, "--resume"]) == 1
-    assert "was begun with other inputs" in capsys.readouterr().err
+    assert "begun from something else" in capsys.readouterr().err
 
 
 def test_a_service_does_not_say_where_its_corpus_lies(arguments, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, OutputExistsError
-from agentic_r_plugin.storage.claim import locked
+from agentic_r_plugin.storage.claim import locked, require_new
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -60,3 +60,20 @@ def test_a_lock_that_disappears_while_it_is_looked_at_is_made_again(
     monkeypatch.setattr(Path, "stat", look)
     with locked(tmp_path / "out.jsonl"):
         assert looks == [lock]
+
+
+def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    require_new(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    require_new(tmp_path / "empty", folder=True)
+    (tmp_path / "empty" / "file").touch()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        require_new(tmp_path / "empty", folder=True)
+    with pytest.raises(OutputExistsError, match=r"remove it, or pass --overwrite$"):
+        require_new(tmp_path / "empty", or_else="pass --overwrite")
+
+
+def test_a_file_is_not_taken_for_the_folder_of_an_output(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"notes\.txt is a file"), locked(tmp_path / "notes.txt", folder=True):
+        pass

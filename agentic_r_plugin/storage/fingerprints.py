@@ -1,4 +1,4 @@
-"""Identify the folder that a result was made from, without reading large files completely."""
+"""Fingerprint of anything that a result was made from: a file, a folder, or a name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from agentic_r_plugin.store import file_fingerprint, sampled_fingerprint
 
 
-def identity(where: str) -> str:
-    """Fingerprint of a file or folder; large files are only sampled (`store.sampled_fingerprint`).
+def path_fingerprint(where: str) -> str:
+    """Fingerprint of a file, or of the names and contents of a folder's files; large files of a folder are sampled.
 
     Anything that is not a local path (a URL, the name of a model) is returned unchanged.
     """
