@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -29,20 +29,17 @@ class Command:
 
     help: str
     config: str
+    package: str = "agentic_r_plugin"
 
     def load(self) -> tuple[type, Any]:
         """(configuration class, run function)."""
         module_name, _, config_name = self.config.partition(":")
-        module = importlib.import_module(f"agentic_r_plugin.{module_name}")
+        module = importlib.import_module(f"{self.package}.{module_name}")
         return getattr(module, config_name), module.run
 
 
 COMMANDS = {
     "world": Command("write the generated benchmark in FlashRAG layout", "world.generate:WorldConfig"),
-    "warm-start": Command("make the small agent from generated worlds", "world.warm_start:WarmStartConfig"),
-    "warm-start-sft": Command(
-        "teach a Hugging Face model the protocol on scripted trajectories", "agent.warm_start_sft:WarmStartSFTConfig"
-    ),
     "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
     "convert questions": Command("any form of questions to FlashRAG's", "convert.questions:QuestionsConfig"),
     "convert corpus": Command("documents and whole articles as passages", "convert.corpus:CorpusConfig"),
@@ -75,12 +72,12 @@ GROUPS = {"convert": "others' data in, training sets and runs out"}
 """Commands of two words: first word -> help."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command] = COMMANDS) -> int:
     """Entry point. Returns the exit code, which is 0 only if the work is complete."""
     parser = build_parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = [item for item in arguments if not item.startswith("-")]
-    name = next((item for item in (" ".join(words[:2]), *words[:1]) if item in COMMANDS), None)
+    name = next((item for item in (" ".join(words[:2]), *words[:1]) if item in commands), None)
     debug = "--debug" in arguments
     _prepare_upstream()
     try:
@@ -88,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = parser.parse_args(arguments)
             list_components(as_json=options.json)
             return 0
-        config_class, run = COMMANDS[name].load()
+        config_class, run = commands[name].load()
         given = arguments[arguments.index(name.split()[-1]) + 1 :]
         options, overrides = parse_command(name, config_class, given)
         config = build_config(config_class, options, overrides)
@@ -148,7 +145,7 @@ def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tu
     """Parse the flags of one command (the fields of its configuration) and its `key=value` overrides."""
     parser = argparse.ArgumentParser(
         prog=f"agentic-r {name}",
-        description=(config_class.__doc__ or "").strip().partition("\n")[0] or COMMANDS[name].help,
+        description=(config_class.__doc__ or "").strip().partition("\n")[0],
         epilog="Every field, nested ones too, can also be given as key=value (a.b=value).",
         allow_abbrev=False,
     )

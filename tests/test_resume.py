@@ -25,8 +25,6 @@ FREE_OF = {
     "LLMSpec": "url api_key_env device max_batch_tokens prefix_cache_tokens concurrency timeout_s max_retries replicas",
     "SearchSpec": "url device batch_size timeout_s max_retries",
     "WorldConfig": "out name",
-    "WarmStartConfig": "out device workers",
-    "WarmStartSFTConfig": "out device",
     "CoverageConfig": "out",
     "IndexConfig": "out device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
     "ServeConfig": "device host port token_env workers allow_reload ready_file exit_with_parent default_topk "

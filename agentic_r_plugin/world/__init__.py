@@ -1,1 +1,1 @@
-"""The generated benchmark in FlashRAG layout, and the small agent, warm-started on worlds with other seeds."""
+"""The generated benchmark in FlashRAG layout."""

@@ -23,7 +23,7 @@ step() {  # step NAME COMMAND...: run it and note its wall and processor seconds
 
 # The agent: 135 M parameters, taught the form of the protocol on the first 160 training questions.
 step model "$python" "$here/prepare_model.py" "$out/smollm2"
-step warm-start "$agentic_r" warm-start-sft --config "$here/warm_start.yaml" --model "$out/smollm2" \
+step warm-start "$python" -m recipes.hotpotqa_cpu.warm_start --config "$here/warm_start.yaml" --model "$out/smollm2" \
   --questions "$data/hotpotqa/train.jsonl" --corpus "$corpus" --out "$out/agent" --resume
 step index-base "$agentic_r" index --corpus "$corpus" --retriever builtin:minilm --out "$out/index_base" --resume
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from agentic_r_plugin.agent.scripted_agent import keywords
+from keywords import keywords
+
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import read_questions

@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate
-from agentic_r_plugin.agent.warm_start_sft import WarmStartSFTConfig
 from agentic_r_plugin.cli import COMMANDS
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.store import read_records
+from recipes.hotpotqa_cpu.warm_start.__main__ import COMMAND
+from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate
+from recipes.hotpotqa_cpu.warm_start.train import WarmStartSFTConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "hotpotqa_cpu"
 DATA = Path(os.environ.get("AGENTIC_R_DATA", RECIPE.parents[1].parent / "shared" / "data")) / "hotpotqa"
 GIVEN = {
-    "warm_start.yaml": ("warm-start-sft", ["model=m", "questions=q", "corpus=c", "out=o"]),
+    "warm_start.yaml": ("warm-start", ["model=m", "questions=q", "corpus=c", "out=o"]),
     "rollouts.yaml": ("trajectories", ["in_=q", "out=o"]),
     "retriever.yaml": ("train-retriever", ["groups=g", "corpus=c", "out=o"]),
     "evaluate.yaml": ("evaluate", ["out=o", "data_dir=d", "agents.a=m", "searches.b=i"]),
@@ -34,7 +35,7 @@ GIVEN = {
 @pytest.mark.parametrize("name", sorted(GIVEN))
 def test_every_configuration_is_one_its_command_takes(name: str) -> None:
     command, given = GIVEN[name]
-    config_class, _ = COMMANDS[command].load()
+    config_class, _ = (COMMANDS | {"warm-start": COMMAND})[command].load()
     load_config(config_class, RECIPE / name, given)
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agentic_r_plugin.errors import ConfigError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, compact
-from agentic_r_plugin.world.demonstrations import Haste, Shown, demonstrations, small_world
 from agentic_r_plugin.world.generate import build_world
-from agentic_r_plugin.world.small_agent import END, PAD, TAGS, build_model, train_tokenizer
-from agentic_r_plugin.world.warm_start import WarmStartConfig, loss_of, run
+from recipes.quickstart.warm_start.demonstrations import Haste, Shown, demonstrations, small_world
+from recipes.quickstart.warm_start.small_agent import END, PAD, TAGS, build_model, train_tokenizer
+from recipes.quickstart.warm_start.train import WarmStartConfig, loss_of, run
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "quickstart" / "agent"
 

@@ -10,9 +10,9 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Finished, Limits, Search, Session, compact
 from agentic_r_plugin.records import StopReason
-from agentic_r_plugin.world.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
 from agentic_r_plugin.world.generate import build_world
-from agentic_r_plugin.world.small_agent import train_tokenizer
+from recipes.quickstart.warm_start.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
+from recipes.quickstart.warm_start.small_agent import train_tokenizer
 
 CAREFUL = Haste(stop_at_person=0.0, stop_at_other=0.0, guess=0.0, repeat=0.0)
 

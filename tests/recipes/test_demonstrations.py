@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
-from agentic_r_plugin.agent.scripted_agent import keywords
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import Limits, Session, compact
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
+from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate, describe
+from recipes.retriever.keywords import keywords
 
 PASSAGES = {
     "0": ("Ada Quell", "Ada Quell is a painter. She was born in the town of Mirel."),

@@ -12,15 +12,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from agentic_r_plugin.agent import warm_start_sft
-from agentic_r_plugin.agent.demonstrations import DemonstrationSettings
-from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune, token_loss
-from agentic_r_plugin.agent.warm_start_sft import WarmStartSFTConfig
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.evaluation.settings import read_agent_card
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.storage.claim import locked
+from recipes.hotpotqa_cpu.warm_start import train as warm_start_sft
+from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings
+from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, StepRecord, fine_tune, token_loss
+from recipes.hotpotqa_cpu.warm_start.train import WarmStartSFTConfig
 
 SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, precision="float32", save_every_steps=2)
 EXAMPLES = [Example(ids=tuple(range(start, start + 12)), mask=(0,) * 6 + (1,) * 6) for start in range(8)]

@@ -1,4 +1,4 @@
-"""Supervised warm start of the small agent on scripted trajectories (command `warm-start`).
+"""Supervised warm start of the small agent on scripted trajectories (`python -m recipes.quickstart.warm_start`).
 
 Every few trajectories come from a different fictional world, so there are no facts to memorise: the agent learns to
 plan the hops, copy names into queries, read passages and answer. The demonstrators are hasty on purpose
@@ -30,9 +30,9 @@ from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
-from agentic_r_plugin.world.demonstrations import Haste, Shown, demonstrations, small_world
 from agentic_r_plugin.world.generate import build_world
-from agentic_r_plugin.world.small_agent import build_model, train_tokenizer
+from recipes.quickstart.warm_start.demonstrations import Haste, Shown, demonstrations, small_world
+from recipes.quickstart.warm_start.small_agent import build_model, train_tokenizer
 
 FIRST_WORLD = 1_000_000
 """First seed of the demonstrations' worlds; benchmarks use smaller seeds."""
@@ -251,23 +251,3 @@ def _texts(config: WarmStartConfig) -> Iterator[str]:
                 yield f" Find {', then '.join(question.metadata['relations'])}."
                 yield from (f" {name}: not found. Again." for name in question.metadata["relations"])
                 yield " Next author. Next composer. Next painter. Next director. Done. Check."
-
-
-def main() -> None:
-    """`python -m agentic_r_plugin.world.warm_start --out DIR [--worlds N ...]`, without installing the package."""
-    import argparse
-    from dataclasses import fields
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    for item in fields(WarmStartConfig):
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=type(item.default),
-            default=item.default,
-            help=item.metadata["help"],
-        )
-    run(WarmStartConfig(**vars(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Scripted search trajectories for a supervised warm start, from questions whose supporting passages are known.
 
-A script (`agent.scripted_agent`) plays the agent in a real `Session` over the real corpus, so ids and mask have the
+A script (`scripted_agent.py`) plays the agent in a real `Session` over the real corpus, so ids and mask have the
 same form as in the agent's own trajectories. Supporting passages that the retriever misses are inserted into the
 results, except in some trajectories that demonstrate a second attempt.
 """
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from agentic_r_plugin.agent.scripted_agent import THOUGHTS, Script, write_turn
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Limits, Search, Session
 from agentic_r_plugin.records import Passage, Question, StopReason
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
+from recipes.hotpotqa_cpu.warm_start.scripted_agent import THOUGHTS, Script, write_turn
 
 
 @dataclass(frozen=True, kw_only=True)

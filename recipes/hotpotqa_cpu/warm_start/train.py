@@ -1,8 +1,8 @@
-"""`agentic-r warm-start-sft`: teach a Hugging Face causal language model the agent protocol on scripted trajectories.
+"""Teach a Hugging Face causal language model the agent protocol on scripted trajectories.
 
-A model that has never searched earns no reward, so PPO gets no signal. This command makes demonstrations from training
-questions with known supporting passages (`agent.demonstrations`) and fine-tunes on the agent's own tokens
-(`agent.supervised`). Each epoch has new demonstrations of the same questions.
+A model that has never searched earns no reward, so PPO gets no signal. This recipe makes demonstrations from training
+questions with known supporting passages (`demonstrations.py`) and fine-tunes on the agent's own tokens
+(`supervised.py`). Each epoch has new demonstrations of the same questions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import components, compute
-from agentic_r_plugin.agent.demonstrations import DemonstrationSettings, demonstrate, describe
-from agentic_r_plugin.agent.supervised import Example, FineTuneSettings, StepRecord, fine_tune
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError
@@ -29,6 +27,8 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.claim import Output, require_new
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import write_json
+from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate, describe
+from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, StepRecord, fine_tune
 
 
 @dataclass(frozen=True, kw_only=True)
