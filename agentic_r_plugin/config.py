@@ -43,6 +43,29 @@ def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
     return {"options_of": (kind, field)}
 
 
+def section_of(cls: type) -> dict[str, Any]:
+    """Metadata of a dictionary with some of the settings of another class, of which the caller fills in the others.
+
+    `load_config` checks the names and types of those that are given.
+    """
+    return {"section": cls}
+
+
+def entries_of(cls: type[T], entries: Mapping[str, Any], name: str) -> dict[str, T]:
+    """Entries of a dictionary setting as instances of a settings class.
+
+    Raises:
+        ConfigError: an unknown key or a wrong value; the message names the entry.
+    """
+    found = {}
+    for key, values in entries.items():
+        try:
+            found[key] = values if isinstance(values, cls) else load_config(cls, values=values or {})
+        except ConfigError as error:
+            raise ConfigError(f"{name}.{key}: {error}") from error
+    return found
+
+
 def load_config(
     cls: type[T],
     file: str | Path | None = None,
@@ -76,6 +99,10 @@ def load_config(
         merged = _merge(merged, _parsed(override), f"override {redacted(override)!r}")
     for name, items in (append or {}).items():
         merged[name] = [*merged[name], *items]
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if "section" in item.metadata:
+            section = _writable(OmegaConf.structured(item.metadata["section"]))
+            _merge(section, merged[item.name], f"{file or cls.__name__}: {item.name}")
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
         if missing:

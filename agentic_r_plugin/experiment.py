@@ -114,8 +114,7 @@ class Experiment:
         Raises:
             ConfigError: a key or value is wrong, or the run lacks a part that is needed.
         """
-        for name in self.config.retrievers:
-            plan = self.config.plan(name)
+        for name, plan in self.config.retrievers.items():
             if plan.of_run:
                 self._of_run(plan.of_run, "retriever")
             elif not (plan.model or plan.bm25):
@@ -174,7 +173,7 @@ class Experiment:
 
     def _world_config(self, name: str) -> generate.WorldConfig:
         place = {"out": str(self.out / "benchmarks"), "name": name}
-        values = self.loop.config.world | (self.config.worlds[name] or {}) | place
+        values = to_dict(self.loop.config.world) | (self.config.worlds[name] or {}) | place
         return load_config(generate.WorldConfig, values=values)
 
     def _benchmark(self, name: str) -> Path:
@@ -195,7 +194,7 @@ class Experiment:
 
     def make_retriever(self, name: str) -> str:
         """Train the retriever if needed and build its indexes; returns its location as `evaluate` expects it."""
-        plan = self.config.plan(name)
+        plan = self.config.retrievers[name]
         if plan.bm25:
             return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
         model = plan.model or (self._of_run(plan.of_run, "retriever") if plan.of_run else self._train(name, plan))
@@ -322,7 +321,7 @@ class Experiment:
             "agents": agents,
             "per_agent": own,
             "searches": dict(searches),
-            "settings": self.loop.protocol_settings() | {"agent": self.loop.config.llm},
+            "settings": self.loop.protocol_settings() | {"agent": to_dict(self.loop.config.llm)},
         }
         of_run = {key: value for key, value in self.loop.config.evaluate.items() if key not in _OF_THE_MATRIX}
         values = merged(merged(values, of_run), self.config.evaluate)
@@ -381,7 +380,7 @@ class Experiment:
 
         The share is over the queries that have a positive here or in the run.
         """
-        plan = self.config.plan(name)
+        plan = self.config.retrievers[name]
         own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
         if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
             return {"groups": None, "same_positive": None, "rollouts": None}

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentic_r_plugin.config import load_config
+from agentic_r_plugin.config import entries_of, section_of
+from agentic_r_plugin.data.groups import GroupsConfig
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
+from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,12 @@ class RetrieverPlan:
         default=0,
         metadata={"help": "train on the correctness of so many candidates a query, drawn with the run's seed"},
     )
-    groups: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs in the selection of groups"})
-    train: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs in training"})
+    groups: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs in the selection of groups", **section_of(GroupsConfig)}
+    )
+    train: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs in training", **section_of(TrainRetrieverConfig)}
+    )
 
     def __post_init__(self) -> None:
         ready = [name for name in ("of_run", "model", "bm25") if getattr(self, name)]
@@ -65,23 +72,13 @@ class ExperimentConfig:
     stop_rule: str = field(
         default="", metadata={"help": "split on which agent-k with retriever-k decide where to stop"}
     )
-    evaluate: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of EvaluateConfig: cells, first"})
+    evaluate: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "fields of EvaluateConfig: cells, first", **section_of(EvaluateConfig)}
+    )
 
     def __post_init__(self) -> None:
         if not self.retrievers or not self.agents:
             raise ConfigError("retrievers, agents: expected at least one of each")
         if self.stop_rule and self.max_searches:
             raise ConfigError("stop_rule, max_searches: give at most one of the two")
-        for name in self.retrievers:
-            self.plan(name)
-
-    def plan(self, name: str) -> RetrieverPlan:
-        """How a retriever is made.
-
-        Raises:
-            ConfigError: an unknown key, a wrong type, or contradicting settings.
-        """
-        try:
-            return load_config(RetrieverPlan, values=self.retrievers[name] or {})
-        except ConfigError as error:
-            raise ConfigError(f"retrievers.{name}: {error}") from error
+        object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, self.retrievers, "retrievers"))

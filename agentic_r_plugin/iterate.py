@@ -40,11 +40,10 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.config import FREE, deciding, load_config, merged, save_config, to_dict
+from agentic_r_plugin.config import FREE, deciding, load_config, merged, save_config, section_of, to_dict
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
-from agentic_r_plugin.data.scorers import listwise_judge
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.benchmarks import split_file
@@ -74,6 +73,10 @@ _CHOICES = {
 
 _SECTION = {"decides": "phases"}
 """Metadata of a section. On a resume, the settings of the phases composed from it are compared (`_deciding`)."""
+
+
+def _section(cls: type, text: str = "settings of this command") -> dict[str, Any]:
+    return {**section_of(cls), **_SECTION, "help": text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,28 +110,33 @@ class IterateConfig:
     dev_split: str = field(default="dev", metadata={"help": "questions PPO is validated on; empty: none"})
     test_split: str = field(default="test", metadata={"help": "questions of the evaluation"})
     judge: bool = field(default=False, metadata={"help": "ask a judge for sub-answers (needs a sub_answers section)"})
-    llm: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "how the agent is run outside PPO (LLMSpec)", **_SECTION}
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "how the agent is run outside PPO"})
+    world: generate.WorldConfig = field(
+        default_factory=generate.WorldConfig, metadata={"help": "the generated benchmark", **_SECTION}
     )
-    world: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    index: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    serve: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    index: dict[str, Any] = field(default_factory=dict, metadata=_section(index.IndexConfig))
+    serve: server.ServeConfig = field(
+        default_factory=lambda: server.ServeConfig(port=0), metadata={"help": "the retrieval service", **_SECTION}
+    )
     service_startup_timeout_s: float = field(
         default=300.0, metadata={"help": "how long the retrieval service may take to load its index", **FREE}
     )
-    train_agent: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
+    train_agent: dict[str, Any] = field(default_factory=dict, metadata=_section(launch.TrainAgentConfig))
     train_agent_later: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs in train_agent from the second iteration on", **_SECTION}
+        default_factory=dict,
+        metadata=_section(launch.TrainAgentConfig, "what differs in train_agent from the second iteration on"),
     )
-    trajectories: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    candidates: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    sub_answers: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    relevance: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    correctness: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    groups: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    evaluate: dict[str, Any] = field(default_factory=dict, metadata=_SECTION)
-    report: dict[str, Any] = field(default_factory=dict, metadata=FREE)
+    trajectories: dict[str, Any] = field(default_factory=dict, metadata=_section(trajectories.TrajectoriesConfig))
+    candidates: dict[str, Any] = field(default_factory=dict, metadata=_section(candidates.CandidatesConfig))
+    sub_answers: dict[str, Any] = field(default_factory=dict, metadata=_section(sub_answers.SubAnswersConfig))
+    relevance: dict[str, Any] = field(default_factory=dict, metadata=_section(relevance.RelevanceConfig))
+    correctness: dict[str, Any] = field(default_factory=dict, metadata=_section(correctness.CorrectnessConfig))
+    groups: dict[str, Any] = field(default_factory=dict, metadata=_section(groups.GroupsConfig))
+    train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_section(training.TrainRetrieverConfig))
+    evaluate: dict[str, Any] = field(default_factory=dict, metadata=_section(EvaluateConfig))
+    report: dict[str, Any] = field(
+        default_factory=dict, metadata={**section_of(report.ReportConfig), **FREE, "help": "settings of this command"}
+    )
     expected_seconds: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -136,8 +144,8 @@ class IterateConfig:
             **FREE,
         },
     )
-    plan: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "assumptions of the forecast (PlanConfig)", **FREE}
+    plan: plan.PlanConfig = field(
+        default_factory=plan.PlanConfig, metadata={"help": "assumptions of the forecast", **FREE}
     )
 
     def __post_init__(self) -> None:
@@ -194,22 +202,14 @@ class Loop:
 
     def compose(self) -> None:
         """Build the configuration of every phase with placeholder paths, so that a wrong key is found at the start."""
-        for name in (
-            "world",
-            "index",
-            "train_agent",
-            "train_agent_later",
-            *_STAGE_SECTIONS,
-            "train_retriever",
-            "evaluate",
-        ):
-            if "out" in getattr(self.config, name):
+        given = {item.name: getattr(self.config, item.name) for item in fields(IterateConfig) if item.name != "report"}
+        for name, section in given.items():
+            if section.get("out") if isinstance(section, dict) else getattr(section, "out", ""):
                 raise ConfigError(
                     f"{name}.out: not a setting of the loop, whose run folder holds every output; set out"
                 )
         for name in ("train_agent", "train_agent_later"):
             _check_preset(name, getattr(self.config, name).get("preset", "paper"))
-        load_config(plan.PlanConfig, values=self.config.plan)
         phases = self.phases()
         self._check_reach(self._check_stages())
         components.load("retriever_trainer", phases["train_retriever"].trainer)
@@ -236,7 +236,7 @@ class Loop:
         made = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         for name in ("relevance", "correctness", "groups"):
             made[name].check()
-        judged = ["relevance"] if made["relevance"].scorer in _JUDGES else []
+        judged = ["relevance"] if made["relevance"].passages_per_prompt() else []
         for name in [*judged, *(["sub-answers"] if self.config.judge else [])]:
             if not made[name].llm.model:
                 raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
@@ -310,12 +310,10 @@ class Loop:
 
     def forecast(self) -> str:
         """Forecast of the loop's cost, from the assumptions in `plan`."""
-        settings = load_config(plan.PlanConfig, values=self.config.plan)
+        settings = self.config.plan
         rounds = range(1, self.config.iterations + 1)
         ppo = [self._train_agent_config(k, "x", _URL) for k in rounds]
         stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
-        judged = stages["relevance"].scorer in _JUDGES
-        window = listwise_judge.window_of(stages["relevance"].options) if judged else 0
         train = Path(self._questions(self.config.train_split))
         questions = settings.train_questions
         if not questions and train.is_file():
@@ -326,7 +324,7 @@ class Loop:
             ppo_steps=ppo[0].steps,
             ppo_batch=ppo[0].batch_size * ppo[0].samples,
             candidates=stages["candidates"].topk,
-            window=1 if stages["relevance"].scorer == "pointwise_judge" else window,
+            window=stages["relevance"].passages_per_prompt(),
             sub_answers=self.config.judge,
             exhaustive=stages["correctness"].exhaustive,
             epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
@@ -385,11 +383,9 @@ class Loop:
 
     def _estimate(self, iteration: int, name: str) -> str:
         """Text with the time that this phase and the rest of the loop will take; empty without `expected_seconds`."""
-        of_all = self.config.expected_seconds
+        of_all = self.config.expected_seconds.items()
         expected = {
-            (int(number), phase): float(seconds)
-            for number, phases in of_all.items()
-            for phase, seconds in phases.items()
+            (int(number), phase): float(seconds) for number, phases in of_all for phase, seconds in phases.items()
         }
         took = {phase: float(line["seconds"]) for phase, line in self._done.items()}
         left = scaled(expected, took)  # finished phases show how fast this machine is
@@ -504,8 +500,7 @@ class Loop:
         return str(self.benchmark / f"{split}.jsonl")  # the world is not generated yet
 
     def _world_config(self) -> generate.WorldConfig:
-        parent = {"out": str(self.benchmark.parent), "name": self.benchmark.name}
-        return load_config(generate.WorldConfig, values=parent | self.config.world)
+        return replace(self.config.world, out=str(self.benchmark.parent), name=self.benchmark.name)
 
     def _index_config(self, k: int, retriever: str) -> index.IndexConfig:
         out = str(self.folder / f"iteration-{k}" / "index")
@@ -514,7 +509,7 @@ class Loop:
 
     def serve_config(self, index_dir: str) -> server.ServeConfig:
         """The retrieval service on an index."""
-        return load_config(server.ServeConfig, values={"port": 0} | self.config.serve | {"index": index_dir})
+        return replace(self.config.serve, index=index_dir)
 
     def _train_agent_config(self, k: int, agent: str, url: str) -> launch.TrainAgentConfig:
         section = merged(self.config.train_agent, self.config.train_agent_later if k > 1 else {})
@@ -534,7 +529,7 @@ class Loop:
     @property
     def _token_env(self) -> str:
         """Environment variable with the token of the loop's retrieval service; empty if it needs none."""
-        return str(self.config.serve.get("token_env", ""))
+        return self.config.serve.token_env
 
     def _seed(self, k: int) -> int:
         """Seed of iteration k. It differs between iterations, so that each draws other samples."""
@@ -548,7 +543,7 @@ class Loop:
         """Configuration of a data stage: the loop's files and models, overridden by the stage's section."""
         section = getattr(self.config, name.replace("-", "_"))
         cls = _CONFIG_OF[name]
-        llm = self.config.llm | {"model": agent}
+        llm = to_dict(self.config.llm) | {"model": agent}
         search: dict[str, Any] = {"backend": "service", "url": url}
         # The token belongs to the loop's own service and must not be sent to any other.
         if self._token_env and not section.get("search", {}).keys() & {"backend", "url"}:
@@ -600,14 +595,9 @@ class Loop:
             "format": self.config.format,
             "agents": dict(agents),
             "searches": {name: str(folder) for name, folder in indexes.items()},
-            "settings": self.protocol_settings() | {"agent": self.config.llm},
+            "settings": self.protocol_settings() | {"agent": to_dict(self.config.llm)},
         }
         return load_config(EvaluateConfig, values=merged(values, self.config.evaluate))
-
-
-_STAGE_SECTIONS = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
-_JUDGES = ("listwise_judge", "pointwise_judge")
-"""Relevance scorers that need a language model."""
 
 
 def _deciding(loop: Loop) -> dict[str, Any]:
@@ -615,8 +605,8 @@ def _deciding(loop: Loop) -> dict[str, Any]:
 
     For a section these are the settings of the phases composed from it. Each command's fields declare which ones count.
     """
-    phases = {"llm": load_config(LLMSpec, values={"model": "x"} | loop.config.llm)} | loop.phases()
-    found = deciding(loop.config) | {name: deciding(phase, names=True) for name, phase in phases.items()}
+    phases = {name: deciding(phase, names=True) for name, phase in loop.phases().items()}
+    found = deciding(loop.config) | phases
     return dict(_flat(found))
 
 
@@ -640,14 +630,12 @@ def _check_preset(section: str, preset: str) -> None:
         )
 
 
-_CONFIG_OF: dict[str, type] = {
-    "trajectories": trajectories.TrajectoriesConfig,
-    "candidates": candidates.CandidatesConfig,
-    "sub-answers": sub_answers.SubAnswersConfig,
-    "relevance": relevance.RelevanceConfig,
-    "correctness": correctness.CorrectnessConfig,
-    "groups": groups.GroupsConfig,
+_CONFIG_OF: dict[str, Any] = {
+    item.name.replace("_", "-"): item.metadata["section"]
+    for item in fields(IterateConfig)
+    if "section" in item.metadata
 }
+"""Command -> the class of its settings."""
 
 
 def _agent_cost(out: Path) -> dict[str, Any]:

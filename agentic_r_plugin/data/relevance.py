@@ -50,6 +50,11 @@ class RelevanceConfig:
     batch_size: int = field(default=64, metadata={"help": "queries scored at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
+    def passages_per_prompt(self) -> int:
+        """Number of passages in one prompt of the scorer's judge; 0 if the scorer asks no language model."""
+        asked = getattr(components.load("relevance_scorer", self.scorer), "passages_per_prompt", None)
+        return int(asked(self.options)) if asked else 0
+
     def check(self) -> None:
         """Raise ConfigError if the scorer is unknown or a file that it needs is missing."""
         if components.load("relevance_scorer", self.scorer).needs_questions and not self.questions:

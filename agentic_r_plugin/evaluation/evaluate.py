@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import FREE, deciding, load_config, save_config, to_dict
+from agentic_r_plugin.config import FREE, deciding, entries_of, load_config, save_config, section_of, to_dict
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
@@ -55,7 +55,9 @@ class AgentSettings:
     protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
     topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
     limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
-    llm: dict[str, Any] = field(default_factory=dict, metadata={"help": "what differs from `settings.agent`"})
+    llm: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs from `settings.agent`", **section_of(LLMSpec)}
+    )
 
     def over(self, settings: AgenticRSettings) -> AgenticRSettings:
         """`settings` with these values in place of its own; the language model is not included."""
@@ -123,6 +125,7 @@ class EvaluateConfig:
                     f"cells: {cell!r} is not AGENT:SEARCH; agents: {', '.join(self.agents)}; "
                     f"searches: {', '.join(self.searches)}"
                 )
+        object.__setattr__(self, "per_agent", entries_of(AgentSettings, self.per_agent, "per_agent"))
         for agent in self.per_agent:
             if agent not in self.agents:
                 raise ConfigError(f"per_agent: {agent!r} is not among the agents {', '.join(self.agents)}")
@@ -140,15 +143,6 @@ def check_statistics(level: float, resamples: int = 1) -> None:
         raise ConfigError(f"level: expected a share between 0 and 1 (0.95), found {level}")
     if resamples < 1:
         raise ConfigError(f"resamples: expected at least 1, found {resamples}")
-
-
-def own_settings(config: EvaluateConfig, agent: str) -> AgentSettings:
-    """The agent's entry in `per_agent`, as typed settings.
-
-    Raises:
-        ConfigError: an unknown key or a wrong type.
-    """
-    return load_config(AgentSettings, values=config.per_agent.get(agent, {}))
 
 
 def run(config: EvaluateConfig, *, resume: bool = False) -> None:
@@ -200,7 +194,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         RecordError: a question file is broken.
     """
     for name in ("agents", "searches", "per_agent"):
-        refuse_secrets(name, getattr(config, name), "put it into an environment variable and give that variable's name")
+        refuse_secrets(name, to_dict(config)[name], "put it into an environment variable and give that variable's name")
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random, config.format)
@@ -267,7 +261,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
     for benchmark in config.benchmarks:
         split = config.splits.get(benchmark, config.split)
         for agent, search in _pairs(config):
-            own = own_settings(config, agent).over(config.settings)
+            own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
             retriever = (_place(config, search, benchmark), settings.search.retriever)
             for where in (settings.agent.model, settings.agent.tokenizer, *retriever):
@@ -375,7 +369,8 @@ def _served(spec: SearchSpec) -> str | None:
 
 
 def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
-    where, own, shared = config.agents[name], own_settings(config, name).llm, asdict(config.settings.agent)
+    where, shared = config.agents[name], asdict(config.settings.agent)
+    own = config.per_agent.get(name, AgentSettings()).llm
     if not where.startswith(("http://", "https://")):
         return load_config(LLMSpec, values=shared | {"model": where} | own)
     if shared["backend"] != "openai":

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from agentic_r_plugin import components
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, paired_difference
@@ -40,7 +41,7 @@ def main() -> None:
     questions = list(islice(read_records(file, Question), options.questions or None))
     rewards = {}
     for name, agent in (("before", before), ("after", after)):
-        llm = load_config(LLMSpec, values=config.llm | {"model": agent, "dtype": "float32"})
+        llm = replace(config.llm, model=agent, dtype="float32")
         search = SearchSpec(index=str(options.run / f"iteration-{k - 1}" / "index"))
         with open_llm(llm) as backend, open_search(search) as retriever:
             rewards[name] = [

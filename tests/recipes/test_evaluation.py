@@ -13,7 +13,7 @@ import pytest
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate
-from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, own_settings
+from agentic_r_plugin.evaluation.evaluate import AgentSettings, EvaluateConfig
 from agentic_r_plugin.evaluation.paper import BENCHMARKS
 from agentic_r_plugin.search.index import IndexConfig
 from tests.evaluation.evaluation_toy import write_benchmark
@@ -53,7 +53,7 @@ def test_the_common_part_is_not_a_run_of_its_own() -> None:
 
 def test_the_released_agents_run_under_their_own_protocols_and_limits() -> None:
     config = compose("released")
-    found = {name: own_settings(config, name).over(config.settings) for name in config.agents}
+    found = {name: config.per_agent.get(name, AgentSettings()).over(config.settings) for name in config.agents}
     assert {name: settings.protocol for name, settings in found.items()} == {
         "agentic_r": "search_r1_released",
         "r1_searcher": "r1_searcher",

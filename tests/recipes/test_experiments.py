@@ -40,7 +40,7 @@ LIMITS = {"max_searches": 2, "max_malformed": 1, "max_tokens": 900, "max_respons
 def test_every_recipe_composes(recipe: Path) -> None:
     if recipe.stem == "loop_k3":
         config = load_config(IterateConfig, recipe)
-        assert (config.iterations, config.protocol, config.world["test_questions"]) == (3, "compact", 240)
+        assert (config.iterations, config.protocol, config.world.test_questions) == (3, "compact", 240)
         Loop(config).compose()
         return
     found = load_config(ExperimentConfig, recipe)
@@ -63,7 +63,7 @@ def test_the_script_of_several_seeds_asks_for_what_the_commands_take(tmp_path: P
         config = load_config(kinds[command], recipe, overrides)
         assert str(getattr(config, "run", config.out)) == f"{out}/{seed}/loop"
         if isinstance(config, IterateConfig):
-            assert (config.seed, config.world["seed"], config.train_agent["steps"]) == (seed, 0, 1)
+            assert (config.seed, config.world.seed, config.train_agent["steps"]) == (seed, 0, 1)
     for _, resume, flag, folder, *overrides in asked[6:]:
         assert (resume, flag) == ("--resume", "--out")
         name = Path(folder).name
@@ -209,7 +209,7 @@ def test_rollouts_share_one_retrieval_service_as_in_the_loop(
     monkeypatch.setattr(server, "running_service", service)
     monkeypatch.setattr(made, "_index", lambda *_, **__: tmp_path / "index")
     monkeypatch.setattr(correctness, "run", lambda config, resume: run_with.append(config))
-    made._roll_out(tmp_path, made.config.plan("s"), "relevance.jsonl")
+    made._roll_out(tmp_path, made.config.retrievers["s"], "relevance.jsonl")
     assert served == [(str(tmp_path / "index"), 300.0)]
     assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
 
@@ -232,7 +232,7 @@ def test_without_relevance_the_groups_come_from_the_correctness_of_every_candida
     ]
     write_records(tmp_path / "correctness.jsonl", outcomes)
     monkeypatch.setattr(made, "_roll_out", lambda home, plan, relevance: tmp_path / "correctness.jsonl")
-    found = made._regroup(tmp_path / "home", made.config.plan("x"))
+    found = made._regroup(tmp_path / "home", made.config.retrievers["x"])
     assert {(group.id, group.turn): group.positive for group in read_records(found, Group)} == right
 
 
@@ -286,7 +286,7 @@ def test_a_retriever_is_trained_from_the_start_and_with_the_seed_of_the_loop(
     own = load_config(IterateConfig, finished / "config.yaml", ["seed=5", f"retriever_from={retriever_from}"])
     save_config(own, moved / "config.yaml")
     made = Experiment(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": {"train": {"epochs": 7}}}))
-    found = made._train_config(made.config.plan("x"), Path("groups.jsonl"), tmp_path / "x")
+    found = made._train_config(made.config.retrievers["x"], Path("groups.jsonl"), tmp_path / "x")
     start = {"0": own.retriever, "1": str(moved / "iteration-1" / "retriever")}[first]
     assert found == replace(
         made.loop.train_retriever_config(2, start, Path("groups.jsonl")),
@@ -355,7 +355,7 @@ def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Pa
     made = Experiment(config)
     found = made._evaluate_config({"bm25": "bm25:x"}, {}, "evaluation")
     assert list(found.agents) == ["agent-1-max-1", "agent-1-max-3"]
-    assert [found.per_agent[name]["limits"]["max_searches"] for name in found.agents] == [1, 3]
+    assert [found.per_agent[name].limits.max_searches for name in found.agents] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,11 @@ class Resources:
 
 
 class RelevanceScorer(Protocol):
-    """Scores the candidates of a query together (method section 4, step 4)."""
+    """Scores the candidates of a query together (method section 4, step 4).
+
+    A scorer that asks a language model also has a static method `passages_per_prompt(options) -> int`: commands then
+    check that a model is given, and forecast its cost.
+    """
 
     needs_questions: bool
     """Whether every task must hold the benchmark record of its question."""

@@ -18,18 +18,6 @@ WINDOWS = {"paper": 20, "released_code": 10}
 """Passages per prompt, by preset."""
 
 
-def window_of(options: Mapping[str, Any]) -> int:
-    """Passages per prompt, from `window` or else from `preset`.
-
-    Raises:
-        ConfigError: no such preset.
-    """
-    preset = options.get("preset", "paper")
-    if preset not in WINDOWS:
-        raise ConfigError(f"listwise_judge: preset={preset!r}: expected one of {', '.join(WINDOWS)}")
-    return int(options.get("window", WINDOWS[preset]))
-
-
 class ListwiseJudge:
     """An LLM scores the candidates of a query together, in five bands of 0..100 (the paper's scorer).
 
@@ -43,6 +31,18 @@ class ListwiseJudge:
     """
 
     needs_questions = False
+
+    @staticmethod
+    def passages_per_prompt(options: Mapping[str, Any]) -> int:
+        """The window, from `window` or else from `preset`.
+
+        Raises:
+            ConfigError: no such preset.
+        """
+        preset = options.get("preset", "paper")
+        if preset not in WINDOWS:
+            raise ConfigError(f"listwise_judge: preset={preset!r}: expected one of {', '.join(WINDOWS)}")
+        return int(options.get("window", WINDOWS[preset]))
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class ListwiseJudge:
             ConfigError: an unknown option or preset.
         """
         check_options("listwise_judge", options, "max_retries", "max_tokens", "preset", "prompt", "window")
-        window = window_of(options)
+        window = cls.passages_per_prompt(options)
         given = {key: value for key, value in options.items() if key not in ("preset", "window")}
         return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
 

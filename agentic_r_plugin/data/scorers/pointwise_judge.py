@@ -27,6 +27,11 @@ class PointwiseJudge:
 
     needs_questions = False
 
+    @staticmethod
+    def passages_per_prompt(options: Mapping[str, Any]) -> int:
+        """One."""
+        return 1
+
     def __init__(
         self,
         judge: ChatBackend,
