@@ -282,9 +282,7 @@ class Experiment:
         out = (self.out if plan.exhaustive else home) / "correctness.jsonl"
         first = self._first_retriever()
         index_dir = self._index(first, self._of_run(first, "retriever"), self.main, of_run=first)
-        with server.running_service(
-            self.loop.serve_config(str(index_dir)), startup_timeout_s=self.loop.config.service_startup_timeout_s
-        ) as url:
+        with server.running_service(self.loop.serve_config(str(index_dir))) as url:
             settings = replace(
                 self._stage("correctness", url),
                 candidates=str(self.data / "candidates.jsonl"),

@@ -75,7 +75,7 @@ _SECTION = {"decides": "phases"}
 """Metadata of a section. On a resume, the settings of the phases composed from it are compared (`_deciding`)."""
 
 
-def _section(cls: type, text: str = "settings of this command") -> dict[str, Any]:
+def _section(cls: type, text: str = "the loop fills in the rest") -> dict[str, Any]:
     return {**section_of(cls), **_SECTION, "help": text}
 
 
@@ -118,9 +118,6 @@ class IterateConfig:
     serve: server.ServeConfig = field(
         default_factory=lambda: server.ServeConfig(port=0), metadata={"help": "the retrieval service", **_SECTION}
     )
-    service_startup_timeout_s: float = field(
-        default=300.0, metadata={"help": "how long the retrieval service may take to load its index", **FREE}
-    )
     train_agent: dict[str, Any] = field(default_factory=dict, metadata=_section(launch.TrainAgentConfig))
     train_agent_later: dict[str, Any] = field(
         default_factory=dict,
@@ -135,7 +132,7 @@ class IterateConfig:
     train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_section(training.TrainRetrieverConfig))
     evaluate: dict[str, Any] = field(default_factory=dict, metadata=_section(EvaluateConfig))
     report: dict[str, Any] = field(
-        default_factory=dict, metadata={**section_of(report.ReportConfig), **FREE, "help": "settings of this command"}
+        default_factory=dict, metadata={**section_of(report.ReportConfig), **FREE, "help": "the loop fills in the rest"}
     )
     expected_seconds: dict[str, Any] = field(
         default_factory=dict,
@@ -431,9 +428,7 @@ class Loop:
         if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
             yield ""
             return
-        with server.running_service(
-            self.serve_config(str(index_dir)), startup_timeout_s=self.config.service_startup_timeout_s
-        ) as url:
+        with server.running_service(self.serve_config(str(index_dir))) as url:
             yield url
 
     def train_agent(self, k: int, agent: str, url: str) -> str:

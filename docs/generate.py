@@ -54,7 +54,7 @@ def _table(cls: type, groups: dict[str, type]) -> str:
     for item in dataclasses.fields(cls):
         cells = (
             f"`{item.name.strip('_')}`",
-            _type(hints[item.name], groups),
+            _type(item.metadata.get("section", hints[item.name]), groups),
             _default(item),
             _resume(item),
             str(item.metadata.get("help", "")),
@@ -65,6 +65,9 @@ def _table(cls: type, groups: dict[str, type]) -> str:
 
 def _type(hint: Any, groups: dict[str, type]) -> str:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        for name, command in COMMANDS.items():
+            if command.config.endswith(f":{hint.__name__}"):
+                return f"settings of `{name}`"
         groups[hint.__name__] = hint
         return f"*{hint.__name__}*"
     if get_origin(hint) in (Union, types.UnionType):

@@ -28,7 +28,7 @@ FREE_OF = {
     "CoverageConfig": "out",
     "IndexConfig": "out device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
     "ServeConfig": "device host port token_env workers allow_reload ready_file exit_with_parent default_topk "
-    "max_queries max_topk max_passages max_query_chars max_history max_body_bytes max_waiting timeout_s "
+    "max_queries max_passages max_body_bytes max_waiting timeout_s "
     "header_timeout_s batch_size window_ms cache_size",
     "TrainAgentConfig": "retrieval_url retrieval_token_env out micro_batch_size stability save_every keep_checkpoints "
     "validate_every rollouts_per_step loggers max_failed_search_share max_concurrent_searches search_timeout_s "
@@ -48,7 +48,7 @@ FREE_OF = {
     "ConvertQrelsConfig": "out",
     "AgenticRSettings": "batch_size",
     "EvaluateConfig": "processes tables",
-    "IterateConfig": "out dry_run service_startup_timeout_s report expected_seconds plan",
+    "IterateConfig": "out dry_run report expected_seconds plan",
 }
 """Class -> the settings that cannot change the result; every other setting decides. A new one is added here, too."""
 

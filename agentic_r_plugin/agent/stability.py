@@ -29,6 +29,14 @@ WATCHED = {
 }
 """Watched quantity -> names of the metrics that hold it; the first one present is used."""
 
+_MAX_REWARD_DROP, _MIN_REWARD = 0.5, 0.05
+"""Share of the best mean reward that may be lost, and the best mean below which a drop is noise."""
+_MAX_MALFORMED_RISE = 0.4
+"""Of the share of trajectories with a malformed turn, above its lowest mean."""
+_MAX_FACTOR = {"entropy": 5.0, "response_length": 3.0, "searches": 3.0, "gradient_norm": 100.0}
+_MIN_ENTROPY = 0.02
+"""Bounds relative to the mean of the first steps."""
+
 ACTIONS = ("finish", "stop")
 
 
@@ -42,21 +50,11 @@ def _help(text: str, default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityRule:
-    """Bounds of a healthy training; None leaves a number unwatched. The defaults are wide."""
+    """When a training has collapsed. The other bounds are wide and fixed."""
 
     window: int = _help("steps whose mean is judged", 5)
     patience: int = _help("unstable steps in a row that make a collapse", 5)
-    max_reward_drop: float | None = _help("share of the best mean reward that may be lost", 0.5)
-    min_reward: float = _help("best mean reward below which a drop says nothing", 0.05)
-    max_kl: float | None = _help("mean KL to the starting agent, per token", 1.0)
-    min_entropy_share: float | None = _help("of the first steps' entropy", 0.02)
-    max_entropy_factor: float | None = _help("of the first steps' entropy", 5.0)
-    max_length_factor: float | None = _help("of the first steps' response length", 3.0)
-    max_searches_factor: float | None = _help("of the first steps' searches", 3.0)
-    max_malformed_rise: float | None = _help(
-        "of the share of trajectories with a malformed turn, above its lowest", 0.4
-    )
-    max_gradient_factor: float | None = _help("of the first steps' gradient norm", 100.0)
+    max_kl: float | None = _help("mean KL to the starting agent, per token; none: not watched", 1.0)
     on_collapse: str = _help(
         "finish (train on to the last step) or stop; the last stable checkpoint is exported", "finish"
     )
@@ -144,27 +142,20 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
     found = []
     reward = _mean(steps[-rule.window :], "reward")
     best = max(_of_windows(steps, rule, "reward"), default=0.0)
-    # A drop from a reward near zero is noise: with a best mean under `min_reward` no drop is reported.
-    least = best * (1 - rule.max_reward_drop) if rule.max_reward_drop is not None and best >= rule.min_reward else 0.0
+    least = best * (1 - _MAX_REWARD_DROP) if best >= _MIN_REWARD else 0.0
     if reward is not None and reward < least:
         found.append(f"reward {reward:.3f}, best {best:.3f}")
     found += _above(steps, rule, "kl", rule.max_kl)
-    if rule.max_malformed_rise is not None:
-        lowest = min(_of_windows(steps, rule, "malformed"), default=None)
-        found += _above(steps, rule, "malformed", None if lowest is None else lowest + rule.max_malformed_rise)
+    lowest = min(_of_windows(steps, rule, "malformed"), default=None)
+    found += _above(steps, rule, "malformed", None if lowest is None else lowest + _MAX_MALFORMED_RISE)
     # The first window is the reference for these metrics, so they are compared from the step after it.
     if len(steps) > rule.window:
-        for name, factor in (
-            ("entropy", rule.max_entropy_factor),
-            ("response_length", rule.max_length_factor),
-            ("searches", rule.max_searches_factor),
-            ("gradient_norm", rule.max_gradient_factor),
-        ):
+        for name, factor in _MAX_FACTOR.items():
             start = _mean(steps[: rule.window], name)
-            if factor is not None and start:
+            if start:
                 found += _above(steps, rule, name, factor * start)
         start, entropy = _mean(steps[: rule.window], "entropy"), _mean(steps[-rule.window :], "entropy")
-        least = (rule.min_entropy_share or 0.0) * (start or 0.0)
+        least = _MIN_ENTROPY * (start or 0.0)
         if entropy is not None and entropy < least:
             found.append(f"entropy {entropy:.3g}, below {least:.3g}")
     return tuple(found)

@@ -26,7 +26,6 @@ class Adapters:
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works; the annotation says int
-            lora_dropout=config.lora_dropout,
             target_modules="all-linear",
             exclude_modules=r".*pooler.*",
         )

@@ -109,7 +109,6 @@ class TrainRetrieverConfig:
         default=0, metadata={"help": "train adapters of this rank (LoRA), merged at the end; 0: all"}
     )
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "before the adapters"})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})

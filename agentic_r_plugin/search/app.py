@@ -43,12 +43,12 @@ class Limits:
     """Limits of one HTTP request."""
 
     max_queries: int
-    max_topk: int
+    max_topk: int = 1000
     max_passages: int
     """Number of queries times topk."""
-    max_query_chars: int
+    max_query_chars: int = 20_000
     """Characters of a query, a question or an earlier query."""
-    max_history: int
+    max_history: int = 64
     max_body_bytes: int
     timeout_s: float
     default_topk: int

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _STOP_S = 5
 """Seconds that current requests may take after the service is asked to stop."""
+_STARTUP_S = 1800.0
+"""Seconds that a child process may take to load an index; one that ends is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +80,7 @@ class ServeConfig:
     )
     default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say", **FREE})
     max_queries: int = field(default=4096, metadata={"help": "queries of one request", **FREE})
-    max_topk: int = field(default=1000, metadata={"help": "passages for one query", **FREE})
     max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request", **FREE})
-    max_query_chars: int = field(default=20_000, metadata={"help": "characters of one query or question", **FREE})
-    max_history: int = field(default=64, metadata={"help": "earlier queries of one query", **FREE})
     max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request", **FREE})
     max_waiting: int = field(
         default=8192, metadata={"help": "queries waiting before new ones are refused (503)", **FREE}
@@ -97,11 +96,11 @@ class ServeConfig:
     def __post_init__(self) -> None:
         way_out = "give the name of an environment variable that holds it"
         refuse_secrets("serve", {"token_env": self.token_env, "options": self.options}, way_out)
-        positive = ("default_topk", "max_queries", "max_topk", "max_passages", "max_query_chars", "max_body_bytes")
+        positive = ("default_topk", "max_queries", "max_passages", "max_body_bytes")
         for name in (*positive, "max_waiting", "timeout_s", "header_timeout_s", "batch_size", "workers"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
-        for name in ("max_history", "window_ms", "cache_size"):
+        for name in ("window_ms", "cache_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
@@ -164,10 +163,7 @@ def serve_here(
 
     limits = Limits(
         max_queries=config.max_queries,
-        max_topk=config.max_topk,
         max_passages=config.max_passages,
-        max_query_chars=config.max_query_chars,
-        max_history=config.max_history,
         max_body_bytes=config.max_body_bytes,
         timeout_s=config.timeout_s,
         default_topk=config.default_topk,
@@ -303,7 +299,7 @@ def _announced(ready: dict[str, Any], file: str) -> Iterator[None]:
 
 
 @contextmanager
-def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) -> Iterator[str]:
+def running_service(config: ServeConfig) -> Iterator[str]:
     """Run the service in a child process for the duration of the block; yields its address.
 
     The child always ends, even if this process is killed.
@@ -324,18 +320,18 @@ def running_service(config: ServeConfig, *, startup_timeout_s: float = 300.0) ->
                 stderr=subprocess.STDOUT,
             )
         try:
-            yield _wait_ready(process, ready, folder / "log.txt", startup_timeout_s)
+            yield _wait_ready(process, ready, folder / "log.txt")
         finally:
             end(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], ready: Path, logfile: Path, timeout_s: float) -> str:
-    deadline = time.monotonic() + timeout_s
+def _wait_ready(process: subprocess.Popen[bytes], ready: Path, logfile: Path) -> str:
+    deadline = time.monotonic() + _STARTUP_S
     while not ready.is_file():
         if (code := process.poll()) is not None:
             raise SearchUnavailableError(f"the retrieval service ended with code {code} at start; {_tail(logfile)}")
         if time.monotonic() > deadline:
-            raise SearchUnavailableError(f"the retrieval service was not ready in {timeout_s:g} s; {_tail(logfile)}")
+            raise SearchUnavailableError(f"the retrieval service was not ready in {_STARTUP_S:g} s; {_tail(logfile)}")
         time.sleep(0.05)
     return str(read_json(ready)["url"])
 

@@ -35,6 +35,7 @@ from agentic_r_plugin.errors import (
 )
 from agentic_r_plugin.ray_cluster import our_fault
 from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.store import write_json
 from tests.agent.tiny_world import LIMITS, Service
 from tests.search import loopback
 
@@ -126,7 +127,7 @@ def test_a_service_that_wants_a_token_is_searched_with_it_before_anything_starts
 
 def test_a_resume_may_name_another_variable_for_the_token(config: TrainAgentConfig) -> None:
     named = replace(config, retrieval_token_env="TOWN_TOKEN")
-    assert launch._fingerprint(named) == launch._fingerprint(config)
+    assert run_output(named).made_from == run_output(config).made_from
 
 
 @pytest.mark.parametrize(
@@ -431,10 +432,12 @@ def test_a_fault_is_found_behind_rays_wrapping() -> None:
 def test_after_a_resume_the_steps_done_again_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: TrainAgentConfig, tmp_path: Path
 ) -> None:
-    log = StepLog(tmp_path / "metrics.jsonl")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    log = StepLog(run_dir / "metrics.jsonl")
     log.append([{"step": step, "agentic_r/em": 0.0} for step in range(6)])
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
 
     class Training:
         returncode = 0
@@ -445,7 +448,8 @@ def test_after_a_resume_the_steps_done_again_are_reported(
 
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Training())
     monkeypatch.setattr(launch, "end", lambda *_, **__: None)
-    with Output(out=tmp_path, made_from={}, done="done.json", folder=True).claim(resume=False) as held:
+    write_json(run_dir / ".manifest.json", {"made_from": {}})
+    with Output(out=run_dir, made_from={}, done="done.json", folder=True).claim(resume=True) as held:
         launch._train(held, config, {})
     assert capsys.readouterr().err == "step 4/2  EM 0.500\n"
 

@@ -202,15 +202,15 @@ def test_rollouts_share_one_retrieval_service_as_in_the_loop(
     run_with: list[Any] = []
 
     @contextmanager
-    def service(config: Any, *, startup_timeout_s: float) -> Iterator[str]:
-        served.append((config.index, startup_timeout_s))
+    def service(config: Any) -> Iterator[str]:
+        served.append(config.index)
         yield "http://host:1"
 
     monkeypatch.setattr(server, "running_service", service)
     monkeypatch.setattr(made, "_index", lambda *_, **__: tmp_path / "index")
     monkeypatch.setattr(correctness, "run", lambda config, resume: run_with.append(config))
     made._roll_out(tmp_path, made.config.retrievers["s"], "relevance.jsonl")
-    assert served == [(str(tmp_path / "index"), 300.0)]
+    assert served == [str(tmp_path / "index")]
     assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
 
 
