@@ -145,7 +145,7 @@ ACCEPTED = (
     "train_agent.verl=[actor_rollout_ref.rollout.gpu_memory_utilization=0.5]", "serve.options.mapped=true",
     "candidates.search.options.max_connections=4", "evaluate.settings.batch_size=3",
     "evaluate.settings.agent.device=cpu",
-    "sub_answers.prompt=mine.txt", "train_retriever.epochs=2", "groups.threshold=60", "report.sample_size=3",
+    "sub_answers.prompt=mine.txt", "train_retriever.epochs=2", "groups.threshold=60", "report.num_trajectories=3",
 )  # fmt: skip
 """With those that change nothing because they are unused (no judge here) or the default."""
 
