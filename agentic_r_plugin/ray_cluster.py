@@ -1,11 +1,15 @@
-"""The Ray cluster for the workers of data stages and `index`: connect to it or start it, and check its size."""
+"""The Ray cluster for the workers of data stages, engines of a model and `index`: connect to it, or start it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError
+
+_CLOSE_S = 10.0
+"""Seconds after which a member that is still busy is killed."""
 
 
 def enter(address: str, setting: str) -> bool:
@@ -51,21 +55,107 @@ def require(workers: int, *, cpus: float, gpus: float, names: str) -> None:
             )
 
 
-def one_per_node(actors: Sequence[Any]) -> list[Any]:
-    """The first actor on each machine; actors have a method `node` that returns `this_node()`."""
-    import ray
+class Member:
+    """An object in a process of the cluster. It is built on first use: Ray loses the cause of a constructor's error."""
 
-    first: dict[str, Any] = {}
-    for actor, node in zip(actors, ray.get([actor.node.remote() for actor in actors]), strict=True):
-        first.setdefault(node, actor)
-    return list(first.values())
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build = build
+
+    @cached_property
+    def _object(self) -> Any:
+        return self._build()
+
+    def node(self) -> str:
+        """Name of the machine it runs on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def apply(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Result of a function of the object."""
+        return function(self._object, *arguments, **named)
+
+    def close(self) -> None:
+        """Close the object, if it was built."""
+        if "_object" in vars(self):
+            self._object.close()
 
 
-def this_node() -> str:
-    """Name of the machine that this process runs on."""
-    import ray
+class Pool:
+    """Members of a cluster that hold equal objects. A member whose process dies is started again with its call.
 
-    return str(ray.get_runtime_context().get_node_id())
+    Args:
+        build: builds the object; pickled, so it must be importable where the members run.
+        count: number of members.
+        address, setting, names: see `enter` and `require`.
+        worker: description of a member, for messages.
+        cpus, gpus: resources reserved per member.
+        gpus_if_any: reserve no GPU if the cluster has none.
+        restarts: times that each member is started again.
+
+    Raises:
+        ConfigError: no cluster at the address, or too few processors or accelerators in it.
+    """
+
+    def __init__(
+        self, build: Callable[[], Any], count: int, *, address: str, setting: str, names: str, worker: str,
+        cpus: float = 0.0, gpus: float = 0.0, gpus_if_any: bool = False, restarts: int,
+    ) -> None:  # fmt: skip
+        import ray
+
+        self._ray: Any = ray
+        self._worker, self.members = worker, list[Any]()
+        self._ours = enter(address, setting)
+        try:
+            gpus = 0.0 if gpus_if_any and not ray.cluster_resources().get("GPU") else gpus
+            require(count, cpus=cpus, gpus=gpus, names=names)
+        except ConfigError:
+            self.close()
+            raise
+        member = self._ray.remote(Member).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=restarts, max_task_retries=restarts
+        )
+        self.members += [member.remote(build) for _ in range(count)]
+
+    def call(self, place: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Start a call of `function(object, ...)` at a member; returns its reference."""
+        return self.members[place].apply.remote(function, *arguments, **named)
+
+    def get(self, reference: Any) -> Any:
+        """Result of a call; raises as `get`."""
+        return get(reference, self._worker)
+
+    def first_done(self, references: Sequence[Any]) -> Any:
+        """Wait for one of the calls; returns its reference."""
+        (reference, *_), _ = self._ray.wait(list(references), num_returns=1)
+        return reference
+
+    def same(self, function: Callable[[Any], Any], what: str) -> Any:
+        """Result of a function that must be equal on every machine; members of one machine read the same files.
+
+        Raises:
+            ConfigError: it is not; `what` names the results.
+        """
+        places: dict[str, int] = {}
+        for place, node in enumerate(self._ray.get([member.node.remote() for member in self.members])):
+            places.setdefault(node, place)
+        first, *others = [self.get(reference) for reference in [self.call(p, function) for p in places.values()]]
+        for other in others:
+            if other != first:
+                raise ConfigError(f"{what} differ from machine to machine: {first} and {other}")
+        return first
+
+    def close(self) -> None:
+        """Let the members close their objects, stop them, and stop the cluster if it was started here."""
+        if self.members:
+            closing = [member.close.remote() for member in self.members]
+            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
+        for member in self.members:
+            self._ray.kill(member)
+        self.members = []
+        if self._ours:
+            self._ray.shutdown()
+            self._ours = False
 
 
 def get(reference: Any, worker: str) -> Any:

@@ -7,46 +7,12 @@ restarted with its batch (`max_restarts`); batches that it finished before are s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from operator import methodcaller
 from typing import Any
 
-from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow
-from agentic_r_plugin.errors import ConfigError
-
-_CLOSE_S = 10.0
-"""Seconds after which a worker that is still busy is killed."""
-
-
-class RayWorker:
-    """A worker in its own process."""
-
-    def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
-        self._factory = factory
-
-    @cached_property
-    def _worker(self) -> Worker[Any]:
-        """Built on first use: Ray loses the cause of an error raised in a constructor."""
-        return self._factory()
-
-    def node(self) -> str:
-        """Name of the machine it runs on."""
-        return ray_cluster.this_node()
-
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the worker's models."""
-        return self._worker.fingerprints()
-
-    def do(self, tasks: Sequence[Any]) -> Result:
-        """Work on one batch."""
-        return do_batch(self._worker, tasks)
-
-    def close(self) -> None:
-        """Free the models, if they were loaded."""
-        if "_worker" in vars(self):
-            self._worker.close()
+from agentic_r_plugin.ray_cluster import Pool
 
 
 class RayExecutor:
@@ -61,70 +27,46 @@ class RayExecutor:
     """
 
     def __init__(self, factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> None:
-        import ray
-
-        self._ray, self._spec = ray, spec
-        self._ours = ray_cluster.enter(spec.address, "runner.address")
-        try:
-            ray_cluster.require(
-                spec.workers,
-                cpus=spec.cpus_per_worker,
-                gpus=spec.gpus_per_worker,
-                names="runner.workers, runner.cpus_per_worker or runner.gpus_per_worker",
-            )
-        except ConfigError:
-            self.close()
-            raise
-        actor = ray.remote(RayWorker).options(  # type: ignore[attr-defined]
-            num_cpus=spec.cpus_per_worker,
-            num_gpus=spec.gpus_per_worker,
-            max_restarts=spec.max_restarts,
-            max_task_retries=spec.max_restarts,
+        self._spec = spec
+        self._pool = Pool(
+            factory,
+            spec.workers,
+            address=spec.address,
+            setting="runner.address",
+            names="runner.workers, runner.cpus_per_worker or runner.gpus_per_worker",
+            worker=f"a worker of the Ray cluster (runner.max_restarts={spec.max_restarts})",
+            cpus=spec.cpus_per_worker,
+            gpus=spec.gpus_per_worker,
+            restarts=spec.max_restarts,
         )
-        self._actors: list[Any] = [actor.remote(factory) for _ in range(spec.workers)]
-        self._load: Counter[int] = Counter(dict.fromkeys(range(spec.workers), 0))
-        self._actor_of: dict[Any, int] = {}
+        self._load = [0] * spec.workers
+        self._place_of: dict[Any, int] = {}
 
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the workers' models, which must be equal on every node.
+        """Fingerprints of the workers' models, which must be equal on every machine.
 
         Raises:
             ConfigError: they differ.
         """
-        asked = ray_cluster.one_per_node(self._actors)  # actors on one machine read the same files
-        first, *others = (self._get(reference) for reference in [actor.fingerprints.remote() for actor in asked])
-        for other in others:
-            if other != first:
-                raise ConfigError(f"runner: the workers' models differ from node to node: {first} and {other}")
-        return dict(first)
+        return dict(self._pool.same(methodcaller("fingerprints"), "runner: the workers' models"))
 
     def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
         """See `Executor.run`."""
-        yield from flow(batches, self._spec.workers * self._spec.in_flight, self._submit, self._first_done, self._get)
+        capacity = self._spec.workers * self._spec.in_flight
+        yield from flow(batches, capacity, self._submit, self._first_done, self._pool.get)
 
     def close(self) -> None:
         """Let the workers free their models, stop the actors, and stop the cluster if it was started here."""
-        actors = getattr(self, "_actors", [])
-        if actors:
-            closing = [actor.close.remote() for actor in actors]
-            self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
-        for actor in actors:
-            self._ray.kill(actor)
-        if self._ours:
-            self._ray.shutdown()
+        self._pool.close()
 
     def _submit(self, batch: Batch[Any]) -> Any:
-        least = min(self._load, key=self._load.__getitem__)
-        reference = self._actors[least].do.remote(batch.tasks)
-        self._actor_of[reference] = least
+        least = self._load.index(min(self._load))
+        reference = self._pool.call(least, do_batch, batch.tasks)
+        self._place_of[reference] = least
         self._load[least] += 1
         return reference
 
     def _first_done(self, running: Sequence[Any]) -> Any:
-        (reference, *_), _ = self._ray.wait(list(running), num_returns=1)
-        self._load[self._actor_of.pop(reference)] -= 1
+        reference = self._pool.first_done(running)
+        self._load[self._place_of.pop(reference)] -= 1
         return reference
-
-    def _get(self, reference: Any) -> Any:
-        worker = f"a worker of the Ray cluster (runner.max_restarts={self._spec.max_restarts})"
-        return ray_cluster.get(reference, worker)
