@@ -11,7 +11,7 @@ The object behind a name depends on its kind:
 |---|---|
 | query_formulation | `f(question: str, query: str, history: Sequence[str]) -> str` |
 | agent_protocol | a `protocol.AgentProtocol` |
-| relevance_scorer | a class with `build(options, resources)` and `score(tasks)` (`data.scorers.base`) |
+| relevance_scorer | a class with `needs_questions`, `build`, `score` and `fingerprint` (`data.scorers.base`) |
 | llm_backend | a class with `from_spec(spec)` (`backends`) and `generate(requests, sampling)` (`llm.base`) |
 | search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
