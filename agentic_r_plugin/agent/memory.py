@@ -41,7 +41,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class MemoryEstimate:
     """GiB by purpose: for each moment on one device, and for the main memory of one machine."""
 
     moments: Mapping[str, Mapping[str, float]]
@@ -94,7 +94,7 @@ def model_size(folder: str | Path) -> ModelSize:
     )
 
 
-def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, device_memory_gb: float) -> Estimate:
+def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, device_memory_gb: float) -> MemoryEstimate:
     """Estimate the memory of a run.
 
     Args:
@@ -150,7 +150,7 @@ def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, devic
         for role, config in offload.items()
     }
     host["reference policy, offloaded"] = trainer.n_gpus_per_node * reference * bool(reference_config.param_offload)
-    return Estimate(moments=moments, host=host, device_gib=device_gib)
+    return MemoryEstimate(moments=moments, host=host, device_gib=device_gib)
 
 
 def _bytes(fsdp: Any) -> int:

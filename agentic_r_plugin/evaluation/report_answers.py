@@ -26,7 +26,7 @@ Outcomes = Mapping[str, bool]
 
 
 @dataclass(kw_only=True)
-class Lines:
+class UniqueLines:
     """Lines of text without duplicates."""
 
     lines: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Lines:
     def places(self, text: str) -> list[int]:
         """Add the lines of a text and return their positions.
 
-        >>> lines = Lines()
+        >>> lines = UniqueLines()
         >>> lines.places("a b"), lines.places("c d"), lines.lines
         ([0], [1], ['a b', 'c d'])
         >>> lines.places("c d")
@@ -56,7 +56,7 @@ def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
     Args:
         num_trajectories: maximum number of trajectories in the page.
     """
-    groups, lines, benchmarks = by_benchmark(run.cells), Lines(), []
+    groups, lines, benchmarks = by_benchmark(run.cells), UniqueLines(), []
     for name, cells in groups.items():
         outcomes = [run.outcomes(cell) for cell in cells]
         chosen = _spread(_split(outcomes), num_trajectories // len(groups) // len(cells))
@@ -137,7 +137,7 @@ def _question(record: Trajectory, num_cells: int) -> dict[str, Any]:
     return {"id": record.id, "question": record.question, "gold": list(record.golden_answers), "sides": sides}
 
 
-def _side(record: Trajectory, protocol: AgentProtocol, lines: Lines) -> dict[str, Any]:
+def _side(record: Trajectory, protocol: AgentProtocol, lines: UniqueLines) -> dict[str, Any]:
     return {
         "right": bool(record.em),
         "answer": record.answer,

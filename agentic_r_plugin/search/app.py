@@ -39,7 +39,7 @@ Reload = Callable[[dict[str, str]], Awaitable[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """Limits of one HTTP request."""
 
     max_queries: int
@@ -67,7 +67,9 @@ class RefusedError(Exception):
         return JSONResponse({"error": {"type": self.type, "message": self.message}}, self.status, headers=headers)
 
 
-def build_app(service: SearchService, limits: Limits, *, token: str | None, reload: Reload | None = None) -> FastAPI:
+def build_app(
+    service: SearchService, limits: RequestLimits, *, token: str | None, reload: Reload | None = None
+) -> FastAPI:
     """Build the FastAPI application.
 
     Args:
@@ -166,7 +168,7 @@ def _changes(body: bytes) -> dict[str, str]:
     return data
 
 
-async def _retrieve(request: Request, service: SearchService, limits: Limits) -> Response:
+async def _retrieve(request: Request, service: SearchService, limits: RequestLimits) -> Response:
     try:
         return await asyncio.wait_for(_answer(request, service, limits), limits.timeout_s)
     except asyncio.TimeoutError:
@@ -178,7 +180,7 @@ async def _retrieve(request: Request, service: SearchService, limits: Limits) ->
         raise RefusedError(500, "search_failed", str(error)) from error
 
 
-async def _answer(request: Request, service: SearchService, limits: Limits) -> Response:
+async def _answer(request: Request, service: SearchService, limits: RequestLimits) -> Response:
     requests, topk, with_scores = parse_body(await _read_body(request, limits.max_body_bytes), limits)
     return JSONResponse(encode_hits(await service.search(requests, topk), with_scores=with_scores))
 
@@ -192,7 +194,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(body: bytes, limits: Limits) -> tuple[list[SearchRequest], int, bool]:
+def parse_body(body: bytes, limits: RequestLimits) -> tuple[list[SearchRequest], int, bool]:
     """(searches, topk, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
 
     Raises:
@@ -242,7 +244,7 @@ def _parallel(data: dict[str, Any], name: str, length: int, default: Any) -> lis
     return values
 
 
-def _text(value: Any, where: str, limits: Limits) -> str:
+def _text(value: Any, where: str, limits: RequestLimits) -> str:
     if not isinstance(value, str):
         raise _invalid(f"{where}: expected a string, found {type(value).__name__}")
     if len(value) > limits.max_query_chars:
@@ -256,7 +258,7 @@ def _text(value: Any, where: str, limits: Limits) -> str:
     return value
 
 
-def _history(value: Any, where: str, limits: Limits) -> tuple[str, ...]:
+def _history(value: Any, where: str, limits: RequestLimits) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise _invalid(f"{where}: expected a list of strings, found {type(value).__name__}")
     if len(value) > limits.max_history:
@@ -264,7 +266,7 @@ def _history(value: Any, where: str, limits: Limits) -> tuple[str, ...]:
     return tuple(_text(item, f"{where}[{i}]", limits) for i, item in enumerate(value))
 
 
-def _topk(value: Any, limits: Limits) -> int:
+def _topk(value: Any, limits: RequestLimits) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | None) or (value or 0) < 0:

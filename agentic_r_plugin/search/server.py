@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,18 +156,13 @@ def serve_here(
 
     import uvicorn
 
-    from agentic_r_plugin.search.app import Limits, build_app
+    from agentic_r_plugin.search.app import RequestLimits, build_app
     from agentic_r_plugin.search.protocol import PatientProtocol
     from agentic_r_plugin.search.reload import WorkerReloader
     from agentic_r_plugin.search.service import SearchService
 
-    limits = Limits(
-        max_queries=config.max_queries,
-        max_passages=config.max_passages,
-        max_body_bytes=config.max_body_bytes,
-        timeout_s=config.timeout_s,
-        default_topk=config.default_topk,
-    )
+    own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}
+    limits = RequestLimits(**{name: getattr(config, name) for name in own})
     service = SearchService(
         backend,
         max_batch=config.batch_size,

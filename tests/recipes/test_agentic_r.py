@@ -157,7 +157,7 @@ def test_the_7b_recipe_fits_and_without_offloading_it_does_not(qwen_7b: Path) ->
     size = memory.model_size(qwen_7b)
     assert size.parameters == 7_615_616_512
 
-    def estimated(*overrides: str) -> memory.Estimate:
+    def estimated(*overrides: str) -> memory.MemoryEstimate:
         config = config_of(RECIPE / "run_qwen2.5-7b_ppo_iter1.sh", *overrides, MODEL=str(qwen_7b))
         composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
         return memory.estimate(composed, size, size, device_memory_gb=config.device_memory_gb)

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import uvicorn
 
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search.app import Limits, build_app
+from agentic_r_plugin.search.app import RequestLimits, build_app
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.protocol import PatientProtocol
 from agentic_r_plugin.search.service import SearchService
 
-LIMITS = Limits(
+LIMITS = RequestLimits(
     max_queries=8,
     max_topk=50,
     max_passages=100,
