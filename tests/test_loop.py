@@ -226,12 +226,12 @@ def test_what_a_run_was_given_may_not_change_under_it(tmp_path):
         with Loop(config).open(resume=resume):
             pass
     questions.write_text("other questions")
-    other = pytest.raises(ManifestMismatchError, match=r'contents of questions of train was "[^;]*; Give')
+    other = pytest.raises(ManifestMismatchError, match=r'contents of questions of train was "[^;]*\. Give')
     with other, Loop(config).open(resume=True):
         pass
     questions.write_text("questions")
     (agent / "model.safetensors").write_text("weights")
-    other = pytest.raises(ManifestMismatchError, match=r'contents of agent was "[^;]*; Give')
+    other = pytest.raises(ManifestMismatchError, match=r'contents of agent was "[^;]*\. Give')
     with other, Loop(config).open(resume=True):
         pass
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields, passage_metadata
 from agentic_r_plugin.records import TEXT_ID, Passage
+from agentic_r_plugin.storage.lookup import key_hash
 from agentic_r_plugin.store import (
     PACKINGS,
     atomic_path,
@@ -109,7 +110,7 @@ class Corpus:
                 identifier, contents = passage_fields(parse_line(line, self.path, number))
             except RecordError as error:
                 raise error if error.path else RecordError(str(error), path=self.path, line=number) from error
-            block.extend((start, number, _hash(identifier)))
+            block.extend((start, number, key_hash(identifier)))
             count += 1
             if len(block) >= _BLOCK:
                 block.tofile(found)
@@ -190,7 +191,7 @@ class Corpus:
 
     def row_of(self, identifier: str) -> int | None:
         """Row of a passage id, or None if the corpus does not contain it."""
-        wanted, hashes = np.uint64(_hash(identifier) % 2**64), self._hashes
+        wanted, hashes = np.uint64(key_hash(identifier) % 2**64), self._hashes
         place = int(np.searchsorted(hashes, wanted))
         while place < len(self) and hashes[place] == wanted:
             row = int(self._table[_ORDER, place])
@@ -425,8 +426,3 @@ def _columns(path: Path) -> list[str]:
     except RecordError as error:
         raise RecordError(str(error), path=path) from error
     return [name for name in PASSAGE_FIELDS if name in names]
-
-
-def _hash(identifier: str) -> int:
-    digest = hashlib.blake2b(identifier.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
