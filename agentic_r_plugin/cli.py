@@ -50,6 +50,7 @@ COMMANDS = {
     "convert runs": Command("what was retrieved, as TREC or BrowseComp-Plus runs", "convert.runs:ConvertRunsConfig"),
     "convert qrels": Command("gold documents or judged relevance as TREC qrels", "convert.qrels:ConvertQrelsConfig"),
     "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
+    "repair": Command("add the gold documents that a corpus lacks", "search.repair:RepairConfig"),
     "serve": Command("run the retrieval service", "search.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
     "show-rollouts": Command("a training's sampled trajectories as a page", "agent.rollout_page:ShowRolloutsConfig"),
@@ -165,6 +166,9 @@ def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tu
 def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: dataclasses.Field[Any]) -> None:
     hint = get_type_hints(config_class)[field.name]
     options = [item for item in get_args(hint) if item is not type(None)] if type(None) in get_args(hint) else [hint]
+    several = hint == list[str] and "flag" in field.metadata
+    if several:
+        options = [str]
     if options[0] not in (str, int, float, bool):
         return  # lists and nested settings are given as key=value
     kind = options[0]
@@ -178,7 +182,8 @@ def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: datacl
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, **arguments)
     else:
-        parser.add_argument(flag, metavar=kind.__name__.upper(), **arguments)
+        action = "append" if several else "store"
+        parser.add_argument(flag, action=action, metavar=kind.__name__.upper(), **arguments)
 
 
 def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:

@@ -428,6 +428,36 @@ def has_question_id(row: Row) -> bool:
     return any(not absent(row.get(field)) for field in _QUESTION_IDS)
 
 
+def context_documents(row: Row) -> list[dict[str, Any]]:
+    """Documents in a question's own row, as `{id, title, text}`, the id empty if there is none.
+
+    HotpotQA and 2WikiMultihopQA: `context`, pairs of title and sentences (on the hub two lists). MuSiQue: `paragraphs`.
+    BrowseComp-Plus: `gold_docs`.
+
+    >>> context_documents({"context": [["Nile", ["It flows.", " Far."]]]})
+    [{'id': '', 'title': 'Nile', 'text': 'It flows. Far.'}]
+    """
+    context = row.get("context")
+    context = _plain(decoded_text(context, "context") or context)
+    if isinstance(context, Mapping):
+        sentences = context.get("sentences", context.get("content", ()))
+        context = list(zip(_plain(context.get("title", ())), _plain(sentences), strict=False))
+    pairs = [item for item in context if len(item) == 2] if isinstance(context, list) else []
+    found: list[dict[str, Any]] = [
+        {"id": "", "title": str(title), "text": " ".join(str(sentence).strip() for sentence in _plain(sentences))}
+        for title, sentences in pairs
+    ]
+    found += [
+        {"id": "", "title": item.get("title"), "text": item.get("paragraph_text")}
+        for item in _mappings(row.get("paragraphs"))
+    ]
+    return found + [
+        {"id": name_of(item["docid"], "docid"), "title": item.get("title"), "text": item.get("text")}
+        for item in _mappings(row.get("gold_docs"))
+        if item.get("docid") is not None
+    ]
+
+
 def golden_answers(row: Row) -> list[str]:
     """FlashRAG's gold answers; in its multiple-choice sets they are indices (from 0) into `choices`.
 

@@ -26,7 +26,8 @@ FREE_OF = {
     "SearchSpec": "url device batch_size timeout_s max_retries",
     "WorldConfig": "out name",
     "CoverageConfig": "out",
-    "IndexConfig": "out device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
+    "IndexConfig": "out allow_pickle seed device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
+    "RepairConfig": "out",
     "ServeConfig": "device host port token_env workers allow_reload ready_file exit_with_parent default_topk "
     "max_queries max_passages max_body_bytes max_waiting timeout_s "
     "header_timeout_s batch_size window_ms cache_size",

@@ -1,8 +1,8 @@
 """A corpus that is read in place: memory holds no text, only the position of each passage.
 
-JSON Lines are read in place, one passage at a time. Corpora in other formats are unpacked once into an unnamed
-temporary file, which is gone when the process ends. The results of the full scan (passage positions, hashes of ids, the
-fingerprint) can be saved next to an index; they are then mapped instead of computed again.
+JSON Lines, also a folder of them, are read in place, one passage at a time. Corpora in other formats are unpacked once
+into an unnamed temporary file, which is gone when the process ends. The results of the full scan (passage positions,
+hashes of ids, the fingerprint) can be saved next to an index; they are then mapped instead of computed again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import os
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,38 +80,40 @@ class Corpus:
             raise RecordError("no such corpus file", path=self.path)
         identity = _identity(self.path)
         named = _named_by_form(self.path)
-        self._packed = _is_packed(named)
+        self.packed = _is_packed(named)
         saved = _read_table(Path(table), identity) if table else None
-        source = Path(table or "") / PASSAGES if self._packed else self.path
-        if saved is not None and source.is_file():
-            self._fd = os.open(source, os.O_RDONLY)
+        self._paths = shards(self.path) if self.path.is_dir() and not self.packed else [self.path]
+        sources = [Path(table or "") / PASSAGES] if self.packed else self._paths
+        if saved is not None and sources[0].is_file():
+            self._files = _Files([os.open(source, os.O_RDONLY) for source in sources])
             self._table, self._digest = saved
         else:
-            with _plain_lines(named) as stream:
-                self._fd = os.dup(stream.fileno())
+            with ExitStack() as opened:
+                streams = [
+                    opened.enter_context(_plain_lines(named if path == self.path else path)) for path in self._paths
+                ]
+                self._files = _Files([os.dup(stream.fileno()) for stream in streams])
                 try:
-                    self._table, self._digest = self._scan(stream)
+                    self._table, self._digest = self._scan(streams)
                     self._check_duplicates()
                 except BaseException:
                     self.close()
                     raise
-        self._identity, self._size = identity, os.fstat(self._fd).st_size
+        self._identity = identity
 
-    def _scan(self, stream: IO[bytes]) -> tuple[NDArray[np.int64], str]:
+    def _scan(self, streams: Sequence[IO[bytes]]) -> tuple[NDArray[np.int64], str]:
         """Read the whole corpus; returns the table and the digest of all ids and contents."""
-        digest, position, number, count = hashlib.sha256(), 0, 0, 0
+        digest, position, count = hashlib.sha256(), 0, 0
         block = array("q")
         found = tempfile.TemporaryFile()  # noqa: SIM115 (must live as long as its mapping)
-        stream.seek(0)
-        for line in stream:
-            number += 1
+        for path, number, line in _numbered(self._paths, streams):
             start, position = position, position + len(line)
             if not line.strip():
                 continue
             try:
-                identifier, contents = passage_fields(parse_line(line, self.path, number))
+                identifier, contents = passage_fields(parse_line(line, path, number))
             except RecordError as error:
-                raise error if error.path else RecordError(str(error), path=self.path, line=number) from error
+                raise error if error.path else RecordError(str(error), path=path, line=number) from error
             block.extend((start, number, key_hash(identifier)))
             count += 1
             if len(block) >= _BLOCK:
@@ -138,25 +142,28 @@ class Corpus:
         return self._table[_HASHES].view(np.uint64)
 
     def _check_duplicates(self) -> None:
-        self._size = os.fstat(self._fd).st_size
         order = self._table[_ORDER]
         # Equal hashes are adjacent in the sorted table. They can collide, so the ids themselves are compared.
         for place in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
             first, second = sorted((int(order[place]), int(order[place + 1])))
             if (identifier := self[first].id) == self[second].id:
+                (path, line), (other, other_line) = self._place(first), self._place(second)
+                first_at = f"line {line}" if path == other else f"{path}:{line}"
                 raise RecordError(
-                    f"duplicate passage id {identifier!r}, first at line {self._table[_LINES, first]}",
-                    path=self.path,
-                    line=int(self._table[_LINES, second]),
+                    f"duplicate passage id {identifier!r}, first at {first_at}", path=other, line=other_line
                 )
+
+    def _place(self, row: int) -> tuple[Path, int]:
+        """File and line of a row."""
+        return self._paths[self._files.number(int(self._table[_STARTS, row]))], int(self._table[_LINES, row])
 
     def save_table(self, folder: str | Path) -> None:
         """Write the files for `Corpus(path, table=folder)`, including the unpacked passages of a packed corpus."""
         folder = Path(folder)
-        if self._packed:
+        if self.packed:
             with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
-                for start in range(0, self._size, 1 << 20):
-                    out.write(os.pread(self._fd, 1 << 20, start))
+                for start in range(0, self._files.size, 1 << 20):
+                    out.write(self._files.read(1 << 20, start))
         with atomic_path(folder / TABLE) as temporary, temporary.open("wb") as out:
             np.save(out, self._table)
         write_json(folder / IDENTITY, self._identity | {"fingerprint": self._digest, "rows": len(self)})
@@ -174,16 +181,15 @@ class Corpus:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of a corpus of {len(self)} passages")
         start = int(self._table[_STARTS, row])
-        end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._size
+        end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._files.size
         try:
-            found = json.loads(os.pread(self._fd, end - start, start))
+            found = json.loads(self._files.read(end - start, start))
             passage, metadata = Passage.from_contents(*passage_fields(found)), passage_metadata(found)
             return replace(passage, metadata=metadata) if metadata else passage
         except (ValueError, RecordError) as error:
+            path, line = self._place(row)
             raise RecordError(
-                f"no passage stands where row {row} was; the file has changed since it was opened",
-                path=self.path,
-                line=int(self._table[_LINES, row]),
+                f"no passage stands where row {row} was; the file has changed since it was opened", path=path, line=line
             ) from error
 
     def __iter__(self) -> Iterator[Passage]:
@@ -224,20 +230,45 @@ class Corpus:
         return self._digest
 
     def close(self) -> None:
-        """Close the file; safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+        """Close the files; safe to call twice."""
+        self._files.close()
 
     def __enter__(self) -> Corpus:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Files:
+    """Open files that are read as one: positions count through all of them."""
+
+    def __init__(self, fds: list[int]) -> None:
+        self._fds, self._ends = fds, list(accumulate(os.fstat(fd).st_size for fd in fds))
+        self.size = self._ends[-1]
+
+    def number(self, start: int) -> int:
+        """Which file holds this position."""
+        return min(bisect_right(self._ends, start), len(self._ends) - 1)
+
+    def read(self, count: int, start: int) -> bytes:
+        """Up to `count` bytes, within one file."""
+        number = self.number(start)
+        return os.pread(self._fds[number], count, start - (self._ends[number - 1] if number else 0))
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+    __del__ = close
+
+
+def _numbered(paths: Sequence[Path], streams: Sequence[IO[bytes]]) -> Iterator[tuple[Path, int, bytes]]:
+    """(file, line number from 1, line) of all lines."""
+    for path, stream in zip(paths, streams, strict=True):
+        stream.seek(0)
+        for number, line in enumerate(stream, start=1):
+            yield path, number, line
 
 
 def corpus_file(folder: Path) -> Path:
@@ -270,7 +301,9 @@ def _named_by_form(path: Path) -> Path:
 
 
 def _is_packed(path: Path) -> bool:
-    return path.is_dir() or path.suffix in (*PACKINGS, ".parquet", ".tsv") or _is_list(path)
+    if path.is_dir():
+        return any(_is_packed(_named_by_form(shard)) for shard in shards(path))
+    return path.suffix in (*PACKINGS, ".parquet", ".tsv") or _is_list(path)
 
 
 def _is_list(path: Path) -> bool:
@@ -285,7 +318,14 @@ def _is_list(path: Path) -> bool:
 def _identity(path: Path) -> dict[str, Any]:
     """Values that change when a file is written to, even if its size and date are preserved."""
     if path.is_dir():
-        return {"name": path.name, "shards": [_identity(shard) for shard in shards(path)]}
+        # Tables of folders that were unpacked have no entry "packed".
+        return {
+            "name": path.name,
+            "shards": [_identity(shard) for shard in shards(path)],
+            "packed": _is_packed(path),
+        }
+    if not path.exists():
+        raise RecordError("no such corpus file; a link to a file that was moved or deleted", path=path)
     status = path.stat()
     return {
         "name": path.name,

@@ -200,7 +200,7 @@ class AnswerFinder:
 def scan_corpus(corpus: Corpus, questions: Sequence[Question], kept: Kept) -> tuple[set[int], set[str]]:
     """(numbers of the questions with an answer in the corpus, normalised supporting titles found in the corpus)."""
     finder = AnswerFinder([() if is_closed(q.golden_answers) else q.golden_answers for q in questions])
-    wanted = {title for question in questions for title in _titles(question)}
+    wanted = {title for question in questions for title in gold_titles(question)}
     answered: set[int] = set()
     titles: set[str] = set()
 
@@ -261,7 +261,7 @@ def _ranks(question: Question, hits: Sequence[Hit]) -> tuple[int | None, list[in
         ),
         None,
     )
-    ids, titles, found = _ids(question), _titles(question), []
+    ids, titles, found = gold_ids(question), gold_titles(question), []
     left = set(ids or titles)
     for rank, passage in enumerate(passages, start=1):
         if (name := passage.id if ids else normalize(passage.title)) in left:
@@ -270,17 +270,20 @@ def _ranks(question: Question, hits: Sequence[Hit]) -> tuple[int | None, list[in
     return answer, found
 
 
-def _ids(question: Question) -> frozenset[str]:
+def gold_ids(question: Question) -> frozenset[str]:
+    """Ids of a question's gold documents."""
     return frozenset(listed(question.metadata, "gold_doc_ids"))
 
 
-def _titles(question: Question) -> frozenset[str]:
-    """Supporting titles, used if there are no gold ids."""
-    return frozenset() if _ids(question) else frozenset(map(normalize, listed(question.metadata, "supporting_titles")))
+def gold_titles(question: Question) -> frozenset[str]:
+    """Normalised supporting titles, used if there are no gold ids."""
+    if gold_ids(question):
+        return frozenset()
+    return frozenset(map(normalize, listed(question.metadata, "supporting_titles")))
 
 
 def _record(question: Question, answered: bool, titles: set[str], corpus: Corpus, ranks: Ranks) -> Coverage:
-    ids, wanted = _ids(question), _titles(question)
+    ids, wanted = gold_ids(question), gold_titles(question)
     return Coverage(
         id=question.id,
         answer_in_corpus=None if is_closed(question.golden_answers) else answered,

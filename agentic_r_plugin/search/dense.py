@@ -94,6 +94,12 @@ class DenseBackend(ABC):
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(scores, rows), both (Q, K), best first; row -1 if an approximate index found fewer."""
 
+    def _inner_products(
+        self, scores: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """faiss' result with inner products; of vectors of length 1, the squared distance is 2 - 2 q·p."""
+        return (np.float32(1) - scores / np.float32(2) if self.manifest.metric == "l2" else scores), rows
+
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`; scores are inner products.
 
@@ -162,7 +168,7 @@ class FaissBackend(DenseBackend):
 
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `DenseBackend.nearest`."""
-        return self._faiss.search(vectors_QD, topk)
+        return self._inner_products(*self._faiss.search(vectors_QD, topk))
 
 
 class FaissGPUBackend(DenseBackend):
@@ -216,7 +222,7 @@ class FaissGPUBackend(DenseBackend):
 
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `DenseBackend.nearest`."""
-        return self._faiss.search(vectors_QD, topk)
+        return self._inner_products(*self._faiss.search(vectors_QD, topk))
 
 
 class TorchBackend(DenseBackend):

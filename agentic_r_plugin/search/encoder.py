@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +35,14 @@ from agentic_r_plugin.store import read_json, write_json
 RECORD_FILE = "agentic_r.json"
 MAX_LENGTH = 512
 """Tokens, unless the record or the settings give a length, or the model takes fewer (method section 3)."""
+
+TITLE_FORMS: dict[str, Callable[[Passage], str]] = {
+    "contents": lambda passage: passage.contents,
+    "plain": lambda passage: f"{passage.title} {passage.text}".strip(),
+    "lines": lambda passage: f"{passage.title}\n{passage.text}".strip(),
+    "text": lambda passage: passage.text,
+}
+"""Text of a passage that is encoded: the contents as in the corpus, or title and text joined as other projects do."""
 
 _TEXTS_AT_ONCE = 8192
 """Texts that are tokenised, sorted and held as token ids at the same time."""
@@ -172,15 +180,21 @@ class Retriever:
         return self._encode(texts, "query", batch_size, max_batch_tokens)
 
     def encode_passages(
-        self, passages: Sequence[Passage], *, batch_size: int = 1024, max_batch_tokens: int = 0
+        self,
+        passages: Sequence[Passage],
+        *,
+        batch_size: int = 1024,
+        max_batch_tokens: int = 0,
+        title_form: str = "contents",
     ) -> NDArray[np.float32]:
-        """(N, D) vectors of the passages' contents.
+        """(N, D) vectors of the passages.
 
         Args:
             batch_size: maximum number of texts per forward pass.
             max_batch_tokens: maximum of texts times tokens of the longest text per forward pass; 0 chooses by device.
+            title_form: one of `TITLE_FORMS`.
         """
-        texts = [passage.contents for passage in passages]
+        texts = [TITLE_FORMS[title_form](passage) for passage in passages]
         return self._encode(texts, "passage", batch_size, max_batch_tokens)
 
     def features(self, texts: list[str], kind: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,46 @@ def empty_index(kind: str, dim: int) -> faiss.Index:
         ) from error
 
 
+def kind_of(index: faiss.Index, name: str) -> str:
+    """The factory string of an index that was read; of transforms before it, the classes.
+
+    Args:
+        name: of its file, for messages.
+
+    Raises:
+        IndexMismatchError: a kind whose rows cannot be compared with vectors.
+    """
+    found: Any = faiss.downcast_index(index)
+    if isinstance(found, faiss.IndexPreTransform):
+        chain: Any = found.chain
+        steps = [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
+        return ",".join([*(type(step).__name__ for step in steps), kind_of(found.index, name)])
+    if isinstance(found, faiss.IndexHNSW):
+        graph: Any = found.hnsw
+        storage = kind_of(found.storage, name)
+        return f"HNSW{graph.nb_neighbors(1)}" + ("" if storage == "Flat" else f",{storage}")
+    lists = f"IVF{found.nlist}," if isinstance(found, faiss.IndexIVF) else ""
+    if type(found) in (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2, faiss.IndexIVFFlat):
+        return f"{lists}Flat"
+    scalar = type(found) in (faiss.IndexScalarQuantizer, faiss.IndexIVFScalarQuantizer)
+    if scalar and found.sq.qtype in _SCALARS:
+        return lists + _SCALARS[found.sq.qtype]
+    if type(found) in (faiss.IndexPQ, faiss.IndexIVFPQ):
+        return f"{lists}PQ{found.pq.M}" + ("" if found.pq.nbits == 8 else f"x{found.pq.nbits}")
+    raise IndexMismatchError(
+        f"{name}: expected a Flat, SQ or PQ index, or HNSW or IVF over one of these, found {type(found).__name__}"
+    )
+
+
+_SCALARS = {
+    faiss.ScalarQuantizer.QT_8bit: "SQ8",
+    faiss.ScalarQuantizer.QT_6bit: "SQ6",
+    faiss.ScalarQuantizer.QT_4bit: "SQ4",
+    faiss.ScalarQuantizer.QT_fp16: "SQfp16",
+    faiss.ScalarQuantizer.QT_bf16: "SQbf16",
+}
+
+
 def bytes_per_row(kind: str, dim: int) -> int:
     """Disk space of a vector while an index is built: its code and, for an IVF, its row and list numbers.
 
@@ -87,11 +128,27 @@ def bytes_per_row(kind: str, dim: int) -> int:
     return int(index.code_size) if isinstance(index, faiss.IndexFlatCodes) else 4 * dim
 
 
-def write_index(path: Path, shards: Sequence[Path], *, kind: str, rows: int, dim: int, train_rows: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """(rows, dim) vectors that are read in blocks."""
+
+    rows: int
+    dim: int
+    read: Callable[[int, int], NDArray[Any]]
+    """(start, stop) -> these rows, in any floating-point type."""
+
+
+_BLOCK = 16_384
+"""Rows of a matrix that are read at once."""
+
+
+def write_index(
+    path: Path, shards: Sequence[Path | Matrix], *, kind: str, rows: int, dim: int, train_rows: int
+) -> None:
     """Write the index file of `kind` over the vectors of `shards`.
 
     Args:
-        shards: `.npy` files of (n, dim) float32 with `rows` rows in total.
+        shards: `.npy` files of (n, dim) float32, or matrices, with `rows` rows in total.
         train_rows: maximum number of vectors in the training sample, which is held in memory.
 
     Raises:
@@ -114,17 +171,24 @@ def write_index(path: Path, shards: Sequence[Path], *, kind: str, rows: int, dim
 
 
 class _Vectors:
-    """The shards' vectors, one shard at a time."""
+    """The shards' vectors as float32, one shard or block of a matrix at a time."""
 
-    def __init__(self, shards: Sequence[Path], rows: int, dim: int) -> None:
+    def __init__(self, shards: Sequence[Path | Matrix], rows: int, dim: int) -> None:
         self.shards, self.rows, self.dim = list(shards), rows, dim
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
         for shard in self.shards:
+            if isinstance(shard, Matrix):
+                for start in range(0, shard.rows, _BLOCK):
+                    yield np.ascontiguousarray(shard.read(start, min(start + _BLOCK, shard.rows)), np.float32)
+                continue
             vectors: NDArray[np.float32] = np.load(shard)
             if vectors.ndim != 2 or vectors.shape[1] != self.dim or vectors.dtype != np.float32:
                 raise ManifestMismatchError(f"{shard}: expected float32 vectors of {self.dim} numbers; remove it")
             yield np.ascontiguousarray(vectors)
+
+    def __len__(self) -> int:
+        return sum(-(-shard.rows // _BLOCK) if isinstance(shard, Matrix) else 1 for shard in self.shards)
 
     def sample(self, count: int) -> NDArray[np.float32]:
         """(count, D) vectors drawn uniformly from all shards; the same sample in every call."""
@@ -190,7 +254,7 @@ def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
     with path.with_name(path.name + ".lists").open("w+b") as assigned:
         try:
             sizes = np.zeros(index.nlist, np.int64)
-            for part in tqdm(vectors, total=len(vectors.shards), desc="assign", unit="shard", mininterval=1.0):
+            for part in tqdm(vectors, total=len(vectors), desc="assign", unit="shard", mininterval=1.0):
                 lists = index.quantizer.search(part, 1)[1].ravel()
                 sizes += np.bincount(lists, minlength=index.nlist)
                 assigned.write(lists.astype(np.int32).data)
@@ -206,7 +270,7 @@ def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
                 # Writes go to scattered places: reserve the whole file first, so that a full disk is noticed now.
                 os.posix_fallocate(stream.fileno(), 0, max(int(ends[-1]), 1))
                 start = 0
-                for part in tqdm(vectors, total=len(vectors.shards), desc="write", unit="shard", mininterval=1.0):
+                for part in tqdm(vectors, total=len(vectors), desc="write", unit="shard", mininterval=1.0):
                     lists = np.frombuffer(assigned.read(4 * len(part)), np.int32).astype(np.int64)
                     _place(stream.fileno(), index, part, lists, start, codes_at, rows_at)
                     start += len(part)
@@ -240,7 +304,7 @@ def _place(
 
 def _write_whole(path: Path, index: faiss.Index, vectors: _Vectors, kind: str) -> None:
     log.warning("an index of kind %s is built in memory, which must hold all of its %d rows", kind, vectors.rows)
-    for part in tqdm(vectors, total=len(vectors.shards), desc="add", unit="shard", mininterval=1.0):
+    for part in tqdm(vectors, total=len(vectors), desc="add", unit="shard", mininterval=1.0):
         index.add(part)
     faiss.write_index(index, str(path))
 
@@ -291,7 +355,7 @@ def flat_vectors(path: Path, *, kind: str, rows: int, dim: int) -> Callable[[int
     if kind not in types:
         raise ConfigError(f"{path}: exact search in torch needs an index of kind Flat or SQfp16, found {kind}")
     stored = np.dtype(types[kind])
-    begin = path.stat().st_size - rows * dim * stored.itemsize
+    begin = path.stat().st_size - rows * dim * stored.itemsize  # the codes are the end of the file
     stream = path.open("rb")
 
     def read(start: int, stop: int) -> NDArray[Any]:

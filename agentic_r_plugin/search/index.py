@@ -27,8 +27,9 @@ from agentic_r_plugin.errors import (
     RecordError,
 )
 from agentic_r_plugin.records import Record
+from agentic_r_plugin.search import adopt
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.search.encoder import Retriever, RetrieverRecord
+from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
 from agentic_r_plugin.search.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
@@ -62,6 +63,21 @@ class IndexConfig:
     passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, in place of the model's"})
     formulation: str | None = field(default=None, metadata={"help": "query formulation in place of the recorded one"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of query and passage, in place of recorded"})
+    title_form: str = field(
+        default="contents", metadata={"help": f"how passages are encoded: {', '.join(TITLE_FORMS)} (title, then text)"}
+    )
+    adopt: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "faiss file, .npy or .safetensors to take over; parts: a pattern, or several times",
+            "flag": "--adopt",
+            **BY_CONTENTS,
+        },
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "adopt Tevatron's pickles, which can run any code", **FREE}
+    )
+    seed: int = field(default=0, metadata={"help": "draws the passages that adopt compares", **FREE})
     device: str = field(
         default="auto", metadata={"help": "auto: all GPUs of this node, else cpu; or cuda:0,cuda:1", **FREE}
     )
@@ -85,6 +101,8 @@ class IndexConfig:
         for name in ("max_batch_tokens", "ray_workers", "ray_gpus"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
+        if self.title_form not in TITLE_FORMS:
+            raise ConfigError(f"title_form={self.title_form!r}: expected {', '.join(TITLE_FORMS)}")
         if not self.method or "/" in self.method:
             raise ConfigError(f"method {self.method!r} must be usable as a file name")
         if "/" in self.kind:
@@ -101,6 +119,7 @@ class IndexManifest(Record):
     rows: int
     dim: int
     metric: str
+    """Metric of the index file: inner_product, or l2 of vectors of length 1; scores are inner products."""
     corpus: str
     corpus_fingerprint: str
     retriever: str
@@ -122,6 +141,9 @@ class IndexManifest(Record):
     """Size of the index file when it was completed."""
     index_sample: str | None = None
     """`store.sampled_fingerprint` of the index file when it was completed."""
+    title_form: str = "contents"
+    adopted: str | None = None
+    """Fingerprint of the adopted files, whose vectors somebody else encoded."""
 
     @property
     def index_file(self) -> str:
@@ -138,7 +160,9 @@ class IndexManifest(Record):
         return fingerprint(*self._vectors())
 
     def _vectors(self) -> tuple[Any, ...]:
-        return self.corpus_fingerprint, self.retriever_fingerprint, self.rows, self.dim, self.metric
+        form = () if self.title_form == "contents" else (self.title_form,)
+        adopted = () if self.adopted is None else (self.adopted,)
+        return self.corpus_fingerprint, self.retriever_fingerprint, self.rows, self.dim, self.metric, *form, *adopted
 
 
 def run(config: IndexConfig, *, resume: bool = False) -> None:
@@ -176,10 +200,13 @@ def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
         load |= {"preset": config.preset, "pooling": config.pooling, "precision": precision}
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
         load["untrained"] = retriever.record
-        manifest = replace(_manifest(config, corpus, retriever), precision=precision)
+        manifest = replace(_manifest(config, corpus, retriever), precision=None if config.adopt else precision)
         with _output(out, manifest).claim(resume=resume) as held:
             if held.finished is None:
-                _index(config, manifest, held, corpus, retriever, devices, load)
+                if config.adopt:
+                    _adopt(config, manifest, held, corpus, retriever)
+                else:
+                    _index(config, manifest, held, corpus, retriever, devices, load)
             shutil.rmtree(held.work, ignore_errors=True)
     return read_manifest(out)
 
@@ -191,6 +218,10 @@ def _output(out: Path, manifest: IndexManifest) -> Output:
         "precision": manifest.precision,
         "kind": manifest.kind,
     }
+    if manifest.title_form != "contents":
+        made_from["title_form"] = manifest.title_form
+    if manifest.adopted is not None:
+        made_from["adopted"] = manifest.adopted
     # All kinds use the same vectors, so unfinished work can be completed as another kind.
     return Output(out=out, made_from=made_from, done=MANIFEST, folder=True, at_end=frozenset({"kind"}))
 
@@ -221,6 +252,7 @@ def _index(
         shard_size=shard_size,
         batch_size=config.batch_size,
         max_batch_tokens=config.max_batch_tokens,
+        title_form=config.title_form,
     )
     ray = RayWorkers(count=config.ray_workers, address=config.ray_address, gpus=config.ray_gpus)
     encode_shards(job, corpus, retriever, devices, ray)
@@ -234,10 +266,34 @@ def _index(
         dim=manifest.dim,
         train_rows=config.train_rows,
     )
-    manifest = replace(manifest, index_bytes=index_file.stat().st_size, index_sample=sampled_fingerprint(index_file))
     save_config(config, out / "config.yaml")
-    held.finish(manifest.to_dict())
-    log.info("indexed %d passages in %s", manifest.rows, out)
+    finish(held, manifest)
+
+
+def finish(held: Claim, manifest: IndexManifest) -> None:
+    """Write the manifest, with size and samples of the index file."""
+    file = held.out / manifest.index_file
+    held.finish(replace(manifest, index_bytes=file.stat().st_size, index_sample=sampled_fingerprint(file)).to_dict())
+    log.info("indexed %d passages in %s", manifest.rows, held.out)
+
+
+def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Corpus, retriever: Retriever) -> None:
+    held.begin()
+    held.work.mkdir(exist_ok=True)
+    try:
+        source = adopt.open_source(
+            adopt.files_of(config.adopt), config.kind, corpus, held.work, allow_pickle=config.allow_pickle
+        )
+        adopt.require_agreement(source, corpus, retriever, config.title_form, config.seed)
+    except AgenticRError:  # nothing is left of what was refused: the same folder serves for another try
+        shutil.rmtree(held.work)
+        held.manifest.unlink()
+        raise
+    corpus.save_table(held.out)
+    manifest = replace(manifest, kind=source.kind, metric=source.written_metric)
+    source.write(held.out / manifest.index_file, config.train_rows)
+    save_config(config, held.out / "config.yaml")
+    finish(held, manifest)
 
 
 def _require_room(held: Claim, manifest: IndexManifest) -> None:
@@ -284,6 +340,8 @@ def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> Inde
         pooling=config.pooling,
         query_prompt_override=config.query_prompt,
         passage_prompt_override=config.passage_prompt,
+        title_form=config.title_form,
+        adopted=fingerprint(*map(sampled_fingerprint, adopt.files_of(config.adopt))) if config.adopt else None,
         versions={name: version(name) for name in ("torch", "transformers", "sentence-transformers")}
         | {"faiss": str(faiss.__version__)},
     )
@@ -340,6 +398,11 @@ def index_retriever(
 
 def check_index_file(manifest: IndexManifest, path: Path) -> None:
     """Raise `IndexMismatchError` unless the index file exists and matches the finished one in size and samples."""
+    if path.is_symlink() and not path.exists():
+        raise IndexMismatchError(
+            f"{path}: the adopted index file {path.readlink()} was moved or deleted; put it back, or link to its new "
+            f"place: ln -sfn NEW {path}"
+        )
     if not path.is_file():
         raise IndexMismatchError(f"{path}: the index file is missing; build it again with agentic-r index")
     found, expected = path.stat().st_size, manifest.index_bytes

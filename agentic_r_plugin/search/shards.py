@@ -47,6 +47,7 @@ class ShardJob:
     shard_size: int
     batch_size: int
     max_batch_tokens: int
+    title_form: str = "contents"
 
     def path(self, start: int) -> Path:
         """Path of the shard that begins at row `start`."""
@@ -118,6 +119,7 @@ class ShardEncoder:
             [self.corpus[row] for row in range(start, stop)],
             batch_size=self.job.batch_size,
             max_batch_tokens=self.job.max_batch_tokens,
+            title_form=self.job.title_form,
         )
         if not np.isfinite(vectors).all():
             raise RecordError(

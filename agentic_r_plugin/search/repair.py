@@ -1,0 +1,266 @@
+"""`agentic-r repair`: adds the gold documents that a corpus lacks to the corpus and its index.
+
+Missing documents are those that `coverage` counts as missing. They come from a second corpus, and from the documents
+that the questions' own file holds (`forms.context_documents`). Only they are encoded. The output is an index folder
+with a corpus of two shards, a link to the old corpus and the added passages; the old index and corpus do not change.
+
+| file in the output | holds |
+|---|---|
+| `corpus/` | the corpus: links to the old shards, then the added passages |
+| `before.jsonl`, `after.jsonl`, with reports | coverage of the old and of the new index |
+| `repair.json` | number of added passages, documents that no source holds, shares before and after |
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from agentic_r_plugin.answers import normalize
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.forms import context_documents, passage_fields
+from agentic_r_plugin.questions import read_rows
+from agentic_r_plugin.records import Passage, Question, text_id
+from agentic_r_plugin.search import coverage
+from agentic_r_plugin.search import index as indexes
+from agentic_r_plugin.search.corpus import PASSAGES, Corpus
+from agentic_r_plugin.search.coverage import CoverageConfig, gold_ids, gold_titles
+from agentic_r_plugin.search.faiss_files import Matrix, flat_vectors, open_index, write_index
+from agentic_r_plugin.search.index import IndexManifest
+from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
+from agentic_r_plugin.storage.claim import Claim, Output, require_new
+from agentic_r_plugin.store import atomic_path, dump_line, file_fingerprint, read_json, shards, write_json
+
+log = logging.getLogger(__name__)
+
+REPORT = "repair.json"
+_SHARD = 2048
+"""Added passages between two resume points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig(CoverageConfig):
+    """Settings of `agentic-r repair`."""
+
+    out: str = field(metadata={"help": "folder of the repaired index and its corpus", **FREE})
+    source: str = field(
+        default="",
+        metadata={"help": "corpus that holds missing documents; empty: only the questions' own", **BY_CONTENTS},
+    )
+
+
+def run(config: RepairConfig, *, resume: bool = False) -> None:
+    """Write the repaired index, and print the coverage before and after.
+
+    Raises:
+        OutputExistsError: the folder is not empty and `resume` is off.
+        ManifestMismatchError: the folder was started, or finished, with other inputs.
+        ConfigError: nothing to add, or a kind of index that takes no additions.
+        RecordError: broken questions or corpus.
+    """
+    out, spec = Path(config.out), config.spec()
+    if not resume:
+        require_new(out, folder=True)
+    manifest = indexes.read_manifest(spec.index)
+    old_file = Path(spec.index) / manifest.index_file
+    indexes.check_index_file(manifest, old_file)
+    with ExitStack() as opened:
+        corpus = opened.enter_context(Corpus(spec.corpus or manifest.corpus, table=spec.index))
+        indexes.check_corpus(manifest, corpus)
+        source = opened.enter_context(Corpus(config.source)) if config.source else None
+        made_from = {
+            "index": manifest.fingerprint(),
+            "questions": file_fingerprint(config.questions),
+            "format": config.format,
+            "max_questions": config.max_questions,
+            "topk": config.topk,
+            "search": deciding(config.search),
+            "source": source.fingerprint() if source else None,
+        }
+        with Output(out=out, made_from=made_from, done=indexes.MANIFEST, folder=True).claim(resume=resume) as held:
+            if held.finished is None:
+                _repair(config, held, manifest, old_file, corpus, source)
+                shutil.rmtree(held.work, ignore_errors=True)
+            _report(config, out)
+
+
+def _repair(
+    config: RepairConfig, held: Claim, manifest: IndexManifest, old_file: Path, corpus: Corpus, source: Corpus | None
+) -> None:
+    out, spec = held.out, config.spec()
+    if not (out / REPORT).is_file():
+        rows = list(read_rows(config.questions, format=config.format))[: config.max_questions or None]
+        added, not_found = missing_documents(rows, corpus, source)
+        if not added:
+            raise ConfigError(
+                f"nothing to add: {corpus.path} lacks {len(not_found)} gold documents of {config.questions}"
+                + ("; neither the questions nor the source hold them" if not_found else "")
+            )
+        held.begin()
+        _write_corpus(out / "corpus", corpus, Path(spec.index), added)
+        write_json(out / REPORT, {"added": len(added), "not_found": not_found})
+    _measure(config, out, "before", config.spec().index, config.spec().corpus)
+    added_file = shards(out / "corpus")[-1]
+    device = resolve_devices(spec.device)[0]
+    retriever = indexes.index_retriever(
+        manifest, spec.retriever or None, device=device, precision=manifest.precision or "auto"
+    )
+    held.work.mkdir(exist_ok=True)
+    job = ShardJob(
+        corpus=str(added_file),
+        table="",
+        retriever=retriever.source,
+        retriever_fingerprint=manifest.retriever_fingerprint,
+        load={},
+        folder=str(held.work),
+        shard_size=_SHARD,
+        batch_size=1024,
+        max_batch_tokens=0,
+        title_form=manifest.title_form,
+    )
+    with Corpus(added_file) as passages, Corpus(out / "corpus") as whole:
+        encode_shards(job, passages, retriever, [device], RayWorkers())
+        new = [job.path(start) for start in range(0, len(passages), _SHARD)]
+        whole.save_table(out)
+        repaired = replace(
+            manifest, rows=len(whole), corpus=str(whole.path.resolve()), corpus_fingerprint=whole.fingerprint()
+        )
+    _extend(old_file, new, manifest, out / repaired.index_file, repaired.rows)
+    save_config(config, out / "config.yaml")
+    indexes.finish(held, repaired)
+
+
+def missing_documents(
+    rows: Sequence[tuple[Question, Mapping[str, Any]]], corpus: Corpus, source: Corpus | None
+) -> tuple[list[Passage], list[str]]:
+    """(passages to add, gold documents that neither the source nor the questions hold).
+
+    A document is known by its id if the question has `gold_doc_ids`, else by its title; all passages of the source with
+    that title are added. A passage whose id the corpus has already, or that has none, gets a hash of its contents.
+    """
+    wanted = {title for question, _ in rows for title in gold_titles(question)}
+    titles = wanted - _by_title(corpus, wanted).keys()
+    ids = {name: None for question, _ in rows for name in sorted(gold_ids(question)) if name not in corpus}
+    in_source = _by_title(source, titles) if source else {}
+    own_ids, own_titles = _own_documents(rows)
+    added: dict[str, Passage] = {}
+    not_found: list[str] = []
+    for name in ids:
+        if source is not None and name in source:
+            added[name] = source.by_id(name)
+        elif name in own_ids:
+            added[name] = own_ids[name]
+        else:
+            not_found.append(name)
+    for title in sorted(titles):
+        found = [source[row] for row in in_source.get(title, ())] if source else []
+        for passage in found or own_titles.get(title, []):
+            if added.get(passage.id) == passage:
+                continue
+            taken = not passage.id or passage.id in corpus or passage.id in added
+            name = f"added-{text_id(passage.contents)}" if taken else passage.id
+            added[name] = replace(passage, id=name)
+        if not found and title not in own_titles:
+            not_found.append(title)
+    return list(added.values()), not_found
+
+
+def _by_title(corpus: Corpus, wanted: Iterable[str]) -> dict[str, list[int]]:
+    """Rows of the passages with these normalised titles."""
+    found: dict[str, list[int]] = {}
+    if wanted := set(wanted):
+        for row, passage in enumerate(corpus):
+            if (title := normalize(passage.title)) in wanted:
+                found.setdefault(title, []).append(row)
+    return found
+
+
+def _own_documents(
+    rows: Sequence[tuple[Question, Mapping[str, Any]]],
+) -> tuple[dict[str, Passage], dict[str, list[Passage]]]:
+    """Documents in the questions' own rows: by id, and by normalised title."""
+    by_id: dict[str, Passage] = {}
+    by_title: dict[str, list[Passage]] = {}
+    for _, row in rows:
+        for document in context_documents(row):
+            name, contents = passage_fields(document)
+            passage = Passage.from_contents(name, contents)
+            if name:
+                by_id.setdefault(name, passage)
+            elif passage not in (known := by_title.setdefault(normalize(passage.title), [])):
+                known.append(passage)
+    return by_id, by_title
+
+
+def _write_corpus(folder: Path, corpus: Corpus, index: Path, added: Iterable[Passage]) -> None:
+    """Make the corpus folder: links to the shards of the old corpus, and one shard of added passages."""
+    folder.mkdir(exist_ok=True)
+    old = [index / PASSAGES] if corpus.packed else shards(corpus.path)
+    for number, shard in enumerate(old):
+        link = folder / f"{number:05d}.jsonl"
+        link.unlink(missing_ok=True)
+        link.symlink_to(shard.resolve())
+    with atomic_path(folder / f"{len(old):05d}.jsonl") as temporary, temporary.open("wb") as stream:
+        stream.writelines(dump_line({"id": passage.id, "contents": passage.contents}) for passage in added)
+
+
+def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path, rows: int) -> None:
+    """Write the old index with the new vectors added.
+
+    Flat and SQfp16 are copied block by block; other kinds are read into memory.
+
+    Raises:
+        ConfigError: faiss cannot add to this kind.
+    """
+    if manifest.kind in ("Flat", "SQfp16") and manifest.metric == "inner_product":
+        read = flat_vectors(old, kind=manifest.kind, rows=manifest.rows, dim=manifest.dim)
+        kept = Matrix(rows=manifest.rows, dim=manifest.dim, read=read)
+        write_index(path, [kept, *new], kind=manifest.kind, rows=rows, dim=manifest.dim, train_rows=1)
+        return
+    index = open_index(old, mapped=False)
+    try:
+        for shard in new:
+            index.add(np.load(shard))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"{old}: an index of kind {manifest.kind} takes no additions ({reason}); build one of the corpus "
+            f"{path.parent / 'corpus'} with agentic-r index"
+        ) from error
+    with atomic_path(path) as temporary:
+        faiss.write_index(index, str(temporary))
+
+
+def _measure(config: RepairConfig, out: Path, name: str, index: str, corpus: str) -> None:
+    print(f"{name}:")
+    settings = CoverageConfig(
+        questions=config.questions,
+        format=config.format,
+        out=str(out / f"{name}.jsonl"),
+        search=replace(config.search, index=index, corpus=corpus),
+        topk=config.topk,
+        max_questions=config.max_questions,
+    )
+    coverage.run(settings, resume=True)
+
+
+def _report(config: RepairConfig, out: Path) -> None:
+    """Measure the coverage of the repaired index, and add both to the report."""
+    _measure(config, out, "after", str(out), "")
+    report = read_json(out / REPORT)
+    for name in ("before", "after"):
+        report[name] = read_json(out / f"{name}.jsonl.report.json")["shares"]
+    write_json(out / REPORT, report)
+    print(f"{report['added']} passages added; {len(report['not_found'])} gold documents in no source")
+    if report["not_found"]:
+        print(f"first: {json.dumps(report['not_found'][:5], ensure_ascii=False)}; all are in {out / REPORT}")
