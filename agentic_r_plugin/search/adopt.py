@@ -418,7 +418,10 @@ def _way_out(sample: _Sample, retriever: Retriever, title_form: str, own: Vector
             pooling=use["pooling"],
             passage_max_length=use["max_length"],
         )
-        encoder = Retriever(model, changed, precision=retriever.precision, source=retriever.source)
+        try:
+            encoder = Retriever(model, changed, precision=retriever.precision, source=retriever.source)
+        except ConfigError:  # the prefix leaves no room for the text
+            return float("inf")
         vectors = encoder.encode_passages([sample.passages[at] for at in places], title_form=use["title_form"])
         return float(sample.excess(vectors, places.tolist()).max())
 
