@@ -402,8 +402,12 @@ def _way_out(sample: _Sample, retriever: Retriever, title_form: str, own: Vector
     Changes the retriever's model.
     """
     record, model = retriever.record, retriever.model
-    given = {"title_form": title_form, "passage_prompt": record.passage_prompt, "pooling": record.pooling,
-             "max_length": record.passage_max_length}  # fmt: skip
+    given: dict[str, Any] = {
+        "title_form": title_form,
+        "passage_prompt": record.passage_prompt,
+        "pooling": record.pooling,
+        "max_length": record.passage_max_length,
+    }
     order = np.argsort([len(passage.contents) for passage in sample.passages])
     longest = families.longest_text(model) or max(_LENGTHS)
     poolings = families.POOLINGS if record.pooling in families.POOLINGS else (record.pooling,)
@@ -433,13 +437,17 @@ def _way_out(sample: _Sample, retriever: Retriever, title_form: str, own: Vector
         )
     )
     lengths = dict.fromkeys([record.passage_max_length, *(length for length in _LENGTHS if length <= longest)])
-    best: dict[str, Any] = given
-    for _ in range(2):  # where every passage is cut, the other settings are seen only at the right length
-        best = min(({**best, "max_length": length} for length in lengths), key=lambda use: worst(use, order[-_TRIED:]))
-        best = min(
-            ({**best, "title_form": form, "passage_prompt": prompt, "pooling": pool} for form, prompt, pool in forms),
-            key=lambda use: worst(use, order[:_TRIED]),
-        )
+
+    def best_form(use: dict[str, Any]) -> dict[str, Any]:
+        uses = (use | {"title_form": form, "passage_prompt": prompt, "pooling": pool} for form, prompt, pool in forms)
+        return min(uses, key=lambda use: worst(use, order[:_TRIED]))
+
+    def best_length(use: dict[str, Any]) -> dict[str, Any]:
+        return min((use | {"max_length": length} for length in lengths), key=lambda use: worst(use, order[-_TRIED:]))
+
+    # Short passages show the form whatever the length, unless all passages were cut: then the length comes first.
+    for first, second in ((best_form, best_length), (best_length, best_form)):
+        best = second(first(given))
         if worst(best, np.arange(len(order))) <= _AGREE:
             changes = " ".join(f"{name}={value!r}" for name, value in best.items() if value != given[name])
             return f"all of them agree with {changes}"
