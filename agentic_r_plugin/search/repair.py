@@ -211,7 +211,9 @@ def _write_corpus(folder: Path, corpus: Corpus, index: Path, added: Iterable[Pas
         link.unlink(missing_ok=True)
         link.symlink_to(shard.resolve())
     with atomic_path(folder / f"{len(old):05d}.jsonl") as temporary, temporary.open("wb") as stream:
-        stream.writelines(dump_line({"id": passage.id, "contents": passage.contents}) for passage in added)
+        for passage in added:
+            metadata = {"metadata": dict(passage.metadata)} if passage.metadata else {}
+            stream.write(dump_line({"id": passage.id, "contents": passage.contents} | metadata))
 
 
 def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path, rows: int) -> None:
