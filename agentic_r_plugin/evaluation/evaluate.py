@@ -206,8 +206,8 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     for name in (name for name in searches if name not in later):
         for benchmark in config.benchmarks:
             searching = _search_spec(config, name, benchmark)
-            where = {"faiss": searching.index, "bm25": searching.corpus}.get(searching.backend)
-            if where is not None and not Path(where).exists():
+            where = _searched(searching)
+            if searching.backend in ("faiss", "bm25") and not Path(where).exists():
                 raise ConfigError(f"searches.{name}: {where!r} does not exist")
 
 
@@ -263,8 +263,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
         for agent, search in _pairs(config):
             own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
-            retriever = (_place(config, search, benchmark), settings.search.retriever)
-            for where in (settings.agent.model, settings.agent.tokenizer, *retriever):
+            spec = settings.search
+            for where in (settings.agent.model, settings.agent.tokenizer, _searched(spec), spec.retriever):
                 if where not in identities:
                     identities[where] = path_fingerprint(where)
             cell = Cell(
@@ -281,7 +281,7 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 metrics=tuple(config.metrics),
                 settings=settings,
                 format=config.format,
-                made_from=_made_from(config, settings, benchmark, split, identities, search),
+                made_from=_made_from(config, settings, benchmark, split, identities),
             )
             if cell.name in names:
                 raise ConfigError(f"two cells would be called {cell.name!r}; rename an agent, retriever or benchmark")
@@ -303,7 +303,6 @@ def _made_from(
     benchmark: str,
     split: str,
     identities: Mapping[str, str],
-    search: str,
 ) -> dict[str, Any]:
     """Everything known before the start that can change a cell's figures. Paths, addresses and batch sizes cannot.
 
@@ -312,7 +311,7 @@ def _made_from(
     own, llm = deciding(settings), settings.agent
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     if settings.search.backend != "service":
-        own["retriever"] = identities[_place(config, search, benchmark)]
+        own["retriever"] = identities[_searched(settings.search)]
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
@@ -378,13 +377,13 @@ def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
     return load_config(LLMSpec, values=shared | {"backend": "openai", "url": where} | own)
 
 
-def _place(config: EvaluateConfig, search: str, benchmark: str) -> str:
-    """Path or URL of a retriever for a benchmark."""
-    return config.searches[search].replace("{benchmark}", benchmark)
+def _searched(spec: SearchSpec) -> str:
+    """The index or corpus that is searched."""
+    return spec.corpus if spec.backend == "bm25" else spec.index
 
 
 def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec:
-    where = _place(config, name, benchmark)
+    where = config.searches[name].replace("{benchmark}", benchmark)
     if where.startswith(("http://", "https://")):
         return replace(config.settings.search, backend="service", url=where)
     if where.startswith("bm25:"):

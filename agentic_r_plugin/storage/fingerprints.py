@@ -13,7 +13,7 @@ def path_fingerprint(where: str) -> str:
 
     Anything that is not a local path (a URL, the name of a model) is returned unchanged.
     """
-    path = Path(where.removeprefix("bm25:"))
+    path = Path(where)
     if not where or not path.exists():
         return where
     if path.is_file():

@@ -30,6 +30,7 @@ class ListwiseJudge:
         cost: updated in place.
     """
 
+    name, prompt_name = "listwise_judge", "listwise_relevance"
     needs_questions = False
 
     @staticmethod
@@ -54,11 +55,14 @@ class ListwiseJudge:
         prompt: str = "",
         cost: RolloutCost | None = None,
     ) -> None:
-        if window < 1 or max_retries < 0:
-            raise ConfigError(f"listwise_judge: window={window}, max_retries={max_retries}: expected at least 1 and 0")
+        if window < 1 or max_retries < 0 or max_tokens < 1:
+            raise ConfigError(
+                f"{self.name}: window={window}, max_retries={max_retries}, max_tokens={max_tokens}: expected at least "
+                "1, 0 and 1"
+            )
         self.judge, self.window, self.max_retries, self.max_tokens = judge, window, max_retries, max_tokens
         self.cost = cost if cost is not None else RolloutCost()
-        self.prompt = load_prompt("listwise_relevance", prompt)
+        self.prompt = load_prompt(self.prompt_name, prompt)
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> ListwiseJudge:
@@ -82,7 +86,7 @@ class ListwiseJudge:
         replies = ask(
             self.judge,
             [self.render(tasks[index], passages) for index, passages in windows],
-            [partial(parse_scores, length=len(passages)) for _, passages in windows],
+            [partial(self.parse, length=len(passages)) for _, passages in windows],
             max_tokens=self.max_tokens,
             max_retries=self.max_retries,
             cost=self.cost,
@@ -95,6 +99,10 @@ class ListwiseJudge:
             elif isinstance(result, dict):
                 result.update(zip((passage.id for passage in passages), scores, strict=True))
         return results
+
+    def parse(self, reply: str, length: int) -> list[int]:
+        """Scores in a reply; raises JudgeError for any other reply."""
+        return parse_scores(reply, length)
 
     def render(self, task: ScoringTask, passages: Sequence[Passage]) -> str:
         """The prompt for one window of a query's passages."""
