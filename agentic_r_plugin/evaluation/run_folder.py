@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin.data.report import STAGES
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.records import Correctness, Relevance, Trajectory
@@ -73,9 +74,6 @@ class RunFolder:
         return self.matrix_dir / cell_name(cell)
 
 
-_STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
-
-
 def read_run(path: Path) -> RunFolder:
     """Read everything that a run folder holds.
 
@@ -128,7 +126,7 @@ def _note_missing(run: RunFolder) -> None:
 def _iteration(number: int, folder: Path) -> Iteration | None:
     """Read the folder of an iteration; None if nothing in it is shown (iteration 0 has only an index)."""
     stages = {}
-    for name in _STAGES:
+    for name in STAGES:
         file = folder / "data" / f"{name}.jsonl.report.json"
         if file.is_file():
             stages[name] = read_json(file)
