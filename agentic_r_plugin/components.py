@@ -9,12 +9,13 @@ The object behind a name depends on its kind:
 
 | kind | the object |
 |---|---|
-| query_formulation | `f(question: str, query: str, history: Sequence[str]) -> str` |
+| query_formulation | `f(request: query.SearchRequest) -> str` |
 | agent_protocol | a `protocol.AgentProtocol` |
 | relevance_scorer | a class with `needs_questions`, `build`, `score` and `fingerprint` (`data.scorers.base`) |
 | llm_backend | a class with `from_spec(spec)` (`backends`) and `generate(requests, sampling)` (`llm.base`) |
 | search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
+| reward | `f(outcome: Outcome, **options) -> float` (`agent.rewards`) |
 
 A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the
 metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
@@ -39,6 +40,7 @@ KINDS = (
     "llm_backend",
     "search_backend",
     "retriever_trainer",
+    "reward",
 )
 
 

@@ -34,6 +34,13 @@ BY_CONTENTS: Mapping[str, Any] = {"decides": "contents"}
 """Metadata of a setting that names a file, folder or model: its contents can change the result, its name cannot."""
 
 
+LATER: Mapping[str, Any] = {"later": True}
+"""Metadata of a deciding setting that earlier versions did not have.
+
+Its default is what they did, so only other values are compared, and work that they began can be resumed.
+"""
+
+
 def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
     """Metadata of a dictionary with the options of one component; the field `field` holds the component's name.
 
@@ -219,7 +226,7 @@ def deciding(config: Any, *, names: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         decides, value = item.metadata.get("decides", True), getattr(config, item.name)
-        if _left_out(decides, names):
+        if _left_out(decides, names) or ("later" in item.metadata and value == _default(item)):
             continue
         if callable(decides):
             value = decides(value)
@@ -230,6 +237,10 @@ def deciding(config: Any, *, names: bool = False) -> dict[str, Any]:
             value = deciding(value, names=names)
         found[item.name] = value
     return found
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
 def _left_out(decides: Any, names: bool) -> bool:

@@ -51,6 +51,7 @@ from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.query import DEFAULT_FORMULATION, needs_reasoning
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search import index, server
@@ -558,6 +559,7 @@ class Loop:
             "seed": self._seed(k),
             "protocol": self.config.protocol,
             "format": self.config.format,
+            "reasoning": needs_reasoning(self.config.train_retriever.get("formulation") or DEFAULT_FORMULATION),
         }
         if name in ("trajectories", "correctness"):
             known |= self.protocol_settings() | {"llm": llm}

@@ -6,7 +6,10 @@ and evaluation read it from there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 from agentic_r_plugin import components
 
@@ -16,23 +19,81 @@ SEPARATOR = " [SEP] "
 DEFAULT_FORMULATION = "question_query"
 
 
-def question_query(question: str, query: str, history: Sequence[str] = ()) -> str:
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """One search of the agent, with all that a formulation may read. Each retriever uses its own formulation."""
+
+    query: str
+    question: str | None = None
+    """The user's question; None in a search that does not name it."""
+    history: tuple[str, ...] = ()
+    """The trajectory's earlier queries, oldest first."""
+    reasoning: str = ""
+    """What the agent wrote in this turn before the query, without tags; empty if it wrote nothing."""
+
+
+def question_query(request: SearchRequest) -> str:
     """Question and query: `Q [SEP] q_i` (the paper's default)."""
-    return f"{question}{SEPARATOR}{query}"
+    return _joined(request.question, request.query)
 
 
-def query_only(question: str, query: str, history: Sequence[str] = ()) -> str:
+def query_only(request: SearchRequest) -> str:
     """The agent's query alone (ablation "without the question", and untrained retrievers)."""
-    return query
+    return request.query
 
 
-def question_history_query(question: str, query: str, history: Sequence[str] = ()) -> str:
+def question_history_query(request: SearchRequest) -> str:
     """Question, the trajectory's earlier queries, and query (ablation "with history")."""
-    return SEPARATOR.join([question, *history, query])
+    return _joined(request.question, *request.history, request.query)
+
+
+def reasoning_query(request: SearchRequest) -> str:
+    """The agent's reasoning and its query (AgentIR, arXiv 2603.04384)."""
+    return _labelled(Reasoning=request.reasoning, Query=request.query)
+
+
+def question_reasoning_query(request: SearchRequest) -> str:
+    """Question, the agent's reasoning and its query."""
+    return _labelled(Question=request.question, Reasoning=request.reasoning, Query=request.query)
+
+
+def _joined(*parts: str | None) -> str:
+    return SEPARATOR.join(part for part in parts if part is not None)
+
+
+def _labelled(**parts: str | None) -> str:
+    """Named parts, one a paragraph; empty ones are left out."""
+    return "\n\n".join(f"{name}: {text}" for name, text in parts.items() if text)
+
+
+def retriever_input(request: SearchRequest, formulation: str) -> str:
+    """The text that a retriever with this formulation encodes, before its prefix.
+
+    A search with neither question nor reasoning is the query alone, whatever the formulation.
+
+    Args:
+        request: the search.
+        formulation: name of a registered `query_formulation`. A function of three arguments (question, query, history),
+            the interface of earlier versions, is called with these, and not without a question.
+
+    Raises:
+        UnknownComponentError: no such formulation.
+    """
+    formulate: Callable[..., str] = components.load("query_formulation", formulation)
+    if request.question is None and (not request.reasoning or _takes_three(formulation)):
+        return request.query
+    if _takes_three(formulation):
+        return formulate(request.question, request.query, request.history)
+    return formulate(request)
 
 
 def retrieval_query(
-    question: str, query: str, history: Sequence[str] = (), formulation: str = DEFAULT_FORMULATION
+    question: str,
+    query: str,
+    history: Sequence[str] = (),
+    formulation: str = DEFAULT_FORMULATION,
+    *,
+    reasoning: str = "",
 ) -> str:
     """Retriever input x_i for query `query` of a trajectory that answers `question`.
 
@@ -41,11 +102,36 @@ def retrieval_query(
         query: the agent's query q_i.
         history: the agent's earlier queries q_1 .. q_(i-1), oldest first.
         formulation: name of a registered `query_formulation`.
+        reasoning: what the agent wrote in this turn before the query.
 
     Raises:
         UnknownComponentError: no such formulation.
 
     >>> retrieval_query("Who wrote Emma?", "Emma author")
     'Who wrote Emma? [SEP] Emma author'
+    >>> retrieval_query("Who wrote Emma?", "Emma author", formulation="reasoning_query", reasoning="A novel.")
+    'Reasoning: A novel.\\n\\nQuery: Emma author'
     """
-    return components.load("query_formulation", formulation)(question, query, history)
+    request = SearchRequest(question=question, query=query, history=tuple(history), reasoning=reasoning)
+    return retriever_input(request, formulation)
+
+
+@cache
+def _takes_three(formulation: str) -> bool:
+    """Whether a formulation has the interface of earlier versions: question, query and (optionally) history."""
+    signature = inspect.signature(components.load("query_formulation", formulation))
+    return sum(item.default is item.empty for item in signature.parameters.values()) > 1
+
+
+@cache
+def needs_reasoning(formulation: str) -> bool:
+    """Whether a formulation's text depends on the agent's reasoning.
+
+    Raises:
+        UnknownComponentError: no such formulation.
+
+    >>> needs_reasoning("question_query"), needs_reasoning("reasoning_query")
+    (False, True)
+    """
+    without, with_it = (SearchRequest(question="Q", query="q", reasoning=text) for text in ("", "r"))
+    return retriever_input(without, formulation) != retriever_input(with_it, formulation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -31,17 +31,31 @@ class StopReason(str, Enum):
     MAX_TOKENS = "max_tokens"
 
 
+def since(number: int) -> Mapping[str, Any]:
+    """Metadata of a field that came with schema number `number`; such a field has a default.
+
+    It is written only if its value is not the default, and a record has the lowest schema number that holds the fields
+    written. So records that do not use a new field do not change, and earlier versions read them.
+    """
+    return {"since": number}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Base class: converts a record to a plain dict and back, with checks."""
 
     schema: ClassVar[str | None] = None
-    """Schema tag that is written to and required from files; None for FlashRAG's own formats."""
+    """Newest schema tag, `name/number`, of which lower numbers are read, too; None for FlashRAG's own formats."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, schema tag first, fields in declaration order."""
-        tag = {} if self.schema is None else {"schema": self.schema}
-        return tag | {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+        unused = [name for name, item in _later(type(self)).items() if getattr(self, name) == item.default]
+        values = {item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name not in unused}
+        return values if self.schema is None else {"schema": self._tag()} | values
+
+    def _tag(self) -> str:
+        """The schema tag with the lowest number that holds the fields in use."""
+        return f"{str(self.schema).partition('/')[0]}/{max(_numbers(self))}"
 
     @classmethod
     def from_dict(cls: type[RecordType], data: Any) -> RecordType:
@@ -53,12 +67,39 @@ class Record:
         """
         if not isinstance(data, Mapping):
             raise RecordError(f"expected a JSON object, found {type(data).__name__}")
-        data = dict(data)
+        # In a Parquet file, a field that a record does not use is null.
+        data = {key: value for key, value in data.items() if value is not None or key not in _later(cls)}
         if cls.schema is not None:
-            found = data.pop("schema", None)
-            if found != cls.schema:
-                raise RecordError(f"expected schema {cls.schema!r}, found {found!r}")
+            found, (name, _, newest) = data.pop("schema", None), cls.schema.partition("/")
+            known = [f"{name}/{number}" for number in range(1, int(newest) + 1)]
+            if found not in known:
+                raise RecordError(f"expected schema {' or '.join(map(repr, known))}, found {found!r}")
+            for key, item in _later(cls).items():
+                if key in data and item.metadata["since"] > 1 + known.index(found):
+                    raise RecordError(f"unknown field {key!r} of {found}; it came with number {item.metadata['since']}")
         return _build(cls, data, "")
+
+
+def _later(cls: type) -> dict[str, Any]:
+    """Fields that came with a later schema number than the record, by name."""
+    known: dict[str, Any] | None = _LATER.get(cls)
+    if known is None:
+        known = _LATER[cls] = {item.name: item for item in fields(cls) if "since" in item.metadata}  # type: ignore[arg-type]
+    return known
+
+
+_LATER: dict[type, dict[str, Any]] = {}
+
+
+def _numbers(record: Record) -> Iterator[int]:
+    """Schema numbers that the fields in use need, those of records within the record included."""
+    yield 1
+    for name, item in _later(type(record)).items():
+        if getattr(record, name) != item.default:
+            yield item.metadata["since"]
+    for inner in (value for item in fields(record) if isinstance(value := getattr(record, item.name), tuple)):
+        if inner and isinstance(inner[0], Record) and _later(type(inner[0])):
+            yield from (number for part in inner for number in _numbers(part))
 
 
 def _plain(value: Any) -> Any:
@@ -249,7 +290,7 @@ class Trajectory(Record):
 class Candidates(Record):
     """A query with the passages the previous retriever found for it, in retrieval order."""
 
-    schema: ClassVar[str | None] = "candidates/1"
+    schema: ClassVar[str | None] = "candidates/2"
 
     id: str
     turn: int
@@ -260,6 +301,8 @@ class Candidates(Record):
     prefix: str
     """The trajectory's text up to and with this turn's closing search tag."""
     passages: tuple[ScoredPassage, ...]
+    reasoning: str = field(default="", metadata=since(2))
+    """The agent's reasoning of this turn, if it was kept for formulations that read it."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -322,7 +365,7 @@ class Correctness(Record):
 class Group(Record):
     """A training group: what the retriever learns from one query."""
 
-    schema: ClassVar[str | None] = "group/1"
+    schema: ClassVar[str | None] = "group/2"
 
     id: str
     turn: int
@@ -333,3 +376,5 @@ class Group(Record):
     """Passage id."""
     negatives: tuple[str, ...]
     """Passage ids, in sampled order."""
+    reasoning: str = field(default="", metadata=since(2))
+    """The agent's reasoning of this turn, if the candidates hold it."""

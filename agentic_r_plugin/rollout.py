@@ -202,9 +202,9 @@ def _find(
 
 
 def search_request(session: Session, action: Search) -> SearchRequest:
-    """Search request for a session's pending search, with the question and the earlier queries."""
+    """Search request for a session's pending search, with the question, the earlier queries and the reasoning."""
     history = (*session.history, *(turn.query for turn in session.turns))
-    return SearchRequest(query=action.query, question=session.question, history=history)
+    return SearchRequest(query=action.query, question=session.question, history=history, reasoning=action.reasoning)
 
 
 def to_trajectory(session: Session, question: Question) -> Trajectory:

@@ -121,7 +121,8 @@ def _record_table(cls: Any, notes: dict[str, str]) -> str:
     rows = [f"### {title}\n\n{cls.__doc__}\n", "| field | type | note |", "|---|---|---|"]
     for item in dataclasses.fields(cls):
         optional = item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
-        note = " ".join(filter(None, (notes.get(item.name, ""), "May be absent." if optional else "")))
+        later = f"Since number {item.metadata['since']}." if "since" in item.metadata else ""
+        note = " ".join(filter(None, (notes.get(item.name, ""), "May be absent." if optional else "", later)))
         rows.append(f"| `{item.name}` | {_type(hints[item.name], {})} | {note} |")
     return "\n".join(rows) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -21,9 +21,10 @@ from agentic_r_plugin.errors import (
     UnknownComponentError,
     UpstreamError,
 )
-from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.query import SearchRequest, needs_reasoning, retrieval_query, retriever_input
 from agentic_r_plugin.records import (
     Candidates,
+    Group,
     Passage,
     Question,
     Relevance,
@@ -32,6 +33,7 @@ from agentic_r_plugin.records import (
     Trajectory,
     Turn,
 )
+from agentic_r_plugin.store import read_records, write_records
 
 
 @pytest.mark.parametrize("module", ["query", "answers", "protocol", "records", "errors"])
@@ -82,6 +84,38 @@ def test_the_three_formulations():
     assert retrieval_query("Q", "q2", ["q1"], "question_history_query") == "Q [SEP] q1 [SEP] q2"
 
 
+def test_the_reasoning_of_the_turn_is_a_part_of_the_input_and_left_out_if_empty():
+    given = {"question": "Q", "query": "q2", "history": ["q1"], "reasoning": "r"}
+    assert retrieval_query(**given, formulation="reasoning_query") == "Reasoning: r\n\nQuery: q2"
+    whole = "Question: Q\n\nReasoning: r\n\nQuery: q2"
+    assert retrieval_query(**given, formulation="question_reasoning_query") == whole
+    assert retrieval_query("Q", "q", formulation="reasoning_query") == "Query: q"
+    assert retrieval_query("Q", "q", formulation="question_reasoning_query") == "Question: Q\n\nQuery: q"
+    assert retrieval_query(**given) == "Q [SEP] q2"
+
+
+def test_a_search_without_question_and_reasoning_is_the_query_alone_whatever_the_formulation():
+    plain, thought = SearchRequest(query="q", history=("h",)), SearchRequest(query="q", reasoning="r")
+    for name in components.names("query_formulation"):
+        assert retriever_input(plain, name) == "q"
+    assert retriever_input(thought, "reasoning_query") == "Reasoning: r\n\nQuery: q"
+    assert retriever_input(thought, "question_query") == "q"
+
+
+def test_a_formulation_of_three_arguments_goes_on_working(monkeypatch):
+    """As third parties wrote them before the reasoning was known."""
+    theirs = {
+        "old": lambda question, query, history=(): f"{query} | {question} | {len(history)}",
+        "oldest": lambda question, query, history: "/".join([question, *history, query]),
+        "new": lambda request: f"{request.reasoning} > {request.query}",
+    }
+    monkeypatch.setattr(components, "load", lambda kind, name: theirs[name])
+    request = SearchRequest(question="Q", query="q2", history=("q1",), reasoning="r")
+    assert [retriever_input(request, name) for name in theirs] == ["q2 | Q | 1", "Q/q1/q2", "r > q2"]
+    assert [retriever_input(replace(request, question=None), name) for name in theirs] == ["q2", "q2", "r > q2"]
+    assert [needs_reasoning(name) for name in theirs] == [False, False, True]
+
+
 def test_an_unknown_formulation_lists_the_known_ones():
     with pytest.raises(UnknownComponentError, match="question_history_query, question_query"):
         retrieval_query("Q", "q", formulation="nope")
@@ -100,6 +134,30 @@ TRAJECTORY = Trajectory(
     f1=0.0,
     text="…",
 )
+
+
+GROUP = Group(id="q", turn=1, question="Q?", query="q", history=(), positive="p", negatives=("n",))
+
+
+def test_a_field_that_is_not_used_leaves_the_record_in_its_earlier_schema(tmp_path):
+    old, new = GROUP.to_dict(), replace(GROUP, reasoning="r").to_dict()
+    assert old == {
+        "schema": "group/1", "id": "q", "turn": 1, "question": "Q?", "query": "q", "history": [], "positive": "p",
+        "negatives": ["n"],
+    }  # fmt: skip
+    assert new == old | {"schema": "group/2", "reasoning": "r"}
+    assert Group.from_dict(old) == GROUP and Group.from_dict(new).reasoning == "r"
+    for name in ("groups.jsonl", "groups.parquet"):
+        written = [GROUP, replace(GROUP, id="other", reasoning="r")]
+        write_records(tmp_path / name, written)
+        assert list(read_records(tmp_path / name, Group)) == written
+
+
+def test_a_field_newer_than_the_schema_of_its_record_is_refused():
+    with pytest.raises(RecordError, match="unknown field 'reasoning' of group/1; it came with number 2"):
+        Group.from_dict(GROUP.to_dict() | {"reasoning": "r"})
+    with pytest.raises(RecordError, match="expected schema 'group/1' or 'group/2', found 'group/3'"):
+        Group.from_dict(GROUP.to_dict() | {"schema": "group/3"})
 
 
 def test_a_trajectory_round_trips_with_its_schema_first():

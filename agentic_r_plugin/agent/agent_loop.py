@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
@@ -30,6 +31,7 @@ from weakref import WeakKeyDictionary
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
 
 from agentic_r_plugin import components
+from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -70,6 +72,8 @@ class SearchAgentLoop(AgentLoopBase):
         search_timeout_s: timeout of one search attempt.
         search_retries: attempts after the first, with exponential backoff, before the search counts as failed.
         mask_observations: False trains on the environment's tokens too (ablation).
+        reward: name of a registered reward -> its weight; empty: exact match alone.
+        reward_options: name of a registered reward -> its options.
         seed: base of the sampling seed of each request; None lets the engine choose. With a seed, a step repeated
             after a resume samples the same tokens.
 
@@ -89,10 +93,13 @@ class SearchAgentLoop(AgentLoopBase):
         search_timeout_s: float = 60.0,
         search_retries: int = 5,
         mask_observations: bool = True,
+        reward: Mapping[str, float] = MappingProxyType({}),
+        reward_options: Mapping[str, Any] = MappingProxyType({}),
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.reward = RewardSum(reward, reward_options) if reward else None
         self.protocol = components.load("agent_protocol", protocol)
         self.limits = Limits(**limits)
         self.codec = TokenizerCodec(self.tokenizer)
@@ -134,7 +141,10 @@ class SearchAgentLoop(AgentLoopBase):
                 await self._search(session, action)
                 log.search_s += perf_counter() - started
             log.pad(len(session.response_ids))
-        return _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
+        output = _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
+        if self.reward is not None:
+            output.extra_fields |= await _rewarded(self.reward, session, question)
+        return output
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
         names = _SGLANG if self.rollout_config.get("name") == "sglang" else _VLLM
@@ -160,6 +170,25 @@ class SearchAgentLoop(AgentLoopBase):
             session.search_failed()
             return
         session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+
+async def _rewarded(reward: RewardSum, session: Session, question: Question) -> dict[str, Any]:
+    """Reward, weights and parts; a trajectory whose search failed is not trained on and gets 0."""
+    assert session.finished is not None
+    outcome = Outcome(
+        question=question.question,
+        golden_answers=question.golden_answers,
+        answer=session.finished.answer,
+        stop_reason=session.finished.stop_reason,
+        shown=tuple(segment.text for segment in session.segments if not segment.by_model),
+        searches=session.searches,
+        malformed_turns=session.malformed,
+    )
+    if outcome.stop_reason is StopReason.SEARCH_FAILED:
+        parts = dict.fromkeys(reward.weights, 0.0)
+    else:
+        parts = await asyncio.to_thread(reward.parts, outcome)  # a judge would block the other trajectories
+    return {"reward": reward.total(parts), "reward_weights": reward.weights, "reward_parts": parts}
 
 
 def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:

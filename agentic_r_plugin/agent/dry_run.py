@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import attention, dataset, memory, prepare, verl_config
+from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import AgenticRError, ConfigError
 
@@ -32,6 +33,8 @@ def run(config: TrainAgentConfig) -> None:
     """
     checks = Checks()
     checks.make("protocol", lambda: components.load("agent_protocol", config.protocol).description)
+    if config.reward or config.reward_options:
+        checks.make("reward", lambda: " + ".join(RewardSum(config.reward, config.reward_options).rewards))
     model = checks.make("model", lambda: _model(config))
     questions = checks.make("questions", lambda: prepare.training_questions(config), show=_describe)
     validation = checks.make("validation", lambda: prepare.validation_questions(config), show=_describe)

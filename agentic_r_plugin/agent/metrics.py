@@ -38,6 +38,10 @@ def trajectory_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, f
         "generated_tokens": _mean(item["generated_tokens"] for item in valid),
         "trajectories": float(len(trajectories)),
     }
+    if any("reward" in item for item in valid):
+        metrics["reward"] = _mean(item["reward"] for item in valid)
+        names = dict.fromkeys(name for item in valid for name in item["reward_parts"])
+        metrics |= {f"reward/{name}": _mean(item["reward_parts"].get(name, 0.0) for item in valid) for name in names}
     metrics |= {f"stop/{reason.value}": stopped[reason.value] / len(trajectories) for reason in StopReason}
     return {f"{PREFIX}/{name}": value for name, value in metrics.items()}
 
@@ -112,10 +116,11 @@ def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
         "input": item["prompt"],
         "output": trajectory["text"],
         "gts": trajectory["golden_answers"],
-        "score": float(trajectory["em"]),
+        "score": float(item.get("reward", trajectory["em"])),
         "step": step,
     }
-    return verls | trajectory | {"segments": item["segments"], "trained_tokens": item["trained_tokens"]}
+    parts = {"reward": item["reward_parts"]} if "reward" in item else {}
+    return verls | trajectory | parts | {"segments": item["segments"], "trained_tokens": item["trained_tokens"]}
 
 
 class RolloutLog:

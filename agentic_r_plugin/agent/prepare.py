@@ -14,6 +14,7 @@ from agentic_r_plugin import components, compute
 from agentic_r_plugin.agent import attention, dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
+from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import deciding
 from agentic_r_plugin.credentials import read_secret
@@ -50,6 +51,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
         SearchError: the retrieval service does not answer or refuses to search.
     """
     protocol = components.load("agent_protocol", config.protocol)
+    RewardSum(config.reward, config.reward_options)
     questions = training_questions(config)
     validation = validation_questions(config)
     check_model(Path(config.model))

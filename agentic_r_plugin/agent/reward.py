@@ -1,4 +1,4 @@
-"""The outcome reward: exact match of the model's own answer (method sections 2 and 6).
+"""The outcome reward: exact match of the model's own answer (method sections 2 and 6), or a sum of `agent.rewards`.
 
 verl calls `compute_score` with the whole response as text, passages included. That text is ignored: the answer is the
 one that the agent loop extracted from the model's own tokens.
@@ -33,8 +33,9 @@ def compute_score(
         extra_info: the agent loop's `extra_fields`.
 
     Returns:
-        `score`, the reward (0 or 1); `acc` and `em`, the same number under the names that verl and we report; `f1`;
-        and the fields in `NUMBERS`.
+        `score`, the reward: exact match, or the sum that the agent loop computed from its setting `reward`, with its
+        parts as `reward_NAME`; `acc` and `em`, exact match under the names that verl and we report; `f1`; and the
+        fields in `NUMBERS`.
 
     Raises:
         TrainingError: the trajectory is not from our agent loop, or its question has no gold answers.
@@ -49,4 +50,8 @@ def compute_score(
         raise TrainingError("a question without gold answers cannot be rewarded; leave it out of the training data")
     correct = float(exact_match(answer, gold))
     scores = {"score": correct, "acc": correct, "em": correct, "f1": float(f1(answer, gold))}
+    if "reward" in extra_info:
+        scores["score"] = float(extra_info["reward"])
+        # verl wants the same names for all trajectories, so numbers that only some of them have are left out.
+        scores |= {f"reward_{name}": float(extra_info["reward_parts"][name]) for name in extra_info["reward_weights"]}
     return scores | {name: float(extra_info[name]) for name in NUMBERS}

@@ -97,9 +97,11 @@ def _trajectory(line: Mapping[str, Any]) -> str:
     masked = total - line["trained_tokens"]
     answer = "no answer" if line["answer"] is None else f"“{line['answer']}”"
     mark = ' class="right"' if line["em"] else ""
+    parts = ", ".join(f"{name} {value:g}" for name, value in line.get("reward", {}).items())
+    reward = f"reward {line['score']:.3g} ({escape(parts)}); " if parts else ""
     summary = (
         f"{escape(line['question'])} <span{mark}>{escape(answer)}</span> <small>gold: "
-        f"{escape(' / '.join(line['golden_answers']))}; {line['stop_reason']}, {len(line['turns'])} searches, "
+        f"{escape(' / '.join(line['golden_answers']))}; {reward}{line['stop_reason']}, {len(line['turns'])} searches, "
         f"{total} tokens, {masked / total:.0%} masked</small>"
     )
     body = "".join(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from agentic_r_plugin.agent.stability import StabilityRule
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
@@ -80,6 +80,14 @@ class TrainAgentConfig:
     protocol: str = _help("name of a registered agent protocol", default="search_r1")
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far one trajectory may go"})
     topk: int = _help("passages shown for a search", default=3)
+
+    reward: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "registered reward -> weight, added up; empty: exact_match alone", **LATER},
+    )
+    reward_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "registered reward -> its options", **LATER}
+    )
 
     algorithm: str = _help("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
     mode: str = _help("verl's trainer: sync, colocate_async or separate_async", default="sync")

@@ -40,6 +40,8 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
         "mask_observations": config.mask_observations,
         "seed": config.sampling_seed if config.sampling_seed != -1 else config.seed if config.mode == "sync" else None,
     }
+    if config.reward:
+        loop |= {"reward": config.reward, "reward_options": config.reward_options}
     return OmegaConf.to_yaml(OmegaConf.create([loop]))
 
 

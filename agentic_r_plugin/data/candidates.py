@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
@@ -31,6 +31,10 @@ class CandidatesConfig:
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
     topk: int = field(default=20, metadata={"help": "candidates a query"})
+    reasoning: bool = field(
+        default=False,
+        metadata={"help": "keep the agent's reasoning, for formulations that read it (candidates/2)", **LATER},
+    )
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
     batch_size: int = field(default=64, metadata={"help": "trajectories at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
@@ -59,6 +63,7 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
             history=tuple(told[:position]),
             prefix=prefix,
             passages=(),
+            reasoning=turn.reasoning,
         )
         for position, (turn, (_, prefix)) in enumerate(zip(trajectory.turns, searches, strict=True))
     ]
@@ -71,6 +76,7 @@ def find_candidates(
     protocol: AgentProtocol,
     topk: int = 20,
     max_turn: int = 0,
+    keep_reasoning: bool = False,
     cost: RolloutCost | None = None,
 ) -> Iterator[list[Candidates] | SearchRefusedError]:
     """Search for candidates for every query of a batch of trajectories, in one call of the retriever.
@@ -79,10 +85,11 @@ def find_candidates(
 
     Args:
         trajectories: one batch.
-        search: the previous retriever; each request also carries the question and the earlier queries.
+        search: the previous retriever; each request also carries the question, the earlier queries and the reasoning.
         protocol: the protocol that the trajectories were written with.
         topk: candidates per query.
         max_turn: later turns are left out; 0 keeps all.
+        keep_reasoning: whether the candidates hold the agent's reasoning.
         cost: updated in place, if given.
 
     Raises:
@@ -94,7 +101,7 @@ def find_candidates(
         for trajectory in trajectories
     ]
     requests = [
-        SearchRequest(query=query.query, question=query.question, history=query.history)
+        SearchRequest(query=query.query, question=query.question, history=query.history, reasoning=query.reasoning)
         for of_trajectory in queries
         for query in of_trajectory
     ]
@@ -105,7 +112,7 @@ def find_candidates(
         results = [next(found) for _ in of_trajectory]
         refused = next((result for result in results if isinstance(result, SearchRefusedError)), None)
         yield refused or [
-            replace(query, passages=_scored(hits))
+            replace(query, passages=_scored(hits), reasoning=query.reasoning if keep_reasoning else "")
             for query, hits in zip(of_trajectory, results, strict=True)
             if not isinstance(hits, SearchRefusedError)
         ]
@@ -131,7 +138,13 @@ class CandidatesWorker:
         """Per trajectory, its queries with candidates, or the refusal of one of them."""
         config = self.config
         found = find_candidates(
-            batch, self._search, protocol=self._protocol, topk=config.topk, max_turn=config.max_turn, cost=self.cost
+            batch,
+            self._search,
+            protocol=self._protocol,
+            topk=config.topk,
+            max_turn=config.max_turn,
+            keep_reasoning=config.reasoning,
+            cost=self.cost,
         )
         return [
             Outcome.refused(queries)

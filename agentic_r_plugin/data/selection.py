@@ -177,6 +177,7 @@ def select(
             history=candidates.history,
             positive=positive,
             negatives=tuple(negatives),
+            reasoning=candidates.reasoning,
         )
         for positive in positives
     ]

@@ -1,19 +1,20 @@
 """FlashRAG's retrieval cache for agentic search: results of searches, kept in a file.
 
-FlashRAG's cache key is the query. Here it also contains the question and the earlier queries, because a retriever may
-read them, and the file records its index and retriever. The configuration keys are FlashRAG's: `save_retrieval_cache`,
-`use_retrieval_cache`, `retrieval_cache_path` (default `{save_dir}/retrieval_cache.jsonl`).
+FlashRAG's cache key is the query. Here it also contains the question, the earlier queries and the reasoning, because a
+retriever may read them, and the file records its index and retriever. The configuration keys are FlashRAG's:
+`save_retrieval_cache`, `use_retrieval_cache`, `retrieval_cache_path` (default `{save_dir}/retrieval_cache.jsonl`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order, reads_reasoning
 from agentic_r_plugin.store import dump_line, parse_line
 
 SCHEMA = "retrieval_cache/1"
@@ -39,6 +40,7 @@ class CachedSearch:
         self.looked_up = 0
         """Number of searches answered from the cache."""
         self.depth_changes_order = depth_changes_order(backend)
+        self.reads_reasoning = reads_reasoning(backend)
         self._kept: dict[SearchRequest, dict[int, list[Hit]]] = {}
         if path.is_file():
             self._read()
@@ -58,7 +60,12 @@ class CachedSearch:
                 if number == 1:
                     self._check(data)
                     continue
-                request = SearchRequest(query=data["query"], question=data["question"], history=tuple(data["history"]))
+                request = SearchRequest(
+                    query=data["query"],
+                    question=data["question"],
+                    history=tuple(data["history"]),
+                    reasoning=data.get("reasoning", ""),
+                )
                 hits = [
                     Hit(passage=Passage.from_contents(row["id"], row["contents"]), score=row["score"])
                     for row in data["passages"]
@@ -79,6 +86,8 @@ class CachedSearch:
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`. A request that is not cached, or not to this depth, is searched once."""
+        if not self.reads_reasoning:
+            requests = [replace(request, reasoning="") for request in requests]
         missing = [request for request in dict.fromkeys(requests) if self._known(request, topk) is None]
         self.looked_up += len(requests) - len(missing)
         if missing:
@@ -108,6 +117,7 @@ class CachedSearch:
 def _line(request: SearchRequest, topk: int, hits: Sequence[Hit]) -> dict[str, Any]:
     passages = [{"id": hit.passage.id, "contents": hit.passage.contents, "score": hit.score} for hit in hits]
     asked = {"question": request.question, "query": request.query, "history": request.history}
+    asked |= {"reasoning": request.reasoning} if request.reasoning else {}
     return {**asked, "topk": topk, "passages": passages}
 
 

@@ -56,6 +56,10 @@ def agent_charts(iterations: Sequence[Iteration]) -> list[dict[str, str]]:
         key = _held_out_key(logs) if not keys else next((key for key in keys if _has(logs, key)), None)
         if key is not None:
             charts.append(_chart(title, unit, iterations, logs, key, y_range, marked=not keys))
+    named = dict.fromkeys(key for log in logs for line in log for key in line if key.startswith("agentic_r/reward/"))
+    for key in named:
+        title = f"Reward: {key.rpartition('/')[2].replace('_', ' ')}, before its weight"
+        charts.append(_chart(title, "mean", iterations, logs, key, (None, None)))
     return charts
 
 

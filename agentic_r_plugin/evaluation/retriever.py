@@ -7,7 +7,7 @@ from typing import Any
 
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, SearchError
-from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.query import needs_reasoning, retriever_input
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
@@ -87,6 +87,7 @@ class FlashRAGBackend:
         self.retriever = retriever
         self.formulation = formulation
         self.depth_changes_order = bool(getattr(retriever, "use_reranker", False))
+        self.reads_reasoning = needs_reasoning(formulation)
         self._is_bm25 = "bm25" in type(retriever).__name__.lower() and not self.depth_changes_order
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
@@ -98,12 +99,7 @@ class FlashRAGBackend:
         Raises:
             SearchError: the number of results differs from the number of queries.
         """
-        inputs = [
-            request.query
-            if request.question is None
-            else retrieval_query(request.question, request.query, request.history, self.formulation)
-            for request in requests
-        ]
+        inputs = [retriever_input(request, self.formulation) for request in requests]
         docs, scores = self.retriever.batch_search(inputs, num=topk, return_score=True)
         if len(docs) != len(inputs) or len(scores) != len(inputs):
             raise SearchError(f"expected {len(inputs)} results from {type(self.retriever).__name__}, found {len(docs)}")

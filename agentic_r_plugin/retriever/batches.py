@@ -73,7 +73,9 @@ def read_examples(
         read.append(
             Example(
                 key=key,
-                request=SearchRequest(query=group.query, question=group.question, history=group.history),
+                request=SearchRequest(
+                    query=group.query, question=group.question, history=group.history, reasoning=group.reasoning
+                ),
                 positive=positive,
                 negatives=tuple(negatives),
                 known_positives=frozenset(),

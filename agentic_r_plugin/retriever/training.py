@@ -11,6 +11,7 @@ train-retriever ...`. Several nodes need torchrun's rendezvous and an output fol
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 
 from agentic_r_plugin import child, components, compute
 from agentic_r_plugin.config import deciding, save_config
-from agentic_r_plugin.errors import TrainingError
+from agentic_r_plugin.errors import RecordError, TrainingError
 from agentic_r_plugin.memory import bound_caches
+from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.retriever import loss as losses
-from agentic_r_plugin.retriever.batches import read_examples, read_scores
+from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores
 from agentic_r_plugin.retriever.card import write_card
 from agentic_r_plugin.retriever.distributed import from_first, process_group
 from agentic_r_plugin.retriever.loop import BEST, STATE, Run, peak_memory_bytes
@@ -89,6 +91,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         examples = read_examples(config.groups, corpus, scores)
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
         retriever = initial_retriever(config)
+        _require_reasoning(config.groups, examples, retriever)
         output = Output(out=out, made_from=_made_from(config, corpus, retriever, world), done=DONE, folder=True)
         # Only process 0 writes. `from_first` is also a barrier: the others wait there for process 0.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
@@ -112,6 +115,16 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
                     (out / name).unlink(missing_ok=True)
             from_first(None)  # no process returns before the folder is complete
     return out
+
+
+def _require_reasoning(groups: str, examples: Sequence[Example], retriever: Retriever) -> None:
+    """Raise RecordError if the retriever's formulation reads the agent's reasoning and no group holds any."""
+    if needs_reasoning(retriever.record.formulation) and not any(item.request.reasoning for item in examples):
+        raise RecordError(
+            f"no group holds the agent's reasoning, which the formulation {retriever.record.formulation!r} reads; make "
+            "the candidates with reasoning=true, and the groups from them",
+            path=groups,
+        )
 
 
 def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from agentic_r_plugin import __version__
 from agentic_r_plugin.credentials import authorization
 from agentic_r_plugin.errors import AgenticRError, SearchError
-from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.base import SearchRequest, reads_reasoning
 from agentic_r_plugin.search.service import OverloadedError, SearchService
 from agentic_r_plugin.search.wire import encode_hits
 
@@ -47,7 +47,7 @@ class RequestLimits:
     max_passages: int
     """Number of queries times topk."""
     max_query_chars: int = 20_000
-    """Characters of a query, a question or an earlier query."""
+    """Characters of a query, a question, an earlier query or a reasoning."""
     max_history: int = 64
     max_body_bytes: int
     timeout_s: float
@@ -181,7 +181,8 @@ async def _retrieve(request: Request, service: SearchService, limits: RequestLim
 
 
 async def _answer(request: Request, service: SearchService, limits: RequestLimits) -> Response:
-    requests, topk, with_scores = parse_body(await _read_body(request, limits.max_body_bytes), limits)
+    body = await _read_body(request, limits.max_body_bytes)
+    requests, topk, with_scores = parse_body(body, limits, with_reasoning=reads_reasoning(service.backend))
     return JSONResponse(encode_hits(await service.search(requests, topk), with_scores=with_scores))
 
 
@@ -194,8 +195,14 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(body: bytes, limits: RequestLimits) -> tuple[list[SearchRequest], int, bool]:
+def parse_body(
+    body: bytes, limits: RequestLimits, *, with_reasoning: bool = True
+) -> tuple[list[SearchRequest], int, bool]:
     """(searches, topk, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
+
+    Args:
+        with_reasoning: False leaves out the reasoning, for a backend that does not read it: equal searches then compare
+            equal in the cache, and no limit applies to it.
 
     Raises:
         RefusedError: not JSON, a field of the wrong type, or a limit is exceeded.
@@ -208,13 +215,17 @@ def parse_body(body: bytes, limits: RequestLimits) -> tuple[list[SearchRequest],
         raise RefusedError(413, "too_large", f"{len(queries)} queries; at most {limits.max_queries} are allowed")
     questions = _parallel(data, "questions", len(queries), None)
     histories = _parallel(data, "histories", len(queries), [])
+    reasonings = _parallel(data, "reasonings", len(queries), "")
     requests = [
         SearchRequest(
             query=_text(query, f"queries[{i}]", limits),
             question=None if question is None else _text(question, f"questions[{i}]", limits),
             history=_history(history, f"histories[{i}]", limits),
+            reasoning=_text(reasoning, f"reasonings[{i}]", limits) if with_reasoning else "",
         )
-        for i, (query, question, history) in enumerate(zip(queries, questions, histories, strict=True))
+        for i, (query, question, history, reasoning) in enumerate(
+            zip(queries, questions, histories, reasonings, strict=True)
+        )
     ]
     topk = _topk(data.get("topk"), limits)
     if len(requests) * topk > limits.max_passages:

@@ -80,6 +80,8 @@ class BM25Backend:
         RecordError: a broken corpus, or one without words.
     """
 
+    reads_reasoning = False
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """Options accepted in `SearchSpec.options`."""

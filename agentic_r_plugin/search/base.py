@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from agentic_r_plugin.config import load_config, to_dict
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError
+from agentic_r_plugin.query import SearchRequest as SearchRequest
 from agentic_r_plugin.records import Passage
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import SearchSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRequest:
-    """One search of the agent. The backend builds the retriever input with the formulation of its own checkpoint."""
-
-    query: str
-    question: str | None = None
-    """The user's question; None for a plain search, for which every formulation uses the query alone."""
-    history: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +31,9 @@ class SearchBackend(Protocol):
     passages of a deeper search can be better than those of a shallow one; the agent is then shown these. A backend for
     which it does not hold at all, because it reranks as many passages as were requested, sets the attribute
     `depth_changes_order` to True and is called once per depth.
+
+    A backend whose results do not depend on the agent's reasoning sets the attribute `reads_reasoning` to False, so
+    that caches take searches that differ only in it as one.
     """
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
@@ -59,6 +53,11 @@ class SearchBackend(Protocol):
 def depth_changes_order(search: SearchBackend) -> bool:
     """Whether the best passages of a search may differ from the first passages of a deeper search."""
     return bool(getattr(search, "depth_changes_order", False))
+
+
+def reads_reasoning(search: SearchBackend) -> bool:
+    """Whether the results of a search may depend on the agent's reasoning."""
+    return bool(getattr(search, "reads_reasoning", True))
 
 
 OF_ONE_REQUEST = frozenset({400, 413, 422})

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import FREE
 from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.corpus import Corpus
@@ -75,6 +76,7 @@ class DenseBackend(ABC):
             self.corpus.close()
             raise
         self.retriever, self.batch_size, self._lock = retriever, batch_size, threading.Lock()
+        self.reads_reasoning = needs_reasoning(retriever.record.formulation)
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> DenseBackend:

@@ -26,7 +26,7 @@ from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.query import retrieval_query
+from agentic_r_plugin.query import retriever_input
 from agentic_r_plugin.records import Passage, Record
 from agentic_r_plugin.search import families
 from agentic_r_plugin.search.base import SearchRequest
@@ -167,10 +167,8 @@ class Retriever:
         return int(self.model.get_embedding_dimension() or 0)
 
     def query_text(self, request: SearchRequest) -> str:
-        """The text encoded for a request, before the prefix; without a question, the query alone."""
-        if request.question is None:
-            return request.query
-        return retrieval_query(request.question, request.query, request.history, self.record.formulation)
+        """The text encoded for a request, before the prefix."""
+        return retriever_input(request, self.record.formulation)
 
     def encode_queries(
         self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0

@@ -336,14 +336,16 @@ def set_pooling(model: SentenceTransformer, pooling: str, source: str, *, asked:
 def end_texts(model: SentenceTransformer, source: str) -> None:
     """Make the tokenizer end every text with its end-of-text token, also after truncation, and set a padding token.
 
-    A decoder's text vector is that of the last token, which should be the same token for every text.
+    A decoder's text vector is that of the last token, which should be the same token for every text. A tokenizer that
+    already ends texts with a special token (Qwen3-Embedding: its padding token) does not change.
     """
     tokenizer = model.tokenizer
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"retriever {source!r}: pooling lasttoken needs a tokenizer with an end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer("x")["input_ids"][-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    if tokenizer("x")["input_ids"][-len(bare) :] != bare:
         return
     start = [tokenizer.bos_token] if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else []
     special = [*start, tokenizer.eos_token]

@@ -1,9 +1,9 @@
-"""The wire format of `POST /retrieve` (contract, section HTTP): Search-R1's format with two optional lists.
+"""The wire format of `POST /retrieve` (contract, section HTTP): Search-R1's format with three optional lists.
 
-Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]]}`,
-answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`; without scores each inner
-list holds the documents themselves. A document has `metadata` if the corpus says more of it. Further fields are
-ignored in both; a `topk` of 0 or null means the service's default.
+Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]],
+"reasonings"?: [str]}`, answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`;
+without scores each inner list holds the documents themselves. A document has `metadata` if the corpus says more of it.
+Further fields are ignored in both; a `topk` of 0 or null means the service's default.
 
 Answers of other services can be read too: documents with `contents`, with `text` and perhaps `title`, or with all of
 them, or as plain text; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers
@@ -44,6 +44,8 @@ def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, A
         body["questions"] = [item.question for item in requests]
     if any(item.history for item in requests):
         body["histories"] = [list(item.history) for item in requests]
+    if any(item.reasoning for item in requests):
+        body["reasonings"] = [item.reasoning for item in requests]
     return body
 
 

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from agentic_r_plugin.query import query_only, question_query
+from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
 from agentic_r_plugin.world.questions import hop_query
 
-FORMULATIONS = {"query": query_only, "question_query": question_query}
 Search = Callable[[Sequence[tuple[str, str]]], list[list[str]]]
 """(question, query) pairs -> passage ids, best first."""
 
@@ -64,7 +63,7 @@ def dense(model: SentenceTransformer, world: World, formulation: str) -> Search:
     passages_PD = encode([p.contents for p in world.passages])
 
     def search(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-        queries_QD = encode([FORMULATIONS[formulation](question, query) for question, query in pairs])
+        queries_QD = encode([retrieval_query(question, query, formulation=formulation) for question, query in pairs])
         rows = (queries_QD @ passages_PD.T).topk(20, dim=1).indices.tolist()
         return [[world.passages[row].id for row in line] for line in rows]
 
@@ -89,7 +88,7 @@ def train(model: SentenceTransformer, world: World, steps: int, batch: int, nega
             rng.shuffle(near)
             near += rng.sample(world.passages, negatives)
             form = rng.choice((0, 0, 1))
-            queries.append(FORMULATIONS[formulation](question.question, hop_query(question, hop, form)))
+            queries.append(retrieval_query(question.question, hop_query(question, hop, form), formulation=formulation))
             groups.append([gold.contents, *(p.contents for p in near[:negatives])])
         flat = [group[0] for group in groups] + [text for group in groups for text in group[1:]]
         with torch.autocast(model.device.type, dtype=torch.bfloat16):

@@ -127,3 +127,21 @@ def test_later_turns_can_be_left_out():
     found = trajectory(["<search> one </search>", "<search> two </search>", "<answer> Ann </answer>"], PROTOCOLS[1])
     (queries,) = find_candidates([found], ListedSearch({}), protocol=PROTOCOLS[1], max_turn=1)
     assert [query.turn for query in queries] == [1]
+
+
+def test_the_reasoning_of_the_turn_reaches_the_retriever_and_is_kept_where_it_is_asked_for():
+    protocol = PROTOCOLS[0]
+    said = ["<think> who? </think><search> one </search>", "<search> two </search>", "<answer> Ann </answer>"]
+    found = trajectory(said, protocol)
+    search = ListedSearch({query: [TRICKY, PLAIN] for query in ("one", "two")})
+    kept, left_out = (
+        next(iter(find_candidates([found], search, protocol=protocol, keep_reasoning=keep))) for keep in (True, False)
+    )
+    assert [query.to_dict().get("reasoning") for query in kept] == ["who?", None]
+    assert [query.to_dict()["schema"] for query in kept] == ["candidates/2", "candidates/1"]
+    assert [query.to_dict()["schema"] for query in left_out] == ["candidates/1", "candidates/1"]
+    assert [request.reasoning for request in search.requests] == ["who?", ""] * 2
+    rule = preset_rule("paper", num_negatives=1)
+    for query, reasoning in zip(kept, ("who?", ""), strict=True):
+        (group,) = select(query, {"t": 90, "p": 0}, {"t": 1}, rule)
+        assert group.reasoning == reasoning

@@ -30,7 +30,7 @@ def run(environment, *command):
     return done.stdout
 
 
-def test_its_three_components_are_listed(installed):
+def test_its_components_are_listed(installed):
     rows = json.loads(run(installed, "-m", "agentic_r_plugin.cli", "components", "--json"))
     found = {
         f"{row['kind']}.{row['name']}": row["description"] for row in rows if row["package"] == "agentic-r-example"
@@ -38,6 +38,7 @@ def test_its_three_components_are_listed(installed):
     assert found == {
         "query_formulation.query_question": "Query first, then the question.",
         "agent_protocol.lookup": "Searches with <lookup>, answers with <final>.",
+        "reward.brief": "1 if there is an answer of at most so many words.",
         "relevance_scorer.title_words": "Relevance by the words of the title: no model, and no question file.",
     }
 
@@ -84,3 +85,29 @@ session.model_wrote(codec.encode("<final>a river</final>"))
 print(action.query, "|", session.finished.answer, "|", "1. Nile: A river." in codec.decode(session.ids))
 """
     assert run(installed, "-c", code) == "Nile | a river | True\n"
+
+
+def test_its_reward_is_a_part_of_the_sum(installed):
+    code = (
+        "from agentic_r_plugin.agent.rewards import Outcome, RewardSum\n"
+        "from agentic_r_plugin.records import StopReason\n"
+        "given = dict(question='Who?', golden_answers=('Ann',), shown=(), searches=0, malformed_turns=0)\n"
+        "reward = RewardSum({'exact_match': 1.0, 'brief': 0.1}, {'brief': {'words': 2}})\n"
+        "for answer in ('Ann', 'it was Ann'):\n"
+        "    print(reward.total(reward.parts(Outcome(**given, answer=answer, stop_reason=StopReason.ANSWERED))))"
+    )
+    assert run(installed, "-c", code) == "1.1\n0.0\n"
+
+
+def test_its_advantage_is_computed_by_verl_and_leaves_masked_tokens_alone(installed):
+    """Through verl's own function of the trainer's step, in a process that has only imported verl."""
+    code = (
+        "import torch, verl\n"
+        "from verl import DataProto\n"
+        "from verl.trainer.ppo.ray_trainer import compute_advantage\n"
+        "rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])\n"
+        "mask = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])\n"
+        "data = DataProto.from_dict({'token_level_rewards': rewards, 'response_mask': mask})\n"
+        "print(compute_advantage(data, 'batch_mean', config=None).batch['advantages'].tolist())"
+    )
+    assert run(installed, "-c", code).splitlines()[-1] == "[[0.5, 0.0, 0.5], [-0.5, -0.5, -0.5]]"

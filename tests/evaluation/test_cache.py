@@ -54,6 +54,19 @@ def test_a_search_is_known_by_question_history_and_depth_too(tmp_path: Path) -> 
     assert again.search(requests, 3) == found and len(search.requests) == 4
 
 
+def test_searches_that_differ_in_their_reasoning_are_one_where_it_is_not_read(tmp_path: Path) -> None:
+    search = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl")
+    requests = [SearchRequest(query="Ada", reasoning=reasoning) for reasoning in ("a", "b", "a")]
+    CachedSearch(search, tmp_path / "read.jsonl").search(requests, 3)
+    assert len(search.requests) == 2
+    again = CachedSearch(search, tmp_path / "read.jsonl", save=False)
+    again.search(requests, 3)
+    assert len(search.requests) == 2 and again.looked_up == 3
+    search.reads_reasoning = False  # type: ignore[attr-defined]
+    CachedSearch(search, tmp_path / "unread.jsonl").search(requests, 3)
+    assert len(search.requests) == 3
+
+
 def test_of_a_reranking_retriever_each_depth_is_kept_apart(tmp_path: Path) -> None:
     search = OverlapSearch(write_benchmark(tmp_path) / "corpus.jsonl")
     search.depth_changes_order = True  # type: ignore[attr-defined]

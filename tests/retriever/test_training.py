@@ -149,3 +149,19 @@ def test_a_missing_passage_or_a_diverging_loss_is_said_and_leaves_no_retriever(c
 def test_impossible_settings_are_refused(config, change, message):
     with pytest.raises(ConfigError, match=message):
         replace(config, **change)
+
+
+def test_a_formulation_with_reasoning_trains_on_it_and_refuses_groups_without_any(config, groups, tmp_path):
+    config = replace(config, formulation="reasoning_query", max_steps=1, query_max_length=20)
+    with pytest.raises(RecordError, match="no group holds the agent's reasoning, which the formulation 'reasoning_q"):
+        train(config)
+    lines = [line for _, line in read_lines(config.groups)]
+    given = [line | {"schema": "group/2", "reasoning": "q7 q8"} for line in lines]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for line in given))
+    folder = train(replace(config, groups=str(tmp_path / "groups.jsonl")))
+    retriever = Retriever.load(folder, precision="float32")
+    np.testing.assert_allclose(
+        retriever.encode_queries([SearchRequest(query="q1", question="q3", reasoning="q2")]),
+        SentenceTransformer(str(folder), device="cpu").encode_query(["Reasoning: q2\n\nQuery: q1"]),
+        atol=1e-6,
+    )

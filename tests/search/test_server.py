@@ -53,6 +53,28 @@ def test_questions_and_histories_reach_the_retriever(url):
     assert [documents[0]["text"] for documents in found] == ["Q|('h',)|q", "None|()|r"]
 
 
+def test_reasonings_reach_a_retriever_that_reads_them():
+    backend = EchoBackend()
+    body = {"queries": ["q", "r"], "reasonings": ["first", ""], "topk": 1}
+    with serving(backend) as url:
+        httpx.post(f"{url}/retrieve", json=body)
+        RetrievalClient(url).search([SearchRequest(query="s", reasoning="third")], 1)
+        wrong = httpx.post(f"{url}/retrieve", json=body | {"reasonings": ["one"]})
+        assert (wrong.status_code, wrong.json()["error"]["type"]) == (400, "invalid_request")
+        assert httpx.post(f"{url}/retrieve", json=body | {"reasonings": ["x" * 201, ""]}).status_code == 413
+    assert [request.reasoning for batch in backend.batches for request in batch] == ["first", "", "third"]
+
+
+def test_where_the_reasoning_is_not_read_it_neither_splits_the_cache_nor_counts_against_a_limit():
+    backend = EchoBackend()
+    backend.reads_reasoning = False
+    with serving(backend, cache_size=2) as url:
+        client = RetrievalClient(url)
+        for reasoning in ("a", "b", "x" * 201, ""):
+            client.search([SearchRequest(query="q", reasoning=reasoning)], 1)
+    assert backend.batches == [[SearchRequest(query="q")]]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

@@ -1,6 +1,6 @@
 """A query formulation."""
 
 
-def query_question(question, query, history=()):
+def query_question(request):
     """Query first, then the question."""
-    return f"{query} | {question}"
+    return f"{request.query} | {request.question}"
