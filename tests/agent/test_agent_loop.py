@@ -379,9 +379,12 @@ def test_a_reward_is_summed_from_what_the_trajectory_showed_and_zero_where_its_s
     codec = TokenizerCodec(tokenizer)
     turns = [codec.encode("<think> find Ada </think><search> Ada </search>"), codec.encode("<answer> Arn </answer>")]
     weights = {"exact_match": 1.0, "retrieval_credit": 0.5, "search_penalty": 0.25}
-    fields = run(tokenizer, Engine(turns=turns), service.url, reward=weights).extra_fields
+    limits = vars(LIMITS) | {"max_tokens": 400, "max_observation_tokens": 200}
+    fields = run(tokenizer, Engine(turns=turns), service.url, reward=weights, limits=limits).extra_fields
     assert fields["reward_parts"] == {"exact_match": 1.0, "retrieval_credit": 1.0, "search_penalty": -1.0}
     assert (fields["reward"], fields["reward_weights"]) == (1.25, weights)
+    cut = run(tokenizer, Engine(turns=turns), service.url, reward=weights).extra_fields
+    assert cut["reward_parts"]["retrieval_credit"] == 0.0, "the answer was cut off with the end of the passage"
     failed = run(tokenizer, Engine(turns=turns), "http://127.0.0.1:9", reward=weights, search_retries=0).extra_fields
     assert (failed["reward"], set(failed["reward_parts"])) == (0.0, set(weights))
     assert "reward" not in run(tokenizer, Engine(turns=turns), service.url).extra_fields
