@@ -6,6 +6,7 @@ the weighted sum of those that `train_agent.reward` names; each is recorded as a
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -144,6 +145,7 @@ def judge(
 
 _OPEN = ExitStack()
 """The judges, open as long as the process lives."""
+atexit.register(_OPEN.close)
 
 
 @cache
