@@ -15,7 +15,7 @@ from agentic_r_plugin.agent import memory, prepare
 from agentic_r_plugin.agent.dataset import read_questions
 from agentic_r_plugin.agent.dry_run import validate
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.cli import build_config, parse_command
+from agentic_r_plugin.cli import build_config, main, parse_command
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.store import write_json, write_records
@@ -42,11 +42,12 @@ def qwen_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(script: Path, **variables: str) -> list[str]:
+def arguments(script: Path, *overrides: str, **variables: str) -> list[str]:
     """What a script calls train-agent with."""
     run = subprocess.run(
-        [str(script)], env={**os.environ, "AGENTIC_R": "echo", **variables}, capture_output=True, text=True, check=True
-    )
+        [str(script), *overrides], env={**os.environ, "AGENTIC_R": "echo", **variables}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
     name, *rest = run.stdout.split()
     assert name == "train-agent"
     return rest
@@ -178,42 +179,45 @@ def test_the_7b_recipe_fits_and_without_offloading_it_does_not(qwen_7b: Path) ->
     )
 
 
-def dry_run(*overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [str(RECIPE / "run_qwen2.5-7b_ppo_iter1.sh"), "--dry-run", *overrides]
-    program = f"{sys.executable} -m agentic_r_plugin.cli"
-    wrapper = Path(variables["OUT"]).parent / "agentic-r"
-    wrapper.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
-    wrapper.chmod(0o755)
-    environment = {**os.environ, "AGENTIC_R": str(wrapper), "PYTHONWARNINGS": "ignore", **variables}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def dry_run(*overrides: str, **variables: str) -> int:
+    """The exit code of what the first script calls."""
+    return main(
+        ["train-agent", *arguments(RECIPE / "run_qwen2.5-7b_ppo_iter1.sh", "--dry-run", *overrides, **variables)]
+    )
 
 
 def test_a_dry_run_shows_configuration_estimate_and_checks(
-    agent_dir: Path, question_file: Path, service: tiny_world.Service, tmp_path: Path
+    agent_dir: Path,
+    question_file: Path,
+    service: tiny_world.Service,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = dry_run(
+    code = dry_run(
         "batch_size=8", "mini_batch_size=8", MODEL=str(agent_dir), TRAIN=str(question_file), VAL=str(question_file),
         RETRIEVAL_URL=service.url, OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "adv_estimator: gae" in run.stdout and "fullest moment" in run.stdout
-    assert "ok      questions: towns 12" in run.stdout and f"ok      retrieval service: {service.url}" in run.stdout
-    assert "FAILED" not in run.stdout
+    shown, told = capsys.readouterr()
+    assert code == 0, told[-2000:]
+    assert "adv_estimator: gae" in shown and "fullest moment" in shown
+    assert "ok      questions: towns 12" in shown and f"ok      retrieval service: {service.url}" in shown
+    assert "FAILED" not in shown
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_names_everything_that_is_wrong_at_once(tmp_path: Path) -> None:
-    run = dry_run(
+def test_a_dry_run_names_everything_that_is_wrong_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = dry_run(
         "nodes=2", MODEL=str(tmp_path / "nothing"), TRAIN=str(tmp_path / "none.parquet"), VAL="",
         RETRIEVAL_URL="http://127.0.0.1:9", OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    assert run.returncode == 1
-    failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+    shown, told = capsys.readouterr()
+    assert code == 1
+    failed = [line for line in shown.splitlines() if line.startswith("FAILED")]
     assert [line.partition(":")[0].removeprefix("FAILED  ") for line in failed] == [
         "model", "questions", "prompts", "retrieval service",
     ]  # fmt: skip
     assert "the other machines cannot reach a loopback address" in failed[3]
-    assert "4 of 10 checks failed" in run.stderr
+    assert "4 of 10 checks failed" in told
 
 
 def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:
