@@ -16,6 +16,7 @@ The object behind a name depends on its kind:
 | search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
 | reward | `f(outcome: Outcome, **options) -> float` (`agent.rewards`) |
+| selection | a `data.selection.Selection` |
 
 A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the
 metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
@@ -41,6 +42,7 @@ KINDS = (
     "search_backend",
     "retriever_trainer",
     "reward",
+    "selection",
 )
 
 

@@ -195,6 +195,11 @@ class AgentProtocol:
         query = self._inner(self.search_tag, query)
         return Search(query, self._reasoning(text[: match.start()])) if query else None
 
+    def answered(self, answer: str) -> tuple[str, str]:
+        """A turn that only gives this answer, in two parts: what precedes the answer, and the answer with its end."""
+        opening, closing = self.opening(self.answer_tag), self.closing(self.answer_tag)
+        return (opening, answer + closing) if closing == "}" else (opening, f" {answer} {closing}")
+
     def _inner(self, tag: str, body: str) -> str:
         """Content of a block: the text after its last opening, without LaTeX text commands if it is closed by `}`."""
         body = body.rpartition(self.opening(tag))[2].strip()

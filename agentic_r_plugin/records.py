@@ -343,7 +343,7 @@ class Relevance(Record):
 class Correctness(Record):
     """Outcome of going on from a query with one candidate alone (GAC). A pruned candidate has no record."""
 
-    schema: ClassVar[str | None] = "correctness/1"
+    schema: ClassVar[str | None] = "correctness/2"
 
     id: str
     turn: int
@@ -352,6 +352,8 @@ class Correctness(Record):
     answer: str | None
     searches: int
     """Searches made after the candidate was shown."""
+    log_likelihood: float | None = field(default=None, metadata=since(2))
+    """Logarithm of the probability of the first gold answer after the candidate, if it was computed."""
 
     def __post_init__(self) -> None:
         if self.em not in (0, 1) or self.turn < 1 or self.searches < 0:
@@ -378,3 +380,5 @@ class Group(Record):
     """Passage ids, in sampled order."""
     reasoning: str = field(default="", metadata=since(2))
     """The agent's reasoning of this turn, if the candidates hold it."""
+    weight: float = field(default=1.0, metadata=since(2))
+    """Factor of this group's loss."""

@@ -8,11 +8,17 @@ of equal relevance is rolled out as a whole. The training groups are byte-identi
 All queries of a batch advance together: the first candidate of every query, then the second candidate of the queries
 without a success, and so on. One candidate per query and step needs the fewest rollouts, and the batch over queries
 keeps the model busy. `tests/benchmarks/pruning.py` compares this with whole levels and with all candidates.
+
+Not in the paper: `method=likelihood` replaces rollouts by the likelihood of the gold answer (`data.likelihood`): the
+candidate of highest likelihood counts as correct if it makes the answer more likely than an information block without
+passages. `order=likelihood` rolls out, but tries candidates of equal relevance in falling likelihood; of these, the
+first correct one in that order becomes the positive. `tests/benchmarks/likelihood.py` compares both with rollouts.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,10 +29,18 @@ from typing import Protocol
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
+from agentic_r_plugin.data.likelihood import answer_likelihoods
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NO_RELEVANCE, SelectionRule, preset_rule, rollout_order
+from agentic_r_plugin.data.selection import (
+    BELOW_THRESHOLD,
+    NO_RELEVANCE,
+    SelectionRule,
+    preset_rule,
+    rollout_order,
+    tie_levels,
+)
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
@@ -59,6 +73,17 @@ class CorrectnessConfig:
         default="paper",
         metadata={"help": "prune for these groups: paper, or released_code (serves both, with more rollouts)"},
     )
+    method: str = field(
+        default="rollout",
+        metadata={"help": "rollout, or likelihood: of the gold answer, without a rollout (ours)", **LATER},
+    )
+    order: str = field(
+        default="retrieval",
+        metadata={
+            "help": "of rollouts of equal relevance: retrieval, or likelihood of the gold answer (ours)",
+            **LATER,
+        },
+    )
     max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
     num_candidates: int = field(
         default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
@@ -70,6 +95,14 @@ class CorrectnessConfig:
         """Raise ConfigError unless exactly one of `relevance` and `exhaustive` is given."""
         if self.exhaustive == bool(self.relevance):
             raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+        for name, known in (("method", ("rollout", "likelihood")), ("order", ("retrieval", "likelihood"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"correctness.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}")
+        if self.order == "likelihood" and (self.method != "rollout" or self.rule().whole_levels):
+            raise ConfigError(
+                "correctness.order=likelihood: it orders rollouts up to the first correct one; expected method=rollout "
+                "and preset=paper"
+            )
         self.rule()
 
     def rule(self) -> SelectionRule:
@@ -158,7 +191,19 @@ class Continuations:
             self._kept.pop(next(iter(self._kept)))
         return [done[key] for key in keys]
 
-    def _session(self, query: Candidates, passage: str) -> Session:
+    def likelihoods(self, pairs: Sequence[tuple[Candidates, str | None]]) -> list[float | None]:
+        """Log-likelihood of the first gold answer directly after each candidate, or after a block without passages.
+
+        None where no room is left, or the model refuses the text.
+
+        Raises:
+            ConfigError, BackendError: as `likelihood.answer_likelihoods`.
+            RecordError: the corpus does not hold a candidate.
+        """
+        sessions = [(self._session(query, passage), query.golden_answers[0]) for query, passage in pairs]
+        return answer_likelihoods(sessions, self.llm, self.cost)
+
+    def _session(self, query: Candidates, passage: str | None) -> Session:
         session = Session(
             protocol=self.protocol,
             codec=self.llm.codec,
@@ -169,7 +214,7 @@ class Continuations:
             history=(*query.history, query.query),
         )
         if session.finished is None:
-            session.found([self.passages.by_id(passage)])
+            session.found([] if passage is None else [self.passages.by_id(passage)])
         return session
 
 
@@ -232,6 +277,71 @@ def judge_candidates(
         yield refused.get(index) or [records[passage.id] for passage in query.passages if passage.id in records]
 
 
+def by_likelihood(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
+) -> Iterator[list[Correctness]]:
+    """Correctness of each query's candidates without rollouts, in retrieval order.
+
+    `em` is 1 for the candidate of highest likelihood, if the gold answer is likelier after it than without passages.
+
+    Args:
+        queries: each query with its candidates in steps; all are scored.
+        continuations: holds the agent.
+
+    Raises:
+        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
+    """
+    for (query, steps), scores in zip(queries, _scores(queries, continuations, baseline=True), strict=True):
+        known = {passage: score for passage, score in scores.items() if score is not None}
+        best = max((passage for passage in known if passage is not None), key=lambda one: known[one], default=None)
+        if best is not None and None in known and known[best] <= known[None]:
+            best = None
+        wanted = {passage for step in steps for passage in step}
+        yield [
+            Correctness(
+                id=query.id, turn=query.turn, passage_id=passage.id, em=int(passage.id == best), answer=None,
+                searches=0, log_likelihood=known.get(passage.id),
+            )
+            for passage in query.passages
+            if passage.id in wanted
+        ]  # fmt: skip
+
+
+def in_order_of_likelihood(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
+) -> list[tuple[Candidates, list[list[str]]]]:
+    """The queries with one candidate per step: levels as they are, and within a level by falling likelihood.
+
+    Raises:
+        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
+    """
+    ordered = []
+    for (query, levels), scores in zip(queries, _scores(queries, continuations, baseline=False), strict=True):
+
+        def unlikely(passage: str, scores: Mapping[str | None, float | None] = scores) -> float:
+            found = scores[passage]
+            return math.inf if found is None else -found
+
+        ordered.append((query, [[passage] for level in levels for passage in sorted(level, key=unlikely)]))
+    return ordered
+
+
+def _scores(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations, *, baseline: bool
+) -> list[dict[str | None, float | None]]:
+    """Per query, the log-likelihood after each candidate of its steps, and after none (key None) if wanted."""
+    places: list[tuple[int, str | None]] = [
+        (index, passage)
+        for index, (_, steps) in enumerate(queries)
+        for passage in (*([None] if baseline and steps else []), *(passage for step in steps for passage in step))
+    ]
+    found: list[dict[str | None, float | None]] = [{} for _ in queries]
+    scores = continuations.likelihoods([(queries[index][0], passage) for index, passage in places])
+    for (index, passage), score in zip(places, scores, strict=True):
+        found[index][passage] = score
+    return found
+
+
 def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:
     """The candidates of a query to roll out, step by step, or the reason why there are none.
 
@@ -255,6 +365,8 @@ def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, 
         return [passages]
     if scores is None:
         return NO_RELEVANCE
+    if "likelihood" in (config.method, config.order):
+        return tie_levels(passages, scores, config.threshold) or BELOW_THRESHOLD
     return rollout_order(passages, scores, config.rule()) or BELOW_THRESHOLD
 
 
@@ -278,7 +390,7 @@ class CorrectnessWorker:
     """Rolls out the candidates of batches of queries; holds the agent and its retriever."""
 
     def __init__(self, config: CorrectnessConfig) -> None:
-        self.cost, self._stack = CorrectnessCost(), ExitStack()
+        self.config, self.cost, self._stack = config, CorrectnessCost(), ExitStack()
         self._llm = self._stack.enter_context(open_llm(config.llm))
         self._search = self._stack.enter_context(open_search(config.search))
         self._continuations = Continuations(
@@ -303,8 +415,11 @@ class CorrectnessWorker:
         )
         # Queries that are dropped keep an empty plan, so that plans and tasks stay aligned.
         plans = [(task.query, [] if isinstance(task.steps, str) else task.steps) for task in batch]
+        if self.config.order == "likelihood":
+            plans = in_order_of_likelihood(plans, self._continuations)
+        judged = by_likelihood if self.config.method == "likelihood" else judge_candidates
         outcomes = []
-        for task, records in zip(batch, judge_candidates(plans, self._continuations), strict=True):
+        for task, records in zip(batch, judged(plans, self._continuations), strict=True):
             if isinstance(records, RequestRefusedError):
                 outcomes.append(Outcome.refused(records))
                 continue

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.selection import DUPLICATE_QUERY, SelectionRule, check_scored, preset_rule, select
+from agentic_r_plugin.data.selection import (
+    DUPLICATE_QUERY,
+    SelectionRule,
+    SelectionTask,
+    check_scored,
+    preset_rule,
+    selection_named,
+)
 from agentic_r_plugin.data.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
-from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance
+from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, Trajectory
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
@@ -32,10 +39,17 @@ class GroupsConfig:
     candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
     relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
     correctness: str = field(default="", metadata={"help": "correctness file", **BY_CONTENTS})
+    trajectories: str = field(
+        default="", metadata={"help": "trajectories file, for the preset opened", **BY_CONTENTS, **LATER}
+    )
     out: str = field(metadata={"help": "groups file to write", **FREE})
     corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **BY_CONTENTS})
     preset: str = field(
-        default="paper", metadata={"help": "paper, or released_code: up to 3 tied positives, further ties left out"}
+        default="paper",
+        metadata={
+            "help": "registered selection: paper; released_code: up to 3 tied positives, further ties left out; "
+            "opened: passages that the agent opened are positives"
+        },
     )
     threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
     num_negatives: int = field(default=15, metadata={"help": "negatives a group"})
@@ -74,38 +88,25 @@ class GroupsConfig:
     def files(self) -> dict[str, str]:
         """Score files that the rule needs, by role; the path is empty if none was given."""
         rule = self.rule()
-        needed = {"relevance": rule.use_relevance, "correctness": rule.use_correctness}
-        return {role: getattr(self, role) for role, wanted in needed.items() if wanted}
+        wanted = {"relevance": rule.use_relevance, "correctness": rule.use_correctness, "trajectories": True}
+        needs = selection_named(self.preset).needs
+        return {role: getattr(self, role) for role, on in wanted.items() if on and role in needs}
 
     def check(self) -> None:
         """Raise ConfigError if settings contradict each other or a required file is missing."""
         for role, path in self.files().items():
             if not path:
-                raise ConfigError(f"groups: no --{role} file; give one, or switch it off with --no-use-{role}")
+                way_out = "" if role == "trajectories" else f", or switch it off with --no-use-{role}"
+                raise ConfigError(f"groups: no --{role} file; give one{way_out}")
         if self.drop_duplicate_passages and not self.corpus:
             raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionTask:
-    """One query with all that is known about its candidates."""
-
-    query: Candidates
-    relevance: Mapping[str, int] | None = None
-    """Passage id -> 0..100; None when the query has none."""
-    correctness: Mapping[str, int] | None = None
-    """Passage id -> 0 or 1 for the candidates rolled out; None when there are none."""
-    same_text: Mapping[str, str] | None = None
-    """Passage id -> its normalised text, when repeated passages are to be left out."""
-    duplicate: bool = False
-    """Whether an earlier query has the same question and words, and only the first is wanted."""
 
 
 class GroupsWorker:
     """Selects the groups of batches of queries."""
 
-    def __init__(self, rule: SelectionRule) -> None:
-        self.rule, self.cost = rule, RolloutCost()
+    def __init__(self, preset: str, rule: SelectionRule) -> None:
+        self.pick, self.rule, self.cost = selection_named(preset).pick, rule, RolloutCost()
 
     def fingerprints(self) -> dict[str, str]:
         """Empty: no model is used."""
@@ -118,7 +119,7 @@ class GroupsWorker:
     def _pick(self, task: SelectionTask) -> Outcome:
         if task.duplicate:
             return Outcome(dropped=DUPLICATE_QUERY)
-        picked = select(task.query, task.relevance, task.correctness, self.rule, task.same_text)
+        picked = self.pick(task, self.rule)
         return Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
 
     def close(self) -> None:
@@ -153,8 +154,10 @@ def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
         )
 
 
-def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
+def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRule:
     """Check against the manifest next to the correctness file, if any, that the rule's candidates were rolled out.
+
+    Returns the rule, or for correctness in order of likelihood the rule that takes the tie that it found first.
 
     Raises:
         ConfigError: it was pruned more than the rule allows.
@@ -163,11 +166,23 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
     path = Path(config.correctness)
     manifest = path.with_name(path.name + ".manifest.json")
     if not manifest.is_file():
-        return
+        return rule
     of_correctness = read_json(manifest)
     made_from = of_correctness["made_from"]
+    if made_from.get("order") == "likelihood":
+        if rule.whole_levels:
+            raise ConfigError(
+                "groups: this preset takes tied candidates, but the correctness was made with order=likelihood, which "
+                "stops at the first correct one; make it with order=retrieval"
+            )
+        if made_from["exhaustive"] and rule.use_relevance:
+            raise ConfigError(
+                "groups: the correctness was made with exhaustive=true and order=likelihood, which stops at the first "
+                "correct candidate of any relevance; set groups.use_relevance=false, or make it with a relevance file"
+            )
+        rule = replace(rule, any_of_ties=True)
     if made_from["exhaustive"]:
-        return
+        return rule
     # Files without a preset come from a version that always rolled out whole levels.
     check_pruned(rule, preset_rule(made_from.get("preset", "released_code"), threshold=made_from["threshold"]))
     # Relevance decided what was rolled out; other scores would need candidates that have no record here.
@@ -176,6 +191,7 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> None:
             f"{path} was made with the relevance file {of_correctness['config']['relevance']} ({pruned_by}), which "
             f"said what to roll out, and {config.relevance} ({given}) is another; make the correctness with it"
         )
+    return rule
 
 
 def query_key(record: Candidates | Relevance | Correctness) -> str:
@@ -215,13 +231,18 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """
     config.check()
     rule, out = config.rule(), Path(config.out)
-    if rule.use_correctness:
-        _check_correctness(config, rule)
+    if "correctness" in config.files():
+        rule = _check_correctness(config, rule)
     inputs = {role: Path(path) for role, path in {"candidates": config.candidates, **config.files()}.items()}
-    relevance = keyed_relevance(inputs["relevance"], out.parent) if rule.use_relevance else None
+    relevance = keyed_relevance(inputs["relevance"], out.parent) if "relevance" in inputs else None
     correctness = (
         KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)
-        if rule.use_correctness
+        if "correctness" in inputs
+        else None
+    )
+    trajectories = (
+        KeyedRecords(inputs["trajectories"], Trajectory, lambda item: item.id, folder=out.parent)
+        if "trajectories" in inputs
         else None
     )
     with ExitStack() as stack:
@@ -242,6 +263,7 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
                 query=query,
                 relevance=scored.scores if scored is not None else None,
                 correctness=correctness_of(query, correctness) if correctness is not None else None,
+                trajectory=trajectories.get(query.id) if trajectories is not None else None,
                 same_text=texts,
                 duplicate=first is not None and first.find(_said(query))[0] != key_hash(query_key(query)) >> 1,
             )
@@ -255,8 +277,8 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
             record=Group,
             units=lambda: query_units(config.candidates),
             prepare=prepare,
-            sides=[side for side in (relevance, correctness) if side is not None],
-            worker=partial(GroupsWorker, rule),
+            sides=[side for side in (relevance, correctness, trajectories) if side is not None],
+            worker=partial(GroupsWorker, config.preset, rule),
             batch_size=1024,
             runner=config.runner,
         )

@@ -8,12 +8,13 @@ correct one), and negatives are sampled in retrieval order, which no score chang
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.records import Candidates, Group
+from agentic_r_plugin import components
+from agentic_r_plugin.errors import ConfigError, RecordError, UnknownComponentError
+from agentic_r_plugin.records import Candidates, Group, Trajectory
 
 NO_RELEVANCE = "no_relevance"
 BELOW_THRESHOLD = "relevance_below_threshold"
@@ -21,6 +22,8 @@ NOT_ROLLED_OUT = "not_rolled_out"
 NO_CORRECT = "no_correct_candidate"
 TOO_FEW_NEGATIVES = "too_few_negatives"
 DUPLICATE_QUERY = "duplicate_query"
+NO_TRAJECTORY = "no_trajectory"
+NOTHING_OPENED = "nothing_opened"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ class SelectionRule:
     """False: ablation without relevance; all candidates form one level."""
     use_correctness: bool = True
     """False: ablation without correctness; the level of highest relevance wins."""
+    any_of_ties: bool = False
+    """Not in the paper: the positive is the tied candidate that was found correct first (correctness.order), not the
+    first in retrieval order; the others may have no correctness."""
     seed: int = 0
     false_negative_relevance: int = 0
     """Not in the paper; 0 is off. Candidates with at least this relevance are never negatives."""
@@ -69,15 +75,114 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings of each preset (method section 4, step 6)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SelectionTask:
+    """One query with all that is known about its candidates."""
+
+    query: Candidates
+    relevance: Mapping[str, int] | None = None
+    """Passage id -> 0..100; None when the query has none."""
+    correctness: Mapping[str, int] | None = None
+    """Passage id -> 0 or 1 for the candidates rolled out; None when there are none."""
+    trajectory: Trajectory | None = None
+    """The query's trajectory, for selections that read it."""
+    same_text: Mapping[str, str] | None = None
+    """Passage id -> its normalised text, when repeated passages are to be left out."""
+    duplicate: bool = False
+    """Whether an earlier query has the same question and words, and only the first is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A component of kind `selection`: how groups are made of a query's candidates."""
+
+    description: str
+    needs: frozenset[str]
+    """Files that it reads in addition to the candidates: `relevance`, `correctness`, `trajectories`. The first two are
+    left out with `use_relevance=false` and `use_correctness=false`."""
+    pick: Callable[[SelectionTask, SelectionRule], list[Group] | str]
+    """The groups of one query, or the reason why it has none. RecordError: scores that it needs are missing."""
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `SelectionRule` that it sets."""
+
+
+def _best(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
+    return select(task.query, task.relevance, task.correctness, rule, task.same_text)
+
+
+def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
+    """One group per opened passage (LRAT, arXiv 2604.04949).
+
+    The relevance, if used, is the judge that filters positives: opened passages below the threshold are neither
+    positives nor negatives. Negatives are at most `num_negatives` passages that were shown and not opened, best first.
+    With w words of reasoning before the next search, the weight is 2 (w + 1) / (w + 51): near 1 for 50 words, and 1
+    after the last search.
+    """
+    query = task.query
+    turns = {} if task.trajectory is None else {turn.turn: turn for turn in task.trajectory.turns}
+    if query.turn not in turns:
+        return NO_TRAJECTORY
+    shown = [passage.id for passage in turns[query.turn].passages]
+    opened: tuple[str, ...] = getattr(turns[query.turn], "opened", ())  # files of earlier versions have none
+    positives = [passage for passage in shown if passage in opened]
+    if not positives:
+        return NOTHING_OPENED
+    if rule.use_relevance:
+        if task.relevance is None:
+            return NO_RELEVANCE
+        positives = [passage for passage in positives if task.relevance.get(passage, 0) >= rule.threshold]
+        if not positives:
+            return BELOW_THRESHOLD
+    others = [passage for passage in shown if passage not in opened]
+    if task.same_text is not None:
+        others = _without_repeats(others, positives, task.same_text)
+    if not others:
+        return TOO_FEW_NEGATIVES
+    weight = 1.0
+    if query.turn + 1 in turns:
+        words = len(turns[query.turn + 1].reasoning.split())
+        weight = 2 * (words + 1) / (words + 1 + _HALF_WORDS)
+    return [replace(_group(query, one, others[: rule.num_negatives]), weight=weight) for one in positives]
+
+
+_HALF_WORDS = 50
+"""Words of reasoning after opening at which a group has half of the largest weight."""
+
+_SCORES = frozenset({"relevance", "correctness"})
+paper = Selection(
+    description="The first of the correct candidates of highest relevance, and sampled negatives.",
+    needs=_SCORES, pick=_best, rule=PRESETS["paper"],
+)  # fmt: skip
+released_code = Selection(
+    description="As the paper, with up to 3 tied positives; further ties are left out.",
+    needs=_SCORES, pick=_best, rule=PRESETS["released_code"],
+)  # fmt: skip
+opened = Selection(
+    description="Opened passages are positives, those shown and not opened negatives, weighted by the reasoning after.",
+    needs=frozenset({"relevance", "trajectories"}), pick=_opened,
+)  # fmt: skip
+
+
+def selection_named(preset: str) -> Selection:
+    """The registered selection of this name.
+
+    Raises:
+        ConfigError: none has this name; the message lists the registered names.
+    """
+    try:
+        found: Selection = components.load("selection", preset)
+    except UnknownComponentError as error:
+        raise ConfigError(f"preset={preset!r}: expected one of {', '.join(components.names('selection'))}") from error
+    return found
+
+
 def preset_rule(preset: str, **settings: Any) -> SelectionRule:
     """The selection rule of a preset, with further settings.
 
     Raises:
         ConfigError: an unknown preset, or settings that contradict each other.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-    return SelectionRule(**settings, **PRESETS[preset])
+    return SelectionRule(**settings, **selection_named(preset).rule)
 
 
 def tie_levels(passages: Sequence[str], relevance: Mapping[str, int], threshold: int) -> list[list[str]]:
@@ -168,19 +273,20 @@ def select(
     hard, rest = others[: rule.hard_negatives], others[rule.hard_negatives :]
     sampler = random.Random(f"{rule.seed}/{candidates.id}/{candidates.turn}")
     negatives = hard + sampler.sample(rest, rule.num_negatives - len(hard))
-    return [
-        Group(
-            id=candidates.id,
-            turn=candidates.turn,
-            question=candidates.question,
-            query=candidates.query,
-            history=candidates.history,
-            positive=positive,
-            negatives=tuple(negatives),
-            reasoning=candidates.reasoning,
-        )
-        for positive in positives
-    ]
+    return [_group(candidates, positive, negatives) for positive in positives]
+
+
+def _group(candidates: Candidates, positive: str, negatives: Sequence[str]) -> Group:
+    return Group(
+        id=candidates.id,
+        turn=candidates.turn,
+        question=candidates.question,
+        query=candidates.query,
+        history=candidates.history,
+        positive=positive,
+        negatives=tuple(negatives),
+        reasoning=candidates.reasoning,
+    )
 
 
 def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text: Mapping[str, str]) -> list[str]:
@@ -205,6 +311,8 @@ def _winners(
         return list(levels[0])
     for level in levels:
         winners = []
+        if rule.any_of_ties and any(correctness.get(passage) for passage in level):
+            level = [passage for passage in level if passage in correctness]
         for passage in level:
             if passage not in correctness:
                 raise RecordError(

@@ -46,6 +46,27 @@ class Completion:
     """Whether the text is incomplete, such as at `max_tokens`, if the engine reports it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A prompt and a text that may follow it, whose probability is asked for."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """At least one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """How probable a continuation is."""
+
+    logprobs: tuple[float, ...]
+    """Natural logarithm of the probability of each of its tokens, given all before it, at temperature 1."""
+    prompt_tokens: int
+    """Prompt and continuation together."""
+    cached_tokens: int | None = None
+    """As in `Completion`."""
+
+
 @dataclass
 class Usage:
     """Running totals of a backend since it was opened."""
@@ -67,7 +88,8 @@ class LLMBackend(Protocol):
     """A model that continues prompts. A backend that counts its usage exposes it as `usage` (`Usage`).
 
     A backend with a limited cache of earlier turns exposes its size in tokens as `kept_tokens`; callers then run no
-    more conversations at once than fit.
+    more conversations at once than fit. One that knows the probability of a given text has a method
+    `likelihoods(continuations) -> Sequence[Likelihood | RequestRefusedError]`, with errors as of `generate`.
     """
 
     codec: Codec
@@ -127,18 +149,18 @@ class TokenMeter(Protocol):
     generated_tokens: int
 
 
-def count_tokens(meter: TokenMeter, done: Completion) -> None:
-    """Add the tokens of one completion."""
+def count_tokens(meter: TokenMeter, done: Completion | Likelihood) -> None:
+    """Add the tokens of one completion, or of one text whose likelihood was computed."""
     meter.prompt_tokens += done.prompt_tokens
     if done.cached_tokens is None:
         meter.cache_unknown_tokens += done.prompt_tokens
     else:
         meter.cached_tokens += done.cached_tokens
-    meter.generated_tokens += len(done.token_ids)
+    meter.generated_tokens += len(done.token_ids) if isinstance(done, Completion) else 0
 
 
-def count(usage: Usage, completions: Sequence[Completion]) -> None:
-    """Add completions to the usage counts."""
+def count(usage: Usage, completions: Sequence[Completion | Likelihood]) -> None:
+    """Add completions or likelihoods to the usage counts."""
     for done in completions:
         usage.requests += 1
         count_tokens(usage, done)

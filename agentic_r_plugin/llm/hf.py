@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.store import file_fingerprint
@@ -125,6 +125,27 @@ class HFBackend:
         ]
         count(self.usage, completions)
         return completions
+
+    def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
+        """Likelihood of every continuation; one prefill each, with shared prefixes computed once."""
+        texts = [(*one.prompt_ids, *one.token_ids) for one in continuations]
+        fits = [len(text) <= self.max_length for text in texts]
+        found = iter(
+            self._generator.likelihoods(
+                [text for text, fit in zip(texts, fits, strict=True) if fit],
+                [len(one.token_ids) for one, fit in zip(continuations, fits, strict=True) if fit],
+            )
+        )
+        results: list[Likelihood | RequestRefusedError] = []
+        for text, fit in zip(texts, fits, strict=True):
+            if not fit:
+                reason = f"a text of {len(text)} tokens: {self.path} runs {self.max_length} at most"
+                results.append(RequestRefusedError(reason))
+                continue
+            logprobs, cached = next(found)
+            results.append(Likelihood(logprobs=logprobs, prompt_tokens=len(text), cached_tokens=cached))
+        count(self.usage, [one for one in results if isinstance(one, Likelihood)])
+        return results
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None

@@ -66,6 +66,8 @@ class _Row:
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
     cached_tokens: int = 0
+    scored: int = 0
+    """Number of last prompt tokens whose log-probabilities are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,32 @@ class HFGenerator:
             for row in rows
         ]
 
+    @torch.inference_mode()
+    def likelihoods(self, texts: Sequence[Sequence[int]], scored: Sequence[int]) -> list[tuple[tuple[float, ...], int]]:
+        """Log-probabilities of the last tokens of every text, and how many of its tokens were cached; one prefill each.
+
+        Args:
+            texts: token ids.
+            scored: number of last tokens of each text, fewer than the text has.
+
+        Raises:
+            BackendError: a text is longer than the model supports.
+        """
+        none = torch.empty(0)
+        rows = [
+            _Row(index=index, prompt=tuple(text), max_tokens=0, uniform=none, scored=last)
+            for index, (text, last) in enumerate(zip(texts, scored, strict=True))
+        ]
+        self.attention.require(max((len(row.prompt) for row in rows), default=0))
+        if self.prefixes.max_tokens:
+            self._prefill_shared([row.prompt[: -1 - row.scored] for row in rows])
+        for batch in self._batches(rows):
+            padded = max(len(row.prompt) for row in batch)
+            batch, _ = self._prefill(batch, padded, padded)
+            for slot, row in enumerate(batch):
+                self._keep(slot, row, padded)
+        return [(tuple(row.logprobs), row.cached_tokens) for row in rows]
+
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
         """Group rows with similar numbers of new prompt tokens into batches within the token budget.
 
@@ -274,8 +302,8 @@ class HFGenerator:
             The rows in slot order (fewest new tokens first) and the logits `[B, V]` of their last tokens.
         """
         self._cache.reserve(len(rows), capacity)
-        # A stored prefix may cover all tokens but the last, which must be computed to get its logits.
-        kept = {row.index: self.prefixes.find(row.prompt[:-1]) for row in rows}
+        # A stored prefix may cover all tokens but the last ones, which must be computed to get their logits.
+        kept = {row.index: self.prefixes.find(row.prompt[: -1 - row.scored]) for row in rows}
         count = {row.index: len(row.prompt) - len(kept[row.index]) * self.prefixes.block_size for row in rows}
         rows = sorted(rows, key=lambda row: count[row.index])
         new = [count[row.index] for row in rows]
@@ -284,7 +312,11 @@ class HFGenerator:
             num_new = max(new[first:last])
             for slot in range(first, last):
                 self._recall(slot, rows[slot], kept[rows[slot].index], padded, num_new)
-            logits.append(self._compute(rows[first:last], first, padded, num_new))
+            found_BKV = self._compute(rows[first:last], first, padded, num_new)
+            for row, found_KV in zip(rows[first:last], found_BKV, strict=True):
+                if row.scored:
+                    row.logprobs = _of_last(found_KV, row)
+            logits.append(found_BKV[:, -1])
         return rows, torch.cat(logits)
 
     def _recall(self, slot: int, row: _Row, kept: list[int], padded: int, num_new: int) -> None:
@@ -296,7 +328,10 @@ class HFGenerator:
         self._cache.blank(slot, start)  # masked values must still be finite: 0 * nan is nan
 
     def _compute(self, rows: list[_Row], slot: int, padded: int, num_new: int) -> torch.Tensor:
-        """Compute the last `num_new` tokens of the rows from `slot` on; return the logits `[B, V]` of the last one."""
+        """Compute the last `num_new` tokens of the rows from `slot` on; return the logits `[B, K, V]` of the last K.
+
+        K is 1, or one more than the tokens of a row that are scored.
+        """
         device = self.model.device
         start = padded - max(num_new, *(len(row.prompt) for row in rows))
         ids_BR = torch.zeros((len(rows), num_new), dtype=torch.long)
@@ -316,8 +351,8 @@ class HFGenerator:
             position_ids=(query_R - start_B[:, None]).clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            logits_to_keep=1 + max(row.scored for row in rows),
+        ).logits
 
     def _mask(self, allowed: torch.Tensor, first_query: int, first_key: int) -> Any:
         """Build the mask for the model's attention: boolean for SDPA, else additive; a dict if there are two kinds of
@@ -354,6 +389,13 @@ class HFGenerator:
         if self.prefixes.max_tokens:
             tokens = (*row.prompt, *row.token_ids[:-1])
             self.prefixes.add(tokens, self._cache, slot, end - len(tokens))
+
+
+def _of_last(logits_KV: torch.Tensor, row: _Row) -> list[float]:
+    """Log-probabilities of a row's scored tokens; the logits of a token are at the position before it."""
+    ids = torch.tensor(row.prompt[-row.scored :], device=logits_KV.device)
+    logprobs_NV = logits_KV[-1 - row.scored : -1].float().log_softmax(-1)
+    return [float(value) for value in logprobs_NV.gather(1, ids[:, None])[:, 0]]
 
 
 def _passes(new: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,7 @@ import httpx
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.credentials import authorization, read_secret, redacted, shown
 from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, row_seed
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.rate import Pace
 from agentic_r_plugin.llm.refusals import Refusal, named_fields, refusal
@@ -220,6 +220,14 @@ class OpenAIBackend:
         codec = self.codec  # loaded before the threads use it
         return self._all(lambda request: self._complete(request, sampling, codec), requests)
 
+    def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
+        """Likelihood of every continuation, from servers that echo the prompt with log-probabilities (vLLM, SGLang).
+
+        Raises:
+            BackendError: as `generate`, or the server sends no log-probabilities of the prompt.
+        """
+        return self._all(self._likelihood, continuations)
+
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
@@ -330,6 +338,20 @@ class OpenAIBackend:
             cached_tokens=cached,
             cut=_cut(choice),
         )
+
+    def _likelihood(self, continuation: Continuation) -> Likelihood:
+        ids = [*continuation.prompt_ids, *continuation.token_ids]
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+        choice, _, cached = self._post("completions", self._with_options(body, chat=False), _text_choice)
+        logprobs = choice.get("logprobs")
+        given = (logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None) or []
+        found = given[len(continuation.prompt_ids) : len(ids)]
+        if len(found) < len(continuation.token_ids) or not all(isinstance(value, int | float) for value in found):
+            raise BackendError(
+                f"llm: expected log-probabilities of the {len(ids)} prompt tokens (echo and logprobs of /completions), "
+                f"found {len(given)} in {self._brief(str(choice))}; use vLLM or SGLang"
+            )
+        return Likelihood(logprobs=tuple(map(float, found)), prompt_tokens=len(ids), cached_tokens=cached)
 
     def _with_stop(self, choice: dict[str, Any], text: str, stop: tuple[str, ...]) -> str:
         """Text of a choice, with the stop string that ended it restored if the server removed it.

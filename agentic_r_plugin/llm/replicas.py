@@ -14,7 +14,7 @@ from operator import attrgetter, methodcaller
 from typing import Any
 
 from agentic_r_plugin.errors import RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
 from agentic_r_plugin.ray_cluster import Pool
@@ -69,6 +69,10 @@ class ReplicatedBackend:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | RequestRefusedError]:
         """See `LLMBackend.generate`."""
         return self._deal("generate", requests, sampling)
+
+    def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
+        """See `LLMBackend`."""
+        return self._deal("likelihoods", continuations)
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage, count, row_seed
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, count, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 
@@ -103,8 +103,41 @@ class VLLMBackend:
         completions = iter(self._continue(taken, sampling) if taken else [])
         return [next(completions) if refused is None else refused for refused in refusals]
 
+    def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
+        """Likelihood of every continuation, from the engine's log-probabilities of the prompt.
+
+        Raises:
+            BackendError: the engine failed, or returned no log-probabilities.
+        """
+        requests = [Request(prompt_ids=(*one.prompt_ids, *one.token_ids), max_tokens=1) for one in continuations]
+        refusals = [self._refusal(request) for request in requests]
+        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        outputs = iter(self._run(taken, [params] * len(taken)) if taken else [])
+        results = [
+            self._likelihood(one, next(outputs)) if refused is None else refused
+            for one, refused in zip(continuations, refusals, strict=True)
+        ]
+        count(self.usage, [one for one in results if isinstance(one, Likelihood)])
+        return results
+
+    def _likelihood(self, continuation: Continuation, output: Any) -> Likelihood:
+        ids, length = continuation.token_ids, len(continuation.prompt_ids) + len(continuation.token_ids)
+        given = list(output.prompt_logprobs or ())
+        if len(given) != length:
+            raise BackendError(f"vllm, {self.model}: {length} prompt tokens, {len(given)} log-probabilities")
+        logprobs = tuple(float(known[token].logprob) for token, known in zip(ids, given[-len(ids) :], strict=True))
+        cached = getattr(output, "num_cached_tokens", None)
+        return Likelihood(logprobs=logprobs, prompt_tokens=length, cached_tokens=cached)
+
     def _continue(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        params = [self._params(request, sampling) for request in requests]
+        outputs = self._run(requests, [self._params(request, sampling) for request in requests])
+        completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
+        count(self.usage, completions)
+        return completions
+
+    def _run(self, requests: Sequence[Request], params: list[Any]) -> list[Any]:
+        """The engine's outputs, one per request."""
         prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
         try:
             outputs = self._engine.generate(prompts, params, use_tqdm=False)
@@ -117,9 +150,7 @@ class VLLMBackend:
             ) from error
         if len(outputs) != len(requests):
             raise BackendError(f"vllm, {self.model}: {len(requests)} prompts, {len(outputs)} outputs")
-        completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
-        count(self.usage, completions)
-        return completions
+        return list(outputs)
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ class Example:
     """Positives of all groups of this query, including this one."""
     scores: tuple[float, ...] | None = None
     """Scores of the positive and each negative, for trainers that learn from scores."""
+    weight: float = 1.0
+    """Factor of this example's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ def read_examples(
             group = Group.from_dict(data)
             if not group.negatives or group.positive in group.negatives:
                 raise RecordError("expected negatives, and the positive not among them")
+            if not 0 < group.weight < math.inf:
+                raise RecordError(f"expected a weight above 0, found {group.weight}")
             key, passages = (group.id, group.turn), (group.positive, *group.negatives)
             positive, *negatives = [rows[passage] for passage in passages]
             found = None if scores is None else tuple(_score(scores, key, passage) for passage in passages)
@@ -80,6 +85,7 @@ def read_examples(
                 negatives=tuple(negatives),
                 known_positives=frozenset(),
                 scores=found,
+                weight=group.weight,
             )
         )
     if not read:

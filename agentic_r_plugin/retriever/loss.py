@@ -9,7 +9,7 @@ s_ij = q_i . d_j / t, positive p(i) of query i, and w_ij the number of slots in 
     contrastive_i  = log( sum_j w_ij exp(s_ij) ) - s_ip(i)
 
 In the paper, w_ij counts the slots of the whole batch on all devices. With `mask_false_negatives`, w_ij is 0 for the
-known positives of query i and 1 for its own positive.
+known positives of query i and 1 for its own positive. A group's weight multiplies the loss of its query.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Targets:
     """False at the padding of groups that are shorter than the longest."""
     teacher_BG: Tensor | None
     """Teacher scores of the group's passages; None for losses that need none."""
+    factor_B: Tensor | None = None
+    """Factor of each query's loss; None if all are 1."""
 
     def to(self, like: Tensor) -> Targets:
         """Move to the device and floating-point type of `like`."""
@@ -44,6 +46,7 @@ class Targets:
             own_BG=self.own_BG.to(like.device),
             present_BG=self.present_BG.to(like.device),
             teacher_BG=None if self.teacher_BG is None else self.teacher_BG.to(like),
+            factor_B=None if self.factor_B is None else self.factor_B.to(like),
         )
 
 
@@ -74,7 +77,9 @@ def targets(batch: Batch, *, mask_false_negatives: bool) -> Targets:
             weights[i, column[item.positive]] = 1
         if teacher is not None and item.scores is not None:
             teacher[i, : len(columns)] = torch.tensor(item.scores, dtype=torch.float64)
-    return Targets(weights_BP=weights, own_BG=own, present_BG=present, teacher_BG=teacher)
+    factors = [item.weight for item in batch.examples]
+    factor = torch.tensor(factors, dtype=torch.float64) if any(value != 1 for value in factors) else None
+    return Targets(weights_BP=weights, own_BG=own, present_BG=present, teacher_BG=teacher, factor_B=factor)
 
 
 def similarities(queries_BD: Tensor, passages_PD: Tensor, temperature: float) -> Tensor:
@@ -86,7 +91,7 @@ def contrastive(scores_BP: Tensor, batch: Targets) -> Tensor:
     """InfoNCE over all slots of the batch (the paper's loss)."""
     positive_B = scores_BP.gather(1, batch.own_BG[:, :1]).squeeze(1)
     # log(w exp(s)) = s + log w, so the multiplicity of a passage is an offset of its logit; log 0 drops masked ones.
-    return (torch.logsumexp(scores_BP + batch.weights_BP.log(), dim=1) - positive_B).mean()
+    return _mean(torch.logsumexp(scores_BP + batch.weights_BP.log(), dim=1) - positive_B, batch)
 
 
 def distillation(scores_BP: Tensor, batch: Targets, *, teacher_temperature: float) -> Tensor:
@@ -99,7 +104,7 @@ def distillation(scores_BP: Tensor, batch: Targets, *, teacher_temperature: floa
     ours_BG = F.log_softmax(_own_scores(scores_BP, batch), dim=1)
     teacher_BG = F.log_softmax(_teacher(batch, teacher_temperature), dim=1)
     difference_BG = (ours_BG - teacher_BG).masked_fill(~batch.present_BG, 0.0)  # padding: -inf - -inf is NaN
-    return (ours_BG.exp() * difference_BG).sum(dim=1).mean()
+    return _mean((ours_BG.exp() * difference_BG).sum(dim=1), batch)
 
 
 def reward_weighted(scores_BP: Tensor, batch: Targets, *, teacher_temperature: float) -> Tensor:
@@ -121,7 +126,14 @@ def reward_weighted(scores_BP: Tensor, batch: Targets, *, teacher_temperature: f
     rivals_BGG = own_BG[:, None, :].expand_as(lower_BGG).masked_fill(~lower_BGG, -torch.inf)
     parts = torch.cat((own_BG[:, :, None], rivals_BGG, others_B[:, None, None].expand(*own_BG.shape, 1)), dim=2)
     gap_BG = (torch.logsumexp(parts, dim=2) - own_BG)[batch.present_BG]
-    return (F.softmax(teacher_BG, dim=1)[batch.present_BG] * gap_BG).sum() / len(own_BG)
+    share_BG = F.softmax(teacher_BG, dim=1)
+    share_BG = share_BG if batch.factor_B is None else share_BG * batch.factor_B[:, None]
+    return (share_BG[batch.present_BG] * gap_BG).sum() / len(own_BG)
+
+
+def _mean(loss_B: Tensor, batch: Targets) -> Tensor:
+    """Mean over the queries, each times its factor."""
+    return loss_B.mean() if batch.factor_B is None else (loss_B * batch.factor_B).mean()
 
 
 def _own_scores(scores_BP: Tensor, batch: Targets) -> Tensor:

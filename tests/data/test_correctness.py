@@ -6,16 +6,21 @@ from dataclasses import replace
 
 import pytest
 
+from agentic_r_plugin.config import deciding
 from agentic_r_plugin.data.correctness import (
     Continuations,
     CorrectnessConfig,
     CorrectnessCost,
     _labelled_units,
+    by_likelihood,
+    in_order_of_likelihood,
     judge_candidates,
     run,
     steps_of,
 )
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.data.selection import preset_rule, select
+from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
+from agentic_r_plugin.llm.base import Likelihood
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
 from agentic_r_plugin.store import write_records
@@ -146,3 +151,99 @@ def test_a_query_without_gold_answers_is_dropped_and_only_all_of_them_are_an_err
     write_records(file, [unlabelled, replace(unlabelled, turn=3)])
     with pytest.raises(RecordError, match=r"c\.jsonl: no question has golden answers"):
         list(_labelled_units(str(file)))
+
+
+# --- the likelihood of the gold answer
+
+
+class LikelyAgent(ScriptedAgent):
+    """Gives each character of an answer the log-probability that `likely` has for the prompt before it."""
+
+    def __init__(self, policy, likely) -> None:
+        super().__init__(policy)
+        self.likely, self.scored = likely, []
+
+    def likelihoods(self, continuations):
+        self.scored += [self.codec.decode((*one.prompt_ids, *one.token_ids)) for one in continuations]
+        found = [self.likely(self.codec.decode(one.prompt_ids)) for one in continuations]
+        return [
+            RequestRefusedError("too long")
+            if value is None
+            else Likelihood(logprobs=(value,) * len(one.token_ids), prompt_tokens=len(one.prompt_ids))
+            for value, one in zip(found, continuations, strict=True)
+        ]
+
+
+def likely(**values):
+    """Log-probability by the letter of the passage in the prompt; `none` for a block without passages."""
+    return lambda prompt: next((value for key, value in values.items() if f"text of {key}" in prompt), values["none"])
+
+
+def likely_continuations(policy, values, **changes) -> Continuations:
+    found = continuations(policy, **changes)
+    found.llm = LikelyAgent(policy, likely(**values))
+    return found
+
+
+def test_the_likelihood_is_of_the_answer_directly_after_the_candidate_and_one_prefill_each():
+    found = likely_continuations(lambda prompt: "", {"a": -0.5, "none": -1.0})
+    assert found.likelihoods([(query("a"), "a"), (query("a"), None)]) == [-0.5 * 14, -14.0]
+    before = compact.prompt("Who?") + PREFIX
+    assert found.llm.scored == [
+        before + compact.render([PASSAGES["a"]]) + "<answer> Ann </answer>",
+        before + compact.render([]) + "<answer> Ann </answer>",
+    ]
+    assert found.llm.prompts == [] and found.cost.prompt_tokens > 0 and found.cost.rollouts == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "correct"),
+    [
+        ({"a": -2.0, "b": -0.5, "c": -0.7, "none": -1.0}, "b"),
+        ({"a": -2.0, "b": -1.5, "c": -1.2, "none": -1.0}, ""),  # the answer is likelier without any passage
+        ({"a": -2.0, "b": None, "c": -0.7, "none": -1.0}, "c"),
+    ],
+)
+def test_by_likelihood_the_likeliest_candidate_counts_as_correct(values, correct):
+    found = likely_continuations(lambda prompt: "", values)
+    (records,) = by_likelihood([(query("a", "b", "c", "d"), [["b"], ["a", "c"]])], found)
+    assert {record.passage_id: record.em for record in records} == {one: int(one == correct) for one in "abc"}
+    scores = {one: None if values[one] is None else pytest.approx(14 * values[one]) for one in "abc"}
+    assert {record.passage_id: record.log_likelihood for record in records} == scores
+    assert [record.to_dict()["schema"] for record in records] == [
+        "correctness/1" if values[one] is None else "correctness/2" for one in "abc"
+    ]
+    assert list(by_likelihood([(query("a"), [])], found)) == [[]]
+
+
+def test_in_order_of_likelihood_levels_stay_and_the_first_success_ends_a_query():
+    def policy(prompt: str) -> str:
+        return "<answer> Ann </answer>" if any(f"text of {one}" in prompt for one in "ce") else "<answer> B </answer>"
+
+    found = likely_continuations(policy, {"a": -3.0, "b": -9.0, "c": -1.0, "d": None, "e": -0.1, "none": -1.0})
+    levels = [["b"], ["a", "c", "d"], ["e"]]
+    plans = in_order_of_likelihood([(query("a", "b", "c", "d", "e"), levels), (query("a"), [])], found)
+    assert [steps for _, steps in plans] == [[["b"], ["c"], ["a"], ["d"], ["e"]], []]
+    records, none = judge_candidates(plans, found)
+    assert [(record.passage_id, record.em) for record in records] == [("b", 0), ("c", 1)] and none == []
+    rule = preset_rule("paper", num_negatives=1)
+    relevance = {"a": 80, "b": 90, "c": 80, "d": 80, "e": 70}
+    correctness = {record.passage_id: record.em for record in records}
+    (group,) = select(query("a", "b", "c", "d", "e"), relevance, correctness, replace(rule, any_of_ties=True))
+    assert group.positive == "c"
+    with pytest.raises(RecordError, match="the correctness of passage 'a' is needed and unknown"):
+        select(query("a", "b", "c", "d", "e"), relevance, correctness, rule)
+
+
+def test_likelihood_needs_a_backend_that_knows_it_and_settings_that_fit():
+    with pytest.raises(ConfigError, match="the llm backend ScriptedAgent gives no likelihood of a text; use hf, vllm"):
+        continuations(lambda prompt: "").likelihoods([(query("a"), "a")])
+    files = {"candidates": "c", "out": "o", "corpus": "k", "relevance": "r"}
+    for wrong, message in (
+        ({"method": "guess"}, "correctness.method: expected rollout or likelihood, found 'guess'"),
+        ({"order": "likelihood", "preset": "released_code"}, "expected method=rollout and preset=paper"),
+        ({"order": "likelihood", "method": "likelihood"}, "expected method=rollout and preset=paper"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            CorrectnessConfig(**files, **wrong).check()
+    assert deciding(CorrectnessConfig(**files)).keys().isdisjoint({"method", "order"}), "as earlier versions"

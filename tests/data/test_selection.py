@@ -5,13 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
-from agentic_r_plugin.data.selection import PRESETS, SelectionRule, preset_rule, rollout_order, select
+from agentic_r_plugin.data.selection import (
+    BELOW_THRESHOLD,
+    NO_TRAJECTORY,
+    NOTHING_OPENED,
+    PRESETS,
+    TOO_FEW_NEGATIVES,
+    SelectionRule,
+    SelectionTask,
+    preset_rule,
+    rollout_order,
+    select,
+    selection_named,
+)
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.protocol import Limits, compact
 from agentic_r_plugin.records import Candidates, Group, ScoredPassage
@@ -276,3 +290,47 @@ def least_rollouts(drawn: list[tuple[int, bool]], rule: SelectionRule) -> int:
     if first is None:
         return len(tried)
     return first + 1 if rule.max_positives == 1 else sum(lr >= tried[first][0] for lr, _ in tried)
+
+
+# --- opened passages as positives
+
+
+def opened(shown: str, *, opened: str, reasoning: str | None = "so it is", **task: Any) -> list[Group] | str:
+    """The groups of turn 1 of a trajectory that was shown some passages and opened some of them."""
+    turn = SimpleNamespace(turn=1, passages=[ScoredPassage(id=one, score=1.0) for one in shown], opened=tuple(opened))
+    later = [] if reasoning is None else [SimpleNamespace(turn=2, reasoning=reasoning, passages=(), opened=())]
+    trajectory = SimpleNamespace(turns=(turn, *later))
+    rule = preset_rule("opened", num_negatives=2, use_relevance="relevance" in task)
+    return selection_named("opened").pick(SelectionTask(query=query(5), trajectory=trajectory, **task), rule)
+
+
+def test_opened_passages_are_positives_and_those_shown_and_not_opened_negatives():
+    picked = opened("bcdea", opened="dc")
+    assert positives(picked) == ["c", "d"]
+    assert isinstance(picked, list) and [group.negatives for group in picked] == [("b", "e")] * 2
+    assert opened("abc", opened="") == NOTHING_OPENED
+    assert opened("abc", opened="d") == NOTHING_OPENED, "opened, and shown by another search"
+    assert opened("ab", opened="ab") == TOO_FEW_NEGATIVES
+
+
+def test_a_judge_filters_the_opened_passages():
+    assert positives(opened("abcd", opened="ab", relevance=scores(a=59, b=60))) == ["b"]
+    picked = opened("abcd", opened="ab", relevance=scores(a=59, b=60))
+    assert isinstance(picked, list) and picked[0].negatives == ("c", "d"), "what the judge refuses is no negative"
+    assert opened("abcd", opened="a", relevance=scores(a=10)) == BELOW_THRESHOLD
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "weight"), [("", 2 / 51), ("one " * 24, 2 / 3), ("one " * 49, 1.0), ("one " * 449, 1.8), (None, 1.0)]
+)
+def test_long_reasoning_after_opening_weighs_more_and_the_last_search_weighs_one(reasoning: str | None, weight: float):
+    (group,) = opened("ab", opened="a", reasoning=reasoning)
+    assert isinstance(group, Group) and group.weight == pytest.approx(weight)
+    assert group.to_dict()["schema"] == ("group/1" if weight == 1 else "group/2")
+
+
+def test_a_query_without_its_trajectory_has_no_group():
+    task = SelectionTask(query=query(5))
+    assert selection_named("opened").pick(task, preset_rule("opened", use_relevance=False)) == NO_TRAJECTORY
+    with pytest.raises(ConfigError, match="preset='best': expected one of opened, paper, released_code"):
+        preset_rule("best")

@@ -249,3 +249,33 @@ def test_bad_requests_are_refused(model: Qwen2ForCausalLM, tokenizer: PreTrained
     with pytest.raises(BackendError, match="2 prompts, 1 token limits"):
         generator.generate([[1], [2]], max_tokens=[1])
     assert generator.generate([[1, 2]], max_tokens=[0])[0].token_ids == ()
+
+
+@pytest.mark.parametrize("prefix_cache_tokens", [0, 10_000])
+@pytest.mark.parametrize("prefill_tokens", [40, 512])
+def test_the_likelihood_of_a_text_is_that_of_the_models_own_forward_pass(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    prefix_cache_tokens: int,
+    prefill_tokens: int,
+) -> None:
+    monkeypatch.setattr(hf_generate, "PREFILL_TOKENS", prefill_tokens)
+    generator = HFGenerator(model, tokenizer, max_batch_tokens=600, prefix_cache_tokens=prefix_cache_tokens)
+    shared = prompts(1, low=64, high=65)[0]
+    texts = [shared + rest for rest in prompts(6, seed=1)] + prompts(5, seed=2)
+    scored = [1 + index % min(7, len(text) - 1) for index, text in enumerate(texts)]
+    found = generator.likelihoods(texts, scored)
+    for text, last, (logprobs, _) in zip(texts, scored, found, strict=True):
+        with torch.no_grad():
+            own = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+        wanted = own.gather(1, torch.tensor(text[1:])[:, None])[-last:, 0].tolist()
+        assert list(logprobs) == pytest.approx(wanted, abs=1e-4)
+    if prefix_cache_tokens:
+        again = generator.likelihoods(texts, scored)
+        assert sum(cached for _, cached in again) > sum(cached for _, cached in found) > 0
+        assert [logprobs for logprobs, _ in again] == [pytest.approx(logprobs, abs=1e-4) for logprobs, _ in found]
+        # what was computed for a likelihood serves a later continuation, and does not change it
+        (output,) = generator.generate([texts[0]], max_tokens=[6], ignore_eos=True)
+        assert output.cached_tokens > 0
+        assert list(output.token_ids)[:1] == greedy_by_definition(model, texts[0], 1)

@@ -13,7 +13,7 @@ import pytest
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm import openai
-from agentic_r_plugin.llm.base import Request, Sampling
+from agentic_r_plugin.llm.base import Continuation, Request, Sampling
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from tests.data.scripted import CharCodec
 from tests.llm.loopback import CUT, Answer, chat, serve
@@ -737,3 +737,23 @@ def test_a_model_that_writes_nothing_wrote_its_end_of_sequence_token(tokenizer_d
         made = OpenAIBackend(server.url, "m", tokenizer=tokenizer_dir)
         (done,) = made.generate([request("a")], Sampling())
         assert made.codec.decode(done.token_ids) == "<|end|>"
+
+
+def test_the_likelihood_of_a_text_is_read_from_the_echo_of_the_prompt():
+    def answer(path: str, body: dict) -> Answer:
+        given = [None, *(-float(token) for token in body["prompt"][1:]), -0.5]  # one token is generated
+        return completion("x", logprobs={"token_logprobs": given})
+
+    asked = [Continuation(prompt_ids=(1, 2, 3), token_ids=(4, 5)), Continuation(prompt_ids=(6,), token_ids=(7,))]
+    with serve(answer) as server:
+        llm = backend(server.url)
+        assert [found.logprobs for found in llm.likelihoods(asked)] == [(-4.0, -5.0), (-7.0,)]
+        bodies = [body for _, body, _ in server.requests]
+    assert sorted(body["prompt"] for body in bodies) == [[1, 2, 3, 4, 5], [6, 7]]
+    assert all((body["echo"], body["logprobs"], body["max_tokens"]) == (True, 1, 1) for body in bodies)
+    for missing in (None, {"token_logprobs": [-0.5]}, {"token_logprobs": [None] * 6}):
+        with (
+            serve(lambda path, body, missing=missing: completion("x", logprobs=missing)) as server,
+            pytest.raises(BackendError, match="expected log-probabilities of the 5 prompt tokens"),
+        ):
+            backend(server.url).likelihoods(asked[:1])

@@ -16,7 +16,7 @@ import pytest
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Request, Sampling, row_seed
+from agentic_r_plugin.llm.base import Continuation, Request, Sampling, row_seed
 from agentic_r_plugin.llm.vllm import VLLMBackend
 
 
@@ -31,6 +31,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
 
 
 class Characters:
@@ -76,8 +77,11 @@ class LLM:
                     )
                 ],
                 num_cached_tokens=1,
+                prompt_logprobs=None
+                if params.prompt_logprobs is None
+                else [None, *({token: SimpleNamespace(logprob=-token)} for token in prompt["prompt_token_ids"][1:])],
             )
-            for params in sampling_params
+            for prompt, params in zip(prompts, sampling_params, strict=True)
         ]
 
 
@@ -106,6 +110,19 @@ def test_a_batch_goes_to_the_engine_at_once_with_prefix_caching_and_stop_strings
             skip_special_tokens=False,
         )  # fmt: skip
         assert (backend.usage.requests, backend.usage.prompt_tokens, backend.usage.cached_tokens) == (2, 3, 2)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_the_likelihood_of_a_text_is_read_from_the_log_probabilities_of_the_prompt():
+    backend = VLLMBackend("m", max_model_len=10)
+    asked = [Continuation(prompt_ids=(1,) * length, token_ids=(4, 5)) for length in (3, 8)]
+    found, refused = backend.likelihoods(asked)
+    assert (found.logprobs, found.prompt_tokens, found.cached_tokens) == ((-4.0, -5.0), 5, 1)
+    assert isinstance(refused, RequestRefusedError)
+    ((prompts, (params,), _),) = backend._engine.calls
+    assert prompts == [{"prompt_token_ids": [1, 1, 1, 4, 5]}]
+    assert params == SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    assert (backend.usage.prompt_tokens, backend.usage.generated_tokens) == (5, 0)
 
 
 @pytest.mark.usefixtures("vllm")

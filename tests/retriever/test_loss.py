@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Batch, Example, epoch_batches, read_examples
 from agentic_r_plugin.retriever.loop import Run
@@ -237,3 +240,37 @@ def test_caching_draws_the_same_dropout_in_both_passes(step):
     assert loss == pytest.approx(other_loss, abs=1e-12) and abs(loss - without) > 1e-3
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-9, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "distillation", "reward_weighted"])
+def test_the_weight_of_a_group_multiplies_the_loss_of_its_query(name):
+    loss = (
+        getattr(losses, name) if name == "contrastive" else partial(getattr(losses, name), teacher_temperature=TEACHER)
+    )
+    weights = (0.5, 1.0, 2.0)
+    scores_BP = losses.similarities(unit(3, 1), unit(5, 2), TEMPERATURE)
+    plain = losses.targets(batch_of(EXAMPLES), mask_false_negatives=True)
+    assert plain.factor_B is None
+    weighted = batch_of([replace(item, weight=weight) for item, weight in zip(EXAMPLES, weights, strict=True)])
+    found = loss(scores_BP, losses.targets(weighted, mask_false_negatives=True).to(scores_BP))
+    rows = range(3)
+    alone = [
+        loss(
+            scores_BP[i : i + 1],
+            replace(plain, **{key: value[i : i + 1] for key, value in vars(plain).items() if value is not None}),
+        )
+        for i in rows
+    ]
+    assert found.item() == pytest.approx(sum(w * one.item() for w, one in zip(weights, alone, strict=True)) / 3)
+    assert loss(scores_BP, plain).item() == pytest.approx(sum(one.item() for one in alone) / 3)
+
+
+def test_a_weight_is_read_from_the_groups_and_must_be_above_zero(groups, corpus, tmp_path):
+    (line, *_) = [json.loads(text) for text in (groups / "train.jsonl").read_text().splitlines()]
+    file = tmp_path / "groups.jsonl"
+    with Corpus(corpus) as passages:
+        file.write_text(json.dumps(line | {"schema": "group/2", "weight": 0.25}) + "\n")
+        assert read_examples(file, passages)[0].weight == 0.25
+        file.write_text(json.dumps(line | {"schema": "group/2", "weight": 0.0}) + "\n")
+        with pytest.raises(RecordError, match=r"groups.jsonl:1: expected a weight above 0, found 0"):
+            read_examples(file, passages)
