@@ -125,7 +125,7 @@ def test_ties_are_tried_one_by_one_in_retrieval_order_for_the_papers_rule_and_to
     of_five = query("a", "b", "c", "d", "e")
     assert steps_of(of_five, settings(), scores) == [["b"], ["a"], ["c"], ["d"]]
     assert steps_of(of_five, settings(preset="released_code"), scores) == [["b"], ["a", "c", "d"]]
-    with pytest.raises(ConfigError, match="preset='papre': expected one of paper, released_code"):
+    with pytest.raises(ConfigError, match="preset='papre': expected one of opened, paper, released_code"):
         settings(preset="papre").check()
 
 

@@ -139,7 +139,7 @@ def test_missing_files_and_unknown_presets_are_named(config: GroupsConfig):
         ConfigError, match="no --correctness file; give one, or switch it off with --no-use-correctness"
     ):
         run(replace(config, correctness=""))
-    with pytest.raises(ConfigError, match="preset='papre': expected one of paper, released_code"):
+    with pytest.raises(ConfigError, match="preset='papre': expected one of opened, paper, released_code"):
         run(replace(config, preset="papre"))
 
 
