@@ -16,7 +16,7 @@ from agentic_r_plugin.data.correctness import PassageStore
 from agentic_r_plugin.data.groups import query_key, query_units
 from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask
+from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.questions import FORMAT, read_questions
@@ -50,14 +50,21 @@ class RelevanceConfig:
     batch_size: int = field(default=64, metadata={"help": "queries scored at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
+    @property
+    def needs_questions(self) -> bool:
+        """Whether the scorer, or the one inside it, uses the benchmark record of each question."""
+        name, _ = innermost(self.scorer, self.options)
+        return bool(components.load("relevance_scorer", name).needs_questions)
+
     def passages_per_prompt(self) -> int:
         """Number of passages in one prompt of the scorer's judge; 0 if the scorer asks no language model."""
-        asked = getattr(components.load("relevance_scorer", self.scorer), "passages_per_prompt", None)
-        return int(asked(self.options)) if asked else 0
+        name, options = innermost(self.scorer, self.options)
+        asked = getattr(components.load("relevance_scorer", name), "passages_per_prompt", None)
+        return int(asked(options)) if asked else 0
 
     def check(self) -> None:
         """Raise ConfigError if the scorer is unknown or a file that it needs is missing."""
-        if components.load("relevance_scorer", self.scorer).needs_questions and not self.questions:
+        if self.needs_questions and not self.questions:
             raise ConfigError(
                 f"relevance: the scorer {self.scorer} uses the benchmark's metadata; give --questions FILE"
             )
@@ -140,7 +147,7 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
         inputs["sub-answers"] = Path(config.sub_answers)
         sub_answers = KeyedRecords(config.sub_answers, SubAnswer, lambda item: f"{item.id}/{item.turn}", folder=folder)
     with Corpus(config.corpus) as corpus:
-        needs_question = components.load("relevance_scorer", config.scorer).needs_questions
+        needs_question = config.needs_questions
 
         def prepare(query: Candidates) -> ScoringTask:
             known = sub_answers.get(query_key(query)) if sub_answers is not None else None

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.world import names
 from agentic_r_plugin.world.grammar import Relation, grammar
 
 SPLITS = ("train", "dev", "test")
+
+_HOMONYMS = ("person", "work", "town")
+_NEVER_SHARED = 4
+"""The names of the first four of each type stay unique, so that every relation has a possible object."""
 
 _LEAST = {"person": 8, "work": 4}
 """Minimum number per split (2 for other types), so that every relation has a possible object."""
@@ -29,6 +34,8 @@ class Population:
     rivers: int
     namesake_share: float
     """Share of people and works with the name, or nearly the name, of another one of a different profession or kind."""
+    homonyms: float = 0.0
+    """Share of people, works and towns with exactly the name of another one; only the question tells them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,10 @@ class Entity:
     pronoun: str = "it"
     unique: bool = True
     """Whether no other entity of the world has this name."""
+    homonym: bool = False
+    """Whether it shares its name because of `Population.homonyms`: every question that needs it says which one."""
+    county: str = ""
+    """County of a town that is a homonym."""
 
     @property
     def shown(self) -> str:
@@ -95,7 +106,10 @@ def build_facts(rng: random.Random, population: Population, split_shares: dict[s
             count = total - used[kind] if last else round(total * split_shares[split])
             count = max(count, _LEAST.get(kind, 2))
             used[kind] += count
-            members += _entities(rng, maker, kind, count, split, population.namesake_share, facts)
+            made = _entities(rng, maker, kind, count, split, population.namesake_share, facts)
+            if population.homonyms and kind in _HOMONYMS:
+                made = _with_homonyms(rng, maker, made, population.homonyms)
+            members += made
         facts.entities += members
         _relate(rng, maker, members, facts)
     for entity in facts.entities:
@@ -169,8 +183,8 @@ def _with_namesakes(
     while len(drafts) < count:
         kind = rng.choice(kinds)
         draw = rng.random()
-        if len(drafts) > 4 and draw < namesakes / 2:
-            name = rng.choice(drafts[4:])[0]  # The names of the first four are never shared.
+        if len(drafts) > _NEVER_SHARED and draw < namesakes / 2:
+            name = rng.choice(drafts[_NEVER_SHARED:])[0]
             if kind in {other for taken, other in drafts if taken == name}:
                 continue
         elif drafts and near is not None and draw < namesakes:
@@ -179,6 +193,32 @@ def _with_namesakes(
             name = fresh()
         drafts.append((name, kind))
     return drafts
+
+
+def _with_homonyms(rng: random.Random, maker: names.NameMaker, made: list[Entity], share: float) -> list[Entity]:
+    """Give a share of the entities the name of another one of the same type.
+
+    People and works that share a name differ in profession or kind. Towns that share one get a county each.
+    """
+    kept, renamed = made[:_NEVER_SHARED], []
+    for entity in made[_NEVER_SHARED:]:
+        if rng.random() < share:
+            taken = {(other.name, other.kind) for other in (*made, *renamed)}
+            names_ = {other.name for other in made[_NEVER_SHARED:] if other.name != entity.name}
+            free = sorted(name for name in names_ if not entity.kind or (name, entity.kind) not in taken)
+            if free:
+                entity = replace(entity, name=rng.choice(free))
+        renamed.append(entity)
+    bearers = Counter(entity.name for entity in (*kept, *renamed))
+    return [
+        replace(
+            entity,
+            unique=bearers[entity.name] == 1,
+            homonym=bearers[entity.name] > 1,
+            county=maker.place() if entity.type == "town" and bearers[entity.name] > 1 else "",
+        )
+        for entity in (*kept, *renamed)
+    ]
 
 
 def _relate(rng: random.Random, maker: names.NameMaker, members: list[Entity], facts: Facts) -> None:
@@ -201,8 +241,8 @@ def _object(
         if relation.name == "creator":
             job = names.WORK_KINDS[entity.kind]["job"]
             choices = [other for other in choices if other.kind == job] or [o for o in choices if o.unique]
-        elif kind == "person":  # The question implies the profession of makers only: others need unique names.
-            choices = [other for other in choices if other.unique]
+        elif kind == "person":  # The question implies the profession of makers and gives that of homonyms only.
+            choices = [other for other in choices if other.unique or other.homonym]
         if not choices:
             raise ConfigError(f"the world is too small: no {kind} can be the {relation.name} of {entity.name}")
         return rng.choice(choices)

@@ -3,7 +3,8 @@
 It is written in FlashRAG's layout. The entities of the train, dev and test questions are disjoint, and no fact connects
 two splits. Retrieval is hard for four reasons: every entity has several passages under one title; other passages
 mention it with the exact words of a relation but a wrong object; people and works have namesakes that only the question
-distinguishes; and some passages and questions about test entities use wordings that never occur in training.
+distinguishes; and some passages and questions about test entities use wordings that never occur in training. Four more
+causes (`CAUSES`) are off by default; `tests/benchmarks/world_causes.py` measures each one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.world.facts import SPLITS, Population, build_facts
 from agentic_r_plugin.world.prose import ProseConfig, write_passages
-from agentic_r_plugin.world.questions import QuestionConfig, write_questions
+from agentic_r_plugin.world.questions import Places, QuestionConfig, write_questions
+
+CAUSES = ("homonyms", "elliptic_queries", "misleading", "paraphrase")
+"""Settings that make single parts of the method matter. At 0 the world is the one without them, byte for byte."""
 
 MANIFEST = "world.json"
 """Name of the file with a world's settings, in the world's folder; written last."""
@@ -53,6 +57,20 @@ class WorldConfig:
     )
     talk_passages: int = field(default=3, metadata={"help": "passages per entity that mention much and state nothing"})
     reserved_share: float = field(default=0.5, metadata={"help": "share of wordings kept for the test split, there"})
+    homonyms: float = field(
+        default=0.0,
+        metadata={"help": "share of people, works and towns with another one's name; the question tells them apart"},
+    )
+    elliptic_queries: float = field(
+        default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says"}
+    )
+    misleading: float = field(
+        default=0.0,
+        metadata={"help": "share of facts with a passage that states a wrong value in the words of a query"},
+    )
+    paraphrase: float = field(
+        default=0.0, metadata={"help": "share of facts stated without any word of the queries for them"}
+    )
 
     def __post_init__(self) -> None:
         if self.share_one_hop < 0 or self.share_two_hops < 0 or self.share_one_hop + self.share_two_hops > 1:
@@ -60,9 +78,12 @@ class WorldConfig:
         for name in ("train_questions", "dev_questions", "test_questions", "newspapers", "talk_passages"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("namesake_share", "mention_share", "reserved_share"):
+        for name in ("namesake_share", "mention_share", "reserved_share", "homonyms"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 0 or more and less than 1, found {getattr(self, name)}")
+        for name in ("elliptic_queries", "misleading", "paraphrase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: expected a share from 0 to 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +114,7 @@ def build_world(config: WorldConfig) -> World:
             towns=config.towns,
             rivers=config.rivers,
             namesake_share=config.namesake_share,
+            homonyms=config.homonyms,
         ),
         {"train": 0.5, "dev": 0.12, "test": 0.38},
     )
@@ -101,12 +123,20 @@ def build_world(config: WorldConfig) -> World:
         mention_share=config.mention_share,
         talk_passages=config.talk_passages,
         newspapers=config.newspapers,
+        paraphrase=config.paraphrase,
+        misleading=config.misleading,
+        seed=config.seed,
     )
-    passages, stated = write_passages(rng, facts, prose)
+    passages, stated, misleading = write_passages(rng, facts, prose)
     wording = QuestionConfig(
-        share_one_hop=config.share_one_hop, share_two_hops=config.share_two_hops, reserved_share=config.reserved_share
+        share_one_hop=config.share_one_hop,
+        share_two_hops=config.share_two_hops,
+        reserved_share=config.reserved_share,
+        elliptic_queries=config.elliptic_queries,
+        seed=config.seed,
     )
-    questions = {split: tuple(write_questions(rng, facts, stated, split, counts[split], wording)) for split in SPLITS}
+    places = Places(stated=stated, misleading=misleading)
+    questions = {split: tuple(write_questions(rng, facts, places, split, counts[split], wording)) for split in SPLITS}
     return World(passages=tuple(passages), questions=questions)
 
 
@@ -120,7 +150,8 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
     """
     if not config.out:
         raise ConfigError("world: expected --out DIR")
-    folder, sizes = Path(config.out) / config.name, deciding(config)
+    folder = Path(config.out) / config.name
+    sizes = {name: value for name, value in deciding(config).items() if value or name not in CAUSES}
     with Output(out=folder, made_from=sizes, done=MANIFEST, folder=True).claim(resume=resume) as held:
         if held.finished is None:
             world = build_world(config)

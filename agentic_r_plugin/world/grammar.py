@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from agentic_r_plugin.data.scorers.gold_documents import content_words
 
 _FOLDER = Path(__file__).parent / "grammar"
 
@@ -49,6 +52,10 @@ class Relation:
     """Noun phrases for the object inside a longer question; empty if no relation starts from the object."""
     ask: Wordings
     state: Wordings
+    oblique: Wordings
+    """Statements that share no word stem with the relation's queries and questions."""
+    plain: tuple[str, ...]
+    """Statements that share a word stem with them."""
     mention: tuple[str, ...]
     """Sentences with the relation's words but a wrong object, which do not answer the question."""
 
@@ -86,6 +93,9 @@ def grammar() -> Grammar:
 
 
 def _relation(name: str, item: dict[str, Any]) -> Relation:
+    asked = _stems(*item["query"], *item["np"], *item["ask"])
+    state, other = _wordings(item, "state"), tuple(item.get("state_oblique", ()))
+    common = tuple(text for text in state.common if not _stems(text) & asked)
     return Relation(
         name=name,
         label=item.get("label", name),
@@ -95,9 +105,18 @@ def _relation(name: str, item: dict[str, Any]) -> Relation:
         query=tuple(item["query"]),
         noun=_wordings(item, "np"),
         ask=_wordings(item, "ask"),
-        state=_wordings(item, "state"),
+        state=state,
+        oblique=Wordings(
+            common=common + other, reserved=tuple(text for text in state.reserved if not _stems(text) & asked)
+        ),
+        plain=tuple(text for text in state.common if text not in common) or state.common,
         mention=tuple(item["mention"]),
     )
+
+
+def _stems(*texts: str) -> set[str]:
+    """The first five letters of the content words, without template slots."""
+    return {word[:5] for text in texts for word in content_words(re.sub(r"\{\w+\}", " ", text))}
 
 
 def _wordings(item: dict[str, Any], key: str) -> Wordings:

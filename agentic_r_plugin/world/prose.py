@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.world import names
@@ -25,6 +25,12 @@ class ProseConfig:
     """Passages per entity that mention several relations but state none."""
     newspapers: int = 100
     """Pages that mention several entities."""
+    paraphrase: float = 0.0
+    """Share of facts stated without any word of the relation's queries and questions."""
+    misleading: float = 0.0
+    """Share of facts for which another passage states a wrong value in the words of a query."""
+    seed: int = 0
+    """Seed of `paraphrase` and `misleading`, which leave all other text and the order of passages unchanged."""
 
 
 @dataclass(kw_only=True)
@@ -39,15 +45,24 @@ class Draft:
 
 def write_passages(
     rng: random.Random, facts: Facts, config: ProseConfig
-) -> tuple[list[Passage], dict[tuple[int, str], str]]:
-    """Write all passages, in random order; also return, for each fact, the id of the passage that states it."""
+) -> tuple[list[Passage], dict[tuple[int, str], str], dict[tuple[int, str], str]]:
+    """Write all passages, in random order, misleading ones last.
+
+    Also return, for each fact, the id of the passage that states it, and of the one that misleads about it, if any.
+    """
     writer = _Writer(rng, facts, config)
     drafts = [draft for entity in facts.entities for draft in writer.entity(entity)]
     drafts += [writer.newspaper() for _ in range(config.newspapers)]
     rng.shuffle(drafts)
+    true, misled = len(drafts), dict[tuple[int, str], str]()
+    for key, fact in facts.facts.items() if config.misleading else ():
+        own = writer.own("misleading", fact)
+        if own.rng.random() < config.misleading:
+            misled[key] = str(len(drafts))
+            drafts.append(own.misleading(fact))
     passages = [Passage(id=str(index), title=draft.title, text=draft.text) for index, draft in enumerate(drafts)]
-    stated = {fact: str(index) for index, draft in enumerate(drafts) for fact in draft.states}
-    return passages, stated
+    stated = {fact: str(index) for index, draft in enumerate(drafts[:true]) for fact in draft.states}
+    return passages, stated, misled
 
 
 def choose(rng: random.Random, wordings: Wordings, split: str, reserved_share: float) -> str:
@@ -61,9 +76,33 @@ def kind_words(entity_type: str, kind: str) -> dict[str, str]:
     return {"kind": kind, **names.WORK_KINDS[kind]} if entity_type == "work" else {"job": kind}
 
 
+_OUTDATED = (
+    "An earlier edition of this page, since corrected, had another account.",
+    "What follows was believed for a century and has been disproved.",
+    "The old almanacs, whose error is well known, give it as follows.",
+)
+"""Sentences before a value that is no longer held to be true."""
+
+_IMPOSTORS = {
+    "person": ("Captain {}", "Young {}", "Sister {}"),
+    "work": ("{} Revisited", "{} Retold"),
+    "company": ("{} and Sons", "{} Overseas"),
+    "school": ("{} Annex", "{} for the Deaf"),
+    "prize": ("Junior {}", "Lesser {}"),
+    "town": ("New {}", "Upper {}"),
+    "river": ("Little {}", "Lower {}"),
+}
+"""Names of other entities that contain a name."""
+
+
 class _Writer:
     def __init__(self, rng: random.Random, facts: Facts, config: ProseConfig) -> None:
         self.rng, self.facts, self.config = rng, facts, config
+
+    def own(self, use: str, fact: Fact) -> _Writer:
+        """A writer with separate random numbers, so that a larger share changes only what it adds."""
+        rng = random.Random(f"{use} {self.config.seed} {fact.subject.key} {fact.relation.name}")
+        return _Writer(rng, self.facts, self.config)
 
     def entity(self, entity: Entity) -> list[Draft]:
         facts = list(self.facts.of(entity))
@@ -72,13 +111,38 @@ class _Writer:
             here = [fact for fact in facts if fact.relation.slot == slot]
             elsewhere = [fact for fact in facts if fact.relation.slot != slot]
             body = [self._state(fact) for fact in here]
+            plain = dict(zip(body, here, strict=True)) if self.config.paraphrase else {}
             if elsewhere and self.rng.random() < self.config.mention_share:
                 body.append(self._mention(self.rng.choice(elsewhere)))
-            drafts.append(self._draft(entity, body, [(entity.key, fact.relation.name) for fact in here]))
+            draft = self._draft(entity, body, [(entity.key, fact.relation.name) for fact in here])
+            for sentence, fact in plain.items():
+                own = self.own("paraphrase", fact)
+                if own.rng.random() < self.config.paraphrase:
+                    draft.text = draft.text.replace(sentence, own.paraphrased(fact))
+            drafts.append(draft)
         for _ in range(self.config.talk_passages):
             picked = self.rng.sample(facts, min(len(facts), 3))
             drafts.append(self._draft(entity, [self._mention(fact) for fact in picked], []))
         return drafts
+
+    def misleading(self, fact: Fact) -> Draft:
+        """Write a passage that states a wrong value in the words of a query: of another entity, or an outdated one."""
+        template, decoy = self.rng.choice(fact.relation.plain), fact.value
+        while decoy == fact.value:
+            decoy = self._other(fact.relation, fact)
+        if self.rng.random() < 0.5:
+            return self._draft(
+                fact.subject, [f"{self.rng.choice(_OUTDATED)} {self._fill(template, fact.subject, o=decoy)}"], []
+            )
+        other = self._impostor(fact.subject)
+        return self._draft(other, [self._fill(template, other, o=decoy)], [])
+
+    def _impostor(self, entity: Entity) -> Entity:
+        """Another entity whose name contains that of the given one; a person or work of another kind."""
+        kinds = {"person": names.JOBS, "work": names.WORK_KINDS}.get(entity.type, ())
+        kind = self.rng.choice([kind for kind in kinds if kind != entity.kind]) if kinds else ""
+        name = self.rng.choice(_IMPOSTORS[entity.type]).format(entity.name)
+        return replace(entity, name=name, kind=kind, alias="", county="")
 
     def newspaper(self) -> Draft:
         """Write a page that mentions several entities under its own title."""
@@ -91,6 +155,8 @@ class _Writer:
     def _draft(self, entity: Entity, body: list[str], states: list[tuple[int, str]]) -> Draft:
         kind = grammar().types[entity.type]
         intro = self._fill(choose(self.rng, kind.intro, entity.split, self.config.reserved_share), entity, first=True)
+        if entity.county:
+            intro += f" It lies in the county of {entity.county}."
         fillers = self.rng.sample(kind.filler, len(kind.filler))
         wanted = self.rng.randint(self.config.min_words, self.config.max_words)
         while fillers and len(" ".join([intro, *body]).split()) < wanted:
@@ -99,7 +165,14 @@ class _Writer:
         return Draft(title=entity.name, text=" ".join([intro, *body]), states=states)
 
     def _state(self, fact: Fact) -> str:
-        template = choose(self.rng, fact.relation.state, fact.subject.split, self.config.reserved_share)
+        return self._state_as(fact, fact.relation.state)
+
+    def paraphrased(self, fact: Fact) -> str:
+        """The statement of a fact without any word of the queries for it."""
+        return self._state_as(fact, fact.relation.oblique)
+
+    def _state_as(self, fact: Fact, wordings: Wordings) -> str:
+        template = choose(self.rng, wordings, fact.subject.split, self.config.reserved_share)
         shown = fact.object.shown if fact.object is not None else fact.value
         return self._fill(template, fact.subject, o=shown)
 

@@ -29,10 +29,22 @@ class QuestionConfig:
     share_one_hop: float
     share_two_hops: float
     reserved_share: float
+    elliptic_queries: float = 0.0
+    """Share of hops whose first query leaves out what the question says."""
+    seed: int = 0
+    """Seed of `elliptic_queries`, which leaves the questions unchanged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """(subject key, relation name) -> id of the passage that states the fact, and of one that misleads about it."""
+
+    stated: dict[tuple[int, str], str]
+    misleading: dict[tuple[int, str], str]
 
 
 def write_questions(
-    rng: random.Random, facts: Facts, stated: dict[tuple[int, str], str], split: str, count: int, config: QuestionConfig
+    rng: random.Random, facts: Facts, places: Places, split: str, count: int, config: QuestionConfig
 ) -> list[Question]:
     """Write `count` different questions about the entities of one split, with numbers of hops in random order.
 
@@ -62,7 +74,7 @@ def write_questions(
             continue
         seen |= {key, text}
         failures = 0
-        made.append(_record(f"{split}_{len(made)}", text, name, chain, facts, stated))
+        made.append(_record(f"{split}_{len(made)}", text, name, chain, facts, places, config))
     return made
 
 
@@ -93,6 +105,10 @@ def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: flo
     for fact in chain[:-1]:
         form = choose(rng, fact.relation.noun, split, reserved_share)
         phrase = form.format(s=phrase, **kind_words(fact.subject.type, fact.subject.kind))
+        if fact.object is not None and fact.object.county:
+            phrase += f" in the county of {fact.object.county}"
+        elif fact.object is not None and fact.object.homonym and fact.relation.name != "creator":
+            phrase = f"the {fact.object.kind}, {phrase},"
     last = chain[-1]
     ask = choose(rng, last.relation.ask, split, reserved_share)
     return ask.format(s=phrase, **kind_words(last.subject.type, last.subject.kind)), name
@@ -111,24 +127,31 @@ def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
         form = rng.choice(forms)
     else:
         form = forms[0] if not name.startswith("the ") or entity.type == "prize" else "{n}"
-    return form.format(n=name, **kind_words(entity.type, entity.kind)), name.removeprefix("the ")
+    county = f" in the county of {entity.county}" if entity.county else ""
+    return form.format(n=name, **kind_words(entity.type, entity.kind)) + county, name.removeprefix("the ")
 
 
 def _record(
-    id: str, text: str, name: str, chain: list[Fact], facts: Facts, stated: dict[tuple[int, str], str]
+    id: str, text: str, name: str, chain: list[Fact], facts: Facts, places: Places, config: QuestionConfig
 ) -> Question:
     last = chain[-1]
     golden = [last.value] + ([last.object.alias] if last.object is not None and last.object.alias else [])
     metadata = {
         "hops": len(chain),
-        "gold_doc_ids": [stated[fact.subject.key, fact.relation.name] for fact in chain],
+        "gold_doc_ids": [places.stated[fact.subject.key, fact.relation.name] for fact in chain],
         "hop_answers": [fact.value for fact in chain],
         "relations": [fact.relation.name for fact in chain],
         "hop_subjects": [fact.subject.name for fact in chain],
         "hop_mentions": [name, *(fact.subject.name for fact in chain[1:])],
         "hop_kinds": [fact.subject.kind for fact in chain],
-        "namesake_doc_ids": [_namesakes(fact, facts, stated) for fact in chain],
+        "namesake_doc_ids": [_namesakes(fact, facts, places.stated) for fact in chain],
     }
+    if places.misleading:
+        keys = [(fact.subject.key, fact.relation.name) for fact in chain]
+        metadata["misleading_doc_ids"] = [[places.misleading[key]] if key in places.misleading else [] for key in keys]
+    if config.elliptic_queries:
+        draw = random.Random(f"elliptic {config.seed} {id}")
+        metadata["elliptic"] = [draw.random() < config.elliptic_queries for _ in chain]
     return Question(id=id, question=text, golden_answers=tuple(golden), metadata=metadata)
 
 
@@ -144,8 +167,13 @@ def _namesakes(fact: Fact, facts: Facts, stated: dict[tuple[int, str], str]) -> 
 
 
 def hop_query(question: Question, hop: int, form: int = 0) -> str:
-    """The search query for one hop (counted from 0), given the answers of earlier hops; `form` selects the wording."""
+    """The search query for one hop (counted from 0), given the answers of earlier hops; `form` selects the wording.
+
+    An elliptic first query leaves out what the question says: the entity at the first hop, the relation at later ones.
+    """
     relation = grammar().relations[question.metadata["relations"][hop]]
     subject = question.metadata["hop_mentions"][hop]
     words = kind_words(relation.subject, question.metadata["hop_kinds"][hop])
+    if form == 0 and question.metadata.get("elliptic", ())[hop : hop + 1] == [True]:
+        return str(subject) if hop else relation.label.format(**words)
     return relation.query[form % len(relation.query)].format(s=subject, **words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from agentic_r_plugin.components import load
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.judge import load_prompt, parse_score
-from agentic_r_plugin.data.relevance import score_candidates, task_of
+from agentic_r_plugin.data.relevance import RelevanceConfig, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
 from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
+from agentic_r_plugin.data.scorers.noisy import Noisy
 from agentic_r_plugin.data.scorers.pointwise_judge import PointwiseJudge
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.openai import OpenAIBackend
@@ -199,3 +201,104 @@ def test_a_cross_encoders_fingerprint_follows_its_files_and_not_its_place(encode
         (moved / name).write_text(text.replace(old, new))
         found.append(fingerprint_of(moved))
     assert len(set(found)) == 4
+
+
+# --- Noisy ------------------------------------------------------------------------------------------------------------
+
+MANY = Passages({str(n): Passage(id=str(n), title=f"T{n}", text="find it" if n == 19 else "none") for n in range(20)})
+
+
+class Falling:
+    """Scores 100, 95, ... in retrieval order; the last passage scores 5."""
+
+    needs_questions = False
+
+    def score(self, tasks):
+        return [{item.id: 100 - 5 * place for place, item in enumerate(task.passages)} for task in tasks]
+
+    def fingerprint(self):
+        return "falling"
+
+
+def noisy(turn: int = 1, **options) -> tuple[dict[str, int], dict[str, int]]:
+    """Scores without and with errors."""
+    passages = tuple(ScoredPassage(id=key, score=1.0) for key in MANY)
+    task = task_of(replace(QUERY, turn=turn, passages=passages), MANY)
+    (right,), (found,) = Falling().score([task]), Noisy(Falling(), Noisy.Options(**options)).score([task])
+    assert list(found) == list(right)
+    return right, found
+
+
+def changed(turns: int, **options) -> float:
+    pairs = [noisy(turn, **options) for turn in range(turns)]
+    return sum(found[id] != right[id] for right, found in pairs for id in right) / (20 * turns)
+
+
+def test_noise_is_the_same_for_a_query_and_another_for_another_query_or_seed():
+    assert noisy(rate=0.5) == noisy(rate=0.5)
+    assert len({tuple(noisy(turn, rate=0.5, seed=seed)[1].values()) for turn in (1, 2) for seed in (0, 1)}) == 4
+    right, found = noisy(rate=0.0)
+    assert found == right
+
+
+def test_a_swap_exchanges_scores_and_hits_the_stated_share():
+    right, found = noisy(rate=1.0, ways=["swap"])
+    assert sorted(found.values()) == sorted(right.values()) and found != right
+    # a swap moves two passages; at a low rate they rarely coincide
+    assert changed(400, rate=0.05, ways=["swap"]) == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_tie_takes_the_next_better_score_and_the_best_stays():
+    right, found = noisy(rate=1.0, ways=["tie"])
+    assert found == {key: min(score + 5, 100) if key in "01" else 100 for key, score in right.items()}
+    assert changed(400, rate=0.3, ways=["tie"]) == pytest.approx(0.3 * 19 / 20, abs=0.01)
+
+
+def test_optimism_raises_passages_that_share_the_querys_words_alone():
+    right, found = noisy(rate=1.0, ways=["overlap"])
+    assert right["19"] == 5 and found == right | {"19": 100}
+
+
+def test_a_higher_rate_only_adds_errors():
+    (right, few), (_, more) = noisy(rate=0.2, ways=["overlap"]), noisy(rate=1.0, ways=["overlap"])
+    assert {key for key in right if few[key] != right[key]} <= {key for key in right if more[key] != right[key]}
+
+
+def test_noise_is_around_any_registered_scorer_and_needs_what_that_one_needs(tmp_path: Path):
+    given = {"scorer": "noisy", "candidates": "c", "out": "o", "corpus": "x"}
+    around = RelevanceConfig(**given, options={"rate": 0.1})
+    assert around.reads_inputs == ("gold_documents", {}) and around.needs_questions
+    with pytest.raises(ConfigError, match="the scorer noisy uses the benchmark's metadata"):
+        around.check()
+    twice = {"scorer": "noisy", "options": {"scorer": "pointwise_judge", "options": {"max_tokens": 4}}}
+    judged = RelevanceConfig(**given, options=twice)
+    assert judged.reads_inputs == ("pointwise_judge", {"max_tokens": 4}) and not judged.needs_questions
+    judged.check()
+    with serve(reply_with({"a": "85", "b": "7", "c": "about 9"})) as server:
+        scorer = load("relevance_scorer", "noisy").build(
+            {"scorer": "pointwise_judge", "rate": 0.5}, resources(server.url)
+        )
+        (scored,) = score_candidates([task_of(QUERY, STORE)], scorer)
+    assert isinstance(scored, JudgeError), "an error of the judge stays one"
+    prints = {
+        Noisy(Falling(), Noisy.Options(rate=rate, ways=ways)).fingerprint()
+        for rate in (0.1, 0.2)
+        for ways in (["tie"], ["swap"])
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rat": 1}, "relevance scorer noisy: .*rat"),
+        ({"rate": 1.5}, "rate: expected a share from 0 to 1, found 1.5"),
+        ({"ways": ["swaps"]}, "ways: expected some of swap, overlap, tie, found swaps"),
+        ({"ways": []}, "found none"),
+        ({"scorer": "gold"}, "unknown relevance_scorer 'gold'"),
+        ({"options": {"x": 1}}, "gold_documents has no options"),
+    ],
+)
+def test_wrong_options_of_noise_are_errors(options: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        Noisy.build(options, resources())

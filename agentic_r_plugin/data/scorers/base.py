@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import Candidates, Passage, Question
@@ -62,6 +63,17 @@ class RelevanceScorer(Protocol):
 
     def fingerprint(self) -> str:
         """Changes whenever scores may change: model, prompt, options."""
+
+
+def innermost(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Name and options of the scorer that reads the inputs: of one around another (with `around`), the inner one.
+
+    Raises:
+        UnknownComponentError: no such scorer.
+        ConfigError: wrong options of a scorer around another.
+    """
+    scorer = components.load("relevance_scorer", name)
+    return innermost(*scorer.around(options)) if hasattr(scorer, "around") else (name, options)
 
 
 def reference(task: ScoringTask) -> str:
