@@ -57,6 +57,8 @@ def _data(config: TrainRetrieverConfig, done: dict[str, Any]) -> str:
         "learning rate": f"{config.learning_rate:g}, {config.schedule}",
         "seed": config.seed,
     }
+    if config.interpolation < 1:
+        rows["weights"] = f"base + {config.interpolation:g} x (trained - base); results below are of the trained ones"
     return "## Data and settings\n\n" + _table(rows) + "\n\nAll settings stand in `config.yaml`."
 
 

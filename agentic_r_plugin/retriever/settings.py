@@ -109,6 +109,10 @@ class TrainRetrieverConfig:
         default=0, metadata={"help": "train adapters of this rank (LoRA), merged at the end; 0: all"}
     )
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
+    interpolation: float = field(
+        default=1.0,
+        metadata={"help": "weights written: 1 the trained ones, 0 those training started from, between: a mixture"},
+    )
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
@@ -146,6 +150,8 @@ class TrainRetrieverConfig:
             raise ConfigError(
                 f"attention_dropout must be a share of at least 0 and below 1, found {self.attention_dropout}"
             )
+        if not 0 <= self.interpolation <= 1:
+            raise ConfigError(f"interpolation must be a share from 0 to 1, found {self.interpolation}")
         if not self.dev_groups and (self.patience or self.dev_corpus):
             raise ConfigError("patience and dev_corpus need dev_groups, the held-out groups to measure on")
 

@@ -26,6 +26,7 @@ from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores
 from agentic_r_plugin.retriever.card import write_card
 from agentic_r_plugin.retriever.distributed import from_first, process_group
+from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import BEST, STATE, Run, peak_memory_bytes
 from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
@@ -92,7 +93,13 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
         retriever = initial_retriever(config)
         _require_reasoning(config.groups, examples, retriever)
-        output = Output(out=out, made_from=_made_from(config, corpus, retriever, world), done=DONE, folder=True)
+        output = Output(
+            out=out,
+            made_from=_made_from(config, corpus, retriever, world),
+            done=DONE,
+            folder=True,
+            at_end=frozenset({"interpolation"}),
+        )
         # Only process 0 writes. `from_first` is also a barrier: the others wait there for process 0.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
             if from_first(held.finished is not None if held else None):
@@ -107,6 +114,8 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
             training.restore()
             training.fit(examples, dev)
             if held:
+                if config.interpolation < 1:
+                    interpolate(retriever.model, initial_retriever(config).model, config.interpolation)
                 retriever.save(out)
                 done = _summary(config, training, examples)
                 write_card(out, config, retriever.record, done)
@@ -129,6 +138,7 @@ def _require_reasoning(groups: str, examples: Sequence[Example], retriever: Retr
 
 def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:
     return {
+        **_interpolation(config),
         "steps": training.step,
         "groups": len(examples),
         "loss": training.last_loss,
@@ -144,10 +154,18 @@ def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -
     }
 
 
+def _interpolation(config: TrainRetrieverConfig) -> dict[str, float]:
+    """The entry of files about the checkpoint; none for the trained weights themselves."""
+    return {"interpolation": config.interpolation} if config.interpolation < 1 else {}
+
+
 def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
     """Everything that the weights depend on."""
     files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
-    return deciding(config) | {
+    settings = deciding(config)
+    del settings["interpolation"]
+    return settings | {
+        **_interpolation(config),
         "precision": compute.resolve(config.precision, retriever.model.device),
         **{name: file_fingerprint(path) if path else None for name, path in files.items()},
         "corpus": corpus.fingerprint(),

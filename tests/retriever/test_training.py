@@ -13,10 +13,12 @@ from sentence_transformers import SentenceTransformer
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
 from agentic_r_plugin.retriever.checkpoint import Retriever
+from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import Run
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.store import read_lines
+from tests.search.tiny_retriever import make_model
 
 
 @pytest.fixture
@@ -105,6 +107,31 @@ def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(config, tmp_pat
         train(replace(config, learning_rate=1e-4), resume=True)
 
 
+def test_interpolation_writes_weights_between_the_start_and_the_trained_ones_and_records_it(config, base, tmp_path):
+    train(replace(config, max_steps=3))
+    mixed = replace(config, max_steps=3, interpolation=0.25, out=str(tmp_path / "mixed"))
+    train(mixed)
+    assert curve(mixed, "loss") == curve(config, "loss")
+    start, trained, found = weights(base), weights(config.out), weights(mixed.out)
+    moved = 0
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, start[name] + 0.25 * (trained[name] - start[name]), rtol=0, atol=1e-6)
+        moved += int(not torch.equal(tensor, start[name]))
+    assert moved > 10
+    assert json.loads((tmp_path / "mixed" / "done.json").read_text())["interpolation"] == 0.25
+    assert "| weights | base + 0.25 x (trained - base)" in (tmp_path / "mixed" / "README.md").read_text()
+    for name in ("done.json", ".manifest.json"):
+        assert "interpolation" not in (tmp_path / "trained" / name).read_text(), "as before the setting existed"
+    with pytest.raises(ManifestMismatchError, match=r"interpolation was 0\.25, now absent"):
+        train(replace(mixed, interpolation=1.0), resume=True)
+
+
+def test_models_of_other_sizes_are_not_mixed(base, tmp_path):
+    models = SentenceTransformer(base, device="cpu"), SentenceTransformer(make_model(tmp_path, dim=32), device="cpu")
+    with pytest.raises(ConfigError, match="other parameters or sizes"):
+        interpolate(*models, 0.5)
+
+
 def test_gradient_checkpointing_changes_memory_and_no_number(config, tmp_path):
     train(replace(config, max_steps=3))
     other = replace(config, max_steps=3, gradient_checkpointing=True, out=str(tmp_path / "other"))
@@ -144,6 +171,7 @@ def test_a_missing_passage_or_a_diverging_loss_is_said_and_leaves_no_retriever(c
         ({"schedule": "steep"}, "schedule 'steep': expected linear, cosine, constant"),
         ({"group_size": 1}, "group_size of at least 2"),
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"interpolation": 1.5}, "interpolation must be a share from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_refused(config, change, message):

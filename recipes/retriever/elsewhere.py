@@ -1,0 +1,137 @@
+"""What a trained retriever gains on its own set and loses on another, and what interpolation keeps.
+
+    python recipes/retriever/hotpotqa.py --data DIR/hotpotqa --out runs/retriever_hotpotqa --model minilm=builtin:minilm
+    python recipes/retriever/elsewhere.py --base builtin:minilm --trained runs/retriever_hotpotqa/minilm-query-0 \
+        --set own=DIR/hotpotqa --set other=DIR/2wikimultihopqa --out runs/retriever_elsewhere
+
+Weights are base + W x (trained - base) for each W of `--weights` (`train-retriever interpolation=W` writes such a
+checkpoint). Each set's questions (`--split`, the first `--questions`) give queries as in `make_groups.py`; their
+supporting passages must be found among all passages of their own contexts. Every finished cell is one line of
+`results.jsonl`, so the same command goes on after an interruption. `--report` prints the table of what is there, with
+95 % bootstrap intervals of the difference from W = 0 over the same queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hotpotqa import HERE, in_pool
+
+from agentic_r_plugin.retriever.batches import Example, read_examples
+from agentic_r_plugin.retriever.checkpoint import Retriever
+from agentic_r_plugin.retriever.interpolation import interpolate
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import dump_line, read_lines
+
+DEPTHS = (3, 20)
+
+
+def prepare(args: argparse.Namespace, name: str, data: Path) -> None:
+    """Groups and pool of a set; files that are there were made whole."""
+    out, pool = args.out / f"{name}.jsonl", args.out / f"pool_{name}.jsonl"
+    if out.is_file() and pool.is_file():
+        return
+    for path in (out, pool):
+        path.unlink(missing_ok=True)
+    command = [sys.executable, HERE / "make_groups.py", "--data", data, "--split", args.split, "--out", out]
+    limit = ["--questions", args.questions] if args.questions else []
+    subprocess.run([str(part) for part in (*command, *limit, "--pool", pool)], check=True)
+
+
+def recalls(retriever: Retriever, corpus: Corpus, examples: list[Example]) -> list[list[float]]:
+    """For each depth, the recall of each query's supporting passages."""
+    queries = list({item.key: item for item in examples}.values())
+    queries_QD = retriever.encode_queries([item.request for item in queries])
+    passages_PD = np.concatenate(
+        [
+            retriever.encode_passages([corpus[row] for row in range(start, min(start + 512, len(corpus)))])
+            for start in range(0, len(corpus), 512)
+        ]
+    )
+    best_QK = np.argsort(-(queries_QD @ passages_PD.T), axis=1, kind="stable")[:, : max(DEPTHS)]
+    return [
+        [
+            len(item.known_positives & set(rows[:depth])) / len(item.known_positives)
+            for item, rows in zip(queries, best_QK.tolist(), strict=True)
+        ]
+        for depth in DEPTHS
+    ]
+
+
+def run_cell(args: argparse.Namespace, trained: str, weight: float, left: dict[str, Path]) -> list[dict[str, Any]]:
+    """Measure one retriever on the sets that are left."""
+    retriever = Retriever.load(trained, device="cpu", precision=args.precision)
+    interpolate(retriever.model, Retriever.load(args.base, device="cpu").model, weight)
+    lines = []
+    for name, data in left.items():
+        with Corpus(args.out / f"pool_{name}.jsonl") as pool, Corpus(data / "corpus.jsonl") as whole:
+            found = recalls(retriever, pool, in_pool(read_examples(args.out / f"{name}.jsonl", whole), whole, pool))
+        lines.append({"trained": trained, "weight": weight, "set": name, "recall": found})
+    return lines
+
+
+def report(lines: list[dict[str, Any]]) -> str:
+    """A row for each weight and set: mean over the trained retrievers, and the paired difference from weight 0."""
+    names = list(dict.fromkeys(line["set"] for line in lines))
+    table = ["| weight | set | recall@3 | from 0 | recall@20 | from 0 |", "|" + "---|" * 6]
+    for weight in sorted({line["weight"] for line in lines}):
+        for name in names:
+            here = {x["trained"]: np.array(x["recall"]) for x in lines if (x["weight"], x["set"]) == (weight, name)}
+            base = {x["trained"]: np.array(x["recall"]) for x in lines if (x["weight"], x["set"]) == (0, name)}
+            if not here:
+                continue
+            cells = []
+            for place in range(len(DEPTHS)):
+                cells.append(f"{np.mean([found[place] for found in here.values()]):.3f}")
+                paired = [here[key][place] - base[key][place] for key in here.keys() & base.keys()]
+                cells.append(interval(np.mean(paired, axis=0)) if paired else "")
+            table.append(f"| {weight:g} | {name} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def interval(differences_Q: np.ndarray) -> str:
+    """Mean and 95 % bootstrap interval over the queries."""
+    draw = np.random.default_rng(0)
+    means = differences_Q[draw.integers(len(differences_Q), size=(2000, len(differences_Q)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f"{differences_Q.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main() -> None:
+    """Measure the cells that are not there yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="builtin:minilm", help="the retriever that training started from")
+    parser.add_argument("--trained", nargs="+", default=[], help="checkpoints of train-retriever; seeds are averaged")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=DIR", help="corpus.jsonl and SPLIT.jsonl")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--questions", type=int, help="the first N of each set; default: all")
+    parser.add_argument("--weights", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--report", action="store_true", help="print the table of what is there, run nothing")
+    args = parser.parse_args()
+    results = args.out / "results.jsonl"
+    if not args.report:
+        args.out.mkdir(parents=True, exist_ok=True)
+        sets = {name: Path(folder) for name, _, folder in (item.partition("=") for item in args.set)}
+        for name, data in sets.items():
+            prepare(args, name, data)
+        done = {(x["trained"], x["weight"], x["set"]) for _, x in read_lines(results)} if results.is_file() else set()
+        for weight in args.weights:
+            for trained in args.trained:
+                left = {name: data for name, data in sets.items() if (trained, weight, name) not in done}
+                for line in run_cell(args, trained, weight, left) if left else []:
+                    with results.open("ab") as stream:
+                        stream.write(dump_line(line))
+                    print(json.dumps(line | {"recall": [np.mean(x) for x in line["recall"]]}), file=sys.stderr)
+    print(report([line for _, line in read_lines(results)]))
+
+
+if __name__ == "__main__":
+    main()
