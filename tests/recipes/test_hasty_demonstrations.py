@@ -80,3 +80,17 @@ def test_a_needless_repeat_costs_a_search(codec: TokenizerCodec) -> None:
 
 def test_demonstrations_never_exceed_the_search_limit(codec: TokenizerCodec) -> None:
     assert max(one.session.searches for one in made(codec, replace(CAREFUL, repeat=1.0))) <= Limits().max_searches
+
+
+def test_demonstrators_write_elliptic_queries_and_spell_them_out_when_they_search_again(codec: TokenizerCodec) -> None:
+    found = demonstrations(
+        codec, first_seed=5, worlds=2, per_world=24, haste=CAREFUL, shown=Shown(gold=0.5), limits=Limits(),
+        elliptic_queries=1.0,
+    )  # fmt: skip
+    spelled_out = 0
+    for one in found:
+        first, *later = [turn.query for turn in one.session.turns]
+        mention = one.question.metadata["hop_mentions"][0]
+        assert mention not in first
+        spelled_out += bool(later) and mention in later[0]
+    assert spelled_out > 10

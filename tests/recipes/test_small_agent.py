@@ -82,11 +82,12 @@ def test_a_few_steps_reduce_the_loss(tokenizer: object) -> None:
 
 def test_a_tiny_warm_start_writes_a_loadable_agent_once(tmp_path: Path) -> None:
     config = WarmStartConfig(
-        out=str(tmp_path / "agent"), worlds=1, per_world=4, tokenizer_worlds=2, vocabulary=700, one_passage_first=1.0
+        out=str(tmp_path / "agent"), worlds=1, per_world=4, tokenizer_worlds=2, vocabulary=700, one_passage_first=1.0,
+        layers=3,
     )
     run(config)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 3
     read_back = AutoTokenizer.from_pretrained(tmp_path / "agent")
     assert len(read_back) == 700 == model.config.vocab_size
     assert read_back.eos_token_id == model.config.eos_token_id
@@ -98,6 +99,8 @@ def test_a_tiny_warm_start_writes_a_loadable_agent_once(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="worlds"):
         WarmStartConfig(worlds=0)
+    with pytest.raises(ConfigError, match="layers of at least 3"):
+        WarmStartConfig(layers=2)
     with pytest.raises(ConfigError, match="--out"):
         run(WarmStartConfig())
 

@@ -184,7 +184,7 @@ def _names(world: World) -> dict[str, list[str]]:
     return {kind: sorted(names) for kind, names in found.items()}
 
 
-def small_world(seed: int, questions: int) -> WorldConfig:
+def small_world(seed: int, questions: int, elliptic_queries: float = 0.0) -> WorldConfig:
     """A world just large enough for some demonstrations; train and test questions, so that every wording occurs."""
     return WorldConfig(
         seed=seed,
@@ -199,15 +199,24 @@ def small_world(seed: int, questions: int) -> WorldConfig:
         towns=8,
         rivers=6,
         newspapers=6,
+        elliptic_queries=elliptic_queries,
     )
 
 
 def demonstrations(
-    codec: Codec, *, first_seed: int, worlds: int, per_world: int, haste: Haste, shown: Shown, limits: Limits
+    codec: Codec,
+    *,
+    first_seed: int,
+    worlds: int,
+    per_world: int,
+    haste: Haste,
+    shown: Shown,
+    limits: Limits,
+    elliptic_queries: float = 0.0,
 ) -> Iterator[Demonstration]:
     """Yield `per_world` demonstrations from each of `worlds` worlds, with seeds from `first_seed` on."""
     for seed in range(first_seed, first_seed + worlds):
-        world = build_world(small_world(seed, per_world))
+        world = build_world(small_world(seed, per_world, elliptic_queries))
         writer = Demonstrator(world, codec, haste, shown, limits, seed=f"demonstrations {seed}")
         for split in ("train", "test"):
             for question in world.questions[split]:

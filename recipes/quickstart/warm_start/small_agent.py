@@ -49,14 +49,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Build an untrained float32 model with copy heads."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = LAYERS) -> Qwen2ForCausalLM:
+    """Build an untrained float32 model with copy heads, in at least 3 layers."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=4096,

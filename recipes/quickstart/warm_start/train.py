@@ -32,7 +32,7 @@ from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Haste, Shown, demonstrations, small_world
-from recipes.quickstart.warm_start.small_agent import build_model, train_tokenizer
+from recipes.quickstart.warm_start.small_agent import LAYERS, build_model, train_tokenizer
 
 FIRST_WORLD = 1_000_000
 """First seed of the demonstrations' worlds; benchmarks use smaller seeds."""
@@ -66,6 +66,10 @@ class WarmStartConfig:
     guess: float = field(default=Haste.guess, metadata={"help": "see demonstrations.Haste"})
     repeat: float = field(default=Haste.repeat, metadata={"help": "see demonstrations.Haste"})
     gold: float = field(default=Shown.gold, metadata={"help": "how often a search shows the passage it is after"})
+    elliptic_queries: float = field(
+        default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says"}
+    )
+    layers: int = field(default=LAYERS, metadata={"help": "of the model, without init; another size of agent"})
     one_passage_first: float = field(default=0.1, metadata={"help": "share of the worlds with one passage a search"})
 
     def __post_init__(self) -> None:
@@ -74,6 +78,8 @@ class WarmStartConfig:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.vocabulary < 300:
             raise ConfigError(f"vocabulary: expected at least 300, found {self.vocabulary}")
+        if self.layers < 3 or not 0 <= self.elliptic_queries <= 1:
+            raise ConfigError("expected layers of at least 3, and elliptic_queries from 0 to 1")
 
     @property
     def haste(self) -> Haste:
@@ -128,7 +134,7 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     """
     wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted if config.device == "auto" else config.device)
-    model: Any = build_model(tokenizer, config.seed)
+    model: Any = build_model(tokenizer, config.seed, config.layers)
     if config.init:
         model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32)
     model = model.to(device).train()
@@ -233,6 +239,7 @@ def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list
         haste=config.haste,
         shown=shown,
         limits=Limits(),
+        elliptic_queries=config.elliptic_queries,
     )
     return [(one.ids, one.mask) for one in made]
 
