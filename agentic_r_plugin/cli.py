@@ -63,7 +63,7 @@ COMMANDS = {
     "data-report": Command("what the data look like and cost", "data.report:DataReportConfig"),
     "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
     "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
-    "experiment": Command("retrievers made in several ways from one run's data", "experiment:ExperimentConfig"),
+    "experiment": Command("retrievers made in several ways from one run's data", "experiment_series:ExperimentConfig"),
     "aggregate": Command("the matrices of several seeds as one", "evaluation.aggregate:AggregateConfig"),
     "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
     "report": Command("report.html and report.md of a run", "evaluation.report:ReportConfig"),

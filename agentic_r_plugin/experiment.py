@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import load_config, merged, save_config, to_dict
-from agentic_r_plugin.data import correctness, groups
+from agentic_r_plugin.data import correctness, groups, relevance
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.benchmarks import QUESTION_SUFFIXES
@@ -122,6 +122,7 @@ class Experiment:
                     if not (self.data / f"{file}.jsonl").exists():
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
                 self._check_correctness(name, plan)
+                self._relevance_config(plan, Path("x")).check()
                 self._train_config(plan, Path("x"), Path("x"))
         self._planned_evaluations()
         for name in self.config.worlds:
@@ -134,7 +135,8 @@ class Experiment:
         """Check that the run's correctness, if the plan uses it, was not pruned more than its groups allow."""
         rule = self._groups_config(plan, {}, Path("x")).rule()
         rolled_out = self._stage("correctness")
-        if rule.use_correctness and not (plan.exhaustive or plan.sampled or rolled_out.exhaustive):
+        rolls_out = plan.exhaustive or plan.sampled or plan.relevance
+        if rule.use_correctness and not (rolls_out or rolled_out.exhaustive):
             try:
                 groups.check_pruned(rule, rolled_out.rule())
             except ConfigError as error:
@@ -235,6 +237,8 @@ class Experiment:
         first = "retriever-0" if self.loop.config.retriever_from == "first" else self._first_retriever()
         start = plan.train.get("retriever") or self._of_run(first, "retriever")
         made = self.loop.train_retriever_config(self.config.iteration, start, groups_file, plan.train)
+        if plan.relevance and made.relevance:
+            made = replace(made, relevance=str(groups_file.with_name("relevance.jsonl")))
         return replace(made, corpus=str(self._benchmark(self.main) / "corpus.jsonl"), out=str(out))
 
     def _first_retriever(self) -> str:
@@ -247,10 +251,22 @@ class Experiment:
         if plan.sampled:
             files["relevance"] = str(home / "relevance.jsonl")
             self._sample(home / "relevance.jsonl", plan.sampled)
-        if plan.exhaustive or plan.sampled:
+        if plan.relevance:
+            files["relevance"] = str(home / "relevance.jsonl")
+            relevance.run(self._relevance_config(plan, home / "relevance.jsonl"), resume=True)
+        judged = self._groups_config(plan, files, home / "groups.jsonl").rule().use_correctness
+        if plan.exhaustive or plan.sampled or (plan.relevance and judged):
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
         groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
         return home / "groups.jsonl"
+
+    def _relevance_config(self, plan: RetrieverPlan, out: Path) -> relevance.RelevanceConfig:
+        """The run's scoring of its candidates, with the changes of the plan."""
+        files = {"candidates": str(self.data / "candidates.jsonl"), "out": str(out)}
+        own = to_dict(self._stage("relevance"))
+        if plan.relevance.get("scorer", own["scorer"]) != own["scorer"]:
+            own["options"] = {}
+        return load_config(relevance.RelevanceConfig, values=merged(own, plan.relevance) | files)
 
     def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
         values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}
@@ -386,8 +402,8 @@ class Experiment:
         own = home / "groups.jsonl" if plan.regroups else self.data / "groups.jsonl"
         positives, wanted = _positives(own), _positives(self.data / "groups.jsonl")
         queries = positives.keys() | wanted.keys()
-        paid = {"exhaustive": self.out, "sampled": home, "pruned": self.data}
-        kind = "exhaustive" if plan.exhaustive else "sampled" if plan.sampled else "pruned"
+        paid = {"exhaustive": self.out, "own": home, "pruned": self.data}
+        kind = "exhaustive" if plan.exhaustive else "own" if plan.sampled or plan.relevance else "pruned"
         judged = plan.groups.get("use_correctness", True)
         report = read_json(paid[kind] / "correctness.jsonl.report.json") if judged else {"rollouts": 0}
         return {

@@ -7,6 +7,7 @@ from typing import Any
 
 from agentic_r_plugin.config import entries_of, section_of
 from agentic_r_plugin.data.groups import GroupsConfig
+from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
@@ -24,6 +25,13 @@ class RetrieverPlan:
         default=0,
         metadata={"help": "train on the correctness of so many candidates a query, drawn with the run's seed"},
     )
+    relevance: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "what differs in the scores of candidates, e.g. another scorer; rolled out again by these",
+            **section_of(RelevanceConfig),
+        },
+    )
     groups: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in the selection of groups", **section_of(GroupsConfig)}
     )
@@ -33,9 +41,11 @@ class RetrieverPlan:
 
     def __post_init__(self) -> None:
         ready = [name for name in ("of_run", "model", "bm25") if getattr(self, name)]
-        if len(ready) > 1 or (self.exhaustive and self.sampled):
-            raise ConfigError("a retriever is one of: of_run, model, bm25, trained (exhaustive or sampled)")
-        trained = [name for name in ("exhaustive", "sampled", "groups", "train") if getattr(self, name)]
+        if len(ready) > 1 or (self.sampled and (self.exhaustive or self.relevance)):
+            raise ConfigError(
+                "a retriever is one of: of_run, model, bm25, trained (sampled, or exhaustive and relevance)"
+            )
+        trained = [name for name in ("exhaustive", "sampled", "relevance", "groups", "train") if getattr(self, name)]
         if ready and trained:
             raise ConfigError(
                 f"{ready[0]}: is taken as it is, so {', '.join(trained)} would change nothing; to train from a "
@@ -45,7 +55,7 @@ class RetrieverPlan:
     @property
     def regroups(self) -> bool:
         """Whether it needs groups other than the run's."""
-        return bool(self.groups or self.exhaustive or self.sampled)
+        return bool(self.groups or self.exhaustive or self.sampled or self.relevance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,19 @@ class ExperimentConfig:
 
     run: str = field(metadata={"help": "finished run folder of iterate; only read"})
     out: str = field(metadata={"help": "folder of the experiment"})
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "one run each, named by {seed} in run and agents; tables over the seeds"},
+    )
+    variants: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> what differs in the loop; one run each, named by {variant} in run and agents"},
+    )
+    loop: str = field(default="", metadata={"help": "configuration of iterate, which makes the runs that are missing"})
+    loop_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs in the loop, e.g. {world: {test_questions: 300}}"}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "check, print a forecast of the time, stop"})
     iteration: int = field(default=1, metadata={"help": "whose agent, data and first retriever are used"})
     agents: list[str] = field(
         default_factory=lambda: ["agent-1"], metadata={"help": "agent-K of the run, or NAME=FOLDER"}
@@ -81,4 +104,6 @@ class ExperimentConfig:
             raise ConfigError("retrievers, agents: expected at least one of each")
         if self.stop_rule and self.max_searches:
             raise ConfigError("stop_rule, max_searches: give at most one of the two")
+        if (self.variants or self.loop_settings) and not self.loop:
+            raise ConfigError("variants, loop_settings: need loop, the configuration that they change")
         object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, self.retrievers, "retrievers"))

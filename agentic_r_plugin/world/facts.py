@@ -200,7 +200,7 @@ def _with_homonyms(rng: random.Random, maker: names.NameMaker, made: list[Entity
 
     People and works that share a name differ in profession or kind. Towns that share one get a county each.
     """
-    kept, renamed = made[:_NEVER_SHARED], []
+    kept, renamed = made[:_NEVER_SHARED], list[Entity]()
     for entity in made[_NEVER_SHARED:]:
         if rng.random() < share:
             taken = {(other.name, other.kind) for other in (*made, *renamed)}

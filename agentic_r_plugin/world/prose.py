@@ -139,7 +139,7 @@ class _Writer:
 
     def _impostor(self, entity: Entity) -> Entity:
         """Another entity whose name contains that of the given one; a person or work of another kind."""
-        kinds = {"person": names.JOBS, "work": names.WORK_KINDS}.get(entity.type, ())
+        kinds = list({"person": names.JOBS, "work": names.WORK_KINDS}.get(entity.type, {}))
         kind = self.rng.choice([kind for kind in kinds if kind != entity.kind]) if kinds else ""
         name = self.rng.choice(_IMPOSTORS[entity.type]).format(entity.name)
         return replace(entity, name=name, kind=kind, alias="", county="")

@@ -8,7 +8,7 @@ development questions, and the queries are those of an agent that knows the answ
 | query suffices | share of hops whose query alone says which fact is meant: not elliptic, and no namesake |
 | r@3, r@20 | the gold passage of a hop is among the best 3, 20 |
 | perfect | questions answered by a reader that needs the gold passage of every hop among the best 3 |
-| literal | questions answered by a reader that takes the first statement of the relation under that name, true or not |
+| misled | hops of which the first statement of the relation under that name, among the best 3, is a wrong one |
 
 Vectors are kept in `--cache`, so that an interrupted run goes on and another share encodes only what is new.
 """
@@ -91,11 +91,11 @@ def suffices(question: Question, hop: int) -> bool:
     return not meta.get("elliptic", [False] * meta["hops"])[hop] and not meta["namesake_doc_ids"][hop]
 
 
-def literal(question: Question, hop: int, ids: Sequence[str]) -> bool:
-    """Whether the first of three passages that states this relation under this name is the gold one."""
+def misled(question: Question, hop: int, ids: Sequence[str]) -> bool:
+    """Whether the first of three passages that states this relation under this name is not the gold one."""
     meta, gold = question.metadata, question.metadata["gold_doc_ids"][hop]
     wrong = {*meta["namesake_doc_ids"][hop], *meta.get("misleading_doc_ids", [()] * meta["hops"])[hop]}
-    return next((id for id in ids[:3] if id == gold or id in wrong), None) == gold
+    return next((id for id in ids[:3] if id == gold or id in wrong), gold) != gold
 
 
 def row(questions: Sequence[Question], found: Found) -> list[float]:
@@ -105,11 +105,13 @@ def row(questions: Sequence[Question], found: Found) -> list[float]:
         for hop, ids in enumerate(of_hops)
     ]
     recall = [np.mean([q.metadata["gold_doc_ids"][hop] in ids[:depth] for q, hop, ids in hops]) for depth in DEPTHS]
-    readers = [
-        np.mean([all(reads(q, hop, ids) for hop, ids in enumerate(of)) for q, of in zip(questions, found, strict=True)])
-        for reads in (lambda q, hop, ids: q.metadata["gold_doc_ids"][hop] in ids[:3], literal)
-    ]
-    return [100 * float(value) for value in (*recall, *readers)]
+    perfect = np.mean(
+        [
+            all(gold in ids[:3] for gold, ids in zip(question.metadata["gold_doc_ids"], of_hops, strict=True))
+            for question, of_hops in zip(questions, found, strict=True)
+        ]
+    )
+    return [100 * float(value) for value in (*recall, perfect, np.mean([misled(*hop) for hop in hops]))]
 
 
 def main() -> None:
@@ -122,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     args.cache.parent.mkdir(parents=True, exist_ok=True)
     vectors = Vectors(args.retriever, args.cache) if args.retriever else None
-    print("| world | passages | query suffices | search, input | r@3 | r@20 | perfect | literal |\n|" + "---|" * 8)
+    print("| world | passages | query suffices | search, input | r@3 | r@20 | perfect | misled |\n|" + "---|" * 8)
     worlds = {"today's": (), **{name: (name,) for name in CAUSES}, "all four": CAUSES}
     for name, causes in worlds.items():
         sizes = {"train_questions": 0, "dev_questions": args.questions, "test_questions": 0}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,18 +11,22 @@ from typing import Any
 
 import pytest
 
+from agentic_r_plugin import experiment as experiment_module
+from agentic_r_plugin import experiment_series as series
+from agentic_r_plugin import iterate
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data import correctness
 from agentic_r_plugin.data.selection import SelectionRule, select
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
-from agentic_r_plugin.evaluation.aggregate import AggregateConfig
+from agentic_r_plugin.evaluation import aggregate
 from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
 from agentic_r_plugin.experiment_plan import RetrieverPlan
+from agentic_r_plugin.experiment_series import forecast, parts
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, CorpusLine, Correctness, Group, Question, Relevance, ScoredPassage
 from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_json, read_lines, read_records, write_records
+from agentic_r_plugin.store import dump_line, read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
 
@@ -37,38 +40,72 @@ LIMITS = {"max_searches": 2, "max_malformed": 1, "max_tokens": 900, "max_respons
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_composes(recipe: Path) -> None:
-    if recipe.stem == "loop_k3":
+def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    if recipe.stem.startswith("loop"):
         config = load_config(IterateConfig, recipe)
-        assert (config.iterations, config.protocol, config.world.test_questions) == (3, "compact", 240)
-        Loop(config).compose()
+        assert (config.protocol, config.world.test_questions, config.world.seed) == ("compact", 1000, 0)
+        assert config.train_agent["mini_batch_size"] == 16, "the quick start's settings"
         return
     found = load_config(ExperimentConfig, recipe)
-    assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}"
+    assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}" and found.seeds == [0, 10, 20]
+    whole = list(parts(replace(found, run=str(tmp_path / "{variant}" / "{seed}"))))
+    assert len(whole) == 3 * max(len(found.variants), 1)
+    for part in whole:
+        assert part.loop is not None and part.loop.seed == part.seed and part.loop.world.seed == 0
+        Loop(part.loop).compose()
+    text = forecast(whole)
+    (hours,) = re.findall(r"forecast: (?:(\d+) h )?\d+ min", text)
+    assert int(hours or 0) < 3, text
 
 
-def test_the_script_of_several_seeds_asks_for_what_the_commands_take(tmp_path: Path) -> None:
-    recorder = tmp_path / "agentic-r"
-    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    recorder.chmod(0o755)
-    environment = os.environ | {"AGENTIC_R": str(recorder), "KEYS": "train_agent.steps=1 world.test_questions=2"}
-    out = tmp_path / "out"
-    subprocess.run([RECIPES / "seeds.sh", out, "3", "13"], env=environment, check=True)
-    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
-    one = ["iterate", "experiment", "experiment"]
-    assert [command for command, *_ in asked] == [*one, *one, "aggregate", "aggregate"]
-    kinds = {"iterate": IterateConfig, "experiment": ExperimentConfig}
-    for (command, flag, recipe, resume, *overrides), seed in zip(asked[:6], (3, 3, 3, 13, 13, 13), strict=True):
-        assert (flag, resume) == ("--config", "--resume")
-        config = load_config(kinds[command], recipe, overrides)
-        assert str(getattr(config, "run", config.out)) == f"{out}/{seed}/loop"
-        if isinstance(config, IterateConfig):
-            assert (config.seed, config.world.seed, config.train_agent["steps"]) == (seed, 0, 1)
-    for _, resume, flag, folder, *overrides in asked[6:]:
-        assert (resume, flag) == ("--resume", "--out")
-        name = Path(folder).name
-        found = load_config(AggregateConfig, None, overrides, values={"out": folder})
-        assert found.runs == [f"{out}/{seed}/{name}" for seed in (3, 13)]
+def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    for module, name in ((iterate, "loop"), (experiment_module, "experiment"), (aggregate, "aggregate")):
+        monkeypatch.setattr(module, "run", lambda config, resume, name=name: calls.append((name, config)))
+    config = ExperimentConfig(
+        run=str(tmp_path / "{variant}-{seed}"), out=str(tmp_path / "out"), seeds=[3, 13],
+        retrievers={"b": {"bm25": True}},
+        loop=str(RECIPES / "loop.yaml"), loop_settings={"world": {"test_questions": 9}}, agents=["a=x/{seed}"],
+        variants={"plain": {}, "shared": {"world": {"homonyms": 0.5}}},
+    )  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    series.run(config)
+    loops, made, tables = ([c for name, c in calls if name == kind] for kind in ("loop", "experiment", "aggregate"))
+    assert [name for name, _ in calls] == ["loop"] * 4 + ["experiment"] * 4 + ["aggregate"] * 2
+    assert [(c.out, c.seed, c.world.test_questions, c.world.homonyms) for c in loops] == [
+        (str(tmp_path / f"{variant}-{seed}"), seed, 9, share)
+        for variant, share in (("plain", 0), ("shared", 0.5))
+        for seed in (3, 13)
+    ]
+    assert [(c.run, c.agents) for c in made] == [(c.out, [f"a=x/{c.seed}"]) for c in loops]
+    assert [c.runs for c in tables] == [[f"{c.out}/seed-3", f"{c.out}/seed-13"] for c in tables]
+    assert [c.out for c in tables] == [str(tmp_path / "out" / variant) for variant in ("plain", "shared")]
+    calls.clear()
+    series.run(replace(config, dry_run=True))
+    assert calls == []
+
+
+def test_the_forecast_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = ExperimentConfig(
+        run=str(tmp_path / "run"), out=str(tmp_path / "out"), loop=str(RECIPES / "loop.yaml"),
+        retrievers={"r": {"of_run": "retriever-1"}, "n": {"relevance": {"scorer": "noisy"}}, "e": {"exhaustive": True}},
+    )  # fmt: skip
+    (part,) = parts(config)
+    # 569 + 110 s of the loop; two times training, index and rollouts; three cells
+    assert re.search(r"\| all +\| 11 min +\| 30 min +\| 6 min +\|", forecast([part]))
+    seconds = {"train-agent": 100.0, "correctness": 9.0, "train-retriever": 50.0, "index": 20.0, "evaluate": 50.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "costs.jsonl").write_bytes(
+        b"".join(dump_line({"iteration": 1, "phase": name, "seconds": took}) for name, took in seconds.items())
+    )
+    (tmp_path / "out" / "evaluation" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "evaluation" / "a" / "result.json").write_text("{}")
+    assert series._retrievers_left(part, series._known_seconds(part)) == 2 * 70 + 9 + 9 / 0.045
+    assert series._cells_left(part, series._known_seconds(part)) == pytest.approx(2 * 50)
 
 
 def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:
@@ -149,6 +186,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "retriever-1": {"of_run": "retriever-1"},
             "replug": {"train": {"trainer": "replug"}},
             "judge_only": {"groups": {"use_correctness": False}},
+            "noisy": {"relevance": {"scorer": "noisy", "options": {"rate": 1.0, "ways": ["swap"]}}},
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
         worlds={"shifted": SMALL_WORLD},
@@ -375,6 +413,12 @@ def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Pa
         ({"worlds": {"far": {"namesake_share": 2}}}, "namesake_share"),
         ({"stop_rule": "dev"}, "'agent-1:retriever-1' is not AGENT:SEARCH"),
         ({"stop_rule": "dev", "max_searches": [1]}, "at most one of the two"),
+        ({"variants": {"a": {}}}, "need loop, the configuration that they change"),
+        ({"retrievers": {"x": {"sampled": 2, "relevance": {"scorer": "noisy"}}}}, "a retriever is one of"),
+        (
+            {"retrievers": {"x": {"relevance": {"scorer": "noisy", "options": {"rate": 2}}}}},
+            "expected a share from 0 to 1",
+        ),
         ({"run": "nowhere"}, "nowhere/config.yaml: cannot be read"),
     ],
 )

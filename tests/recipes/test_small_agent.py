@@ -82,7 +82,12 @@ def test_a_few_steps_reduce_the_loss(tokenizer: object) -> None:
 
 def test_a_tiny_warm_start_writes_a_loadable_agent_once(tmp_path: Path) -> None:
     config = WarmStartConfig(
-        out=str(tmp_path / "agent"), worlds=1, per_world=4, tokenizer_worlds=2, vocabulary=700, one_passage_first=1.0,
+        out=str(tmp_path / "agent"),
+        worlds=1,
+        per_world=4,
+        tokenizer_worlds=2,
+        vocabulary=700,
+        one_passage_first=1.0,
         layers=3,
     )
     run(config)
