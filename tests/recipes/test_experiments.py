@@ -186,7 +186,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "retriever-1": {"of_run": "retriever-1"},
             "replug": {"train": {"trainer": "replug"}},
             "judge_only": {"groups": {"use_correctness": False}},
-            "noisy": {"relevance": {"scorer": "noisy", "options": {"rate": 1.0, "ways": ["swap"]}}},
+            "noisy": {"relevance": {"scorer": "noisy", "options": {"rate": 0.3}}, "groups": {"use_correctness": False}},
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
         worlds={"shifted": SMALL_WORLD},

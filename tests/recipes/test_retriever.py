@@ -18,7 +18,10 @@ from agentic_r_plugin import components
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.records import Group
+from agentic_r_plugin.retriever.batches import read_examples
+from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.families import FAMILIES
 from agentic_r_plugin.store import read_records
 from tests.search.tiny_retriever import make_model
@@ -123,6 +126,31 @@ def test_the_table_has_every_model_input_and_seed_once_however_often_the_command
     monkeypatch.setattr("sys.argv", [*command, *settings, "temperature=0.5"])
     with pytest.raises(ManifestMismatchError, match="begun with other settings"):
         recipe.main()
+
+
+def test_gain_and_loss_are_measured_for_every_weight_and_set_once(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    elsewhere = importlib.import_module("elsewhere")
+    base, trained = make_model(tmp_path / "base"), make_model(tmp_path / "trained", seed=1)
+    command = [
+        "elsewhere.py", "--base", base, "--trained", trained, "--set", f"own={made}", "--set", f"other={made}",
+        "--split", "train", "--precision", "float32", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    for weights in (["1"], ["0", "0.5", "1"], ["0", "0.5", "1"]):
+        monkeypatch.setattr("sys.argv", [*command, "--weights", *weights])
+        elsewhere.main()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(line["weight"], line["set"]) for line in lines] == [
+        (1, "own"), (1, "other"), (0, "own"), (0, "other"), (0.5, "own"), (0.5, "other"),
+    ]  # fmt: skip
+    found = {line["weight"]: line["recall"] for line in lines if line["set"] == "own"}
+    with Corpus(tmp_path / "out" / "pool_own.jsonl") as pool, Corpus(made / "corpus.jsonl") as whole:
+        test = elsewhere.in_pool(read_examples(tmp_path / "out" / "own.jsonl", whole), whole, pool)
+        for weight, model in ((0, base), (1, trained)):
+            assert found[weight] == elsewhere.recalls(Retriever.load(model, precision="float32"), pool, test)
+    assert found[0][1] == [1.0, 1.0, 1.0], "all seven passages of the pool are among the best 20"
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert table[0].startswith("| 0 | own | ") and "| +0.000 [+0.000, +0.000] |" in table[0]
 
 
 def test_four_bit_weights_become_a_model_with_e5s_prompts(tmp_path):
