@@ -78,8 +78,9 @@ def parts(config: ExperimentConfig) -> Iterator[Part]:
     for name, wanted in (("seed", config.seeds), ("variant", config.variants)):
         if wanted and f"{{{name}}}" not in config.run:
             raise ConfigError(f"run: expected {{{name}}} in {config.run!r}, since {name}s are given")
+    seeds: list[int | None] = [*config.seeds] or [None]
     for variant in config.variants or {"": {}}:
-        for seed in config.seeds or [None]:
+        for seed in seeds:
             named = {"{variant}": variant, "{seed}": "" if seed is None else str(seed)}
             folder = Path(config.out, variant, *([] if seed is None else [f"seed-{seed}"]))
             one = replace(

@@ -139,8 +139,9 @@ class _Writer:
 
     def _impostor(self, entity: Entity) -> Entity:
         """Another entity whose name contains that of the given one; a person or work of another kind."""
-        kinds = list({"person": names.JOBS, "work": names.WORK_KINDS}.get(entity.type, {}))
-        kind = self.rng.choice([kind for kind in kinds if kind != entity.kind]) if kinds else ""
+        kinds: dict[str, list[str]] = {"person": [*names.JOBS], "work": [*names.WORK_KINDS]}
+        others = [kind for kind in kinds.get(entity.type, []) if kind != entity.kind]
+        kind = self.rng.choice(others) if others else ""
         name = self.rng.choice(_IMPOSTORS[entity.type]).format(entity.name)
         return replace(entity, name=name, kind=kind, alias="", county="")
 

@@ -267,12 +267,12 @@ def test_a_higher_rate_only_adds_errors():
 def test_noise_is_around_any_registered_scorer_and_needs_what_that_one_needs(tmp_path: Path):
     given = {"scorer": "noisy", "candidates": "c", "out": "o", "corpus": "x"}
     around = RelevanceConfig(**given, options={"rate": 0.1})
-    assert around.reads_inputs == ("gold_documents", {}) and around.needs_questions
+    assert around.needs_questions and around.passages_per_prompt() == 0
     with pytest.raises(ConfigError, match="the scorer noisy uses the benchmark's metadata"):
         around.check()
     twice = {"scorer": "noisy", "options": {"scorer": "pointwise_judge", "options": {"max_tokens": 4}}}
     judged = RelevanceConfig(**given, options=twice)
-    assert judged.reads_inputs == ("pointwise_judge", {"max_tokens": 4}) and not judged.needs_questions
+    assert judged.passages_per_prompt() == 1 and not judged.needs_questions
     judged.check()
     with serve(reply_with({"a": "85", "b": "7", "c": "about 9"})) as server:
         scorer = load("relevance_scorer", "noisy").build(
