@@ -37,7 +37,11 @@ Found = list[list[list[str]]]
 
 
 def queries(questions: Sequence[Question], form: Callable[..., str]) -> list[str]:
-    return [form(q.question, hop_query(q, hop), ()) for q in questions for hop in range(q.metadata["hops"])]
+    return [
+        form(SearchRequest(question=q.question, query=hop_query(q, hop)))
+        for q in questions
+        for hop in range(q.metadata["hops"])
+    ]
 
 
 def by_question(questions: Sequence[Question], rows: Sequence[Sequence[int]], world: World) -> Found:
