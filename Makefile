@@ -14,9 +14,10 @@ OUT ?= runs/quickstart
 quickstart: install
 	$(BIN)/agentic-r iterate --config recipes/quickstart/loop.yaml out=$(OUT) --resume
 
+# Two workers, one thread each: the tests are many small computations, and starts of processes that wait.
 test: install
 	$(BIN)/ruff check agentic_r_plugin tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
 lint: install
 	$(BIN)/ruff check agentic_r_plugin tests
