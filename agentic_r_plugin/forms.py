@@ -12,6 +12,7 @@ import re
 import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -429,13 +430,13 @@ def has_question_id(row: Row) -> bool:
 
 
 def context_documents(row: Row) -> list[dict[str, Any]]:
-    """Documents in a question's own row, as `{id, title, text}`, the id empty if there is none.
+    """Documents in a question's own row, as `{id, title, text, gold}`, the id empty if there is none.
 
-    HotpotQA and 2WikiMultihopQA: `context`, pairs of title and sentences (on the hub two lists). MuSiQue: `paragraphs`.
-    BrowseComp-Plus: `gold_docs`.
+    HotpotQA and 2WikiMultihopQA: `context`, pairs of title and sentences (on the hub two lists), gold if the title is a
+    supporting one. MuSiQue: `paragraphs`. BrowseComp-Plus: `gold_docs`, `evidence_docs` and `negative_docs`.
 
-    >>> context_documents({"context": [["Nile", ["It flows.", " Far."]]]})
-    [{'id': '', 'title': 'Nile', 'text': 'It flows. Far.'}]
+    >>> context_documents({"context": [["Nile", ["It flows.", " Far."]]], "supporting_facts": [["Nile", 0]]})
+    [{'id': '', 'title': 'Nile', 'text': 'It flows. Far.', 'gold': True}]
     """
     context = row.get("context")
     context = _plain(decoded_text(context, "context") or context)
@@ -443,18 +444,31 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
         sentences = context.get("sentences", context.get("content", ()))
         context = list(zip(_plain(context.get("title", ())), _plain(sentences), strict=False))
     pairs = [item for item in context if len(item) == 2] if isinstance(context, list) else []
+    supporting = _named_gold(row).get("supporting_titles", ()) if pairs else ()
     found: list[dict[str, Any]] = [
-        {"id": "", "title": str(title), "text": " ".join(str(sentence).strip() for sentence in _plain(sentences))}
+        {
+            "id": "",
+            "title": str(title),
+            "text": " ".join(str(sentence).strip() for sentence in _plain(sentences)),
+            "gold": str(title) in supporting,
+        }
         for title, sentences in pairs
     ]
     found += [
-        {"id": "", "title": item.get("title"), "text": item.get("paragraph_text")}
+        {"id": "", "title": item.get("title"), "text": item.get("paragraph_text"), "gold": bool(item.get("is_supporting"))}
         for item in _mappings(row.get("paragraphs"))
+        if "paragraph_text" in item
     ]
     return found + [
-        {"id": name_of(item["docid"], "docid"), "title": item.get("title"), "text": item.get("text")}
-        for item in _mappings(row.get("gold_docs"))
-        if item.get("docid") is not None
+        {
+            "id": name_of(item["docid"], "docid"),
+            "title": item.get("title"),
+            "text": item.get("text"),
+            "gold": kind == "gold",
+        }
+        for kind in ("gold", "evidence", "negative")
+        for item in _mappings(row.get(f"{kind}_docs"))
+        if item.get("docid") is not None and "text" in item
     ]
 
 
@@ -582,12 +596,15 @@ def passage_fields(row: Any) -> tuple[str, str]:
 
 
 def passage_metadata(row: Row) -> dict[str, Any]:
-    """What else a corpus says of a passage: its object `metadata`, and `url` if the row has one.
+    """What else a corpus says of a passage: its object `metadata` (also as JSON text), and `url` if the row has one.
 
     >>> passage_metadata({"id": 1, "text": "x", "url": "https://u", "metadata": {"page": 2}})
     {'page': 2, 'url': 'https://u'}
     """
     metadata = row.get("metadata")
+    if isinstance(metadata, str) and metadata.startswith("{"):  # our Parquet files store it as text
+        with suppress(ValueError, RecursionError):
+            metadata = json.loads(metadata)
     found: dict[str, Any] = _without_absent(metadata) if isinstance(metadata, Mapping) else {}
     return found | ({"url": row["url"]} if isinstance(row.get("url"), str) else {})
 

@@ -1,19 +1,23 @@
 """Reading questions, for every command.
 
 `.jsonl` and `.json` (JSON Lines or one JSON list), also packed (gzip, zstd), `.parquet` and folders of them are checked
-in the same way and give the same questions; `forms` defines which fields are read.
+in the same way and give the same questions; `forms` defines which fields are read. The questions of a BEIR data set are
+read from its `qrels/SPLIT.tsv`.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import has_question_id, place, question_form
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.store import read_lines, shards
+from agentic_r_plugin.store import beir_queries, read_lines, shards
 
 FORMAT: Mapping[str, Any] = {
     "help": "form of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: found by their fields"
@@ -43,15 +47,58 @@ def read_rows(
 ) -> Iterator[tuple[Question, Mapping[str, Any]]]:
     """Each question with the row that it was read from.
 
+    Args:
+        path: file or folder; `qrels/SPLIT.tsv` of a BEIR data set gives those of its questions that it names, with gold
+            documents.
+
     Raises:
         RecordError: as `checked`, or no such file, or a broken line.
         ConfigError: an unknown format.
     """
-    return checked(
-        lambda: ((shard, number, row) for shard in shards(path) for number, row in read_lines(shard)),
+    queries = beir_queries(Path(path))
+    rows = checked(
+        lambda: ((shard, number, row) for shard in shards(queries or path) for number, row in read_lines(shard)),
         labelled=labelled,
         format=format,
     )
+    return relevant_only(rows, read_qrels(path)) if queries else rows
+
+
+def read_qrels(path: str | Path) -> dict[str, list[str]]:
+    """Question id -> ids of its relevant documents (a grade above 0), in the order of the file.
+
+    Args:
+        path: BEIR's `query-id corpus-id score` with a header and tabs, or TREC's `qid 0 docid grade`.
+
+    Raises:
+        RecordError: no such file, or another line; names file and line.
+    """
+    path, relevant = Path(path), defaultdict[str, list[str]](list)
+    if not path.is_file():
+        raise RecordError("no such file", path=path)
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.split("\t") if "\t" in line else line.split()
+            if not line.strip() or (number == 1 and fields[0] == "query-id"):
+                continue
+            try:
+                if len(fields) not in (3, 4) or not math.isfinite(grade := float(fields[-1])):
+                    raise ValueError
+            except ValueError:
+                expected = "expected a question id, a document id and a grade (BEIR), or with a 0 between them (TREC)"
+                raise RecordError(f"{expected}, found {line.strip()[:80]!r}", path=path, line=number) from None
+            if grade > 0:
+                relevant[fields[0].strip()].append(fields[-2].strip())
+    return dict(relevant)
+
+
+def relevant_only(
+    rows: Iterable[tuple[Question, Mapping[str, Any]]], relevant: Mapping[str, list[str]]
+) -> Iterator[tuple[Question, Mapping[str, Any]]]:
+    """The questions that have a relevant document, which becomes a gold document."""
+    for question, row in rows:
+        if gold := relevant.get(question.id):
+            yield replace(question, metadata=question.metadata | {"gold_doc_ids": gold}), row
 
 
 def checked(

@@ -62,7 +62,23 @@ def shards(path: str | Path) -> list[Path]:
         _check_readable(item)
     if not found:
         raise RecordError(f"expected a record file or a folder of {_SHARDS} shards", path=path)
+    if {"corpus.jsonl", _QUERIES} <= {item.name for item in found}:
+        splits = ", ".join(str(file) for file in sorted(path.glob("qrels/*.tsv"))) or path / _QUERIES
+        raise RecordError(
+            f"a BEIR data set: name its corpus, {path / 'corpus.jsonl'}, or the questions of a split, {splits}",
+            path=path,
+        )
     return found
+
+
+_QUERIES = "queries.jsonl"
+
+
+def beir_queries(path: Path) -> Path | None:
+    """The questions of the BEIR data set that a file `qrels/SPLIT.tsv` belongs to; None for other files."""
+    path = path.absolute()
+    queries = path.parent.parent / _QUERIES
+    return queries if path.suffix == ".tsv" and path.parent.name == "qrels" and queries.is_file() else None
 
 
 def _check_readable(path: Path) -> None:
@@ -429,13 +445,13 @@ def sampled_fingerprint(path: str | Path) -> str:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Hash of the bytes of a file, or of a folder's shards in sequence (16 hex digits).
+    """Hash of the bytes of a file, of a folder's shards in sequence, or of BEIR's qrels and questions (16 hex digits).
 
     Raises:
         RecordError: no such file.
     """
-    digest = hashlib.sha256()
-    for shard in shards(path):
+    digest, queries = hashlib.sha256(), beir_queries(Path(path))
+    for shard in [*shards(path), *([queries] if queries else [])]:
         if not shard.is_file():
             raise RecordError("no such file", path=shard)
         with shard.open("rb") as stream:

@@ -331,6 +331,78 @@ def test_a_broken_line_of_the_qrels_is_refused(tmp_path, capfd, line, message):
     assert code == 1 and f"test.tsv{message} a question id, a document id and a grade" in error
 
 
+@pytest.fixture
+def beir(tmp_path) -> Path:
+    """A BEIR data set as it is unpacked: three questions, of which the split `test` has two."""
+    folder, names = tmp_path / "scifact", ("Ann", "Bob", "Cid")
+    (folder / "qrels").mkdir(parents=True)
+    queries = [{"_id": str(n), "text": f"Where was {name} born?", "metadata": {}} for n, name in enumerate(names)]
+    passages = [{"_id": f"d{name[0]}", "title": name, "text": f"{name} was born.", "metadata": {}} for name in names]
+    for name, lines in (("queries", queries), ("corpus", passages)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for split, lines in (("test", ["0\tdA\t1", "2\tdC\t1", "2\tdD\t1", "2\tdB\t0"]), ("dev", ["1\tdB\t2"])):
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+OF_TEST = [("0", {"gold_doc_ids": ["dA"]}), ("2", {"gold_doc_ids": ["dC", "dD"]})]
+
+
+@pytest.mark.parametrize("reader", ["trajectories", "convert", "coverage"])
+def test_the_qrels_of_a_beir_data_set_are_its_questions(tmp_path, beir, reader, monkeypatch):
+    if reader == "coverage":  # from within the folder of qrels
+        monkeypatch.chdir(beir / "qrels")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    file = Path("test.tsv") if reader == "coverage" else beir / "qrels" / "test.tsv"
+    found = READERS[reader](file, "", folder)
+    assert [(question.id, question.metadata) for question in found] == OF_TEST
+
+
+def test_evaluate_reads_a_split_of_a_beir_data_set(beir):
+    from flashrag.config import Config
+
+    from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
+    from agentic_r_plugin.evaluation.pipeline import load_split
+
+    check_questions(split_file(beir, "test"), 2)
+    settings = {"data_dir": str(beir.parent), "dataset_name": beir.name, "gpu_id": None, "disable_save": True}
+    config = Config(config_dict=settings | {"save_metric_score": False, "save_intermediate_data": False})
+    found = load_split(config, "test")
+    assert [(item.id, item.metadata) for item in found] == OF_TEST and found[0].question == "Where was Ann born?"
+    with pytest.raises(ConfigError, match=r"split 'train': no .*train\.jsonl; .* holds corpus\.jsonl, queries\.jsonl"):
+        split_file(beir, "train")
+
+
+def test_the_folder_of_a_beir_data_set_is_converted_by_split_and_covered(tmp_path, beir, capfd):
+    out = tmp_path / "dev.jsonl"
+    assert convert(capfd, f"in={beir}", "split=dev", f"out={out}")[0] == 0
+    assert [(q.id, q.metadata) for q in read_records(out, Question)] == [("1", {"gold_doc_ids": ["dB"]})]
+    given = [f"questions={beir / 'qrels' / 'test.tsv'}", f"corpus={beir / 'corpus.jsonl'}", "search.backend=bm25"]
+    assert cli.main(["coverage", *given, f"out={tmp_path / 'c.jsonl'}", "topk=[3]"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    assert [(line["gold"], line["gold_in_corpus"], line["gold_ranks"]) for line in lines] == [(1, 1, [1]), (2, 1, [1])]
+
+
+def test_the_whole_folder_of_a_beir_data_set_is_neither_questions_nor_a_corpus(tmp_path, beir, capfd):
+    from agentic_r_plugin.search.corpus import Corpus
+
+    for read in (lambda: list(read_questions(beir)), lambda: Corpus(beir)):
+        with pytest.raises(
+            RecordError, match=r"scifact: a BEIR data set: name its corpus, .*qrels/dev\.tsv, .*test\.tsv"
+        ):
+            read()
+    assert "qrels/dev.tsv" in convert(capfd, f"in={beir}", f"out={tmp_path / 'o.jsonl'}")[1]
+
+
+def test_a_change_of_the_questions_of_a_beir_data_set_is_noticed(beir):
+    from agentic_r_plugin.store import file_fingerprint
+
+    before = file_fingerprint(beir / "qrels" / "test.tsv")
+    (beir / "queries.jsonl").write_text((beir / "queries.jsonl").read_text().replace("born", "seen"))
+    assert file_fingerprint(beir / "qrels" / "test.tsv") != before
+
+
 def test_questions_without_answers_get_retrieval_metrics_and_no_exact_match(tmp_path):
     from agentic_r_plugin.evaluation.metrics import METRICS
 

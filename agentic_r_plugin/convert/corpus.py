@@ -1,7 +1,8 @@
-"""`agentic-r convert corpus`: whole articles and folders of documents cut into passages.
+"""`agentic-r convert corpus`: whole articles and folders of documents cut into passages; contexts of questions.
 
 `chonkie` packs sentences into passages of at most `words` words; `markitdown` reads HTML, PDF and Word. Each passage
-names its place: file or article, character positions in that text, and the page of a PDF.
+names its place: file or article, character positions in that text, and the page of a PDF. The paragraphs in the
+original files of HotpotQA, 2WikiMultihopQA, MuSiQue and BrowseComp-Plus are pooled, each once, and stay whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -18,12 +19,16 @@ from typing import Any
 
 from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.convert.hub import HubConfig, card, push
+from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.forms import passage_fields, passage_metadata
+from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage
 from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.search.corpus import corpus_rows
+from agentic_r_plugin.storage.lookup import key_hash
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
 
@@ -37,18 +42,24 @@ _WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]{{1,64}}")
 """What counts as one word: a character of a script without spaces, or at most 64 characters up to the next space."""
 
 _SENTENCE_ENDS = [". ", "! ", "? ", "\n", "。", "！", "？"]
+_TEXT = {"contents", "text"}
+"""Fields that a row of a corpus has one of, and a question has none of."""
+
 _HEADING = re.compile(r"^# +(.+?)[ #\r]*$", re.M)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Cut whole articles or a folder of documents into passages, and write them as a corpus."""
+class CorpusConfig(HubConfig):
+    """Cut articles or a folder of documents into passages, or pool questions' contexts, and write them as a corpus."""
 
     in_: str = field(
-        metadata={"help": "folder of .md, .txt, .html, .pdf and .docx, or a corpus of whole articles", **BY_CONTENTS}
+        metadata={
+            "help": "folder of .md, .txt, .html, .pdf, .docx; corpus of articles; questions with contexts",
+            **BY_CONTENTS,
+        }
     )
     out: str = field(metadata={"help": "corpus file to write", **FREE})
-    words: int = field(default=100, metadata={"help": "most words of a passage"})
+    words: int = field(default=100, metadata={"help": "most words of a passage; contexts stay whole"})
     batch_size: int = field(default=16, metadata={"help": "documents read at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
@@ -67,6 +78,8 @@ class Document:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     """Put on every passage."""
+    whole: bool = False
+    """Whether it is one passage, whatever its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +100,7 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         ConfigError: no documents, or `markitdown` is needed and not installed.
         RecordError: an article without id or text; names file and line.
         RequestRefusedError: no document could be read.
+        BackendError: the upload failed; the corpus is written and whole.
     """
     folder = Path(config.in_).absolute()  # workers may run elsewhere
     files = find_documents(folder)
@@ -110,6 +124,14 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
     report = run_stage(stage, resume=resume)
     if not config.runner.forecast:
         print(f"{config.out}: {report['records']} passages of {report['kept']} documents", file=sys.stderr)
+        if config.push_to_hub:
+            rows, out = report["records"], Path(config.out)
+            text = (
+                f"# Passages\n\n{rows} passages of {report['kept']} documents, written by `agentic-r convert corpus`. "
+                "`contents` is the title in quotation marks, a line break and the text; `metadata` holds the place in "
+                "the document."
+            )
+            push(config, card(out, text, rows=rows, task="text-retrieval", tags=["corpus"]))
 
 
 def find_documents(folder: Path) -> list[Path]:
@@ -139,14 +161,27 @@ def _hidden(path: Path) -> bool:
 
 
 def articles(path: Path) -> Iterator[tuple[str, Document]]:
-    """(id, article) of every row of a corpus in JSON or Parquet.
+    """(id, article) of every row of a corpus, or (id, paragraph) of the contexts of questions, each paragraph once.
+
+    The id of a paragraph without one is a hash of its title and text.
 
     Raises:
         RecordError: a row without id or text; names file and line.
     """
+    seen: set[int] = set()
     for shard in shards(path):
-        for number, row in read_lines(shard):
+        for number, row in corpus_rows(shard) if ".tsv" in shard.suffixes else read_lines(shard):
             try:
+                documents = context_documents(row) if isinstance(row, Mapping) and not _TEXT & row.keys() else []
+                for passage in map(context_passage, documents):
+                    if (hashed := key_hash(passage.id)) not in seen:
+                        seen.add(hashed)
+                        yield (
+                            passage.id,
+                            Document(source=passage.id, title=passage.title, text=passage.text, whole=True),
+                        )
+                if documents:
+                    continue
                 passage = Passage.from_contents(*passage_fields(row))
             except RecordError as error:
                 raise RecordError(str(error), path=shard, line=number) from error
@@ -173,6 +208,9 @@ class CutWorker:
     def _cut(self, item: str | Document) -> Outcome:
         try:
             document = item if isinstance(item, Document) else read_document(Path(item), self.folder)
+            if document.whole:
+                contents = contents_of(document.title, document.text)
+                return Outcome(records=(CutPassage(id=document.source, contents=contents, metadata={}),))
             passages = tuple(cut(document, self.config.words, self._chunker))
         except Exception as error:  # parsers of broken files raise errors of every type
             return Outcome.refused(f"{type(error).__name__}: {error}")

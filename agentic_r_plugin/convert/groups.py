@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE
-from agentic_r_plugin.convert.hub import DATA, push, write_card
+from agentic_r_plugin.convert.hub import CARD, HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.query import retrieval_query
@@ -28,10 +28,11 @@ from agentic_r_plugin.search.encoder import RetrieverRecord
 from agentic_r_plugin.store import atomic_path, dump_line, read_lines, shards
 
 Row = dict[str, Any]
+DATA = "train.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertGroupsConfig:
+class ConvertGroupsConfig(HubConfig):
     """Write training groups as a data set of another trainer."""
 
     in_: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
@@ -46,12 +47,6 @@ class ConvertGroupsConfig:
     formulation: str | None = field(default=None, metadata={"help": "in place of the retriever's, or question_query"})
     query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the retriever's"})
     passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, likewise"})
-    push_to_hub: str = field(
-        default="", metadata={"help": "data set NAME/SET to upload to, private if it is new; empty: none", **FREE}
-    )
-    token_env: str = field(
-        default="HF_TOKEN", metadata={"help": "variable with the hub's token; unset: that of `hf auth login`", **FREE}
-    )
 
     def __post_init__(self) -> None:
         if self.to not in _FORMS:
@@ -112,7 +107,7 @@ def run(config: ConvertGroupsConfig, *, resume: bool = False) -> None:
     inputs = {"in": config.in_, "corpus": config.corpus}
     convert_once(config, lambda out: _write(config, out), inputs=inputs, resume=resume, folder=True)
     if config.push_to_hub:
-        print(push(Path(config.out), config.push_to_hub, config.token_env))
+        push(config, (Path(config.out) / CARD).read_text(encoding="utf-8"))
 
 
 def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
@@ -137,7 +132,9 @@ def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
         f"Queries are formulated as `{record.formulation}`. "
         + use.format(query=record.query_prompt, passage=record.passage_prompt, size=most + 1)
     )
-    write_card(out, text, rows=len(sizes), tags=[config.to.replace("_", "-")])
+    tags = [config.to.replace("_", "-")]
+    with atomic_path(out / CARD) as temporary:
+        temporary.write_text(card(out, text, rows=len(sizes), task="text-retrieval", tags=tags), encoding="utf-8")
     return {"groups": len(sizes), "negatives": most, "fewest": min(sizes), "most": max(sizes)} | {
         "formulation": record.formulation, "query_prompt": record.query_prompt, "passage_prompt": record.passage_prompt,
     }  # fmt: skip

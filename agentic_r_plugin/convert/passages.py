@@ -1,13 +1,24 @@
-"""Find in the corpus the passages that another agent was shown."""
+"""Find in the corpus the passages that another agent was shown, or that a question's own row holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from agentic_r_plugin.forms import Row, passage_fields
 from agentic_r_plugin.protocol import disarm
-from agentic_r_plugin.records import Passage
+from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.lookup import HashIndex, key_hash
+
+
+def context_passage(document: Row) -> Passage:
+    """The passage of one of `forms.context_documents`; the id of one without is a hash of title and text.
+
+    Raises:
+        RecordError: title or text have another type.
+    """
+    identifier, contents = passage_fields(document)
+    return Passage.from_contents(identifier or text_id(contents), contents)
 
 
 class PassageFinder:

@@ -1,32 +1,34 @@
 """`agentic-r convert questions`: questions of other projects, from files or the Hugging Face hub, in FlashRAG's form.
 
-The other commands read most forms as they are. This command adds the data sets that only `datasets` reads, and joins
-BEIR's queries with their relevant documents.
+The other commands read most forms as they are. This command adds the data sets that only `datasets` reads, and names
+gold documents: those of qrels, or the passages of a corpus that are the supporting paragraphs in a question's row.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.convert.hub import HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
+from agentic_r_plugin.convert.passages import PassageFinder, context_passage
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.forms import LISTS
-from agentic_r_plugin.questions import FORMAT, Rows, checked, read_rows
+from agentic_r_plugin.forms import LISTS, context_documents, listed
+from agentic_r_plugin.questions import FORMAT, Rows, checked, read_qrels, read_rows, relevant_only
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.store import write_records
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.store import beir_queries, write_records
 
 HUB = "hub:"
 """Prefix of the name of a data set on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionsConfig:
+class QuestionsConfig(HubConfig):
     """Write questions of any form in FlashRAG's form, with one id each."""
 
     in_: str = field(
@@ -34,12 +36,20 @@ class QuestionsConfig:
     )
     out: str = field(metadata={"help": "file to write: .jsonl, .jsonl.gz or .parquet", **FREE})
     format: str = field(default="", metadata=FORMAT)
-    split: str = field(default="train", metadata={"help": "of a data set of the hub, or of a saved one"})
+    split: str = field(default="train", metadata={"help": "of a data set of the hub, a saved one, or BEIR's"})
     subset: str = field(default="", metadata={"help": "configuration of a data set of the hub"})
     qrels: str = field(
         default="",
         metadata={"help": "qrels of BEIR (.tsv) or TREC: only their questions, with gold documents", **BY_CONTENTS},
     )
+    corpus: str = field(
+        default="",
+        metadata={"help": "corpus in which the rows' own supporting paragraphs are gold documents", **BY_CONTENTS},
+    )
+
+    def __post_init__(self) -> None:
+        if self.qrels and self.corpus:
+            raise ConfigError("qrels, corpus: expected one of them, both name the gold documents")
 
 
 def run(config: QuestionsConfig, *, resume: bool = False) -> None:
@@ -49,13 +59,14 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
         OutputExistsError: the output exists and `resume` is off.
         ConfigError: an unknown format, or a data set that `datasets` cannot open.
         RecordError: a broken question, none, or a broken line of the qrels; names file and line.
+        BackendError: the upload failed; the file is written and whole.
     """
 
-    def write(out: Path) -> dict[str, int]:
+    def write(out: Path) -> dict[str, Any]:
         counts = dict.fromkeys(("questions", "with_golden_answers", *LISTS), 0)
 
-        def counted() -> Iterator[Question]:
-            for question in converted(config):
+        def counted(finder: PassageFinder | None) -> Iterator[Question]:
+            for question in converted(config, finder):
                 counts["questions"] += 1
                 counts["with_golden_answers"] += bool(question.golden_answers)
                 for name in LISTS:
@@ -67,57 +78,58 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
                     path=config.in_,
                 )
 
-        write_records(out, counted())
-        return counts
+        with ExitStack() as stack:
+            finder = None
+            if config.corpus:
+                corpus = stack.enter_context(Corpus(config.corpus))
+                finder = stack.enter_context(closing(PassageFinder(corpus, out.parent)))
+            write_records(out, counted(finder))
+            return {**counts, **({"gold_passages": finder.counts} if finder else {})}
 
-    files = {"in": "" if _by_datasets(config) else config.in_, "qrels": config.qrels}
-    convert_once(config, write, inputs=files, resume=resume)
+    files = {"in": "" if _by_datasets(config) else str(_source(config)), "qrels": config.qrels, "corpus": config.corpus}
+    report = convert_once(config, write, inputs=files, resume=resume)
+    if config.push_to_hub:
+        rows, out = report["questions"], Path(config.out)
+        text = (
+            f"# Questions\n\n{rows} questions, {report['with_golden_answers']} with gold answers and "
+            f"{report['gold_doc_ids']} with ids of gold documents, written by `agentic-r convert questions`: `id`, "
+            "`question`, `golden_answers`, `metadata`."
+        )
+        push(config, card(out, text, rows=rows, task="question-answering", tags=["questions"]))
 
 
-def converted(config: QuestionsConfig) -> Iterator[Question]:
+def converted(config: QuestionsConfig, finder: PassageFinder | None = None) -> Iterator[Question]:
     """The questions, one at a time; with `qrels` only those with a relevant document, which is a gold document then.
+
+    With a `finder` the supporting paragraphs in a question's row are its gold documents, if the row holds them all.
 
     Raises:
         ConfigError, RecordError: as `run`.
     """
-    relevant = read_qrels(config.qrels) if config.qrels else None
     if _by_datasets(config):
         rows = checked(lambda: _rows(config), format=config.format)
     else:
-        rows = read_rows(config.in_, format=config.format)
-    for question, _ in rows:
-        if relevant is None:
-            yield question
-        elif gold := relevant.get(question.id):
-            yield replace(question, metadata=question.metadata | {"gold_doc_ids": gold})
+        rows = read_rows(_source(config), format=config.format)
+    if config.qrels:
+        rows = relevant_only(rows, read_qrels(config.qrels))
+    for question, row in rows:
+        if finder is not None and (names := _own_gold(question, row, finder)):
+            question = replace(question, metadata=question.metadata | {"gold_doc_ids": names})
+        yield question
 
 
-def read_qrels(path: str | Path) -> dict[str, list[str]]:
-    """Question id -> ids of its relevant documents (a grade above 0), in the order of the file.
+def _source(config: QuestionsConfig) -> Path:
+    """The file or folder of the questions: in a BEIR data set, the qrels of the split."""
+    qrels = Path(config.in_, "qrels", f"{config.split}.tsv")
+    return qrels if beir_queries(qrels) and qrels.is_file() else Path(config.in_)
 
-    Args:
-        path: BEIR's `query-id corpus-id score` with a header and tabs, or TREC's `qid 0 docid grade`.
 
-    Raises:
-        RecordError: no such file, or another line; names file and line.
-    """
-    path, relevant = Path(path), defaultdict[str, list[str]](list)
-    if not path.is_file():
-        raise RecordError("no such file", path=path)
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.split("\t") if "\t" in line else line.split()
-            if not line.strip() or (number == 1 and fields[0] == "query-id"):
-                continue
-            try:
-                if len(fields) not in (3, 4) or not math.isfinite(grade := float(fields[-1])):
-                    raise ValueError
-            except ValueError:
-                expected = "expected a question id, a document id and a grade (BEIR), or with a 0 between them (TREC)"
-                raise RecordError(f"{expected}, found {line.strip()[:80]!r}", path=path, line=number) from None
-            if grade > 0:
-                relevant[fields[0].strip()].append(fields[-2].strip())
-    return dict(relevant)
+def _own_gold(question: Question, row: Mapping[str, Any], finder: PassageFinder) -> list[str]:
+    """Ids of the supporting paragraphs in a question's row; one that the corpus lacks keeps its own."""
+    passages = [context_passage(document) for document in context_documents(row) if document["gold"]]
+    if not {*listed(question.metadata, "supporting_titles")} <= {passage.title for passage in passages}:
+        return []
+    return list(dict.fromkeys((finder.find(passage) or passage).id for passage in passages))
 
 
 def _by_datasets(config: QuestionsConfig) -> bool:

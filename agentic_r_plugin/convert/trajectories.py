@@ -22,6 +22,7 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.convert.hub import HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
@@ -51,7 +52,7 @@ _END_TOKENS = re.compile(r"(\s*<[|｜][^<>]+[|｜]>)+\s*$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertTrajectoriesConfig:
+class ConvertTrajectoriesConfig(HubConfig):
     """Write other agents' logs as trajectories."""
 
     in_: str = field(metadata={"help": "log file, or a folder of them", **BY_CONTENTS})
@@ -426,9 +427,18 @@ def run(config: ConvertTrajectoriesConfig, *, resume: bool = False) -> None:
 
     Raises:
         RecordError: no record could be read.
+        BackendError: the upload failed; the file is written and whole.
     """
     inputs = {"in": config.in_, "corpus": config.corpus, "questions": config.questions}
-    convert_once(config, lambda out: _write(config, out), inputs=inputs, resume=resume)
+    report = convert_once(config, lambda out: _write(config, out), inputs=inputs, resume=resume)
+    if config.push_to_hub:
+        rows, out = report["trajectories"], Path(config.out)
+        text = (
+            f"# Trajectories of a search agent\n\n{rows} trajectories with {report['searches']} searches, written by "
+            f"`agentic-r convert trajectories` in the form of agent protocol `{config.protocol}`: `text` is what model "
+            "and environment wrote after the prompt, `turns` holds each query and the ids and scores of its passages."
+        )
+        push(config, card(out, text, rows=rows, task="question-answering", tags=["trajectories"]))
 
 
 def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:

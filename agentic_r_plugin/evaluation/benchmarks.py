@@ -1,4 +1,4 @@
-"""Benchmarks in FlashRAG layout, `{data_dir}/{name}/{split}.jsonl`, checked before anything expensive starts."""
+"""Benchmarks in FlashRAG layout, `{data_dir}/{name}/{split}.jsonl`, or BEIR's, checked before any expensive work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.store import beir_queries
 
 QUESTION_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
 """Question files in FlashRAG's order of preference. FlashRAG itself does not read the last two."""
@@ -20,6 +21,8 @@ def split_file(folder: Path, split: str) -> Path:
     for suffix in QUESTION_SUFFIXES:
         if (file := folder / f"{split}{suffix}").is_file():
             return file
+    if beir_queries(file := folder / "qrels" / f"{split}.tsv") and file.is_file():
+        return file
     there = sorted(path.name for path in folder.glob("*.*")) if folder.is_dir() else []
     found = f"{folder} holds {', '.join(there)}" if there else f"there is no data set at {folder}"
     raise ConfigError(f"split {split!r}: no {folder / split}.jsonl; {found}")

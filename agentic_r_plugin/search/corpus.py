@@ -379,19 +379,26 @@ def _passage_lines(path: Path) -> Iterator[bytes]:
     Raises:
         RecordError: a row that is no passage; names file and line (Parquet: row).
     """
-    if path.suffix == ".parquet":
-        rows = read_lines(path, columns=_columns(path))
-    elif _is_list(path):
-        rows = read_list(b"".join(_blocks(path)), path, 1)
-    else:
-        rows = read_lines(path)
-    for number, row in rows:
+    for number, row in corpus_rows(path):
         try:
             identifier, contents = passage_fields(row)
         except RecordError as error:
             raise RecordError(str(error), path=path, line=number) from error
         metadata = passage_metadata(row)
         yield dump_line({"id": identifier, "contents": contents, **({"metadata": metadata} if metadata else {})})
+
+
+def corpus_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line or row from 1, row) of a corpus file in any form; of Parquet only the columns of passages.
+
+    Raises:
+        RecordError: a broken line, or a Parquet file without the columns of passages; names file and line.
+    """
+    if path.suffix == ".parquet":
+        return read_lines(path, columns=_columns(path))
+    if ".tsv" in path.suffixes:
+        return _tsv_rows(path)
+    return read_list(b"".join(_blocks(path)), path, 1) if _is_list(path) else read_lines(path)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -409,7 +416,15 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _tsv_lines(path: Path) -> Iterator[bytes]:
-    """JSON lines from DPR's passages (quoted, with a header `id`, `text`, `title`) or MS MARCO's (id, text; unquoted).
+    """JSON lines of a `.tsv` corpus on the lines of the file."""
+    written = 0
+    for number, row in _tsv_rows(path):
+        yield b"\n" * (number - written - 1) + dump_line(row)
+        written = number
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of DPR's passages (quoted, with a header `id`, `text`, `title`) or MS MARCO's (id, text; unquoted).
 
     Raises:
         RecordError: a line with other fields or not in UTF-8; names file and line.
@@ -424,9 +439,9 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
                     identifier, tab, passage = line.rstrip("\r\n").partition("\t")
                     if line.strip() and not tab:
                         raise RecordError("expected an id, a tab and a text", path=path, line=number)
-                    yield dump_line({"id": identifier, "text": passage}) if tab else b"\n"
+                    if tab:
+                        yield number, {"id": identifier, "text": passage}
                 return
-            yield b"\n"  # stands in for the header, to keep the file's line numbers
             csv.field_size_limit(1 << 30)
             rows = csv.reader(text, delimiter="\t", strict=True)
             for row in rows:
@@ -436,7 +451,8 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
                 number = rows.line_num + 1
                 if row and len(row) != len(names):
                     raise RecordError(f"expected {len(names)} fields, found {len(row)}", path=path, line=number)
-                yield dump_line(dict(zip(names, row, strict=True))) if row else b"\n"
+                if row:
+                    yield number, dict(zip(names, row, strict=True))
     except csv.Error as error:
         reason = (
             f"a cell is not quoted as expected ({error}): quote a cell that begins with a quotation mark, double the "
@@ -450,7 +466,7 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
 
 
 def _columns(path: Path) -> list[str]:
-    """Columns of a Parquet corpus that make a passage; others may be large, or of types that JSON lacks.
+    """Columns of a Parquet corpus that make a passage, and `metadata` and `url`; others may be large.
 
     Raises:
         RecordError: not a Parquet file, or no columns that make a passage.
@@ -459,10 +475,13 @@ def _columns(path: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        passage_fields(dict.fromkeys(names, ""))
+        schema = pyarrow.parquet.read_schema(path)
+        passage_fields(dict.fromkeys(schema.names, ""))
     except pyarrow.ArrowException as error:
         raise RecordError(f"not a whole Parquet file: {error}", path=path) from error
     except RecordError as error:
         raise RecordError(str(error), path=path) from error
-    return [name for name in PASSAGE_FIELDS if name in names]
+    kept = [
+        name for name in ("metadata", "url") if name in schema.names and "binary" not in str(schema.field(name).type)
+    ]
+    return [*(name for name in PASSAGE_FIELDS if name in schema.names), *kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import zipfile
 
@@ -132,7 +133,7 @@ def test_a_packed_output_is_the_same_corpus(tmp_path, suffix):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("name", ["wiki.parquet", "wiki.jsonl", "shards"])
+@pytest.mark.parametrize("name", ["wiki.parquet", "wiki.jsonl", "wiki.tsv", "wiki.tsv.gz", "shards"])
 def test_whole_articles_are_cut_and_keep_their_address(tmp_path, name):
     rows = [
         {"id": "12", "url": "https://x/Ann", "title": "Ann", "text": TWELVE * 2 + "\n\n" + TWELVE},
@@ -144,6 +145,10 @@ def test_whole_articles_are_cut_and_keep_their_address(tmp_path, name):
         (path / "README.md").write_text("# A data set of the hub")
         for row in rows:
             (path / f"{row['id']}.jsonl").write_text(json.dumps(row))
+    elif ".tsv" in name:  # no cell holds a line break
+        rows[0]["text"] = rows[0]["text"].replace("\n\n", "  ")
+        data = "\r\n".join("\t".join(cells) for cells in [list(rows[0]), *(row.values() for row in rows)]) + "\r\n"
+        path.write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
     elif name.endswith("parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:

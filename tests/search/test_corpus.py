@@ -161,7 +161,7 @@ def test_every_form_of_a_corpus_gives_the_same_passages(tmp_path, form, name, id
         assert corpus.by_id("2").title == '"Heroes"'
 
 
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "list.json", "shards"])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "list.json", "shards", "text.parquet"])
 def test_what_else_a_corpus_says_of_a_passage_is_kept_but_not_compared(tmp_path, name):
     rows = [
         {"_id": "1", "title": "A", "text": "x", "metadata": {"source": "a.pdf", "page": 3, "gap": None}},
@@ -175,6 +175,11 @@ def test_what_else_a_corpus_says_of_a_passage_is_kept_but_not_compared(tmp_path,
             write_jsonl(path / f"{row.get('_id', row.get('docid'))}.jsonl", [row])
     elif name == "list.json":
         path.write_text(json.dumps(rows))
+    elif name == "text.parquet":  # as our own commands write it
+        columns = {"id": ["1", "2", "3"], "title": ["A", None, None], "text": ["x", "y", "z"]}
+        metadata = [json.dumps(rows[0]["metadata"]), None, "plain"]
+        table = pyarrow.table(columns | {"url": [None, "https://u", None], "metadata": metadata})
+        pyarrow.parquet.write_table(table, path)
     else:
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
@@ -190,6 +195,16 @@ def test_what_else_a_corpus_says_of_a_passage_is_kept_but_not_compared(tmp_path,
         (received,) = decode_hits(json.loads(json.dumps(answer)), num_requests=1, topk=3)
         assert [hit.passage.metadata for hit in received] == [passage.metadata for passage in corpus]
         assert corpus[0] == Passage(id="1", title="A", text="x")
+
+
+def test_metadata_of_a_parquet_corpus_is_kept_where_json_can_hold_it(tmp_path):
+    file = tmp_path / "c.parquet"
+    seen = datetime.datetime(2024, 5, 1)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0] | {"metadata": {"page": 3, "seen": seen}}]), file)
+    assert Corpus(file)[0].metadata == {"page": 3, "seen": "2024-05-01 00:00:00"}
+    for metadata in ({"page": 3, "image": b"\xff"}, b"\xff", [1.5], "{not JSON"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROWS[0] | {"metadata": metadata, "url": b"\xff"}]), file)
+        assert Corpus(file)[0].metadata == {}, metadata
 
 
 def test_a_title_in_the_front_matter_of_a_text_is_its_title(tmp_path):

@@ -140,13 +140,14 @@ def test_contexts_of_the_questions_give_documents_by_title(cut, model_folder, tm
 
 
 def test_every_form_of_context_is_read():
-    nile = {"id": "", "title": "Nile", "text": "It flows. Far."}
-    hub = {"context": {"title": ["Nile"], "sentences": [["It flows.", " Far."]]}}
-    wiki = {"context": json.dumps([["Nile", ["It flows.", "Far."]]])}
+    nile = {"id": "", "title": "Nile", "text": "It flows. Far.", "gold": True}
+    facts = {"supporting_facts": {"title": ["Nile"], "sent_id": [0]}}
+    hub = facts | {"context": {"title": ["Nile"], "sentences": [["It flows.", " Far."]]}}
+    wiki = {"context": json.dumps([["Nile", ["It flows.", "Far."]]]), "supporting_facts": json.dumps([["Nile", 0]])}
     musique = {"paragraphs": [{"idx": 0, "title": "Nile", "paragraph_text": "It flows. Far.", "is_supporting": True}]}
     assert [context_documents(row) for row in (hub, wiki, musique)] == [[nile]] * 3
     browsecomp = {"gold_docs": [{"docid": 7, "text": "It flows.", "url": "u"}]}
-    assert context_documents(browsecomp) == [{"id": "7", "title": None, "text": "It flows."}]
+    assert context_documents(browsecomp) == [{"id": "7", "title": None, "text": "It flows.", "gold": True}]
     assert context_documents({"question": "Who?"}) == []
 
 
