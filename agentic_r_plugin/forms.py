@@ -455,7 +455,12 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
         for title, sentences in pairs
     ]
     found += [
-        {"id": "", "title": item.get("title"), "text": item.get("paragraph_text"), "gold": bool(item.get("is_supporting"))}
+        {
+            "id": "",
+            "title": item.get("title"),
+            "text": item["paragraph_text"],
+            "gold": bool(item.get("is_supporting")),
+        }
         for item in _mappings(row.get("paragraphs"))
         if "paragraph_text" in item
     ]
