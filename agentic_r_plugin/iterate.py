@@ -40,7 +40,7 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.config import FREE, deciding, load_config, merged, save_config, section_of, to_dict
+from agentic_r_plugin.config import FREE, LATER, deciding, load_config, merged, save_config, section_of, to_dict
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
@@ -105,6 +105,9 @@ class IterateConfig:
     )
     retriever_from: str = field(default="previous", metadata={"help": "retriever k starts from: previous, first"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})
     train_split: str = field(default="train", metadata={"help": "questions of PPO and of data construction"})
@@ -532,8 +535,14 @@ class Loop:
         return self.config.seed + k - 1
 
     def protocol_settings(self) -> dict[str, Any]:
-        """Protocol, limits and topk, for every phase in which the agent acts."""
-        return {"protocol": self.config.protocol, "limits": to_dict(self.config.limits), "topk": self.config.topk}
+        """Protocol, its options, limits and topk, for every phase in which the agent acts."""
+        config = self.config
+        return {
+            "protocol": config.protocol,
+            "protocol_options": config.protocol_options,
+            "limits": to_dict(config.limits),
+            "topk": config.topk,
+        }
 
     def stage_config(self, k: int, name: str, agent: str, url: str) -> Any:
         """Configuration of a data stage: the loop's files and models, overridden by the stage's section."""

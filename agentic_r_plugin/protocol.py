@@ -1,14 +1,14 @@
-"""The agent protocol (method section 2): the only module that knows the tags, the limits and the mask.
+"""The agent protocol (method section 2): how an agent searches and answers, its limits, and the mask.
 
-`AgentProtocol` holds the wording: instruction, tags, rendering of passages, and the correction of a malformed turn.
-`Session` is one trajectory as a state machine without I/O. Every driver (verl's agent loop, the data stages, the
-FlashRAG pipeline) follows the same four steps:
+`AgentProtocol` is the interface of one family of agents: prompt, calls, form of the passages. `tags` and `tools` are
+its implementations. `Session` is one trajectory as a state machine without I/O. Every driver (verl's agent loop, the
+data stages, the FlashRAG pipeline) follows the same steps:
 
     session = Session(protocol, codec, limits, question)
     while session.finished is None:
         action = session.model_wrote(generate(session.ids, session.budget))      # token ids, exactly as produced
-        if isinstance(action, Search):
-            session.found(retrieve(action.query))                                # or session.search_failed()
+        while isinstance(action, Search | Open):                                 # a turn may hold several
+            action = session.found(retrieve(action))                             # or session.search_failed()
 
 Token ids are stored as they are; the mask follows from who wrote them, and text is never tokenised again. Every
 finished trajectory ends with a token of the model, because verl's GAE would lose the reward on a masked last token.
@@ -17,28 +17,27 @@ finished trajectory ends with a token of the model, because verl's GAE would los
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+from agentic_r_plugin import components
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Turn
+from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Trajectory, Turn
 
 _TAG_OPENING = re.compile(r"<(?=[/|!｜A-Za-z_])")
 """A `<` that could open or close a tag, or start a special token such as `<|im_end|>` or DeepSeek's `<｜User｜>`."""
 
-_BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
-"""Text whose braces are balanced, two levels deep."""
-
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
-
-_SPILL = 16
+SPILL = 16
 """Maximum number of characters after a stop string in the token that completes it."""
-
 
 _CHARACTERS_PER_TOKEN = 16
 """A text longer than this per token of the limit is tokenised only in part at first."""
+
+_LONGEST_ID = 200
+"""Characters of a document's id."""
 
 _LONGEST_WORD = 200
 """Characters before a cut in which to look for a space."""
@@ -70,12 +69,14 @@ class Limits:
     """Tokens the model may write in one turn."""
     max_observation_tokens: int = 500
     """Tokens of one information block."""
+    max_document_tokens: int = field(default=1000, metadata={"later": True})
+    """Tokens of one opened document."""
 
     def __post_init__(self) -> None:
-        for name in ("max_searches", "max_malformed", "max_tokens", "max_response_tokens", "max_observation_tokens"):
-            least = 0 if name in ("max_malformed", "max_searches") else 1
-            if getattr(self, name) < least:
-                raise ConfigError(f"limits.{name}: expected at least {least}, found {getattr(self, name)}")
+        for item in fields(self):
+            least = 0 if item.name in ("max_malformed", "max_searches") else 1
+            if getattr(self, item.name) < least:
+                raise ConfigError(f"limits.{item.name}: expected at least {least}, found {getattr(self, item.name)}")
 
 
 # --- What the model's turn asks for -----------------------------------------------------------------------------------
@@ -87,6 +88,26 @@ class Search:
 
     query: str
     reasoning: str
+    end: int | None = None
+    """Characters of the turn through this call; None where the text of a trajectory shows it."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """The model asks for a document that it was shown; the driver calls `found` with it, or `search_failed`."""
+
+    document: str
+    """Its id; in what a protocol reads also its rank in the last search, counted from 1."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """The turn is neither a call nor an answer."""
+
+    problem: str
+    """What the environment writes to the model."""
+    of_call: bool = False
+    """Whether a call was attempted, which the problem answers."""
 
 
 @dataclass(frozen=True)
@@ -102,181 +123,125 @@ class Finished:
     answer: str | None = None
 
 
-Action = Search | Retry | Finished
+Action = Search | Open | Retry | Finished
 
 
-# --- The words --------------------------------------------------------------------------------------------------------
+# --- One family of agents ---------------------------------------------------------------------------------------------
+
+
+class Prefix(NamedTuple):
+    """A search in the text of a trajectory: its query, and the text up to and including the call."""
+
+    query: str
+    text: str
+    turn_start: int | None = None
+    """Characters before the model's turn, if the turn holds earlier calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentProtocol:
-    """Instruction, tags and rendering for one family of agents; the defaults are Search-R1's.
+class Piece:
+    """A stretch of a trajectory's text of one kind, for display."""
 
-    Tags are written `<tag>` and `</tag>` unless `marks` overrides them.
+    kind: str
+    """think, search, answer or other (written by the model); information or correction (by the environment)."""
+    text: str
+    """The text without its tags."""
+
+    @property
+    def by_model(self) -> bool:
+        """Whether the model wrote it."""
+        return self.kind not in ("information", "correction")
+
+
+class AgentProtocol(ABC):
+    """How one family of agents is prompted, searches, is shown passages and answers (component kind `agent_protocol`).
+
+    Implementations: `tags.TagProtocol`, `tools.ToolProtocol`. An object of it holds no state of a trajectory.
     """
 
     name: str
-    instruction: str
-    """Prompt with one `{question}`."""
-    description: str = ""
-    think_tag: str = "think"
-    search_tag: str = "search"
-    answer_tag: str = "answer"
-    information_tag: str = "information"
-    marks: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Tag -> (opening, closing) strings. A block closed by `}` may contain balanced braces."""
-    stop_at_answer: bool = True
-    """Whether generation stops at the end of an answer; otherwise the model ends its turn itself."""
-    chat: bool = True
-    """Whether the prompt is put into the tokenizer's chat template, if there is one."""
-    passage_form: str = 'Doc {rank}(Title: "{title}") {text}'
-    """Template of one passage in an information block; passages are joined by newlines."""
-    block_form: str = "\n\n{opening}{passages}{closing}\n\n"
-    """Template of the information block."""
-    correction: str = (
-        "\n\nThat was neither a search nor an answer. Write <search> query </search> to look something up, "
-        "or <answer> answer </answer> to finish.\n\n"
-    )
+    description: str
+    text_shows_authors: ClassVar[bool] = True
+    """Whether a trajectory's text shows who wrote what and which searches were carried out; else its record does."""
 
-    def __post_init__(self) -> None:
-        if self.instruction.count("{question}") != 1:
-            raise ConfigError(f"agent protocol {self.name!r}: the instruction must hold '{{question}}' exactly once")
-        if re.findall(r"\{\w+\}", self.block_form) != ["{opening}", "{passages}", "{closing}"] or not self.correction:
-            raise ConfigError(
-                f"agent protocol {self.name!r}: block_form must hold '{{opening}}', '{{passages}}' and '{{closing}}', "
-                "and correction some text: both tell where a trajectory's searches were carried out"
-            )
+    def __new__(cls, *args: Any, **kwargs: Any) -> AgentProtocol:
+        """In earlier versions `AgentProtocol(...)` was the protocol with tags; packages may still call it so."""
+        if cls is AgentProtocol:
+            from agentic_r_plugin.tags import TagProtocol
 
-    def prompt(self, question: str) -> str:
-        """The prompt text for a question."""
-        return self.instruction.replace("{question}", question)
-
-    def prompt_ids(self, question: str, codec: Codec) -> list[int]:
-        """Token ids of the prompt."""
-        plain = getattr(codec, "encode_plain_prompt", codec.encode)  # codecs of earlier versions lack it
-        return (codec.encode_prompt if self.chat else plain)(self.prompt(question))
-
-    def opening(self, tag: str) -> str:
-        """String that opens a tag."""
-        return self.marks[tag][0] if tag in self.marks else f"<{tag}>"
-
-    def closing(self, tag: str) -> str:
-        """String that closes a tag."""
-        return self.marks[tag][1] if tag in self.marks else f"</{tag}>"
+            return object.__new__(TagProtocol)
+        return object.__new__(cls)
 
     @property
+    @abstractmethod
     def stop(self) -> tuple[str, ...]:
-        """Strings after which generation stops (they stay in the output); the search's is first."""
-        search, answer = self.closing(self.search_tag), self.closing(self.answer_tag)
-        return (search, answer) if self.stop_at_answer else (search,)
+        """Strings after which generation stops (they stay in the output)."""
 
-    @cached_property
-    def _block(self) -> re.Pattern[str]:
-        return re.compile(f"{self._pattern(self.search_tag)}|{self._pattern(self.answer_tag)}", re.DOTALL)
+    @abstractmethod
+    def prompt(self, question: str) -> str:
+        """Text of the user's message, before any chat template."""
 
-    def _pattern(self, tag: str) -> str:
-        opening, closing = re.escape(self.opening(tag)), re.escape(self.closing(tag))
-        body = _BALANCED if self.closing(tag) == "}" else ".*?"
-        return f"{opening}({body}){closing}"
+    @abstractmethod
+    def prompt_ids(self, question: str, codec: Codec) -> list[int]:
+        """Token ids of the whole prompt."""
 
-    def parse(self, text: str) -> Search | Finished | None:
-        """The action of one turn, decided by its first complete block; None if there is none.
+    @abstractmethod
+    def read(self, text: str, codec: Codec) -> tuple[Search | Open, ...] | Finished | Malformed:
+        """What a turn of the model asks for: at least one call, or the end. Any text is allowed."""
 
-        A search needs a query. If the first block is an answer and others follow, the last complete answer counts.
+    @abstractmethod
+    def render(self, passages: Sequence[Passage]) -> str:
+        """The result of one search. No passage can imitate a tag or a special token (`disarm`)."""
+
+    def render_document(self, passage: Passage) -> str:
+        """The result of an opened document."""
+        return f"Title: {disarm(passage.title)}\n{disarm(passage.text)}"
+
+    @abstractmethod
+    def reply(self, contents: Sequence[str], wrote: Sequence[int], codec: Codec, *, of_call: bool = True) -> str:
+        """The environment's text between two turns of the model.
+
+        Args:
+            contents: the results of the turn's calls (`render`), in order, or the problem of a malformed turn.
+            wrote: ids of the turn.
+            of_call: whether the turn held a call.
         """
-        match = self._block.search(text)
-        if match is None:
-            return None
-        query, answer = match.groups()
-        if answer is not None:
-            # The model may write several answers in one turn; the last one is what it settled on.
-            answers = [found.group(2) for found in self._block.finditer(text) if found.group(2) is not None]
-            return Finished(StopReason.ANSWERED, self._inner(self.answer_tag, answers[-1]))
-        query = self._inner(self.search_tag, query)
-        return Search(query, self._reasoning(text[: match.start()])) if query else None
 
+    @abstractmethod
+    def prefixes(self, trajectory: Trajectory) -> list[Prefix]:
+        """The searches that were carried out in a trajectory, in order."""
+
+    @abstractmethod
+    def pieces(self, trajectory: Trajectory) -> list[Piece]:
+        """Split the text of a trajectory by author and purpose."""
+
+    @abstractmethod
     def answered(self, answer: str) -> tuple[str, str]:
         """A turn that only gives this answer, in two parts: what precedes the answer, and the answer with its end."""
-        opening, closing = self.opening(self.answer_tag), self.closing(self.answer_tag)
-        return (opening, answer + closing) if closing == "}" else (opening, f" {answer} {closing}")
 
-    def _inner(self, tag: str, body: str) -> str:
-        """Content of a block: the text after its last opening, without LaTeX text commands if it is closed by `}`."""
-        body = body.rpartition(self.opening(tag))[2].strip()
-        return _LATEX_TEXT.sub(r"\1", body).strip() if self.closing(tag) == "}" else body
+    @abstractmethod
+    def write_search(self, thought: str, query: str, codec: Codec, *, gap: str = "\n") -> str:
+        """A turn that searches, as a demonstration; `gap` is between thought and call."""
 
-    def _reasoning(self, text: str) -> str:
-        inner = text.rpartition(self.opening(self.think_tag))[2]
-        return inner.partition(self.closing(self.think_tag))[0].strip()
+    @abstractmethod
+    def write_answer(self, thought: str, answer: str, codec: Codec, *, gap: str = "\n") -> str:
+        """A turn that answers, as a demonstration."""
 
-    def through_search(self, text: str) -> str:
-        """Text of a turn up to and including its closing search tag."""
-        head, closing, _ = text.partition(self.stop[0])
-        return head + closing
 
-    def searches(self, text: str) -> list[tuple[str, str]]:
-        """Searches of a whole trajectory's text, in order: (query, text up to and including its closing tag).
+def load_protocol(name: str, options: Mapping[str, Any]) -> AgentProtocol:
+    """The registered protocol, with `options` in place of its own fields.
 
-        A search was carried out if its closing tag is directly before an information block; the last one may end the
-        text. Tags in passages are disarmed. A search followed by a correction was not carried out.
-        """
-        opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
-        before = self.block_form.partition("{opening}")[0]
-        block, correction = re.escape(before + self.opening(self.information_tag)), re.escape(self.correction)
-        spill = f"[^<]{{0,{_SPILL}}}?"
-        ends = re.finditer(f"{closing}(?!{spill}{correction})(?={spill}(?:{block}|\\Z))", text)
-        return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
-
-    def exchanges(self, text: str) -> list[tuple[str, str | None]]:
-        """A whole trajectory's text: (what the model wrote, content of the information block after it).
-
-        The last item has no block: it holds the answer, or what else follows the last block.
-        """
-        before, after = self.block_form.partition("{opening}")[0], self.block_form.rpartition("{closing}")[2]
-        opening, closing = self.opening(self.information_tag), self.closing(self.information_tag)
-        head, tail = re.escape(before + opening), re.escape(closing)
-        block = re.compile(f"[^<]{{0,{_SPILL}}}?{head}(.*?){tail}(?:{re.escape(after)})?", re.DOTALL)
-        found: list[tuple[str, str | None]] = []
-        start = 0
-        for _, through in self.searches(text):
-            if (shown := block.match(text, len(through))) is not None:
-                found.append((text[start : len(through)], shown[1]))
-                start = shown.end()
-        return [*found, (text[start:], None)]
-
-    def write(self, reasoning: str, tag: str, body: str) -> str:
-        """A turn in the model's place: its reasoning, if there is one, and a search or an answer.
-
-        Reasoning that holds its tag already is kept as it is, white space included.
-        """
-        opening, closing = self.opening(self.think_tag), self.closing(self.think_tag)
-        thought = f"{opening} {reasoning} {closing}\n" if reasoning and opening not in reasoning else reasoning
-        return f"{thought}{self.opening(tag)} {body} {self.closing(tag)}"
-
-    def read_block(self, block: str) -> list[tuple[str, str]]:
-        """(title, text) of each passage in an information block; empty if it has another form than `passage_form`.
-
-        White space and the quotation marks around a title may be missing, as in the blocks of Search-R1 and verl.
-
-        >>> compact.read_block("Doc 1 (Title: Emma)\\nA novel.\\nDoc 2(Title: \\"Ulm (city)\\") A city.")
-        [('Emma', 'A novel.'), ('Ulm (city)', 'A city.')]
-        """
-        title = r'(?:"([^\n]*?)"|([^\n]*?))'
-        head = re.escape(self.passage_form.partition("{text}")[0]).replace(r"\{rank\}", r"\d+")
-        head = re.sub(r'"?\\{title\\}"?', lambda _: title, head).replace(r"\(", r"\s*\(").replace(r"\ ", r"\s*")
-        head = head.removesuffix(r"\s*") + r"(?=\s|\Z)\s*"
-        found = list(re.finditer(f"^{head}", block, re.MULTILINE))
-        ends = [match.start() for match in found[1:]] + [len(block)]
-        return [(m[1] or m[2] or "", block[m.end() : end].strip()) for m, end in zip(found, ends, strict=False)]
-
-    def render(self, passages: Sequence[Passage]) -> str:
-        """The information block. No passage can open or close a tag of the protocol."""
-        docs = "\n".join(
-            self.passage_form.format(rank=rank, title=disarm(passage.title), text=disarm(passage.text))
-            for rank, passage in enumerate(passages, start=1)
-        )
-        tag = self.information_tag
-        return self.block_form.format(opening=self.opening(tag), passages=docs, closing=self.closing(tag))
+    Raises:
+        UnknownComponentError: the name is not registered.
+        ConfigError: the protocol has no such option, or refuses its value.
+    """
+    protocol: AgentProtocol = components.load("agent_protocol", name)
+    if not options:
+        return protocol
+    known = sorted(item.name for item in fields(protocol) if item.name not in ("name", "description"))  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"agent protocol {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return replace(protocol, **options)  # type: ignore[type-var]
 
 
 def disarm(text: str) -> str:
@@ -288,7 +253,7 @@ def disarm(text: str) -> str:
     return _TAG_OPENING.sub("‹", text)
 
 
-_PREFIX_SEARCH = Search("", "")
+PREFIX_SEARCH = Search("", "")
 """Placeholder for the last search of a prefix, which awaits its passages; it is not a turn of the session itself."""
 
 
@@ -304,12 +269,23 @@ class Segment:
     by_model: bool
 
 
+@dataclass(kw_only=True)
+class _Result:
+    """The passages shown for a search."""
+
+    shown: list[Passage]
+    content: str
+    block: str
+    """The environment's text if the turn holds no other call, and its ids."""
+    ids: list[int]
+
+
 @dataclass
 class Session:
     """One trajectory: what was written, by whom, and what comes next.
 
     Args:
-        protocol: tags and wording.
+        protocol: the family of agents.
         codec: tokenizer of the agent.
         limits: limits of the trajectory.
         question: the user's question.
@@ -317,12 +293,14 @@ class Session:
             as written by the environment. The passages of that search come next, through `found`.
         searches: number of searches in the prefix, including its last one.
         history: queries of the prefix, including its last one; later searches include them.
+        turn_start: characters of the prefix before its last turn, if that holds several calls. The earlier ones are
+            carried out again before the passages of the last one are shown.
 
     A prompt or a prefix that leaves no room for the model finishes the session at once (`StopReason.MAX_TOKENS`); in
     the case of a prompt, `refusal` gives the reason.
 
     Raises:
-        ConfigError: an information block leaves no room for passages.
+        ConfigError: an information block leaves no room for passages, or the protocol does not fit the tokenizer.
     """
 
     protocol: AgentProtocol
@@ -332,6 +310,7 @@ class Session:
     prefix: str = ""
     searches: int = 0
     history: tuple[str, ...] = ()
+    turn_start: int | None = None
 
     prompt_ids: list[int] = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)
@@ -340,17 +319,24 @@ class Session:
     finished: Finished | None = field(init=False, default=None)
     refusal: str | None = field(init=False, default=None)
     """Reason why the limits, the model or the retriever refuse this trajectory, which is then finished."""
-    _pending: Search | None = field(init=False, default=None)
+    shown: list[tuple[Passage, ...]] = field(init=False, default_factory=list)
+    """The passages that the model was shown in each of `turns`."""
+    _read: tuple[Turn, ...] = field(init=False, default=())
+    """The turns before the model's last one, whose results it has read."""
+    _last_shown: list[str] = field(init=False, default_factory=list)
+    """Ids of the passages of the last search."""
+    _pending: deque[Search | Open] = field(init=False, default_factory=deque)
+    """Calls of the model's last turn that have no result yet."""
+    _of_prefix: int = field(init=False, default=0)
+    """Number of those that belong to the prefix; they are not turns of the session itself."""
+    _results: list[_Result] = field(init=False, default_factory=list)
+    """Results of the other calls of that turn."""
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.protocol.prompt_ids(self.question, self.codec)
-        # A search that found something must be able to show a passage.
-        bare = len(self.codec.encode(self.protocol.render([Passage(id="", title="", text="")])))
-        if bare > self.limits.max_observation_tokens:
-            raise ConfigError(
-                f"limits.max_observation_tokens={self.limits.max_observation_tokens}: a block with one empty passage "
-                f"takes {bare}"
-            )
+        empty = Passage(id="", title="", text="")
+        self._check_room("max_observation_tokens", self.protocol.render([empty]))
+        self._check_room("max_document_tokens", self.protocol.render_document(empty))
         if self._room < 1:
             self.refused(
                 f"limits.max_tokens={self.limits.max_tokens}: the {len(self.prompt_ids)} prompt tokens of "
@@ -358,9 +344,18 @@ class Session:
             )
         elif self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
-            self._pending = _PREFIX_SEARCH
+            self._pending.extend([*self._earlier_calls(), PREFIX_SEARCH])
+            self._of_prefix = len(self._pending)
+            self.searches -= sum(isinstance(call, Search) for call in self._pending)
+            self._next_call()
             if self._room < 1:
                 self._finish(Finished(StopReason.MAX_TOKENS))
+
+    def _check_room(self, name: str, content: str) -> None:
+        """A call that found something must be able to show a passage."""
+        bare, most = len(self.codec.encode(self._block(content))), getattr(self.limits, name)
+        if bare > most:
+            raise ConfigError(f"limits.{name}={most}: a block with one empty passage takes {bare}")
 
     # What was written
 
@@ -411,35 +406,57 @@ class Session:
             raise ValueError(f"expected 1..{self.budget} ids from the model, found {len(ids)}")
         text = self.codec.decode(ids)
         self._append(list(ids), text, by_model=True)
-        action = self.protocol.parse(text)
+        self._read = tuple(self.turns)
+        asked = self.protocol.read(text, self.codec)
         # The order matters: an answer counts even after the last allowed search, a further search does not.
-        if isinstance(action, Finished):
-            return self._finish(action)
-        if action is None:
-            return self._malformed()
-        if self.searches >= self.limits.max_searches:
+        if isinstance(asked, Finished):
+            return self._finish(asked)
+        if isinstance(asked, Malformed):
+            return self._malformed(asked)
+        if self.searches + sum(isinstance(call, Search) for call in asked) > self.limits.max_searches:
             return self._finish(Finished(StopReason.MAX_TURNS))
-        self.searches += 1
-        self._pending = action
-        return action
+        self._pending.extend(asked)
+        return self._next_call() or Retry()
 
-    def found(self, passages: Sequence[Passage], scores: Sequence[float] | None = None) -> Finished | None:
-        """Append the information block of the pending search, with as many whole passages as fit.
+    @property
+    def pending(self) -> Search | Open | None:
+        """The call that awaits its result; `PREFIX_SEARCH` for the last one of a prefix."""
+        return self._pending[0] if self._pending else None
+
+    @property
+    def earlier_queries(self) -> tuple[str, ...]:
+        """The queries before the pending search."""
+        of_prefix = sum(isinstance(call, Search) for call in list(self._pending)[: self._of_prefix])
+        return (*self.history[: len(self.history) - of_prefix], *(turn.query for turn in self.turns))
+
+    def found(
+        self, passages: Sequence[Passage], scores: Sequence[float] | None = None
+    ) -> Search | Open | Finished | None:
+        """Take the result of the pending call: the passages of a search, or the opened document (none: it is unknown).
+
+        As many whole passages as fit are shown, and as much of a document. The results of all calls of a turn are
+        appended together, after the last one.
 
         Returns:
-            Finished if the block leaves no room for the model (then nothing is appended), else None.
+            The turn's next call; Finished if the results leave no room for the model (then nothing is appended); else
+            None.
         """
         self._expect(pending=True)
-        search, self._pending = self._pending, None
-        shown, block, block_ids = self._fit(passages)
-        # The block must leave room for at least one token of the model, so that it can still answer.
-        fits = len(block_ids) < self._room
-        if search != _PREFIX_SEARCH:
-            self._record(search, shown if fits else [], scores if scores is not None else [0.0] * len(shown))
-        if not fits:
-            return self._finish(Finished(StopReason.MAX_TOKENS))
-        self._append(block_ids, block, by_model=False)
-        return None
+        call, of_prefix = self._pending.popleft(), self._of_prefix > 0
+        self._of_prefix -= of_prefix
+        if isinstance(call, Open):
+            self._results.append(self._document(call, passages))
+        else:
+            result = self._fit(passages, self.protocol.render, self.limits.max_observation_tokens)
+            self._results.append(result)
+            self._last_shown = [passage.id for passage in result.shown]
+            if not of_prefix:
+                self._record(call, result.shown, scores if scores is not None else [0.0] * len(result.shown))
+        return self._next_call()
+
+    def fitting(self, passages: Sequence[Passage]) -> int:
+        """How many of the passages a search would show."""
+        return len(self._fit(passages, self.protocol.render, self.limits.max_observation_tokens).shown)
 
     def refused(self, reason: str) -> Finished:
         """End without an answer: the prompt leaves no room, or the model refuses it."""
@@ -454,7 +471,8 @@ class Session:
             refusal: the reason, if the retriever refuses this query but may accept others.
         """
         self._expect(pending=True)
-        self._pending, self.refusal = None, refusal
+        self._pending.clear()
+        self.refusal = refusal
         return self._finish(Finished(StopReason.SEARCH_FAILED))
 
     # Inside
@@ -462,14 +480,93 @@ class Session:
     def _expect(self, *, pending: bool) -> None:
         if self.finished is not None:
             raise ValueError(f"the session is finished ({self.finished.stop_reason.value})")
-        if (self._pending is not None) != pending:
-            raise ValueError("a search awaits its passages" if self._pending is not None else "no search is pending")
+        if bool(self._pending) != pending:
+            raise ValueError("a call awaits its result" if self._pending else "no call is pending")
 
-    def _record(self, search: Search | None, shown: Sequence[Passage], scores: Sequence[float]) -> None:
+    def _earlier_calls(self) -> tuple[Search | Open, ...]:
+        """The calls of the prefix's last turn before its last one."""
+        if self.turn_start is None:
+            return ()
+        asked = self.protocol.read(self.prefix[self.turn_start :], self.codec)
+        if not isinstance(asked, tuple):
+            raise ConfigError(f"the prefix does not end with a call; was it written with {self.protocol.name!r}?")
+        return asked[:-1]
+
+    def _next_call(self) -> Search | Open | Finished | None:
+        """The next call that needs the driver; after the last one, append the results of all."""
+        while self._pending:
+            call = self._pending[0]
+            if isinstance(call, Search):
+                self.searches += 1
+                return call
+            if (document := self._known_document(call.document)) is not None:
+                self._pending[0] = Open(document)
+                return self._pending[0]
+            self._pending.popleft()
+            self._of_prefix -= self._of_prefix > 0
+            self._results.append(self._document(call, []))
+        return self._show_results()
+
+    def _known_document(self, name: str) -> str | None:
+        """Id of the document with this id or rank; None if the model was not shown it.
+
+        What a prefix showed is not known, so any id may be opened after it.
+        """
+        if any(name == passage.id for passages in self.shown for passage in passages) or name in self._last_shown:
+            return name
+        if name.isdecimal() and 1 <= int(name[:9]) <= len(self._last_shown):
+            return self._last_shown[int(name[:9]) - 1]
+        return name if self.prefix and len(name) <= _LONGEST_ID else None
+
+    def _document(self, call: Open, passages: Sequence[Passage]) -> _Result:
+        """The opened document, as far as it fits, recorded in the last search that showed it."""
+        if not passages:
+            content = f"Error: no document {disarm(call.document[:60])!r} was shown."
+            block = self.protocol.reply([content], self._last_ids, self.codec)
+            return _Result(shown=[], content=content, block=block, ids=self.codec.encode(block))
+        result = self._fit(
+            passages[:1], lambda shown: self.protocol.render_document(shown[0]), self.limits.max_document_tokens
+        )
+        of_search = [i for i, shown in enumerate(self.shown) if call.document in {passage.id for passage in shown}]
+        if of_search and call.document not in (turn := self.turns[of_search[-1]]).opened:
+            self.turns[of_search[-1]] = replace(turn, opened=(*turn.opened, call.document))
+        return result
+
+    def _show_results(self) -> Finished | None:
+        """Append the results of the turn's calls."""
+        results, self._results = self._results, []
+        text, ids = results[0].block, results[0].ids
+        if len(results) > 1:
+            text = self.protocol.reply([result.content for result in results], self._last_ids, self.codec)
+            ids = self.codec.encode(text)
+        # The results must leave room for at least one token of the model, so that it can still answer.
+        if len(ids) < self._room:
+            self._append(ids, text, by_model=False)
+            return None
+        unread = self.turns[len(self._read) :]
+        self.turns = [*self._read, *(replace(turn, passages=(), opened=()) for turn in unread)]
+        self.shown[len(self._read) :] = [()] * len(unread)
+        return self._finish(Finished(StopReason.MAX_TOKENS))
+
+    @property
+    def _last_ids(self) -> list[int]:
+        """Ids of the model's last turn, or of the prefix."""
+        return self.segments[-1].ids if self.segments else []
+
+    def _block(self, content: str) -> str:
+        """The environment's text that shows one result alone."""
+        return self.protocol.reply([content], self._last_ids, self.codec)
+
+    def _record(self, search: Search, shown: Sequence[Passage], scores: Sequence[float]) -> None:
         """Record a search of this session with the passages shown to the model."""
-        assert search is not None
         read = tuple(ScoredPassage(id=p.id, score=score) for p, score in zip(shown, scores, strict=False))
-        self.turns.append(Turn(turn=self.searches, reasoning=search.reasoning, query=search.query, passages=read))
+        # The results of a turn are appended after its last search, so the model's turn is the last segment.
+        before = sum(len(segment.text) for segment in self.segments[:-1])
+        end = 0 if search.end is None else before + search.end
+        self.shown.append(tuple(shown))
+        self.turns.append(
+            Turn(turn=self.searches, reasoning=search.reasoning, query=search.query, passages=read, end=end)
+        )
 
     def _append(self, ids: list[int], text: str, *, by_model: bool) -> None:
         self.segments.append(Segment(ids=ids, text=text, by_model=by_model))
@@ -478,32 +575,34 @@ class Session:
         self.finished = outcome
         return outcome
 
-    def _malformed(self) -> Retry | Finished:
+    def _malformed(self, turn: Malformed) -> Retry | Finished:
         self.malformed += 1
-        correction = self.codec.encode(self.protocol.correction)
+        text = self.protocol.reply([turn.problem], self._last_ids, self.codec, of_call=turn.of_call)
+        correction = self.codec.encode(text)
         # Token room first: without it the correction could not be followed by a turn of the model.
         if len(correction) >= self._room:
             return self._finish(Finished(StopReason.MAX_TOKENS))
         if self.malformed > self.limits.max_malformed:
             return self._finish(Finished(StopReason.MALFORMED))
-        self._append(correction, self.protocol.correction, by_model=False)
+        self._append(correction, text, by_model=False)
         return Retry()
 
-    def _fit(self, passages: Sequence[Passage]) -> tuple[list[Passage], str, list[int]]:
-        """As many leading passages as fit the observation limit, at least one if there is one.
+    def _fit(self, passages: Sequence[Passage], render: Callable[[Sequence[Passage]], str], most: int) -> _Result:
+        """As many leading passages as fit into `most` tokens, at least one if there is one.
 
         If the first is too long, its text is cut, and if no text is left, its title.
         """
-        shown, most = list(passages), self.limits.max_observation_tokens
+        shown = list(passages)
         ids: list[int] = []
         encoded = ""
         while True:
-            block = self.protocol.render(shown)
+            content = render(shown)
+            block = self._block(content)
             # With fewer passages the block often begins with the same text that was already too long.
             if not encoded or not block.startswith(encoded):
-                ids, encoded = self._encode_start(block)
+                ids, encoded = self._encode_start(block, most)
             if encoded == block and (len(ids) <= most or not shown):
-                return shown, block, ids
+                return _Result(shown=shown, content=content, block=block, ids=ids)
             if len(shown) > 1:
                 shown.pop()
                 continue
@@ -515,20 +614,19 @@ class Session:
                 title = _shortened(title[: len(encoded)], most, len(ids))
             shown, encoded = [Passage(id=shown[0].id, title=title, text=text)], ""
 
-    def _encode_start(self, block: str) -> tuple[list[int], str]:
+    def _encode_start(self, block: str, most: int) -> tuple[list[int], str]:
         """Ids of a block, or of a prefix of it that is already too long, with the text that they encode.
 
         A block may be a hundred times longer than the limit, and tokenising all of it would block the event loop. The
         number of characters per token is not bounded, so the prefix grows until it has too many tokens.
         """
-        most = self.limits.max_observation_tokens
         length = _CHARACTERS_PER_TOKEN * most
         while length < len(block):
             # A word that is cut in two may have more tokens than the whole word.
             space = block.rfind(" ", length - _LONGEST_WORD, length)
             start = block[: space if space > 0 else length]
             ids = self.codec.encode(start)
-            if len(ids) > most + _SPILL:
+            if len(ids) > most + SPILL:
                 return ids, start
             length *= 2
         return self.codec.encode(block), block
@@ -544,24 +642,3 @@ def _shortened(text: str, most: int, tokens: int) -> str:
     keep = min(len(words) - 1, len(words) * most // tokens)
     # No words are left of a text that begins with a space and one long word.
     return " ".join(words[:keep]) or text[: max(0, min(len(text) - 1, len(text) * most // tokens))]
-
-
-# --- Registered protocols ---------------------------------------------------------------------------------------------
-
-search_r1 = AgentProtocol(
-    name="search_r1",
-    description="Search-R1's tags; the instruction of released agents is read from FlashRAG (evaluation.prompts).",
-    instruction=(
-        "Answer the question below. Think inside <think> and </think> whenever you learn something new. When you miss "
-        "a fact, write <search> query </search>; the passages found are shown between <information> and "
-        "</information>. Search as often as you need. When you know the answer, give it alone inside <answer> and "
-        "</answer>, for example <answer> Beijing </answer>.\nQuestion: {question}\n"
-    ),
-)
-
-compact = AgentProtocol(
-    name="compact",
-    description="Search-R1's tags with the bare question as prompt: for small agents trained on the form itself.",
-    instruction="Question: {question}\n",
-    correction="\n\nInvalid.\n\n",
-)

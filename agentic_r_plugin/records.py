@@ -263,13 +263,18 @@ class Turn(Record):
     query: str
     passages: tuple[ScoredPassage, ...]
     """What the agent was shown, in order."""
+    end: int = field(default=0, metadata=since(2))
+    """Characters of the trajectory's text through this search, for agents that call tools; in a text with tags they
+    show it."""
+    opened: tuple[str, ...] = field(default=(), metadata=since(2))
+    """Ids of the passages that the agent opened as documents before another search showed them, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory(Record):
     """One answered (or given up) question."""
 
-    schema: ClassVar[str | None] = "trajectory/1"
+    schema: ClassVar[str | None] = "trajectory/2"
 
     id: str
     question: str
@@ -284,6 +289,8 @@ class Trajectory(Record):
     malformed_turns: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    runs: tuple[int, ...] = field(default=(), metadata=since(2))
+    """Characters of the text by the model, by the environment, by the model again, ..., for agents that call tools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +310,8 @@ class Candidates(Record):
     passages: tuple[ScoredPassage, ...]
     reasoning: str = field(default="", metadata=since(2))
     """The agent's reasoning of this turn, if it was kept for formulations that read it."""
+    turn_start: int | None = field(default=None, metadata=since(2))
+    """Characters of the prefix before its last turn, if that turn holds several searches up to this one."""
 
     @property
     def key(self) -> tuple[str, int]:

@@ -17,9 +17,16 @@ from functools import cache
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.errors import RequestRefusedError, SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Completion, LLMBackend, Request, Sampling, Usage, count_tokens
-from agentic_r_plugin.protocol import Search, Session
+from agentic_r_plugin.protocol import Open, Search, Session
 from agentic_r_plugin.records import Question, Trajectory
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order, search_each
+from agentic_r_plugin.search.base import (
+    Hit,
+    SearchBackend,
+    SearchRequest,
+    depth_changes_order,
+    open_documents,
+    search_each,
+)
 
 OnSearch = Callable[[Session, list[Hit], list[Hit]], None]
 """Called with a session, the passages shown to it, and all passages found (`depth` of them)."""
@@ -89,16 +96,17 @@ def run_sessions(
         requests = [Request(prompt_ids=tuple(s.ids), max_tokens=s.budget) for s in active]
         with _paid(llm, cost):
             completions = _generate(llm, requests, sampling)
-        waiting: list[tuple[Session, Search]] = []
+        waiting: list[tuple[Session, Search | Open]] = []
         for session, completion in zip(active, completions, strict=True):
             if isinstance(completion, RequestRefusedError):
                 session.refused(str(completion))
                 continue
             count_tokens(cost, completion)
             action = session.model_wrote(completion.token_ids)
-            if isinstance(action, Search):
+            if isinstance(action, Search | Open):
                 waiting.append((session, action))
-        _answer_searches(waiting, search, topk, depth, cost, on_search)
+        while waiting:  # a turn may hold several calls
+            waiting = answer_calls(waiting, search, topk, depth, cost, on_search)
         active = [session for session in active if session.finished is None]
 
 
@@ -158,26 +166,36 @@ def _paid(llm: LLMBackend, cost: RolloutCost) -> Iterator[None]:
     cost.usd += usage.usd - usd
 
 
-def _answer_searches(
-    waiting: Sequence[tuple[Session, Search]],
+def answer_calls(
+    waiting: Sequence[tuple[Session, Search | Open]],
     search: SearchBackend,
     topk: int,
     depth: int,
     cost: RolloutCost,
     on_search: OnSearch | None,
-) -> None:
-    if not waiting:
-        return
-    requests = [search_request(session, action) for session, action in waiting]
+) -> list[tuple[Session, Search | Open]]:
+    """Carry out one call of each session; return the sessions whose turn holds another one, with that call."""
+    another: list[tuple[Session, Search | Open]] = []
+    opening = [(session, action.document) for session, action in waiting if isinstance(action, Open)]
+    documents = open_documents(search, [identifier for _, identifier in opening])
+    for (session, _), document in zip(opening, documents, strict=True):
+        action = session.found([document] if document is not None else [])
+        if isinstance(action, Search | Open):
+            another.append((session, action))
+    searching = [(session, action) for session, action in waiting if isinstance(action, Search)]
+    requests = [search_request(session, action) for session, action in searching]
     cost.searches += len(requests)
-    for (session, _), found in zip(waiting, _find(search, requests, topk, depth), strict=True):
+    for (session, _), found in zip(searching, _find(search, requests, topk, depth), strict=True):
         if isinstance(found, SearchRefusedError):
             session.search_failed(str(found))
             continue
         hits, deeper = found
         if on_search is not None:
             on_search(session, hits, deeper)
-        session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+        action = session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+        if isinstance(action, Search | Open):
+            another.append((session, action))
+    return another
 
 
 def _find(
@@ -203,8 +221,8 @@ def _find(
 
 def search_request(session: Session, action: Search) -> SearchRequest:
     """Search request for a session's pending search, with the question, the earlier queries and the reasoning."""
-    history = (*session.history, *(turn.query for turn in session.turns))
-    return SearchRequest(query=action.query, question=session.question, history=history, reasoning=action.reasoning)
+    history, reasoning = session.earlier_queries, action.reasoning
+    return SearchRequest(query=action.query, question=session.question, history=history, reasoning=reasoning)
 
 
 def to_trajectory(session: Session, question: Question) -> Trajectory:
@@ -229,4 +247,5 @@ def to_trajectory(session: Session, question: Question) -> Trajectory:
         malformed_turns=session.malformed,
         prompt_tokens=len(session.prompt_ids),
         generated_tokens=session.generated_tokens,
+        runs=() if session.protocol.text_shows_authors else tuple(len(segment.text) for segment in session.segments),
     )

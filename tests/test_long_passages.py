@@ -13,9 +13,10 @@ from transformers import AutoTokenizer
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Session, _shortened, compact
+from agentic_r_plugin.protocol import Limits, Session, _shortened
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.encoder import resolve
+from agentic_r_plugin.tags import compact
 
 MOST = 60
 BOUND = 16 * MOST
@@ -46,8 +47,8 @@ def tokenizer(name: str) -> Any:
 def observation(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:
     """Ids of the passages shown, the token ids and the text of the information block."""
     session = Session(compact, codec, Limits(max_observation_tokens=MOST, max_tokens=100_000), "Who?")
-    shown, block, ids = session._fit(passages)
-    return [passage.id for passage in shown], ids, block
+    result = session._fit(passages, compact.render, MOST)
+    return [passage.id for passage in result.shown], result.ids, result.block
 
 
 def from_all(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:

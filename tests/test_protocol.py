@@ -9,18 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.protocol import (
-    AgentProtocol,
-    Finished,
-    Limits,
-    Retry,
-    Search,
-    Session,
-    compact,
-    disarm,
-    search_r1,
-)
+from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Retry, Search, Session, disarm
 from agentic_r_plugin.records import Passage, StopReason
+from agentic_r_plugin.tags import TagProtocol, compact, search_r1
 
 
 class CharacterCodec:
@@ -181,18 +172,22 @@ def test_a_prompt_that_leaves_no_room_ends_the_session_at_once():
 
 def test_calls_out_of_turn_are_errors():
     one = session()
-    with pytest.raises(ValueError, match="no search is pending"):
+    with pytest.raises(ValueError, match="no call is pending"):
         one.found([])
     write(one, "<search> a </search>")
-    with pytest.raises(ValueError, match="awaits its passages"):
+    with pytest.raises(ValueError, match="awaits its result"):
         write(one, "x")
     with pytest.raises(ValueError, match="ids from the model"):
         session(max_response_tokens=3).model_wrote([1, 2, 3, 4])
 
 
-def test_an_instruction_without_the_question_is_refused():
+def test_a_protocol_with_tags_may_be_made_by_the_name_of_the_interface_and_needs_the_question():
     with pytest.raises(ConfigError, match="exactly once"):
         AgentProtocol(name="x", instruction="no place")
+    made = AgentProtocol(name="x", instruction="{question}", search_tag="find")
+    assert made == TagProtocol(name="x", instruction="{question}", search_tag="find"), (
+        "as packages of earlier versions do"
+    )
 
 
 def test_searches_are_found_in_a_protocol_with_a_block_of_its_own():

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from agentic_r_plugin import components
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
-from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Session
+from agentic_r_plugin.protocol import Finished, Limits, Session
 from agentic_r_plugin.records import Passage, StopReason
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.tags import TagProtocol
 
-PROTOCOLS = {name: components.load("agent_protocol", name) for name in components.names("agent_protocol")}
+EVERY = (components.load("agent_protocol", name) for name in components.names("agent_protocol"))
+PROTOCOLS = {protocol.name: protocol for protocol in EVERY if isinstance(protocol, TagProtocol)}
 MARKS = sorted(
     {
         mark
@@ -116,7 +118,7 @@ texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map
 def test_any_model_and_any_passages_keep_mask_answer_and_limits(
     name: str, written: list[str], found: list[str], limits: Limits
 ) -> None:
-    protocol: AgentProtocol = PROTOCOLS[name]
+    protocol = PROTOCOLS[name]
     codec = ChunkCodec()
     session = Session(protocol, codec, limits, "Who?")
     model = AnyModel(codec, written)
@@ -126,6 +128,7 @@ def test_any_model_and_any_passages_keep_mask_answer_and_limits(
 
 def check(session: Session, model: Any, limits: Limits) -> None:
     protocol, codec = session.protocol, session.codec
+    assert isinstance(protocol, TagProtocol)
     ids, mask = session.response_ids, session.response_mask
     finished = session.finished
     assert isinstance(finished, Finished)

@@ -6,10 +6,11 @@ import pytest
 
 from agentic_r_plugin.errors import SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Sampling
-from agentic_r_plugin.protocol import Limits, Session, compact
+from agentic_r_plugin.protocol import Limits, Session
 from agentic_r_plugin.records import Question, StopReason
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit
+from agentic_r_plugin.tags import compact
 from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
 GREEDY = Sampling()

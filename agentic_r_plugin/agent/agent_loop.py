@@ -7,6 +7,8 @@ The loop works on token ids throughout: ids from the engine are passed on unchan
 the model, and ids written by the environment have log-probability 0.0. The answer, and therefore the reward, is taken
 from the model's ids only.
 
+verl traces trajectories, searches and opened documents if `rollout.trace.backend` is set (weave, mlflow, trackio).
+
 A trajectory whose search failed must not contribute to learning. Its mask is all zeros, so it adds nothing to the sum
 or the count of any masked token mean (policy loss, value loss, KL, entropy, advantage whitening). With GAE and
 `loss_agg_mode=token-mean` this is exact in every verl trainer. A mask cannot handle two cases, so our trainer
@@ -29,15 +31,16 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput
+from verl.utils.rollout_trace import rollout_trace_op
 
-from agentic_r_plugin import components
 from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Codec, Limits, Search, Session
-from agentic_r_plugin.records import Question, StopReason
+from agentic_r_plugin.protocol import Action, Codec, Finished, Limits, Open, Search, Session, load_protocol
+from agentic_r_plugin.records import Passage, Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
+from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class SearchAgentLoop(AgentLoopBase):
 
     Args:
         protocol: name of a registered agent protocol.
+        protocol_options: options of the protocol that differ from its own.
         limits: fields of `protocol.Limits`.
         retrieval_url: address of the retrieval service.
         retrieval_token_env: environment variable that holds the service's token; empty if it needs none. The value is
@@ -95,12 +99,13 @@ class SearchAgentLoop(AgentLoopBase):
         mask_observations: bool = True,
         reward: Mapping[str, float] = MappingProxyType({}),
         reward_options: Mapping[str, Any] = MappingProxyType({}),
+        protocol_options: Mapping[str, Any] = MappingProxyType({}),
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.reward = RewardSum(reward, reward_options) if reward else None
-        self.protocol = components.load("agent_protocol", protocol)
+        self.protocol = load_protocol(protocol, protocol_options)
         self.limits = Limits(**limits)
         self.codec = TokenizerCodec(self.tokenizer)
         self.topk, self.seed, self.mask_observations = topk, seed, mask_observations
@@ -108,6 +113,7 @@ class SearchAgentLoop(AgentLoopBase):
             retrieval_url, _token(retrieval_token_env), max_concurrent_searches, search_timeout_s, search_retries
         )
 
+    @rollout_trace_op
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         """Run one trajectory.
 
@@ -134,11 +140,11 @@ class SearchAgentLoop(AgentLoopBase):
             )
             cut_at_stop(output, self.protocol.stop, self.codec)
             log.took(output, perf_counter() - started)
-            action = session.model_wrote(output.token_ids)
+            action: Action | None = session.model_wrote(output.token_ids)
             # Every other outcome (answer, malformed turn, limit reached) is handled inside the session.
-            if isinstance(action, Search):
+            while isinstance(action, Search | Open):
                 started = perf_counter()
-                await self._search(session, action)
+                action = await self._carry_out(session, action)
                 log.search_s += perf_counter() - started
             log.pad(len(session.response_ids))
         output = _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
@@ -160,16 +166,27 @@ class SearchAgentLoop(AgentLoopBase):
             params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
         return params
 
-    async def _search(self, session: Session, action: Search) -> None:
-        request = search_request(session, action)
+    async def _carry_out(self, session: Session, action: Search | Open) -> Search | Open | Finished | None:
         try:
             async with self.searching:
-                (hits,) = await self.client.asearch([request], self.topk)
+                if isinstance(action, Open):
+                    document = await self._open(action.document)
+                    return session.found([document] if document is not None else [])
+                hits = await self._search(search_request(session, action))
         except SearchError as error:
             _log.warning("search failed, the trajectory is left out of the loss: %s", error)
-            session.search_failed()
-            return
-        session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+            return session.search_failed()
+        return session.found([hit.passage for hit in hits], [hit.score for hit in hits])
+
+    @rollout_trace_op
+    async def _search(self, request: SearchRequest) -> list[Hit]:
+        (hits,) = await self.client.asearch([request], self.topk)
+        return hits
+
+    @rollout_trace_op
+    async def _open(self, document: str) -> Passage | None:
+        (found,) = await self.client.adocuments([document])
+        return found
 
 
 async def _rewarded(reward: RewardSum, session: Session, question: Question) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from agentic_r_plugin import components
 from agentic_r_plugin.agent import attention, dataset, memory, prepare, verl_config
 from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import AgenticRError, ConfigError
+from agentic_r_plugin.protocol import load_protocol
 
 
 def run(config: TrainAgentConfig) -> None:
@@ -32,7 +32,7 @@ def run(config: TrainAgentConfig) -> None:
         ConfigError: checks failed; the message gives their number.
     """
     checks = Checks()
-    checks.make("protocol", lambda: components.load("agent_protocol", config.protocol).description)
+    checks.make("protocol", lambda: load_protocol(config.protocol, config.protocol_options).description)
     if config.reward or config.reward_options:
         checks.make("reward", lambda: " + ".join(RewardSum(config.reward, config.reward_options).rewards))
     model = checks.make("model", lambda: _model(config))

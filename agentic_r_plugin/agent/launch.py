@@ -178,6 +178,8 @@ def _finish(held: Claim, config: TrainAgentConfig) -> None:
         "parent": str(Path(config.model).resolve()),
         "checkpoint": "last" if chosen["collapse"] is None else "last stable",
     }
+    if config.protocol_options:
+        agent["protocol_options"] = config.protocol_options
     write_json(run_dir / "agent" / "agent.json", agent)
     metrics = StepLog(run_dir / "metrics.jsonl").read()
     done = {

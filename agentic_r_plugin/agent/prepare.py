@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from agentic_r_plugin import components, compute
+from agentic_r_plugin import compute
 from agentic_r_plugin.agent import attention, dataset, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
@@ -19,7 +19,7 @@ from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import deciding
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
-from agentic_r_plugin.protocol import AgentProtocol, Codec
+from agentic_r_plugin.protocol import AgentProtocol, Codec, load_protocol
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.wire import is_loopback
@@ -50,7 +50,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
         ConfigError, RecordError: invalid settings, missing or broken files.
         SearchError: the retrieval service does not answer or refuses to search.
     """
-    protocol = components.load("agent_protocol", config.protocol)
+    protocol = load_protocol(config.protocol, config.protocol_options)
     RewardSum(config.reward, config.reward_options)
     questions = training_questions(config)
     validation = validation_questions(config)
@@ -87,7 +87,7 @@ def fitting_questions(
     Raises:
         ConfigError: fewer than one batch fit, or no validation question does.
     """
-    protocol, tokens = components.load("agent_protocol", config.protocol), codec(config.model)
+    protocol, tokens = load_protocol(config.protocol, config.protocol_options), codec(config.model)
     questions, lengths = dataset.fitting(questions, protocol, tokens, config.limits)
     _require_a_batch(config, questions)
     if validation is not None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import flashrag.pipeline as pipelines
 
 from agentic_r_plugin.errors import UpstreamError
-from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.tags import TagProtocol
 
 SIMPLE_DEEP_SEARCHER_SEARCHES = 10
 """Search limit stated in its prompt; run it with `limits.max_searches=10`."""
@@ -34,7 +34,7 @@ def _prompt(pipeline: str) -> str:
     return str(found)
 
 
-r1_searcher = AgentProtocol(
+r1_searcher = TagProtocol(
     name="r1_searcher",
     description="R1-Searcher's tags; its prompt is read from FlashRAG.",
     instruction=_prompt("ReasoningPipeline"),
@@ -53,7 +53,7 @@ r1_searcher = AgentProtocol(
     ),
 )
 
-simple_deep_searcher = AgentProtocol(
+simple_deep_searcher = TagProtocol(
     name="simple_deep_searcher",
     description="SimpleDeepSearcher's tags and boxed answers; its prompt is read from FlashRAG.",
     instruction=(

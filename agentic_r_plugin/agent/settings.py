@@ -78,6 +78,9 @@ class TrainAgentConfig:
     )
 
     protocol: str = _help("name of a registered agent protocol", default="search_r1")
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far one trajectory may go"})
     topk: int = _help("passages shown for a search", default=3)
 

@@ -30,6 +30,7 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
         "name": LOOP_NAME,
         "_target_": "agentic_r_plugin.agent.agent_loop.SearchAgentLoop",
         "protocol": config.protocol,
+        "protocol_options": config.protocol_options,
         "limits": asdict(config.limits),
         "retrieval_url": config.retrieval_url,
         "retrieval_token_env": config.retrieval_token_env,

@@ -18,13 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import components
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, StopReason, Trajectory
 from agentic_r_plugin.store import atomic_path, read_lines, read_records, shards, write_json
+from agentic_r_plugin.tags import TagProtocol, with_tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def _shown(record: Trajectory) -> list[str]:
 
 
 def _write_browsecomp_plus(config: ConvertRunsConfig, out: Path) -> dict[str, int]:
-    protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+    protocol = with_tags(config.protocol)
     count = 0
     for count, record in enumerate(read_records(config.in_, Trajectory), start=1):
         write_json(out / f"run_{count:06d}.json", _browsecomp_plus(record, protocol, config.tag))
@@ -100,7 +99,7 @@ def _write_browsecomp_plus(config: ConvertRunsConfig, out: Path) -> dict[str, in
     return {"files": count}
 
 
-def _browsecomp_plus(record: Trajectory, protocol: AgentProtocol, model: str) -> dict[str, Any]:
+def _browsecomp_plus(record: Trajectory, protocol: TagProtocol, model: str) -> dict[str, Any]:
     def event(kind: str, output: Any, tool: str | None = None, arguments: str | None = None) -> dict[str, Any]:
         return {"type": kind, "tool_name": tool, "arguments": arguments, "output": output}
 

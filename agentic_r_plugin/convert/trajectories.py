@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.hub import HubConfig, card, push
@@ -27,7 +26,7 @@ from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
 from agentic_r_plugin.forms import name_of
-from agentic_r_plugin.protocol import AgentProtocol, Finished, Search, search_r1
+from agentic_r_plugin.protocol import Finished, Search
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReason, Trajectory, Turn, text_id
 from agentic_r_plugin.search.base import Hit
@@ -35,6 +34,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.wire import decode_hit
 from agentic_r_plugin.storage.lookup import KeyedRecords, key_hash
 from agentic_r_plugin.store import atomic_path, dump_line, parse_json, read_lines, shards, write_records
+from agentic_r_plugin.tags import TagProtocol, search_r1, with_tags
 
 Row = Mapping[str, Any]
 Step = tuple[str, str, Sequence[Any]]
@@ -71,7 +71,7 @@ def trajectory(
     answer: str | None,
     *,
     reasoning: str = "",
-    protocol: AgentProtocol = search_r1,
+    protocol: TagProtocol = search_r1,
     finder: PassageFinder | None = None,
 ) -> Trajectory:
     """The record of an agent that searched in `steps` and then answered.
@@ -106,7 +106,7 @@ def trajectory(
 
 
 def trajectory_from_text(
-    question: Question, text: str, *, protocol: AgentProtocol = search_r1, finder: PassageFinder | None = None
+    question: Question, text: str, *, protocol: TagProtocol = search_r1, finder: PassageFinder | None = None
 ) -> Trajectory:
     """The record of what model and environment wrote after the prompt, in the protocol's form; the text is kept.
 
@@ -124,9 +124,7 @@ def trajectory_from_text(
     return record
 
 
-def _record(
-    question: Question, text: str, protocol: AgentProtocol, shown: Callable[[int, str], list[Hit]]
-) -> Trajectory:
+def _record(question: Question, text: str, protocol: TagProtocol, shown: Callable[[int, str], list[Hit]]) -> Trajectory:
     *exchanges, (rest, _) = protocol.exchanges(text)
     turns = []
     for number, (written, block) in enumerate(exchanges):
@@ -197,7 +195,7 @@ class Log:
     """Tool calls that were no search, or that have no result."""
 
 
-def read_log(row: Row, protocol: AgentProtocol) -> Log:
+def read_log(row: Row, protocol: TagProtocol) -> Log:
     """Read one row of any form.
 
     Raises:
@@ -222,7 +220,7 @@ def _id_of(row: Row) -> str | None:
 class _Steps:
     """Collects the events of a log in order."""
 
-    def __init__(self, log: Log, protocol: AgentProtocol) -> None:
+    def __init__(self, log: Log, protocol: TagProtocol) -> None:
         self.log, self._protocol, self._thoughts = log, protocol, list[str]()
         self._tags = (protocol.answer_tag, protocol.search_tag)
 
@@ -277,7 +275,7 @@ class _Steps:
         return "\n".join(filter(None, (tags.sub("", thought).strip() for thought in thoughts)))
 
 
-def _chat(row: Row, protocol: AgentProtocol) -> Log:
+def _chat(row: Row, protocol: TagProtocol) -> Log:
     messages = [message for message in row["messages"] if isinstance(message, Mapping)]
     asked = next((_part(message.get("content")) for message in messages if message.get("role") == "user"), None)
     results = {m.get("tool_call_id"): m.get("content") for m in messages if m.get("role") == "tool"}
@@ -300,7 +298,7 @@ def _chat(row: Row, protocol: AgentProtocol) -> Log:
     return log
 
 
-def _browsecomp_plus(row: Row, protocol: AgentProtocol) -> Log:
+def _browsecomp_plus(row: Row, protocol: TagProtocol) -> Log:
     log = Log(id=_id_of(row), asked=None)
     steps = _Steps(log, protocol)
     for item in row["result"]:
@@ -342,7 +340,7 @@ def _queries(arguments: Any) -> list[str]:
     ]
 
 
-def _results(content: Any, protocol: AgentProtocol) -> list[Any] | None:
+def _results(content: Any, protocol: TagProtocol) -> list[Any] | None:
     """The passages of a tool's result, or lists of them, one per query; None if there is no result, or an error."""
     parts = isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type") == "text" for part in content
@@ -445,7 +443,7 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(("read", "trajectories", "errors", "repeated", "searches", "calls_left_out"), 0))
     first_error: str | None = None
     errors_file = out.with_name(out.name + ".errors.jsonl")
-    protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+    protocol = with_tags(config.protocol)
     with ExitStack() as stack:
         corpus = stack.enter_context(Corpus(config.corpus))
         finder = stack.enter_context(closing(PassageFinder(corpus, out.parent)))
@@ -488,7 +486,7 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
     return {**counts, "first_error": first_error, "passages": finder.counts}
 
 
-def _of_log(question: Question, log: Log, protocol: AgentProtocol, finder: PassageFinder) -> Trajectory:
+def _of_log(question: Question, log: Log, protocol: TagProtocol, finder: PassageFinder) -> Trajectory:
     if log.text is not None:
         return trajectory_from_text(question, log.text, protocol=protocol, finder=finder)
     return trajectory(question, log.steps, log.answer, reasoning=log.reasoning, protocol=protocol, finder=finder)

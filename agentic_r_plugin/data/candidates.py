@@ -46,8 +46,8 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
     Raises:
         RecordError: the trajectory's text and its turns disagree.
     """
-    searches = protocol.searches(trajectory.text)[: len(trajectory.turns)]
-    written, told = [query for query, _ in searches], [turn.query for turn in trajectory.turns]
+    searches = protocol.prefixes(trajectory)
+    written, told = [search.query for search in searches], [turn.query for turn in trajectory.turns]
     if written != told:
         raise RecordError(
             f"trajectory {trajectory.id!r}: its turns hold the queries {told}, its text {written}; was it written with "
@@ -61,11 +61,12 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
             golden_answers=trajectory.golden_answers,
             query=turn.query,
             history=tuple(told[:position]),
-            prefix=prefix,
+            prefix=search.text,
             passages=(),
             reasoning=turn.reasoning,
+            turn_start=search.turn_start,
         )
-        for position, (turn, (_, prefix)) in enumerate(zip(trajectory.turns, searches, strict=True))
+        for position, (turn, search) in enumerate(zip(trajectory.turns, searches, strict=True))
     ]
 
 

@@ -24,9 +24,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from agentic_r_plugin import components
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
@@ -44,9 +43,9 @@ from agentic_r_plugin.data.selection import (
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
-from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.protocol import PREFIX_SEARCH, AgentProtocol, Limits, Session, load_protocol
 from agentic_r_plugin.records import Candidates, Correctness, Passage
-from agentic_r_plugin.rollout import RolloutCost, run_sessions
+from agentic_r_plugin.rollout import RolloutCost, answer_calls, run_sessions
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
@@ -66,6 +65,9 @@ class CorrectnessConfig:
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a later search"})
     threshold: int = field(default=60, metadata={"help": "candidates of less relevance are not rolled out"})
@@ -212,7 +214,11 @@ class Continuations:
             prefix=query.prefix,
             searches=query.turn,
             history=(*query.history, query.query),
+            turn_start=query.turn_start,
         )
+        while (action := session.pending) is not None and action != PREFIX_SEARCH:
+            # An earlier call of the prefix's last turn.
+            answer_calls([(session, action)], self.search, self.topk, 0, self.cost, None)
         if session.finished is None:
             session.found([] if passage is None else [self.passages.by_id(passage)])
         return session
@@ -397,7 +403,7 @@ class CorrectnessWorker:
             self._llm,
             self._search,
             _Shown(),
-            protocol=components.load("agent_protocol", config.protocol),
+            protocol=load_protocol(config.protocol, config.protocol_options),
             limits=config.limits,
             topk=config.topk,
             cost=self.cost,

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
-from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Session, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
@@ -35,6 +35,9 @@ class TrajectoriesConfig:
     llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
     topk: int = field(default=3, metadata={"help": "passages shown for a search"})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
@@ -91,7 +94,7 @@ class TrajectoriesWorker:
         self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
         self._llm = self._stack.enter_context(open_llm(config.llm))
         self._search = self._stack.enter_context(open_search(config.search))
-        self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+        self._protocol = load_protocol(config.protocol, config.protocol_options)
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of agent and retriever."""

@@ -14,7 +14,14 @@ from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, depth_changes_order, reads_reasoning
+from agentic_r_plugin.search.base import (
+    Hit,
+    SearchBackend,
+    SearchRequest,
+    depth_changes_order,
+    open_documents,
+    reads_reasoning,
+)
 from agentic_r_plugin.store import dump_line, parse_line
 
 SCHEMA = "retrieval_cache/1"
@@ -104,6 +111,10 @@ class CachedSearch:
         kept = self._kept.get(request, {})
         depth = topk if self.depth_changes_order else max(kept, default=0)
         return kept[depth][:topk] if depth >= topk and depth in kept else None
+
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """See `base.open_documents`."""
+        return open_documents(self.backend, ids)
 
     def fingerprint(self) -> str:
         """The backend's fingerprint: the cache does not change any result."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import FREE, deciding, entries_of, load_config, save_config, section_of, to_dict
+from agentic_r_plugin.config import FREE, LATER, deciding, entries_of, load_config, save_config, section_of, to_dict
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
@@ -53,6 +53,9 @@ class AgentSettings:
     """What one agent of several needs for itself."""
 
     protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of that protocol", **LATER}
+    )
     topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
     limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
     llm: dict[str, Any] = field(
@@ -64,6 +67,7 @@ class AgentSettings:
         return replace(
             settings,
             protocol=self.protocol or settings.protocol,
+            protocol_options=({} if self.protocol else settings.protocol_options) | self.protocol_options,
             topk=self.topk or settings.topk,
             limits=self.limits.over(settings.limits),
         )

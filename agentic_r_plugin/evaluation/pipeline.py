@@ -113,12 +113,6 @@ class AgenticSearchPipeline(SearchR1Pipeline):
                 config,
                 prompt_template=ProtocolPrompt(self.protocol),
                 max_retrieval_num=self.limits.max_searches,
-                begin_of_query_token=self.protocol.opening(self.protocol.search_tag),
-                end_of_query_token=self.protocol.closing(self.protocol.search_tag),
-                begin_of_documents_token=self.protocol.opening(self.protocol.information_tag),
-                end_of_documents_token=self.protocol.closing(self.protocol.information_tag),
-                begin_of_answer_token=self.protocol.opening(self.protocol.answer_tag),
-                end_of_answer_token=self.protocol.closing(self.protocol.answer_tag),
                 retriever=retriever,
                 generator=generator,
             )

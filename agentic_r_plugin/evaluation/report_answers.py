@@ -16,10 +16,9 @@ from agentic_r_plugin import components
 from agentic_r_plugin.errors import UnknownComponentError
 from agentic_r_plugin.evaluation.report_results import Cell, by_benchmark, label
 from agentic_r_plugin.evaluation.run_folder import RunFolder
-from agentic_r_plugin.evaluation.transcript import pieces
 from agentic_r_plugin.protocol import AgentProtocol
-from agentic_r_plugin.protocol import search_r1 as fallback_protocol
 from agentic_r_plugin.records import Trajectory
+from agentic_r_plugin.tags import search_r1 as fallback_protocol
 
 Outcomes = Mapping[str, bool]
 """Question id -> whether it was answered right."""
@@ -143,7 +142,7 @@ def _side(record: Trajectory, protocol: AgentProtocol, lines: UniqueLines) -> di
         "answer": record.answer,
         "stop": record.stop_reason.value.replace("_", " "),
         "searches": len(record.turns),
-        "pieces": [[piece.kind, *lines.places(piece.text)] for piece in pieces(record.text, protocol)],
+        "pieces": [[piece.kind, *lines.places(piece.text)] for piece in protocol.pieces(record)],
     }
 
 

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import FREE, load_config
+from agentic_r_plugin.config import FREE, LATER, load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling
-from agentic_r_plugin.protocol import AgentProtocol, Limits
+from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.store import read_json
 
 KEY = "agentic_r"
@@ -31,6 +30,7 @@ class LimitOverrides:
     max_tokens: int | None = field(default=None, metadata={"help": "prompt and response together"})
     max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})
     max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
+    max_document_tokens: int | None = field(default=None, metadata={"help": "tokens of one opened document", **LATER})
 
     def over(self, limits: LimitsType) -> LimitsType:
         """Apply the values that are set here to `limits`, or to other overrides."""
@@ -42,6 +42,10 @@ class AgenticRSettings:
     """How the agent searches and how much of it is measured."""
 
     protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as the agent folder says"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of the protocol; those of the agent folder hold for its own", **LATER},
+    )
     limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ from it"})
     topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as the agent folder"})
     depth: int = field(default=20, metadata={"help": "passages looked at for recall at 20; less, such as 0: none"})
@@ -68,6 +72,7 @@ class AgentCard:
     """Protocol, limits and topk that an agent was trained with, from `agent.json` in its folder."""
 
     protocol: str = DEFAULT_PROTOCOL
+    protocol_options: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     topk: int = 3
 
@@ -101,7 +106,7 @@ def read_agent_card(folder: str | Path) -> AgentCard | None:
     data = read_json(file)
     if not isinstance(data, Mapping):
         raise ConfigError(f"{file}: expected an object with protocol, limits and topk, found {type(data).__name__}")
-    known = {name: data[name] for name in ("protocol", "limits", "topk") if name in data}
+    known = {name: data[name] for name in ("protocol", "protocol_options", "limits", "topk") if name in data}
     try:
         return load_config(AgentCard, values=known)
     except ConfigError as error:
@@ -116,5 +121,6 @@ def resolve_agent(settings: AgenticRSettings, card: AgentCard | None) -> tuple[A
     """
     card = card or AgentCard()
     name = settings.protocol or card.protocol
-    protocol: AgentProtocol = components.load("agent_protocol", name)
+    of_card = card.protocol_options if name == card.protocol else {}
+    protocol = load_protocol(name, of_card | settings.protocol_options)
     return protocol, settings.limits.over(card.limits), settings.topk or card.topk

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
 
 
@@ -37,6 +40,41 @@ class TokenizerCodec:
             message, add_generation_prompt=True, tokenize=True, return_dict=False, **self.template_arguments
         )
         return list(ids)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        *,
+        reply: bool = True,
+    ) -> str:
+        """Text of a conversation in the chat template.
+
+        Args:
+            tools: schemas of the tools, as functions in JSON Schema.
+            arguments: further arguments of the template; they take precedence over `template_arguments`.
+            reply: whether the text ends with the beginning of the assistant's next message.
+
+        Raises:
+            ConfigError: there is no template, or it refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise ConfigError("the tokenizer has no chat template, which an agent that calls tools needs")
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=list(tools), add_generation_prompt=reply, tokenize=False,
+                    **(self.template_arguments | dict(arguments)),
+                )
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the tokenizer's chat template refuses a conversation with tools: {error}") from error
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """The texts of the special tokens, such as the end of a turn."""
+        return tuple(self.tokenizer.all_special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without added special tokens."""

@@ -3,6 +3,7 @@
 | path | answers |
 |---|---|
 | `POST /retrieve` | the contract's wire format (`wire`) |
+| `POST /documents` | `{"ids": [str]}` -> `{"result": [document or null]}`; limits and token as for `/retrieve` |
 | `POST /reload` | `{"index", "retriever"?, "corpus"?}`: opens that index and switches to it, if reloading is allowed |
 | `GET /health` | 200 while the process is alive, with what it serves |
 | `GET /ready` | 200 while it accepts searches, else 503 |
@@ -30,7 +31,7 @@ from agentic_r_plugin.credentials import authorization
 from agentic_r_plugin.errors import AgenticRError, SearchError
 from agentic_r_plugin.search.base import SearchRequest, reads_reasoning
 from agentic_r_plugin.search.service import OverloadedError, SearchService
-from agentic_r_plugin.search.wire import encode_hits
+from agentic_r_plugin.search.wire import encode_documents, encode_hits
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +91,19 @@ def build_app(
         if token is not None and not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
             raise RefusedError(401, "unauthorized", "expected the header 'Authorization: Bearer TOKEN'")
 
-    async def retrieve(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         started, response = time.perf_counter(), None
         try:
             authorize(request)
-            response = await _retrieve(request, service, limits)
+            response = await _in_time(_ANSWERS[request.url.path](request, service, limits), limits)
         except RefusedError as error:
             response = error.response()
         finally:
             service.metrics.answered(response.status_code if response else 500, time.perf_counter() - started)
         return response
 
-    app.router.add_route("/retrieve", retrieve, methods=["POST"])
+    for path in _ANSWERS:
+        app.router.add_route(path, answer, methods=["POST"])
 
     @app.post("/reload")
     async def reload_index(request: Request) -> dict[str, Any]:
@@ -168,9 +170,9 @@ def _changes(body: bytes) -> dict[str, str]:
     return data
 
 
-async def _retrieve(request: Request, service: SearchService, limits: RequestLimits) -> Response:
+async def _in_time(answer: Awaitable[Response], limits: RequestLimits) -> Response:
     try:
-        return await asyncio.wait_for(_answer(request, service, limits), limits.timeout_s)
+        return await asyncio.wait_for(answer, limits.timeout_s)
     except asyncio.TimeoutError:
         raise RefusedError(504, "timeout", f"no answer within {limits.timeout_s:g} s") from None
     except OverloadedError as error:
@@ -180,10 +182,23 @@ async def _retrieve(request: Request, service: SearchService, limits: RequestLim
         raise RefusedError(500, "search_failed", str(error)) from error
 
 
-async def _answer(request: Request, service: SearchService, limits: RequestLimits) -> Response:
+async def _retrieve(request: Request, service: SearchService, limits: RequestLimits) -> Response:
     body = await _read_body(request, limits.max_body_bytes)
     requests, topk, with_scores = parse_body(body, limits, with_reasoning=reads_reasoning(service.backend))
     return JSONResponse(encode_hits(await service.search(requests, topk), with_scores=with_scores))
+
+
+async def _documents(request: Request, service: SearchService, limits: RequestLimits) -> Response:
+    ids = _object(await _read_body(request, limits.max_body_bytes)).get("ids")
+    if not isinstance(ids, list):
+        raise _invalid(f"expected a list of strings in 'ids', found {type(ids).__name__}")
+    if len(ids) > limits.max_queries:
+        raise RefusedError(413, "too_large", f"{len(ids)} ids; at most {limits.max_queries} are allowed")
+    checked = [_text(identifier, f"ids[{i}]", limits) for i, identifier in enumerate(ids)]
+    return JSONResponse(encode_documents(await service.documents(checked)))
+
+
+_ANSWERS = {"/retrieve": _retrieve, "/documents": _documents}
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:

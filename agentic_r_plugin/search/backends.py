@@ -23,6 +23,7 @@ from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError
+from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
@@ -142,6 +143,10 @@ class BM25Backend:
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
 
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """See `base.open_documents`."""
+        return self.corpus.documents(ids)
+
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`."""
         return fingerprint("bm25/2", self.corpus.fingerprint(), self._k1, self._b, _TOKEN)
@@ -183,6 +188,10 @@ class ServiceBackend:
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`."""
         return self.client.search(requests, topk)
+
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """See `base.open_documents`."""
+        return self.client.documents(ids)
 
     def fingerprint(self) -> str:
         """The service's own fingerprint if it reports one, else its address."""

@@ -26,6 +26,8 @@ class Hit:
 class SearchBackend(Protocol):
     """Finds passages. A search without results gives an empty list; a search that fails raises.
 
+    A backend with the method `documents(ids)`, which gives a passage or None per id, serves agents that open documents.
+
     Callers assume that the best passages of a search are the first passages of a deeper search. This holds for exact
     indexes, IVF and BM25. HNSW and half-precision scores examine more passages for a larger `topk`, so the first
     passages of a deeper search can be better than those of a shallow one; the agent is then shown these. A backend for
@@ -82,6 +84,20 @@ def search_each(
         if len(requests) == 1:
             return [error]
     return [found for request in requests for found in search_each(search, [request], topk)]
+
+
+def open_documents(search: SearchBackend, ids: Sequence[str]) -> list[Passage | None]:
+    """The documents with these ids, None for an unknown id, from a backend with the method `documents(ids)`.
+
+    Raises:
+        SearchError: the backend has no such method, or could not answer.
+    """
+    if not ids:
+        return []
+    documents = getattr(search, "documents", None)
+    if documents is None:
+        raise SearchError(f"{type(search).__name__} cannot open documents: it has no method documents(ids)")
+    return list(documents(ids))
 
 
 def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:

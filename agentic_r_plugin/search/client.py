@@ -21,8 +21,9 @@ import httpx
 
 from agentic_r_plugin.credentials import authorization, redacted, refuse_secrets
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
+from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
-from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_hits, encode_requests, is_loopback
+from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_documents, decode_hits, encode_requests, is_loopback
 from agentic_r_plugin.store import parse_json
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -107,6 +108,24 @@ class RetrievalClient:
                 answer = self._call("POST", "/retrieve", encode_requests(batch, topk))
             found += self._decode(answer, len(batch), topk)
         return found
+
+    async def adocuments(self, ids: Sequence[str]) -> list[Passage | None]:
+        """The documents with these ids; None for an unknown id.
+
+        Raises:
+            SearchError: as for `asearch`; also if the service has no route `/documents`.
+        """
+        return self._documents(await self._acall("POST", "/documents", {"ids": list(ids)}), ids)
+
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """Blocking form of `adocuments`."""
+        return self._documents(self._call("POST", "/documents", {"ids": list(ids)}), ids)
+
+    def _documents(self, answer: Any, ids: Sequence[str]) -> list[Passage | None]:
+        try:
+            return decode_documents(answer, ids)
+        except SearchError as error:
+            raise SearchError(f"{self.url}/documents: {_start(str(error), self.token, 300)}") from None
 
     def health(self) -> dict[str, Any]:
         """Answer of `GET /health`: at least `status` and `fingerprint` from our service.

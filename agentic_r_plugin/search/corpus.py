@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate, chain
@@ -208,6 +208,11 @@ class Corpus:
 
     def __contains__(self, identifier: object) -> bool:
         return isinstance(identifier, str) and self.row_of(identifier) is not None
+
+    def documents(self, ids: Iterable[str]) -> list[Passage | None]:
+        """The passages with these ids; None for an unknown id."""
+        rows = map(self.row_of, ids)
+        return [None if row is None else self[row] for row in rows]
 
     def by_id(self, identifier: str) -> Passage:
         """The passage with this id.

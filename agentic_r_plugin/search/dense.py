@@ -21,6 +21,7 @@ from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import FREE
 from agentic_r_plugin.errors import ConfigError, SearchError
 from agentic_r_plugin.query import needs_reasoning
+from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.corpus import Corpus
@@ -124,6 +125,10 @@ class DenseBackend(ABC):
             [Hit(passage=self.corpus[row], score=score) for row, score in zip(*pair, strict=True) if row >= 0]
             for pair in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """See `base.open_documents`."""
+        return self.corpus.documents(ids)
 
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`."""

@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from agentic_r_plugin.errors import SearchError
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest
+from agentic_r_plugin.records import Passage
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
 from agentic_r_plugin.search.metrics import Metrics
 
 _HITS_A_RESULT = 32
@@ -122,10 +123,29 @@ class SearchService:
             known |= zip(missing, await self._enqueue(missing, topk), strict=True)
         return [known[request] for request in requests]
 
-    async def _enqueue(self, requests: list[SearchRequest], topk: int) -> list[list[Hit]]:
+    async def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        """The documents with these ids; None for an unknown id.
+
+        Raises:
+            OverloadedError: too many queries are waiting.
+            SearchError: the backend failed, or cannot open documents.
+        """
+        self._admit(len(ids))
+        self._wait(len(ids))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, open_documents, self.backend, ids)
+        except RuntimeError as error:  # the thread was shut down
+            raise OverloadedError("the service is shutting down") from error
+        finally:
+            self._wait(-len(ids))
+
+    def _admit(self, count: int) -> None:
         # A single large request is accepted while nothing waits; otherwise it could never be served.
-        if self._waiting and self._waiting + len(requests) > self._max_waiting:
+        if self._waiting and self._waiting + count > self._max_waiting:
             raise OverloadedError(f"{self._waiting} queries are waiting already")
+
+    async def _enqueue(self, requests: list[SearchRequest], topk: int) -> list[list[Hit]]:
+        self._admit(len(requests))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[list[Hit]]] = loop.create_future()
         self._wait(len(requests))

@@ -56,6 +56,29 @@ def encode_hits(results: Sequence[Sequence[Hit]], *, with_scores: bool) -> dict[
     return {"result": [[_document(h.passage) for h in hits] for hits in results]}
 
 
+def encode_documents(documents: Sequence[Passage | None]) -> dict[str, Any]:
+    """Body of a `/documents` answer; an unknown id gives null."""
+    return {"result": [None if passage is None else _document(passage) for passage in documents]}
+
+
+def decode_documents(body: Any, ids: Sequence[str]) -> list[Passage | None]:
+    """Documents of a parsed `/documents` answer.
+
+    Raises:
+        SearchError: the answer does not hold one document with its id, or null, for each id.
+    """
+    result = body.get("result") if isinstance(body, Mapping) else None
+    if not isinstance(result, list) or len(result) != len(ids):
+        raise SearchError(f"malformed answer: expected a list 'result' of {len(ids)} documents, found {body!r}")
+    found: list[Passage | None] = []
+    for place, (document, identifier) in enumerate(zip(result, ids, strict=True)):
+        passage = None if document is None else decode_hit(document, f"malformed answer: result[{place}]").passage
+        if passage is not None and passage.id != identifier:
+            raise SearchError(f"malformed answer: expected document {identifier!r}, found {passage.id!r}")
+        found.append(passage)
+    return found
+
+
 def _document(passage: Passage) -> dict[str, Any]:
     document = {"id": passage.id, "title": passage.title, "text": passage.text, "contents": passage.contents}
     return document | ({"metadata": dict(passage.metadata)} if passage.metadata else {})

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.rollout_trace import RolloutTraceConfig
 from verl.workers.rollout.replica import TokenOutput
 
 from agentic_r_plugin import components
@@ -21,6 +22,7 @@ from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
 from agentic_r_plugin.records import Question
+from tests import chat_templates
 from tests.agent.tiny_world import LIMITS, Service, find, questions
 from tests.search import loopback
 
@@ -388,3 +390,76 @@ def test_a_reward_is_summed_from_what_the_trajectory_showed_and_zero_where_its_s
     failed = run(tokenizer, Engine(turns=turns), "http://127.0.0.1:9", reward=weights, search_retries=0).extra_fields
     assert (failed["reward"], set(failed["reward_parts"])) == (0.0, set(weights))
     assert "reward" not in run(tokenizer, Engine(turns=turns), service.url).extra_fields
+
+
+def test_an_agent_that_calls_tools_keeps_ids_mask_and_logprobs_and_opens_documents() -> None:
+    tokens = chat_templates.codec("qwen3")
+    options = {"tools": ["search", "open"], "template_arguments": {"enable_thinking": False}}
+    limits = {"max_searches": 4, "max_malformed": 1, "max_tokens": 2000, "max_response_tokens": 400}
+    call = '<tool_call>\n{"name": "%s", "arguments": {"%s": "%s"}}\n</tool_call>'
+    turns = [
+        tokens.encode(call % ("search", "query", "a") + call % ("search", "query", "b") + "<|im_end|>"),
+        tokens.encode("<think>Read it.</think>" + call % ("open", "id", "0")),
+        tokens.encode("<answer>Arn</answer><|im_end|>"),
+    ]
+    engine = Engine(turns=turns)
+    with loopback.serving(loopback.EchoBackend()) as url:
+        output = run(tokens.tokenizer, engine, url, protocol="tool_calls", protocol_options=options, limits=limits)
+    kept = [token for token, mask in zip(output.response_ids, output.response_mask, strict=True) if mask]
+    assert kept == [token for turn in turns for token in turn]
+    begin = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    text = tokens.decode(output.prompt_ids + output.response_ids)
+    assert text.count(begin) == 3 and tokens.decode(output.prompt_ids).endswith(
+        f"Where was Ada born?<|im_end|>\n{begin}"
+    )
+    question = "Where was Ada born?"
+    assert text.endswith(
+        f'<|im_start|>user<tool_response>\nDoc 1(Title: "T0") {question}|()|a\n</tool_response><tool_response>\n'
+        f"Doc 1(Title: \"T0\") {question}|('a',)|b\n</tool_response><|im_end|>\n{begin}"
+        f"<think>Read it.</think>{call % ('open', 'id', '0')}<|im_end|>\n<|im_start|>user<tool_response>\n"
+        f"Title: T0\nall of 0\n</tool_response><|im_end|>\n{begin}<answer>Arn</answer><|im_end|>"
+    )
+    fields = output.extra_fields
+    assert (fields["em"], fields["searches"], fields["malformed_turns"]) == (1, 2, 0)
+    assert [turn["opened"] for turn in fields["trajectory"]["turns"] if "opened" in turn] == [["0"]]
+    logprobs = [value for value, mask in zip(output.response_logprobs, output.response_mask, strict=True) if mask]
+    assert logprobs == [-float(i + 1) for turn in turns for i in range(len(turn))]
+    assert all(
+        value == 0 for value, mask in zip(output.response_logprobs, output.response_mask, strict=True) if not mask
+    )
+    assert [asked["stop"] for asked in engine.asked] == [[], [], []]
+
+
+class Recorder:
+    """A client with the interface that verl uses of trackio."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[str, dict[str, Any]]] = []
+
+    def Trace(self, messages: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+        return metadata
+
+    def log(self, values: dict[str, Any], step: int | None) -> None:
+        self.logged += values.items()
+
+
+def test_verls_own_tracing_sees_trajectories_and_searches_and_is_off_by_default(tokenizer: Any) -> None:
+    codec = TokenizerCodec(tokenizer)
+    turns = [codec.encode("<search> Ada </search>"), codec.encode("<answer> Arn </answer>")]
+    recorder = Recorder()
+    trace = RolloutTraceConfig.get_instance()
+    with loopback.serving(loopback.EchoBackend()) as url:
+        plain = run(tokenizer, Engine(turns=turns), url)
+        assert RolloutTraceConfig.get_backend() is None
+        try:
+            trace.backend, trace.client, trace.token2text, trace.experiment_name = "trackio", recorder, True, "x"
+            output = run(tokenizer, Engine(turns=turns), url)
+        finally:
+            RolloutTraceConfig.reset()
+    assert (output.response_ids, output.response_mask) == (plain.response_ids, plain.response_mask)
+    assert [name for name, _ in recorder.logged] == [
+        "rollout_trace/SearchAgentLoop._search",
+        "rollout_trace/SearchAgentLoop.run",
+    ]
+    assert "Ada" in str(recorder.logged[0][1]["inputs"]) and "T0" in str(recorder.logged[0][1]["output"])
+    assert recorder.logged[1][1]["output"]["response_text"].endswith("<answer> Arn </answer>")

@@ -30,10 +30,10 @@ import numpy as np
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.llm.base import Completion, Request, Sampling, Usage
-from agentic_r_plugin.protocol import compact
 from agentic_r_plugin.records import Passage, ScoredPassage, StopReason, Trajectory, Turn
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.store import dump_line
+from agentic_r_plugin.tags import compact
 
 NUM_PASSAGES = 20_000
 STAGES = ("candidates", "relevance", "correctness", "groups")

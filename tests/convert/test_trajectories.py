@@ -10,10 +10,10 @@ import pytest
 from agentic_r_plugin import cli
 from agentic_r_plugin.convert.trajectories import trajectory, trajectory_from_text
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.protocol import compact, search_r1
 from agentic_r_plugin.records import Passage, Question, StopReason, Trajectory, text_id
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import read_records
+from agentic_r_plugin.tags import compact, search_r1
 
 AGENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "agent"
 CORPUS = [

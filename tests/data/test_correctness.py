@@ -21,9 +21,10 @@ from agentic_r_plugin.data.correctness import (
 from agentic_r_plugin.data.selection import preset_rule, select
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import Likelihood
-from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
 from agentic_r_plugin.store import write_records
+from agentic_r_plugin.tags import compact
 from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"

@@ -27,9 +27,10 @@ from agentic_r_plugin.data.selection import (
     selection_named,
 )
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Candidates, Group, ScoredPassage
 from agentic_r_plugin.store import dump_line
+from agentic_r_plugin.tags import compact
 from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 LETTERS = "abcdefghijklmnopqrst"

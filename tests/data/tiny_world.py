@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from agentic_r_plugin.protocol import compact
 from agentic_r_plugin.records import Passage
+from agentic_r_plugin.tags import compact
 
 TOWNS = {
     "Ada Brook": "Harrow",

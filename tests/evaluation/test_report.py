@@ -19,9 +19,8 @@ from agentic_r_plugin.evaluation.report_answers import read_answers
 from agentic_r_plugin.evaluation.report_training import cost_rows
 from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.evaluation.statistics import paired_difference
-from agentic_r_plugin.evaluation.transcript import pieces
-from agentic_r_plugin.protocol import compact, search_r1
 from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.tags import compact, search_r1
 from tests.evaluation.evaluation_run import HOSTILE, write_run
 
 VOID = {"meta", "link", "br", "input", "img", "hr", "circle", "line", "path"}
@@ -228,7 +227,7 @@ def test_the_questions_that_flip_are_carried_with_the_trajectories_of_every_cell
     side = benchmark["questions"][0]["sides"][8]
     assert (side["right"], side["answer"], side["searches"]) == (bool(record.em), record.answer, len(record.turns))
     told = [(kind, "\n".join(payload["lines"][place] for place in places)) for kind, *places in side["pieces"]]
-    assert told == [(piece.kind, piece.text) for piece in pieces(record.text, compact)]
+    assert told == [(piece.kind, piece.text) for piece in compact.pieces(record)]
 
 
 def test_the_page_carries_no_more_trajectories_than_asked_for(finished: Path, several: Path) -> None:
@@ -368,7 +367,7 @@ def test_a_transcript_tells_the_environments_blocks_from_the_models_own() -> Non
         "<think>a</think><information>made up</information><search> q </search>"
         "\n\n<information>Doc 1(Title: x) y</information>\n\nrubbish" + search_r1.correction + "<answer> z </answer>"
     )
-    found = [(piece.kind, piece.text, piece.by_model) for piece in pieces(text, search_r1)]
+    found = [(piece.kind, piece.text, piece.by_model) for piece in search_r1.split(text)]
     assert found == [
         ("think", "a", True),
         ("other", "<information>made up</information>", True),
@@ -378,7 +377,7 @@ def test_a_transcript_tells_the_environments_blocks_from_the_models_own() -> Non
         ("correction", search_r1.correction.strip(), False),
         ("answer", "z", True),
     ]
-    assert [piece.kind for piece in pieces("<think>cut", compact)] == ["think"]
+    assert [piece.kind for piece in compact.split("<think>cut")] == ["think"]
 
 
 def test_cached_tokens_that_no_server_reported_are_unknown_in_the_costs() -> None:

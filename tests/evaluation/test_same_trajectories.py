@@ -8,26 +8,35 @@ through the retrieval service, the third in its own process.
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
+from verl.workers.rollout.replica import TokenOutput
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.cpu.rollout import HFServer
 from agentic_r_plugin.agent.dataset import SourcedQuestion, verl_row
 from agentic_r_plugin.config import load_config, to_dict
 from agentic_r_plugin.data import trajectories
+from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
-from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.evaluation.retriever import AgenticRetriever
+from agentic_r_plugin.llm.base import Completion
+from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import CorpusLine, Question, StopReason, Trajectory
 from agentic_r_plugin.search.index import IndexConfig, build_index
 from agentic_r_plugin.search.server import ServeConfig, running_service
 from agentic_r_plugin.store import read_records, write_records
 from agentic_r_plugin.world.generate import WorldConfig, build_world
+from tests import chat_templates
 from tests.agent.test_agent_loop import make_loop
 from tests.evaluation.evaluation_toy import flashrag_config
+from tests.search import loopback
 
 AGENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "agent"
 LIMITS = Limits(max_searches=3, max_malformed=1, max_tokens=900, max_response_tokens=48, max_observation_tokens=240)
@@ -120,3 +129,91 @@ def _without_scores(record: Trajectory) -> dict[str, Any]:
     data = record.to_dict()
     data["turns"] = [turn | {"passages": [passage["id"] for passage in turn["passages"]]} for turn in data["turns"]]
     return data
+
+
+# --- Tool calls, by a script ------------------------------------------------------------------------------------------
+
+OPTIONS: dict[str, Any] = {"tools": ["search", "open"], "template_arguments": {"enable_thinking": False}}
+TOOL_LIMITS = Limits(max_searches=3, max_malformed=1, max_tokens=3000, max_response_tokens=300)
+SCRIPTS = {
+    "Who is Ann?": ["<think>two</think>" + "CALL(a)CALL(b)<|im_end|>", "OPEN(2)", "<answer>Ann</answer><|im_end|>"],
+    "Who is Bob?": ["<tool_call>{</tool_call><|im_end|>", "CALL(c)<|im_end|>", "<answer>Bob"],
+    "Who is Cat?": ["CALL(a)CALL(b)", "CALL(c)CALL(d)<|im_end|>"],
+}
+
+
+class ToolAgent:
+    """Writes the turns of its scripts, for verl's loop and for the batches of the other drivers."""
+
+    def __init__(self) -> None:
+        self.codec, self.name = chat_templates.codec("qwen3"), "vllm"
+
+    def turn(self, prompt_ids: Sequence[int]) -> list[int]:
+        prompt = self.codec.decode(prompt_ids)
+        script = next(turns for question, turns in SCRIPTS.items() if question in prompt)
+        text = script[prompt.count("<|im_start|>assistant\n") - 1]
+        call = '<tool_call>\n{{"name": "{}", "arguments": {{"{}": "\\1"}}}}\n</tool_call>'
+        text = re.sub(r"CALL\((\w)\)", call.format("search", "query"), text)
+        return self.codec.encode(re.sub(r"OPEN\((\w)\)", call.format("open", "id"), text))
+
+    def generate(self, *args: Any, **request: Any) -> Any:
+        if request:  # verl's client
+            return self._for_verl(request["prompt_ids"])
+        return [Completion(token_ids=tuple(self.turn(r.prompt_ids)), prompt_tokens=len(r.prompt_ids)) for r in args[0]]
+
+    async def _for_verl(self, prompt_ids: list[int]) -> TokenOutput:
+        ids = self.turn(prompt_ids)
+        return TokenOutput(token_ids=ids, log_probs=[0.0] * len(ids))
+
+    def fingerprint(self) -> str:
+        return "scripted"
+
+    def close(self) -> None:
+        pass
+
+
+def test_tool_calls_give_the_same_trajectories_and_masks_in_training_data_construction_and_evaluation(
+    tmp_path: Path,
+) -> None:
+    questions = [Question(id=f"q{i}", question=text, golden_answers=("Ann",)) for i, text in enumerate(SCRIPTS)]
+    protocol, agent, backend = load_protocol("tool_calls", OPTIONS), ToolAgent(), loopback.EchoBackend()
+    with loopback.serving(backend) as url:
+        outputs = [asyncio.run(_in_loop(agent, url, index, question)) for index, question in enumerate(questions)]
+    in_verl = [Trajectory.from_dict(output.extra_fields["trajectory"]) for output in outputs]
+    in_stage = list(
+        trajectories.answer_questions(questions, agent, backend, protocol=protocol, limits=TOOL_LIMITS, topk=2)  # type: ignore[arg-type]
+    )
+    write_records(tmp_path / "toy" / "test.jsonl", questions)
+    settings = {"protocol": "tool_calls", "protocol_options": OPTIONS, "limits": vars(TOOL_LIMITS), "topk": 2}
+    config = flashrag_config(tmp_path, dataset_name="toy", agentic_r=settings | {"depth": 0})
+    pipeline = AgenticSearchPipeline(
+        config,
+        retriever=AgenticRetriever(backend),  # type: ignore[arg-type]
+        generator=AgenticGenerator(agent),  # type: ignore[arg-type]
+    )
+    in_flashrag = [Trajectory.from_dict(item.trajectory) for item in pipeline.run(load_split(config, "test"))]
+    assert in_verl == in_stage == in_flashrag
+    assert [record.stop_reason.value for record in in_stage if isinstance(record, Trajectory)] == [
+        "answered", "malformed", "max_turns",
+    ]  # fmt: skip
+    for record, output in zip(in_verl, outputs, strict=True):
+        runs = [list(group) for _, group in groupby(output.response_mask)]
+        assert [group[0] for group in runs] == [1 - i % 2 for i in range(len(record.runs))]
+        texts = iter(output.response_ids)
+        decoded = [agent.codec.decode([next(texts) for _ in group]) for group in runs]
+        assert [len(text) for text in decoded] == list(record.runs) and "".join(decoded) == record.text
+
+
+async def _in_loop(agent: ToolAgent, url: str, index: int, question: Question) -> Any:
+    protocol = load_protocol("tool_calls", OPTIONS)
+    row = verl_row(SourcedQuestion(question=question, source="toy"), index, protocol)
+    loop = make_loop(
+        agent.codec.tokenizer,
+        agent,
+        url,
+        protocol="tool_calls",
+        protocol_options=OPTIONS,
+        limits=vars(TOOL_LIMITS),
+        topk=2,
+    )
+    return await loop.run({"temperature": 0.0}, **row, raw_prompt=row["prompt"], uid=str(index), session_id=0)

@@ -17,7 +17,8 @@ from agentic_r_plugin.evaluation.settings import (
     read_settings,
     resolve_agent,
 )
-from agentic_r_plugin.protocol import Limits, compact, search_r1
+from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.tags import compact, search_r1
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

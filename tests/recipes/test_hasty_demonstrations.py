@@ -8,8 +8,9 @@ import pytest
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Finished, Limits, Search, Session, compact
+from agentic_r_plugin.protocol import Finished, Limits, Search, Session
 from agentic_r_plugin.records import StopReason
+from agentic_r_plugin.tags import compact
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
 from recipes.quickstart.warm_start.small_agent import train_tokenizer

@@ -12,10 +12,11 @@ import pytest
 
 from agentic_r_plugin.cli import COMMANDS
 from agentic_r_plugin.config import load_config
-from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.store import read_records
+from agentic_r_plugin.tags import compact
 from recipes.hotpotqa_cpu.warm_start.__main__ import COMMAND
 from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate
 from recipes.hotpotqa_cpu.warm_start.train import WarmStartSFTConfig

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.errors import ConfigError, OutputExistsError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.tags import compact
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Haste, Shown, demonstrations, small_world
 from recipes.quickstart.warm_start.small_agent import END, PAD, TAGS, build_model, train_tokenizer

@@ -49,6 +49,9 @@ class EchoBackend:
         passages = [Passage(id=str(i), title=f"T{i}", text=text) for i in range(min(topk, 10))]
         return [Hit(passage=passage, score=1 - i / 10) for i, passage in enumerate(passages)]
 
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        return [Passage(id=name, title=f"T{name}", text=f"all of {name}") if name.isdigit() else None for name in ids]
+
     def fingerprint(self) -> str:
         return "echo"
 

@@ -75,6 +75,35 @@ def test_where_the_reasoning_is_not_read_it_neither_splits_the_cache_nor_counts_
     assert backend.batches == [[SearchRequest(query="q")]]
 
 
+def test_documents_are_opened_with_the_limits_and_the_token_of_a_search():
+    document = {"id": "7", "title": "T7", "text": "all of 7", "contents": '"T7"\nall of 7'}
+    with serving(EchoBackend(), token="t0ken") as address:
+        client = RetrievalClient(address, token="t0ken")
+        assert [found and found.contents for found in client.documents(["7", "gone"])] == [document["contents"], None]
+        headers = {"Authorization": "Bearer t0ken"}
+        answer = httpx.post(f"{address}/documents", json={"ids": ["7", "gone"]}, headers=headers)
+        assert answer.json() == {"result": [document, None]}
+        assert httpx.post(f"{address}/documents", json={"ids": ["7"]}).status_code == 401
+        for body, status in (
+            ({"ids": "7"}, 400),
+            ({"ids": [7]}, 400),
+            ({"ids": ["7"] * 9}, 413),
+            ({"ids": ["7" * 201]}, 413),
+        ):
+            answer = httpx.post(f"{address}/documents", json=body, headers=headers)
+            assert answer.status_code == status and answer.json()["error"]["message"]
+        with pytest.raises(SearchError, match="documents"):
+            RetrievalClient(address, token="other", retries=0).documents(["7"])
+
+
+def test_a_backend_without_documents_is_an_error_and_not_an_unknown_document():
+    class Plain(EchoBackend):
+        documents = None
+
+    with serving(Plain()) as address, pytest.raises(SearchError, match="Plain cannot open documents"):
+        RetrievalClient(address, retries=0).documents(["7"])
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [

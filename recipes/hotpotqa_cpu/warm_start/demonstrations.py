@@ -159,12 +159,7 @@ def _show(script: Script, found: Sequence[Passage], settings: DemonstrationSetti
 
 def _visible(session: Session, passages: Sequence[Passage]) -> list[Passage]:
     """The longest prefix of the passages that fits into one information block (always at least one passage)."""
-    fitting = list(passages)
-    while len(fitting) > 1 and len(session.codec.encode(session.protocol.render(fitting))) > (
-        session.limits.max_observation_tokens
-    ):
-        fitting.pop()
-    return fitting
+    return list(passages[: session.fitting(passages)])
 
 
 def describe(sessions: Sequence[Session]) -> Mapping[str, float]:

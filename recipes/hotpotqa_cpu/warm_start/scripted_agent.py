@@ -78,12 +78,12 @@ def write_turn(script: Script) -> object:
     """Write one turn; return the session's action."""
     wanted, session, protocol = script.wanted, script.session, script.session.protocol
     if wanted is None:
-        thought, tag, body = _last_thought(script), protocol.answer_tag, script.question.golden_answers[0]
+        text = protocol.write_answer(_last_thought(script), script.question.golden_answers[0], session.codec)
     else:
-        thought, body = _thought_and_query(script, wanted)
-        tag = protocol.search_tag
-        script.queries.append(body)
-    return session.model_wrote(_within(session, protocol.write(thought, tag, body)))
+        thought, query = _thought_and_query(script, wanted)
+        script.queries.append(query)
+        text = protocol.write_search(thought, query, session.codec)
+    return session.model_wrote(_within(session, text))
 
 
 def _within(session: Session, text: str) -> list[int]:

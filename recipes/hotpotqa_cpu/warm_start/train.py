@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin import components, compute
+from agentic_r_plugin import compute
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config, to_dict
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config, to_dict
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits, Session, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.claim import Output, require_new
@@ -45,6 +45,9 @@ class WarmStartSFTConfig:
     corpus: str = field(default="???", metadata={"help": "corpus file", **BY_CONTENTS})
     out: str = field(default="???", metadata={"help": "folder of the trained model", **FREE})
     protocol: str = field(default="compact", metadata={"help": "registered agent_protocol"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     supporting_field: str = field(default="gold_doc_ids", metadata={"help": "field of metadata with the passage ids"})
     skip: int = field(default=0, metadata={"help": "questions left out at the start of the file"})
     limit: int = field(default=0, metadata={"help": "questions used after that (0: all)"})
@@ -110,6 +113,8 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> dict[str, Any]:
     tokenizer.save_pretrained(out)
     save_config(config, out / "config.yaml")
     card = {"protocol": config.protocol, "limits": vars(config.limits), "topk": config.demonstrations.topk}
+    if config.protocol_options:
+        card["protocol_options"] = config.protocol_options
     write_json(out / "agent.json", card)
     last = records[-min(len(records), 5) :]
     return {
@@ -156,7 +161,7 @@ def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Ses
     spec = config.search
     if spec.backend == "bm25" and not spec.corpus:
         spec = SearchSpec(**(to_dict(spec) | {"corpus": config.corpus}))
-    protocol = components.load("agent_protocol", config.protocol)
+    protocol = load_protocol(config.protocol, config.protocol_options)
     with Corpus(config.corpus) as corpus, open_search(spec) as search:
         return [
             demonstrate(

@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agentic_r_plugin.protocol import Codec, Limits, Session, compact
+from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Session
 from agentic_r_plugin.records import Passage, Question
+from agentic_r_plugin.tags import compact
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
 from agentic_r_plugin.world.grammar import grammar
 from agentic_r_plugin.world.prose import kind_words
@@ -70,8 +71,18 @@ class Demonstration:
 class Demonstrator:
     """Writes demonstrations for the questions of one world."""
 
-    def __init__(self, world: World, codec: Codec, haste: Haste, shown: Shown, limits: Limits, seed: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        codec: Codec,
+        haste: Haste,
+        shown: Shown,
+        limits: Limits,
+        seed: str,
+        protocol: AgentProtocol = compact,
+    ) -> None:
         self.world, self.codec, self.haste, self.shown, self.limits = world, codec, haste, shown, limits
+        self.protocol = protocol
         self._rng = random.Random(seed)
         self._by_id = {passage.id: passage for passage in world.passages}
         self._by_title: dict[str, list[Passage]] = {}
@@ -81,7 +92,7 @@ class Demonstrator:
 
     def demonstrate(self, question: Question) -> Demonstration:
         """Write one trajectory, which always ends with an answer."""
-        session = Session(protocol=compact, codec=self.codec, limits=self.limits, question=question.question)
+        session = Session(protocol=self.protocol, codec=self.codec, limits=self.limits, question=question.question)
         labels = [_label(question, hop) for hop in range(question.metadata["hops"])]
         thought = f"Find {', then '.join(labels)}."
         for hop, label in enumerate(labels):
@@ -91,7 +102,7 @@ class Demonstrator:
             if not certain or spent or hop == len(labels) - 1 or self._stops(question, hop):
                 break
             thought += f" Next {labels[hop + 1]}."
-        self._write(session, f"<think> {thought} Done. </think><answer> {value} </answer>")
+        self._write(session, self.protocol.write_answer(f"{thought} Done.", value, self.codec, gap=""))
         return Demonstration(question=question, session=session)
 
     def _look_up(self, session: Session, question: Question, hop: int, thought: str) -> tuple[str, bool]:
@@ -113,7 +124,7 @@ class Demonstrator:
 
     def _search(self, session: Session, question: Question, hop: int, thought: str, query: str) -> list[Passage] | None:
         """Write the search and show passages; return None if they include the gold passage, else the passages."""
-        self._write(session, f"<think> {thought} </think><search> {query} </search>")
+        self._write(session, self.protocol.write_search(thought, query, self.codec, gap=""))
         gold = self._by_id[question.metadata["gold_doc_ids"][hop]]
         count = self.shown.most_passages
         if self._rng.random() < self.shown.fewer:
@@ -213,11 +224,12 @@ def demonstrations(
     shown: Shown,
     limits: Limits,
     elliptic_queries: float = 0.0,
+    protocol: AgentProtocol = compact,
 ) -> Iterator[Demonstration]:
     """Yield `per_world` demonstrations from each of `worlds` worlds, with seeds from `first_seed` on."""
     for seed in range(first_seed, first_seed + worlds):
         world = build_world(small_world(seed, per_world, elliptic_queries))
-        writer = Demonstrator(world, codec, haste, shown, limits, seed=f"demonstrations {seed}")
+        writer = Demonstrator(world, codec, haste, shown, limits, seed=f"demonstrations {seed}", protocol=protocol)
         for split in ("train", "test"):
             for question in world.questions[split]:
                 yield writer.demonstrate(question)

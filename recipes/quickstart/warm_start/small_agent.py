@@ -10,6 +10,7 @@ names within about 100,000 training tokens instead of many millions.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
 END, PAD = "<|endoftext|>", "<|pad|>"
+
+TOOL_MARKS = {
+    '<tool_call>\n{"name": "search", "arguments": {"query": "': "<search>",
+    '"}}\n</tool_call>': "</search>",
+    "<tool_response>": "<information>",
+    "</tool_response>": "</information>",
+}
+"""Tokens of the small agent that calls tools (`tool_template.jinja`) -> the tags whose embeddings they start from."""
 
 HIDDEN, HEAD_DIM, HEADS, LAYERS, FEED_FORWARD = 256, 64, 4, 4, 576
 ROPE_THETA = 1e6
@@ -47,6 +56,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
     )
+
+
+def teach_tool_calls(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM) -> None:
+    """Add the tokens and the chat template of tool calls, in place; `model` gets their embeddings."""
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in TOOL_MARKS])
+    tokenizer.chat_template = Path(__file__).with_name("tool_template.jinja").read_text(encoding="utf-8")
+    model.resize_token_embeddings(len(tokenizer))
+    rows_VD = model.model.embed_tokens.weight.data
+    for mark, tag in TOOL_MARKS.items():
+        rows_VD[tokenizer.convert_tokens_to_ids(mark)] = rows_VD[tokenizer.convert_tokens_to_ids(tag)]
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, layers: int = LAYERS) -> Qwen2ForCausalLM:

@@ -24,18 +24,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.child import die_with
 from agentic_r_plugin.compute import fast_type
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, compact
+from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.tags import compact
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Haste, Shown, demonstrations, small_world
-from recipes.quickstart.warm_start.small_agent import LAYERS, build_model, train_tokenizer
+from recipes.quickstart.warm_start.small_agent import LAYERS, build_model, teach_tool_calls, train_tokenizer
 
 FIRST_WORLD = 1_000_000
 """First seed of the demonstrations' worlds; benchmarks use smaller seeds."""
+
+TOOL_OPTIONS = {"system": "", "thought_form": "<think> {thought} </think>"}
+"""Options of the protocol `tool_calls` in demonstrations; the agent itself needs only `system`."""
 
 Example = tuple[list[int], list[int]]
 """Ids of prompt and response, and a mask of the same length: 1 for tokens written by the model."""
@@ -59,6 +63,9 @@ class WarmStartConfig:
     warm_up: float = field(default=0.03, metadata={"help": "share of the demonstrations with a rising learning rate"})
     weight_decay: float = field(default=0.1, metadata={"help": "of matrices"})
     seconds: float = field(default=0.0, metadata={"help": "end after this time, schedule included; 0: no limit"})
+    tool_calls: bool = field(
+        default=False, metadata={"help": "teach tool calls in a chat template instead of tags", **LATER}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda", **FREE})
     workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one", **FREE})
     stop_at_person: float = field(default=Haste.stop_at_person, metadata={"help": "see demonstrations.Haste"})
@@ -80,6 +87,11 @@ class WarmStartConfig:
             raise ConfigError(f"vocabulary: expected at least 300, found {self.vocabulary}")
         if self.layers < 3 or not 0 <= self.elliptic_queries <= 1:
             raise ConfigError("expected layers of at least 3, and elliptic_queries from 0 to 1")
+
+    @property
+    def protocol(self) -> AgentProtocol:
+        """How the demonstrators write."""
+        return load_protocol("tool_calls", TOOL_OPTIONS) if self.tool_calls else compact
 
     @property
     def haste(self) -> Haste:
@@ -137,6 +149,8 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     model: Any = build_model(tokenizer, config.seed, config.layers)
     if config.init:
         model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32)
+    if config.tool_calls and tokenizer.chat_template is None:
+        teach_tool_calls(tokenizer, model)
     model = model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -240,6 +254,7 @@ def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list
         shown=shown,
         limits=Limits(),
         elliptic_queries=config.elliptic_queries,
+        protocol=config.protocol,
     )
     return [(one.ids, one.mask) for one in made]
 

@@ -1,8 +1,8 @@
 """An agent protocol with tags and an instruction of another agent."""
 
-from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.tags import TagProtocol
 
-lookup = AgentProtocol(
+lookup = TagProtocol(
     name="lookup",
     description="Searches with <lookup>, answers with <final>.",
     instruction="Use <lookup>words</lookup> to search and <final>answer</final> to answer.\nQuestion: {question}\n",
