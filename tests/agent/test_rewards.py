@@ -12,8 +12,8 @@ from agentic_r_plugin.agent.reward import compute_score
 from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.agent.rollout_page import page
 from agentic_r_plugin.errors import BackendError, ConfigError, UnknownComponentError
-from agentic_r_plugin.protocol import compact
 from agentic_r_plugin.records import Passage, StopReason
+from agentic_r_plugin.tags import compact
 from tests.llm.loopback import Answer, chat, serve
 
 OTHER = compact.render([Passage(id="2", title="Hills", text="No river here.")])
