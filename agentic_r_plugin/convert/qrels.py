@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.output import convert_once
-from agentic_r_plugin.convert.runs import schema_of, word, write_lines
+from agentic_r_plugin.convert.runs import holds, word, write_lines
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import read_questions
@@ -40,7 +40,7 @@ def _write_qrels(config: ConvertQrelsConfig, out: Path) -> dict[str, int]:
     counts = Counter(queries=0, judged=0)
 
     def judged() -> Iterator[tuple[str, dict[str, int]]]:
-        if schema_of(config.in_) == Relevance.schema:
+        if holds(config.in_, Relevance):
             yield from ((f"{item.id}/{item.turn}", item.scores) for item in read_records(config.in_, Relevance))
             return
         for question in read_questions(config.in_):

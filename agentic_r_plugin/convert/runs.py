@@ -21,7 +21,7 @@ from typing import Any
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.records import Candidates, StopReason, Trajectory
+from agentic_r_plugin.records import Candidates, Record, StopReason, Trajectory
 from agentic_r_plugin.store import atomic_path, read_lines, read_records, shards, write_json
 from agentic_r_plugin.tags import TagProtocol, with_tags
 
@@ -69,7 +69,7 @@ def _rankings(path: str) -> Iterator[tuple[str, Sequence[tuple[str, float]]]]:
     Evaluators sort by score. Candidates keep theirs if these fall from rank to rank; the passages of a trajectory come
     from several searches, whose scores do not compare, so their scores are 1 / rank.
     """
-    if schema_of(path) == Candidates.schema:
+    if holds(path, Candidates):
         for query in read_records(path, Candidates):
             scores = [passage.score for passage in query.passages]
             falls = all(first > second for first, second in pairwise(scores))
@@ -124,10 +124,11 @@ def _browsecomp_plus(record: Trajectory, protocol: TagProtocol, model: str) -> d
     }
 
 
-def schema_of(path: str) -> Any:
-    """Schema tag of the first record of a file or folder."""
+def holds(path: str, record: type[Record]) -> bool:
+    """Whether the first record of a file or folder is of this kind, whatever its schema number."""
     first = next((row for shard in shards(path) for _, row in read_lines(shard)), None)
-    return first.get("schema") if isinstance(first, dict) else None
+    kind = str(record.schema).partition("/")[0]
+    return isinstance(first, dict) and str(first.get("schema")).partition("/")[0] == kind
 
 
 def word(text: str) -> str:
