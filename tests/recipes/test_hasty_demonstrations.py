@@ -8,12 +8,14 @@ import pytest
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Finished, Limits, Search, Session
+from agentic_r_plugin.protocol import Finished, Limits, Search, Session, load_protocol
 from agentic_r_plugin.records import StopReason
 from agentic_r_plugin.tags import compact
+from agentic_r_plugin.tools import SEARCH
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
-from recipes.quickstart.warm_start.small_agent import train_tokenizer
+from recipes.quickstart.warm_start.small_agent import TOOL_MARKS, build_model, teach_tool_calls, train_tokenizer
+from recipes.quickstart.warm_start.train import TOOL_OPTIONS
 
 CAREFUL = Haste(stop_at_person=0.0, stop_at_other=0.0, guess=0.0, repeat=0.0)
 
@@ -95,3 +97,32 @@ def test_demonstrators_write_elliptic_queries_and_spell_them_out_when_they_searc
         assert mention not in first
         spelled_out += bool(later) and mention in later[0]
     assert spelled_out > 10
+
+
+def test_demonstrations_in_tool_calls_are_written_in_the_small_agents_chat_template() -> None:
+    texts = [passage.contents for passage in build_world(small_world(99, 12)).passages]
+    tokenizer = train_tokenizer(texts, 800)
+    model = build_model(tokenizer, 0)
+    teach_tool_calls(tokenizer, model)
+    rows = model.get_input_embeddings().weight
+    for mark, tag in TOOL_MARKS.items():
+        (new,), (old,) = (tokenizer.encode(text, add_special_tokens=False) for text in (mark, tag))
+        assert new >= 800 and rows[new].equal(rows[old])
+    codec, protocol = TokenizerCodec(tokenizer), load_protocol("tool_calls", TOOL_OPTIONS)
+    found = list(
+        demonstrations(
+            codec, first_seed=5, worlds=1, per_world=12, haste=CAREFUL, shown=Shown(gold=1.0), limits=Limits(),
+            protocol=protocol,
+        )
+    )  # fmt: skip
+    for one in found:
+        session = one.session
+        assert session.finished is not None and exact_match(session.finished.answer, one.question.golden_answers)
+        assert (session.malformed, session.searches) == (0, one.question.metadata["hops"])
+        assert all(turn.reasoning and turn.query for turn in session.turns)
+        messages = [{"role": "user", "content": one.question.question}]
+        for segment in session.segments:
+            if segment.by_model:
+                assert segment.text.endswith("<|endoftext|>")
+        assert codec.decode(session.prompt_ids) == codec.chat(messages, [SEARCH], {})
+        assert session.text.count("</tool_response>\n\n<think>") == session.searches
