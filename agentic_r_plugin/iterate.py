@@ -44,6 +44,7 @@ from agentic_r_plugin.config import FREE, LATER, deciding, load_config, merged, 
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.data import candidates, correctness, groups, plan, relevance, sub_answers, trajectories
 from agentic_r_plugin.data import report as data_report
+from agentic_r_plugin.data.selection import selection_named
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate, report
 from agentic_r_plugin.evaluation.benchmarks import split_file
@@ -574,6 +575,8 @@ class Loop:
             known |= self.protocol_settings() | {"llm": llm}
         if name == "correctness" and "preset" in self.config.groups:
             known["preset"] = self.config.groups["preset"]  # the pruning must match the rule of the groups
+        if name == "groups" and "trajectories" in selection_named(section.get("preset", "paper")).needs:
+            known["trajectories"] = str(self._data(k, "trajectories"))
         own = {field.name for field in fields(cls)}
         return load_config(cls, values=merged({key: value for key, value in known.items() if key in own}, section))
 

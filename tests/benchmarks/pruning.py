@@ -38,7 +38,8 @@ def command(*arguments: str) -> None:
 def embedded(out: Path) -> Path:
     """The quick start's generated benchmark."""
     loop = load_config(IterateConfig, ROOT / "recipes" / "quickstart" / "loop.yaml")
-    command("world", "--out", str(out), *(f"{key}={value}" for key, value in loop.world.items()))
+    asked = {key: value for key, value in vars(loop.world).items() if key != "out" and value is not None}
+    command("world", "--out", str(out), *(f"{key}={value}" for key, value in asked.items()))
     return next(path.parent for path in out.glob("*/corpus.jsonl"))
 
 
