@@ -123,7 +123,7 @@ def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     if query.turn not in turns:
         return NO_TRAJECTORY
     shown = [passage.id for passage in turns[query.turn].passages]
-    opened: tuple[str, ...] = getattr(turns[query.turn], "opened", ())  # files of earlier versions have none
+    opened = turns[query.turn].opened
     positives = [passage for passage in shown if passage in opened]
     if not positives:
         return NOTHING_OPENED
