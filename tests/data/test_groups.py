@@ -171,7 +171,8 @@ def test_what_was_opened_is_read_from_the_trajectories_without_correctness(confi
         run(replace(config, preset="opened", correctness=""))
     shown = tuple(ScoredPassage(id=one, score=1.0) for one in PASSAGES[:3])
     base = Trajectory(
-        id="", question="Q", golden_answers=("x",), answer=None, stop_reason=StopReason.MAX_TURNS, em=0, f1=0.0, text="",
+        id="", question="Q", golden_answers=("x",), answer=None, stop_reason=StopReason.MAX_TURNS, em=0, f1=0.0,
+        text="",
         turns=(
             Turn(turn=1, reasoning="", query="q", passages=shown, opened=("p01",)),
             Turn(turn=2, reasoning="one two three", query="r", passages=()),
