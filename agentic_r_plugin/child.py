@@ -31,11 +31,11 @@ from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.store import read_json, write_json
 
-_TERMINATE_S = 4.0
+_TERMINATE_S = 3.0
 """Seconds that a process gets to end after SIGTERM."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From `linux/prctl.h`."""
-_CLEANUP_S = 7.0
+_CLEANUP_S = 5.5
 """Seconds that this process and its children get to end after a signal."""
 
 
@@ -89,7 +89,7 @@ def _started(
                 said = read_json(fault)
                 raise _fault_of(said["type"])(said["message"])
             if code:
-                raise TrainingError(f"{name} ended with code {code}; what it printed stands above")
+                raise TrainingError(f"{name} ended with code {code}; its output is above")
 
         try:
             yield wait

@@ -67,15 +67,14 @@ class Record:
         """
         if not isinstance(data, Mapping):
             raise RecordError(f"expected a JSON object, found {type(data).__name__}")
-        # In a Parquet file, a field that a record does not use is null.
-        data = {key: value for key, value in data.items() if value is not None or key not in _later(cls)}
+        data = dict(data)
         if cls.schema is not None:
             found, (name, _, newest) = data.pop("schema", None), cls.schema.partition("/")
             known = [f"{name}/{number}" for number in range(1, int(newest) + 1)]
             if found not in known:
                 raise RecordError(f"expected schema {' or '.join(map(repr, known))}, found {found!r}")
             for key, item in _later(cls).items():
-                if key in data and item.metadata["since"] > 1 + known.index(found):
+                if data.get(key) is not None and item.metadata["since"] > 1 + known.index(found):
                     raise RecordError(f"unknown field {key!r} of {found}; it came with number {item.metadata['since']}")
         return _build(cls, data, "")
 
@@ -126,6 +125,8 @@ def _build(cls: Any, data: dict[str, Any], where: str) -> Any:
         raise RecordError(f"unknown field {where}{unknown[0]!r}; {cls.__name__} has {', '.join(declared)}")
     values = {}
     for name, item in declared.items():
+        if data.get(name) is None and name in _later(cls):
+            continue  # in a Parquet file, a field that a record does not use is null
         if name in data:
             values[name] = _checked(_hints(cls)[name], data[name], f"{where}{name}")
         elif item.default is MISSING and item.default_factory is MISSING:
