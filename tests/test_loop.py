@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -57,13 +55,15 @@ def kill_when(out: Path, reached, log: Path) -> None:
     """Run the loop and kill -9 it as soon as `reached()`; nothing it started may live on."""
     with log.open("ab") as stream:
         process = subprocess.Popen(command(out), stdout=stream, stderr=stream, cwd=ROOT)
-        deadline = time.monotonic() + 600
-        while not reached():
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            deadline = time.monotonic() + 600
+            while not reached():
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
