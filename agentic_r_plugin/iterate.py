@@ -568,6 +568,7 @@ class Loop:
             "search": search,
             "seed": self._seed(k),
             "protocol": self.config.protocol,
+            "protocol_options": self.config.protocol_options,
             "format": self.config.format,
             "reasoning": needs_reasoning(self.config.train_retriever.get("formulation") or DEFAULT_FORMULATION),
         }

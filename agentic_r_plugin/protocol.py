@@ -321,6 +321,8 @@ class Session:
     """Reason why the limits, the model or the retriever refuse this trajectory, which is then finished."""
     shown: list[tuple[Passage, ...]] = field(init=False, default_factory=list)
     """The passages that the model was shown in each of `turns`."""
+    passages_read: list[Passage] = field(init=False, default_factory=list)
+    """All passages and documents that the model was shown, in order and as they were cut."""
     _read: tuple[Turn, ...] = field(init=False, default=())
     """The turns before the model's last one, whose results it has read."""
     _last_shown: list[str] = field(init=False, default_factory=list)
@@ -473,7 +475,7 @@ class Session:
         self._expect(pending=True)
         self._pending.clear()
         self.refusal = refusal
-        return self._finish(Finished(StopReason.SEARCH_FAILED))
+        return self._finish_unread(StopReason.SEARCH_FAILED)
 
     # Inside
 
@@ -542,11 +544,16 @@ class Session:
         # The results must leave room for at least one token of the model, so that it can still answer.
         if len(ids) < self._room:
             self._append(ids, text, by_model=False)
+            self.passages_read += [passage for result in results for passage in result.shown]
             return None
+        return self._finish_unread(StopReason.MAX_TOKENS)
+
+    def _finish_unread(self, reason: StopReason) -> Finished:
+        """End before the model reads the results of its last turn: they do not count as shown."""
         unread = self.turns[len(self._read) :]
         self.turns = [*self._read, *(replace(turn, passages=(), opened=()) for turn in unread)]
         self.shown[len(self._read) :] = [()] * len(unread)
-        return self._finish(Finished(StopReason.MAX_TOKENS))
+        return self._finish(Finished(reason))
 
     @property
     def _last_ids(self) -> list[int]:
@@ -591,6 +598,9 @@ class Session:
         """As many leading passages as fit into `most` tokens, at least one if there is one.
 
         If the first is too long, its text is cut, and if no text is left, its title.
+
+        Raises:
+            ConfigError: the first does not fit without title and text, because its id is too long.
         """
         shown = list(passages)
         ids: list[int] = []
@@ -608,6 +618,11 @@ class Session:
                 continue
             # Tokens per word vary, so the cut is an estimate; the loop repeats until the block fits.
             title, text = shown[0].title, shown[0].text
+            if not title and not text:
+                raise ConfigError(
+                    f"agent protocol {self.protocol.name!r}: without title and text, {shown[0].id[:60]!r} takes "
+                    f"more than {most} tokens; leave its id out of passage_form, or raise limits.max_observation_tokens"
+                )
             if text:
                 text = _shortened(text[: len(encoded)], most, len(ids))
             else:

@@ -264,7 +264,7 @@ class ToolProtocol(AgentProtocol):
         return () if self.several_calls else CALL_FORMS[self.call_form].end
 
     def read(self, text: str, codec: Codec) -> tuple[Search | Open, ...] | Finished | Malformed:
-        """See `AgentProtocol.read`; calls in the thoughts do not count."""
+        """See `AgentProtocol.read`; calls before the end of the thoughts do not count, nor do answers in thoughts."""
         try:
             if found := self._calls(text):
                 return found
@@ -289,17 +289,18 @@ class ToolProtocol(AgentProtocol):
         for call in CALL_FORMS[self.call_form].calls(message):
             if call.name not in self.tools:
                 raise _BrokenCallError(f"there is no tool {call.name[:60]!r}; there is {' and '.join(self.tools)}")
+            reasoning = reasoning if found else _reasoning(text[: thoughts + call.start])
             if call.name == "open":
                 found.append(Open(_argument(call, "id")))
             else:
-                reasoning = reasoning if found else _reasoning(text[: thoughts + call.start])
                 found.append(Search(_argument(call, "query"), reasoning, thoughts + call.end))
         return tuple(found if self.several_calls else found[:1])
 
     def _answer(self, message: str, within_thought: bool, codec: Codec) -> str | None:
         tags = ANSWER_RULES[self.answer][1]
         if tags is not None:
-            action = tags.parse(message)
+            _, in_thought = after_thoughts(message.partition(tags.opening(tags.answer_tag))[0])
+            action = None if in_thought else tags.parse(message)
             return action.answer if isinstance(action, Finished) else None
         special, text = tuple(getattr(codec, "special_tokens", ())), message.strip()
         while (mark := next((mark for mark in special if text.endswith(mark)), None)) is not None:
@@ -344,8 +345,12 @@ class ToolProtocol(AgentProtocol):
         found = []
         for turn in trajectory.turns:
             start = max((start for start in starts if start < turn.end), default=0)
-            several = len(self._calls(trajectory.text[start : turn.end])) > 1
-            found.append(Prefix(turn.query, trajectory.text[: turn.end], start if several else None))
+            try:
+                *earlier, last = self._calls(trajectory.text[start : turn.end]) or (Search("", ""),)
+            except _BrokenCallError:  # a call in another form, or of a tool that these options do not have
+                earlier, last = [], Search("", "")
+            query = last.query if isinstance(last, Search) else ""
+            found.append(Prefix(query, trajectory.text[: turn.end], start if earlier else None))
         return found
 
     def pieces(self, trajectory: Trajectory) -> list[Piece]:

@@ -153,6 +153,12 @@ def test_a_field_that_is_not_used_leaves_the_record_in_its_earlier_schema(tmp_pa
         assert list(read_records(tmp_path / name, Group)) == written
 
 
+def test_fields_of_a_record_within_a_record_may_be_unused_in_parquet(tmp_path):
+    used = replace(TRAJECTORY, turns=(*TRAJECTORY.turns, replace(TRAJECTORY.turns[0], end=3, opened=("p",))))
+    write_records(tmp_path / "trajectories.parquet", [TRAJECTORY, used])
+    assert list(read_records(tmp_path / "trajectories.parquet", Trajectory)) == [TRAJECTORY, used]
+
+
 def test_a_field_newer_than_the_schema_of_its_record_is_refused():
     with pytest.raises(RecordError, match="unknown field 'reasoning' of group/1; it came with number 2"):
         Group.from_dict(GROUP.to_dict() | {"reasoning": "r"})

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentic_r_plugin.data.candidates import queries_of
+from agentic_r_plugin.backends import SearchSpec
+from agentic_r_plugin.data.candidates import CandidatesConfig, CandidatesWorker, queries_of
 from agentic_r_plugin.data.correctness import Continuations
-from agentic_r_plugin.errors import ConfigError, SearchError
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Finished, Limits, Malformed, Open, Search, Session
-from agentic_r_plugin.records import Passage, Question, StopReason, Trajectory
+from agentic_r_plugin.records import Passage, Question, StopReason, Trajectory, Turn
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.tools import SEARCH, ToolProtocol, tool_calls
@@ -237,6 +238,9 @@ def test_a_turn_without_call_and_answer_is_answered_by_a_user_message() -> None:
         ("message", "<think>a <answer>no</answer></think>\n\nJane Austen<|im_end|>", "Jane Austen"),
         ("message", "<think>still thinking", None),
         ("tag", "<think><answer>no</answer></think>none", None),
+        ("tag", "<think>It goes inside <answer> and </answer>, so", None),
+        ("boxed", "<think>Perhaps \\boxed{no}, or", None),
+        ("tag", "<answer>yes</answer> <think>or", "yes"),
         ("tag", '<think><tool_call>{"name": 1}</tool_call></think><answer>yes</answer>', "yes"),
     ],
 )
@@ -453,6 +457,9 @@ def test_documents_are_opened_by_id_or_rank_and_recorded_in_the_search_that_show
     assert search.opened == ["one", "one", "two"]
     record = to_trajectory(session, Question(id="q", question="Who?", golden_answers=("Ann",)))
     assert [(turn.query, turn.opened) for turn in record.turns] == [("one", ("one",)), ("two", ("two",))]
+    assert [turn.reasoning for turn in record.turns] == ["", "t"]
+    assert [passage.title for passage in session.passages_read] == ["one", "one", "one", "two", "two"]
+    assert all("never shown" not in passage.text for passage in session.passages_read)
     assert Trajectory.from_dict(record.to_dict()) == record and record.to_dict()["schema"] == "trajectory/2"
     first, second, third = (segment for segment in session.segments if not segment.by_model)
     assert "1 (id one): about one" in first.text
@@ -468,6 +475,54 @@ def test_documents_are_opened_by_id_or_rank_and_recorded_in_the_search_that_show
     Continuations(again, search, store, protocol=OPENING, limits=LIMITS).run([(two, "p")])  # type: ignore[arg-type]
     assert search.opened == ["one"] and search.asked == [], "the earlier call of the turn is carried out again"
     assert "all of one" in again.prompts[0] and "the candidate" in again.prompts[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "llama3"])
+def test_candidates_read_trajectories_with_the_options_of_their_protocol(name: str) -> None:
+    protocol, tokens = replace(PROTOCOLS[name], tools=("search", "open")), codec(name)
+    options = {"call_form": protocol.call_form, "answer": protocol.answer, "tools": ["search", "open"]}
+    asked = {"qwen3_coder": PIECES[2], "llama3": PIECES[1]}[name]
+    session = Session(protocol, tokens, LIMITS, "Who?")
+    session.model_wrote(tokens.encode(asked))
+    session.found([Passage(id="a", title="a", text="x")])
+    session.model_wrote(tokens.encode("<answer>Ann</answer>"))
+    record = to_trajectory(session, Question(id="q", question="Who?", golden_answers=("Ann",)))
+    config = CandidatesConfig(
+        in_="", out="", search=SearchSpec(backend="service", url="http://127.0.0.1:9"), protocol="tool_calls"
+    )
+    worker = CandidatesWorker(replace(config, protocol_options=options))
+    assert [query.prefix for query in queries_of(record, worker._protocol)] == [asked]
+    for other in (CandidatesWorker(config)._protocol, PROTOCOLS["hermes"]):
+        with pytest.raises(RecordError, match="or other options of it"):
+            queries_of(record, other)
+
+
+def test_a_trajectory_written_with_tags_is_no_trajectory_of_tool_calls() -> None:
+    turn = Turn(turn=1, reasoning="", query="one", passages=())
+    record = Trajectory(
+        id="q", question="Who?", golden_answers=(), turns=(turn,), answer=None, stop_reason=StopReason.MAX_TURNS,
+        em=0, f1=0.0, text="<search> one </search>",
+    )  # fmt: skip
+    with pytest.raises(RecordError, match="another agent protocol than 'tool_calls'"):
+        queries_of(record, tool_calls)
+
+
+def test_results_before_a_failed_search_of_the_same_turn_were_not_shown() -> None:
+    tokens = codec("qwen3")
+    session = Session(tool_calls, tokens, LIMITS, "Who?")
+    session.model_wrote(tokens.encode(call("a") + call("b")))
+    session.found([Passage(id="a", title="a", text="x")])
+    session.search_failed()
+    assert [turn.passages for turn in session.turns] == [()] and session.shown == [()]
+    assert session.passages_read == []
+
+
+def test_an_id_that_is_longer_than_the_limit_is_an_error_and_not_an_endless_loop() -> None:
+    tokens = codec("qwen3")
+    session = Session(OPENING, tokens, LIMITS, "Who?")
+    session.model_wrote(tokens.encode(call("a")))
+    with pytest.raises(ConfigError, match="leave its id out of passage_form"):
+        session.found([Passage(id="https://a.example/" * 200, title="a", text="x")])
 
 
 def test_a_document_that_the_retriever_no_longer_has_gives_a_message() -> None:

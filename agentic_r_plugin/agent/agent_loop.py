@@ -197,7 +197,7 @@ async def _rewarded(reward: RewardSum, session: Session, question: Question) -> 
         golden_answers=question.golden_answers,
         answer=session.finished.answer,
         stop_reason=session.finished.stop_reason,
-        shown=tuple(segment.text for segment in session.segments if not segment.by_model),
+        shown=tuple(f"{passage.title}\n{passage.text}" for passage in session.passages_read),
         searches=session.searches,
         malformed_turns=session.malformed,
     )

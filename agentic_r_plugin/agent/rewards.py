@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from agentic_r_plugin.answers import contains_answer, exact_match, f1
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_score
-from agentic_r_plugin.errors import ConfigError, JudgeError
+from agentic_r_plugin.errors import ConfigError, JudgeError, TrainingError
 from agentic_r_plugin.records import StopReason
 from agentic_r_plugin.rollout import RolloutCost
 
@@ -36,7 +37,8 @@ class Outcome:
     """From the model's own tokens; None if it gave none."""
     stop_reason: StopReason
     shown: tuple[str, ...]
-    """Texts that the environment wrote, in order: passages as they were shown, and corrections of malformed turns."""
+    """Title and text of the passages and documents that the agent read, in order and as they were cut. What else the
+    environment writes is left out: an error message repeats words of the agent."""
     searches: int
     malformed_turns: int
 
@@ -73,11 +75,17 @@ class RewardSum:
                 raise ConfigError(f"reward_options.{name}: {error}; {name}{inspect.signature(reward)}") from None
 
     def parts(self, outcome: Outcome) -> dict[str, float]:
-        """Value of each reward, before its weight, with the further numbers that it records."""
+        """Value of each reward, before its weight, with the further numbers that it records.
+
+        Raises:
+            TrainingError: a reward is not a finite number, which would spoil the weights of the agent.
+        """
         found: dict[str, float] = {}
         for name, reward in self.rewards.items():
             value = reward(outcome, **self.options.get(name, {}))
             numbers = value if isinstance(value, Mapping) else {"value": value}
+            if not math.isfinite(numbers.get("value", math.nan)):
+                raise TrainingError(f"reward {name!r}: expected a finite number, found {value!r} for {outcome}")
             found |= {name if key == "value" else f"{name}_{key}": float(number) for key, number in numbers.items()}
         return found
 

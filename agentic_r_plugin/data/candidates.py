@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
-from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
@@ -30,6 +30,9 @@ class CandidatesConfig:
     out: str = field(metadata={"help": "candidates file to write", **FREE})
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
     protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    )
     topk: int = field(default=20, metadata={"help": "candidates a query"})
     reasoning: bool = field(
         default=False,
@@ -51,7 +54,7 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
     if written != told:
         raise RecordError(
             f"trajectory {trajectory.id!r}: its turns hold the queries {told}, its text {written}; was it written with "
-            f"another agent protocol than {protocol.name!r}?"
+            f"another agent protocol than {protocol.name!r}, or other options of it?"
         )
     return [
         Candidates(
@@ -129,7 +132,7 @@ class CandidatesWorker:
     def __init__(self, config: CandidatesConfig) -> None:
         self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
         self._search = self._stack.enter_context(open_search(config.search))
-        self._protocol: AgentProtocol = components.load("agent_protocol", config.protocol)
+        self._protocol = load_protocol(config.protocol, config.protocol_options)
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprint of the retriever."""

@@ -255,15 +255,18 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
             scored = relevance.get(query_key(query)) if relevance is not None else None
             if scored is not None:
                 check_scored([passage.id for passage in query.passages], scored.scores)
+            trajectory = trajectories.get(query.id) if trajectories is not None else None
             texts = None
             if corpus is not None:
-                texts = {passage.id: normalize(corpus.by_id(passage.id).text) for passage in query.passages}
+                turns = [] if trajectory is None else [turn for turn in trajectory.turns if turn.turn == query.turn]
+                named = {passage.id for listed in (query, *turns) for passage in listed.passages}
+                texts = {identifier: normalize(corpus.by_id(identifier).text) for identifier in named}
             # A query is a duplicate unless it is the first with its words; `>> 1` as in `_first_queries`.
             return SelectionTask(
                 query=query,
                 relevance=scored.scores if scored is not None else None,
                 correctness=correctness_of(query, correctness) if correctness is not None else None,
-                trajectory=trajectories.get(query.id) if trajectories is not None else None,
+                trajectory=trajectory,
                 same_text=texts,
                 duplicate=first is not None and first.find(_said(query))[0] != key_hash(query_key(query)) >> 1,
             )

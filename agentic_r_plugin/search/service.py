@@ -131,11 +131,18 @@ class SearchService:
             SearchError: the backend failed, or cannot open documents.
         """
         self._admit(len(ids))
-        self._wait(len(ids))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, open_documents, self.backend, ids)
+            work = asyncio.get_running_loop().run_in_executor(self._thread, open_documents, self.backend, ids)
         except RuntimeError as error:  # the thread was shut down
             raise OverloadedError("the service is shutting down") from error
+        self._wait(len(ids))
+        try:
+            return await work
+        except SearchError:
+            raise
+        except Exception as error:
+            self.metrics.add("backend_errors", 1)
+            raise SearchError(f"the search backend failed: {type(error).__name__}: {error}") from error
         finally:
             self._wait(-len(ids))
 

@@ -11,7 +11,7 @@ from agentic_r_plugin.agent.metrics import rollout_line, trajectory_metrics
 from agentic_r_plugin.agent.reward import compute_score
 from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.agent.rollout_page import page
-from agentic_r_plugin.errors import BackendError, ConfigError, UnknownComponentError
+from agentic_r_plugin.errors import BackendError, ConfigError, TrainingError, UnknownComponentError
 from agentic_r_plugin.records import Passage, StopReason
 from agentic_r_plugin.tags import compact
 from tests.llm.loopback import Answer, chat, serve
@@ -55,6 +55,14 @@ def test_rewards_are_added_up_by_their_weights_and_the_parts_are_kept_as_they_ar
     assert parts == {"exact_match": 0.0, "f1": pytest.approx(2 / 3), "search_penalty": -1.0}
     assert reward.total(parts) == pytest.approx(1 / 3 - 0.05)
     assert reward.parts(SILENT)["search_penalty"] == -3.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"other": 1.0}])
+def test_a_reward_that_is_no_finite_number_never_reaches_the_training(value: Any) -> None:
+    reward = RewardSum({"f1": 1.0}, {})
+    reward.rewards["f1"] = lambda outcome: value
+    with pytest.raises(TrainingError, match="reward 'f1': expected a finite number"):
+        reward.parts(RIGHT)
 
 
 def test_a_reward_without_this_name_or_option_is_refused_at_the_start() -> None:

@@ -104,6 +104,17 @@ def test_a_backend_without_documents_is_an_error_and_not_an_unknown_document():
         RetrievalClient(address, retries=0).documents(["7"])
 
 
+def test_a_backend_that_fails_to_open_a_document_is_not_taken_for_a_service_that_shuts_down():
+    class Broken(EchoBackend):
+        def documents(self, ids):
+            raise RuntimeError("the disk is on fire")
+
+    with serving(Broken()) as address:
+        answer = httpx.post(f"{address}/documents", json={"ids": ["7"]})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "search_failed")
+    assert "RuntimeError: the disk is on fire" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
