@@ -39,8 +39,10 @@ _NO_ANSWERS = frozenset({"", "<unk>", "No Answer Present."})
 """What data sets write instead of an answer that is unknown: TriviaQA's test split, MS MARCO."""
 
 _QUESTION_IDS = ("id", "_id", "question_id", "query_id")
-_ID_FIELDS = ("id", "_id", "docid")
-PASSAGE_FIELDS = (*_ID_FIELDS, "contents", "title", "text")
+ID_FIELDS = ("id", "_id", "docid")
+"""Fields that hold a passage's id, the first that is there."""
+
+PASSAGE_FIELDS = (*ID_FIELDS, "contents", "title", "text")
 """All fields that `passage_fields` reads."""
 
 _MESSAGES = re.compile(r"""\s*(array\()?\[\s*\{\s*["'](role|content)["']""")
@@ -335,12 +337,13 @@ def _browsecomp_plus(row: Row) -> dict[str, Any]:
         for kind in ("gold", "evidence")
         if f"{kind}_docs" in row
     }
-    return {"id": row["query_id"], "question": row["query"], "metadata": metadata | dict(_mapping(row, "metadata"))}
+    named = {"id": row.get("query_id"), "question": row.get("query")}
+    return named | {"metadata": metadata | dict(_mapping(row, "metadata"))}
 
 
 def _beir(row: Row) -> dict[str, Any]:
     """BEIR's queries, which have no answers."""
-    return {"question": row["text"]}
+    return {"question": row.get("text")}
 
 
 def _mappings(value: Any) -> list[Row]:
@@ -441,18 +444,19 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
     context = row.get("context")
     context = _plain(decoded_text(context, "context") or context)
     if isinstance(context, Mapping):
-        sentences = context.get("sentences", context.get("content", ()))
-        context = list(zip(_plain(context.get("title", ())), _plain(sentences), strict=False))
-    pairs = [item for item in context if len(item) == 2] if isinstance(context, list) else []
+        lists = (_plain(context.get(name)) for name in ("title", "sentences" if "sentences" in context else "content"))
+        context = list(zip(*(found if isinstance(found, list) else () for found in lists), strict=False))
+    items = map(_plain, context if isinstance(context, list) else ())
+    pairs = [item for item in items if isinstance(item, list | tuple) and len(item) == 2]
     supporting = _named_gold(row).get("supporting_titles", ()) if pairs else ()
     found: list[dict[str, Any]] = [
         {
             "id": "",
             "title": str(title),
-            "text": " ".join(str(sentence).strip() for sentence in _plain(sentences)),
+            "text": " ".join(str(part).strip() for part in (parts if isinstance(parts, list | tuple) else [parts])),
             "gold": str(title) in supporting,
         }
-        for title, sentences in pairs
+        for title, parts in ((title, _plain(parts)) for title, parts in pairs)
     ]
     found += [
         {
@@ -584,7 +588,7 @@ def passage_fields(row: Any) -> tuple[str, str]:
     """
     if not isinstance(row, Mapping):
         raise RecordError(f"expected a JSON object, found {type(row).__name__}")
-    identifier = next((name for field in _ID_FIELDS if (name := name_of(row.get(field), field)) is not None), None)
+    identifier = next((name for field in ID_FIELDS if (name := name_of(row.get(field), field)) is not None), None)
     if identifier is None:
         raise RecordError(f"expected an id in field 'id' ('_id', 'docid'), found only {', '.join(map(repr, row))}")
     if contents := _text(row, "contents"):

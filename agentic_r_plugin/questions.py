@@ -76,8 +76,12 @@ def read_qrels(path: str | Path) -> dict[str, list[str]]:
     path, relevant = Path(path), defaultdict[str, list[str]](list)
     if not path.is_file():
         raise RecordError("no such file", path=path)
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as lines:
+        for number, data in enumerate(lines, start=1):
+            try:
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
             fields = line.split("\t") if "\t" in line else line.split()
             if not line.strip() or (number == 1 and fields[0] == "query-id"):
                 continue

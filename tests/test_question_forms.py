@@ -300,6 +300,31 @@ def test_data_sets_saved_by_datasets_are_converted(tmp_path, capfd):
     assert code == 1 and "its splits are train, dev" in error
 
 
+def test_a_resume_with_another_saved_data_set_is_refused(tmp_path, capfd):
+    datasets = pytest.importorskip("datasets")
+    for name in ("one", "two"):
+        datasets.Dataset.from_list([{"q": "Who?", "a": name}]).save_to_disk(str(tmp_path / name))
+    given = [f"out={tmp_path / 'q.jsonl'}", "format=question=q,answers=a"]
+    assert convert(capfd, f"in={tmp_path / 'one'}", *given)[0] == 0
+    assert convert(capfd, f"in={tmp_path / 'one'}", *given, "--resume")[0] == 0
+    code, error = convert(capfd, f"in={tmp_path / 'two'}", *given, "--resume")
+    assert code == 1 and "data set was" in error
+    code, error = convert(capfd, "in=hub:owner/name", *given, "--resume")
+    assert code == 1 and 'now "hub:owner/name"' in error
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [("browsecomp_plus", {"query_id": None, "query": "Who?"}, "missing field 'id'"),
+     ("beir", {"_id": "1", "text": None}, "expected a text field 'question'")],
+)  # fmt: skip
+def test_an_absent_value_in_a_named_form_is_an_error_with_its_line(tmp_path, form, row, message):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(RecordError, match=rf"q\.jsonl:1: {message}"):
+        list(read_questions(file, format=form))
+
+
 def test_a_hub_that_cannot_be_reached_is_an_error_with_the_way_out(tmp_path, capfd, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -329,6 +354,13 @@ def test_a_broken_line_of_the_qrels_is_refused(tmp_path, capfd, line, message):
     given.write_text(f"query-id\tcorpus-id\tscore\n{line}\n")
     code, error = convert(capfd, f"in={file}", f"qrels={given}", f"out={tmp_path / 'o.jsonl'}")
     assert code == 1 and f"test.tsv{message} a question id, a document id and a grade" in error
+
+
+def test_qrels_that_are_no_text_are_refused(tmp_path, capfd):
+    file, given = write(tmp_path, FORMS["BEIR"]), tmp_path / "test.tsv"
+    given.write_bytes(b"1 0 d1 1\n1 0 \xff 1\n")
+    code, error = convert(capfd, f"in={file}", f"qrels={given}", f"out={tmp_path / 'o.jsonl'}")
+    assert code == 1 and "test.tsv:2: expected UTF-8" in error
 
 
 @pytest.fixture

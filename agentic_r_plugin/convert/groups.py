@@ -124,7 +124,9 @@ def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
                 passages = [corpus.by_id(name) for name in (group.positive, *group.negatives[:most])]
             except RecordError as error:
                 raise RecordError(str(error), path=shard, line=number) from error
-            query = retrieval_query(group.question, group.query, group.history, record.formulation)
+            query = retrieval_query(
+                group.question, group.query, group.history, record.formulation, reasoning=group.reasoning
+            )
             stream.write(dump_line(row_of(group, query, passages, record)))
     text = (
         f"# Training groups for a retriever\n\n{len(sizes)} groups of one positive and {most} negatives, selected by "

@@ -21,6 +21,7 @@ def convert_once(
     write: Callable[[Path], Mapping[str, Any]],
     *,
     inputs: Mapping[str, str],
+    made_from: Mapping[str, Any] | None = None,
     resume: bool,
     folder: bool = False,
 ) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def convert_once(
     Args:
         config: settings of the command; those that decide the result are compared on resume.
         inputs: input files by role; empty names are left out.
+        made_from: what else is compared on resume.
         folder: whether the output is a folder.
 
     Raises:
@@ -39,7 +41,9 @@ def convert_once(
         RecordError: no such input.
     """
     files = {f"input {role}": file_fingerprint(path) for role, path in inputs.items() if path}
-    output = Output(out=Path(config.out), made_from=deciding(config) | files, done=REPORT, folder=folder)
+    output = Output(
+        out=Path(config.out), made_from=deciding(config) | files | dict(made_from or {}), done=REPORT, folder=folder
+    )
     with output.claim(resume=resume) as held:
         held.begin(config=to_dict(config))
         if held.finished is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.convert.hub import HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
@@ -21,7 +21,7 @@ from agentic_r_plugin.forms import LISTS, context_documents, listed
 from agentic_r_plugin.questions import FORMAT, Rows, checked, read_qrels, read_rows, relevant_only
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import beir_queries, write_records
+from agentic_r_plugin.store import beir_queries, sampled_fingerprint, write_records
 
 HUB = "hub:"
 """Prefix of the name of a data set on the hub."""
@@ -87,7 +87,7 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
             return {**counts, **({"gold_passages": finder.counts} if finder else {})}
 
     files = {"in": "" if _by_datasets(config) else str(_source(config)), "qrels": config.qrels, "corpus": config.corpus}
-    report = convert_once(config, write, inputs=files, resume=resume)
+    report = convert_once(config, write, inputs=files, made_from=_data_set(config), resume=resume)
     if config.push_to_hub:
         rows, out = report["questions"], Path(config.out)
         text = (
@@ -136,6 +136,14 @@ def _by_datasets(config: QuestionsConfig) -> bool:
     """Whether `in` is a data set of the hub or a folder that `save_to_disk` of `datasets` wrote."""
     saved = (Path(config.in_) / name for name in ("state.json", "dataset_dict.json"))
     return config.in_.startswith(HUB) or any(file.is_file() for file in saved)
+
+
+def _data_set(config: QuestionsConfig) -> dict[str, str]:
+    """What a resume compares of a data set that `datasets` reads: its name on the hub, or samples of saved files."""
+    if not _by_datasets(config):
+        return {}
+    saved = sorted(Path(config.in_).rglob("*.arrow"))
+    return {"data set": fingerprint(*map(sampled_fingerprint, saved)) if saved else config.in_}
 
 
 def _rows(config: QuestionsConfig) -> Rows:

@@ -25,7 +25,7 @@ from agentic_r_plugin.convert.hub import HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
-from agentic_r_plugin.forms import name_of
+from agentic_r_plugin.forms import absent, name_of
 from agentic_r_plugin.protocol import Finished, Search
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReason, Trajectory, Turn, text_id
@@ -278,24 +278,61 @@ class _Steps:
 def _chat(row: Row, protocol: TagProtocol) -> Log:
     messages = [message for message in row["messages"] if isinstance(message, Mapping)]
     asked = next((_part(message.get("content")) for message in messages if message.get("role") == "user"), None)
-    results = {m.get("tool_call_id"): m.get("content") for m in messages if m.get("role") == "tool"}
     log = Log(id=_id_of(row), asked=asked)
     steps = _Steps(log, protocol)
-    for message in messages:
+    results = _tool_results(messages)
+    last = max((place for place, message in enumerate(messages) if message.get("role") == "assistant"), default=None)
+    for place, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         steps.think(message.get("reasoning_content") or message.get("reasoning"))
         content, calls = _part(message.get("content")), message.get("tool_calls") or ()
-        if not calls:
+        if not calls and place == last:
             steps.answer(content)
             continue
         steps.think(content)
-        for call in calls:
+        for number, call in enumerate(calls):
             function = call.get("function") if isinstance(call, Mapping) else None
             if not isinstance(function, Mapping):
                 raise RecordError(f"field 'tool_calls': expected objects with 'function', found {str(call)[:80]!r}")
-            steps.call(function.get("arguments"), results.get(call.get("id")))
+            steps.call(function.get("arguments"), results.get((place, number)))
     return log
+
+
+def _tool_results(messages: Sequence[Row]) -> dict[tuple[int, int], Any]:
+    """(place of a message, number of its call) -> the result of the call.
+
+    Calls belong to the tool messages that follow before the next call: by id, or in order where ids are absent or
+    repeated. Some servers give none, or count from zero in every turn.
+    """
+    found: dict[tuple[int, int], Any] = {}
+    calls: list[tuple[tuple[int, int], str | None]] = []
+    replies: list[tuple[str | None, Any]] = []
+
+    def name(message: Any, field: str) -> str | None:
+        value = message.get(field) if isinstance(message, Mapping) else None
+        return None if absent(value) else str(value)
+
+    def match() -> None:
+        ids, known = [key for key, _ in replies], [key for _, key in calls]
+        if None not in ids and len(set(ids)) == len(ids) and len(set(known)) == len(known):
+            by_id = dict(replies)
+            found.update((place, by_id[key]) for place, key in calls if key in by_id)
+        elif len(ids) == len(known):
+            found.update((place, content) for (place, _), (_, content) in zip(calls, replies, strict=True))
+        calls.clear()
+        replies.clear()
+
+    for place, message in enumerate(messages):
+        if message.get("role") == "assistant":
+            if replies:
+                match()
+            made = enumerate(message.get("tool_calls") or ())
+            calls += [((place, number), name(call, "id")) for number, call in made]
+        elif message.get("role") == "tool":
+            replies.append((name(message, "tool_call_id"), message.get("content")))
+    match()
+    return found
 
 
 def _browsecomp_plus(row: Row, protocol: TagProtocol) -> Log:
@@ -326,12 +363,12 @@ def _part(content: Any) -> str:
 
 
 def _queries(arguments: Any) -> list[str]:
-    """The queries of a tool call; none if it is no search.
+    """The queries of a tool call; none if it is no search, such as a call without arguments.
 
     Raises:
         RecordError: the arguments are no object.
     """
-    values = _decoded(arguments)
+    values = _decoded(arguments or {})
     if not isinstance(values, Mapping):
         raise RecordError(f"arguments of a tool call: expected a JSON object, found {str(arguments)[:80]!r}")
     value: Any = next((values[name] for name in _QUERY_ARGUMENTS if name in values), [])

@@ -117,7 +117,11 @@ class FaissSource(Source):
     def coded(self, vectors_ND: Vectors) -> Vectors:
         """See `Source`."""
         index = faiss.downcast_index(self.index.storage) if isinstance(self.index, faiss.IndexHNSW) else self.index
-        return index.sa_decode(index.sa_encode(vectors_ND))
+        try:
+            return index.sa_decode(index.sa_encode(vectors_ND))
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise IndexMismatchError(f"{self.name}: faiss cannot encode for kind {self.kind}: {reason}") from error
 
     def nearest(self, vectors_ND: Vectors) -> list[int]:
         """See `Source`."""
@@ -125,6 +129,8 @@ class FaissSource(Source):
 
     def write(self, path: Path, train_rows: int) -> None:
         """See `Source`."""
+        if self.path is not None and path.exists() and path.samefile(self.path):
+            return
         path.unlink(missing_ok=True)  # left by a process that was killed
         if self.path is None:
             with atomic_path(path) as temporary:
@@ -229,7 +235,11 @@ def _faiss_source(paths: Sequence[Path], name: str, work: Path) -> Source:
             for path in paths:
                 with path.open("rb") as part:
                     shutil.copyfileobj(part, stream, 1 << 24)
-        return FaissSource(open_index(joined, mapped=True), joined, name=name, copy=True)
+        try:
+            index = open_index(joined, mapped=True)
+        except IndexMismatchError as error:
+            raise IndexMismatchError(f"{name}, joined in this order: {error}") from error
+        return FaissSource(index, joined, name=name, copy=True)
     if len(paths) == 1:
         return FaissSource(indexes[0], paths[0], name=name)
     kinds = [(kind_of(index, str(path)), index.metric_type) for index, path in zip(indexes, paths, strict=True)]
@@ -238,6 +248,8 @@ def _faiss_source(paths: Sequence[Path], name: str, work: Path) -> Source:
     if kinds[0][0] in ("Flat", "SQfp16"):
         parts = [_rows_of(index) for index in indexes]
         return MatrixSource(parts, kinds[0][0], name=name, metric=_METRICS.get(kinds[0][1], "other"))
+    if not all(map(faiss.try_extract_index_ivf, indexes)):
+        raise IndexMismatchError(f"{name}: graphs of several indexes cannot be joined; adopt their vectors instead")
     return FaissSource(_merged([open_index(path, mapped=False) for path in paths], name), None, name=name)
 
 
@@ -252,8 +264,6 @@ def _rows_of(index: faiss.Index) -> Matrix:
 def _merged(indexes: list[faiss.Index], name: str) -> faiss.Index:
     """One IVF index from several with the same lists, in memory."""
     ivfs: list[Any] = [faiss.try_extract_index_ivf(index) for index in indexes]
-    if not all(ivfs):
-        raise IndexMismatchError(f"{name}: graphs of several indexes cannot be joined; adopt their vectors instead")
     centroids = [ivf.quantizer.reconstruct_n(0, ivf.nlist) for ivf in ivfs]
     if not all(np.array_equal(centroids[0], other) for other in centroids[1:]):
         raise IndexMismatchError(f"{name}: the parts were trained apart: their lists have different centroids")
@@ -318,6 +328,8 @@ def _pickled(paths: Sequence[Path], corpus: Corpus) -> Matrix:
     if (order < 0).any():
         missing = corpus[int(np.argmin(order))].id
         raise IndexMismatchError(f"{paths[0]}: no vector for passage {missing!r} of {corpus.path}")
+    if len(dims := {part.shape[1] for part in parts}) > 1:
+        raise IndexMismatchError(f"{paths[0]}: the files hold vectors of different dimensions: {sorted(dims)}")
     vectors = np.concatenate(parts)
     return Matrix(rows=len(ids), dim=vectors.shape[1], read=lambda start, stop: vectors[order[start:stop]])
 

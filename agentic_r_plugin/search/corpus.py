@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import PASSAGE_FIELDS, passage_fields, passage_metadata
+from agentic_r_plugin.forms import ID_FIELDS, PASSAGE_FIELDS, passage_fields, passage_metadata
 from agentic_r_plugin.records import TEXT_ID, Passage
 from agentic_r_plugin.storage.lookup import key_hash
 from agentic_r_plugin.store import (
@@ -39,7 +39,6 @@ from agentic_r_plugin.store import (
     parse_line,
     read_json,
     read_lines,
-    read_list,
     sampled_fingerprint,
     shards,
     unpacked,
@@ -66,8 +65,8 @@ class Corpus:
     Args:
         path: `.jsonl` (or one JSON list), `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields
             that `forms.passage_fields` reads: `id` and `contents`, or title and text as in Search-R1, BEIR and
-            Tevatron. Other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS MARCO, and a folder of JSON or
-            Parquet shards, read in the order of their names.
+            Tevatron. `metadata` and `url` are kept, other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS
+            MARCO, and a folder of JSON or Parquet shards, read in the order of their names.
         table: a folder written by `save_table`; ignored if `path` has changed since. None or "" for no table.
 
     Raises:
@@ -403,7 +402,7 @@ def corpus_rows(path: Path) -> Iterator[tuple[int, Any]]:
         return read_lines(path, columns=_columns(path))
     if ".tsv" in path.suffixes:
         return _tsv_rows(path)
-    return read_list(b"".join(_blocks(path)), path, 1) if _is_list(path) else read_lines(path)
+    return read_lines(path)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -429,7 +428,7 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of DPR's passages (quoted, with a header `id`, `text`, `title`) or MS MARCO's (id, text; unquoted).
+    """Rows of DPR's passages (quoted, with a header that names id, text and title) or MS MARCO's (id, text; unquoted).
 
     Raises:
         RecordError: a line with other fields or not in UTF-8; names file and line.
@@ -439,7 +438,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
         with unpacked(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="\n") as text:
             first = text.readline()
             names = first.rstrip("\r\n").split("\t")
-            if not {"id", "text"} <= set(names):
+            if "text" not in names or not set(ID_FIELDS) & set(names):
                 for number, line in enumerate(chain([first], text), start=1):
                     identifier, tab, passage = line.rstrip("\r\n").partition("\t")
                     if line.strip() and not tab:

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _repair(
 ) -> None:
     out, spec = held.out, config.spec()
     if not (out / REPORT).is_file():
-        rows = list(read_rows(config.questions, format=config.format))[: config.max_questions or None]
+        rows = list(islice(read_rows(config.questions, format=config.format), config.max_questions or None))
         added, not_found = missing_documents(rows, corpus, source)
         if not added:
             raise ConfigError(

@@ -113,7 +113,8 @@ class KeyedRecords(Generic[RecordType]):
         if self._index is not None:
             return
         index = HashIndex(self._folder)
-        for number, shard in enumerate(shards(self.path)):
+        # Other readers need all shards at once: whether ids begin again shows only then.
+        for number, shard in enumerate(shards(self.path) if self.reader is None else [self.path]):
             for offset, line, data in self._lines(shard):
                 record = self._record(data, shard, line)
                 index.add(key_hash(self.key(record)), number << 44 | offset)

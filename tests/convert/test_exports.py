@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,18 @@ def test_groups_for_tevatron_and_flagembedding_leave_the_prefixes_to_the_trainer
     rows, card = exported(groups, "flagembedding", tmp_path)
     assert rows[0] == {"query": "Q? [SEP] first", "pos": ['"T0"\nText 0.'], "neg": ['"T1"\nText 1.', '"T2"\nText 2.']}
     assert '--query_instruction_for_retrieval "query: "' in card
+
+
+def test_queries_hold_the_reasoning_that_the_formulation_reads(groups, tmp_path):
+    file, corpus = groups
+    made = [replace(group, reasoning="Who?") for group in read_records(file, Group)]
+    write_records(file, made)
+    out = tmp_path / "set"
+    convert(
+        "groups", f"in={file}", f"corpus={corpus}", f"out={out}", "to=tevatron", "formulation=reasoning_query", *MINILM
+    )
+    first, _ = (json.loads(line) for line in (out / "train.jsonl").read_text().splitlines())
+    assert first["query"] == "Reasoning: Who?\n\nQuery: first"
 
 
 def test_sentence_transformers_trains_on_the_exported_set(groups, tmp_path):

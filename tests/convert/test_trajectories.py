@@ -141,6 +141,57 @@ def test_an_id_of_another_question_or_another_passage_is_not_trusted(tmp_path):
     assert report["passages"]["by_text"] == 1 and found.answer is None and found.stop_reason == StopReason.MAX_TURNS
 
 
+def chat_of(ids, order) -> dict:
+    """Two searches, each for the passage that it finds; `order` of the calls (0, 1) and their results (2, 3)."""
+    calls = [call(0, None, {"query": query}) for query in ("Ulm river", "Emma author")]
+    shown = ({"title": "", "text": "Ulm <b>lies</b> on the Danube."}, {"title": "", "text": "Emma is a novel"})
+    tools = [{"role": "tool", "content": json.dumps([item])} for item in shown]
+    for message, tool, name in zip(calls, tools, ids, strict=True):
+        message["tool_calls"][0]["id"] = tool["tool_call_id"] = name
+    question = {"role": "user", "content": "Question: Which river is Ulm on?"}
+    return {"messages": [question, *([*calls, *tools][place] for place in order)]}
+
+
+@pytest.mark.parametrize("ids", [(None, None), ("call_0", "call_0"), (1, 2)], ids=str)
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 1, 2, 3)], ids=["in turn", "together"])
+def test_results_belong_to_their_calls_whatever_the_ids(tmp_path, ids, order):
+    (found,), report = convert(tmp_path, [chat_of(ids, order)])
+    shown = [(turn.query, [passage.id for passage in turn.passages]) for turn in found.turns]
+    assert shown == [("Ulm river", ["2"]), ("Emma author", [text_id("Emma is a novel")])]
+    assert report["calls_left_out"] == 0
+
+
+def test_a_result_that_no_id_assigns_is_no_result(tmp_path):
+    (found,), report = convert(tmp_path, [chat_of((None, None), (0, 1, 3))])
+    assert found.turns == () and report["calls_left_out"] == 2
+
+
+def test_text_before_a_later_search_is_no_answer(tmp_path):
+    said = {"role": "assistant", "content": "I look it up."}
+    log = [{"messages": [*CHAT["messages"][:2], said, *CHAT["messages"][2:4]]}]
+    (found,), _ = convert(tmp_path, log)
+    assert (found.answer, found.stop_reason) == (None, StopReason.MAX_TURNS)
+    assert found.turns[0].reasoning == "I look it up.\nWho wrote it?"
+
+
+def test_a_call_without_arguments_is_left_out(tmp_path):
+    done = {"role": "assistant", "tool_calls": [{"id": "c9", "function": {"name": "finish", "arguments": ""}}]}
+    (found,), report = convert(tmp_path, [{"messages": [*CHAT["messages"][:4], done, CHAT["messages"][-1]]}])
+    assert found.answer == "Steventon" and (report["searches"], report["calls_left_out"]) == (1, 1)
+
+
+def test_questions_in_shards_have_the_ids_that_the_whole_folder_has(tmp_path):
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for source, question in (("nq", "Which river is Ulm on?"), ("hotpotqa", "Where was the author of Emma born?")):
+        row = {"id": "train_0", "data_source": source, "question": question, "golden_answers": ["x"]}
+        write(folder / f"{source}.jsonl", [row | {"extra_info": {"split": "train", "index": 0}}])
+    logs = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]}
+            for text in ("Which river is Ulm on?", "Where was the author of Emma born?")]  # fmt: skip
+    found, report = convert(tmp_path, logs, f"questions={folder}")
+    assert [record.id for record in found] == ["nq/train/0", "hotpotqa/train/0"] and report["repeated"] == 0
+
+
 def test_a_trajectory_from_python():
     question = Question(id="q2", question="Which river?", golden_answers=("Danube",))
     steps = [("I look.", "Ulm", [Passage(id="2", title="Ulm", text="On the Danube.")]), ("", "Danube", ["A river."])]

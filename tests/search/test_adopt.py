@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.errors import AgenticRError, ConfigError, IndexMismatchError
+from agentic_r_plugin.search.adopt import FaissSource
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend, TorchBackend
@@ -205,7 +206,12 @@ def test_what_does_not_belong_is_refused_with_what_was_found(vectors, corpus, mo
     refused(cut, "faiss cannot read this index")
     (tmp_path / "part_a").write_bytes(good.read_bytes()[:9000])
     (tmp_path / "part_b").write_bytes(good.read_bytes()[9000:-100])
-    refused(tmp_path / "part_*", "faiss cannot read this index")
+    refused(tmp_path / "part_*", r"part_a and 1 more, joined in this order: .*faiss cannot read this index")
+    refused(faiss_file(tmp_path / "pca", vectors, "PCA16,HNSW16"), "faiss cannot encode for kind PCAMatrix,HNSW16")
+    for number, part in enumerate((vectors[:200], wider[200:])):
+        with (tmp_path / f"{number}.pkl").open("wb") as stream:
+            pickle.dump((part, [f"d{row}" for row in range(200 * number, 200 * number + 200)]), stream)
+    refused(tmp_path / "?.pkl", r"vectors of different dimensions: \[32, 64\]", allow_pickle=True)
     np.save(tmp_path / "flat.npy", vectors.ravel())
     refused(tmp_path / "flat.npy", r"expected a matrix of floats \(rows, dimension\), found shape \(12800,\)")
     save_file({"a": vectors, "b": vectors}, tmp_path / "two.safetensors")
@@ -218,6 +224,13 @@ def test_what_does_not_belong_is_refused_with_what_was_found(vectors, corpus, mo
     refused(tmp_path / "h[01]", "graphs of several indexes cannot be joined")
     faiss_file(tmp_path / "i0", vectors[:200], "IVF4,Flat"), faiss_file(tmp_path / "i1", vectors[200:], "IVF4,Flat")
     refused(tmp_path / "i[01]", "their lists have different centroids")
+
+
+def test_the_original_is_never_deleted(vectors, tmp_path):
+    file = faiss_file(tmp_path / "agentic_r_Flat.index", vectors)
+    before = file.read_bytes()
+    FaissSource(faiss.read_index(str(file)), file, name="x").write(file, 1)
+    assert file.read_bytes() == before and not file.is_symlink()
 
 
 def test_a_moved_original_is_an_error_that_says_how_to_link_again(vectors, corpus, model_folder, tmp_path, capsys):

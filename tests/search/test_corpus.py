@@ -244,6 +244,7 @@ def test_passages_of_dpr_and_ms_marco_are_read(tmp_path, name):
     assert found(DPR) == [("1", 'Ann "A" B', 'He said "go".\u2028Then\tleft.'), ("2", "Bob", "plain")]
     assert found(MARCO) == [("1", "", '"Quoted" start'), ("2", "", "plain\ttab")]
     assert found(MARCO.replace("\n", "\r\n")) == found(MARCO)
+    assert found(DPR.replace("id", "docid", 1)) == found(DPR.replace("id", "_id", 1)) == found(DPR)
     for text, message in (
         (DPR + "3\tx\n", ":4: expected 3 fields, found 2"),
         (MARCO + "3\n", ":3: expected an id, a tab"),

@@ -151,6 +151,14 @@ def test_every_form_of_context_is_read():
     assert context_documents({"question": "Who?"}) == []
 
 
+def test_contexts_of_other_data_sets_are_not_taken_for_pairs():
+    facts = {"supporting_facts": [["Nile", 0]]}
+    whole = {"id": "", "title": "Nile", "text": "It flows. Far.", "gold": True}
+    assert context_documents(facts | {"context": [["Nile", "It flows. Far."]]}) == [whole]
+    for context in ([{"title": "Nile", "text": "x"}], ["ab"], [7], {"title": None, "sentences": None}, {"title": "x"}):
+        assert context_documents(facts | {"context": context}) == []
+
+
 def test_an_interrupted_repair_goes_on_without_encoding_twice(
     cut, full, questions, model_folder, tmp_path, monkeypatch
 ):
