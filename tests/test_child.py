@@ -65,8 +65,9 @@ def test_it_ends_soon_after_the_process_that_started_it_was_killed(tmp_path: Pat
 
 
 FAMILY = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from agentic_r_plugin import child
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit an ignored SIGINT
 if len(sys.argv) > 1:
     import ray
     child.die_with(os.getppid(), family=True)
