@@ -67,14 +67,14 @@ class Record:
         """
         if not isinstance(data, Mapping):
             raise RecordError(f"expected a JSON object, found {type(data).__name__}")
-        data = _used(cls, data)
+        data = dict(data)
         if cls.schema is not None:
             found, (name, _, newest) = data.pop("schema", None), cls.schema.partition("/")
             known = [f"{name}/{number}" for number in range(1, int(newest) + 1)]
             if found not in known:
                 raise RecordError(f"expected schema {' or '.join(map(repr, known))}, found {found!r}")
             for key, item in _later(cls).items():
-                if key in data and item.metadata["since"] > 1 + known.index(found):
+                if data.get(key) is not None and item.metadata["since"] > 1 + known.index(found):
                     raise RecordError(f"unknown field {key!r} of {found}; it came with number {item.metadata['since']}")
         return _build(cls, data, "")
 
@@ -118,11 +118,6 @@ def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _used(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record that are in use: in a Parquet file, a field that a record does not use is null."""
-    return {key: value for key, value in data.items() if value is not None or key not in _later(cls)}
-
-
 def _build(cls: Any, data: dict[str, Any], where: str) -> Any:
     declared = {item.name: item for item in fields(cls)}
     unknown = sorted(set(data) - set(declared))
@@ -130,6 +125,8 @@ def _build(cls: Any, data: dict[str, Any], where: str) -> Any:
         raise RecordError(f"unknown field {where}{unknown[0]!r}; {cls.__name__} has {', '.join(declared)}")
     values = {}
     for name, item in declared.items():
+        if data.get(name) is None and name in _later(cls):
+            continue  # in a Parquet file, a field that a record does not use is null
         if name in data:
             values[name] = _checked(_hints(cls)[name], data[name], f"{where}{name}")
         elif item.default is MISSING and item.default_factory is MISSING:
@@ -151,7 +148,7 @@ def _checked(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {key: _checked(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     elif is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, _used(hint, value), f"{where}.")
+        return _build(hint, dict(value), f"{where}.")
     elif isinstance(hint, type) and issubclass(hint, Enum):
         if value in [option.value for option in hint]:  # a list, not a set: the value may not be hashable
             return hint(value)

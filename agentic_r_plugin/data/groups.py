@@ -258,8 +258,10 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
             trajectory = trajectories.get(query.id) if trajectories is not None else None
             texts = None
             if corpus is not None:
-                turns = [] if trajectory is None else [turn for turn in trajectory.turns if turn.turn == query.turn]
-                named = {passage.id for listed in (query, *turns) for passage in listed.passages}
+                named = {passage.id for passage in query.passages}
+                if trajectory is not None:  # the agent may have been shown what is no candidate
+                    turns = (turn for turn in trajectory.turns if turn.turn == query.turn)
+                    named |= {passage.id for turn in turns for passage in turn.passages}
                 texts = {identifier: normalize(corpus.by_id(identifier).text) for identifier in named}
             # A query is a duplicate unless it is the first with its words; `>> 1` as in `_first_queries`.
             return SelectionTask(

@@ -12,7 +12,17 @@ import pytest
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.data.groups import GroupsConfig, run
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
-from agentic_r_plugin.records import Candidates, CorpusLine, Correctness, Group, Relevance, ScoredPassage
+from agentic_r_plugin.records import (
+    Candidates,
+    CorpusLine,
+    Correctness,
+    Group,
+    Relevance,
+    ScoredPassage,
+    StopReason,
+    Trajectory,
+    Turn,
+)
 from agentic_r_plugin.store import file_fingerprint, read_json, read_records, write_json, write_records
 
 PASSAGES = tuple(f"p{number:02}" for number in range(20))
@@ -160,25 +170,24 @@ def test_the_command_takes_flags_and_overrides_and_reports_errors_without_a_trac
 def test_what_was_opened_is_read_from_the_trajectories_without_correctness(config: GroupsConfig, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"groups: no --trajectories file; give one$"):
         run(replace(config, preset="opened", correctness=""))
-    turns = [
-        {"turn": 1, "reasoning": "", "query": "q", "passages": [{"id": one, "score": 1.0} for one in PASSAGES[:3]]},
-        {"turn": 2, "reasoning": "one two three", "query": "r", "passages": []},
-    ]
-    turns[0]["opened"] = ["p01"]
-    base = {
-        "schema": "trajectory/2", "question": "Q", "golden_answers": ["x"], "turns": turns, "answer": None,
-        "stop_reason": "max_turns", "em": 0, "f1": 0.0, "text": "",
-    }  # fmt: skip
-    lines = [json.dumps(base | {"id": str(number)}) for number in range(6)]
-    (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n")
+    shown = tuple(ScoredPassage(id=one, score=1.0) for one in PASSAGES[:3])
+    base = Trajectory(
+        id="", question="Q", golden_answers=("x",), answer=None, stop_reason=StopReason.MAX_TURNS, em=0, f1=0.0,
+        text="",
+        turns=(
+            Turn(turn=1, reasoning="", query="q", passages=shown, opened=("p01",)),
+            Turn(turn=2, reasoning="one two three", query="r", passages=()),
+        ),
+    )  # fmt: skip
+    write_records(tmp_path / "t.jsonl", [replace(base, id=str(number)) for number in range(6)])
     made = replace(config, preset="opened", correctness="", trajectories=str(tmp_path / "t.jsonl"), out=f"{tmp_path}/o")
     run(made)
     found = [(group.id, group.positive, group.negatives, group.weight) for group in read_records(made.out, Group)]
     assert found == [(name, "p01", ("p00", "p02"), pytest.approx(8 / 54)) for name in ("2", "5")]
 
     # The agent may have been shown what is no candidate; equal texts are compared for these passages, too.
-    turns[0]["passages"].append({"id": "shown", "score": 1.0})
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(base | {"id": str(number)}) for number in range(6)) + "\n")
+    more = replace(base.turns[0], passages=(*shown, ScoredPassage(id="shown", score=1.0)))
+    write_records(tmp_path / "t.jsonl", [replace(base, id=str(n), turns=(more, base.turns[1])) for n in range(6)])
     corpus = [CorpusLine(id=one, contents=f'"T"\n{one}') for one in PASSAGES]
     write_records(tmp_path / "corpus.jsonl", [*corpus, CorpusLine(id="shown", contents='"T"\np00')])
     run(replace(made, drop_duplicate_passages=True, corpus=str(tmp_path / "corpus.jsonl"), out=f"{tmp_path}/p"))
