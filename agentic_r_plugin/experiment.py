@@ -123,6 +123,7 @@ class Experiment:
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
                 self._check_correctness(name, plan)
                 self._relevance_config(plan, Path("x")).check()
+                self._correctness_config(plan).check()
                 self._train_config(plan, Path("x"), Path("x"))
         self._planned_evaluations()
         for name in self.config.worlds:
@@ -135,8 +136,7 @@ class Experiment:
         """Check that the run's correctness, if the plan uses it, was not pruned more than its groups allow."""
         rule = self._groups_config(plan, {}, Path("x")).rule()
         rolled_out = self._stage("correctness")
-        rolls_out = plan.exhaustive or plan.sampled or plan.relevance
-        if rule.use_correctness and not (rolls_out or rolled_out.exhaustive):
+        if rule.use_correctness and not (plan.rolls_out or rolled_out.exhaustive):
             try:
                 groups.check_pruned(rule, rolled_out.rule())
             except ConfigError as error:
@@ -255,7 +255,7 @@ class Experiment:
             files["relevance"] = str(home / "relevance.jsonl")
             relevance.run(self._relevance_config(plan, home / "relevance.jsonl"), resume=True)
         judged = self._groups_config(plan, files, home / "groups.jsonl").rule().use_correctness
-        if plan.exhaustive or plan.sampled or (plan.relevance and judged):
+        if plan.exhaustive or (plan.rolls_out and judged):
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
         groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
         return home / "groups.jsonl"
@@ -267,6 +267,13 @@ class Experiment:
         if plan.relevance.get("scorer", own["scorer"]) != own["scorer"]:
             own["options"] = {}
         return load_config(relevance.RelevanceConfig, values=merged(own, plan.relevance) | files)
+
+    def _correctness_config(self, plan: RetrieverPlan, url: str = "") -> correctness.CorrectnessConfig:
+        """The run's settings of correctness, with the changes of the plan."""
+        own = self._stage("correctness", url)
+        if not plan.correctness:
+            return own  # type: ignore[no-any-return]
+        return load_config(correctness.CorrectnessConfig, values=merged(to_dict(own), plan.correctness))
 
     def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
         values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}
@@ -300,7 +307,7 @@ class Experiment:
         index_dir = self._index(first, self._of_run(first, "retriever"), self.main, of_run=first)
         with server.running_service(self.loop.serve_config(str(index_dir))) as url:
             settings = replace(
-                self._stage("correctness", url),
+                self._correctness_config(plan, url),
                 candidates=str(self.data / "candidates.jsonl"),
                 relevance="" if plan.exhaustive else relevance,
                 exhaustive=plan.exhaustive,
@@ -403,7 +410,7 @@ class Experiment:
         positives, wanted = _positives(own), _positives(self.data / "groups.jsonl")
         queries = positives.keys() | wanted.keys()
         paid = {"exhaustive": self.out, "own": home, "pruned": self.data}
-        kind = "exhaustive" if plan.exhaustive else "own" if plan.sampled or plan.relevance else "pruned"
+        kind = "exhaustive" if plan.exhaustive else "own" if plan.rolls_out else "pruned"
         judged = plan.groups.get("use_correctness", True)
         report = read_json(paid[kind] / "correctness.jsonl.report.json") if judged else {"rollouts": 0}
         return {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_r_plugin.config import entries_of, section_of
+from agentic_r_plugin.data.correctness import CorrectnessConfig
 from agentic_r_plugin.data.groups import GroupsConfig
 from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.errors import ConfigError
@@ -32,6 +33,10 @@ class RetrieverPlan:
             **section_of(RelevanceConfig),
         },
     )
+    correctness: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "what differs in correctness, e.g. its method", **section_of(CorrectnessConfig)},
+    )
     groups: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in the selection of groups", **section_of(GroupsConfig)}
     )
@@ -45,7 +50,12 @@ class RetrieverPlan:
             raise ConfigError(
                 "a retriever is one of: of_run, model, bm25, trained (sampled, or exhaustive and relevance)"
             )
-        trained = [name for name in ("exhaustive", "sampled", "relevance", "groups", "train") if getattr(self, name)]
+        if self.exhaustive and self.correctness:
+            raise ConfigError(
+                "exhaustive, correctness: retrievers share the exhaustive correctness; give one of the two"
+            )
+        changes = ("exhaustive", "sampled", "relevance", "correctness", "groups", "train")
+        trained = [name for name in changes if getattr(self, name)]
         if ready and trained:
             raise ConfigError(
                 f"{ready[0]}: is taken as it is, so {', '.join(trained)} would change nothing; to train from a "
@@ -53,9 +63,14 @@ class RetrieverPlan:
             )
 
     @property
+    def rolls_out(self) -> bool:
+        """Whether correctness, where it is used, is not the run's."""
+        return bool(self.exhaustive or self.sampled or self.relevance or self.correctness)
+
+    @property
     def regroups(self) -> bool:
         """Whether it needs groups other than the run's."""
-        return bool(self.groups or self.exhaustive or self.sampled or self.relevance)
+        return bool(self.groups) or self.rolls_out
 
 
 @dataclass(frozen=True, kw_only=True)

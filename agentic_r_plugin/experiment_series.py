@@ -173,7 +173,7 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
             continue
         seconds += known.get("index", 0.0) + (0.0 if plan.model else known.get("train-retriever", 0.0))
         exhaustive |= plan.exhaustive
-        if plan.sampled or (plan.relevance and plan.groups.get("use_correctness", True)):
+        if plan.rolls_out and not plan.exhaustive and plan.groups.get("use_correctness", True):
             seconds += known.get("correctness", 0.0)
     if exhaustive and not (out / "correctness.jsonl").is_file():
         seconds += known.get("correctness", 0.0) / _PRUNED

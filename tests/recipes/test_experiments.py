@@ -186,6 +186,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "retriever-1": {"of_run": "retriever-1"},
             "replug": {"train": {"trainer": "replug"}},
             "judge_only": {"groups": {"use_correctness": False}},
+            "likelihood": {"correctness": {"method": "likelihood"}},
             "noisy": {"relevance": {"scorer": "noisy", "options": {"rate": 0.3}}, "groups": {"use_correctness": False}},
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
@@ -414,6 +415,8 @@ def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Pa
         ({"stop_rule": "dev"}, "'agent-1:retriever-1' is not AGENT:SEARCH"),
         ({"stop_rule": "dev", "max_searches": [1]}, "at most one of the two"),
         ({"variants": {"a": {}}}, "need loop, the configuration that they change"),
+        ({"retrievers": {"x": {"exhaustive": True, "correctness": {"method": "likelihood"}}}}, "give one of the two"),
+        ({"retrievers": {"x": {"correctness": {"method": "guess"}}}}, "guess"),
         ({"retrievers": {"x": {"sampled": 2, "relevance": {"scorer": "noisy"}}}}, "a retriever is one of"),
         (
             {"retrievers": {"x": {"relevance": {"scorer": "noisy", "options": {"rate": 2}}}}},
