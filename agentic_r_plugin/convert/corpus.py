@@ -19,7 +19,7 @@ from typing import Any
 
 from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
-from agentic_r_plugin.convert.hub import HubConfig, card, push
+from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
@@ -122,16 +122,15 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         runner=config.runner,
     )
     report = run_stage(stage, resume=resume)
-    if not config.runner.forecast:
-        print(f"{config.out}: {report['records']} passages of {report['kept']} documents", file=sys.stderr)
-        if config.push_to_hub:
-            rows, out = report["records"], Path(config.out)
-            text = (
-                f"# Passages\n\n{rows} passages of {report['kept']} documents, written by `agentic-r convert corpus`. "
-                "`contents` is the title in quotation marks, a line break and the text; `metadata` holds the place in "
-                "the document."
-            )
-            push(config, card(out, text, rows=rows, task="text-retrieval", tags=["corpus"]))
+    if config.runner.forecast:
+        return
+    rows, documents = report["records"], report["kept"]
+    print(f"{config.out}: {rows} passages of {documents} documents", file=sys.stderr)
+    text = (
+        f"# Passages\n\n{rows} passages of {documents} documents, written by `agentic-r convert corpus`. `contents` is "
+        "the title in quotation marks, a line break and the text; `metadata` holds the place in the document."
+    )
+    push_file(config, text, rows=rows, task="text-retrieval", tags=["corpus"])
 
 
 def find_documents(folder: Path) -> list[Path]:

@@ -49,6 +49,16 @@ def card(out: Path, text: str, *, rows: int, task: str, tags: list[str]) -> str:
     return f"---\n{header.to_yaml()}\n---\n\n{text}\n"
 
 
+def push_file(config: HubConfig, text: str, *, rows: int, task: str, tags: list[str]) -> None:
+    """Upload a finished data file, or folder of them, with a card of this text, if the settings ask for it.
+
+    Raises:
+        BackendError, ConfigError: as `push`.
+    """
+    if config.push_to_hub:
+        push(config, card(Path(config.out), text, rows=rows, task=task, tags=tags))
+
+
 def push(config: HubConfig, card: str) -> None:
     """Upload a finished output with its card, in one commit, and print the address of the data set.
 

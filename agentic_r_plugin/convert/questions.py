@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
-from agentic_r_plugin.convert.hub import HubConfig, card, push
+from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
 from agentic_r_plugin.errors import ConfigError, RecordError
@@ -88,14 +88,13 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
 
     files = {"in": "" if _by_datasets(config) else str(_source(config)), "qrels": config.qrels, "corpus": config.corpus}
     report = convert_once(config, write, inputs=files, made_from=_data_set(config), resume=resume)
-    if config.push_to_hub:
-        rows, out = report["questions"], Path(config.out)
-        text = (
-            f"# Questions\n\n{rows} questions, {report['with_golden_answers']} with gold answers and "
-            f"{report['gold_doc_ids']} with ids of gold documents, written by `agentic-r convert questions`: `id`, "
-            "`question`, `golden_answers`, `metadata`."
-        )
-        push(config, card(out, text, rows=rows, task="question-answering", tags=["questions"]))
+    rows = report["questions"]
+    text = (
+        f"# Questions\n\n{rows} questions, {report['with_golden_answers']} with gold answers and "
+        f"{report['gold_doc_ids']} with ids of gold documents, written by `agentic-r convert questions`: `id`, "
+        "`question`, `golden_answers`, `metadata`."
+    )
+    push_file(config, text, rows=rows, task="question-answering", tags=["questions"])
 
 
 def converted(config: QuestionsConfig, finder: PassageFinder | None = None) -> Iterator[Question]:

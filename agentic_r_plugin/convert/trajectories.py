@@ -21,7 +21,7 @@ from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.config import BY_CONTENTS, FREE
-from agentic_r_plugin.convert.hub import HubConfig, card, push
+from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
@@ -466,14 +466,13 @@ def run(config: ConvertTrajectoriesConfig, *, resume: bool = False) -> None:
     """
     inputs = {"in": config.in_, "corpus": config.corpus, "questions": config.questions}
     report = convert_once(config, lambda out: _write(config, out), inputs=inputs, resume=resume)
-    if config.push_to_hub:
-        rows, out = report["trajectories"], Path(config.out)
-        text = (
-            f"# Trajectories of a search agent\n\n{rows} trajectories with {report['searches']} searches, written by "
-            f"`agentic-r convert trajectories` in the form of agent protocol `{config.protocol}`: `text` is what model "
-            "and environment wrote after the prompt, `turns` holds each query and the ids and scores of its passages."
-        )
-        push(config, card(out, text, rows=rows, task="question-answering", tags=["trajectories"]))
+    rows = report["trajectories"]
+    text = (
+        f"# Trajectories of a search agent\n\n{rows} trajectories with {report['searches']} searches, written by "
+        f"`agentic-r convert trajectories` in the form of agent protocol `{config.protocol}`: `text` is what model and "
+        "environment wrote after the prompt, `turns` holds each query and the ids and scores of its passages."
+    )
+    push_file(config, text, rows=rows, task="question-answering", tags=["trajectories"])
 
 
 def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
