@@ -257,7 +257,7 @@ def place(row: Row) -> str:
         parts.append(identifier)
     else:
         raise RecordError(
-            f"missing field 'id', found only {_names(row)}; give every question an id of its own, by "
+            f"missing field 'id', found only {_names(row)}; give each question its own id, by "
             "which outputs and resumed work know it, or name its column (format=question=COLUMN,id=COLUMN)"
         )
     return "/".join(part for part in parts if part is not None)

@@ -229,7 +229,7 @@ class AgentProtocol(ABC):
 
 
 def load_protocol(name: str, options: Mapping[str, Any]) -> AgentProtocol:
-    """The registered protocol, with `options` in place of its own fields.
+    """The registered protocol with some of its fields set to `options`.
 
     Raises:
         UnknownComponentError: the name is not registered.

@@ -1,7 +1,7 @@
 """Rewards: what a finished trajectory is worth. Components of kind `reward`.
 
-A reward is a function of the outcome and of its own options, given as keyword arguments. The reward of a trajectory is
-the weighted sum of those that `train_agent.reward` names; each is recorded as a part, before its weight.
+A reward is a function of the outcome and its options, which are keyword arguments. The reward of a trajectory is the
+weighted sum of those that `train_agent.reward` names; each is recorded as a part, before its weight.
 """
 
 from __future__ import annotations

@@ -50,10 +50,10 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
         RecordError: the trajectory's text and its turns disagree.
     """
     searches = protocol.prefixes(trajectory)
-    written, told = [search.query for search in searches], [turn.query for turn in trajectory.turns]
-    if written != told:
+    in_text, in_turns = [search.query for search in searches], [turn.query for turn in trajectory.turns]
+    if in_text != in_turns:
         raise RecordError(
-            f"trajectory {trajectory.id!r}: its turns hold the queries {told}, its text {written}; was it written with "
+            f"trajectory {trajectory.id!r}: its turns hold the queries {in_turns}, its text {in_text}; was it written with "
             f"another agent protocol than {protocol.name!r}, or other options of it?"
         )
     return [
@@ -63,7 +63,7 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
             question=trajectory.question,
             golden_answers=trajectory.golden_answers,
             query=turn.query,
-            history=tuple(told[:position]),
+            history=tuple(in_turns[:position]),
             prefix=search.text,
             passages=(),
             reasoning=turn.reasoning,

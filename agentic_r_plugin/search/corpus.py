@@ -188,7 +188,7 @@ class Corpus:
         except (ValueError, RecordError) as error:
             path, line = self._place(row)
             raise RecordError(
-                f"no passage stands where row {row} was; the file has changed since it was opened", path=path, line=line
+                f"no passage is where row {row} was; the file has changed since it was opened", path=path, line=line
             ) from error
 
     def __iter__(self) -> Iterator[Passage]:

@@ -38,7 +38,7 @@ def test_its_components_are_listed(installed):
     assert found == {
         "query_formulation.query_question": "Query first, then the question.",
         "agent_protocol.lookup": "Searches with <lookup>, answers with <final>.",
-        "reward.brief": "1 if there is an answer of at most so many words.",
+        "reward.brief": "1 if there is an answer of at most `words` words.",
         "relevance_scorer.title_words": "Relevance by the words of the title: no model, and no question file.",
     }
 

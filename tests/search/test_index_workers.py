@@ -231,7 +231,7 @@ def test_a_row_that_is_missing_is_an_error_by_name_whether_before_or_after_openi
     lines = file.read_bytes().splitlines(keepends=True)
     with file.open("r+b") as stream:
         stream.truncate(len(b"".join(lines[:20])))
-    with pytest.raises(RecordError, match=r"corpus\.jsonl:\d+: no passage stands where row \d+ was; the file has"):
+    with pytest.raises(RecordError, match=r"corpus\.jsonl:\d+: no passage is where row \d+ was; the file has"):
         backend.search(REQUESTS, 40)
     with pytest.raises(IndexMismatchError, match=r"40 passages\) does not belong to corpus .* 20 passages\)"):
         FaissBackend(out)
