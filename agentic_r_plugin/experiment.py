@@ -270,10 +270,8 @@ class Experiment:
 
     def _correctness_config(self, plan: RetrieverPlan, url: str = "") -> correctness.CorrectnessConfig:
         """The run's settings of correctness, with the changes of the plan."""
-        own = self._stage("correctness", url)
-        if not plan.correctness:
-            return own  # type: ignore[no-any-return]
-        return load_config(correctness.CorrectnessConfig, values=merged(to_dict(own), plan.correctness))
+        own = to_dict(self._stage("correctness", url))
+        return load_config(correctness.CorrectnessConfig, values=merged(own, plan.correctness))
 
     def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
         values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}

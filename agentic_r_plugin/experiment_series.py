@@ -105,7 +105,7 @@ def _loop(config: ExperimentConfig, variant: str, seed: int | None, out: str) ->
         return None
     own: dict[str, Any] = {"out": out} | ({} if seed is None else {"seed": seed})
     settings = merged(config.loop_settings, config.variants.get(variant) or {})
-    return load_config(IterateConfig, config.loop, values=merged(settings, own))
+    return load_config(IterateConfig, config.loop, values=settings | own)
 
 
 # --- forecast
@@ -127,17 +127,6 @@ def _settings(part: Part) -> IterateConfig:
     return part.loop or load_config(IterateConfig, Path(part.experiment.run, "config.yaml"))
 
 
-def _expected(part: Part) -> dict[tuple[int, str], float]:
-    """Seconds of the loop's phases in its YAML, without iterations that the loop does not have."""
-    loop = _settings(part)
-    return {
-        (int(number), phase): float(seconds)
-        for number, phases in loop.expected_seconds.items()
-        if int(number) <= loop.iterations
-        for phase, seconds in phases.items()
-    }
-
-
 def _took(part: Part) -> dict[tuple[int, str], float]:
     """Seconds of the run's finished phases."""
     costs = Path(part.experiment.run, "costs.jsonl")
@@ -147,7 +136,7 @@ def _took(part: Part) -> dict[tuple[int, str], float]:
 
 def _known_seconds(part: Part) -> dict[str, float]:
     """Seconds of each phase of the experiment's iteration, and of one question of a cell (`question`)."""
-    of_all = _expected(part) | _took(part)
+    of_all = _settings(part).expected() | _took(part)
     known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
     asked = _num_questions(part) * max(len(_settings(part).evaluate.get("cells", [])), 1)
     return known | {"question": known.get("evaluate", 0.0) / asked}
@@ -161,7 +150,7 @@ def _num_questions(part: Part) -> int:
 
 
 def _loop_left(part: Part) -> float:
-    return sum(scaled(_expected(part), _took(part)).values()) if part.loop is not None else 0.0
+    return sum(scaled(part.loop.expected(), _took(part)).values()) if part.loop is not None else 0.0
 
 
 def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:

@@ -157,6 +157,15 @@ class IterateConfig:
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")
 
+    def expected(self) -> dict[tuple[int, str], float]:
+        """`expected_seconds` by (iteration, phase), without iterations that the loop does not have."""
+        return {
+            (int(number), phase): float(seconds)
+            for number, phases in self.expected_seconds.items()
+            if int(number) <= self.iterations
+            for phase, seconds in phases.items()
+        }
+
 
 def run(config: IterateConfig, *, resume: bool = False) -> None:
     """Run the command `iterate`: start the loop, or resume it where it stopped.
@@ -385,12 +394,8 @@ class Loop:
 
     def _estimate(self, iteration: int, name: str) -> str:
         """Text with the time that this phase and the rest of the loop will take; empty without `expected_seconds`."""
-        of_all = self.config.expected_seconds.items()
-        expected = {
-            (int(number), phase): float(seconds) for number, phases in of_all for phase, seconds in phases.items()
-        }
         took = {phase: float(line["seconds"]) for phase, line in self._done.items()}
-        left = scaled(expected, took)  # finished phases show how fast this machine is
+        left = scaled(self.config.expected(), took)  # finished phases show how fast this machine is
         if (iteration, name) not in left:
             return ""
         return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in all"

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentic_r_plugin.config import FREE, deciding
+from agentic_r_plugin.config import FREE, LATER, deciding
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import CorpusLine, Passage, Question
 from agentic_r_plugin.storage.claim import Output
@@ -59,17 +59,20 @@ class WorldConfig:
     reserved_share: float = field(default=0.5, metadata={"help": "share of wordings kept for the test split, there"})
     homonyms: float = field(
         default=0.0,
-        metadata={"help": "share of people, works and towns with another one's name; the question tells them apart"},
+        metadata={
+            "help": "share of people, works and towns with another one's name; the question tells them apart",
+            **LATER,
+        },
     )
     elliptic_queries: float = field(
-        default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says"}
+        default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says", **LATER}
     )
     misleading: float = field(
         default=0.0,
-        metadata={"help": "share of facts with a passage that states a wrong value in the words of a query"},
+        metadata={"help": "share of facts with a passage that states a wrong value in the words of a query", **LATER},
     )
     paraphrase: float = field(
-        default=0.0, metadata={"help": "share of facts stated without any word of the queries for them"}
+        default=0.0, metadata={"help": "share of facts stated without any word of the queries for them", **LATER}
     )
 
     def __post_init__(self) -> None:
@@ -151,7 +154,7 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
     if not config.out:
         raise ConfigError("world: expected --out DIR")
     folder = Path(config.out) / config.name
-    sizes = {name: value for name, value in deciding(config).items() if value or name not in CAUSES}
+    sizes = deciding(config)
     with Output(out=folder, made_from=sizes, done=MANIFEST, folder=True).claim(resume=resume) as held:
         if held.finished is None:
             world = build_world(config)

@@ -110,7 +110,7 @@ class _Writer:
         for slot in grammar().types[entity.type].slots:
             here = [fact for fact in facts if fact.relation.slot == slot]
             elsewhere = [fact for fact in facts if fact.relation.slot != slot]
-            body = [self._state(fact) for fact in here]
+            body = [self._state(fact, fact.relation.state) for fact in here]
             plain = dict(zip(body, here, strict=True)) if self.config.paraphrase else {}
             if elsewhere and self.rng.random() < self.config.mention_share:
                 body.append(self._mention(self.rng.choice(elsewhere)))
@@ -118,7 +118,7 @@ class _Writer:
             for sentence, fact in plain.items():
                 own = self.own("paraphrase", fact)
                 if own.rng.random() < self.config.paraphrase:
-                    draft.text = draft.text.replace(sentence, own.paraphrased(fact))
+                    draft.text = draft.text.replace(sentence, own._state(fact, fact.relation.oblique))
             drafts.append(draft)
         for _ in range(self.config.talk_passages):
             picked = self.rng.sample(facts, min(len(facts), 3))
@@ -165,14 +165,7 @@ class _Writer:
         self.rng.shuffle(body)
         return Draft(title=entity.name, text=" ".join([intro, *body]), states=states)
 
-    def _state(self, fact: Fact) -> str:
-        return self._state_as(fact, fact.relation.state)
-
-    def paraphrased(self, fact: Fact) -> str:
-        """The statement of a fact without any word of the queries for it."""
-        return self._state_as(fact, fact.relation.oblique)
-
-    def _state_as(self, fact: Fact, wordings: Wordings) -> str:
+    def _state(self, fact: Fact, wordings: Wordings) -> str:
         template = choose(self.rng, wordings, fact.subject.split, self.config.reserved_share)
         shown = fact.object.shown if fact.object is not None else fact.value
         return self._fill(template, fact.subject, o=shown)

@@ -134,11 +134,11 @@ def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
 def _record(
     id: str, text: str, name: str, chain: list[Fact], facts: Facts, places: Places, config: QuestionConfig
 ) -> Question:
-    last = chain[-1]
+    last, keys = chain[-1], [(fact.subject.key, fact.relation.name) for fact in chain]
     golden = [last.value] + ([last.object.alias] if last.object is not None and last.object.alias else [])
     metadata = {
         "hops": len(chain),
-        "gold_doc_ids": [places.stated[fact.subject.key, fact.relation.name] for fact in chain],
+        "gold_doc_ids": [places.stated[key] for key in keys],
         "hop_answers": [fact.value for fact in chain],
         "relations": [fact.relation.name for fact in chain],
         "hop_subjects": [fact.subject.name for fact in chain],
@@ -147,7 +147,6 @@ def _record(
         "namesake_doc_ids": [_namesakes(fact, facts, places.stated) for fact in chain],
     }
     if places.misleading:
-        keys = [(fact.subject.key, fact.relation.name) for fact in chain]
         metadata["misleading_doc_ids"] = [[places.misleading[key]] if key in places.misleading else [] for key in keys]
     if config.elliptic_queries:
         draw = random.Random(f"elliptic {config.seed} {id}")

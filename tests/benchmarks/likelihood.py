@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from scipy.stats import spearmanr
 
 from agentic_r_plugin.records import Correctness, Group
 from agentic_r_plugin.store import read_json, read_records
-from tests.benchmarks.pruning import ROOT, command, embedded, quickstart_rollouts
+from tests.benchmarks.pruning import command, embedded, quickstart_rollouts, stages, start
 
 WAYS = {
     "exhaustive": ["--exhaustive"],
@@ -36,33 +35,12 @@ WAYS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="folder to keep; none: a temporary one")
-    parser.add_argument("--agent", default=str(ROOT / "recipes" / "quickstart" / "agent"))
-    parser.add_argument("--questions", type=int, default=40)
-    parser.add_argument("--negatives", type=int, default=15)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        out = args.out or Path(scratch)
-        out.mkdir(parents=True, exist_ok=True)
-        compare(args, out)
+    start(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter), compare)
 
 
 def compare(args: argparse.Namespace, out: Path) -> None:
     """Run everything and print the tables."""
-    data = embedded(out / "benchmark")
-    questions, corpus = out / "questions.jsonl", str(data / "corpus.jsonl")
-    lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    questions.write_text("".join(lines[: args.questions]), encoding="utf-8")
-    rollouts = quickstart_rollouts(out)
-    protocol = next(line for line in rollouts.read_text().splitlines() if line.startswith("protocol:")).split()[1]
-    search = ["search.backend=bm25", f"search.corpus={corpus}"]
-    agent = ["--config", str(rollouts), f"llm.model={args.agent}", *search]
-    file = {name: str(out / f"{name}.jsonl") for name in ("trajectories", "candidates", "relevance")}
-    command("trajectories", "--in", str(questions), "--out", file["trajectories"], *agent)
-    command("candidates", "--in", file["trajectories"], "--out", file["candidates"], f"protocol={protocol}", *search)
-    scored = ["--candidates", file["candidates"], "--corpus", corpus]
-    command("relevance", *scored, "--questions", str(questions), "--out", file["relevance"])
+    file, scored, agent = stages(args, out, embedded(out / "benchmark"), quickstart_rollouts(out))
     made, positives, rows = {}, {}, []
     for name, how in WAYS.items():
         stem = name.replace(", ", "-").replace(" ", "-")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +55,32 @@ def quickstart_rollouts(out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="folder to keep; none: a temporary one")
     parser.add_argument("--data", type=Path, default=None, help="benchmark in FlashRAG layout; none: the embedded one")
-    parser.add_argument("--agent", default=str(ROOT / "recipes" / "quickstart" / "agent"))
     parser.add_argument("--rollouts", type=Path, default=None, help="YAML with protocol, limits, topk, llm")
     parser.add_argument("--skip", type=int, default=0, help="questions at the start that are left out")
+    start(parser, compare)
+
+
+def start(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, Path], None]) -> None:
+    """Add the flags of every comparison, parse, and do the work in `--out` or a temporary folder."""
+    parser.add_argument("--out", type=Path, default=None, help="folder to keep; none: a temporary one")
+    parser.add_argument("--agent", default=str(ROOT / "recipes" / "quickstart" / "agent"))
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--negatives", type=int, default=15)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
-        compare(args, out)
+        work(args, out)
 
 
-def compare(args: argparse.Namespace, out: Path) -> None:
-    """Run everything and print the table."""
-    data = args.data or embedded(out / "benchmark")
-    rollouts = args.rollouts or quickstart_rollouts(out)
+def stages(
+    args: argparse.Namespace, out: Path, data: Path, rollouts: Path, skip: int = 0
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Run the stages before `correctness`; returns their files, and its flags for candidates and agent."""
     questions, corpus = out / "questions.jsonl", str(data / "corpus.jsonl")
     lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    questions.write_text("".join(lines[args.skip : args.skip + args.questions]), encoding="utf-8")
+    questions.write_text("".join(lines[skip : skip + args.questions]), encoding="utf-8")
     search = ["search.backend=bm25", f"search.corpus={corpus}"]
     agent = ["--config", str(rollouts), f"llm.model={args.agent}", *search]
     file = {name: str(out / f"{name}.jsonl") for name in ("trajectories", "candidates", "relevance")}
@@ -83,6 +89,13 @@ def compare(args: argparse.Namespace, out: Path) -> None:
     command("candidates", "--in", file["trajectories"], "--out", file["candidates"], f"protocol={protocol}", *search)
     scored = ["--candidates", file["candidates"], "--corpus", corpus]
     command("relevance", *scored, "--questions", str(questions), "--out", file["relevance"])
+    return file, scored, agent
+
+
+def compare(args: argparse.Namespace, out: Path) -> None:
+    """Run everything and print the table."""
+    data = args.data or embedded(out / "benchmark")
+    file, scored, agent = stages(args, out, data, args.rollouts or quickstart_rollouts(out), args.skip)
     reports, spent = {}, {}
     for name, how in WAYS.items():
         correctness = str(out / f"correctness-{name}.jsonl")

@@ -147,11 +147,8 @@ def _load(config: WarmStartSFTConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(config.seed)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    return model.to(device), AutoTokenizer.from_pretrained(config.model)
+    return model.to(compute.device_name(config.device)), AutoTokenizer.from_pretrained(config.model)
 
 
 def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Session]]:

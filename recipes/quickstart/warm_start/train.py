@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.child import die_with
-from agentic_r_plugin.compute import fast_type
+from agentic_r_plugin.compute import device_name, fast_type
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.llm.codec import TokenizerCodec
@@ -144,8 +144,7 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     Raises:
         TrainingError: the loss is not finite.
     """
-    wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(wanted if config.device == "auto" else config.device)
+    device = torch.device(device_name(config.device))
     model: Any = build_model(tokenizer, config.seed, config.layers)
     if config.init:
         model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32)
