@@ -590,12 +590,12 @@ def passage_fields(row: Any) -> tuple[str, str]:
         raise RecordError(f"expected a JSON object, found {type(row).__name__}")
     identifier = next((name for field in ID_FIELDS if (name := name_of(row.get(field), field)) is not None), None)
     if identifier is None:
-        raise RecordError(f"expected an id in field 'id' ('_id', 'docid'), found only {', '.join(map(repr, row))}")
+        raise RecordError(f"expected an id in field 'id' ('_id', 'docid'), found only {_names(row)}")
     if contents := _text(row, "contents"):
         return identifier, contents
     if not {"contents", "text"} & row.keys():
         raise RecordError(
-            f"expected text in field 'contents', or in 'text' next to 'title', found only {', '.join(map(repr, row))}; "
+            f"expected text in field 'contents', or in 'text' next to 'title', found only {_names(row)}; "
             "rename the field that holds it"
         )
     title, text = name_of(row.get("title"), "title") or "", _text(row, "text")

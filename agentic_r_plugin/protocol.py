@@ -524,7 +524,7 @@ class Session:
         """The opened document, as far as it fits, recorded in the last search that showed it."""
         if not passages:
             content = f"Error: no document {disarm(call.document[:60])!r} was shown."
-            block = self.protocol.reply([content], self._last_ids, self.codec)
+            block = self._block(content)
             return _Result(shown=[], content=content, block=block, ids=self.codec.encode(block))
         result = self._fit(
             passages[:1], lambda shown: self.protocol.render_document(shown[0]), self.limits.max_document_tokens

@@ -215,7 +215,7 @@ class Passage:
             object.__setattr__(self, "contents", contents_of(self.title, self.text))
 
     @classmethod
-    def from_contents(cls, id: str, contents: str) -> Passage:
+    def from_contents(cls, id: str, contents: str, metadata: Mapping[str, Any] | None = None) -> Passage:
         """Build from FlashRAG's form; one-line contents have no title.
 
         >>> Passage.from_contents("1", '""Heroes""\\nA song.').title
@@ -223,11 +223,11 @@ class Passage:
         """
         first, newline, text = contents.partition("\n")
         if not newline:
-            return cls(id=id, title="", text=contents, contents=contents)
+            return cls(id=id, title="", text=contents, contents=contents, metadata=metadata or {})
         title = first.strip()
         if len(title) > 1 and title[0] == title[-1] == '"':
             title = title[1:-1]
-        return cls(id=id, title=title, text=text, contents=contents)
+        return cls(id=id, title=title, text=text, contents=contents, metadata=metadata or {})
 
 
 TEXT_ID = "text-"

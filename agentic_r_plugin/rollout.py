@@ -175,13 +175,12 @@ def answer_calls(
     on_search: OnSearch | None,
 ) -> list[tuple[Session, Search | Open]]:
     """Carry out one call of each session; return the sessions whose turn holds another one, with that call."""
-    another: list[tuple[Session, Search | Open]] = []
     opening = [(session, action.document) for session, action in waiting if isinstance(action, Open)]
     documents = open_documents(search, [identifier for _, identifier in opening])
-    for (session, _), document in zip(opening, documents, strict=True):
-        action = session.found([document] if document is not None else [])
-        if isinstance(action, Search | Open):
-            another.append((session, action))
+    answered = [
+        (session, session.found([document] if document is not None else []))
+        for (session, _), document in zip(opening, documents, strict=True)
+    ]
     searching = [(session, action) for session, action in waiting if isinstance(action, Search)]
     requests = [search_request(session, action) for session, action in searching]
     cost.searches += len(requests)
@@ -192,10 +191,8 @@ def answer_calls(
         hits, deeper = found
         if on_search is not None:
             on_search(session, hits, deeper)
-        action = session.found([hit.passage for hit in hits], [hit.score for hit in hits])
-        if isinstance(action, Search | Open):
-            another.append((session, action))
-    return another
+        answered.append((session, session.found([hit.passage for hit in hits], [hit.score for hit in hits])))
+    return [(session, action) for session, action in answered if isinstance(action, Search | Open)]
 
 
 def _find(

@@ -40,12 +40,18 @@ def read_records(path: str | Path, cls: type[RecordType]) -> Iterator[RecordType
     Raises:
         RecordError: no such file, a broken line, or a record that is not a `cls`; names file and line (Parquet: row).
     """
+    return (record for _, _, record in placed_records(path, cls))
+
+
+def placed_records(path: str | Path, cls: type[RecordType]) -> Iterator[tuple[Path, int, RecordType]]:
+    """(file, line or Parquet row from 1, record) of each record; otherwise as `read_records`."""
     for shard in shards(path):
         for number, data in read_lines(shard):
             try:
-                yield cls.from_dict(data)
+                record = cls.from_dict(data)
             except RecordError as error:
                 raise RecordError(str(error), path=shard, line=number) from error
+            yield shard, number, record
 
 
 def shards(path: str | Path) -> list[Path]:

@@ -12,7 +12,7 @@ is formulated as our own trainer does (`Q [SEP] q`), prefixes are in the text on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from agentic_r_plugin.query import retrieval_query
 from agentic_r_plugin.records import Group, Passage
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import RetrieverRecord
-from agentic_r_plugin.store import atomic_path, dump_line, read_lines, shards
+from agentic_r_plugin.store import atomic_path, dump_line, placed_records, read_records
 
 Row = dict[str, Any]
 DATA = "train.jsonl"
@@ -113,13 +113,13 @@ def run(config: ConvertGroupsConfig, *, resume: bool = False) -> None:
 def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
     record = _retriever_record(config)
     row_of, use = _FORMS[config.to]
-    sizes = [len(group.negatives) for _, _, group in _groups(config.in_)]
+    sizes = [len(group.negatives) for group in read_records(config.in_, Group)]
     if not sizes:
         raise RecordError("no training groups", path=config.in_)
     # all rows of a table have the same columns, so there all groups get as many negatives as the smallest has
     most = min(sizes) if config.to == "sentence_transformers" else max(sizes)
     with Corpus(config.corpus) as corpus, atomic_path(out / DATA) as temporary, temporary.open("wb") as stream:
-        for shard, number, group in _groups(config.in_):
+        for shard, number, group in placed_records(config.in_, Group):
             try:
                 passages = [corpus.by_id(name) for name in (group.positive, *group.negatives[:most])]
             except RecordError as error:
@@ -150,12 +150,3 @@ def _retriever_record(config: ConvertGroupsConfig) -> RetrieverRecord:
     names = ("corpus", "out", "retriever", "preset", "formulation", "query_prompt", "passage_prompt")
     given = {name: getattr(config, name) for name in names}
     return initial_retriever(TrainRetrieverConfig(groups=config.in_, device="cpu", **given)).record
-
-
-def _groups(path: str) -> Iterator[tuple[Path, int, Group]]:
-    for shard in shards(path):
-        for number, row in read_lines(shard):
-            try:
-                yield shard, number, Group.from_dict(row)
-            except RecordError as error:
-                raise RecordError(str(error), path=shard, line=number) from error

@@ -53,8 +53,8 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
     in_text, in_turns = [search.query for search in searches], [turn.query for turn in trajectory.turns]
     if in_text != in_turns:
         raise RecordError(
-            f"trajectory {trajectory.id!r}: its turns hold the queries {in_turns}, its text {in_text}; was it written with "
-            f"another agent protocol than {protocol.name!r}, or other options of it?"
+            f"trajectory {trajectory.id!r}: its turns hold the queries {in_turns}, its text {in_text}; was it written "
+            f"with another agent protocol than {protocol.name!r}, or other options of it?"
         )
     return [
         Candidates(

@@ -323,12 +323,9 @@ def in_order_of_likelihood(
     """
     ordered = []
     for (query, levels), scores in zip(queries, _scores(queries, continuations, baseline=False), strict=True):
-
-        def unlikely(passage: str, scores: Mapping[str | None, float | None] = scores) -> float:
-            found = scores[passage]
-            return math.inf if found is None else -found
-
-        ordered.append((query, [[passage] for level in levels for passage in sorted(level, key=unlikely)]))
+        rank = {passage: -math.inf if score is None else score for passage, score in scores.items()}
+        tried = [one for level in levels for one in sorted(level, key=rank.__getitem__, reverse=True)]
+        ordered.append((query, [[one] for one in tried]))
     return ordered
 
 

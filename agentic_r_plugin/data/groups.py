@@ -231,9 +231,9 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """
     config.check()
     rule, out = config.rule(), Path(config.out)
-    if "correctness" in config.files():
-        rule = _check_correctness(config, rule)
     inputs = {role: Path(path) for role, path in {"candidates": config.candidates, **config.files()}.items()}
+    if "correctness" in inputs:
+        rule = _check_correctness(config, rule)
     relevance = keyed_relevance(inputs["relevance"], out.parent) if "relevance" in inputs else None
     correctness = (
         KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)

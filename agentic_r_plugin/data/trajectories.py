@@ -119,13 +119,13 @@ class TrajectoriesWorker:
 
 def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
     """The questions to answer, in file order."""
+    read = partial(read_questions, config.in_, format=config.format)
     if not config.num_questions or not config.random_sample:
-        yield from islice(read_questions(config.in_, format=config.format), config.num_questions or None)
+        yield from islice(read(), config.num_questions or None)
         return
-    total = sum(1 for _ in read_questions(config.in_, format=config.format))
+    total = sum(1 for _ in read())
     drawn = frozenset(random.Random(config.seed).sample(range(total), min(config.num_questions, total)))
-    questions = read_questions(config.in_, format=config.format)
-    yield from (question for place, question in enumerate(questions) if place in drawn)
+    yield from (question for place, question in enumerate(read()) if place in drawn)
 
 
 def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:

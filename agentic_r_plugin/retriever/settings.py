@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 
@@ -111,7 +111,10 @@ class TrainRetrieverConfig:
     lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
     interpolation: float = field(
         default=1.0,
-        metadata={"help": "weights written: 1 the trained ones, 0 those training started from, between: a mixture"},
+        metadata={
+            "help": "weights written: 1 the trained ones, 0 those training started from, between: a mixture",
+            **LATER,
+        },
     )
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})

@@ -138,7 +138,7 @@ def _require_reasoning(groups: str, examples: Sequence[Example], retriever: Retr
 
 def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:
     return {
-        **_interpolation(config),
+        **({"interpolation": config.interpolation} if config.interpolation < 1 else {}),
         "steps": training.step,
         "groups": len(examples),
         "loss": training.last_loss,
@@ -154,18 +154,10 @@ def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -
     }
 
 
-def _interpolation(config: TrainRetrieverConfig) -> dict[str, float]:
-    """The entry of files about the checkpoint; none for the trained weights themselves."""
-    return {"interpolation": config.interpolation} if config.interpolation < 1 else {}
-
-
 def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
     """Everything that the weights depend on."""
     files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
-    settings = deciding(config)
-    del settings["interpolation"]
-    return settings | {
-        **_interpolation(config),
+    return deciding(config) | {
         "precision": compute.resolve(config.precision, retriever.model.device),
         **{name: file_fingerprint(path) if path else None for name, path in files.items()},
         "corpus": corpus.fingerprint(),

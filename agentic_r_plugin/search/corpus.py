@@ -17,9 +17,8 @@ import tempfile
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import IO, Any
@@ -183,8 +182,7 @@ class Corpus:
         end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._files.size
         try:
             found = json.loads(self._files.read(end - start, start))
-            passage, metadata = Passage.from_contents(*passage_fields(found)), passage_metadata(found)
-            return replace(passage, metadata=metadata) if metadata else passage
+            return Passage.from_contents(*passage_fields(found), passage_metadata(found))
         except (ValueError, RecordError) as error:
             path, line = self._place(row)
             raise RecordError(
@@ -388,8 +386,12 @@ def _passage_lines(path: Path) -> Iterator[bytes]:
             identifier, contents = passage_fields(row)
         except RecordError as error:
             raise RecordError(str(error), path=path, line=number) from error
-        metadata = passage_metadata(row)
-        yield dump_line({"id": identifier, "contents": contents, **({"metadata": metadata} if metadata else {})})
+        yield passage_line(identifier, contents, passage_metadata(row))
+
+
+def passage_line(identifier: str, contents: str, metadata: Mapping[str, Any]) -> bytes:
+    """A line of a corpus; `metadata` only if there is any."""
+    return dump_line({"id": identifier, "contents": contents} | ({"metadata": dict(metadata)} if metadata else {}))
 
 
 def corpus_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -266,12 +266,12 @@ def _index(
         dim=manifest.dim,
         train_rows=config.train_rows,
     )
-    save_config(config, out / "config.yaml")
-    finish(held, manifest)
+    finish(held, config, manifest)
 
 
-def finish(held: Claim, manifest: IndexManifest) -> None:
-    """Write the manifest, with size and samples of the index file."""
+def finish(held: Claim, config: Any, manifest: IndexManifest) -> None:
+    """Write the settings, then the manifest, with size and samples of the index file."""
+    save_config(config, held.out / "config.yaml")
     file = held.out / manifest.index_file
     held.finish(replace(manifest, index_bytes=file.stat().st_size, index_sample=sampled_fingerprint(file)).to_dict())
     log.info("indexed %d passages in %s", manifest.rows, held.out)
@@ -292,8 +292,7 @@ def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Co
     corpus.save_table(held.out)
     manifest = replace(manifest, kind=source.kind, metric=source.written_metric)
     source.write(held.out / manifest.index_file, config.train_rows)
-    save_config(config, held.out / "config.yaml")
-    finish(held, manifest)
+    finish(held, config, manifest)
 
 
 def _require_room(held: Claim, manifest: IndexManifest) -> None:

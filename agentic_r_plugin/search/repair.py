@@ -14,7 +14,6 @@ with a corpus of two shards, a link to the old corpus and the added passages; th
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,22 +26,20 @@ import faiss
 import numpy as np
 
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.forms import context_documents, passage_fields
 from agentic_r_plugin.questions import read_rows
 from agentic_r_plugin.records import Passage, Question, text_id
 from agentic_r_plugin.search import coverage
 from agentic_r_plugin.search import index as indexes
-from agentic_r_plugin.search.corpus import PASSAGES, Corpus
+from agentic_r_plugin.search.corpus import PASSAGES, Corpus, passage_line
 from agentic_r_plugin.search.coverage import CoverageConfig, gold_ids, gold_titles
 from agentic_r_plugin.search.faiss_files import Matrix, flat_vectors, open_index, write_index
 from agentic_r_plugin.search.index import IndexManifest
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
-from agentic_r_plugin.store import atomic_path, dump_line, file_fingerprint, read_json, shards, write_json
-
-log = logging.getLogger(__name__)
+from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, shards, write_json
 
 REPORT = "repair.json"
 _SHARD = 2048
@@ -110,7 +107,7 @@ def _repair(
         held.begin()
         _write_corpus(out / "corpus", corpus, Path(spec.index), added)
         write_json(out / REPORT, {"added": len(added), "not_found": not_found})
-    _measure(config, out, "before", config.spec().index, config.spec().corpus)
+    _measure(config, out, "before", spec.index, spec.corpus)
     added_file = shards(out / "corpus")[-1]
     device = resolve_devices(spec.device)[0]
     retriever = indexes.index_retriever(
@@ -137,8 +134,7 @@ def _repair(
             manifest, rows=len(whole), corpus=str(whole.path.resolve()), corpus_fingerprint=whole.fingerprint()
         )
     _extend(old_file, new, manifest, out / repaired.index_file, repaired.rows)
-    save_config(config, out / "config.yaml")
-    indexes.finish(held, repaired)
+    indexes.finish(held, config, repaired)
 
 
 def missing_documents(
@@ -213,8 +209,7 @@ def _write_corpus(folder: Path, corpus: Corpus, index: Path, added: Iterable[Pas
         link.symlink_to(shard.resolve())
     with atomic_path(folder / f"{len(old):05d}.jsonl") as temporary, temporary.open("wb") as stream:
         for passage in added:
-            metadata = {"metadata": dict(passage.metadata)} if passage.metadata else {}
-            stream.write(dump_line({"id": passage.id, "contents": passage.contents} | metadata))
+            stream.write(passage_line(passage.id, passage.contents, passage.metadata))
 
 
 def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path, rows: int) -> None:

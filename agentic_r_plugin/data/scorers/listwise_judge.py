@@ -71,7 +71,7 @@ class ListwiseJudge:
         Raises:
             ConfigError: an unknown option or preset.
         """
-        check_options("listwise_judge", options, "max_retries", "max_tokens", "preset", "prompt", "window")
+        check_options(cls.name, options, "max_retries", "max_tokens", "preset", "prompt", "window")
         window = cls.passages_per_prompt(options)
         given = {key: value for key, value in options.items() if key not in ("preset", "window")}
         return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
