@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from agentic_r_plugin import errors
+from agentic_r_plugin.compute import threads_of_each
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.store import read_json, write_json
@@ -56,7 +57,7 @@ def run_side_by_side(name: str, configs: Sequence[Any]) -> None:
     Raises:
         AgenticRError: as in `run_command`, for the first that failed; the others have ended by then.
     """
-    shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // len(configs))), "TQDM_DISABLE": "1"}
+    shared = {"OMP_NUM_THREADS": str(threads_of_each(len(configs))), "TQDM_DISABLE": "1"}
     failed: AgenticRError | None = None
     with ExitStack() as stack:
         for wait in [stack.enter_context(_started(name, config, 1, shared)) for config in configs]:
@@ -221,6 +222,8 @@ def _torchrun(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun would give each process one thread, with a warning.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(processes)))
     try:
         run.main(["--standalone", f"--nproc-per-node={processes}", "-m", "agentic_r_plugin.child", *arguments])
         return 0

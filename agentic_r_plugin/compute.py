@@ -51,6 +51,12 @@ def resolve(choice: str, device: Any) -> str:
     return fast_type(device) if choice == "auto" else choice
 
 
+def threads_of_each(processes: int = 1) -> int:
+    """An equal share, at least one, of the cores that this process may use (of all cores where it cannot be asked)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
 def device_name(device: Any) -> str:
     """The device name, with `auto` resolved; a device index is kept."""
     import torch

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.child import die_with, end
+from agentic_r_plugin.compute import threads_of_each
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
 from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
@@ -223,7 +224,7 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
 
     if spec.device == "auto" and torch.cuda.is_available():
         spec = replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    torch.set_num_threads(threads_of_each(count))
     if spec.backend == "faiss":
         import faiss
 

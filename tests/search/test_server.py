@@ -419,7 +419,7 @@ def test_each_worker_takes_its_share_of_the_machine_and_maps_the_index(monkeypat
     threads, index_threads = torch.get_num_threads(), faiss.omp_get_max_threads()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     try:
         share = server.share_of_machine(SearchSpec(backend="faiss", index="i", options={"nprobe": 8}), 3, 4)
         assert (torch.get_num_threads(), faiss.omp_get_max_threads()) == (3, 3)

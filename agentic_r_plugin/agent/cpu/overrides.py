@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from agentic_r_plugin import compute, memory
 from agentic_r_plugin.agent import attention
 from agentic_r_plugin.agent.verl_config import critic_tokens
@@ -81,7 +79,7 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
     Args:
         num_threads: threads of each training and rollout process; the default is all cores, because the two alternate.
     """
-    threads = num_threads or len(os.sched_getaffinity(0))
+    threads = num_threads or compute.threads_of_each()
     return {
         "AGENTIC_R_CPU": "1",
         "OMP_NUM_THREADS": str(threads),
