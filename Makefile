@@ -29,15 +29,18 @@ install: .venv/installed
 # torch first, by pip and from the index of CPU builds: on Linux, PyPI's own brings several gigabytes of CUDA. The index is
 # asked once; where it cannot be reached pip is not given it. TORCH_INDEX= asks PyPI alone. uv installs the rest in a third
 # of pip's time; it reads no pip configuration, so where it fails (a mirror, a proxy) pip does the same.
+define torch_index
+index="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"; \
+if [ -n "$$index" ] && ! $(PYTHON) -c "import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=10)" 2>/dev/null; then \
+	echo "      $(TORCH_INDEX) cannot be reached: PyTorch comes from pip's own index"; index=; fi
+endef
+
 .venv/installed: pyproject.toml Makefile
 	@echo "Installing into .venv/: 3 GB on disk, 1 to 3 minutes, once."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --upgrade pip uv
 	@echo "[1/3] PyTorch (200 MB)"
-	@index="$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))"; \
-	if [ -n "$$index" ] && ! $(BIN)/python -c "import urllib.request as r; r.urlopen('$(TORCH_INDEX)/torch/', timeout=10)" 2>/dev/null; then \
-		echo "      $(TORCH_INDEX) cannot be reached: PyTorch comes from pip's own index"; index=; fi; \
-	$(BIN)/pip install --quiet $$index "$(TORCH)"
+	@$(torch_index); $(BIN)/pip install --quiet $$index "$(TORCH)"
 	@echo "[2/3] verl, Ray, FlashRAG, Transformers and their dependencies (700 MB; the longest part)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -e ".[cpu,quickstart,test]" || { \
 		echo "      uv failed (above): pip installs the same"; $(BIN)/pip install --quiet -e ".[cpu,quickstart,test]"; }
@@ -52,7 +55,7 @@ test-vllm: .venv-vllm/installed
 .venv-vllm/installed: pyproject.toml Makefile tests/vllm/environment.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade pip
-	.venv-vllm/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM)" -e ".[cpu,quickstart,test]"
+	@$(torch_index); .venv-vllm/bin/pip install --quiet $$index "$(VLLM)" -e ".[cpu,quickstart,test]"
 	.venv-vllm/bin/python tests/vllm/environment.py
 	touch $@
 
