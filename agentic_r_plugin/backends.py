@@ -19,6 +19,7 @@ from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.search.milvus import in_milvus
 from agentic_r_plugin.store import absolute
 
 
@@ -66,7 +67,7 @@ class SearchSpec:
     """Which retriever, and how to reach it."""
 
     backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    index: str = field(default="", metadata={"help": "index directory (faiss)", **BY_CONTENTS})
+    index: str = field(default="", metadata={"help": "index directory (faiss, milvus)", **BY_CONTENTS})
     corpus: str = field(default="", metadata={"help": "corpus file, where the backend needs one (bm25)", **BY_CONTENTS})
     retriever: str = field(
         default="", metadata={"help": "retriever checkpoint, where it is not the index's own", **BY_CONTENTS}
@@ -148,8 +149,14 @@ def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
 
 def build_search(spec: SearchSpec) -> SearchBackend:
     """Like `open_search`, for a caller that closes the backend itself."""
+    spec = resolved(spec)
     backend: SearchBackend = _build("search_backend", spec.backend, spec)
     return backend
+
+
+def resolved(spec: SearchSpec) -> SearchSpec:
+    """The settings with the backend `milvus` in place of the default, if the vectors of the index are in Milvus."""
+    return replace(spec, backend="milvus") if spec.backend == "faiss" and in_milvus(spec.index) else spec
 
 
 def _build(kind: str, name: str, spec: LLMSpec | SearchSpec) -> Any:

@@ -27,6 +27,7 @@ FREE_OF = {
     "WorldConfig": "out name",
     "CoverageConfig": "out",
     "IndexConfig": "out allow_pickle seed device batch_size max_batch_tokens ray_workers ray_address ray_gpus",
+    "MilvusSettings": "token_env prefix timeout_s",
     "RepairConfig": "out",
     "ServeConfig": "device host port token_env workers allow_reload ready_file exit_with_parent default_topk "
     "max_queries max_passages max_body_bytes max_waiting timeout_s "
@@ -61,6 +62,7 @@ OPTIONS = {
     ("search_backend", "torch"): "search_devices block_rows",
     ("search_backend", "bm25"): "folder",
     ("search_backend", "service"): "token_env max_connections max_batch",
+    ("search_backend", "milvus"): "uri token_env timeout_s",
     ("relevance_scorer", "cross_encoder"): "batch_size device",
 }
 

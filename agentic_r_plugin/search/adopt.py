@@ -88,6 +88,10 @@ class Source(ABC):
     def write(self, path: Path, train_rows: int) -> None:
         """Make the index file."""
 
+    @abstractmethod
+    def matrices(self) -> list[Matrix]:
+        """The vectors of all rows, as stored."""
+
 
 class FaissSource(Source):
     """A faiss index.
@@ -140,6 +144,10 @@ class FaissSource(Source):
         else:
             path.symlink_to(self.path.resolve())
 
+    def matrices(self) -> list[Matrix]:
+        """See `Source`."""
+        return [_rows_of(self.index)]
+
 
 class MatrixSource(Source):
     """Vectors in files of matrices, from which an index of `kind` is built."""
@@ -175,6 +183,10 @@ class MatrixSource(Source):
     def write(self, path: Path, train_rows: int) -> None:
         """See `Source`."""
         write_index(path, self.parts, kind=self.kind, rows=self.rows, dim=self.dim, train_rows=train_rows)
+
+    def matrices(self) -> list[Matrix]:
+        """See `Source`."""
+        return self.parts
 
 
 def files_of(names: Sequence[str]) -> list[Path]:

@@ -6,6 +6,7 @@
 | `faiss_gpu` | on all GPUs of a node, with faiss-gpu | sharded over the GPUs, as float16 | Flat, IVF (with SQ too) |
 | `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
 | `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
+| `milvus` | in a Milvus collection | on the servers, or embedded | all of Milvus |
 | `service` | over HTTP | on the server | |
 
 The dense backends are in `dense`; this module imports neither faiss nor torch.

@@ -65,7 +65,7 @@ class DenseBackend(ABC):
     ) -> None:
         self.manifest = indexes.read_manifest(index)
         self.index_path = Path(index) / self.manifest.index_file
-        indexes.check_index_file(self.manifest, self.index_path)
+        self._check_vectors()
         self.corpus = Corpus(corpus or self.manifest.corpus, table=index)
         try:
             indexes.check_corpus(self.manifest, self.corpus)
@@ -78,6 +78,9 @@ class DenseBackend(ABC):
             raise
         self.retriever, self.batch_size, self._lock = retriever, batch_size, threading.Lock()
         self.reads_reasoning = needs_reasoning(retriever.record.formulation)
+
+    def _check_vectors(self) -> None:
+        indexes.check_index_file(self.manifest, self.index_path)
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> DenseBackend:

@@ -157,7 +157,7 @@ def write_index(
         UpstreamError: the installed faiss cannot read what was written.
     """
     index = empty_index(kind, dim)
-    vectors = _Vectors(shards, rows, dim)
+    vectors = VectorBlocks(shards, rows, dim)
     if not index.is_trained:
         _train(index, vectors, kind, train_rows)
     with atomic_path(path) as temporary:
@@ -170,8 +170,8 @@ def write_index(
         _check(temporary, path, vectors)
 
 
-class _Vectors:
-    """The shards' vectors as float32, one shard or block of a matrix at a time."""
+class VectorBlocks:
+    """The vectors of shards or matrices as float32, one shard or block of a matrix at a time."""
 
     def __init__(self, shards: Sequence[Path | Matrix], rows: int, dim: int) -> None:
         self.shards, self.rows, self.dim = list(shards), rows, dim
@@ -203,7 +203,7 @@ class _Vectors:
         return np.concatenate(parts)
 
 
-def _train(index: faiss.Index, vectors: _Vectors, kind: str, train_rows: int) -> None:
+def _train(index: faiss.Index, vectors: VectorBlocks, kind: str, train_rows: int) -> None:
     sample = vectors.sample(train_rows)
     log.info("training %s on %d vectors", kind, len(sample))
     try:
@@ -223,7 +223,7 @@ def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
     return header
 
 
-def _write_codes(path: Path, index: faiss.Index, vectors: _Vectors) -> None:
+def _write_codes(path: Path, index: faiss.Index, vectors: VectorBlocks) -> None:
     """Write the header, the number of code units and the codes; a unit is a float for `Flat`, else a byte."""
     flat = isinstance(index, faiss.IndexFlat)
     units = vectors.rows * (index.d if flat else index.sa_code_size())
@@ -243,7 +243,7 @@ def _lists_at(index: faiss.IndexIVF) -> int | None:
     return len(data) - len(tail) if data.endswith(tail) else None
 
 
-def _write_lists(path: Path, index: faiss.IndexIVF, vectors: _Vectors) -> None:
+def _write_lists(path: Path, index: faiss.IndexIVF, vectors: VectorBlocks) -> None:
     """Write the lists in two passes: assign each vector to a list, then write its code and row number into place."""
     at = _lists_at(index)
     assert at is not None
@@ -302,14 +302,14 @@ def _place(
         rows_at[number] += count * 8
 
 
-def _write_whole(path: Path, index: faiss.Index, vectors: _Vectors, kind: str) -> None:
+def _write_whole(path: Path, index: faiss.Index, vectors: VectorBlocks, kind: str) -> None:
     log.warning("an index of kind %s is built in memory, which must hold all of its %d rows", kind, vectors.rows)
     for part in tqdm(vectors, total=len(vectors), desc="add", unit="shard", mininterval=1.0):
         index.add(part)
     faiss.write_index(index, str(path))
 
 
-def _check(written: Path, path: Path, vectors: _Vectors) -> None:
+def _check(written: Path, path: Path, vectors: VectorBlocks) -> None:
     index = open_index(written, mapped=True)
     first = next(iter(vectors))[:1]
     if index.ntotal != vectors.rows or index.d != vectors.dim:

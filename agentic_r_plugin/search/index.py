@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +20,18 @@ from typing import Any, ClassVar
 import faiss
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, fingerprint, save_config
 from agentic_r_plugin.errors import (
     AgenticRError,
     ConfigError,
     IndexMismatchError,
     RecordError,
 )
-from agentic_r_plugin.records import Record
-from agentic_r_plugin.search import adopt
+from agentic_r_plugin.records import Record, since
+from agentic_r_plugin.search import adopt, milvus
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
-from agentic_r_plugin.search.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
+from agentic_r_plugin.search.faiss_files import ALIASES, Matrix, VectorBlocks, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import MANIFEST as BEGUN
@@ -94,6 +95,11 @@ class IndexConfig:
     )
     ray_gpus: float = field(default=0.0, metadata={"help": "GPUs of one Ray actor", **FREE})
 
+    milvus: milvus.MilvusSettings = field(
+        default_factory=milvus.MilvusSettings,
+        metadata={"help": "a Milvus collection in place of a faiss file", **LATER},
+    )
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size", "train_rows"):
             if getattr(self, name) < 1:
@@ -113,7 +119,7 @@ class IndexConfig:
 class IndexManifest(Record):
     """Inputs that an index was made from; its presence means that the index is complete."""
 
-    schema: ClassVar[str | None] = "index/1"
+    schema: ClassVar[str | None] = "index/2"
 
     method: str
     rows: int
@@ -134,16 +140,18 @@ class IndexManifest(Record):
     query_prompt_override: str | None = None
     passage_prompt_override: str | None = None
     kind: str = "Flat"
-    """faiss' factory string."""
+    """faiss' factory string, or Milvus' type of index."""
     precision: str | None = None
     """Floating-point type in which the passages were encoded."""
     index_bytes: int | None = None
     """Size of the index file when it was completed."""
     index_sample: str | None = None
-    """`store.sampled_fingerprint` of the index file when it was completed."""
+    """`store.sampled_fingerprint` of the index file, or `Collection.sample`, when it was completed."""
     title_form: str = "contents"
     adopted: str | None = None
     """Fingerprint of the adopted files, whose vectors somebody else encoded."""
+    milvus: dict[str, Any] | None = field(default=None, metadata=since(2))
+    """Address, collection, parameters and fields, if the vectors are in Milvus; `recall` of the exact top 20."""
 
     @property
     def index_file(self) -> str:
@@ -153,7 +161,8 @@ class IndexManifest(Record):
     def fingerprint(self) -> str:
         """Changes with the corpus, the retriever, its use or the kind; not when files are moved."""
         kind = () if self.kind == "Flat" else (self.kind,)
-        return fingerprint(*self._vectors(), *kind)
+        place = () if self.milvus is None else ("milvus", self.milvus["params"])
+        return fingerprint(*self._vectors(), *kind, *place)
 
     def vectors_fingerprint(self) -> str:
         """Like `fingerprint`, but the same for all kinds of index over the same vectors."""
@@ -201,6 +210,8 @@ def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
         load["untrained"] = retriever.record
         manifest = replace(_manifest(config, corpus, retriever), precision=None if config.adopt else precision)
+        if config.milvus.uri:
+            manifest = milvus.placed(config.milvus, manifest)
         with _output(out, manifest).claim(resume=resume) as held:
             if held.finished is None:
                 if config.adopt:
@@ -222,8 +233,10 @@ def _output(out: Path, manifest: IndexManifest) -> Output:
         made_from["title_form"] = manifest.title_form
     if manifest.adopted is not None:
         made_from["adopted"] = manifest.adopted
+    if manifest.milvus is not None:
+        made_from["milvus"] = {name: manifest.milvus[name] for name in ("params", "fields")}
     # All kinds use the same vectors, so unfinished work can be completed as another kind.
-    return Output(out=out, made_from=made_from, done=MANIFEST, folder=True, at_end=frozenset({"kind"}))
+    return Output(out=out, made_from=made_from, done=MANIFEST, folder=True, at_end=frozenset({"kind", "milvus"}))
 
 
 def _index(
@@ -236,9 +249,12 @@ def _index(
     load: dict[str, Any],
 ) -> None:
     out = held.out
-    empty_index(manifest.kind, manifest.dim)
+    if manifest.milvus is None:
+        empty_index(manifest.kind, manifest.dim)
     shard_size = held.noted("shard_size", config.shard_size)  # a resume keeps it: shards are named by row
     held.begin(shard_size=shard_size)
+    if manifest.milvus is not None:
+        milvus.prepare(manifest, held, timeout_s=config.milvus.timeout_s)
     held.work.mkdir(exist_ok=True)
     _require_room(held, manifest)
     corpus.save_table(out)
@@ -257,32 +273,39 @@ def _index(
     ray = RayWorkers(count=config.ray_workers, address=config.ray_address, gpus=config.ray_gpus)
     encode_shards(job, corpus, retriever, devices, ray)
     shards = [job.path(start) for start in range(0, manifest.rows, shard_size)]
-    index_file = out / manifest.index_file
-    write_index(
-        index_file,
-        shards,
-        kind=manifest.kind,
-        rows=manifest.rows,
-        dim=manifest.dim,
-        train_rows=config.train_rows,
-    )
+    if manifest.milvus is not None:
+        manifest = _load(config, manifest, held, shards, corpus)
+    else:
+        index_file = out / manifest.index_file
+        rows, dim = manifest.rows, manifest.dim
+        write_index(index_file, shards, kind=manifest.kind, rows=rows, dim=dim, train_rows=config.train_rows)
     finish(held, config, manifest)
+
+
+def _load(
+    config: IndexConfig, manifest: IndexManifest, held: Claim, vectors: Sequence[Path | Matrix], corpus: Corpus
+) -> IndexManifest:
+    blocks = VectorBlocks(vectors, manifest.rows, manifest.dim)
+    return milvus.load(manifest, held, blocks, corpus, timeout_s=config.milvus.timeout_s)
 
 
 def finish(held: Claim, config: Any, manifest: IndexManifest) -> None:
     """Write the settings, then the manifest, with size and samples of the index file."""
     save_config(config, held.out / "config.yaml")
-    file = held.out / manifest.index_file
-    held.finish(replace(manifest, index_bytes=file.stat().st_size, index_sample=sampled_fingerprint(file)).to_dict())
+    if manifest.milvus is None:
+        file = held.out / manifest.index_file
+        manifest = replace(manifest, index_bytes=file.stat().st_size, index_sample=sampled_fingerprint(file))
+    held.finish(manifest.to_dict())
     log.info("indexed %d passages in %s", manifest.rows, held.out)
 
 
 def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Corpus, retriever: Retriever) -> None:
     held.begin()
     held.work.mkdir(exist_ok=True)
+    kind = config.kind if manifest.milvus is None else "Flat"
     try:
         source = adopt.open_source(
-            adopt.files_of(config.adopt), config.kind, corpus, held.work, allow_pickle=config.allow_pickle
+            adopt.files_of(config.adopt), kind, corpus, held.work, allow_pickle=config.allow_pickle
         )
         adopt.require_agreement(source, corpus, retriever, config.title_form, config.seed)
     except AgenticRError:  # nothing is left of what was refused: the same folder serves for another try
@@ -290,8 +313,12 @@ def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Co
         held.manifest.unlink()
         raise
     corpus.save_table(held.out)
-    manifest = replace(manifest, kind=source.kind, metric=source.written_metric)
-    source.write(held.out / manifest.index_file, config.train_rows)
+    if manifest.milvus is not None:
+        milvus.prepare(manifest, held, timeout_s=config.milvus.timeout_s)
+        manifest = _load(config, manifest, held, source.matrices(), corpus)
+    else:
+        manifest = replace(manifest, kind=source.kind, metric=source.written_metric)
+        source.write(held.out / manifest.index_file, config.train_rows)
     finish(held, config, manifest)
 
 
@@ -299,7 +326,8 @@ def _require_room(held: Claim, manifest: IndexManifest) -> None:
     """Raise `ConfigError` if the shards of vectors and the index cannot both fit on the disk."""
     vectors = manifest.rows * manifest.dim * 4
     there = sum(path.stat().st_size for path in held.work.glob("*.npy"))
-    index = manifest.rows * bytes_per_row(manifest.kind, manifest.dim)
+    kind = "Flat" if manifest.milvus is not None else manifest.kind  # milvus-lite stores the vectors in the same folder
+    index = manifest.rows * bytes_per_row(kind, manifest.dim)
     needed, free = vectors + index - there, shutil.disk_usage(held.out).free
     if needed > free:
         raise ConfigError(
@@ -397,6 +425,8 @@ def index_retriever(
 
 def check_index_file(manifest: IndexManifest, path: Path) -> None:
     """Raise `IndexMismatchError` unless the index file exists and matches the finished one in size and samples."""
+    if manifest.milvus is not None:
+        raise IndexMismatchError(f"{path.parent}: its vectors are in Milvus, not in a file; use search.backend=milvus")
     if path.is_symlink() and not path.exists():
         raise IndexMismatchError(
             f"{path}: the adopted index file {path.readlink()} was moved or deleted; put it back, or link to its new "

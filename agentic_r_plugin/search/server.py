@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import SearchSpec, build_search
+from agentic_r_plugin.backends import SearchSpec, build_search, resolved
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.compute import threads_of_each
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
@@ -225,7 +225,7 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
     if spec.device == "auto" and torch.cuda.is_available():
         spec = replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
     torch.set_num_threads(threads_of_each(count))
-    if spec.backend == "faiss":
+    if resolved(spec).backend == "faiss":
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())

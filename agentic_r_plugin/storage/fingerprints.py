@@ -7,6 +7,9 @@ from pathlib import Path
 
 from agentic_r_plugin.store import file_fingerprint, sampled_fingerprint
 
+LITE_FOLDER = "milvus.db"
+"""Embedded database of an index. Its files change when it is opened; the index's manifest tells what it holds."""
+
 
 def path_fingerprint(where: str) -> str:
     """Fingerprint of a file, or of the names and contents of a folder's files; large files of a folder are sampled.
@@ -19,6 +22,6 @@ def path_fingerprint(where: str) -> str:
     if path.is_file():
         return file_fingerprint(path)
     digest = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+    for file in sorted(item for item in path.rglob("*") if item.is_file() and LITE_FOLDER not in item.parts):
         digest.update(f"{file.relative_to(path)}:{sampled_fingerprint(file)}:".encode())
     return digest.hexdigest()[:16]
