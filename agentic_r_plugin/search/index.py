@@ -223,7 +223,7 @@ def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
 
 
 def _output(out: Path, manifest: IndexManifest) -> Output:
-    made_from = {
+    made_from: dict[str, Any] = {
         "corpus": manifest.corpus_fingerprint,
         "retriever": manifest.retriever_fingerprint,
         "precision": manifest.precision,

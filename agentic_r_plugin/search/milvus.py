@@ -239,7 +239,8 @@ class Collection:
         if self._index():
             return
         index = self._client.prepare_index_params()
-        index.add_index("vector", index_type=self.manifest.kind, metric_type="IP", params=self.place["params"])
+        settings = {"index_type": self.manifest.kind, "metric_type": "IP", "params": self.place["params"]}
+        index.add_index("vector", index_name="vector", **settings)
         try:
             self._call(self._client.create_index, self.name, index)
         except SearchError as error:
@@ -260,11 +261,11 @@ class Collection:
         self._call(self._client.flush, self.name, timeout=None)
         with progress(total=self.manifest.rows, desc="Milvus indexes", unit="passage") as shown:
             done = 0
-            while (state := self._index()).get("state") != "Finished":
-                if state.get("state") == "Failed":
+            while (found := self._index())["state"] != "Finished":
+                if found["state"] == "Failed":
                     raise SearchError(f"Milvus at {self.uri}: it could not index collection {self.name}")
-                shown.update(max(0, int(state.get("indexed_rows", 0)) - done))
-                done = max(done, int(state.get("indexed_rows", 0)))
+                before, done = done, max(done, int(found["indexed_rows"]))
+                shown.update(done - before)
                 time.sleep(1)
         self.load()
 
@@ -313,7 +314,7 @@ class Collection:
         if kind == "DISKANN":
             return {**params, "search_list": max(params.get("search_list", 128), topk)}
         if kind.startswith("IVF"):
-            return {"nprobe": min(64, self.place["params"].get("nlist", 128))} | params
+            return {"nprobe": min(64, self.place["params"].get("nlist", 128)), **params}
         return dict(params)
 
     def count(self) -> int:
@@ -350,7 +351,7 @@ class Collection:
             if found != expected:
                 raise IndexMismatchError(
                     f"Milvus at {self._file or self.uri}, collection {self.name}: expected {what} {expected}, found "
-                    f"{found}: it was changed or replaced since the index was built; build it again with agentic-r index"
+                    f"{found}: it was changed or replaced after the build; build the index again with agentic-r index"
                 )
 
     def close(self) -> None:
@@ -430,7 +431,10 @@ def load(
                     if rows.stop > note["rows"]:
                         stored = ({name: _stored(corpus[row], name) for name in fields} for row in rows)
                         collection.write(
-                            [{"row": row, "vector": vector} | more for row, vector, more in zip(rows, part, stored, strict=True)],
+                            [
+                                {"row": row, "vector": vector} | more
+                                for row, vector, more in zip(rows, part, stored, strict=True)
+                            ],
                             again=note["again"],
                         )
                         held.note(milvus=note | {"rows": rows.stop})

@@ -56,7 +56,8 @@ class MilvusBackend(DenseBackend):
         **shared: Any,
     ) -> None:
         super().__init__(index, retriever, corpus, **shared)
-        self._search = {"filter": filter, "params": params or {}, "consistency": consistency}
+        self._filter = filter
+        self._search: dict[str, Any] = {"filter": filter, "params": params or {}, "consistency": consistency}
         try:
             self._collection = Collection(self.manifest, index, uri=uri, token_env=token_env, timeout_s=timeout_s)
         except BaseException:
@@ -84,7 +85,7 @@ class MilvusBackend(DenseBackend):
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`; with a filter, another one."""
         whole = super().fingerprint()
-        return fingerprint(whole, self._search["filter"]) if self._search["filter"] else whole
+        return fingerprint(whole, self._filter) if self._filter else whole
 
     def close(self) -> None:
         """Close the connection and the corpus."""

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/milvus.py --rows 13337 [--dim 384] [--vectors FILE.npy] [--queries 512] [--uri lite]
 
-Vectors are clustered at random (unit length, 1 cluster per 100 rows), or those of a `.npy` file; queries are noisy copies
-of rows. Every engine is a process that builds its index and answers batches of 64. Prints a Markdown table: seconds of
-the build, the share of faiss Flat's top 20 that is found, queries per second in the batches and one by one, and the
-process' private and resident memory (with a server, the client's) while it answers.
+Vectors are clustered at random (unit length, 1 cluster per 100 rows), or those of a `.npy` file; queries are noisy
+copies of rows. Every engine is a process that builds its index and answers batches of 64. Prints a Markdown table:
+seconds of the build, the share of faiss Flat's top 20 that is found, queries per second in batches and one by one, and
+the process' private and resident memory (with a server, the client's) while it answers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def milvus_search(vectors: np.ndarray, kind: str, folder: Path, uri: str) -> Sea
     with Output(out=folder, made_from={}, done="manifest.json", folder=True).claim(resume=True) as held:
         held.begin()
         milvus.prepare(manifest, held, timeout_s=600)
-        manifest = milvus.load(manifest, held, VectorBlocks([whole], rows, dim), None, timeout_s=600)  # type: ignore[arg-type]
+        manifest = milvus.load(manifest, held, VectorBlocks([whole], rows, dim), None, timeout_s=600)
     collection = milvus.Collection(manifest, folder, timeout_s=600)
     collection.check()
     return lambda queries: collection.search(queries, TOPK)[1]
@@ -172,8 +172,8 @@ def main() -> None:
             exact = found if exact is None else exact
             same = np.mean([len(set(a) & set(b)) / TOPK for a, b in zip(found.tolist(), exact.tolist(), strict=True)])
             print(
-                f"| {engine} | {figures['build_s']:.1f} | {same:.2%} | {figures['batched']:.0f} | {figures['single']:.0f} "
-                f"| {figures['private']:.0f} | {figures['resident']:.0f} |",
+                f"| {engine} | {figures['build_s']:.1f} | {same:.2%} | {figures['batched']:.0f} "
+                f"| {figures['single']:.0f} | {figures['private']:.0f} | {figures['resident']:.0f} |",
                 flush=True,
             )
 

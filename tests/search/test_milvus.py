@@ -178,7 +178,7 @@ def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, co
         write(self, [row | {"vector": -row["vector"]} for row in rows], again=again)
 
     monkeypatch.setattr(Collection, "write", turned)
-    with pytest.raises(UpstreamError, match="kind FLAT finds .* of what exact search finds"):
+    with pytest.raises(UpstreamError, match=r"kind FLAT finds .* of what exact search finds"):
         build_index(config_for(tmp_path / "index", corpus, model_folder))
 
 
@@ -192,8 +192,9 @@ def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, co
     ],
 )
 def test_a_collection_that_is_not_the_indexs_own_is_refused(flat, changes, expected):
-    with Collection(replace(read_manifest(flat), **changes), flat) as collection, pytest.raises(
-        IndexMismatchError, match=f"collection agentic_r_.*: {expected}: it was changed or replaced"
+    with (
+        Collection(replace(read_manifest(flat), **changes), flat) as collection,
+        pytest.raises(IndexMismatchError, match=f"collection agentic_r_.*: {expected}: it was changed or replaced"),
     ):
         collection.check()
 
@@ -248,10 +249,10 @@ def test_one_process_at_a_time_opens_milvus_lite(flat):
 def test_only_the_backend_milvus_opens_an_index_in_milvus(flat, index_folder, tmp_path):
     for backend in (FaissBackend, TorchBackend):
         with pytest.raises(
-            IndexMismatchError, match="its vectors are in Milvus, not in a file; use search.backend=milvus"
+            IndexMismatchError, match=r"its vectors are in Milvus, not in a file; use search\.backend=milvus"
         ):
             backend(flat)
-    with pytest.raises(ConfigError, match="its vectors are not in Milvus; leave search.backend out"):
+    with pytest.raises(ConfigError, match=r"its vectors are not in Milvus; leave search\.backend out"):
         MilvusBackend(index_folder)
 
 
@@ -300,7 +301,9 @@ def test_the_token_comes_from_the_environment_and_is_in_no_file_or_message(
 ):
     monkeypatch.setenv("MILVUS_TOKEN", SECRET)
     options = {"uri": refusing_server, "token_env": "MILVUS_TOKEN"}
-    with pytest.raises(ConfigError, match=r"the server refuses the token: .*UNAUTHENTICATED: auth check failure.*\*\*\*") as raised:
+    with pytest.raises(
+        ConfigError, match=r"the server refuses the token: .*UNAUTHENTICATED: auth check failure.*\*\*\*"
+    ) as raised:
         found(flat, **options)
     assert "5ecret" not in str(raised.value) and raised.value.__cause__ is None
     with pytest.raises(ConfigError, match="refuses requests without a token"):
