@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from agentic_r_plugin import components
-from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
@@ -63,6 +63,28 @@ class LLMSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerankSpec:
+    """Whether and how what a search finds is ranked again; on the device of the search."""
+
+    reranker: str = field(default="cross_encoder", metadata={"help": "registered reranker"})
+    model: str = field(default="", metadata={"help": "folder or hub name of the reranker; empty: none", **BY_CONTENTS})
+    depth: int = field(default=50, metadata={"help": "best passages of a search that are ranked again"})
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what only this reranker knows", **options_of("reranker", "reranker")}
+    )
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ConfigError(f"rerank.depth: expected at least 1, found {self.depth}")
+        refuse_secrets("rerank", {"model": self.model, "options": self.options}, "keep it in an environment variable")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is ranked again: a model is given, or a reranker of another package."""
+        return bool(self.model) or self.reranker != "cross_encoder"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchSpec:
     """Which retriever, and how to reach it."""
 
@@ -80,6 +102,7 @@ class SearchSpec:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
     )
+    rerank: RerankSpec = field(default_factory=RerankSpec, metadata={"help": "rank again what was found", **LATER})
 
     def __post_init__(self) -> None:
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"
@@ -99,6 +122,8 @@ def with_absolute_paths(spec: Spec) -> Spec:
     if spec.backend == "openai":
         names -= {"model"}
     paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
+    if isinstance(spec, SearchSpec):
+        paths["rerank"] = replace(spec.rerank, model=absolute(spec.rerank.model))
     return replace(spec, **paths, options=absolute_options(spec.options))
 
 
@@ -151,7 +176,15 @@ def build_search(spec: SearchSpec) -> SearchBackend:
     """Like `open_search`, for a caller that closes the backend itself."""
     spec = resolved(spec)
     backend: SearchBackend = _build("search_backend", spec.backend, spec)
-    return backend
+    if not spec.rerank.on:
+        return backend
+    from agentic_r_plugin.search.rerank import RerankedSearch
+
+    try:
+        return RerankedSearch(backend, _build("reranker", spec.rerank.reranker, spec), spec.rerank.depth)
+    except BaseException:
+        backend.close()
+        raise
 
 
 def resolved(spec: SearchSpec) -> SearchSpec:

@@ -62,6 +62,7 @@ COMMANDS = {
     "groups": Command("select positives and negatives", "data.groups:GroupsConfig"),
     "data-report": Command("what the data look like and cost", "data.report:DataReportConfig"),
     "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
+    "train-reranker": Command("a cross-encoder ranks candidates as scored", "retriever.reranker:TrainRerankerConfig"),
     "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
     "experiment": Command("retrievers made in several ways from one run's data", "experiment_series:ExperimentConfig"),
     "aggregate": Command("the matrices of several seeds as one", "evaluation.aggregate:AggregateConfig"),

@@ -14,12 +14,13 @@ The object behind a name depends on its kind:
 | relevance_scorer | a class with `needs_questions`, `build`, `score` and `fingerprint` (`data.scorers.base`) |
 | llm_backend | a class with `from_spec(spec)` (`backends`) and `generate(requests, sampling)` (`llm.base`) |
 | search_backend | a class with `from_spec(spec)` (`backends`) and `search(requests, topk)` (`search.base`) |
+| reranker | a class with `from_spec(spec)` (`backends`) and `score(requests, passages)` (`search.rerank`) |
 | retriever_trainer | `f(config, *, resume) -> Path` of the trained checkpoint (`retriever.training`) |
 | reward | `f(outcome: Outcome, **options) -> float` (`agent.rewards`) |
 | selection | a `data.selection.Selection` |
 
-A backend or scorer may declare its options in a dataclass `Options` in its class. An option whose field has the
-metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
+A backend, reranker or scorer may declare its options in a dataclass `Options` in its class. An option whose field has
+the metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
 not, must stay the same.
 """
 
@@ -40,6 +41,7 @@ KINDS = (
     "relevance_scorer",
     "llm_backend",
     "search_backend",
+    "reranker",
     "retriever_trainer",
     "reward",
     "selection",

@@ -94,6 +94,12 @@ class EvaluateConfig:
             "the benchmark's name"
         },
     )
+    rerankers: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "name -> reranker; each search is evaluated with each of them as well, as the retriever SEARCH+NAME"
+        },
+    )
     cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})
     processes: int = field(
         default=1, metadata={"help": "evaluate cells in N processes at a time, for small models on a CPU", **FREE}
@@ -122,12 +128,14 @@ class EvaluateConfig:
         check_statistics(self.level, self.resamples)
         if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
             raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
+        if self.settings.search.rerank.on:
+            raise ConfigError("settings.search.rerank: name the reranker, for the tables: rerankers={NAME: MODEL}")
         for cell in self.cells:
             agent, _, search = cell.partition(":")
-            if agent not in self.agents or search not in self.searches:
+            if agent not in self.agents or search not in self.retrievers:
                 raise ConfigError(
                     f"cells: {cell!r} is not AGENT:SEARCH; agents: {', '.join(self.agents)}; "
-                    f"searches: {', '.join(self.searches)}"
+                    f"searches: {', '.join(self.retrievers)}"
                 )
         object.__setattr__(self, "per_agent", entries_of(AgentSettings, self.per_agent, "per_agent"))
         for agent in self.per_agent:
@@ -139,6 +147,15 @@ class EvaluateConfig:
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
+
+    @property
+    def retrievers(self) -> dict[str, tuple[str, str]]:
+        """Name in the matrix -> (search, reranker or empty), every search followed by its reranked forms."""
+        return {
+            f"{search}+{reranker}" if reranker else search: (search, reranker)
+            for search in self.searches
+            for reranker in ("", *self.rerankers)
+        }
 
 
 def check_statistics(level: float, resamples: int = 1) -> None:
@@ -197,7 +214,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
             address holds a password (whether a cell uses it or not).
         RecordError: a question file is broken.
     """
-    for name in ("agents", "searches", "per_agent"):
+    for name in ("agents", "searches", "rerankers", "per_agent"):
         refuse_secrets(name, to_dict(config)[name], "put it into an environment variable and give that variable's name")
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
@@ -207,7 +224,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
-    for name in (name for name in searches if name not in later):
+    for name in (name for name in searches if config.retrievers[name][0] not in later):
         for benchmark in config.benchmarks:
             searching = _search_spec(config, name, benchmark)
             where = _searched(searching)
@@ -221,7 +238,7 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
 
     for agent in dict.fromkeys(cell.agent for cell in missing):
         mine = sorted(
-            (cell for cell in missing if cell.agent == agent), key=lambda c: list(config.searches).index(c.retriever)
+            (cell for cell in missing if cell.agent == agent), key=lambda c: list(config.retrievers).index(c.retriever)
         )
         with ExitStack() as agent_stack:
             llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
@@ -268,7 +285,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
             own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
             spec = settings.search
-            for where in (settings.agent.model, settings.agent.tokenizer, _searched(spec), spec.retriever):
+            llm = settings.agent
+            for where in (llm.model, llm.tokenizer, _searched(spec), spec.retriever, spec.rerank.model):
                 if where not in identities:
                     identities[where] = path_fingerprint(where)
             cell = Cell(
@@ -297,7 +315,7 @@ def _pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
     """(agent, search) of the cells of each benchmark."""
     named = [cell.partition(":") for cell in config.cells]
     return [(agent, search) for agent, _, search in named] or [
-        (agent, search) for agent in config.agents for search in config.searches
+        (agent, search) for agent in config.agents for search in config.retrievers
     ]
 
 
@@ -312,7 +330,7 @@ def _made_from(
 
     A retrieval service is identified by its `search_fingerprint`, which is its address only if it reports no other.
     """
-    own, llm = deciding(settings), settings.agent
+    own, llm, rerank = deciding(settings), settings.agent, settings.search.rerank
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     if settings.search.backend != "service":
         own["retriever"] = identities[_searched(settings.search)]
@@ -334,6 +352,7 @@ def _made_from(
         "resamples": config.resamples,
         "sampling_seed": sampling_seed,
         **({"format": config.format} if config.format else {}),
+        **({"rerank": searching["rerank"] | {"model": identities[rerank.model]}} if rerank.on else {}),
     } | own
 
 
@@ -345,14 +364,14 @@ def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any],
     Raises:
         ManifestMismatchError: the service of a finished cell now serves another index.
     """
-    served: dict[str, str | None] = {}
+    served: dict[tuple[str, str], str | None] = {}
     for cell in finished:
         spec = cell.settings.search
         if spec.backend != "service":
             continue
-        if spec.url not in served:
-            served[spec.url] = _served(spec)
-        before, now = results[cell.name].get("search_fingerprint"), served[spec.url]
+        if (key := (spec.url, spec.rerank.model)) not in served:
+            served[key] = _served(spec)
+        before, now = results[cell.name].get("search_fingerprint"), served[key]
         if now not in (None, before):
             raise ManifestMismatchError(
                 f"{out / cell.name}: made with index {before} of {spec.url}, which serves {now} now; {_WAYS_OUT}"
@@ -387,12 +406,15 @@ def _searched(spec: SearchSpec) -> str:
 
 
 def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec:
-    where = config.searches[name].replace("{benchmark}", benchmark)
+    search, reranker = config.retrievers[name]
+    where, spec = config.searches[search].replace("{benchmark}", benchmark), config.settings.search
+    if reranker:
+        spec = replace(spec, rerank=replace(spec.rerank, model=config.rerankers[reranker]))
     if where.startswith(("http://", "https://")):
-        return replace(config.settings.search, backend="service", url=where)
+        return replace(spec, backend="service", url=where)
     if where.startswith("bm25:"):
-        return replace(config.settings.search, backend="bm25", corpus=where.removeprefix("bm25:"))
-    return replace(config.settings.search, index=where)
+        return replace(spec, backend="bm25", corpus=where.removeprefix("bm25:"))
+    return replace(spec, index=where)
 
 
 def _one_line(result: Mapping[str, Any]) -> str:

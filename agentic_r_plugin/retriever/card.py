@@ -40,7 +40,7 @@ def _use(record: RetrieverRecord) -> str:
     }
     return (
         "## Use\n\n"
-        + _table(rows)
+        + table(rows)
         + "\n\nThe model's own prompts hold the prefixes: `model.encode_query(texts)`, `model.encode_document(texts)`; "
         'a passage is `"Title"\\ntext`. `agentic-r index` and `agentic-r serve` read everything from `agentic_r.json`.'
     )
@@ -59,7 +59,7 @@ def _data(config: TrainRetrieverConfig, done: dict[str, Any]) -> str:
     }
     if config.interpolation < 1:
         rows["weights"] = f"base + {config.interpolation:g} x (trained - base); results below are of the trained ones"
-    return "## Data and settings\n\n" + _table(rows) + "\n\nAll settings stand in `config.yaml`."
+    return "## Data and settings\n\n" + table(rows) + "\n\nAll settings stand in `config.yaml`."
 
 
 def _costs(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -72,7 +72,7 @@ def _costs(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
         "passages encoded": f"{passages} for {slots} slots",
         "most memory of process 0": f"{done['peak_memory_bytes'] / 2**30:.2f} GiB ({done['device']})",
     }
-    return "## Costs\n\n" + _table(rows)
+    return "## Costs\n\n" + table(rows)
 
 
 def _results(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
@@ -86,5 +86,6 @@ def _results(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     return f"## Results\n\nWeights of step {done['best_step']} of {done['steps']}.\n\n" + "\n".join(table)
 
 
-def _table(rows: dict[str, Any]) -> str:
+def table(rows: dict[str, Any]) -> str:
+    """Names and values as a Markdown table without a header."""
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from agentic_r_plugin import __version__
 from agentic_r_plugin.credentials import authorization
 from agentic_r_plugin.errors import AgenticRError, SearchError
-from agentic_r_plugin.search.base import SearchRequest, reads_reasoning
+from agentic_r_plugin.search.base import SearchRequest, reads_reasoning, rerank_depth
 from agentic_r_plugin.search.service import OverloadedError, SearchService
 from agentic_r_plugin.search.wire import encode_documents, encode_hits
 
@@ -184,8 +184,11 @@ async def _in_time(answer: Awaitable[Response], limits: RequestLimits) -> Respon
 
 async def _retrieve(request: Request, service: SearchService, limits: RequestLimits) -> Response:
     body = await _read_body(request, limits.max_body_bytes)
-    requests, topk, with_scores = parse_body(body, limits, with_reasoning=reads_reasoning(service.backend))
-    return JSONResponse(encode_hits(await service.search(requests, topk), with_scores=with_scores))
+    backend = service.backend
+    requests, topk, depth, with_scores = parse_body(
+        body, limits, with_reasoning=reads_reasoning(backend), rerank_depth=rerank_depth(backend)
+    )
+    return JSONResponse(encode_hits(await service.search(requests, topk, depth), with_scores=with_scores))
 
 
 async def _documents(request: Request, service: SearchService, limits: RequestLimits) -> Response:
@@ -211,11 +214,14 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def parse_body(
-    body: bytes, limits: RequestLimits, *, with_reasoning: bool = True
-) -> tuple[list[SearchRequest], int, bool]:
-    """(searches, topk, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
+    body: bytes, limits: RequestLimits, *, with_reasoning: bool = True, rerank_depth: int = 0
+) -> tuple[list[SearchRequest], int, int, bool]:
+    """(searches, topk, depth, with scores) of a `/retrieve` body; fields that `wire` does not name are ignored.
+
+    The depth is the number of passages to rank again if the request names it, else 0.
 
     Args:
+        rerank_depth: passages that the backend ranks again unless the request names a number; 0: it has no reranker.
         with_reasoning: False leaves out the reasoning, for a backend that does not read it: equal searches then compare
             equal in the cache, and no limit applies to it.
 
@@ -242,12 +248,18 @@ def parse_body(
             zip(queries, questions, histories, reasonings, strict=True)
         )
     ]
-    topk = _topk(data.get("topk"), limits)
+    topk, depth = _depths(data, limits, rerank_depth)
     if len(requests) * topk > limits.max_passages:
         raise RefusedError(
             413, "too_large", f"{len(requests)} queries of topk {topk}; at most {limits.max_passages} passages are sent"
         )
-    return requests, topk, _flag(data.get("return_scores"))
+    if len(requests) * (ranked := depth or rerank_depth) > limits.max_passages:
+        raise RefusedError(
+            413,
+            "too_large",
+            f"{len(requests)} queries with {ranked} passages each to rank again; at most {limits.max_passages} are",
+        )
+    return requests, topk, depth, _flag(data.get("return_scores"))
 
 
 def _object(body: bytes) -> dict[str, Any]:
@@ -292,15 +304,26 @@ def _history(value: Any, where: str, limits: RequestLimits) -> tuple[str, ...]:
     return tuple(_text(item, f"{where}[{i}]", limits) for i, item in enumerate(value))
 
 
-def _topk(value: Any, limits: RequestLimits) -> int:
+def _depths(data: dict[str, Any], limits: RequestLimits, rerank_depth: int) -> tuple[int, int]:
+    """(topk, passages to rank again, 0 if the request does not name it): from `topk`, or in Search-R1's form."""
+    named = [name for name in ("topk_retrieval", "topk_rerank") if data.get(name) is not None]
+    if not named:
+        return _topk(data.get("topk"), "topk", limits, limits.default_topk), 0
+    if not rerank_depth:
+        raise _invalid(f"{named[0]!r}: this service has no reranker (rerank.model); send 'topk'")
+    depth = _topk(data.get("topk_retrieval"), "topk_retrieval", limits, rerank_depth)
+    return min(_topk(data.get("topk_rerank"), "topk_rerank", limits, limits.default_topk), depth), depth
+
+
+def _topk(value: Any, name: str, limits: RequestLimits, default: int) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | None) or (value or 0) < 0:
-        raise _invalid(f"expected a whole number in 'topk' (0 or null: the default), found {str(value)[:40]!r}")
+        raise _invalid(f"expected a whole number in {name!r} (0 or null: the default), found {str(value)[:40]!r}")
     if not value:
-        return limits.default_topk
+        return default
     if value > limits.max_topk:
-        raise RefusedError(413, "too_large", f"topk {value if value < 10**9 else 'too large'}: max {limits.max_topk}")
+        raise RefusedError(413, "too_large", f"{name} {value if value < 10**9 else 'too large'}: max {limits.max_topk}")
     return value
 
 

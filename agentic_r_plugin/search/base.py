@@ -62,6 +62,11 @@ def reads_reasoning(search: SearchBackend) -> bool:
     return bool(getattr(search, "reads_reasoning", True))
 
 
+def rerank_depth(search: SearchBackend) -> int:
+    """Passages of each search that a backend ranks again (`rerank.RerankedSearch`); 0: none."""
+    return int(getattr(search, "rerank_depth", 0))
+
+
 OF_ONE_REQUEST = frozenset({400, 413, 422})
 """HTTP statuses that refuse one request for its content; other 4xx statuses refuse the caller or all requests."""
 

@@ -15,7 +15,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, to_dict
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
@@ -65,10 +65,8 @@ class CoverageConfig:
 
     def spec(self) -> SearchSpec:
         """Settings of the retriever, with `index` and `corpus` filled in."""
-        values = to_dict(self.search)
-        values["index"] = self.index or values["index"]
-        values["corpus"] = self.corpus or values["corpus"]
-        return SearchSpec(**values)
+        own = self.search
+        return replace(own, index=self.index or own.index, corpus=self.corpus or own.corpus)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import SearchSpec, build_search, resolved
+from agentic_r_plugin.backends import RerankSpec, SearchSpec, build_search, resolved
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.compute import threads_of_each
-from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, save_config
 from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
@@ -60,6 +60,7 @@ class ServeConfig:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
     )
+    rerank: RerankSpec = field(default_factory=RerankSpec, metadata={"help": "rank again what was found", **LATER})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     host: str = field(
         default="127.0.0.1",
@@ -242,6 +243,7 @@ def _spec(config: ServeConfig) -> SearchSpec:
         device=config.device,
         batch_size=config.batch_size,
         options=config.options,
+        rerank=config.rerank,
     )
 
 

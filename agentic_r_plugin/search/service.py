@@ -14,6 +14,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.records import Passage
@@ -34,6 +35,7 @@ class _Waiting:
 
     requests: list[SearchRequest]
     topk: int
+    depth: int
     future: asyncio.Future[list[list[Hit]]]
     since_s: float
     """Arrival time on the event loop's clock."""
@@ -108,19 +110,22 @@ class SearchService:
             _fail(self._queue.popleft(), OverloadedError("the service is shutting down"))
         self._thread.shutdown(wait=True)
 
-    async def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+    async def search(self, requests: Sequence[SearchRequest], topk: int, depth: int = 0) -> list[list[Hit]]:
         """Hits of each request, from the cache or the backend.
+
+        Args:
+            depth: passages to rank again, for a backend that reranks; 0: as many as it is built for.
 
         Raises:
             OverloadedError: too many queries are waiting.
             SearchError: the backend failed.
         """
         self.metrics.add("queries", len(requests))
-        known = {request: hits for request in set(requests) if (hits := self._cached(request, topk)) is not None}
+        known = {request: hits for request in set(requests) if (hits := self._cached(request, topk, depth)) is not None}
         missing = [request for request in dict.fromkeys(requests) if request not in known]
         self.metrics.add("cache_hits", len(requests) - sum(request not in known for request in requests))
         if missing:
-            known |= zip(missing, await self._enqueue(missing, topk), strict=True)
+            known |= zip(missing, await self._enqueue(missing, topk, depth), strict=True)
         return [known[request] for request in requests]
 
     async def documents(self, ids: Sequence[str]) -> list[Passage | None]:
@@ -151,13 +156,13 @@ class SearchService:
         if self._waiting and self._waiting + count > self._max_waiting:
             raise OverloadedError(f"{self._waiting} queries are waiting already")
 
-    async def _enqueue(self, requests: list[SearchRequest], topk: int) -> list[list[Hit]]:
+    async def _enqueue(self, requests: list[SearchRequest], topk: int, depth: int) -> list[list[Hit]]:
         self._admit(len(requests))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[list[Hit]]] = loop.create_future()
         self._wait(len(requests))
         try:
-            self._queue.append(_Waiting(requests, topk, future, loop.time()))
+            self._queue.append(_Waiting(requests, topk, depth, future, loop.time()))
             self._arrived.set()
             return await future
         finally:
@@ -169,11 +174,11 @@ class SearchService:
 
     async def _work(self) -> None:
         while True:
-            for topk, group in (await self._next_batch()).items():
-                await self._search_group(group, topk)
+            for (topk, depth), group in (await self._next_batch()).items():
+                await self._search_group(group, topk, depth)
 
-    async def _next_batch(self) -> dict[int, list[_Waiting]]:
-        """Next batch of waiting searches, by topk: at once if full, else when the first has waited `window_ms`."""
+    async def _next_batch(self) -> dict[tuple[int, int], list[_Waiting]]:
+        """Next batch of waiting searches, by topk and depth: at once if full, else after the window of its first."""
         loop = asyncio.get_running_loop()
         while True:
             # Clear before counting, so that a search arriving in between ends the wait below.
@@ -184,19 +189,20 @@ class SearchService:
                 break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left_s)
-        groups: dict[int, list[_Waiting]] = defaultdict(list)
+        groups: dict[tuple[int, int], list[_Waiting]] = defaultdict(list)
         taken = 0
         while self._queue and (not taken or taken + len(self._queue[0].requests) <= self._max_batch):
             item = self._queue.popleft()
             taken += len(item.requests)
             if not item.future.done():  # the client may have disconnected
-                groups[item.topk].append(item)
+                groups[item.topk, item.depth].append(item)
         return groups
 
-    async def _search_group(self, group: list[_Waiting], topk: int) -> None:
+    async def _search_group(self, group: list[_Waiting], topk: int, depth: int) -> None:
         requests = list(dict.fromkeys(request for item in group for request in item.requests))
         started, backend = time.perf_counter(), self.backend
-        work = asyncio.get_running_loop().run_in_executor(self._thread, backend.search, requests, topk)
+        search = partial(backend.search, depth=depth) if depth else backend.search
+        work = asyncio.get_running_loop().run_in_executor(self._thread, search, requests, topk)
         try:
             # A running backend call cannot be interrupted; the shield lets it finish when `stop` cancels this task.
             results = await asyncio.shield(work)
@@ -216,26 +222,26 @@ class SearchService:
         # After a swap these hits come from the old index: return them, but do not cache them for the new one.
         if backend is self.backend:
             for request, hits in found.items():
-                self._remember(request, topk, hits)
+                self._remember(request, topk, depth, hits)
             self.metrics.set("cache_entries", len(self._cache))
         for item in group:
             if not item.future.done():
                 item.future.set_result([found[request] for request in item.requests])
 
-    def _cached(self, request: SearchRequest, topk: int) -> list[Hit] | None:
+    def _cached(self, request: SearchRequest, topk: int, depth: int) -> list[Hit] | None:
         if not self._cache_size:
             return None
-        entry = self._cache.get(key := _key(request))
+        entry = self._cache.get(key := _key(request, depth))
         # The first passages of a deeper search serve a shallower one (see `SearchBackend`).
         if entry is None or entry[0] < topk:
             return None
         self._cache.move_to_end(key)
         return entry[1][:topk]
 
-    def _remember(self, request: SearchRequest, topk: int, hits: list[Hit]) -> None:
+    def _remember(self, request: SearchRequest, topk: int, depth: int, hits: list[Hit]) -> None:
         if not self._cache_size:
             return
-        known_topk, known = self._cache.get(key := _key(request), (0, []))
+        known_topk, known = self._cache.get(key := _key(request, depth), (0, []))
         if known_topk > topk:
             return
         self._cache[key] = (topk, hits)
@@ -246,9 +252,9 @@ class SearchService:
             self._cached_hits -= len(dropped)
 
 
-def _key(request: SearchRequest) -> bytes:
+def _key(request: SearchRequest, depth: int) -> bytes:
     """A 16-byte cache key: with its history a request can be a million characters long."""
-    return hashlib.blake2b(repr(request).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr((request, depth)).encode(), digest_size=16).digest()
 
 
 def _fail(item: _Waiting, error: SearchError) -> None:

@@ -5,6 +5,10 @@ Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [s
 without scores each inner list holds the documents themselves. A document has `metadata` if the corpus says more of it.
 Further fields are ignored in both; a `topk` of 0 or null means the service's default.
 
+A service with a reranker also takes the request of Search-R1's `retrieval_rerank_server.py`: `topk_retrieval` passages
+are found and ranked again, and the best `topk_rerank` are returned. The documents are those of other answers, because
+Search-R1's agents read `document.contents`; Search-R1's server sends the text alone as `document`.
+
 Answers of other services can be read too: documents with `contents`, with `text` and perhaps `title`, or with all of
 them, or as plain text; the id (`id`, `docid`, `_id`, a string or an integer) in the document or next to it; answers
 without scores (0 is recorded); fewer passages than requested, or more (the first are taken). A document without an id

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.compute import fast_type
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
@@ -83,11 +82,10 @@ def task(question: Question, hop: int, query: str, passages: tuple[Passage, ...]
 
 def train(args: argparse.Namespace) -> None:
     """Train and write `OUT/model`."""
-    from datasets import Dataset
     from sentence_transformers import CrossEncoder
-    from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
-    from transformers.trainer_utils import get_last_checkpoint
+
+    from agentic_r_plugin.retriever.reranker import fit
 
     rows: dict[str, list[Any]] = {"query": [], "passage": [], "label": []}
     for seed in range(args.first_seed, args.first_seed + args.worlds):
@@ -98,28 +96,17 @@ def train(args: argparse.Namespace) -> None:
                 rows["passage"].append(f"{passage.title}\n{passage.text}")
                 rows["label"].append(float(passage.id == judged.gold))
     model = CrossEncoder(resolve(args.base), num_labels=1, max_length=args.max_length, device=args.device)
-    device = str(model.model.device)
-    settings = CrossEncoderTrainingArguments(
-        output_dir=str(args.out / "training"),
-        num_train_epochs=args.epochs,
-        per_device_train_batch_size=args.batch_size,
+    fit(
+        model,
+        rows,
+        BinaryCrossEntropyLoss(model),
+        args.out / "training",
+        epochs=args.epochs,
+        batch_size=args.batch_size,
         learning_rate=args.learning_rate,
-        warmup_steps=0.1,
-        bf16=fast_type(device) == "bfloat16",
-        use_cpu=device == "cpu",
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        logging_steps=20,
         seed=args.seed,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        save_steps=args.save_steps,
     )
-    trainer = CrossEncoderTrainer(
-        model=model, args=settings, train_dataset=Dataset.from_dict(rows), loss=BinaryCrossEntropyLoss(model)
-    )
-    folder = args.out / "training"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     unfinished = args.out / "model.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(str(unfinished))

@@ -65,3 +65,18 @@ def write_corpus(file: Path, count: int = 40, seed: int = 0) -> Path:
     lines = [{"id": f"d{i}", "contents": contents(numbers)} for i, numbers in enumerate(passage_numbers(count, seed))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file
+
+
+def make_reranker(folder: Path, *, formulation: str = "", seed: int = 0, layers: int = 1) -> str:
+    """Write an untrained cross-encoder of the same words; with our record if it has a formulation."""
+    from sentence_transformers import CrossEncoder
+
+    base = make_model(folder, layers=layers, seed=seed)
+    torch.manual_seed(seed)
+    config = {"initializer_range": 0.6}  # scores that differ
+    model = CrossEncoder(base, num_labels=1, device="cpu", config_kwargs=config)
+    model.save_pretrained(str(folder / "reranker"), create_model_card=False)
+    if formulation:
+        record = {"schema": "reranker/1", "formulation": formulation, "max_length": 64}
+        (folder / "reranker" / "agentic_r.json").write_text(json.dumps(record), encoding="utf-8")
+    return str(folder / "reranker")

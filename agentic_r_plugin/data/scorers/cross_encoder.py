@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
-
-_CHARACTERS_PER_TOKEN = 16
-"""Upper bound on the average characters per token of real text."""
 
 TEXTS = ("query", "question_query")
 
@@ -56,38 +51,14 @@ class CrossEncoderScorer:
         max_length: int = 0,
         device: str = "auto",
     ) -> None:
-        from sentence_transformers import CrossEncoder
+        from agentic_r_plugin.search.cross_encoder import load_cross_encoder
 
         if text not in TEXTS:
             raise ConfigError(f"cross_encoder: text={text!r}: expected one of {', '.join(TEXTS)}")
         if not model:
             raise ConfigError("cross_encoder: give options.model, the directory or hub name of a cross-encoder")
         self.model, self.text, self.batch_size, self.max_length = model, text, batch_size, max_length
-        try:
-            self._encoder: Any = CrossEncoder(
-                model, max_length=max_length or None, device=None if device == "auto" else device
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cross_encoder: {model!r} cannot be loaded: {error}") from error
-        labels = self._encoder.model.config.num_labels
-        if labels != 1:
-            raise ConfigError(f"cross_encoder: {model!r} has {labels} labels; expected one, a score of relevance")
-        self._limit_length()
-
-    def _limit_length(self) -> None:
-        """Reduce the length of a pair to the model's positions: a longer one would end the stage hours later."""
-        from agentic_r_plugin.search.families import positions
-
-        longest = positions(self._encoder.model, self._encoder.model.config)
-        if longest is None or (self._encoder.max_seq_length or longest + 1) <= longest:
-            return
-        if self.max_length > longest:
-            print(
-                f"cross_encoder {self.model}: max_length={self.max_length} is limited to the {longest} tokens that the "
-                "model has positions for",
-                file=sys.stderr,
-            )
-        self._encoder.max_seq_length = longest
+        self._encoder: Any = load_cross_encoder(model, "cross_encoder", max_length=max_length, device=device)
 
     @classmethod
     def build(cls, options: Mapping[str, Any], resources: Resources) -> CrossEncoderScorer:
@@ -107,11 +78,10 @@ class CrossEncoderScorer:
         """
         import torch
 
-        most = self._encoder.max_seq_length
-        # Cut long passages first: the tokenizer would process all of the text before truncating it.
-        cut = _CHARACTERS_PER_TOKEN * most if most and most < 1_000_000 else None
+        from agentic_r_plugin.search.cross_encoder import clipped, passage_text
+
         pairs = [
-            (self._text(task), f"{passage.title}\n{passage.text}"[:cut] if passage.title else passage.text[:cut])
+            (self._text(task), clipped(passage_text(passage), self._encoder))
             for task in tasks
             for passage in task.passages
         ]
@@ -133,8 +103,6 @@ class CrossEncoderScorer:
 
     def fingerprint(self) -> str:
         """Hash of the checkpoint's files (or the hub name) and the options."""
-        from agentic_r_plugin.llm.hf import checkpoint_fingerprint
+        from agentic_r_plugin.search.cross_encoder import model_fingerprint
 
-        folder = Path(self.model)
-        model = checkpoint_fingerprint(folder, folder) if folder.is_dir() else self.model
-        return fingerprint("cross_encoder", model, self.text, self.max_length)
+        return fingerprint("cross_encoder", model_fingerprint(self.model), self.text, self.max_length)

@@ -11,14 +11,14 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config, to_dict
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session, load_protocol
@@ -157,7 +157,7 @@ def _demonstrations(config: WarmStartSFTConfig, tokenizer: Any) -> list[list[Ses
     questions = list(islice(read_questions(config.questions, labelled=True, format=config.format), config.skip, last))
     spec = config.search
     if spec.backend == "bm25" and not spec.corpus:
-        spec = SearchSpec(**(to_dict(spec) | {"corpus": config.corpus}))
+        spec = replace(spec, corpus=config.corpus)
     protocol = load_protocol(config.protocol, config.protocol_options)
     with Corpus(config.corpus) as corpus, open_search(spec) as search:
         return [

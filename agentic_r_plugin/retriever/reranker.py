@@ -1,0 +1,354 @@
+"""`agentic-r train-reranker`: a cross-encoder learns to rank the candidates of a query (LambdaLoss).
+
+The label of a candidate is its relevance / 100, plus 1 if its correctness is 1. This is the order of the method
+(section 4, step 6): correctness first, then relevance. A candidate without correctness counts as not correct, because
+the stage stops at the first correct one. Queries whose candidates all have one label are left out.
+
+The output folder is a `CrossEncoder` of sentence-transformers with `agentic_r.json` (formulation and length), a model
+card `README.md`, the training log `metrics.jsonl`, and `done.json`, which is written last. An interrupted run resumes
+from its last checkpoint. One device is used; `CUDA_VISIBLE_DEVICES` selects another one.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import CrossEncoder
+from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import LambdaLoss
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from agentic_r_plugin import compute
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config
+from agentic_r_plugin.data.selection import check_scored
+from agentic_r_plugin.errors import ConfigError, RecordError, TrainingError
+from agentic_r_plugin.memory import bound_caches
+from agentic_r_plugin.progress import progress
+from agentic_r_plugin.query import DEFAULT_FORMULATION
+from agentic_r_plugin.records import Candidates
+from agentic_r_plugin.retriever.batches import Key, read_scores
+from agentic_r_plugin.retriever.card import CARD, table
+from agentic_r_plugin.retriever.dev import ranking_metrics
+from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.cross_encoder import CrossEncoderReranker
+from agentic_r_plugin.search.encoder import resolve
+from agentic_r_plugin.search.rerank import order_of
+from agentic_r_plugin.storage.claim import Output, require_new
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import atomic_path, dump_line, file_fingerprint, read_records
+
+DONE, METRICS = "done.json", "metrics.jsonl"
+_HELD_OUT = 0.1
+"""Share of the questions that are held out, for the figures before and after."""
+_SHOWN = ("recall_at_1", "recall_at_3", "mrr_at_10", "ndcg_at_10")
+_PAIRS = 32
+"""Pairs of one forward pass in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRerankerConfig:
+    """Settings of `agentic-r train-reranker`."""
+
+    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
+    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
+    out: str = field(metadata={"help": "checkpoint folder to write", **FREE})
+    relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
+    correctness: str = field(
+        default="", metadata={"help": "correctness file; correct candidates rank above all others", **BY_CONTENTS}
+    )
+    model: str = field(
+        default="cross-encoder/ms-marco-MiniLM-L12-v2",
+        metadata={"help": "cross-encoder or encoder to start from: folder, hub name, builtin:minilm", **BY_CONTENTS},
+    )
+    formulation: str = field(
+        default="",
+        metadata={"help": f"registered query_formulation; empty: the checkpoint's record, else {DEFAULT_FORMULATION}"},
+    )
+    epochs: int = field(default=1, metadata={"help": "passes over the queries"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW; a tenth of the steps warms up"})
+    batch_size: int = field(default=8, metadata={"help": "queries per step, each with all its candidates"})
+    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
+    seed: int = field(default=0, metadata={"help": "of the held-out questions, a new head, order and dropout"})
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device {self.device!r}: expected auto, cpu or cuda (CUDA_VISIBLE_DEVICES selects one)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A query with its candidates, in retrieval order, and their labels."""
+
+    key: Key
+    request: SearchRequest
+    passages: tuple[str, ...]
+    labels: tuple[float, ...]
+
+    @property
+    def best(self) -> frozenset[int]:
+        """Places of the candidates with the highest label."""
+        return frozenset(place for place, label in enumerate(self.labels) if label == max(self.labels))
+
+
+def read_labelled(config: TrainRerankerConfig) -> tuple[list[Labelled], dict[str, int]]:
+    """All queries with an order to learn, and the number of those left out, by reason.
+
+    Raises:
+        ConfigError: neither relevance nor correctness is given.
+        RecordError: a broken record, a candidate that was not scored, or no query is left.
+    """
+    if not config.relevance and not config.correctness:
+        raise ConfigError("train-reranker learns from scores: give relevance=FILE, correctness=FILE, or both")
+    relevance = read_scores(config.relevance, None) if config.relevance else None
+    correct = read_scores(None, config.correctness) if config.correctness else {}
+    found: list[Labelled] = []
+    left_out = {"without_scores": 0, "without_order": 0}
+    for query in read_records(config.candidates, Candidates):
+        passages = tuple(passage.id for passage in query.passages)
+        scores: Mapping[str, float] | None = relevance.get(query.key) if relevance is not None else {}
+        if scores is None or (relevance is None and query.key not in correct):
+            left_out["without_scores"] += 1
+            continue
+        if relevance is not None:
+            check_scored(passages, scores)  # type: ignore[arg-type]
+        known = correct.get(query.key, {})
+        labels = tuple(scores.get(passage, 0.0) + known.get(passage, 0.0) for passage in passages)
+        if len(set(labels)) < 2:
+            left_out["without_order"] += 1
+            continue
+        request = SearchRequest(
+            query=query.query, question=query.question, history=query.history, reasoning=query.reasoning
+        )
+        found.append(Labelled(key=query.key, request=request, passages=passages, labels=labels))
+    if not found:
+        raise RecordError(f"no query has candidates with different labels ({left_out})", path=config.candidates)
+    return found, left_out
+
+
+def held_out(queries: Sequence[Labelled], seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """(queries to train on, queries held out): all queries of a question are on one side."""
+    questions = sorted({query.key[0] for query in queries})
+    count = max(1, round(_HELD_OUT * len(questions))) if len(questions) > 1 else 0
+    drawn = set(random.Random(f"reranker {seed}").sample(questions, count))
+    return [q for q in queries if q.key[0] not in drawn], [q for q in queries if q.key[0] in drawn]
+
+
+def measure(
+    queries: Sequence[Labelled], corpus: Corpus, reranker: CrossEncoderReranker | None = None
+) -> dict[str, float]:
+    """Recall, MRR and nDCG of the candidates with the highest label, by `reranker` or in retrieval order."""
+    orders = [list(range(len(query.passages))) for query in queries]
+    if reranker is not None:
+        texts = [[corpus.by_id(passage) for passage in query.passages] for query in queries]
+        orders = [order_of(row) for row in reranker.score([query.request for query in queries], texts)]
+    found = ranking_metrics(orders, [query.best for query in queries])
+    return {name: found[name] for name in _SHOWN}
+
+
+def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
+    """Train, or continue an interrupted training.
+
+    Raises:
+        OutputExistsError: the folder is not empty and `resume` is off.
+        ManifestMismatchError: the folder was begun with other inputs or settings.
+        ConfigError: the model cannot be loaded, or no scores are given.
+        RecordError: a record is broken, a candidate has no score or is not in the corpus, or nothing can be learned.
+        TrainingError: the loss is not finite.
+    """
+    out = Path(config.out)
+    if not resume:
+        require_new(out, folder=True)
+    bound_caches()
+    queries, left_out = read_labelled(config)
+    training, dev = held_out(queries, config.seed)
+    with Corpus(config.corpus) as corpus:
+        set_seed(config.seed)  # for a new head
+        reranker = CrossEncoderReranker.load(
+            resolve(config.model),
+            formulation=config.formulation,
+            untrained=DEFAULT_FORMULATION,
+            device=config.device,
+            new_head=True,
+        )
+        _require_reasoning(config, queries, reranker)
+        output = Output(out=out, made_from=_made_from(config, corpus, reranker), done=DONE, folder=True)
+        with output.claim(resume=resume) as held:
+            if held.finished is None:
+                held.begin()
+                save_config(config, out / "config.yaml")
+                if dev and not held.noted("before"):
+                    held.note(before={"retriever": measure(dev, corpus), "before": measure(dev, corpus, reranker)})
+                loss = LambdaLoss(reranker.model, mini_batch_size=_PAIRS)
+                log = fit(
+                    reranker.model,
+                    _columns(training, corpus, reranker),
+                    loss,
+                    held.work,
+                    epochs=config.epochs,
+                    batch_size=config.batch_size,
+                    learning_rate=config.learning_rate,
+                    seed=config.seed,
+                )
+                measured = held.noted("before") | {"after": measure(dev, corpus, reranker)} if dev else {}
+                reranker.save(out)
+                with atomic_path(out / METRICS) as temporary:
+                    temporary.write_bytes(b"".join(map(dump_line, log)))
+                done = {"queries": len(training), "held_out": len(dev), **left_out, **log[-1], "measured": measured}
+                _write_card(out, config, reranker, done)
+                held.finish(done)
+            shutil.rmtree(held.work, ignore_errors=True)
+
+
+def fit(
+    model: CrossEncoder,
+    columns: Mapping[str, list[Any]],
+    loss: nn.Module,
+    folder: Path,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    save_steps: int = 50,
+) -> list[dict[str, Any]]:
+    """Train a cross-encoder in place with sentence-transformers' `CrossEncoderTrainer`; returns the log.
+
+    Args:
+        model: on the device that it is trained on.
+        columns: texts and labels, as `loss` expects them.
+        folder: for checkpoints; training continues from the last whole one.
+        epochs, batch_size, learning_rate, seed: as in `TrainingArguments`; a tenth of the steps warms up.
+        save_steps: steps between two checkpoints.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    device = str(model.device)
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
+        bf16=compute.fast_type(device) == "bfloat16",
+        use_cpu=device == "cpu",
+        save_steps=save_steps,
+        save_total_limit=1,
+        logging_steps=20,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    if arguments.n_gpu > 1:  # DataParallel cannot take texts
+        arguments._n_gpu = 1
+    trainer = CrossEncoderTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(dict(columns)), loss=loss, callbacks=[_Progress()]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    return list(trainer.state.log_history)
+
+
+class _Progress(TrainerCallback):
+    """Progress with an estimate, and an end to training whose loss is not finite."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown = progress(total=state.max_steps, desc="training", unit="step", initial=state.global_step)
+        self.shown.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            if value != value or abs(value) == float("inf"):
+                raise TrainingError(
+                    f"step {state.global_step}: {name} is {value}; train with a smaller learning_rate, or look for "
+                    "broken labels"
+                )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shown.__exit__(None, None, None)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint; those that were not finished (their last file is missing) are removed."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
+        if (Path(last) / "trainer_state.json").is_file():
+            return str(last)
+        shutil.rmtree(last)
+    return None
+
+
+def _columns(queries: Sequence[Labelled], corpus: Corpus, reranker: CrossEncoderReranker) -> dict[str, list[Any]]:
+    """The texts that the reranker reads when it serves, and their labels."""
+    return {
+        "query": [reranker.query_text(query.request) for query in queries],
+        "passages": [[reranker.passage_text(corpus.by_id(passage)) for passage in q.passages] for q in queries],
+        "labels": [list(query.labels) for query in queries],
+    }
+
+
+def _require_reasoning(
+    config: TrainRerankerConfig, queries: Sequence[Labelled], reranker: CrossEncoderReranker
+) -> None:
+    if reranker.reads_reasoning and not any(query.request.reasoning for query in queries):
+        raise RecordError(
+            f"no query holds the agent's reasoning, which the formulation {reranker.record.formulation!r} reads; make "
+            "the candidates with reasoning=true",
+            path=config.candidates,
+        )
+
+
+def _made_from(config: TrainRerankerConfig, corpus: Corpus, reranker: CrossEncoderReranker) -> dict[str, Any]:
+    """Everything that the weights depend on."""
+    files = {name: getattr(config, name) for name in ("candidates", "relevance", "correctness")}
+    return deciding(config) | {
+        **{name: file_fingerprint(path) if path else None for name, path in files.items()},
+        "corpus": corpus.fingerprint(),
+        "model": path_fingerprint(resolve(config.model)),
+        "record": reranker.record.to_dict(),
+        "precision": compute.fast_type(str(reranker.model.device)),
+    }
+
+
+def _write_card(
+    folder: Path, config: TrainRerankerConfig, reranker: CrossEncoderReranker, done: Mapping[str, Any]
+) -> None:
+    """Write the model card."""
+    measured = done["measured"]
+    rows = {
+        "query formulation": f"`{reranker.record.formulation}`",
+        "passage": "title and text, one per line",
+        "length": f"{reranker.record.max_length} tokens a pair",
+        "queries": f"{done['queries']}, and {done['held_out']} held out",
+        "labels": " + ".join(["relevance / 100"] * bool(config.relevance) + ["correctness"] * bool(config.correctness)),
+        "loss": "LambdaLoss (NDCG-Loss2++)",
+        "epochs, batch, learning rate, seed": f"{config.epochs}, {config.batch_size} queries, "
+        f"{config.learning_rate:g}, {config.seed}",
+    }
+    figures = ["| held-out queries | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|"]
+    figures += [f"| {name} | " + " | ".join(f"{measured[of][name]:.4f}" for of in measured) + " |" for name in _SHOWN]
+    text = (
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: text-ranking\ntags:\n- cross-encoder\n- reranker\n"
+        "- agentic-search\n---\n\n# Reranker for agentic search\n\n"
+        f"Trained from `{config.model}` by `agentic-r train-reranker`. `agentic-r serve rerank.model=FOLDER` and every "
+        "search with `search.rerank.model=FOLDER` read everything from `agentic_r.json`.\n\n"
+        f"{table(rows)}\n\n" + ("\n".join(figures) if measured else "Nothing was held out to measure on.") + "\n"
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
