@@ -42,6 +42,7 @@ FREE_OF = {
     "CorrectnessConfig": "out batch_size runner",
     "GroupsConfig": "out runner",
     "TrainRetrieverConfig": "out device checkpoint_steps",
+    "TrainRerankerConfig": "out device",
     "QuestionsConfig": "out push_to_hub token_env",
     "CorpusConfig": "out push_to_hub token_env batch_size runner",
     "ConvertTrajectoriesConfig": "out push_to_hub token_env",
@@ -64,6 +65,7 @@ OPTIONS = {
     ("search_backend", "service"): "token_env max_connections max_batch",
     ("search_backend", "milvus"): "uri token_env timeout_s",
     ("relevance_scorer", "cross_encoder"): "batch_size device",
+    ("reranker", "cross_encoder"): "batch_size",
 }
 
 

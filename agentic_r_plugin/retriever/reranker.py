@@ -247,7 +247,7 @@ def fit(
         use_cpu=device == "cpu",
         save_steps=save_steps,
         save_total_limit=1,
-        logging_steps=20,
+        logging_steps=10,  # a divisor of save_steps: a logged loss is then the same after a resume
         seed=seed,
         report_to="none",
         disable_tqdm=True,

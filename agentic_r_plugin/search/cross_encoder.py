@@ -185,11 +185,14 @@ class CrossEncoderReranker:
         """
         folder = resolve(name)
         record = _read_record(folder, training=new_head)
-        length = max_length or (record.max_length if record else MAX_LENGTH)
+        length = max_length or (record.max_length if record else 0)
         model = load_cross_encoder(folder, "reranker", max_length=length, device=device, new_head=new_head)
-        record = record or RerankerRecord(formulation=untrained, max_length=length)
-        found = RerankerRecord(formulation=formulation or record.formulation, max_length=int(model.max_seq_length))
-        return cls(model, found, source=folder, **settings)
+        if not length:
+            model.max_seq_length = min(model.max_seq_length or MAX_LENGTH, MAX_LENGTH)
+        own = RerankerRecord(
+            formulation=formulation or (record.formulation if record else untrained), max_length=model.max_seq_length
+        )
+        return cls(model, own, source=folder, **settings)
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> CrossEncoderReranker:

@@ -36,6 +36,7 @@ from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
+from tests.search.tiny_retriever import make_reranker
 from tests.test_questions import write_form
 
 
@@ -603,3 +604,34 @@ def test_unlabelled_questions_are_answered_and_left_out_of_the_scores(
     report.run(report.ReportConfig(run=str(tmp_path / "out")))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count('<td data-value="">– <span class="ci">') == len(labels) - labelled
+
+
+def test_a_search_with_a_reranker_is_a_retriever_of_the_matrix_with_its_own_name(
+    tmp_path: Path, tiny_agent: Path
+) -> None:
+    reranker = make_reranker(tmp_path / "model")
+    corpus = f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"
+    given = {"first": 3, "searches": {"bm25": corpus, "again": corpus}, "rerankers": {"ours": reranker}}
+    asked = config(tmp_path, tiny_agent, **given, cells=["tiny:bm25", "tiny:bm25+ours"])
+    assert list(asked.retrievers) == ["bm25", "bm25+ours", "again", "again+ours"]
+    run(asked)
+    matrix = read_json(tmp_path / "out" / "matrix.json")
+    plain, reranked = matrix["cells"]
+    assert (plain["retriever"], reranked["retriever"]) == ("bm25", "bm25+ours")
+    assert plain["search_fingerprint"] != reranked["search_fingerprint"]
+    assert "| bm25+ours |" in (tmp_path / "out" / "matrix.md").read_text()
+    made = [
+        read_json(tmp_path / "out" / f"tiny-{name}-toy" / ".manifest.json")["made_from"]
+        for name in ("bm25", "bm25+ours")
+    ]
+    assert "rerank" not in made[0] and made[1]["rerank"]["depth"] == 50 and len(made[1]["rerank"]["model"]) == 16
+    run(asked, resume=True)
+    shutil.copytree(reranker, moved := tmp_path / "moved")
+    run(config(tmp_path, tiny_agent, **given | {"rerankers": {"ours": str(moved)}}, cells=asked.cells), resume=True)
+    (moved / "agentic_r.json").write_text('{"schema": "reranker/1", "formulation": "query", "max_length": 9}')
+    with pytest.raises(ManifestMismatchError, match=r"tiny-bm25\+ours-toy.*rerank was"):
+        run(config(tmp_path, tiny_agent, **given | {"rerankers": {"ours": str(moved)}}, cells=asked.cells), resume=True)
+    with pytest.raises(ConfigError, match=r"settings\.search\.rerank: name the reranker"):
+        config(tmp_path, tiny_agent, settings={"search": {"rerank": {"model": reranker}}})
+    with pytest.raises(ConfigError, match=r"'tiny:bm25\+theirs' is not AGENT:SEARCH"):
+        config(tmp_path, tiny_agent, **given, cells=["tiny:bm25+theirs"])

@@ -20,6 +20,7 @@ from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.checkpoint import Retriever
+from agentic_r_plugin.retriever.reranker import TrainRerankerConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.families import FAMILIES
@@ -30,11 +31,19 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "retriever"
 PAPER = {"epochs": 2, "batch_size": 32, "group_size": 16, "learning_rate": 2e-5, "temperature": 0.01}
 
 
-@pytest.mark.parametrize("file", sorted(RECIPE.glob("*.yaml")), ids=lambda file: file.name)
+RERANKER = RECIPE / "reranker.yaml"
+
+
+@pytest.mark.parametrize("file", sorted({*RECIPE.glob("*.yaml")} - {RERANKER}), ids=lambda file: file.name)
 def test_every_configuration_is_one_the_command_takes(file):
     config = load_config(TrainRetrieverConfig, file, ["groups=g", "corpus=c", "out=o"])
     assert config.trainer in components.names("retriever_trainer")
     assert config.preset in ("auto", *FAMILIES)
+
+
+def test_the_rerankers_configuration_is_one_its_command_takes():
+    config = load_config(TrainRerankerConfig, RERANKER, ["candidates=c", "relevance=r", "corpus=c", "out=o"])
+    assert (config.model, config.epochs) == ("builtin:minilm", 2)
 
 
 def test_the_papers_settings_are_the_defaults_and_those_of_its_recipe():
