@@ -190,7 +190,8 @@ class CrossEncoderReranker:
         if not length:
             model.max_seq_length = min(model.max_seq_length or MAX_LENGTH, MAX_LENGTH)
         own = RerankerRecord(
-            formulation=formulation or (record.formulation if record else untrained), max_length=model.max_seq_length
+            formulation=formulation or (record.formulation if record else untrained),
+            max_length=model.max_seq_length or MAX_LENGTH,
         )
         return cls(model, own, source=folder, **settings)
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +201,9 @@ class SearchService:
     async def _search_group(self, group: list[_Waiting], topk: int, depth: int) -> None:
         requests = list(dict.fromkeys(request for item in group for request in item.requests))
         started, backend = time.perf_counter(), self.backend
-        search = partial(backend.search, depth=depth) if depth else backend.search
+        search: Callable[..., list[list[Hit]]] = backend.search
+        if depth:
+            search = partial(search, depth=depth)
         work = asyncio.get_running_loop().run_in_executor(self._thread, search, requests, topk)
         try:
             # A running backend call cannot be interrupted; the shield lets it finish when `stop` cancels this task.
