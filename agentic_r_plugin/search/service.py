@@ -224,13 +224,13 @@ class SearchService:
         # After a swap these hits come from the old index: return them, but do not cache them for the new one.
         if backend is self.backend:
             for request, hits in found.items():
-                self._remember(request, topk, depth, hits)
+                self._remember(request, topk, hits, depth)
             self.metrics.set("cache_entries", len(self._cache))
         for item in group:
             if not item.future.done():
                 item.future.set_result([found[request] for request in item.requests])
 
-    def _cached(self, request: SearchRequest, topk: int, depth: int) -> list[Hit] | None:
+    def _cached(self, request: SearchRequest, topk: int, depth: int = 0) -> list[Hit] | None:
         if not self._cache_size:
             return None
         entry = self._cache.get(key := _key(request, depth))
@@ -240,7 +240,7 @@ class SearchService:
         self._cache.move_to_end(key)
         return entry[1][:topk]
 
-    def _remember(self, request: SearchRequest, topk: int, depth: int, hits: list[Hit]) -> None:
+    def _remember(self, request: SearchRequest, topk: int, hits: list[Hit], depth: int = 0) -> None:
         if not self._cache_size:
             return
         known_topk, known = self._cache.get(key := _key(request, depth), (0, []))
