@@ -18,8 +18,8 @@ Qrels = dict[str, dict[str, int]]
 """Question id -> document id -> grade; each question has a grade above 0."""
 
 _DEPTH = re.compile(r"@(\d+)")
-_NOTHING = ""
-"""Document of an empty ranking, which ranx cannot represent; no document has this id."""
+_NOTHING = {-1: 0}
+"""An empty ranking, which ranx cannot represent: one document that is not judged."""
 
 
 def read_qrels(path: str, questions: Iterable[Question]) -> Qrels:
@@ -53,9 +53,7 @@ def check_metrics(names: Sequence[str]) -> None:
         except ImportError as error:
             raise ConfigError(f'metrics need ranx: pip install "agentic-r-plugin[ranx]" ({error})') from error
         except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"metrics: {name!r} is no metric of ranx, such as ndcg@10 or recall@100: {error}"
-            ) from error
+            raise ConfigError(f"metrics: expected metrics of ranx, such as ndcg@10, found {name!r}: {error}") from error
 
 
 def depth_of(names: Sequence[str]) -> int:
@@ -89,10 +87,15 @@ def scores(names: Sequence[str], qrels: Qrels, rankings: Mapping[str, Sequence[s
 
     if not qrels:
         return {name: [] for name in names}
-    # ranx sorts by score and leaves the order of equal scores open, so it gets the ranks
-    ranked = {q: {d: -float(rank) for rank, d in enumerate(rankings[q] or [_NOTHING])} for q in qrels}
-    run = ranx.Run.from_dict(ranked)
+    relevant, found = {}, {}
+    for question, grades in qrels.items():
+        # ranx compares hashes of ids as 64-bit floats, so it gets small numbers, whose hashes are exact. It sorts by
+        # score and leaves the order of equal scores open, so it gets ranks.
+        number = {document: n for n, document in enumerate(dict.fromkeys([*grades, *rankings[question]]))}
+        relevant[question] = {number[document]: grade for document, grade in grades.items()}
+        found[question] = {number[document]: -rank for rank, document in enumerate(rankings[question])} or _NOTHING
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numba, about casts within ranx
-        ranx.evaluate(ranx.Qrels.from_dict(qrels), run, list(names))
-    return {name: [float(run.scores[name][q]) for q in qrels] for name in names}
+        # twice, because ranx 0.3.21 loses a single metric with a depth
+        table = ranx.evaluate(relevant, found, [*names, *names], return_mean=False)
+    return {name: table[name].tolist() for name in names}
