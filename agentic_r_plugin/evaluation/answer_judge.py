@@ -7,8 +7,7 @@ resume asks for the missing ones only. A question whose judgement failed has no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_verdict
 from agentic_r_plugin.errors import JudgeError
@@ -16,23 +15,8 @@ from agentic_r_plugin.evaluation.metrics import gold_of, prediction
 from agentic_r_plugin.evaluation.settings import AnswerJudgeSettings
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.progress import progress
-from agentic_r_plugin.records import Record
+from agentic_r_plugin.records import Judgement
 from agentic_r_plugin.rollout import RolloutCost
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement(Record):
-    """What the judge says of one answer."""
-
-    schema: ClassVar[str | None] = "judgement/1"
-
-    id: str
-    answer: str | None
-    correct: bool | None
-    """None: no gold answer to compare with, or the judgement failed."""
-    reason: str = ""
-    error: str | None = None
-    """Why the judgement failed."""
 
 
 class AnswerJudge:

@@ -225,6 +225,9 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
+    judge = config.judge.llm
+    if judge.model and judge.backend == "hf" and not Path(judge.model).is_dir():
+        raise ConfigError(f"judge.llm.model: no directory {judge.model!r}")
     for name in (name for name in searches if name not in later):
         for benchmark in config.benchmarks:
             for part in parts_of(_search_spec(config, name, benchmark)):

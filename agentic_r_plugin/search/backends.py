@@ -7,6 +7,7 @@
 | `torch` | in torch, exactly, on any device | sharded over the GPUs, or read from disk in blocks | (exact) |
 | `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
 | `service` | over HTTP | on the server | |
+| `hybrid` | several of these, fused by reciprocal rank (`hybrid`) | as theirs | as theirs |
 
 The dense backends are in `dense`; this module imports neither faiss nor torch.
 """
