@@ -158,7 +158,7 @@ def _measure(
     """Write the records and the report as Markdown; returns the report."""
     kept = partial(_kept, held.work)
     answered, titles = scan_corpus(corpus, questions, kept)
-    ranks = find_ranks(backend, questions, config.depth(), kept, whole=bool(judged))
+    ranks = find_ranks(backend, questions, config.depth(), kept, bool(judged))
     refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
     if len(refused) == len(questions):
         for path in held.work.glob(f"{_SEARCH}*.json"):
@@ -210,7 +210,8 @@ def _retrieval(
             part = zip(questions[start : start + _QUESTIONS], rows, strict=True)
             rankings = {question.id: [(str(name), float(score)) for name, score in row[3]] for question, row in part}
             found = ranked.score_table(config.measured(), judged, rankings)
-            for column, values in {"id": list(rankings), **found}.items():
+            columns: dict[str, Sequence[Any]] = {"id": list(rankings), **found}
+            for column, values in columns.items():
                 table.setdefault(column, []).extend(values)
             for question_id, ranking in rankings.items():
                 yield from run_lines(question_id, ranking, config.spec().backend)
@@ -311,7 +312,7 @@ _SEARCH = "ranks-"
 
 
 def find_ranks(
-    backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept, *, whole: bool = False
+    backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept, whole: bool = False
 ) -> list[Ranks]:
     """Ranks at which the retriever finds answers and gold documents for each plain question.
 
