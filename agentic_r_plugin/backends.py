@@ -112,13 +112,15 @@ class SearchSpec:
 _PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
 """Options of backends and scorers that hold the path of a file or a folder."""
 
+_SEARCH_PATHS = frozenset({"index", "corpus", "retriever"})
+
 
 Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)
 
 
 def with_absolute_paths(spec: Spec) -> Spec:
     """Make existing paths absolute, for a process in another folder. With `openai`, `model` is a name and unchanged."""
-    names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else {"index", "corpus", "retriever"}
+    names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else set(_SEARCH_PATHS)
     if spec.backend == "openai":
         names -= {"model"}
     paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
@@ -129,7 +131,16 @@ def with_absolute_paths(spec: Spec) -> Spec:
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a backend or scorer with the paths of existing files and folders made absolute."""
-    return {name: absolute(value) if name in _PATH_OPTIONS else value for name, value in options.items()}
+    made = {name: absolute(value) if name in _PATH_OPTIONS else value for name, value in options.items()}
+    return made | ({"parts": [_absolute_part(part) for part in options["parts"]]} if "parts" in options else {})
+
+
+def _absolute_part(part: Any) -> Any:
+    """One of the searches that the backend `hybrid` fuses."""
+    if not isinstance(part, Mapping):
+        return part
+    made = {name: absolute(value) if name in _SEARCH_PATHS else value for name, value in part.items()}
+    return made | ({"options": absolute_options(part["options"])} if "options" in part else {})
 
 
 @contextmanager

@@ -250,7 +250,11 @@ def _left_out(decides: Any, names: bool) -> bool:
 def _deciding_options(kind: str, name: str, options: Mapping[str, Any], names: bool) -> dict[str, Any]:
     declared = getattr(components.load(kind, name), "Options", None) if options else None
     known = {item.name: item.metadata.get("decides", True) for item in dataclasses.fields(declared or _NoOptions)}
-    return {option: value for option, value in options.items() if not _left_out(known.get(option, True), names)}
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        if not _left_out(decides := known.get(option, True), names):
+            found[option] = decides(value) if callable(decides) else value
+    return found
 
 
 @dataclasses.dataclass

@@ -117,7 +117,7 @@ class Experiment:
         for name, plan in self.config.retrievers.items():
             if plan.of_run:
                 self._of_run(plan.of_run, "retriever")
-            elif not (plan.model or plan.bm25):
+            elif not plan.ready:
                 for file in ("candidates", "relevance", "correctness", "groups"):
                     if not (self.data / f"{file}.jsonl").exists():
                         raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
@@ -197,6 +197,8 @@ class Experiment:
     def make_retriever(self, name: str) -> str:
         """Train the retriever if needed and build its indexes; returns its location as `evaluate` expects it."""
         plan = self.config.retrievers[name]
+        if plan.hybrid:
+            return f"hybrid:{'+'.join(plan.hybrid)}"
         if plan.bm25:
             return f"bm25:{self._benchmark('{benchmark}') / 'corpus.jsonl'}"
         model = plan.model or (self._of_run(plan.of_run, "retriever") if plan.of_run else self._train(name, plan))
@@ -401,7 +403,7 @@ class Experiment:
         """
         plan = self.config.retrievers[name]
         own_of_iteration = plan.of_run == f"retriever-{self.config.iteration}"
-        if (plan.of_run and not own_of_iteration) or plan.model or plan.bm25:
+        if plan.ready and not own_of_iteration:
             return {"groups": None, "same_positive": None, "rollouts": None}
         home = self.out / "retrievers" / name
         own = home / "groups.jsonl" if plan.regroups else self.data / "groups.jsonl"

@@ -13,14 +13,19 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 
+_READY = ("of_run", "model", "bm25", "hybrid")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverPlan:
-    """How one retriever comes about: one of the run's, one off the shelf, BM25, or (none of these) trained here."""
+    """How one retriever comes about: of the run, off the shelf, BM25, a hybrid, or (none of these) trained here."""
 
     of_run: str = field(default="", metadata={"help": "the run's own: retriever-0, retriever-1, ..."})
     model: str = field(default="", metadata={"help": "folder, hub name or builtin:NAME"})
     bm25: bool = field(default=False, metadata={"help": "BM25 over the same corpus"})
+    hybrid: list[str] = field(
+        default_factory=list, metadata={"help": "names of other retrievers here, fused by reciprocal rank"}
+    )
     exhaustive: bool = field(default=False, metadata={"help": "train on the correctness of every candidate"})
     sampled: int = field(
         default=0,
@@ -45,10 +50,10 @@ class RetrieverPlan:
     )
 
     def __post_init__(self) -> None:
-        ready = [name for name in ("of_run", "model", "bm25") if getattr(self, name)]
+        ready = [name for name in _READY if getattr(self, name)]
         if len(ready) > 1 or (self.sampled and (self.exhaustive or self.relevance)):
             raise ConfigError(
-                "a retriever is one of: of_run, model, bm25, trained (sampled, or exhaustive and relevance)"
+                "a retriever is one of: of_run, model, bm25, hybrid, trained (sampled, or exhaustive and relevance)"
             )
         if self.exhaustive and self.correctness:
             raise ConfigError(
@@ -61,6 +66,11 @@ class RetrieverPlan:
                 f"{ready[0]}: is taken as it is, so {', '.join(trained)} would change nothing; to train from a "
                 "retriever of your choice give train: {retriever: FOLDER_OR_NAME} alone"
             )
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is not trained here."""
+        return any(getattr(self, name) for name in _READY)
 
     @property
     def rolls_out(self) -> bool:
@@ -122,3 +132,9 @@ class ExperimentConfig:
         if (self.variants or self.loop_settings) and not self.loop:
             raise ConfigError("variants, loop_settings: need loop, the configuration that they change")
         object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, self.retrievers, "retrievers"))
+        for name, plan in self.retrievers.items():
+            for part in plan.hybrid:
+                if part not in self.retrievers or self.retrievers[part].hybrid:
+                    raise ConfigError(
+                        f"retrievers.{name}: hybrid of {part!r}, which is no other retriever here, or a hybrid"
+                    )

@@ -7,7 +7,6 @@ read from its `qrels/SPLIT.tsv`.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import has_question_id, place, question_form
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import beir_queries, read_lines, shards
+from agentic_r_plugin.trec import read_grades
 
 FORMAT: Mapping[str, Any] = {
     "help": "form of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: found by their fields"
@@ -67,32 +67,13 @@ def read_rows(
 def read_qrels(path: str | Path) -> dict[str, list[str]]:
     """Question id -> ids of its relevant documents (a grade above 0), in the order of the file.
 
-    Args:
-        path: BEIR's `query-id corpus-id score` with a header and tabs, or TREC's `qid 0 docid grade`.
-
     Raises:
-        RecordError: no such file, or another line; names file and line.
+        RecordError: as `trec.read_grades`.
     """
-    path, relevant = Path(path), defaultdict[str, list[str]](list)
-    if not path.is_file():
-        raise RecordError("no such file", path=path)
-    with path.open("rb") as lines:
-        for number, data in enumerate(lines, start=1):
-            try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
-            fields = line.split("\t") if "\t" in line else line.split()
-            if not line.strip() or (number == 1 and fields[0] == "query-id"):
-                continue
-            try:
-                if len(fields) not in (3, 4) or not math.isfinite(grade := float(fields[-1])):
-                    raise ValueError
-            except ValueError:
-                expected = "expected a question id, a document id and a grade (BEIR), or with a 0 between them (TREC)"
-                raise RecordError(f"{expected}, found {line.strip()[:80]!r}", path=path, line=number) from None
-            if grade > 0:
-                relevant[fields[0].strip()].append(fields[-2].strip())
+    relevant = defaultdict[str, list[str]](list)
+    for question, document, grade in read_grades(path):
+        if grade > 0:
+            relevant[question].append(document)
     return dict(relevant)
 
 

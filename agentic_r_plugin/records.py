@@ -392,3 +392,18 @@ class Group(Record):
     """The agent's reasoning of this turn, if the candidates hold it."""
     weight: float = field(default=1.0, metadata=since(2))
     """Factor of this group's loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement(Record):
+    """What a judge says of the answer to one question (`evaluate`)."""
+
+    schema: ClassVar[str | None] = "judgement/1"
+
+    id: str
+    answer: str | None
+    correct: bool | None
+    """None: no gold answer to compare with, or the judgement failed."""
+    reason: str = ""
+    error: str | None = None
+    """Why the judgement failed."""

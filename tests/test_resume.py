@@ -51,6 +51,7 @@ FREE_OF = {
     "ConvertQrelsConfig": "out",
     "AgenticRSettings": "batch_size",
     "EvaluateConfig": "processes tables",
+    "AnswerJudgeSettings": "max_error_share",
     "IterateConfig": "out dry_run report expected_seconds plan",
 }
 """Class -> the settings that cannot change the result; every other setting decides. A new one is added here, too."""

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.output import convert_once
-from agentic_r_plugin.convert.runs import holds, word, write_lines
+from agentic_r_plugin.convert.runs import holds
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Relevance
 from agentic_r_plugin.store import read_records
+from agentic_r_plugin.trec import word, write_lines
 
 
 @dataclass(frozen=True, kw_only=True)

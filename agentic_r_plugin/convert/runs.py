@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Candidates, Record, StopReason, Trajectory
-from agentic_r_plugin.store import atomic_path, read_lines, read_records, shards, write_json
+from agentic_r_plugin.store import read_lines, read_records, shards, write_json
 from agentic_r_plugin.tags import TagProtocol, with_tags
+from agentic_r_plugin.trec import run_lines, word, write_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +55,24 @@ def _write_trec(config: ConvertRunsConfig, out: Path) -> dict[str, int]:
     def lines() -> Iterator[str]:
         for name, ranking in _rankings(config.in_):
             counts["rankings"] += 1
-            for rank, (passage, score) in enumerate(ranking, start=1):
-                counts["passages"] += 1
-                yield f"{word(name)} Q0 {word(passage)} {rank} {score!r} {config.tag}\n"
+            counts["passages"] += len(ranking)
+            yield from run_lines(name, ranking, config.tag)
 
     write_lines(out, lines())
     return dict(counts)
 
 
 def _rankings(path: str) -> Iterator[tuple[str, Sequence[tuple[str, float]]]]:
-    """(name, passages with falling scores) of each ranking.
+    """(name, passages with their scores) of each ranking.
 
-    Evaluators sort by score. Candidates keep theirs if these fall from rank to rank; the passages of a trajectory come
-    from several searches, whose scores do not compare, so their scores are 1 / rank.
+    The passages of a trajectory come from several searches, whose scores do not compare, so their scores are 1 / rank.
     """
     if holds(path, Candidates):
         for query in read_records(path, Candidates):
-            scores = [passage.score for passage in query.passages]
-            falls = all(first > second for first, second in pairwise(scores))
-            names = [passage.id for passage in query.passages]
-            yield f"{query.id}/{query.turn}", list(zip(names, scores, strict=True)) if falls else _by_rank(names)
+            yield f"{query.id}/{query.turn}", [(passage.id, passage.score) for passage in query.passages]
     else:
         for record in read_records(path, Trajectory):
-            yield record.id, _by_rank(_shown(record))
-
-
-def _by_rank(names: Sequence[str]) -> list[tuple[str, float]]:
-    return [(name, 1 / rank) for rank, name in enumerate(names, start=1)]
+            yield record.id, [(name, 1 / rank) for rank, name in enumerate(_shown(record), start=1)]
 
 
 def _shown(record: Trajectory) -> list[str]:
@@ -129,20 +120,3 @@ def holds(path: str, record: type[Record]) -> bool:
     first = next((row for shard in shards(path) for _, row in read_lines(shard)), None)
     kind = str(record.schema).partition("/")[0]
     return isinstance(first, dict) and str(first.get("schema")).partition("/")[0] == kind
-
-
-def word(text: str) -> str:
-    """A field of a TREC file.
-
-    Raises:
-        RecordError: it is empty or holds white space.
-    """
-    if not text or text.split() != [text]:
-        raise RecordError(f"expected a name without white space, which separates TREC's fields, found {text!r}")
-    return text
-
-
-def write_lines(out: Path, lines: Iterator[str]) -> None:
-    """Write a text file atomically."""
-    with atomic_path(out) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        stream.writelines(lines)

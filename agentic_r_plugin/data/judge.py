@@ -189,6 +189,30 @@ def parse_score(reply: str) -> int:
     return int(match.group(1))
 
 
+def parse_verdict(reply: str) -> tuple[bool, str]:
+    """(whether the judge finds an answer correct, its reason), from `{"reason": "...", "correct": true}`.
+
+    Code fences and words around the object are allowed. `yes` or `no` as the whole reply is a verdict without a reason.
+
+    Raises:
+        JudgeError: anything else.
+
+    >>> parse_verdict('Checked: {"reason": "Same town.", "correct": true}'), parse_verdict("<think>Yes?</think> No.")
+    ((True, 'Same town.'), (False, ''))
+    """
+    text = _spoken(reply)
+    if word := _VERDICT.fullmatch(text):
+        return word.group(1).lower() == "yes", ""
+    try:
+        found = parse_json(text[text.find("{") : text.rfind("}") + 1])
+    except (ValueError, RecursionError):
+        found = None
+    correct = found.get("correct") if isinstance(found, dict) else None
+    if not isinstance(correct, bool):
+        raise JudgeError(f'expected a JSON object with "correct": true or false, found {reply[:200]!r}')
+    return correct, str(found.get("reason") or "")
+
+
 def _spoken(reply: str) -> str:
     """The reply without the thoughts before it.
 
@@ -212,3 +236,4 @@ _LARGER = (
 _REFERENCE = re.compile(r"\[\s*[0-9]{1,3}\s*\][^\[\]]*")
 _NUMBER = re.compile(r"\s*([0-9]{1,3})(?:\.0*)?\s*")
 _ONE_SCORE = re.compile(r"\s*(?:```[a-z]*\s)?\s*\[?\s*\"?([0-9]{1,3})(?:\.0+)?\"?\s*\]?\s*\.?\s*(?:```)?\s*")
+_VERDICT = re.compile(r"\W*(yes|no)\W*", re.IGNORECASE)

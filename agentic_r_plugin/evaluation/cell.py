@@ -5,6 +5,7 @@
 | `.manifest.json` | settings and inputs of the cell; written first (`storage.claim`) |
 | `.work` | questions answered so far; removed at the end |
 | `per_question.jsonl` | trajectory records, in the order of the questions |
+| `judgements.jsonl` | with a judge: its judgement of each answer |
 | `scores.json` | scores of every question: `{"id": [...], METRIC: [...]}` |
 | `result.json` | means, intervals, cost, inputs and provenance; written last, so its existence means done |
 """
@@ -25,6 +26,7 @@ from typing import Any
 from flashrag.config import Config
 
 from agentic_r_plugin.errors import RequestRefusedError
+from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.matrix import made_by, provenance
 from agentic_r_plugin.evaluation.metrics import recall_by_turn
@@ -43,8 +45,9 @@ from agentic_r_plugin.store import parse_json, write_json, write_records
 RESULT = "result.json"
 SCORES = "scores.json"
 PER_QUESTION = "per_question.jsonl"
-OPENED = ("agent_fingerprint", "search_fingerprint")
-"""Entries of `made_from` that are known only once the agent and the retriever are open."""
+JUDGEMENTS = "judgements.jsonl"
+OPENED = ("agent_fingerprint", "search_fingerprint", "judge_fingerprint")
+"""Entries of `made_from` that are known only once agent, retriever and judge are open."""
 
 ADDRESSES = ("agent_url", "retriever")
 """Entries of `made_from` that earlier versions wrote for servers. Only a service's retriever is left out today."""
@@ -52,7 +55,7 @@ ADDRESSES = ("agent_url", "retriever")
 BREAKDOWNS = ("hops", "type", "level")
 """Keys of question metadata by which exact match is broken down, if the benchmark has them."""
 
-_YES_OR_NO = frozenset({"agentic_em", "agentic_sub_em"})
+_YES_OR_NO = frozenset({"agentic_em", "agentic_sub_em", "agentic_judge"})
 """Metrics with a score of 0 or 1 per question."""
 
 _RATIOS = frozenset({"malformed_share"})
@@ -121,16 +124,20 @@ class _Answered(Record):
     output: dict[str, Any]
 
 
-def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim, judge: AnswerJudge | None = None
+) -> dict[str, Any]:
     """Answer all remaining questions and write the cell's files; returns the result.
 
     Args:
         held: claim on the cell's folder.
+        judge: judges the answers, if given.
 
     Raises:
         ConfigError, RecordError: the split does not exist, or its question file is broken.
         SearchError, BackendError: the retriever or the model failed; answered questions are kept.
         RequestRefusedError: every question was refused; a resume asks them again.
+        JudgeError: too many judgements failed; a resume asks for these again.
     """
     made_by()  # cached now, because source files may be edited while the questions are answered
     with redirect_stdout(sys.stderr):
@@ -138,11 +145,13 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) ->
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
         dataset = load_split(config, cell.split, cell.format)
         with WorkTable(held.work) as table:
-            _answer(pipeline, dataset, table)
+            _answer(pipeline, dataset, table, judge)
             _check_refused(cell, dataset, table)
             cost = {name: round(value, 3) for name, value in sorted(table.cost.items())}
         records = [Trajectory.from_dict(item.trajectory) for item in dataset]
         write_records(held.out / PER_QUESTION, records)
+        if judge is not None:
+            write_records(held.out / JUDGEMENTS, judge.judgements(dataset))
         scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
         write_json(held.out / SCORES, {"id": [str(item.id) for item in dataset], **scores})
         result = _result(cell, pipeline, dataset, records, scores) | {
@@ -150,29 +159,38 @@ def run_cell(cell: Cell, llm: LLMBackend, search: SearchBackend, held: Claim) ->
             "agent_fingerprint": llm.fingerprint(),
             "search_fingerprint": search.fingerprint(),
             "provenance": provenance(),
+            **(judge.report(dataset) if judge is not None else {}),
         }
         held.finish(result)
         WorkTable.remove(held.work)
     return result
 
 
-def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable) -> None:
+def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable, judge: AnswerJudge | None) -> None:
     position = {str(item.id): place for place, item in enumerate(dataset)}
     finished = {row.key: parse_json(row.records)["output"] for row in table.rows()}
     before, since = asdict(pipeline.cost), time.monotonic()
 
+    def keep(items: Sequence[Any]) -> None:
+        nonlocal before, since
+        now, clock = asdict(pipeline.cost), time.monotonic()
+        spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
+        answered = [_Answered(id=str(item.id), output=item.output) for item in items]
+        table.add([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
+        before, since = now, clock
+
+    def judged(items: Any) -> Any:
+        if judge is not None:
+            judge.judge(items, pipeline.cost, pipeline.settings.batch_size, keep)
+        return items
+
     with progress(total=len(dataset), initial=len(finished), desc="evaluate", unit="question") as shown:
 
-        def keep(items: Sequence[Any]) -> None:
-            nonlocal before, since
-            now, clock = asdict(pipeline.cost), time.monotonic()
-            spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
-            answered = [_Answered(id=str(item.id), output=item.output) for item in items]
-            table.add([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
-            before, since = now, clock
+        def answered(items: Sequence[Any]) -> None:
+            keep(items)
             shown.update(len(items))
 
-        pipeline.run(dataset, finished=finished, on_batch=keep)
+        pipeline.run(dataset, finished=finished, on_batch=answered, pred_process_fun=judged)
 
 
 def _check_refused(cell: Cell, dataset: Any, table: WorkTable) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,17 +17,29 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import FREE, LATER, deciding, entries_of, load_config, save_config, section_of, to_dict
+from agentic_r_plugin.config import (
+    FREE,
+    LATER,
+    deciding,
+    entries_of,
+    fingerprint,
+    load_config,
+    save_config,
+    section_of,
+    to_dict,
+)
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
-from agentic_r_plugin.evaluation.settings import AgenticRSettings, LimitOverrides
+from agentic_r_plugin.evaluation.settings import JUDGED, AgenticRSettings, AnswerJudgeSettings, LimitOverrides
 from agentic_r_plugin.questions import FORMAT
+from agentic_r_plugin.search.hybrid import parts_of
 from agentic_r_plugin.storage.claim import require_new
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import file_fingerprint, write_json
 
 if TYPE_CHECKING:
+    from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
     from agentic_r_plugin.evaluation.cell import Cell
 
 _WAYS_OUT = "evaluate into another --out, or remove that folder"
@@ -87,11 +99,11 @@ class EvaluateConfig:
     per_agent: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "agent -> its own protocol, limits, topk and llm (AgentSettings)"}
     )
-    searches: dict[str, str] = field(
+    searches: dict[str, Any] = field(
         default_factory=dict,
         metadata={
-            "help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS; {benchmark} in it stands for "
-            "the benchmark's name"
+            "help": "name -> index directory, URL of a retrieval service, bm25:CORPUS, hybrid:NAME+NAME of other "
+            "searches, or what differs from `settings.search`; {benchmark} in it stands for the benchmark's name"
         },
     )
     rerankers: dict[str, str] = field(
@@ -117,6 +129,9 @@ class EvaluateConfig:
     settings: AgenticRSettings = field(
         default_factory=AgenticRSettings, metadata={"help": "protocol, limits, backends"}
     )
+    judge: AnswerJudgeSettings = field(
+        default_factory=AnswerJudgeSettings, metadata={"help": "judge of the answers, next to exact match"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("benchmarks", "agents", "searches"):
@@ -124,7 +139,10 @@ class EvaluateConfig:
                 raise ConfigError(f"{name}: expected at least one")
         if self.first is not None and self.random is not None:
             raise ConfigError("first, random: give at most one of the two")
-        object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in self.metrics)))
+        metrics = [*self.metrics, *([JUDGED] if self.judge.llm.model else [])]
+        object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in metrics)))
+        if JUDGED in self.metrics and not self.judge.llm.model:
+            raise ConfigError(f"metrics: {JUDGED} needs a judge; set judge.llm.model")
         check_statistics(self.level, self.resamples)
         if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
             raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
@@ -224,12 +242,14 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         spec = _llm_spec(config, name)
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
+    judge = config.judge.llm
+    if judge.model and judge.backend == "hf" and not Path(judge.model).is_dir():
+        raise ConfigError(f"judge.llm.model: no directory {judge.model!r}")
     for name in (name for name in searches if config.retrievers[name][0] not in later):
         for benchmark in config.benchmarks:
-            searching = _search_spec(config, name, benchmark)
-            where = _searched(searching)
-            if searching.backend in ("faiss", "bm25") and not Path(where).exists():
-                raise ConfigError(f"searches.{name}: {where!r} does not exist")
+            for part in parts_of(_search_spec(config, name, benchmark)):
+                if part.backend in ("faiss", "bm25") and not Path(_searched(part)).exists():
+                    raise ConfigError(f"searches.{name}: {_searched(part)!r} does not exist")
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
@@ -242,15 +262,28 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
         )
         with ExitStack() as agent_stack:
             llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
+            judge = agent_stack.enter_context(_open_judge(config))
             for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):
                 with open_search(searching) as search:
                     opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
+                    opened |= {"judge_fingerprint": judge.backend.fingerprint()} if judge is not None else {}
                     for cell in cells:
                         with cell.output(out).claim(resume=True) as held:
                             held.begin(opened)
                             # another process may have finished it while the models were loaded
-                            done[cell.name] = held.finished or run_cell(cell, llm, search, held)
+                            done[cell.name] = held.finished or run_cell(cell, llm, search, held, judge)
                         print(_one_line(done[cell.name]), flush=True)
+
+
+@contextmanager
+def _open_judge(config: EvaluateConfig) -> Iterator[AnswerJudge | None]:
+    if not config.judge.llm.model:
+        yield None
+        return
+    from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
+
+    with open_llm(config.judge.llm) as backend:
+        yield AnswerJudge(backend, config.judge)  # type: ignore[arg-type]  # our backends are ChatBackends, too
 
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
@@ -285,8 +318,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
             own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
             spec = settings.search
-            llm = settings.agent
-            for where in (llm.model, llm.tokenizer, _searched(spec), spec.retriever, spec.rerank.model):
+            searched = [where for part in parts_of(spec) for where in (_searched(part), part.retriever)]
+            for where in (settings.agent.model, settings.agent.tokenizer, spec.rerank.model, *searched):
                 if where not in identities:
                     identities[where] = path_fingerprint(where)
             cell = Cell(
@@ -332,8 +365,11 @@ def _made_from(
     """
     own, llm, rerank = deciding(settings), settings.agent, settings.search.rerank
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
-    if settings.search.backend != "service":
-        own["retriever"] = identities[_searched(settings.search)]
+    parts = parts_of(settings.search)
+    if stored := [identities[_searched(part)] for part in parts if part.backend != "service"]:
+        own["retriever"] = _one_or_all(stored)
+    if config.judge.llm.model:
+        own["judge"] = _judge_made_from(config.judge)
     return {
         "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
         "agent": llm.model if llm.backend == "openai" else identities[llm.model],
@@ -345,7 +381,7 @@ def _made_from(
         "agent_backend": agent["backend"],
         "search_backend": searching["backend"],
         "search_options": searching["options"],
-        "search_retriever": identities[settings.search.retriever],
+        "search_retriever": _one_or_all([identities[part.retriever] for part in parts]),
         "dtype": agent["dtype"],
         "tokenizer": identities[llm.tokenizer],
         "level": config.level,
@@ -354,6 +390,18 @@ def _made_from(
         **({"format": config.format} if config.format else {}),
         **({"rerank": searching["rerank"] | {"model": identities[rerank.model]}} if rerank.on else {}),
     } | own
+
+
+def _one_or_all(found: list[str]) -> str | list[str]:
+    return found[0] if len(found) == 1 else found
+
+
+def _judge_made_from(judge: AnswerJudgeSettings) -> dict[str, Any]:
+    from agentic_r_plugin.data.judge import load_prompt
+
+    model = judge.llm.model if judge.llm.backend == "openai" else path_fingerprint(judge.llm.model)
+    prompt = fingerprint(load_prompt("answer_correct", judge.prompt))
+    return deciding(judge) | {"model": model, "prompt": prompt}
 
 
 def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any], out: Path) -> None:
@@ -367,26 +415,25 @@ def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any],
     served: dict[tuple[str, str], str | None] = {}
     for cell in finished:
         spec = cell.settings.search
-        if spec.backend != "service":
+        urls = " and ".join(part.url for part in parts_of(spec) if part.backend == "service")
+        if not urls:
             continue
-        if (key := (spec.url, spec.rerank.model)) not in served:
-            served[key] = _served(spec)
+        if (key := repr(spec)) not in served:
+            served[key] = _served(spec, urls)
         before, now = results[cell.name].get("search_fingerprint"), served[key]
         if now not in (None, before):
             raise ManifestMismatchError(
-                f"{out / cell.name}: made with index {before} of {spec.url}, which serves {now} now; {_WAYS_OUT}"
+                f"{out / cell.name}: made with index {before} of {urls}, which serves {now} now; {_WAYS_OUT}"
             )
 
 
-def _served(spec: SearchSpec) -> str | None:
-    """Fingerprint of what a service serves; None, with a line on stderr, if it gives no answer."""
+def _served(spec: SearchSpec, urls: str) -> str | None:
+    """Fingerprint of what the service at `urls` serves; None, with a line on stderr, if it gives no answer."""
     try:
         with open_search(replace(spec, max_retries=min(spec.max_retries, 1))) as search:
             return search.fingerprint()
     except SearchError as error:
-        print(
-            f"evaluate: finished cells of {spec.url} are kept without asking what it serves: {error}", file=sys.stderr
-        )
+        print(f"evaluate: finished cells of {urls} are kept without asking what it serves: {error}", file=sys.stderr)
         return None
 
 
@@ -407,14 +454,43 @@ def _searched(spec: SearchSpec) -> str:
 
 def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec:
     search, reranker = config.retrievers[name]
-    where, spec = config.searches[search].replace("{benchmark}", benchmark), config.settings.search
+    where, shared = _of_benchmark(config.searches[search], benchmark), config.settings.search
     if reranker:
-        spec = replace(spec, rerank=replace(spec.rerank, model=config.rerankers[reranker]))
-    if where.startswith(("http://", "https://")):
-        return replace(spec, backend="service", url=where)
-    if where.startswith("bm25:"):
-        return replace(spec, backend="bm25", corpus=where.removeprefix("bm25:"))
-    return replace(spec, index=where)
+        shared = replace(shared, rerank=replace(shared.rerank, model=config.rerankers[reranker]))
+    if isinstance(where, str):
+        if where.startswith(("http://", "https://")):
+            return replace(shared, backend="service", url=where)
+        if where.startswith("bm25:"):
+            return replace(shared, backend="bm25", corpus=where.removeprefix("bm25:"))
+        if not where.startswith("hybrid:"):
+            return replace(shared, index=where)
+        where = {"backend": "hybrid", "options": {"parts": where.removeprefix("hybrid:").split("+")}}
+    values = to_dict(shared) | ({"options": {}} if where.get("backend", shared.backend) != shared.backend else {})
+    spec = load_config(SearchSpec, values=values | where)
+    parts = [_named_part(config, name, part, benchmark) for part in spec.options.get("parts", ())]
+    return replace(spec, options=spec.options | {"parts": parts}) if parts else spec
+
+
+def _named_part(config: EvaluateConfig, name: str, part: Any, benchmark: str) -> Any:
+    """A part of the hybrid `name`: settings, or the name of another search."""
+    if not isinstance(part, str):
+        return part
+    if part not in config.searches or part == name:
+        others = ", ".join(other for other in config.searches if other != name)
+        raise ConfigError(f"searches.{name}: expected parts among the other searches ({others}), found {part!r}")
+    found = config.searches[part]
+    if found["backend"] == "hybrid" if isinstance(found, Mapping) else found.startswith("hybrid:"):
+        raise ConfigError(f"searches.{name}: its part {part!r} is a hybrid itself; name that one's parts")
+    return to_dict(_search_spec(config, part, benchmark))
+
+
+def _of_benchmark(value: Any, benchmark: str) -> Any:
+    """A search's location or settings, with the benchmark's name filled in."""
+    if isinstance(value, Mapping):
+        return {key: _of_benchmark(item, benchmark) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_of_benchmark(item, benchmark) for item in value]
+    return value.replace("{benchmark}", benchmark) if isinstance(value, str) else value
 
 
 def _one_line(result: Mapping[str, Any]) -> str:
@@ -424,6 +500,8 @@ def _one_line(result: Mapping[str, Any]) -> str:
     unlabelled = result["num_questions"] - metrics["agentic_em"].get("num_questions", 0)
     return (
         f"{result['agent']} + {result['retriever']} on {result['benchmark']} {result['split']}: "
-        f"EM {figure(metrics['agentic_em'], with_interval=True)}, {figure(metrics.get('search_turns'), 1)} searches, "
+        f"EM {figure(metrics['agentic_em'], with_interval=True)}, "
+        + (f"judge {figure(metrics[JUDGED], with_interval=True)}, " if JUDGED in metrics else "")
+        + f"{figure(metrics.get('search_turns'), 1)} searches, "
         f"{result['num_questions']} questions" + (f", {unlabelled} of them without gold answers" if unlabelled else "")
     )

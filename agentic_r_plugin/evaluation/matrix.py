@@ -22,7 +22,7 @@ from agentic_r_plugin.credentials import redacted
 from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json
 
-COMPARED = ("agentic_em", "agentic_f1", "search_turns", "answer_recall_at_3", "gold_document_recall")
+COMPARED = ("agentic_em", "agentic_judge", "agentic_f1", "search_turns", "answer_recall_at_3", "gold_document_recall")
 """Metrics whose differences are tested for significance."""
 
 _PACKAGES = ("torch", "transformers", "flashrag-dev", "verl", "sentence-transformers", "faiss-cpu", "vllm", "numpy")
@@ -168,6 +168,7 @@ def _difference(first: Result, second: Result, name: str, **options: Any) -> dic
 
 _COLUMNS = (
     ("agentic_em", "EM", 100.0),
+    ("agentic_judge", "judge", 100.0),
     ("agentic_f1", "F1", 100.0),
     ("search_turns", "search turns", 1.0),
     ("answer_recall_at_3", "answer recall@3", 100.0),
@@ -251,13 +252,15 @@ def _tex_figure(entry: Result | None, rivals: Sequence[Result]) -> str:
     return text
 
 
-def markdown_table(results: Iterable[Result]) -> str:
-    """The cells as a Markdown table: EM with its interval, F1, search turns, answer recall at 3."""
-    rows = [["benchmark", "agent", "retriever", "questions", *(title for _, title, _ in _COLUMNS)]]
+def markdown_table(results: Sequence[Result]) -> str:
+    """The cells as a Markdown table: EM with its interval, F1, search turns, answer recall at 3; the judge if asked."""
+    columns = [item for item in _COLUMNS if item[0] != "agentic_judge" or any(item[0] in r["metrics"] for r in results)]
+    rows = [["benchmark", "agent", "retriever", "questions", *(title for _, title, _ in columns)]]
     for result in results:
         row = [result["benchmark"], result["agent"], result["retriever"], str(result["num_questions"])]
-        for name, _, scale in _COLUMNS:
-            row.append(figure(result["metrics"].get(name), scale, with_interval=name == "agentic_em"))
+        for name, _, scale in columns:
+            with_interval = name in ("agentic_em", "agentic_judge")
+            row.append(figure(result["metrics"].get(name), scale, with_interval=with_interval))
         rows.append(row)
     return markdown(rows)
 

@@ -254,6 +254,18 @@ class GeneratedTokens(QuestionMetric):
         return float(trajectory(item)["generated_tokens"])
 
 
+class AgenticJudge(QuestionMetric):
+    """Whether a model finds the answer correct (`evaluate`'s setting `judge`); None if its judgement failed."""
+
+    metric_name = "agentic_judge"
+
+    def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        if "judgement" not in item.output:
+            raise ConfigError(f"question {item.id!r} has no judgement; set judge.llm of agentic-r evaluate")
+        correct = item.output["judgement"]["correct"]
+        return None if correct is None else float(correct)
+
+
 METRICS: tuple[type[QuestionMetric], ...] = (
     AgenticExactMatch,
     AgenticF1,

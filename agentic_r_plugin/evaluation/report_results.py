@@ -30,6 +30,7 @@ class Metric:
 
 COLUMNS = (
     Metric(key="agentic_em", title="EM"),
+    Metric(key="agentic_judge", title="judge"),
     Metric(key="agentic_f1", title="F1"),
     Metric(key="agentic_sub_em", title="sub-EM"),
     Metric(key="search_turns", title="searches", scale=1, digits=2),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import FREE, LATER, load_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
@@ -16,6 +16,8 @@ from agentic_r_plugin.store import read_json
 
 KEY = "agentic_r"
 AGENT_FILE = "agent.json"
+JUDGED = "agentic_judge"
+"""Metric of the judge of answers."""
 DEFAULT_PROTOCOL = "search_r1"
 
 LimitsType = TypeVar("LimitsType", "Limits", "LimitOverrides")
@@ -65,6 +67,19 @@ class AgenticRSettings:
     def sampling(self) -> Sampling:
         """Sampling parameters of the agent."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerJudgeSettings:
+    """A language model that judges the answers (metric `agentic_judge`). It is asked if `llm.model` is given."""
+
+    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge; without a model there is none"})
+    prompt: str = field(default="", metadata={"help": "prompt file in place of answer_correct.txt", **BY_CONTENTS})
+    max_tokens: int = field(default=512, metadata={"help": "tokens of a reply"})
+    max_retries: int = field(default=2, metadata={"help": "further attempts after a reply that cannot be read"})
+    max_error_share: float = field(
+        default=0.1, metadata={"help": "fail if more than this share of the judgements fail", **FREE}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@
 | `bm25` | words, on the CPU | in memory, or mapped from disk | (exact) |
 | `milvus` | in a Milvus collection | on the servers, or embedded | all of Milvus |
 | `service` | over HTTP | on the server | |
+| `hybrid` | several of these, fused by reciprocal rank (`hybrid`) | as theirs | as theirs |
 
 The dense backends are in `dense`; this module imports neither faiss nor torch.
 """

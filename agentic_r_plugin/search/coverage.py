@@ -7,6 +7,9 @@ question. A corpus that lacks documents (such as wiki-18) caps every retriever; 
 The shares of answers leave out questions without gold answers and those whose answers are yes, no or an article. The
 shares of documents leave out questions without gold documents in their metadata (`gold_doc_ids`, or
 `supporting_titles`). A question that the retriever refuses counts as not found; the report names it.
+
+With `qrels` or `metrics`, ranx (extra `ranx`) computes retrieval metrics over the judged questions. `OUT.scores.json`
+holds them for each question, `OUT.run.trec` the rankings.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +27,17 @@ from tqdm import tqdm
 
 from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Record
+from agentic_r_plugin.search import ranked
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, write_json, write_records
+from agentic_r_plugin.trec import run_lines, write_lines
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +61,31 @@ class CoverageConfig:
     search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
     topk: list[int] = field(default_factory=lambda: [3, 20, 100], metadata={"help": "depths"})
     max_questions: int = field(default=0, metadata={"help": "only the first N; 0: all"})
+    qrels: dict[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "name -> qrels of TREC or BEIR, for metrics; none: the gold documents", **BY_CONTENTS},
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "retrieval metrics of ranx; with qrels recall@5, @100, @1000 and ndcg@10 unless others are named",
+            **LATER,
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.topk or min(self.topk) < 1:
             raise ConfigError(f"topk: expected depths of at least 1, found {self.topk}")
         if self.max_questions < 0:
             raise ConfigError(f"max_questions must not be below 0, found {self.max_questions}")
+
+    def measured(self) -> Sequence[str]:
+        """The retrieval metrics; empty: none."""
+        return self.metrics or (ranked.METRICS if self.qrels else ())
+
+    def depth(self) -> int:
+        """Passages searched for each question."""
+        return max(*self.topk, ranked.depth_of(self.measured()))
 
     def spec(self) -> SearchSpec:
         """Settings of the retriever, with `index` and `corpus` filled in."""
@@ -94,7 +118,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
         OutputExistsError: the output exists and `resume` is off.
         ManifestMismatchError: the unfinished work belongs to other inputs.
         RecordError: broken questions or corpus.
-        ConfigError: no corpus is named, or the retriever cannot be opened.
+        ConfigError: no corpus is named, the retriever cannot be opened, or ranx does not know a metric.
         SearchRefusedError: the retriever refuses every question; a resume asks it again.
     """
     out = Path(config.out)
@@ -103,7 +127,9 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     questions = list(read_questions(config.questions, format=config.format))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)
-    made_from = deciding(config) | {"questions": file_fingerprint(config.questions), "topk": max(config.topk)}
+    judged = _judged(config, questions) if config.measured() else {}
+    made_from = deciding(config) | {"questions": file_fingerprint(config.questions), "topk": config.depth()}
+    made_from |= {f"qrels {name}": file_fingerprint(path) for name, path in config.qrels.items()}
     output = Output(out=out, made_from=made_from, done=".report.json", late=("fingerprint of ",))
     with output.claim(resume=resume) as held:
         if held.finished is not None:
@@ -113,19 +139,24 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
         with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
             opened = {"corpus": corpus.fingerprint(), "retriever": backend.fingerprint()}
             held.begin({f"fingerprint of {role}": value for role, value in opened.items()})
-            report = _measure(config, held, questions, corpus, backend)
+            report = _measure(config, held, questions, corpus, backend, judged)
         shutil.rmtree(held.work)
         held.finish(report)
     print(render(report))
 
 
 def _measure(
-    config: CoverageConfig, held: Claim, questions: Sequence[Question], corpus: Corpus, backend: SearchBackend
+    config: CoverageConfig,
+    held: Claim,
+    questions: Sequence[Question],
+    corpus: Corpus,
+    backend: SearchBackend,
+    judged: Mapping[str, ranked.Qrels],
 ) -> dict[str, Any]:
     """Write the records and the report as Markdown; returns the report."""
     kept = partial(_kept, held.work)
     answered, titles = scan_corpus(corpus, questions, kept)
-    ranks = find_ranks(backend, questions, max(config.topk), kept)
+    ranks = find_ranks(backend, questions, config.depth(), kept, bool(judged))
     refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
     if len(refused) == len(questions):
         for path in held.work.glob(f"{_SEARCH}*.json"):
@@ -136,10 +167,59 @@ def _measure(
         for number, question in enumerate(questions)
     ]
     report = summarize(records, config.topk) | {"refused": refused}
+    if judged:
+        scores, report["retrieval"] = _retrieval(config, held, questions, judged)
+        write_json(held.output.path(".scores.json"), scores)
     write_records(held.out, records)
     with atomic_path(held.output.path(".report.md")) as temporary:
         temporary.write_text(render(report), encoding="utf-8")
     return report
+
+
+def _judged(config: CoverageConfig, questions: Sequence[Question]) -> dict[str, ranked.Qrels]:
+    """Judgements of each set of qrels on these questions; without qrels, the documents that the questions name.
+
+    Raises:
+        ConfigError: ranx does not know a metric.
+        RecordError: broken qrels, or none of these questions is judged.
+    """
+    ranked.check_metrics(config.measured())
+    if config.qrels:
+        found = {name: ranked.read_qrels(path, questions) for name, path in config.qrels.items()}
+    else:
+        found = {name: ranked.named_documents(name, questions) for name in ("gold", "evidence")}
+        found = {name: qrels for name, qrels in found.items() if qrels or name == "gold"}
+    for name, qrels in found.items():
+        if not qrels:
+            missing = "has a relevant document" if config.qrels else "names its gold documents; give qrels"
+            raise RecordError(f"no question of {config.questions} {missing}", path=config.qrels.get(name))
+    return found
+
+
+def _retrieval(
+    config: CoverageConfig, held: Claim, questions: Sequence[Question], judged: Mapping[str, ranked.Qrels]
+) -> tuple[dict[str, list[Any]], dict[str, dict[str, float]]]:
+    """(metrics of each question, their means by qrels); writes the run."""
+    table: dict[str, list[Any]] = {}
+
+    def run_file() -> Iterator[str]:
+        for start in range(0, len(questions), _QUESTIONS):
+            rows = read_json(held.work / f"{_SEARCH}{start}.json")
+            part = zip(questions[start : start + _QUESTIONS], rows, strict=True)
+            rankings = {question.id: [(str(name), float(score)) for name, score in row[3]] for question, row in part}
+            found = ranked.score_table(config.measured(), judged, rankings)
+            columns: dict[str, Sequence[Any]] = {"id": list(rankings), **found}
+            for column, values in columns.items():
+                table.setdefault(column, []).extend(values)
+            for question_id, ranking in rankings.items():
+                yield from run_lines(question_id, ranking, config.spec().backend)
+
+    write_lines(held.output.path(".run.trec"), run_file())
+    means: dict[str, dict[str, float]] = {}
+    for name, qrels in judged.items():
+        sums = {metric: sum(score or 0.0 for score in table[f"{name} {metric}"]) for metric in config.measured()}
+        means[name] = {"questions": len(qrels)} | {metric: total / len(qrels) for metric, total in sums.items()}
+    return table, means
 
 
 def _open_corpus(spec: SearchSpec, backend: SearchBackend) -> Corpus:
@@ -229,21 +309,29 @@ _SEARCH = "ranks-"
 """Name of the pieces of work that hold ranks."""
 
 
-def find_ranks(backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept) -> list[Ranks]:
-    """Ranks at which the retriever finds answers and gold documents for each plain question."""
+def find_ranks(
+    backend: SearchBackend, questions: Sequence[Question], depth: int, kept: Kept, whole: bool = False
+) -> list[Ranks]:
+    """Ranks at which the retriever finds answers and gold documents for each plain question.
 
-    def search(part: Sequence[Question]) -> list[Ranks]:
+    Args:
+        whole: whether the kept work also holds, as a fourth item, the ranking: passage ids with their scores.
+    """
+
+    def search(part: Sequence[Question]) -> list[tuple[Any, ...]]:
         hits = search_each(backend, [SearchRequest(query=question.question) for question in part], depth)
-        return [
-            (None, [], str(found)) if isinstance(found, SearchRefusedError) else (*_ranks(question, found), None)
-            for question, found in zip(part, hits, strict=True)
-        ]
+        ranks: list[tuple[Any, ...]] = []
+        for question, found in zip(part, hits, strict=True):
+            refused, found = (str(found), []) if isinstance(found, SearchRefusedError) else (None, found)
+            ranking = ([(hit.passage.id, hit.score) for hit in found],) if whole else ()
+            ranks.append((*_ranks(question, found), refused, *ranking))
+        return ranks
 
     ranks: list[Ranks] = []
     with tqdm(total=len(questions), desc="search", unit="question", mininterval=1.0) as progress:
         for start in range(0, len(questions), _QUESTIONS):
             part = questions[start : start + _QUESTIONS]
-            ranks += kept(f"{_SEARCH}{start}", partial(search, part))
+            ranks += [tuple(row[:3]) for row in kept(f"{_SEARCH}{start}", partial(search, part))]
             progress.update(len(part))
     return ranks
 
@@ -340,6 +428,12 @@ def render(report: dict[str, Any]) -> str:
     for name, row in report["shares"].items():
         cells = ("-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("answer", "gold", "all_gold"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if retrieval := report.get("retrieval"):
+        metrics = [name for name in next(iter(retrieval.values())) if name != "questions"]
+        lines += ["", f"| qrels | questions | {' | '.join(metrics)} |", "|---" * (2 + len(metrics)) + "|"]
+        for name, means in retrieval.items():
+            cells = (f"{100 * means[metric]:.1f} %" for metric in metrics)
+            lines.append(f"| {name} | {means['questions']} | {' | '.join(cells)} |")
     if refused := report.get("refused"):
         lines += ["", f"{len(refused)} questions were refused and count as not found: {', '.join(refused)}."]
         lines.append(f"First, {_first(refused)}")

@@ -248,6 +248,8 @@ def _measure(config: RepairConfig, out: Path, name: str, index: str, corpus: str
         search=replace(config.search, index=index, corpus=corpus),
         topk=config.topk,
         max_questions=config.max_questions,
+        qrels=config.qrels,
+        metrics=config.metrics,
     )
     coverage.run(settings, resume=True)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin.backends import RerankSpec, SearchSpec, build_search, resolved
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.compute import threads_of_each
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, save_config, to_dict
 from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
@@ -223,6 +223,8 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
     """
     import torch
 
+    from agentic_r_plugin.search.hybrid import parts_of
+
     if spec.device == "auto" and torch.cuda.is_available():
         spec = replace(spec, device=f"cuda:{slot % torch.cuda.device_count()}")
     torch.set_num_threads(threads_of_each(count))
@@ -231,6 +233,9 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
 
         faiss.omp_set_num_threads(torch.get_num_threads())
         return replace(spec, options={"mapped": True} | spec.options)
+    if spec.backend == "hybrid":
+        parts = [to_dict(share_of_machine(part, slot, count)) for part in parts_of(spec)]
+        return replace(spec, index="", options=spec.options | {"parts": parts})
     return spec
 
 

@@ -8,34 +8,38 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import (
     AgenticRError,
     ConfigError,
+    JudgeError,
     ManifestMismatchError,
     OutputExistsError,
     RecordError,
     RequestRefusedError,
 )
 from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
-from agentic_r_plugin.evaluation.matrix import csv_table, latex_table
+from agentic_r_plugin.evaluation.matrix import csv_table, latex_table, write_tables
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.report_results import columns
-from agentic_r_plugin.evaluation.settings import AgenticRSettings
-from agentic_r_plugin.records import Trajectory
+from agentic_r_plugin.evaluation.settings import AgenticRSettings, AnswerJudgeSettings
+from agentic_r_plugin.records import Judgement, Trajectory
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
+from tests.llm.loopback import chat, serve
 from tests.search.tiny_retriever import make_reranker
 from tests.test_questions import write_form
 
@@ -635,3 +639,136 @@ def test_a_search_with_a_reranker_is_a_retriever_of_the_matrix_with_its_own_name
         config(tmp_path, tiny_agent, settings={"search": {"rerank": {"model": reranker}}})
     with pytest.raises(ConfigError, match=r"'tiny:bm25\+theirs' is not AGENT:SEARCH"):
         config(tmp_path, tiny_agent, **given, cells=["tiny:bm25+theirs"])
+
+
+# --- Hybrids and the judge --------------------------------------------------------------------------------------------
+
+
+def test_a_hybrid_of_two_searches_is_a_column_of_its_own_and_covers_both_corpora(
+    tmp_path: Path, tiny_agent: Path
+) -> None:
+    write_benchmark(tmp_path)
+    other = shutil.copy(tmp_path / "toy" / "corpus.jsonl", tmp_path / "other.jsonl")
+    searches: dict[str, Any] = {
+        "bm25": "bm25:" + str(tmp_path / "{benchmark}" / "corpus.jsonl"),
+        "own": {"backend": "bm25", "corpus": str(other), "options": {"b": 0.1}},
+        "both": "hybrid:bm25+own",
+        "deep": {"backend": "hybrid", "options": {"k": 5, "parts": ["own", {"backend": "bm25", "corpus": str(other)}]}},
+    }
+    given = config(tmp_path, tiny_agent, searches=searches, first=2, cells=["tiny:both", "tiny:deep"])
+    run(given)
+    table = (tmp_path / "out" / "matrix.md").read_text()
+    assert "| toy       | tiny  | both      |" in table and "| toy       | tiny  | deep      |" in table
+    cell = read_json(tmp_path / "out" / "tiny-both-toy" / "result.json")
+    assert cell["made_from"]["search_backend"] == "hybrid" and len(cell["made_from"]["retriever"]) == 2
+    run(given, resume=True)
+    with Path(other).open("a") as stream:
+        stream.write('{"id": "new", "contents": "A new river."}\n')
+    with pytest.raises(ManifestMismatchError, match="retriever was"):
+        run(given, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("searches", "message"),
+    [
+        ({"a": "hybrid:b+c", "b": "bm25:x"}, r"searches.a: expected parts among the other searches \(b\), found 'c'"),
+        ({"a": "hybrid:a+b", "b": "bm25:x"}, "found 'a'"),
+        ({"a": "hybrid:b+c", "b": "bm25:x", "c": "hybrid:b+b"}, "its part 'c' is a hybrid itself"),
+        ({"a": "hybrid:b+c", "b": "bm25:CORPUS", "c": "no-index"}, "searches.a: 'no-index' does not exist"),
+        ({"a": {"backend": "bm25", "korpus": "x"}}, "korpus"),
+    ],
+)
+def test_a_hybrid_of_unknown_searches_is_an_error(
+    tmp_path: Path, tiny_agent: Path, searches: dict[str, Any], message: str
+) -> None:
+    corpus = write_benchmark(tmp_path) / "corpus.jsonl"
+    given = {k: v.replace("CORPUS", str(corpus)) if isinstance(v, str) else v for k, v in searches.items()}
+    with pytest.raises(ConfigError, match=message):
+        run(config(tmp_path, tiny_agent, searches=given, cells=["tiny:a"]))
+
+
+def verdict(prompt: str) -> str:
+    """Finds rivers in `RIGHT` correct, in three ways to say so; never decides about `Exe`."""
+    answer = re.search(r"^Answer to check: (.*)$", prompt, re.MULTILINE)
+    assert answer is not None
+    name = answer[1].removeprefix("River ")
+    if name == "Exe":
+        return "I cannot say."
+    wanted = re.search(r"^Correct answers \(.*\): (.*)$", prompt, re.MULTILINE)
+    assert wanted is not None
+    right = name == wanted[1]
+    return {"Awe": "Yes.", "Bure": f'```json\n{{"reason": "r", "correct": {str(right).lower()}}}\n```'}.get(
+        name, f'<think>{{"correct": false}}</think>{{"reason": "same river", "correct": {str(right).lower()}}}'
+    )
+
+
+def run_judged(
+    tmp_path: Path, name: str, agent: RuleAgent, answer: Any = verdict, **judging: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """The cell's result, and the prompts that the judge was sent."""
+    cell = replace(rule_cell(tmp_path, name), metrics=(*METRIC_NAMES, "agentic_judge"))
+    spec = SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))
+    with serve(lambda path, body: chat(answer(body["messages"][0]["content"]))) as server, open_search(spec) as search:
+        llm = LLMSpec(backend="openai", url=server.url, model="judge", concurrency=1)
+        settings = AnswerJudgeSettings(llm=llm, **{"max_error_share": 0.2, "max_retries": 1, **judging})
+        try:
+            with open_llm(llm) as backend, cell.output(tmp_path / "out").claim(resume=True) as held:
+                held.begin({"agent_fingerprint": agent.fingerprint(), "search_fingerprint": search.fingerprint()})
+                result = run_cell(cell, agent, search, held, AnswerJudge(backend, settings))  # type: ignore[arg-type]
+        finally:
+            asked = [body["messages"][0]["content"] for _, body, _ in server.requests]
+    return result, asked
+
+
+REPLIES = {("Bo Rusk", 2): "<answer> River Bure </answer>", ("Cy Venn", 0): "<answer> Nile </answer>",
+           ("Di Marsh", 0): "no answer, no search", ("Di Marsh", 1): "none", ("Di Marsh", 2): "none"}  # fmt: skip
+
+
+def test_the_judge_scores_answers_next_to_exact_match_and_its_errors_are_counted_apart(tmp_path: Path) -> None:
+    result, asked = run_judged(tmp_path, "judged", RuleAgent(REPLIES))
+    scores = read_json(tmp_path / "out" / "rule-judged-toy" / "scores.json")
+    assert scores["agentic_em"] == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+    assert scores["agentic_judge"] == [1.0, 1.0, 0.0, 0.0, None, 1.0]
+    assert result["metrics"]["agentic_judge"]["mean"] == pytest.approx(0.6)
+    assert result["metrics"]["agentic_judge"]["num_questions"] == 5
+    assert result["judge"]["failed"] == 1 and "I cannot say." in result["judge"]["first_error"]
+    assert len(asked) == 6 and result["cost"]["judge_requests"] == 6  # 4 answers and one of them again; none for `Di`
+    records = list(read_records(tmp_path / "out" / "rule-judged-toy" / "judgements.jsonl", Judgement))
+    assert [record.correct for record in records] == [True, True, False, False, None, True]
+    assert (records[5].reason, records[3].answer, records[4].error is None) == ("same river", None, False)
+    plain = run_rule(tmp_path, rule_cell(tmp_path, "plain"), RuleAgent(REPLIES))
+    table = write_tables([result, plain], tmp_path)
+    assert "| EM " in table and "| judge " in table and re.search(r"judged .*\| 60\.0 \[", table)
+    assert "judge" not in write_tables([plain], tmp_path) and "judge" not in plain
+    plain_file, judged_file = (tmp_path / "out" / f"rule-{n}-toy" / "per_question.jsonl" for n in ("plain", "judged"))
+    assert plain_file.read_bytes() == judged_file.read_bytes()
+
+
+def test_a_resume_asks_the_judge_only_for_what_is_missing(tmp_path: Path) -> None:
+    def broken(prompt: str) -> str:
+        return "?" if "Answer to check: Cam" in prompt or "Answer to check: Exe" in prompt else "yes"
+
+    with pytest.raises(JudgeError, match=r"2 of 6 judgements failed, more than judge.max_error_share=0.2; first, q2"):
+        run_judged(tmp_path, "cut", RuleAgent(), broken)
+    agent = RuleAgent()
+    result, asked = run_judged(tmp_path, "cut", agent, lambda prompt: '{"correct": false}')
+    assert agent.calls == 0 and len(asked) == 2 and all("Cam" in text or "Exe" in text for text in asked)
+    assert result["metrics"]["agentic_judge"]["mean"] == pytest.approx(4 / 6) and result["judge"]["failed"] == 0
+    assert result["cost"]["judge_requests"] == 10  # 6 and the 2 failed ones again, then 2
+
+
+def test_the_command_opens_the_judge_and_compares_it_on_resume(tmp_path: Path, tiny_agent: Path) -> None:
+    with pytest.raises(ConfigError, match=r"agentic_judge needs a judge; set judge\.llm\.model"):
+        config(tmp_path, tiny_agent, metrics=["agentic_em", "agentic_f1", "agentic_judge"])
+    with serve(lambda *_: chat("yes")) as server:
+        llm = {"backend": "openai", "url": server.url, "model": "judge"}
+        given = config(tmp_path, tiny_agent, first=2, judge={"llm": llm})
+        assert given.metrics[-1] == "agentic_judge"
+        run(given)
+        cell = read_json(tmp_path / "out" / "tiny-bm25-toy" / "result.json")
+        assert cell["metrics"]["agentic_judge"]["mean"] == 0.0 and not server.requests  # no answers, so none to judge
+        assert cell["made_from"]["judge"]["model"] == "judge"
+        run(config(tmp_path, tiny_agent, first=2, judge={"llm": llm | {"concurrency": 2}}), resume=True)
+        for change in ({"llm": llm | {"model": "other"}}, {"llm": llm, "max_tokens": 5}):
+            with pytest.raises(ManifestMismatchError, match="judge was"):
+                run(config(tmp_path, tiny_agent, first=2, judge=change), resume=True)

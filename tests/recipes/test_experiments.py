@@ -184,6 +184,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
         retrievers={
             "bm25": {"bm25": True},
             "retriever-1": {"of_run": "retriever-1"},
+            "both": {"hybrid": ["bm25", "retriever-1"]},
             "replug": {"train": {"trainer": "replug"}},
             "judge_only": {"groups": {"use_correctness": False}},
             "likelihood": {"correctness": {"method": "likelihood"}},
@@ -191,7 +192,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
         worlds={"shifted": SMALL_WORLD},
-        evaluate={"first": 2, "resamples": 100, "cells": ["agent-1:bm25", "agent-1:all", "other:replug"]},
+        evaluate={"first": 2, "resamples": 100, "cells": ["agent-1:both", "agent-1:all", "other:replug"]},
         stop_rule="dev",
     )
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
@@ -200,7 +201,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
     made = read_json(config.out + "/experiment.json")["retrievers"]
     assert made["replug"] == {"groups": 6, "same_positive": 1.0, "rollouts": 12}
     assert made["judge_only"] == {"groups": 6, "same_positive": 0.0, "rollouts": 0}
-    assert made["retriever-1"] == made["replug"] and made["bm25"]["groups"] is None
+    assert made["retriever-1"] == made["replug"] and made["bm25"]["groups"] is made["both"]["groups"] is None
     rolled_out = [line for _, line in read_lines(config.out + "/correctness.jsonl")]
     assert len(rolled_out) == 6 * 12
     record = read_json(config.out + "/retrievers/all/retriever/agentic_r.json")
@@ -209,7 +210,7 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
     assert [(cell["agent"], cell["retriever"], cell["benchmark"]) for cell in cells] == [
         (*pair, benchmark)
         for benchmark in ("toy", "shifted")
-        for pair in (("agent-1", "bm25"), ("agent-1", "all"), ("other", "replug"))
+        for pair in (("agent-1", "both"), ("agent-1", "all"), ("other", "replug"))
     ]
     stop = read_json(config.out + "/stop_rule.json")
     assert stop["split"] == "dev" and stop["stops_at"] == 1 and len(stop["em"]) == 1
@@ -403,6 +404,7 @@ def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Pa
         ({"retrievers": {}}, "expected at least one of each"),
         ({"retrievers": {"x": {"modell": "y"}}}, r"retrievers\.x: .*modell"),
         ({"retrievers": {"x": {"bm25": True, "model": "y"}}}, "a retriever is one of"),
+        ({"retrievers": {"x": {"hybrid": ["bm25", "x"]}}}, r"retrievers\.x: hybrid of 'bm25', which is no other"),
         ({"retrievers": {"x": {"model": "y", "train": {"epochs": 1}}}}, r"model: is taken as it is, so train would"),
         ({"retrievers": {"x": {"of_run": "retriever-1", "groups": {"seed": 1}}}}, "so groups would change nothing"),
         ({"agents": ["agent-7"]}, r"agent-7: the run has no .*iteration-7"),
