@@ -382,7 +382,9 @@ class ToolProtocol(AgentProtocol):
         for place, length in enumerate(trajectory.runs):
             text, at = trajectory.text[at : at + length], at + length
             answers = trajectory.answer is not None and place == len(trajectory.runs) - 1
-            found += self._turn_pieces(text, answers) if place % 2 == 0 else [Piece(kind="information", text=text.strip())]
+            found += (
+                self._turn_pieces(text, answers) if place % 2 == 0 else [Piece(kind="information", text=text.strip())]
+            )
         return [piece for piece in found if piece.text]
 
     def _turn_pieces(self, text: str, answers: bool) -> list[Piece]:

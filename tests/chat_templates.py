@@ -21,7 +21,10 @@ PROTOCOLS = {
 }
 OPENS_THOUGHT = (
     ("{% if thought and loop.index0 > last.at %}", "{% if true %}"),
-    ("{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}\n", "{{ '<think>\n' }}"),
+    (
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}\n",
+        "{{ '<think>\n' }}",
+    ),
 )
 """What makes the template of Qwen3 one that opens the thought itself, as those of its thinking models do."""
 _SPECIAL = (

@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.data.candidates import CandidatesConfig, CandidatesWorker, queries_of
@@ -258,7 +258,12 @@ def test_a_template_that_opens_the_thought_leaves_prompt_turns_and_reasoning_exa
     tokens, protocol = codec("qwen3_thinking"), PROTOCOLS["qwen3_thinking"]
     session = Session(protocol, tokens, LIMITS, "Who?")
     assert tokens.decode(session.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
-    turns = [f"Not closed. {call('one')}<|im_end|>", f"Closed.\n</think>\n\n{call('two')}", "It may be Ann", "</think>Ann"]
+    turns = [
+        f"Not closed. {call('one')}<|im_end|>",
+        f"Closed.\n</think>\n\n{call('two')}",
+        "It may be Ann",
+        "</think>Ann",
+    ]
     for turn in turns[:2]:
         assert isinstance(session.model_wrote(tokens.encode(turn)), Search)
         session.found([Passage(id="1", title="T", text="x")])
@@ -334,7 +339,7 @@ def smollm2_template(name: str) -> str:
         return IN_SMOLLM2_STYLE
     if not folder:
         pytest.skip("SMOLLM2=DIR is not set: a folder made by recipes/hotpotqa_cpu/prepare_model.py")
-    return str(AutoTokenizer.from_pretrained(folder).chat_template)
+    return (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["in its style", "its own"])
@@ -563,7 +568,9 @@ MARKS = ("[INST]", "[/INST]", "[TOOL_CALLS]", ">>TITLE<<", "◁think▷", "[[", 
 
 
 @settings(max_examples=80, deadline=None)
-@given(text=st.lists(st.sampled_from([*MARKS, "[", "INST]", "ab", "a!", " ", "<|im_end|>", "<tool_call>"])).map("".join))
+@given(
+    text=st.lists(st.sampled_from([*MARKS, "[", "INST]", "ab", "a!", " ", "<|im_end|>", "<tool_call>"])).map("".join)
+)
 def test_no_result_can_write_a_token_that_was_added_to_the_tokenizer(text: str) -> None:
     tokens = marked(*MARKS)
     added = tokens.tokenizer.get_added_vocab()
