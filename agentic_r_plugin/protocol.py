@@ -99,7 +99,7 @@ class Open:
     """The model asks for a document that it was shown; the driver calls `found` with it, or `search_failed`."""
 
     document: str
-    """Its id. In what a protocol reads, the id of any passage shown before, or else a rank in the last search, from 1."""
+    """Its id. In what a protocol reads, the id of a passage shown before, or else a rank in the last search, from 1."""
 
 
 @dataclass(frozen=True)

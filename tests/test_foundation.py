@@ -22,7 +22,6 @@ from agentic_r_plugin.errors import (
     UpstreamError,
 )
 from agentic_r_plugin.query import MAX_REASONING, SearchRequest, needs_reasoning, retrieval_query, retriever_input
-from agentic_r_plugin.search.wire import encode_requests
 from agentic_r_plugin.records import (
     Candidates,
     Group,
@@ -34,6 +33,7 @@ from agentic_r_plugin.records import (
     Trajectory,
     Turn,
 )
+from agentic_r_plugin.search.wire import encode_requests
 from agentic_r_plugin.store import read_records, write_records
 
 

@@ -114,9 +114,9 @@ def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     """One group per opened passage (LRAT, arXiv 2604.04949).
 
     The relevance, if used, is the judge that filters positives: opened passages below the threshold, or without a
-    relevance because they are no candidates, are neither positives nor negatives. Negatives are at most `num_negatives` passages that were shown and not opened, best first.
-    With w words of reasoning before the next search, the weight is 2 (w + 1) / (w + 51): near 1 for 50 words, and 1
-    after the last search.
+    relevance because they are no candidates, are neither positives nor negatives. Negatives are at most `num_negatives`
+    passages that were shown and not opened, best first. With w words of reasoning before the next search, the weight is
+    2 (w + 1) / (w + 51): near 1 for 50 words, and 1 after the last search.
     """
     query = task.query
     turns = {} if task.trajectory is None else {turn.turn: turn for turn in task.trajectory.turns}
