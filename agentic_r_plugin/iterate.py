@@ -245,14 +245,14 @@ class Loop:
     def _check_stages(self) -> dict[str, Any]:
         """Check the settings of each data stage and their combination; returns the settings."""
         made = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
-        for name in ("relevance", "correctness", "groups"):
+        for name in made.keys() & {"relevance", "correctness", "groups"}:
             made[name].check()
-        judged = ["relevance"] if made["relevance"].passages_per_prompt() else []
+        judged = ["relevance"] if "relevance" in made and made["relevance"].passages_per_prompt() else []
         for name in [*judged, *(["sub-answers"] if self.config.judge else [])]:
             if not made[name].llm.model:
                 raise ConfigError(f"{name.replace('-', '_')}.llm.model: expected the judge, found nothing")
-        rule, rolled_out = made["groups"].rule(), made["correctness"]
-        if rule.use_correctness and not rolled_out.exhaustive:
+        rule, rolled_out = made["groups"].rule(), made.get("correctness")
+        if rolled_out and rule.use_correctness and not rolled_out.exhaustive:
             groups.check_pruned(rule, rolled_out.rule())
         return made
 
@@ -335,9 +335,10 @@ class Loop:
             ppo_steps=ppo[0].steps,
             ppo_batch=ppo[0].batch_size * ppo[0].samples,
             candidates=stages["candidates"].topk,
-            window=stages["relevance"].passages_per_prompt(),
+            window=stages["relevance"].passages_per_prompt() if "relevance" in stages else 0,
             sub_answers=self.config.judge,
-            exhaustive=stages["correctness"].exhaustive,
+            exhaustive="correctness" in stages and stages["correctness"].exhaustive,
+            left_out=frozenset({"relevance", "correctness"} - stages.keys()),
             epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
         )
         scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
@@ -486,13 +487,17 @@ class Loop:
     # --- configurations of the phases
 
     def _data_stages(self) -> dict[str, Any]:
+        """Command -> module; of relevance and correctness, those that the selection or the trainer reads."""
+        trainer = self.config.train_retriever
+        read = {"relevance"} if trainer.get("trainer", "contrastive") != "contrastive" else set()
+        read |= trainer.keys() | selection_named(self.config.groups.get("preset", "paper")).needs
         judge = {"sub-answers": sub_answers} if self.config.judge else {}
+        scores = {"relevance": relevance, "correctness": correctness}
         return {
             "trajectories": trajectories,
             "candidates": candidates,
             **judge,
-            "relevance": relevance,
-            "correctness": correctness,
+            **{name: module for name, module in scores.items() if name in read},
             "groups": groups,
         }
 

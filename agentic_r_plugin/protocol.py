@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -71,10 +71,12 @@ class Limits:
     """Tokens of one information block."""
     max_document_tokens: int = field(default=1000, metadata={"later": True})
     """Tokens of one opened document."""
+    max_opens: int = field(default=5, metadata={"later": True})
+    """Calls that open a document."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            least = 0 if item.name in ("max_malformed", "max_searches") else 1
+            least = 0 if item.name in ("max_malformed", "max_searches", "max_opens") else 1
             if getattr(self, item.name) < least:
                 raise ConfigError(f"limits.{item.name}: expected at least {least}, found {getattr(self, item.name)}")
 
@@ -97,7 +99,7 @@ class Open:
     """The model asks for a document that it was shown; the driver calls `found` with it, or `search_failed`."""
 
     document: str
-    """Its id; in what a protocol reads also its rank in the last search, counted from 1."""
+    """Its id. In what a protocol reads, the id of a passage shown before, or else a rank in the last search, from 1."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Prefix(NamedTuple):
     text: str
     turn_start: int | None = None
     """Characters before the model's turn, if the turn holds earlier calls."""
+    opens: int = 0
+    """Calls before it that open a document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +248,15 @@ def load_protocol(name: str, options: Mapping[str, Any]) -> AgentProtocol:
     return replace(protocol, **options)  # type: ignore[type-var]
 
 
+def without_tokens(text: str, codec: Codec) -> str:
+    """Text from outside that writes no added token of the tokenizer, where `disarm` leaves one (Mistral's `[INST]`).
+
+    Codecs without `without_tokens` (`llm.codec.TokenizerCodec`) know no such tokens.
+    """
+    break_tokens: Callable[[str], str] = getattr(codec, "without_tokens", str)
+    return break_tokens(text)
+
+
 def disarm(text: str) -> str:
     """Passage text in which every `<` that could begin a tag or a special token is replaced by a harmless `‹`.
 
@@ -292,9 +305,11 @@ class Session:
         prefix: text of a trajectory that this one continues, up to a closing search tag (correctness stage); it counts
             as written by the environment. The passages of that search come next, through `found`.
         searches: number of searches in the prefix, including its last one.
+        opens: number of calls in the prefix that open a document.
         history: queries of the prefix, including its last one; later searches include them.
         turn_start: characters of the prefix before its last turn, if that holds several calls. The earlier ones are
             carried out again before the passages of the last one are shown.
+        last_shown: ids of the passages of the last search before that turn, whose ranks its calls may name.
 
     A prompt or a prefix that leaves no room for the model finishes the session at once (`StopReason.MAX_TOKENS`); in
     the case of a prompt, `refusal` gives the reason.
@@ -311,6 +326,8 @@ class Session:
     searches: int = 0
     history: tuple[str, ...] = ()
     turn_start: int | None = None
+    opens: int = 0
+    last_shown: tuple[str, ...] = ()
 
     prompt_ids: list[int] = field(init=False)
     segments: list[Segment] = field(init=False, default_factory=list)
@@ -325,8 +342,6 @@ class Session:
     """All passages and documents that the model was shown, in order and as they were cut."""
     _read: tuple[Turn, ...] = field(init=False, default=())
     """The turns before the model's last one, whose results it has read."""
-    _last_shown: list[str] = field(init=False, default_factory=list)
-    """Ids of the passages of the last search."""
     _pending: deque[Search | Open] = field(init=False, default_factory=deque)
     """Calls of the model's last turn that have no result yet."""
     _of_prefix: int = field(init=False, default=0)
@@ -348,7 +363,8 @@ class Session:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
             self._pending.extend([*self._earlier_calls(), PREFIX_SEARCH])
             self._of_prefix = len(self._pending)
-            self.searches -= sum(isinstance(call, Search) for call in self._pending)
+            self.searches -= _count(Search, self._pending)
+            self.opens -= _count(Open, self._pending)
             self._next_call()
             if self._room < 1:
                 self._finish(Finished(StopReason.MAX_TOKENS))
@@ -415,7 +431,8 @@ class Session:
             return self._finish(asked)
         if isinstance(asked, Malformed):
             return self._malformed(asked)
-        if self.searches + sum(isinstance(call, Search) for call in asked) > self.limits.max_searches:
+        searches, opens = self.searches + _count(Search, asked), self.opens + _count(Open, asked)
+        if searches > self.limits.max_searches or opens > self.limits.max_opens:
             return self._finish(Finished(StopReason.MAX_TURNS))
         self._pending.extend(asked)
         return self._next_call() or Retry()
@@ -428,7 +445,7 @@ class Session:
     @property
     def earlier_queries(self) -> tuple[str, ...]:
         """The queries before the pending search."""
-        of_prefix = sum(isinstance(call, Search) for call in list(self._pending)[: self._of_prefix])
+        of_prefix = _count(Search, list(self._pending)[: self._of_prefix])
         return (*self.history[: len(self.history) - of_prefix], *(turn.query for turn in self.turns))
 
     def found(
@@ -446,12 +463,13 @@ class Session:
         self._expect(pending=True)
         call, of_prefix = self._pending.popleft(), self._of_prefix > 0
         self._of_prefix -= of_prefix
+        passages = [self._harmless(passage) for passage in passages]
         if isinstance(call, Open):
             self._results.append(self._document(call, passages))
         else:
             result = self._fit(passages, self.protocol.render, self.limits.max_observation_tokens)
             self._results.append(result)
-            self._last_shown = [passage.id for passage in result.shown]
+            self.last_shown = tuple(passage.id for passage in result.shown)
             if not of_prefix:
                 self._record(call, result.shown, scores if scores is not None else [0.0] * len(result.shown))
         return self._next_call()
@@ -501,6 +519,7 @@ class Session:
             if isinstance(call, Search):
                 self.searches += 1
                 return call
+            self.opens += 1
             if (document := self._known_document(call.document)) is not None:
                 self._pending[0] = Open(document)
                 return self._pending[0]
@@ -512,13 +531,18 @@ class Session:
     def _known_document(self, name: str) -> str | None:
         """Id of the document with this id or rank; None if the model was not shown it.
 
-        What a prefix showed is not known, so any id may be opened after it.
+        An id wins over a rank. What a prefix showed is not known, so any id may be opened after it.
         """
-        if any(name == passage.id for passages in self.shown for passage in passages) or name in self._last_shown:
+        if any(name == passage.id for passages in self.shown for passage in passages) or name in self.last_shown:
             return name
-        if name.isdecimal() and 1 <= int(name[:9]) <= len(self._last_shown):
-            return self._last_shown[int(name[:9]) - 1]
+        if name.isdecimal() and 1 <= int(name[:9]) <= len(self.last_shown):
+            return self.last_shown[int(name[:9]) - 1]
         return name if self.prefix and len(name) <= _LONGEST_ID else None
+
+    def _harmless(self, passage: Passage) -> Passage:
+        """The passage without the tokens of `without_tokens`."""
+        title, text = (without_tokens(part, self.codec) for part in (passage.title, passage.text))
+        return passage if (title, text) == (passage.title, passage.text) else replace(passage, title=title, text=text)
 
     def _document(self, call: Open, passages: Sequence[Passage]) -> _Result:
         """The opened document, as far as it fits, recorded in the last search that showed it."""
@@ -645,6 +669,10 @@ class Session:
                 return ids, start
             length *= 2
         return self.codec.encode(block), block
+
+
+def _count(kind: type, calls: Iterable[Search | Open]) -> int:
+    return sum(isinstance(call, kind) for call in calls)
 
 
 def _shortened(text: str, most: int, tokens: int) -> str:

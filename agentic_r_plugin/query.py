@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from agentic_r_plugin import components
@@ -17,6 +17,12 @@ SEPARATOR = " [SEP] "
 """BERT tokenizers map the inner token to their own separator; for other tokenizers it is plain text."""
 
 DEFAULT_FORMULATION = "question_query"
+
+MAX_REASONING = 20_000
+"""Characters of a reasoning that are read, its last ones; a retrieval service takes no longer texts by default."""
+
+_LONGEST_WORD = 40
+"""Characters after a cut in which to look for a space."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +72,26 @@ def _labelled(**parts: str | None) -> str:
     return "\n\n".join(f"{name}: {text}" for name, text in parts.items() if text)
 
 
-def retriever_input(request: SearchRequest, formulation: str) -> str:
+def retriever_input(
+    request: SearchRequest,
+    formulation: str,
+    *,
+    count_tokens: Callable[[str], int] | None = None,
+    max_tokens: int = 0,
+) -> str:
     """The text that a retriever with this formulation encodes, before its prefix.
 
-    A search with neither question nor reasoning is the query alone, whatever the formulation.
+    A search with neither question nor reasoning is the query alone, whatever the formulation. If the text is longer
+    than the retriever reads, the reasoning loses its beginning until the text fits: a retriever cuts the end of a text,
+    which is the query. The end of the reasoning is kept because it leads to the query.
 
     Args:
         request: the search.
         formulation: name of a registered `query_formulation`. A function of three arguments (question, query, history),
             the interface of earlier versions, is called with these, and not without a question.
+        count_tokens: number of tokens of a text for the retriever, prefix and special tokens included; None: the whole
+            text is wanted.
+        max_tokens: tokens that the retriever reads.
 
     Raises:
         UnknownComponentError: no such formulation.
@@ -84,7 +101,29 @@ def retriever_input(request: SearchRequest, formulation: str) -> str:
         return request.query
     if _takes_three(formulation):
         return formulate(request.question, request.query, request.history)
-    return formulate(request)
+    request = replace(request, reasoning=request.reasoning[-MAX_REASONING:])
+    text = formulate(request)
+    if count_tokens is None or not request.reasoning or (tokens := count_tokens(text)) <= max_tokens:
+        return text
+    others = count_tokens(formulate(replace(request, reasoning="")))
+    while request.reasoning and tokens > max_tokens:
+        # Tokens per character vary, so the cut is an estimate; the loop repeats until the text fits.
+        share = max(0, max_tokens - others) / max(1, tokens - others)
+        request = replace(request, reasoning=_last_part(request.reasoning, share))
+        text = formulate(request)
+        tokens = count_tokens(text)
+    return text
+
+
+def _last_part(text: str, share: float) -> str:
+    """The last `share` of a text, from the beginning of a word where there is one nearby; always shorter.
+
+    >>> _last_part("one two three four", 0.5), _last_part("一二三四", 0.5), _last_part("x", 0.9)
+    ('four', '三四', '')
+    """
+    kept = text[len(text) - min(len(text) - 1, int(len(text) * share)) :]
+    start, space, rest = kept.partition(" ")
+    return rest if space and len(start) < _LONGEST_WORD else kept
 
 
 def retrieval_query(

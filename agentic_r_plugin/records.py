@@ -313,6 +313,10 @@ class Candidates(Record):
     """The agent's reasoning of this turn, if it was kept for formulations that read it."""
     turn_start: int | None = field(default=None, metadata=since(2))
     """Characters of the prefix before its last turn, if that turn holds several searches up to this one."""
+    last_shown: tuple[str, ...] = field(default=(), metadata=since(2))
+    """Ids of the passages of the last search before such a turn; documents are opened by their ranks."""
+    opens: int = field(default=0, metadata=since(2))
+    """Calls before this search that open a document."""
 
     @property
     def key(self) -> tuple[str, int]:

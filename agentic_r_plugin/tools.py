@@ -17,8 +17,19 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.llm.reply import after_thoughts
-from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Malformed, Open, Piece, Prefix, Search, disarm
+from agentic_r_plugin.llm.reply import after_thoughts, opens_thought
+from agentic_r_plugin.protocol import (
+    AgentProtocol,
+    Codec,
+    Finished,
+    Malformed,
+    Open,
+    Piece,
+    Prefix,
+    Search,
+    disarm,
+    without_tokens,
+)
 from agentic_r_plugin.records import Passage, StopReason, Trajectory
 from agentic_r_plugin.tags import TagProtocol
 
@@ -264,14 +275,18 @@ class ToolProtocol(AgentProtocol):
         return () if self.several_calls else CALL_FORMS[self.call_form].end
 
     def read(self, text: str, codec: Codec) -> tuple[Search | Open, ...] | Finished | Malformed:
-        """See `AgentProtocol.read`; calls before the end of the thoughts do not count, nor do answers in thoughts."""
+        """See `AgentProtocol.read`; calls before the end of the thoughts do not count, nor do answers in thoughts.
+
+        A call in a thought that is not closed counts, and its reasoning is the thought so far. Whether the model or the
+        template opened the thought makes no difference.
+        """
         try:
             if found := self._calls(text):
                 return found
         except _BrokenCallError as error:
             return Malformed(f"Error: {disarm(str(error))}. No call of this turn was carried out.", of_call=True)
-        message, within_thought = after_thoughts(text)
-        answer = self._answer(message, within_thought, codec)
+        opened = "<think>" if opens_thought(self._chat(codec, self._messages("?"))) else ""
+        answer = self._answer(*after_thoughts(opened + text), codec)
         if answer is None:
             return Malformed(f"That was neither a call nor an answer. {ANSWER_RULES[self.answer][0]}")
         return Finished(StopReason.ANSWERED, answer)
@@ -323,9 +338,11 @@ class ToolProtocol(AgentProtocol):
     def reply(self, contents: Sequence[str], wrote: Sequence[int], codec: Codec, *, of_call: bool = True) -> str:
         """See `AgentProtocol.reply`: the rest of the turn, messages of role `tool` or `user`, the next turn's start.
 
-        The end-of-turn token is left out if the model wrote it.
+        The end-of-turn token is left out if the model wrote it. No message can write a special token (`disarm`,
+        `without_tokens`).
         """
         role = "tool" if of_call else "user"
+        contents = [without_tokens(content, codec) for content in contents]
         turn = [{"role": "assistant", "content": _WROTE}, *({"role": role, "content": content} for content in contents)]
         text = self._after(self._chat(codec, [*self._messages("?"), *turn]))
         mark = codec.encode(text[:_MARK_LENGTH])[:1]
@@ -341,27 +358,36 @@ class ToolProtocol(AgentProtocol):
 
     def prefixes(self, trajectory: Trajectory) -> list[Prefix]:
         """See `AgentProtocol.prefixes`; the record says where each call ends."""
-        starts = _starts(trajectory.runs)
-        found = []
+        runs, found = _runs_of_model(trajectory.runs), []
         for turn in trajectory.turns:
-            start = max((start for start in starts if start < turn.end), default=0)
-            try:
-                *earlier, last = self._calls(trajectory.text[start : turn.end]) or (Search("", ""),)
-            except _BrokenCallError:  # a call in another form, or of a tool that these options do not have
-                earlier, last = [], Search("", "")
+            begun = [(start, min(end, turn.end)) for start, end in runs if start < turn.end]
+            made = [self._made(trajectory.text[start:end]) for start, end in begun]
+            # No call at the end: it has another form, or is of a tool that these options do not have.
+            *earlier, last = (made[-1] if made else ()) or (Search("", ""),)
             query = last.query if isinstance(last, Search) else ""
-            found.append(Prefix(query, trajectory.text[: turn.end], start if earlier else None))
+            opens = sum(isinstance(call, Open) for calls in made for call in calls)
+            found.append(Prefix(query, trajectory.text[: turn.end], begun[-1][0] if earlier else None, opens))
         return found
+
+    def _made(self, text: str) -> tuple[Search | Open, ...]:
+        """The calls of a turn that were carried out."""
+        try:
+            return self._calls(text)
+        except _BrokenCallError:
+            return ()
 
     def pieces(self, trajectory: Trajectory) -> list[Piece]:
         """See `AgentProtocol.pieces`."""
         found, at = [], 0
         for place, length in enumerate(trajectory.runs):
             text, at = trajectory.text[at : at + length], at + length
-            found += self._turn_pieces(text) if place % 2 == 0 else [Piece(kind="information", text=text.strip())]
+            answers = trajectory.answer is not None and place == len(trajectory.runs) - 1
+            found += (
+                self._turn_pieces(text, answers) if place % 2 == 0 else [Piece(kind="information", text=text.strip())]
+            )
         return [piece for piece in found if piece.text]
 
-    def _turn_pieces(self, text: str) -> list[Piece]:
+    def _turn_pieces(self, text: str, answers: bool) -> list[Piece]:
         message, _ = after_thoughts(text)
         thoughts = text[: len(text) - len(message)]
         try:
@@ -375,10 +401,7 @@ class ToolProtocol(AgentProtocol):
             kind, text = ("other", message[call.start : call.end]) if asked is None else ("search", str(asked))
             found.append(Piece(kind=kind, text=text))
             at = call.end
-        rest = message[at:].strip()
-        tags = ANSWER_RULES[self.answer][1]
-        answers = not calls and (tags is None or tags.parse(rest) is not None)
-        return [*found, Piece(kind="answer" if answers else "other", text=rest)]
+        return [*found, Piece(kind="answer" if answers else "other", text=message[at:].strip())]
 
     def answered(self, answer: str) -> tuple[str, str]:
         """See `AgentProtocol.answered`."""
@@ -420,9 +443,13 @@ def _reasoning(before: str) -> str:
     return (inner if end else before).rpartition("<think>")[2].strip()
 
 
-def _starts(runs: Sequence[int]) -> list[int]:
-    """Where the model's turns begin: the runs of a trajectory's text are the model's and the environment's in turn."""
-    return [sum(runs[:place]) for place in range(0, len(runs), 2)]
+def _runs_of_model(runs: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and end of each turn of the model: the runs of a text are the model's and the environment's in turn.
+
+    >>> _runs_of_model([4, 3, 2])
+    [(0, 4), (7, 9)]
+    """
+    return [(sum(runs[:place]), sum(runs[: place + 1])) for place in range(0, len(runs), 2)]
 
 
 def _argument(call: _Call, name: str) -> str:

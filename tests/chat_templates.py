@@ -17,7 +17,16 @@ PROTOCOLS = {
     "hermes": ToolProtocol(name="hermes", answer="boxed", system=""),
     "qwen3_coder": ToolProtocol(name="qwen3_coder", call_form="xml"),
     "llama3": ToolProtocol(name="llama3", call_form="bare_json", answer="message"),
+    "qwen3_thinking": ToolProtocol(name="qwen3_thinking", answer="message"),
 }
+OPENS_THOUGHT = (
+    ("{% if thought and loop.index0 > last.at %}", "{% if true %}"),
+    (
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}\n",
+        "{{ '<think>\n' }}",
+    ),
+)
+"""What makes the template of Qwen3 one that opens the thought itself, as those of its thinking models do."""
 _SPECIAL = (
     "<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>",
@@ -36,6 +45,10 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     made.train_from_iterator([file.read_text() for file in sorted(FOLDER.glob("*.jinja"))], trainer)
     made.add_special_tokens(list(_SPECIAL))
     made.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in _TAGS])
+    template = (FOLDER / f"{name.removesuffix('_thinking')}.jinja").read_text()
+    for before, after in OPENS_THOUGHT if name.endswith("_thinking") else ():
+        assert before in template
+        template = template.replace(before, after)
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         bos_token="<|begin_of_text|>",
@@ -43,7 +56,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         additional_special_tokens=list(_SPECIAL),
         clean_up_tokenization_spaces=False,
-        chat_template=(FOLDER / f"{name}.jinja").read_text(),
+        chat_template=template,
     )
 
 

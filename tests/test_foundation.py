@@ -21,7 +21,7 @@ from agentic_r_plugin.errors import (
     UnknownComponentError,
     UpstreamError,
 )
-from agentic_r_plugin.query import SearchRequest, needs_reasoning, retrieval_query, retriever_input
+from agentic_r_plugin.query import MAX_REASONING, SearchRequest, needs_reasoning, retrieval_query, retriever_input
 from agentic_r_plugin.records import (
     Candidates,
     Group,
@@ -33,6 +33,7 @@ from agentic_r_plugin.records import (
     Trajectory,
     Turn,
 )
+from agentic_r_plugin.search.wire import encode_requests
 from agentic_r_plugin.store import read_records, write_records
 
 
@@ -100,6 +101,32 @@ def test_a_search_without_question_and_reasoning_is_the_query_alone_whatever_the
         assert retriever_input(plain, name) == "q"
     assert retriever_input(thought, "reasoning_query") == "Reasoning: r\n\nQuery: q"
     assert retriever_input(thought, "question_query") == "q"
+
+
+@pytest.mark.parametrize("formulation", ["reasoning_query", "question_reasoning_query"])
+@pytest.mark.parametrize("most", [1, 4, 5, 6, 9, 40, 300])
+def test_a_long_reasoning_loses_its_beginning_and_never_the_query(formulation: str, most: int):
+    words = [f"w{i}" for i in range(200)]
+    request = SearchRequest(question="Who?", query="q1 q2", reasoning=" ".join(words))
+    count = lambda text: len(text.split())  # noqa: E731
+    text = retriever_input(request, formulation, count_tokens=count, max_tokens=most)
+    others = replace(request, reasoning="")
+    bare = retriever_input(others, formulation)
+    assert text.endswith("Query: q1 q2") and ("Who?" in text) == formulation.startswith("question")
+    assert count(text) <= max(most, count(bare))
+    kept = [word for word in text.split() if word in words]
+    assert kept == words[len(words) - len(kept) :]
+    if most < count(bare):
+        assert text == bare
+    if most in (40, 300):
+        assert len(kept) > 0.7 * min(200, most - count(bare) - 1)
+
+
+def test_of_a_reasoning_that_no_service_would_take_whole_the_end_is_read_everywhere():
+    request = SearchRequest(query="q", reasoning="a" * MAX_REASONING + "b")
+    kept = "a" * (MAX_REASONING - 1) + "b"
+    assert retriever_input(request, "reasoning_query") == f"Reasoning: {kept}\n\nQuery: q"
+    assert encode_requests([request], 1)["reasonings"] == [kept]
 
 
 def test_a_formulation_of_three_arguments_goes_on_working(monkeypatch):

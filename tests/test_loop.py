@@ -311,6 +311,22 @@ def test_correctness_is_pruned_for_the_groups_that_will_be_made(tmp_path):
         composed(tmp_path, "groups.preset=released_code", "correctness.preset=paper")
 
 
+def test_a_loop_has_the_stages_whose_files_its_selection_reads(tmp_path):
+    def stages(*settings: str) -> list[str]:
+        loop = composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}", *settings)
+        names = list(loop._data_stages())
+        assert [name for name in ("relevance", "correctness") if re.search(rf"\n{name} +\d", loop.forecast())] == [
+            name for name in names if name in ("relevance", "correctness")
+        ]
+        return names
+
+    every = ["trajectories", "candidates", "relevance", "correctness", "groups"]
+    assert stages() == stages("groups.use_correctness=false") == every
+    assert stages("groups.preset=opened") == [name for name in every if name != "correctness"]
+    scored = "train_retriever={trainer: replug, correctness: c.jsonl}"
+    assert stages("groups.preset=opened", scored) == every
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

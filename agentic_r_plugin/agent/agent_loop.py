@@ -199,6 +199,7 @@ async def _rewarded(reward: RewardSum, session: Session, question: Question) -> 
         stop_reason=session.finished.stop_reason,
         shown=tuple(f"{passage.title}\n{passage.text}" for passage in session.passages_read),
         searches=session.searches,
+        turns=sum(segment.by_model for segment in session.segments),
         malformed_turns=session.malformed,
     )
     if outcome.stop_reason is StopReason.SEARCH_FAILED:

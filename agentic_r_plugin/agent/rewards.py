@@ -40,6 +40,8 @@ class Outcome:
     """Title and text of the passages and documents that the agent read, in order and as they were cut. What else the
     environment writes is left out: an error message repeats words of the agent."""
     searches: int
+    turns: int
+    """Turns of the model; one may hold several searches, or open documents."""
     malformed_turns: int
 
 
@@ -105,9 +107,8 @@ def f1_reward(outcome: Outcome) -> float:
 
 
 def format_reward(outcome: Outcome) -> float:
-    """Share of the model's turns that are a search or an answer."""
-    good = outcome.searches + (outcome.stop_reason is StopReason.ANSWERED)
-    return good / max(1, good + outcome.malformed_turns)
+    """Share of the model's turns that are not malformed: they hold a call (search, open) or an answer."""
+    return 1 - outcome.malformed_turns / max(1, outcome.turns)
 
 
 def retrieval_credit(outcome: Outcome) -> float:

@@ -68,9 +68,17 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
             passages=(),
             reasoning=turn.reasoning,
             turn_start=search.turn_start,
+            last_shown=_last_shown(trajectory, search.turn_start),
+            opens=search.opens,
         )
         for position, (turn, search) in enumerate(zip(trajectory.turns, searches, strict=True))
     ]
+
+
+def _last_shown(trajectory: Trajectory, turn_start: int | None) -> tuple[str, ...]:
+    """Ids of the passages of the last search before a turn that holds several calls; empty for another one."""
+    before = [turn.passages for turn in trajectory.turns if turn_start is not None and turn.end <= turn_start]
+    return tuple(passage.id for passage in before[-1]) if before else ()
 
 
 def find_candidates(

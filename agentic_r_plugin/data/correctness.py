@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import PREFIX_SEARCH, AgentProtocol, Limits, Session, load_protocol
 from agentic_r_plugin.records import Candidates, Correctness, Passage
 from agentic_r_plugin.rollout import RolloutCost, answer_calls, run_sessions
-from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
@@ -170,6 +170,7 @@ class Continuations:
         self.llm, self.search, self.passages, self.protocol, self.limits = llm, search, passages, protocol, limits
         self.topk, self.cost, self.max_kept = topk, cost if cost is not None else RolloutCost(), max_kept
         self._kept: dict[bytes, Continuation] = {}
+        self._earlier = _Remembered(search, self.cost)
 
     def run(self, pairs: Sequence[tuple[Candidates, str]]) -> list[Continuation]:
         """One outcome per pair.
@@ -215,18 +216,47 @@ class Continuations:
             searches=query.turn,
             history=(*query.history, query.query),
             turn_start=query.turn_start,
+            opens=query.opens,
+            last_shown=query.last_shown,
         )
         while (action := session.pending) is not None and action != PREFIX_SEARCH:
-            # An earlier call of the prefix's last turn.
-            answer_calls([(session, action)], self.search, self.topk, 0, self.cost, None)
+            # An earlier call of the prefix's last turn, which has the same result for all candidates of the query.
+            answer_calls([(session, action)], self._earlier, self.topk, 0, RolloutCost(), None)
         if session.finished is None:
             session.found([] if passage is None else [self.passages.by_id(passage)])
         return session
 
 
+class _Remembered:
+    """A retriever that carries out equal searches once, and opens each document once; `cost` counts these."""
+
+    def __init__(self, search: SearchBackend, cost: RolloutCost, most: int = 1024) -> None:
+        self._search, self._cost = search, cost
+        self._hits, self._document = lru_cache(most)(self._find), lru_cache(most)(self._open)
+
+    def _find(self, request: SearchRequest, topk: int) -> list[Hit]:
+        self._cost.searches += 1
+        return self._search.search([request], topk)[0]
+
+    def _open(self, identifier: str) -> Passage | None:
+        return open_documents(self._search, [identifier])[0]
+
+    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
+        return [self._hits(request, topk) for request in requests]
+
+    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
+        return [self._document(identifier) for identifier in ids]
+
+    def fingerprint(self) -> str:
+        return self._search.fingerprint()
+
+    def close(self) -> None:
+        """Do nothing: the retriever belongs to the caller."""
+
+
 def _key(session: Session) -> bytes:
     """Hash of everything that a greedy continuation depends on: the model's input and the inputs of a search."""
-    given = (session.ids, session.searches, session.question, session.history)
+    given = (session.ids, session.searches, session.opens, session.question, session.history)
     return hashlib.blake2b(repr(given).encode(), digest_size=16).digest()
 
 

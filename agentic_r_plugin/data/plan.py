@@ -67,6 +67,8 @@ class Scale:
     sub_answers: bool = False
     exhaustive: bool = False
     epochs: int = 2
+    left_out: frozenset[str] = frozenset()
+    """Phases that the loop does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,10 @@ class Phase:
 
 def phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     """The phases of one iteration, in order."""
+    return (phase for phase in _all_phases(scale, plan) if phase.name not in scale.left_out)
+
+
+def _all_phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     queries = round(scale.questions * plan.queries_per_question)
     turns = plan.queries_per_question + 1
     yield Phase(
@@ -157,7 +163,7 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
     ]
     hours = [sum(phase.gpu_hours for phase in phases(scale, plan)) for scale in scales]
     in_all = sum(hours) + _index(first, plan).gpu_hours  # plus the index of the first retriever, before iteration 1
-    exhaustive = next(phase for phase in phases(replace(first, exhaustive=True), plan) if phase.name == "correctness")
+    exhaustive = [phase for phase in phases(replace(first, exhaustive=True), plan) if phase.name == "correctness"]
     data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
     lines = [
         "Forecast of iteration 1, from assumptions, not measured:",
@@ -167,8 +173,11 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
         f"busy; data construction {data:,.1f} of them.",
         *_later(scales, hours),
         f"All {len(scales)}, with the index before them: {in_all:,.1f} GPU hours, without evaluation.",
-        f"Correctness without pruning: {exhaustive.rollouts:,} rollouts, {exhaustive.generated_tokens / 1e6:,.0f} M "
-        f"tokens written, {exhaustive.gpu_hours:,.0f} GPU hours.",
+        *(
+            f"Correctness without pruning: {phase.rollouts:,} rollouts, {phase.generated_tokens / 1e6:,.0f} M "
+            f"tokens written, {phase.gpu_hours:,.0f} GPU hours."
+            for phase in exhaustive
+        ),
         "Assumptions (plan.*): " + ", ".join(f"{name}={value:g}" for name, value in asdict(plan).items()),
     ]
     return "\n".join(lines)

@@ -99,7 +99,7 @@ class Selection:
     description: str
     needs: frozenset[str]
     """Files that it reads in addition to the candidates: `relevance`, `correctness`, `trajectories`. The first two are
-    left out with `use_relevance=false` and `use_correctness=false`."""
+    left out with `use_relevance=false` and `use_correctness=false`. The loop runs the stages of these files alone."""
     pick: Callable[[SelectionTask, SelectionRule], list[Group] | str]
     """The groups of one query, or the reason why it has none. RecordError: scores that it needs are missing."""
     rule: Mapping[str, Any] = field(default_factory=dict)
@@ -113,10 +113,10 @@ def _best(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
 def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     """One group per opened passage (LRAT, arXiv 2604.04949).
 
-    The relevance, if used, is the judge that filters positives: opened passages below the threshold are neither
-    positives nor negatives. Negatives are at most `num_negatives` passages that were shown and not opened, best first.
-    With w words of reasoning before the next search, the weight is 2 (w + 1) / (w + 51): near 1 for 50 words, and 1
-    after the last search.
+    The relevance, if used, is the judge that filters positives: opened passages below the threshold, or without a
+    relevance because they are no candidates, are neither positives nor negatives. Negatives are at most `num_negatives`
+    passages that were shown and not opened, best first. With w words of reasoning before the next search, the weight is
+    2 (w + 1) / (w + 51): near 1 for 50 words, and 1 after the last search.
     """
     query = task.query
     turns = {} if task.trajectory is None else {turn.turn: turn for turn in task.trajectory.turns}
@@ -130,9 +130,10 @@ def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     if rule.use_relevance:
         if task.relevance is None:
             return NO_RELEVANCE
-        positives = [passage for passage in positives if task.relevance.get(passage, 0) >= rule.threshold]
+        judged = {passage: task.relevance[passage] for passage in positives if passage in task.relevance}
+        positives = [passage for passage, relevance in judged.items() if relevance >= rule.threshold]
         if not positives:
-            return BELOW_THRESHOLD
+            return BELOW_THRESHOLD if judged else NO_RELEVANCE
     others = [passage for passage in shown if passage not in opened]
     if task.same_text is not None:
         others = _without_repeats(others, positives, task.same_text)

@@ -146,7 +146,8 @@ def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
         else:
             known = None not in means
             metrics[metric] = {"mean": sum(means) / len(means) if known else None, "per_seed": means}
-    return {key: first[key] for key in _KEPT} | {"num_seeds": len(runs), "metrics": metrics}
+    kept = [*_KEPT, *(["protocol_options"] if "protocol_options" in first else [])]
+    return {key: first[key] for key in kept} | {"num_seeds": len(runs), "metrics": metrics}
 
 
 def _comparison(runs: Sequence[_Run], first: Result, second: Result, level: float) -> dict[str, Any]:

@@ -222,6 +222,7 @@ def _result(
         "sample": "all" if cell.num_questions is None else ("random" if cell.random_sample else "first"),
         "seed": cell.seed,
         "protocol": pipeline.protocol.name,
+        **({"protocol_options": options} if (options := pipeline.protocol_options) else {}),
         "limits": asdict(pipeline.limits),
         "topk": pipeline.topk,
         "metrics": _intervals(cell, pipeline.evaluator.result, scores),

@@ -25,7 +25,7 @@ from agentic_r_plugin.evaluation.cache import with_cache
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks, gold_of
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
-from agentic_r_plugin.evaluation.settings import read_agent_card, read_settings, resolve_agent
+from agentic_r_plugin.evaluation.settings import protocol_options, read_agent_card, read_settings, resolve_agent
 from agentic_r_plugin.protocol import AgentProtocol, Session
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
@@ -101,6 +101,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         self.settings = read_settings(config)
         card = read_agent_card(self.settings.agent.model) or read_agent_card(self.settings.agent.tokenizer)
         self.protocol, self.limits, self.topk = resolve_agent(self.settings, card)
+        self.protocol_options = protocol_options(self.settings, card)
         _refuse(config, prompt_template, generator)
         evaluator = StrictEvaluator(config)
         self._opened = ExitStack()

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentic_r_plugin import components
 from agentic_r_plugin.errors import UnknownComponentError
 from agentic_r_plugin.evaluation.report_results import Cell, by_benchmark, label
 from agentic_r_plugin.evaluation.run_folder import RunFolder
-from agentic_r_plugin.protocol import AgentProtocol
+from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.tags import search_r1 as fallback_protocol
 
@@ -61,7 +60,7 @@ def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
         chosen = _spread(_split(outcomes), num_trajectories // len(groups) // len(cells))
         questions: dict[str, dict[str, Any]] = {}
         for place, cell in enumerate(cells):
-            protocol = _protocol(str(cell.get("protocol", "")))
+            protocol = _protocol(str(cell.get("protocol", "")), cell.get("protocol_options", {}))
             for record in run.trajectories(cell):
                 if record.id in chosen:
                     question = questions.setdefault(record.id, _question(record, len(cells)))
@@ -146,10 +145,9 @@ def _side(record: Trajectory, protocol: AgentProtocol, lines: UniqueLines) -> di
     }
 
 
-def _protocol(name: str) -> AgentProtocol:
+def _protocol(name: str, options: Mapping[str, Any]) -> AgentProtocol:
     """The cell's protocol, or Search-R1's if it belongs to a package that is not installed."""
     try:
-        protocol: AgentProtocol = components.load("agent_protocol", name)
+        return load_protocol(name, options)
     except UnknownComponentError:
         return fallback_protocol
-    return protocol

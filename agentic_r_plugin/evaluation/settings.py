@@ -33,6 +33,7 @@ class LimitOverrides:
     max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})
     max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
     max_document_tokens: int | None = field(default=None, metadata={"help": "tokens of one opened document", **LATER})
+    max_opens: int | None = field(default=None, metadata={"help": "calls that open a document", **LATER})
 
     def over(self, limits: LimitsType) -> LimitsType:
         """Apply the values that are set here to `limits`, or to other overrides."""
@@ -135,7 +136,11 @@ def resolve_agent(settings: AgenticRSettings, card: AgentCard | None) -> tuple[A
         UnknownComponentError: the protocol is not registered.
     """
     card = card or AgentCard()
-    name = settings.protocol or card.protocol
-    of_card = card.protocol_options if name == card.protocol else {}
-    protocol = load_protocol(name, of_card | settings.protocol_options)
+    protocol = load_protocol(settings.protocol or card.protocol, protocol_options(settings, card))
     return protocol, settings.limits.over(card.limits), settings.topk or card.topk
+
+
+def protocol_options(settings: AgenticRSettings, card: AgentCard | None) -> dict[str, Any]:
+    """Options of the protocol of `resolve_agent`."""
+    of_card = card.protocol_options if card and settings.protocol in (None, card.protocol) else {}
+    return {**of_card, **settings.protocol_options}

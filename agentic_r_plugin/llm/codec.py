@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
+from agentic_r_plugin.protocol import disarm
 
 
 class TokenizerCodec:
@@ -70,6 +73,22 @@ class TokenizerCodec:
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"the tokenizer's chat template refuses a conversation with tools: {error}") from error
+
+    @cached_property
+    def _tokens(self) -> re.Pattern[str] | None:
+        """The beginning of each special or added token that `disarm` does not break, and that is no word or space."""
+        special = set(self.tokenizer.all_special_tokens)
+        known = special | set(getattr(self.tokenizer, "get_added_vocab", dict)())
+        kept = [token for token in known if token in special or not all(c.isalnum() or c.isspace() for c in token)]
+        marks = sorted(re.escape(token) for token in kept if len(token) > 1 and disarm(token) == token)
+        return re.compile(f"(?={'|'.join(marks)}).", re.DOTALL) if marks else None
+
+    def without_tokens(self, text: str) -> str:
+        """`text` with a space within each special or added token that it would write; see `protocol.without_tokens`.
+
+        Words and white space that are added tokens stay, since they are text.
+        """
+        return text if self._tokens is None else self._tokens.sub(r"\g<0> ", text)
 
     @property
     def special_tokens(self) -> Sequence[str]:

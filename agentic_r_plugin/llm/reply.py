@@ -49,3 +49,13 @@ def after_thoughts(text: str) -> tuple[str, bool]:
     ends = [match.end() for match in _ENDS.finditer(text)]
     rest = text[ends[-1] :] if ends else text
     return rest, _BEGINS.search(rest) is not None
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends with the beginning of a thought, as the chat templates of some thinking models write it.
+
+    >>> opens_thought("assistant\\n<think>\\n"), opens_thought("assistant\\n<think>\\n\\n</think>\\n\\n")
+    (True, False)
+    """
+    begins = [match.end() for match in _BEGINS.finditer(prompt)]
+    return bool(begins) and not prompt[begins[-1] :].strip()

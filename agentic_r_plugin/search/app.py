@@ -48,7 +48,7 @@ class RequestLimits:
     max_passages: int
     """Number of queries times topk."""
     max_query_chars: int = 20_000
-    """Characters of a query, a question, an earlier query or a reasoning."""
+    """Characters of a query, a question or an earlier query; of a longer reasoning, only the end is read."""
     max_history: int = 64
     max_body_bytes: int
     timeout_s: float
@@ -223,7 +223,7 @@ def parse_body(
     Args:
         rerank_depth: passages that the backend ranks again unless the request names a number; 0: it has no reranker.
         with_reasoning: False leaves out the reasoning, for a backend that does not read it: equal searches then compare
-            equal in the cache, and no limit applies to it.
+            equal in the cache.
 
     Raises:
         RefusedError: not JSON, a field of the wrong type, or a limit is exceeded.
@@ -242,7 +242,7 @@ def parse_body(
             query=_text(query, f"queries[{i}]", limits),
             question=None if question is None else _text(question, f"questions[{i}]", limits),
             history=_history(history, f"histories[{i}]", limits),
-            reasoning=_text(reasoning, f"reasonings[{i}]", limits) if with_reasoning else "",
+            reasoning=_reasoning(reasoning, f"reasonings[{i}]", limits) if with_reasoning else "",
         )
         for i, (query, question, history, reasoning) in enumerate(
             zip(queries, questions, histories, reasonings, strict=True)
@@ -294,6 +294,10 @@ def _text(value: Any, where: str, limits: RequestLimits) -> str:
     except UnicodeEncodeError as error:
         raise _invalid(f"{where}: not valid Unicode: {error.reason}") from error
     return value
+
+
+def _reasoning(value: Any, where: str, limits: RequestLimits) -> str:
+    return _text(value[-limits.max_query_chars :] if isinstance(value, str) else value, where, limits)
 
 
 def _history(value: Any, where: str, limits: RequestLimits) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ class RetrievalClient:
         retries: attempts after the first.
         max_connections: per event loop (or, for `search`, per process).
         token: sent as `Authorization: Bearer`, or unchanged if it begins with `Basic `.
-        max_batch: larger batches of requests are sent in several calls, one after another.
+        max_batch: larger batches of searches or documents are sent in several calls, one after another.
 
     Raises:
         ConfigError: not an http(s) address, or an invalid number.
@@ -115,11 +115,20 @@ class RetrievalClient:
         Raises:
             SearchError: as for `asearch`; also if the service has no route `/documents`.
         """
-        return self._documents(await self._acall("POST", "/documents", {"ids": list(ids)}), ids)
+        found: list[Passage | None] = []
+        for part in self._parts(ids):
+            found += self._documents(await self._acall("POST", "/documents", {"ids": part}), part)
+        return found
 
     def documents(self, ids: Sequence[str]) -> list[Passage | None]:
         """Blocking form of `adocuments`."""
-        return self._documents(self._call("POST", "/documents", {"ids": list(ids)}), ids)
+        found: list[Passage | None] = []
+        for part in self._parts(ids):
+            found += self._documents(self._call("POST", "/documents", {"ids": part}), part)
+        return found
+
+    def _parts(self, ids: Sequence[str]) -> list[list[str]]:
+        return [list(ids[start : start + self.max_batch]) for start in range(0, len(ids), self.max_batch)]
 
     def _documents(self, answer: Any, ids: Sequence[str]) -> list[Passage | None]:
         try:

@@ -26,7 +26,7 @@ from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.query import retriever_input
+from agentic_r_plugin.query import needs_reasoning, retriever_input
 from agentic_r_plugin.records import Passage, Record
 from agentic_r_plugin.search import families
 from agentic_r_plugin.search.base import SearchRequest
@@ -167,8 +167,19 @@ class Retriever:
         return int(self.model.get_embedding_dimension() or 0)
 
     def query_text(self, request: SearchRequest) -> str:
-        """The text encoded for a request, before the prefix."""
-        return retriever_input(request, self.record.formulation)
+        """The text encoded for a request, before the prefix; a reasoning that is too long loses its beginning."""
+        record = self.record
+        counted = needs_reasoning(record.formulation) and isinstance(self.model[0], Transformer)
+        return retriever_input(
+            request,
+            record.formulation,
+            count_tokens=self._query_tokens if counted else None,
+            max_tokens=record.query_max_length,
+        )
+
+    def _query_tokens(self, text: str) -> int:
+        """Tokens of a query's text, prefix and special tokens included."""
+        return len(self.model.tokenizer(self.record.query_prompt + text, verbose=False)["input_ids"])
 
     def encode_queries(
         self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0

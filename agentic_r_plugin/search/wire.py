@@ -26,6 +26,7 @@ from typing import Any
 
 from agentic_r_plugin.errors import RecordError, SearchError
 from agentic_r_plugin.forms import name_of, passage_metadata
+from agentic_r_plugin.query import MAX_REASONING
 from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
@@ -49,7 +50,7 @@ def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, A
     if any(item.history for item in requests):
         body["histories"] = [list(item.history) for item in requests]
     if any(item.reasoning for item in requests):
-        body["reasonings"] = [item.reasoning for item in requests]
+        body["reasonings"] = [item.reasoning[-MAX_REASONING:] for item in requests]
     return body
 
 

@@ -383,6 +383,10 @@ def test_a_reward_is_summed_from_what_the_trajectory_showed_and_zero_where_its_s
     weights = {"exact_match": 1.0, "retrieval_credit": 0.5, "search_penalty": 0.25}
     limits = vars(LIMITS) | {"max_tokens": 400, "max_observation_tokens": 200}
     fields = run(tokenizer, Engine(turns=turns), service.url, reward=weights, limits=limits).extra_fields
+    (format,) = (
+        run(tokenizer, Engine(turns=turns), service.url, reward={"format": 1.0}).extra_fields["reward_parts"].values()
+    )
+    assert format == 1.0
     assert fields["reward_parts"] == {"exact_match": 1.0, "retrieval_credit": 1.0, "search_penalty": -1.0}
     assert (fields["reward"], fields["reward_weights"]) == (1.25, weights)
     cut = run(tokenizer, Engine(turns=turns), service.url, reward=weights).extra_fields

@@ -26,10 +26,13 @@ RIGHT = Outcome(
     answer="the Nile",
     stop_reason=StopReason.ANSWERED,
     shown=(OTHER, NILE),
-    searches=2,
+    searches=5,
+    turns=4,
     malformed_turns=1,
 )
-SILENT = replace(RIGHT, answer=None, stop_reason=StopReason.MAX_TURNS, shown=(OTHER,), searches=0)
+SILENT = replace(
+    RIGHT, answer=None, stop_reason=StopReason.MALFORMED, shown=(OTHER,), searches=0, turns=3, malformed_turns=3
+)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,7 @@ SILENT = replace(RIGHT, answer=None, stop_reason=StopReason.MAX_TURNS, shown=(OT
         ("f1", 1.0, 0.0),
         ("format", 3 / 4, 0.0),
         ("retrieval_credit", 1.0, 0.0),
-        ("search_penalty", -2.0, 0.0),
+        ("search_penalty", -5.0, 0.0),
     ],
 )
 def test_the_value_of_each_reward(name: str, right: float, silent: float) -> None:
@@ -52,8 +55,8 @@ def test_rewards_are_added_up_by_their_weights_and_the_parts_are_kept_as_they_ar
     reward = RewardSum({"exact_match": 1.0, "f1": 0.5, "search_penalty": 0.05}, options)
     half_right = replace(RIGHT, answer="River Nile")
     parts = reward.parts(half_right)
-    assert parts == {"exact_match": 0.0, "f1": pytest.approx(2 / 3), "search_penalty": -1.0}
-    assert reward.total(parts) == pytest.approx(1 / 3 - 0.05)
+    assert parts == {"exact_match": 0.0, "f1": pytest.approx(2 / 3), "search_penalty": -4.0}
+    assert reward.total(parts) == pytest.approx(1 / 3 - 0.2)
     assert reward.parts(SILENT)["search_penalty"] == -3.0
 
 

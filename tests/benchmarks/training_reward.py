@@ -15,13 +15,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from agentic_r_plugin import components
 from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, paired_difference
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.llm.base import Sampling
+from agentic_r_plugin.protocol import load_protocol
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import read_records
 
@@ -51,7 +51,7 @@ def main() -> None:
                     questions[start : start + _BATCH],
                     backend,
                     retriever,
-                    protocol=components.load("agent_protocol", config.protocol),
+                    protocol=load_protocol(config.protocol, config.protocol_options),
                     limits=config.limits,
                     topk=config.topk,
                     sampling=Sampling(temperature=1.0, seed=config.seed),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
 from agentic_r_plugin.data.selection import (
     BELOW_THRESHOLD,
+    NO_RELEVANCE,
     NO_TRAJECTORY,
     NOTHING_OPENED,
     PRESETS,
@@ -319,6 +320,13 @@ def test_a_judge_filters_the_opened_passages():
     picked = opened("abcd", opened="ab", relevance=scores(a=59, b=60))
     assert isinstance(picked, list) and picked[0].negatives == ("c", "d"), "what the judge refuses is no negative"
     assert opened("abcd", opened="a", relevance=scores(a=10)) == BELOW_THRESHOLD
+
+
+def test_an_opened_passage_that_was_not_judged_is_neither_positive_nor_below_the_threshold():
+    assert opened("abcd", opened="a", relevance={"b": 90}) == NO_RELEVANCE
+    assert opened("abcd", opened="ab", relevance={"b": 10}) == BELOW_THRESHOLD
+    picked = opened("abcd", opened="ab", relevance={"b": 90})
+    assert positives(picked) == ["b"] and isinstance(picked, list) and picked[0].negatives == ("c", "d")
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,14 @@ def test_each_agent_runs_under_its_own_settings_and_each_benchmark_has_its_own_r
     values = {
         "benchmarks": ["toy", "toy2"],
         "agents": {"tiny": str(tiny_agent), "same": str(tiny_agent)},
-        "per_agent": {"same": {"protocol": "r1_searcher", "topk": 1, "limits": {"max_tokens": 1200}}},
+        "per_agent": {
+            "same": {
+                "protocol": "r1_searcher",
+                "protocol_options": {"passage_form": "{text}"},
+                "topk": 1,
+                "limits": {"max_tokens": 1200},
+            }
+        },
         "searches": {"bm25": f"bm25:{tmp_path}/{{benchmark}}/corpus.jsonl"},
     }
     run(config(tmp_path, tiny_agent, **values))
@@ -187,6 +194,7 @@ def test_each_agent_runs_under_its_own_settings_and_each_benchmark_has_its_own_r
     ours, theirs = cells["tiny", "toy"], cells["same", "toy"]
     assert (ours["protocol"], ours["topk"], ours["limits"]["max_tokens"]) == ("compact", 2, 256)
     assert (theirs["protocol"], theirs["topk"], theirs["limits"]["max_tokens"]) == ("r1_searcher", 1, 1200)
+    assert theirs["protocol_options"] == {"passage_form": "{text}"} and "protocol_options" not in ours
     assert theirs["limits"]["max_malformed"] == ours["limits"]["max_malformed"] == 1
     assert [cells["tiny", name]["num_questions"] for name in ("toy", "toy2")] == [6, 2]
     evaluated = config(tmp_path, tiny_agent, **values)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -228,6 +229,11 @@ def test_the_questions_that_flip_are_carried_with_the_trajectories_of_every_cell
     assert (side["right"], side["answer"], side["searches"]) == (bool(record.em), record.answer, len(record.turns))
     told = [(kind, "\n".join(payload["lines"][place] for place in places)) for kind, *places in side["pieces"]]
     assert told == [(piece.kind, piece.text) for piece in compact.pieces(record)]
+    cells[8]["protocol_options"] = {"answer_tag": "final"}  # the cells are those of `folder`
+    payload = read_answers(folder, num_trajectories=2000)
+    pieces = payload["benchmarks"][0]["questions"][0]["sides"][8]["pieces"]
+    assert [kind for kind, *_ in pieces] == [p.kind for p in replace(compact, answer_tag="final").pieces(record)]
+    assert [kind for kind, *_ in pieces] != [kind for kind, _ in told]
 
 
 def test_the_page_carries_no_more_trajectories_than_asked_for(finished: Path, several: Path) -> None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from transformers import AutoConfig, AutoTokenizer
 from verl.workers.rollout.replica import TokenOutput
 
-from agentic_r_plugin import components
 from agentic_r_plugin.agent.cpu.rollout import HFServer
 from agentic_r_plugin.agent.dataset import SourcedQuestion, verl_row
 from agentic_r_plugin.config import load_config, to_dict
@@ -26,6 +27,7 @@ from agentic_r_plugin.data import trajectories
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever
+from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.llm.base import Completion
 from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import CorpusLine, Question, StopReason, Trajectory
@@ -33,12 +35,15 @@ from agentic_r_plugin.search.index import IndexConfig, build_index
 from agentic_r_plugin.search.server import ServeConfig, running_service
 from agentic_r_plugin.store import read_records, write_records
 from agentic_r_plugin.world.generate import WorldConfig, build_world
+from recipes.quickstart.warm_start import train
+from recipes.quickstart.warm_start.train import WarmStartConfig
 from tests import chat_templates
 from tests.agent.test_agent_loop import make_loop
 from tests.evaluation.evaluation_toy import flashrag_config
 from tests.search import loopback
 
-AGENT = Path(__file__).parents[2] / "recipes" / "quickstart" / "agent"
+RECIPES = Path(__file__).parents[2] / "recipes"
+AGENT, TOOL_CALLS = RECIPES / "quickstart" / "agent", RECIPES / "tool_calls"
 LIMITS = Limits(max_searches=3, max_malformed=1, max_tokens=900, max_response_tokens=48, max_observation_tokens=240)
 NUM_QUESTIONS, NUM_PASSAGES = 6, 60
 
@@ -54,48 +59,53 @@ def write_benchmark(home: Path) -> list[Question]:
     return questions
 
 
-def through_verl(questions: list[Question], url: str) -> list[Trajectory]:
+def write_tool_agent(folder: Path) -> Path:
+    """The agent of recipes/tool_calls after a few steps of its warm start."""
+    warm_start = load_config(WarmStartConfig, TOOL_CALLS / "warm_start.yaml")
+    train.run(replace(warm_start, init=str(AGENT), out=str(folder), worlds=3))
+    return folder
+
+
+def through_verl(agent: Path, shown: dict[str, Any], questions: list[Question], url: str) -> list[Any]:
     """verl's agent loop on verl's rollout engine of this package, all questions at the same time."""
-    tokenizer = AutoTokenizer.from_pretrained(AGENT)
+    tokenizer = AutoTokenizer.from_pretrained(agent)
     model = SimpleNamespace(
-        local_path=str(AGENT), hf_config=AutoConfig.from_pretrained(AGENT), tokenizer=tokenizer, trust_remote_code=False
+        local_path=str(agent), hf_config=AutoConfig.from_pretrained(agent), tokenizer=tokenizer, trust_remote_code=False
     )
     lengths = {"prompt_length": 300, "response_length": 600, "max_model_len": None}
     engine = HFServer(SimpleNamespace(engine_kwargs={}, dtype="float32", seed=0, **lengths), model, 0)
-    protocol = components.load("agent_protocol", "compact")
+    protocol = load_protocol(shown["protocol"], shown["protocol_options"])
     sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "logprobs": True}
 
     async def answer(index: int, question: Question) -> Any:
         row = verl_row(SourcedQuestion(question=question, source="world"), index, protocol)
-        loop = make_loop(tokenizer, engine, url, limits=vars(LIMITS), topk=2)
+        loop = make_loop(tokenizer, engine, url, **shown)
         return await loop.run(dict(sampling), **row, raw_prompt=row["prompt"], uid=str(index), session_id=0)
 
     async def main() -> list[Any]:
         return await asyncio.gather(*(answer(index, question) for index, question in enumerate(questions)))
 
-    return [Trajectory.from_dict(output.extra_fields["trajectory"]) for output in asyncio.run(main())]
+    return asyncio.run(main())
 
 
-def through_the_data_stage(home: Path, url: str) -> list[Trajectory]:
+def through_the_data_stage(agent: Path, shown: dict[str, Any], home: Path, url: str) -> list[Trajectory]:
     settings = {
         "in_": str(home / "test.jsonl"),
         "out": str(home / "trajectories.jsonl"),
-        "llm": {"model": str(AGENT), "device": "cpu"},
+        "llm": {"model": str(agent), "device": "cpu"},
         "search": {"backend": "service", "url": url},
         "batch_size": 3,
     }
-    shown = {"protocol": "compact", "limits": to_dict(LIMITS), "topk": 2}
     trajectories.run(load_config(trajectories.TrajectoriesConfig, values=settings | shown))
     return list(read_records(home / "trajectories.jsonl", Trajectory))
 
 
-def through_flashrag(home: Path, index: Path) -> list[Trajectory]:
+def through_flashrag(agent: Path, shown: dict[str, Any], home: Path, index: Path) -> list[Trajectory]:
     settings = {
-        "agent": {"model": str(AGENT), "device": "cpu"},
+        "agent": {"model": str(agent), "device": "cpu"},
         "search": {"index": str(index), "device": "cpu"},
         "batch_size": 5,
     }
-    shown = {"protocol": "compact", "limits": to_dict(LIMITS), "topk": 2}
     config = flashrag_config(home.parent, dataset_name=home.name, agentic_r=settings | shown)
     pipeline = AgenticSearchPipeline(config)
     try:
@@ -104,17 +114,25 @@ def through_flashrag(home: Path, index: Path) -> list[Trajectory]:
         pipeline.close()
 
 
+@pytest.mark.parametrize("protocol", ["compact", "tool_calls"])
 def test_the_same_agent_gives_the_same_trajectories_in_training_data_construction_and_evaluation(
-    tmp_path: Path,
+    tmp_path: Path, protocol: str
 ) -> None:
+    shown = {"protocol": protocol, "protocol_options": {}, "limits": to_dict(LIMITS), "topk": 2}
+    agent = AGENT
+    if protocol == "tool_calls":
+        agent = write_tool_agent(tmp_path / "agent")
+        shown["protocol_options"] = load_config(IterateConfig, TOOL_CALLS / "loop.yaml", ["agent=x"]).protocol_options
     home, index = tmp_path / "world", tmp_path / "index"
     questions = write_benchmark(home)
     build_index(
         IndexConfig(corpus=str(home / "corpus.jsonl"), retriever="builtin:minilm", out=str(index), device="cpu")
     )
     with running_service(ServeConfig(index=str(index), port=0)) as url:
-        in_verl, in_stage = through_verl(questions, url), through_the_data_stage(home, url)
-    in_flashrag = through_flashrag(home, index)
+        outputs = through_verl(agent, shown, questions, url)
+        in_stage = through_the_data_stage(agent, shown, home, url)
+    in_verl = [Trajectory.from_dict(output.extra_fields["trajectory"]) for output in outputs]
+    in_flashrag = through_flashrag(agent, shown, home, index)
     for question, first, second, third in zip(questions, in_verl, in_stage, in_flashrag, strict=True):
         assert first.id == question.id
         assert first.text == second.text == third.text
@@ -122,6 +140,8 @@ def test_the_same_agent_gives_the_same_trajectories_in_training_data_constructio
             assert _without_scores(record) == _without_scores(first)
     assert sum(len(record.turns) for record in in_stage) > NUM_QUESTIONS
     assert any(record.stop_reason is StopReason.ANSWERED for record in in_stage)
+    for record, output in zip(in_stage, outputs, strict=True):
+        assert sum(output.response_mask) == record.generated_tokens and output.response_mask[-1] == 1
 
 
 def _without_scores(record: Trajectory) -> dict[str, Any]:

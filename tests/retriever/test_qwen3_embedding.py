@@ -6,6 +6,7 @@ Everywhere the vectors are those of sentence-transformers' own `encode`.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,33 @@ def test_index_and_service_use_prefix_pooling_padding_and_length_of_the_checkpoi
         scores = [[next(hit.score for hit in row if hit.passage.id == str(i)) for i in range(4)] for row in hits]
         np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert np.ptp(expected, axis=0).min() > 1e-4, "the inputs differ"
+
+
+def test_a_reasoning_that_is_too_long_does_not_push_the_query_out_in_service_search_and_training(
+    model, corpus, tmp_path
+):
+    index = tmp_path / "index"
+    build_index(
+        IndexConfig(
+            corpus=str(corpus), retriever=model, out=str(index), formulation="reasoning_query", max_length=40,
+            precision="float32", device="cpu",
+        )
+    )  # fmt: skip
+    options = {"precision": "float32"}
+    requests = [REQUESTS[0], replace(REQUESTS[0], query="q9"), replace(REQUESTS[0], reasoning="x y " * 30_000)]
+    with open_search(SearchSpec(index=str(index), device="cpu", options=options)) as search:
+        retriever, found = search.retriever, search.search(requests, 4)
+        texts = [retriever.query_text(request) for request in requests]
+        tokens = tokenize(retriever, texts, "query")
+    for text, ids, request in zip(texts, tokens, requests, strict=True):
+        reasoning = text.removeprefix("Reasoning: ").removesuffix(f"\n\nQuery: {request.query}")
+        assert len(reasoning) < len(text) and request.reasoning.endswith(reasoning) and len(reasoning.split()) > 15
+        assert len(ids) <= 40 and retriever.model.tokenizer.decode(ids.ids).endswith(f"{request.query} <|endoftext|>")
+    with running_service(ServeConfig(index=str(index), device="cpu", options=options)) as url:
+        served = RetrievalClient(url).search(requests, 4)
+    scores = [[[hit.score for hit in hits] for hits in each] for each in (found, served)]
+    np.testing.assert_allclose(*scores, atol=1e-6)
+    assert abs(scores[0][0][0] - scores[0][1][0]) > 1e-4, "the query counts"
 
 
 def test_training_starts_from_the_vectors_of_the_checkpoint_and_its_result_is_used_in_the_same_way(
