@@ -158,8 +158,8 @@ def serve_here(
     import uvicorn
 
     from agentic_r_plugin.search.app import RequestLimits, build_app
-    from agentic_r_plugin.search.protocol import PatientProtocol
     from agentic_r_plugin.search.reload import WorkerReloader
+    from agentic_r_plugin.search.request_heads import PatientProtocol
     from agentic_r_plugin.search.service import SearchService
 
     own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}

@@ -24,9 +24,9 @@ import numpy as np
 from hotpotqa import HERE, in_pool
 
 from agentic_r_plugin.retriever.batches import Example, read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import dump_line, read_lines
 
 DEPTHS = (3, 20)

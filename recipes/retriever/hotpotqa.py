@@ -29,11 +29,11 @@ import torch
 from agentic_r_plugin.config import fingerprint, load_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, RecordError
 from agentic_r_plugin.retriever.batches import Example, read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.dev import measure
 from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run_apart
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import dump_line, read_json, read_lines, write_json
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from agentic_r_plugin.agent import attention, dataset, launch, verl_config
+from agentic_r_plugin.agent import dataset, launch, packed_attention, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
@@ -276,7 +276,7 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (60, 4096 - 40, 4096)
     assert composed.trainer.total_epochs * (10_000 // 512) >= 500
     assert composed.trainer.v1.trainer_mode == "agentic_r_sync"
-    assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
+    assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.verl_reward"
 
 
 def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_attention(
@@ -293,7 +293,7 @@ def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_att
         f"+{model}.override_config.attn_implementation=eager" for model in ("actor_rollout_ref.model", "critic.model")
     ]
     assert used(verl=own) == {"eager"}
-    monkeypatch.setattr(attention, "chosen", lambda: "flash_attention_2")
+    monkeypatch.setattr(packed_attention, "chosen", lambda: "flash_attention_2")
     assert used() == {"flash_attention_2"}
     assert used(attention="packed_causal") == {"packed_causal"}
 
@@ -376,7 +376,7 @@ def test_requests_that_may_be_aborted_and_go_on_carry_no_seed_unless_one_is_set(
 def test_the_validation_subset_is_drawn_from_the_whole_file(config: TrainAgentConfig) -> None:
     def ids(most: int, seed: int = 0) -> list[str]:
         chosen = replace(config, validation=config.questions, validation_questions=most, seed=seed)
-        return [item.question.id for item in validation_questions(chosen) or []]
+        return [item.record.id for item in validation_questions(chosen) or []]
 
     whole = ids(0)
     assert len(ids(5)) == 5 and set(ids(5)) < set(whole) and ids(5) != whole[:5]

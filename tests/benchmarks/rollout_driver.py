@@ -91,7 +91,7 @@ def scripts(count: int, seed: int, options: argparse.Namespace, codec: Tokenizer
 
 def rows(count: int) -> list[dict[str, Any]]:
     questions = [Question(id=str(n), question=f"Which town {n}?", golden_answers=("Paris",)) for n in range(count)]
-    return [verl_row(SourcedQuestion(question=q, source="s"), n, search_r1) for n, q in enumerate(questions)]
+    return [verl_row(SourcedQuestion(record=q, source="s"), n, search_r1) for n, q in enumerate(questions)]
 
 
 async def asynchronous(model: SimulatedModel, tokenizer: Any, url: str, concurrency: int) -> float:

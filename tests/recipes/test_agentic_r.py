@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import memory, prepare
-from agentic_r_plugin.agent.dataset import read_questions
+from agentic_r_plugin.agent import memory_estimate, prepare
+from agentic_r_plugin.agent.dataset import read_sourced_questions
 from agentic_r_plugin.agent.dry_run import validate
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.cli import build_config, main, parse_command
@@ -155,25 +155,27 @@ def test_no_configuration_file_is_left_unchecked() -> None:
 
 
 def test_the_7b_recipe_fits_and_without_offloading_it_does_not(qwen_7b: Path) -> None:
-    size = memory.model_size(qwen_7b)
+    size = memory_estimate.model_size(qwen_7b)
     assert size.parameters == 7_615_616_512
 
-    def estimated(*overrides: str) -> memory.MemoryEstimate:
+    def estimated(*overrides: str) -> memory_estimate.MemoryEstimate:
         config = config_of(RECIPE / "run_qwen2.5-7b_ppo_iter1.sh", *overrides, MODEL=str(qwen_7b))
         composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
-        return memory.estimate(composed, size, size, device_memory_gb=config.device_memory_gb)
+        return memory_estimate.estimate(composed, size, size, device_memory_gb=config.device_memory_gb)
 
     whole = estimated()
     assert whole.fits
     # fp32 weights and gradients, two fp32 moments, over 8 devices
     update = whole.moments["update of the actor"]
     assert update["weights"] + update["gradients"] + update["optimizer"] == pytest.approx(
-        16 * size.parameters / 8 / memory.GIB
+        16 * size.parameters / 8 / memory_estimate.GIB
     )
-    assert whole.host["actor, offloaded"] == pytest.approx(12 * size.parameters / memory.GIB)
+    assert whole.host["actor, offloaded"] == pytest.approx(12 * size.parameters / memory_estimate.GIB)
     kept = estimated("offload=false")
     assert not kept.fits and "DOES NOT FIT" in kept.table()
-    assert kept.moments["sampling"]["critic, not offloaded"] == pytest.approx(12 * size.parameters / 8 / memory.GIB)
+    assert kept.moments["sampling"]["critic, not offloaded"] == pytest.approx(
+        12 * size.parameters / 8 / memory_estimate.GIB
+    )
     assert estimated("micro_batch_tokens=65536").moments["update of the actor"]["logits"] == pytest.approx(
         4 * update["logits"]
     )
@@ -226,11 +228,11 @@ def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE / "prepare_data.py"), "--data-dir", str(tmp_path / "data")]
     command += ["--out", str(tmp_path / "out"), "--validation", "nq:test", "--validation-per-set", "5"]
     subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=tmp_path)
-    train = read_questions(tmp_path / "out" / "train.parquet")
+    train = read_sourced_questions(tmp_path / "out" / "train.parquet")
     assert [item.source for item in train] == ["hotpotqa"] * 12 + ["triviaqa"] * 12
-    assert train[12].question.id == "triviaqa/train/q0"
-    assert train[0].question.golden_answers == tiny_world.questions()[0].golden_answers
-    assert len(read_questions(tmp_path / "out" / "validation.parquet")) == 5
+    assert train[12].record.id == "triviaqa/train/q0"
+    assert train[0].record.golden_answers == tiny_world.questions()[0].golden_answers
+    assert len(read_sourced_questions(tmp_path / "out" / "validation.parquet")) == 5
     again = [*command[:6], "--overwrite", "--train", "musique:train"]
     missing = subprocess.run(again, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert missing.returncode == 1 and "split 'train': no " in missing.stderr

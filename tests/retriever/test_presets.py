@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import FAMILIES
 from tests.retriever.tiny_models import write_decoder
 
