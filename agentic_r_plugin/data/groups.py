@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
     DUPLICATE_QUERY,
     SelectionRule,
+    SelectionSettings,
     SelectionTask,
     check_scored,
     preset_rule,
@@ -30,7 +31,7 @@ from agentic_r_plugin.store import file_fingerprint, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig:
+class GroupsConfig(SelectionSettings):
     """Pick the positive and the negatives of every query."""
 
     candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
@@ -48,15 +49,6 @@ class GroupsConfig:
             "opened: passages that the agent opened are positives"
         },
     )
-    threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
-    num_negatives: int = field(default=15, metadata={"help": "negatives a group"})
-    use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
-    use_correctness: bool = field(default=True, metadata={"help": "off: ablation without correctness"})
-    seed: int = field(default=0, metadata={"help": "of the negatives' sampling"})
-    false_negative_relevance: int = field(
-        default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
-    )
-    hard_negatives: int = field(default=0, metadata={"help": "ours: N negatives are the best-ranked others"})
     drop_duplicate_queries: bool = field(
         default=False, metadata={"help": "ours: of equal queries to equal questions only the first is taken"}
     )
@@ -71,16 +63,7 @@ class GroupsConfig:
         Raises:
             ConfigError: an unknown preset, or settings that contradict each other.
         """
-        return preset_rule(
-            self.preset,
-            threshold=self.threshold,
-            num_negatives=self.num_negatives,
-            use_relevance=self.use_relevance,
-            use_correctness=self.use_correctness,
-            seed=self.seed,
-            false_negative_relevance=self.false_negative_relevance,
-            hard_negatives=self.hard_negatives,
-        )
+        return preset_rule(self.preset, **{item.name: getattr(self, item.name) for item in fields(SelectionSettings)})
 
     def files(self) -> dict[str, str]:
         """Score files that the rule needs, by role; the path is empty if none was given."""
