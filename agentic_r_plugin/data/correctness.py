@@ -24,12 +24,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.inputs import QueryFiles, query_units
+from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.likelihood import answer_likelihoods
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
@@ -122,13 +122,6 @@ class CorrectnessCost(RolloutCost):
 
     candidates: int = 0
     pruned: int = 0
-
-
-class PassageStore(Protocol):
-    """Passages by id (`search.corpus.Corpus`)."""
-
-    def by_id(self, identifier: str) -> Passage:
-        """The passage; raises RecordError if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

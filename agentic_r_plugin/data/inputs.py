@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.questions import read_questions
-from agentic_r_plugin.records import Candidates, Correctness, Group, Question, Relevance, SubAnswer, Trajectory
+from agentic_r_plugin.records import Candidates, Correctness, Group, Passage, Question, Relevance, SubAnswer, Trajectory
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.store import read_records
 
@@ -23,6 +23,13 @@ def query_key(record: Candidates | SubAnswer | Relevance | Correctness | Group) 
 def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
     """(key, query) units of the stages that work on queries."""
     return ((query_key(query), query) for query in read_records(path, Candidates))
+
+
+class PassageStore(Protocol):
+    """Passages by id (`search.corpus.Corpus`)."""
+
+    def by_id(self, identifier: str) -> Passage:
+        """The passage; raises RecordError if there is none."""
 
 
 class QueryFiles:

@@ -12,8 +12,7 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
-from agentic_r_plugin.data.correctness import PassageStore
-from agentic_r_plugin.data.inputs import QueryFiles, query_units
+from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
