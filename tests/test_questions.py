@@ -226,7 +226,7 @@ def test_rows_of_search_r1_and_verl_are_read(tmp_path, name, change, wanted):
     assert item.source == "nq"
 
 
-def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
+def test_ids_that_begin_again_in_every_data_set_are_distinguished(tmp_path):
     rows = [
         VERL
         | {"id": "train_0", "question": source, "data_source": source, "extra_info": {"split": "train", "index": 0}}
@@ -243,7 +243,7 @@ def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
-def test_ids_that_begin_again_without_an_index_are_told_apart_by_their_data_set(tmp_path, name):
+def test_ids_that_begin_again_without_an_index_are_distinguished_by_their_data_set(tmp_path, name):
     row = {"id": "test_0", "question": "Q", "golden_answers": ["x"]}
     file = write_form(tmp_path / name, [row | {"data_source": "nq"}, row | {"data_source": "hotpotqa"}])
     assert [question.id for question in read_questions(file)] == ["nq/test_0", "hotpotqa/test_0"]

@@ -90,8 +90,8 @@ class EvaluateConfig:
     searches: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS; {benchmark} in it stands for "
-            "the benchmark's name"
+            "help": "name -> index directory, URL of a retrieval service, or bm25:CORPUS; {benchmark} in it is "
+            "replaced by the benchmark's name"
         },
     )
     cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})

@@ -274,7 +274,7 @@ def _texts(pairs: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _protocol(cell: results.Cell) -> str:
-    return f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"
+    return f"{cell['protocol']}, {cell['topk']} passages per search, at most {cell['limits']['max_searches']}"
 
 
 def _questions(cell: results.Cell) -> str:

@@ -128,8 +128,8 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
     with _bound_socket(config) as listener:
 
         def ready(fingerprint: str) -> contextlib.AbstractContextManager[None]:
-            told = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
-            return _announced(told, config.ready_file)
+            address = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
+            return _announced(address, config.ready_file)
 
         if config.workers > 1:
             listener.listen(1024)

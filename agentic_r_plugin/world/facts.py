@@ -35,7 +35,7 @@ class Population:
     namesake_share: float
     """Share of people and works with the name, or nearly the name, of another one of a different profession or kind."""
     homonyms: float = 0.0
-    """Share of people, works and towns with exactly the name of another one; only the question tells them apart."""
+    """Share of people, works and towns with exactly the name of another one; only the question distinguishes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

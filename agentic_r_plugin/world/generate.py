@@ -60,7 +60,7 @@ class WorldConfig:
     homonyms: float = field(
         default=0.0,
         metadata={
-            "help": "share of people, works and towns with another one's name; the question tells them apart",
+            "help": "share of people, works and towns with another one's name; the question distinguishes them",
             **LATER,
         },
     )

@@ -6,7 +6,7 @@
 
 Weights are base + W x (trained - base) for each W of `--weights` (`train-retriever interpolation=W` writes such a
 checkpoint). Each set's questions (`--split`, the first `--questions`) give queries as in `make_groups.py`; their
-supporting passages must be found among all passages of their own contexts. Every finished cell is one line of
+supporting passages must be found among all passages of their contexts. Every finished cell is one line of
 `results.jsonl`, so the same command goes on after an interruption. `--report` prints the table of what is there, with
 95 % bootstrap intervals of the difference from W = 0 over the same queries.
 """

@@ -46,7 +46,7 @@ OTHER_PROGRAMS = {"vllm": "vLLM's server, which is not installed here"}
 REST = {
     "evaluate": ["out=x", "data_dir=x", "benchmarks=[b]", "agents.a=x", "searches.s=x"],
 }
-"""Command -> what `...` may stand for, where required settings alone are not enough."""
+"""Command -> what replaces `...`, where required settings alone are not enough."""
 
 
 @dataclasses.dataclass(frozen=True)

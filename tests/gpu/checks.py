@@ -327,7 +327,7 @@ def exact_search() -> Outcome:
 
 
 def seeded_sampling() -> Outcome:
-    """Tokens per second of 256 sampled requests in vLLM, each with a seed of its own and without."""
+    """Tokens per second of 256 sampled requests in vLLM, each with its own seed and without."""
     from agentic_r_plugin.backends import LLMSpec, open_llm
     from agentic_r_plugin.llm.base import Request, Sampling
 

@@ -132,7 +132,7 @@ def test_a_script_passes_the_name_of_the_variable_with_the_services_token_on() -
     assert config_of(script, RETRIEVAL_TOKEN_ENV="RETRIEVAL_TOKEN").retrieval_token_env == "RETRIEVAL_TOKEN"
 
 
-def test_separate_async_has_rollout_machines_of_its_own(qwen_7b: Path) -> None:
+def test_separate_async_has_its_own_rollout_machines(qwen_7b: Path) -> None:
     config = config_of(SCRIPTS[0], "mode=separate_async", "rollout_nodes=1", MODEL=str(qwen_7b))
     composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
     assert validate(composed) == "passed"
@@ -199,8 +199,8 @@ def test_a_dry_run_shows_configuration_estimate_and_checks(
         "batch_size=8", "mini_batch_size=8", MODEL=str(agent_dir), TRAIN=str(question_file), VAL=str(question_file),
         RETRIEVAL_URL=service.url, OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    shown, told = capsys.readouterr()
-    assert code == 0, told[-2000:]
+    shown, printed = capsys.readouterr()
+    assert code == 0, printed[-2000:]
     assert "adv_estimator: gae" in shown and "fullest moment" in shown
     assert "ok      questions: towns 12" in shown and f"ok      retrieval service: {service.url}" in shown
     assert "FAILED" not in shown
@@ -212,14 +212,14 @@ def test_a_dry_run_names_everything_that_is_wrong_at_once(tmp_path: Path, capsys
         "nodes=2", MODEL=str(tmp_path / "nothing"), TRAIN=str(tmp_path / "none.parquet"), VAL="",
         RETRIEVAL_URL="http://127.0.0.1:9", OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    shown, told = capsys.readouterr()
+    shown, printed = capsys.readouterr()
     assert code == 1
     failed = [line for line in shown.splitlines() if line.startswith("FAILED")]
     assert [line.partition(":")[0].removeprefix("FAILED  ") for line in failed] == [
         "model", "questions", "prompts", "retrieval service",
     ]  # fmt: skip
     assert "the other machines cannot reach a loopback address" in failed[3]
-    assert "4 of 10 checks failed" in told
+    assert "4 of 10 checks failed" in printed
 
 
 def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real servers on the loopback: our application in a thread, and one that misbehaves as told."""
+"""Real servers on the loopback: our application in a thread, and one that misbehaves as asked."""
 
 from __future__ import annotations
 
