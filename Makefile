@@ -48,7 +48,7 @@ endef
 	@$(BIN)/pip check
 	@touch $@
 
-# vLLM on the CPU, in an environment of its own (5 GB): it asks for CUDA builds that the other one must not have.
+# vLLM on the CPU, in a separate environment (5 GB): it asks for CUDA builds that the other one must not have.
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest tests/vllm
 

@@ -190,7 +190,7 @@ def _add_flag(parser: argparse.ArgumentParser, config_class: type, field: datacl
 def build_config(config_class: type, options: argparse.Namespace, overrides: Sequence[str]) -> Any:
     """Build the configuration from the defaults, the file, flags and overrides; later ones win.
 
-    If the configuration has a list field `verl`, overrides that are not fields of its own go to verl: `critic` is a
+    If the configuration has a list field `verl`, overrides that are not its fields go to verl: `critic` is a
     field of `train-agent`, `critic.optim.lr` a key of verl.
     """
     from agentic_r_plugin.config import load_config

@@ -103,7 +103,7 @@ def load_config(
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r}: expected key=value")
-        merged = _merge(merged, _parsed(override), f"override {redacted(override)!r}")
+        merged = _overridden(merged, override)
     for name, items in (append or {}).items():
         merged[name] = [*merged[name], *items]
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -117,6 +117,17 @@ def load_config(
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error, cls.__name__)) from error
+
+
+def _overridden(base: Any, override: str) -> Any:
+    """`base` with one override. `key=` is null where the setting may be null, else the empty text."""
+    source = f"override {redacted(override)!r}"
+    try:
+        return _merge(base, _parsed(override), source)
+    except ConfigError:
+        if not override.endswith("="):
+            raise
+        return _merge(base, _parsed(f"{override}''"), source)
 
 
 def _parsed(override: str) -> DictConfig:

@@ -29,7 +29,7 @@ class RetrieverPlan:
     exhaustive: bool = field(default=False, metadata={"help": "train on the correctness of every candidate"})
     sampled: int = field(
         default=0,
-        metadata={"help": "train on the correctness of so many candidates a query, drawn with the run's seed"},
+        metadata={"help": "train on the correctness of N candidates per query, drawn with the run's seed"},
     )
     relevance: dict[str, Any] = field(
         default_factory=dict,
@@ -108,11 +108,11 @@ class ExperimentConfig:
     )
     retrievers: dict[str, Any] = field(default_factory=dict, metadata={"help": "name -> RetrieverPlan"})
     benchmarks: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "name -> folder in FlashRAG layout, beside the run's own benchmark"}
+        default_factory=dict, metadata={"help": "name -> folder in FlashRAG layout, next to the run's own benchmark"}
     )
     worlds: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "name -> what differs from the run's world; generated, beside the run's"},
+        metadata={"help": "name -> what differs from the run's world; generated, next to the run's"},
     )
     max_searches: list[int] = field(
         default_factory=list, metadata={"help": "evaluate each agent under these limits of searches; empty: its own"}

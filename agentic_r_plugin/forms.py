@@ -135,7 +135,7 @@ def decoded_text(value: Any, field: str) -> list[Any] | dict[str, Any] | None:
     """The list or object that a text holds as JSON or as Python's repr (pandas writes it to CSV), else None.
 
     Raises:
-        RecordError: the repr of a NumPy array, whose items cannot be told apart, or half a surrogate pair.
+        RecordError: the repr of a NumPy array, whose items cannot be separated, or half a surrogate pair.
 
     >>> decoded_text("['Paris', 'Rome']", "golden_answers"), decoded_text("[Intro]", "golden_answers")
     (['Paris', 'Rome'], None)

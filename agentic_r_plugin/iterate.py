@@ -646,7 +646,7 @@ def _check_preset(section: str, preset: str) -> None:
         rest = [f"{section}.{key}={value}" for key, value in held.items()]
         raise ConfigError(
             f"{section}.preset={preset}: expected paper, because the limits of the loop hold for PPO, data and "
-            f"evaluation alike and not for PPO alone; set what it stands for: {' '.join([*limits, *rest])}"
+            f"evaluation alike and not for PPO alone; set its values instead: {' '.join([*limits, *rest])}"
         )
 
 

@@ -52,11 +52,11 @@ def read_rows(
             documents.
 
     Raises:
-        RecordError: as `checked`, or no such file, or a broken line.
+        RecordError: as `questions_in`, or no such file, or a broken line.
         ConfigError: an unknown format.
     """
     queries = beir_queries(Path(path))
-    rows = checked(
+    rows = questions_in(
         lambda: ((shard, number, row) for shard in shards(queries or path) for number, row in read_lines(shard)),
         labelled=labelled,
         format=format,
@@ -86,7 +86,7 @@ def relevant_only(
             yield replace(question, metadata=question.metadata | {"gold_doc_ids": gold}), row
 
 
-def checked(
+def questions_in(
     rows: Callable[[], Rows], *, labelled: bool = False, format: str = ""
 ) -> Iterator[tuple[Question, Mapping[str, Any]]]:
     """Each question with its row, where `rows` reads the rows from the start.

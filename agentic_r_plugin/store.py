@@ -96,7 +96,7 @@ _SHARDS = ".jsonl, .json (both also .gz, .zst) or .parquet"
 _READ = re.compile(r"\.(jsonl|json|ndjson)(\.(gz|zst))?$|\.parquet$")
 _DATA = re.compile(r"\.(jsonl|json|ndjson|parquet|csv|tsv|arrow)(\.(gz|zst|bz2|xz|lz4|zip))?$")
 _NO_SHARD = re.compile(r"^[._]|\.(manifest|report)\.json$|\.errors\.jsonl$|^(dataset_infos?|state)\.json$")
-"""Files that stand next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
+"""Files next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
 
 
 def read_lines(
@@ -197,7 +197,7 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
         half = error.object[error.start]
         raise RecordError(f"expected text, found {half!r}, half a surrogate pair", path=path, line=number) from error
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"expected one JSON object a line: {error}", path=path, line=number) from error
+        raise RecordError(f"expected one JSON object per line: {error}", path=path, line=number) from error
 
 
 def read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
@@ -226,7 +226,7 @@ def read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise RecordError(f"expected UTF-8: {error}", path=path) from error
     except (ValueError, RecursionError) as error:
-        expected = "expected one JSON object a line, or a list of them"
+        expected = "expected one JSON object per line, or a list of them"
         raise RecordError(f"{expected}: {error}", path=path, line=line) from error
 
 

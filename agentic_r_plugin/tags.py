@@ -65,7 +65,7 @@ class TagProtocol(AgentProtocol):
         if re.findall(r"\{\w+\}", self.block_form) != ["{opening}", "{passages}", "{closing}"] or not self.correction:
             raise ConfigError(
                 f"agent protocol {self.name!r}: block_form must hold '{{opening}}', '{{passages}}' and '{{closing}}', "
-                "and correction some text: both tell where a trajectory's searches were carried out"
+                "and correction some text: both show where a trajectory's searches were carried out"
             )
 
     def prompt(self, question: str) -> str:

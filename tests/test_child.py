@@ -1,4 +1,4 @@
-"""A command in processes of its own: its result, its faults, and its end with the process that started it."""
+"""A command in separate processes: its result, its faults, and its end with the process that started it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agentic_r_plugin.store import read_json
 from agentic_r_plugin.world.generate import WorldConfig
 
 
-def test_a_command_does_its_work_in_a_process_of_its_own(tmp_path: Path):
+def test_a_command_does_its_work_in_a_separate_process(tmp_path: Path):
     child.run_command("world", WorldConfig(out=str(tmp_path), name="w", train_questions=4, dev_questions=2))
     assert len((tmp_path / "w" / "train.jsonl").read_text().splitlines()) == 4
 

@@ -271,7 +271,7 @@ def test_everything_reads_every_form(tmp_path, name, reader, model):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"id": 1, "contents": "x"}\n\n{"id": 2, "contents": "y', ":3: expected one JSON object a line"),
+        (b'{"id": 1, "contents": "x"}\n\n{"id": 2, "contents": "y', ":3: expected one JSON object per line"),
         (
             b'{"id": 1, "contents": "x"}\r\n{"id": 2, "contents": ["y"]}',
             ":2: field 'contents': expected text, found list",

@@ -301,6 +301,7 @@ class Inner:
 class Outer:
     path: str
     count: int = 3
+    limit: int | None = 3
     inner: Inner = field(default_factory=Inner)
     verl: list[str] = field(default_factory=list)
 
@@ -312,6 +313,13 @@ def test_file_values_and_overrides_win_in_that_order(tmp_path):
     assert config == Outer(path="a", count=5, inner=Inner(rate=2.0))
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(Outer, tmp_path / "resolved.yaml") == config
+
+
+def test_an_override_without_a_value_is_null_where_that_is_allowed_and_else_the_empty_text():
+    assert load_config(Outer, overrides=["path="]).path == ""
+    assert load_config(Outer, overrides=["path=a", "limit="]).limit is None
+    with pytest.raises(ConfigError, match="count"):
+        load_config(Outer, overrides=["path=a", "count="])
 
 
 @pytest.mark.parametrize(

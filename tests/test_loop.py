@@ -166,7 +166,7 @@ def begun(tmp_path: Path) -> Iterator[Loop]:
 CLUSTER = ("correctness.runner={kind: ray, address: auto}", "serve.host=0.0.0.0", "serve.token_env=LOOP_TOKEN")
 
 
-def test_workers_on_other_machines_are_told_the_name_of_the_services_token(tmp_path, monkeypatch):
+def test_workers_on_other_machines_are_given_the_name_of_the_services_token(tmp_path, monkeypatch):
     monkeypatch.setenv("LOOP_TOKEN", "s3cret")
     loop = composed(tmp_path, *CLUSTER, "train_agent={nodes: 2, cpu: false}", "candidates.search.url=http://other:1")
     for name in ("trajectories", "correctness"):
@@ -248,7 +248,7 @@ def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
         )
 
 
-def test_a_phase_is_charged_with_its_own_time_beside_that_of_its_workers(tmp_path):
+def test_a_phase_is_charged_with_its_own_time_next_to_that_of_its_workers(tmp_path):
     with begun(tmp_path) as loop:
         loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
     ((_, line),) = read_lines(loop.folder / "costs.jsonl")
@@ -356,7 +356,7 @@ def test_a_wrong_setting_is_found_before_anything_runs(tmp_path, override, messa
     assert not out.exists()
 
 
-def test_what_a_phase_and_the_rest_take_here_is_told_from_the_pace_of_the_phases_before(tmp_path):
+def test_what_a_phase_and_the_rest_take_here_is_estimated_from_the_pace_of_the_phases_before(tmp_path):
     expected = {"0": {"world": 1, "index": 20}, "1": {"train-agent": 60, "evaluate": 30}}
     loop = Loop(replace(composed(tmp_path).config, expected_seconds=expected))
     assert loop._estimate(0, "index") == ": about 20 s; 1 min 51 s left in all"

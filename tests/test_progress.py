@@ -1,4 +1,4 @@
-"""What is told of long work where nobody watches a bar."""
+"""What is printed about long work where nobody watches a bar."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_a_protocol_with_tags_may_be_made_by_the_name_of_the_interface_and_needs
     )
 
 
-def test_searches_are_found_in_a_protocol_with_a_block_of_its_own():
+def test_searches_are_found_in_a_protocol_with_another_block():
     own = replace(search_r1, name="own", block_form="\n{opening}{passages}{closing}\n")
     one = Session(own, CharacterCodec(), Limits(max_tokens=9_000, max_observation_tokens=3_000), "Q?")
     write(one, "<search> a </search>")

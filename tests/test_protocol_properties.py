@@ -73,7 +73,7 @@ class ChunkCodec:
 
 
 class AnyModel:
-    """Writes what it is told to, as far as it may; keeps what it wrote for each session."""
+    """Writes what it is given, as far as it may; keeps what it wrote for each session."""
 
     def __init__(self, codec: ChunkCodec, texts: Sequence[str]) -> None:
         self.codec, self.texts, self.wrote = codec, list(texts), []
@@ -88,7 +88,7 @@ class AnyModel:
 
 
 class AnySearch:
-    """Finds the passages it is told to."""
+    """Finds the passages it is given."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts

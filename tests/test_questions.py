@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agentic_r_plugin.agent.dataset import read_questions as read_for_training
+from agentic_r_plugin.agent.dataset import read_sourced_questions
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.questions import read_questions
@@ -79,7 +79,7 @@ def test_every_form_of_a_benchmark_gives_the_same_records(tmp_path, benchmark, n
         file = write_form(tmp_path / form, rows)
         assert list(read_questions(file)) == wanted, form
         assert list(read_records(file, Question)) == wanted, form
-        assert [item.question for item in read_for_training(file)] == wanted, form
+        assert [item.record for item in read_sourced_questions(file)] == wanted, form
 
 
 FAULTS = [
@@ -221,12 +221,12 @@ VERL = {
     ],
 )
 def test_rows_of_search_r1_and_verl_are_read(tmp_path, name, change, wanted):
-    (item,) = read_for_training(write_form(tmp_path / name, [VERL | change]))
-    assert (item.question.id, item.question.question, item.question.golden_answers) == wanted
+    (item,) = read_sourced_questions(write_form(tmp_path / name, [VERL | change]))
+    assert (item.record.id, item.record.question, item.record.golden_answers) == wanted
     assert item.source == "nq"
 
 
-def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
+def test_ids_that_begin_again_in_every_data_set_are_distinguished(tmp_path):
     rows = [
         VERL
         | {"id": "train_0", "question": source, "data_source": source, "extra_info": {"split": "train", "index": 0}}
@@ -243,7 +243,7 @@ def test_ids_that_begin_again_in_every_data_set_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl"])
-def test_ids_that_begin_again_without_an_index_are_told_apart_by_their_data_set(tmp_path, name):
+def test_ids_that_begin_again_without_an_index_are_distinguished_by_their_data_set(tmp_path, name):
     row = {"id": "test_0", "question": "Q", "golden_answers": ["x"]}
     file = write_form(tmp_path / name, [row | {"data_source": "nq"}, row | {"data_source": "hotpotqa"}])
     assert [question.id for question in read_questions(file)] == ["nq/test_0", "hotpotqa/test_0"]

@@ -108,13 +108,13 @@ def test_no_more_sessions_are_under_way_than_the_backend_keeps_tokens_of():
     assert agent.batches == [1, 1, 1], "one at a time is always possible"
 
 
-def test_every_search_is_told_to_the_listener():
-    told = []
+def test_every_search_is_reported_to_the_listener():
+    heard = []
     run_sessions(
         [session("1?")], ScriptedAgent(policy), ListedSearch(FOUND), topk=2, sampling=GREEDY,
-        on_search=lambda item, hits, deeper: told.append((item.question, ids(hits), ids(deeper))),
+        on_search=lambda item, hits, deeper: heard.append((item.question, ids(hits), ids(deeper))),
     )  # fmt: skip
-    assert told == [("1?", ["a", "b"], [])]
+    assert heard == [("1?", ["a", "b"], [])]
 
 
 def ids(hits: list[Hit]) -> list[str]:
@@ -139,12 +139,12 @@ class Reranking(ListedSearch):
     ],
 )
 def test_one_search_serves_the_agent_and_the_listener_unless_the_retriever_reranks(kind, depth, searches, shown, found):
-    told, search, cost, item = [], kind(FOUND), RolloutCost(), session("1?")
+    heard, search, cost, item = [], kind(FOUND), RolloutCost(), session("1?")
     run_sessions(
         [item], ScriptedAgent(policy), search, topk=2, sampling=GREEDY, cost=cost, depth=depth,
-        on_search=lambda _, hits, deeper: told.append((ids(hits), ids(deeper))),
+        on_search=lambda _, hits, deeper: heard.append((ids(hits), ids(deeper))),
     )  # fmt: skip
-    assert told == [(shown, found)]
+    assert heard == [(shown, found)]
     assert [passage.id for passage in item.turns[0].passages] == shown
     assert (len(search.requests), cost.searches) == (searches, 1)
 

@@ -174,8 +174,8 @@ def _service(kept: Kept, index: Path, out: Path) -> None:
 
 
 def _retriever(kept: Kept, corpus: Path, folder: Path) -> None:
-    from agentic_r_plugin.retriever.checkpoint import Retriever
     from agentic_r_plugin.search.base import SearchRequest
+    from agentic_r_plugin.search.encoder import Retriever
 
     out, groups = folder / "retriever", folder / "data" / "groups-judged.jsonl"
     command(

@@ -176,7 +176,7 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"id": "b", "question": ', "expected one JSON object a line"),
+        (b'{"id": "b", "question": ', "expected one JSON object per line"),
         (b'{"id": "b", "question": "\xff"}', "expected UTF-8"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"question": "Q", "golden_answers": ["x"]}', "missing field 'id'"),
@@ -185,7 +185,7 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
             "unknown field 'gold_answers' and no 'golden_",
         ),
         (b'{"id": 7.5, "question": "Q", "golden_answers": ["x"]}', "field 'id': expected text or a whole number"),
-        (b"[" * 100_000, "expected one JSON object a line"),
+        (b"[" * 100_000, "expected one JSON object per line"),
         (b'{"id": "b", "question": "Q", "golden_answers": ["caf\\ud83d"]}', "half a surrogate pair"),
     ],
 )

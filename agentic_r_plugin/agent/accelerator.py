@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from agentic_r_plugin.agent import attention
+from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.verl_config import critic_tokens
@@ -37,7 +37,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
         if engine != "actor_rollout_ref.ref":
             overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
     if not any("attn_implementation" in item for item in config.verl):
-        overrides += attention.overrides(config.attention)
+        overrides += packed_attention.overrides(config.attention)
     if config.engine == "sglang":
         overrides.append("actor_rollout_ref.rollout.skip_tokenizer_init=false")  # its stop strings match text only
     if config.micro_batch_tokens:

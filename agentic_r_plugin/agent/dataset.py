@@ -18,13 +18,13 @@ from agentic_r_plugin.store import atomic_path
 
 @dataclass(frozen=True, kw_only=True)
 class SourcedQuestion:
-    """A question and the benchmark it comes from; verl reports validation by benchmark."""
+    """A question record and the benchmark it comes from; verl reports validation by benchmark."""
 
-    question: Question
+    record: Question
     source: str
 
 
-def read_questions(path: str | Path, format: str = "") -> list[SourcedQuestion]:
+def read_sourced_questions(path: str | Path, format: str = "") -> list[SourcedQuestion]:
     """Read the questions of a file in order; each has gold answers.
 
     The benchmark is the row's `data_source` if present (Parquet from `write_parquet`, Search-R1 or verl), else the
@@ -36,7 +36,7 @@ def read_questions(path: str | Path, format: str = "") -> list[SourcedQuestion]:
     """
     folder = data_source_name(path)
     found = [
-        SourcedQuestion(question=question, source=str(row.get("data_source") or folder))
+        SourcedQuestion(record=question, source=str(row.get("data_source") or folder))
         for question, row in read_rows(path, labelled=True, format=format)
     ]
     if not found:
@@ -53,18 +53,22 @@ def draw(questions: list[SourcedQuestion], most: int, seed: int | str) -> list[S
 
 
 def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict[str, Any]:
-    """Build one data set row with the fields that verl, our agent loop and our reward read."""
-    question = item.question
-    answers = list(question.golden_answers)
+    """Build one data set row.
+
+    verl reads `data_source`, `prompt` (to measure its length) and `reward_model.ground_truth`, which it passes to our
+    `verl_reward.compute_score`. Our agent loop reads `extra_info`, from which it rebuilds the question.
+    """
+    record = item.record
+    answers = list(record.golden_answers)
     return {
         "data_source": item.source,
-        "prompt": [{"role": "user", "content": protocol.prompt(question.question)}],
+        "prompt": [{"role": "user", "content": protocol.prompt(record.question)}],
         "ability": "search",
         "reward_model": {"style": "rule", "ground_truth": answers},
         "extra_info": {
             "index": index,
-            "id": question.id,
-            "question": question.question,
+            "id": record.id,
+            "question": record.question,
             "golden_answers": answers,
         },
     }
@@ -90,11 +94,11 @@ def fitting(
     Raises:
         ConfigError: no question fits.
     """
-    lengths = [len(protocol.prompt_ids(item.question.question, codec)) for item in questions]
+    lengths = [len(protocol.prompt_ids(item.record.question, codec)) for item in questions]
     kept = [place for place, length in enumerate(lengths) if length < limits.max_tokens]
     if len(kept) < len(lengths):
         longest = max(range(len(lengths)), key=lengths.__getitem__)
-        named = questions[longest].question.id
+        named = questions[longest].record.id
         problem = (
             f"limits.max_tokens={limits.max_tokens} leaves no room after the prompts of {len(lengths) - len(kept)} of "
             f"{len(lengths)} questions; the longest, of question {named!r}, takes {lengths[longest]} tokens"

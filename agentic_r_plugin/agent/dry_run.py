@@ -18,7 +18,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import attention, dataset, memory, prepare, verl_config
+from agentic_r_plugin.agent import dataset, memory_estimate, packed_attention, prepare, verl_config
 from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import AgenticRError, ConfigError
@@ -39,7 +39,7 @@ def run(config: TrainAgentConfig) -> None:
     questions = checks.make("questions", lambda: prepare.training_questions(config), show=_describe)
     validation = checks.make("validation", lambda: prepare.validation_questions(config), show=_describe)
     lengths = checks.make("prompts", lambda: _lengths(config, questions, validation), show=_spread)
-    probe = questions[0].question.question if questions else "test"
+    probe = questions[0].record.question if questions else "test"
     checks.make("retrieval service", lambda: prepare.check_service(config, probe=probe))
     checks.make("output folder", lambda: _output_folder(config))
     checks.make("rollout engine", lambda: _engine(config))
@@ -54,7 +54,7 @@ def run(config: TrainAgentConfig) -> None:
     )
     if composed is not None:
         print(OmegaConf.to_yaml(composed))
-        checks.make("attention", lambda: attention.check(composed))
+        checks.make("attention", lambda: packed_attention.check(composed))
     if composed is not None and model is not None:  # verl's checks load the model's configuration
         checks.make("verl's own checks", lambda: validate(_with_critic(config, composed)))
         if not prepare.on_cpu(config):
@@ -186,9 +186,9 @@ def _engine(config: TrainAgentConfig) -> str:
 
 
 def _memory(config: TrainAgentConfig, composed: Any) -> str:
-    actor = memory.model_size(config.model)
-    critic = memory.model_size(config.critic or config.model) if config.algorithm == "ppo" else None
-    estimate = memory.estimate(composed, actor, critic, device_memory_gb=config.device_memory_gb)
+    actor = memory_estimate.model_size(config.model)
+    critic = memory_estimate.model_size(config.critic or config.model) if config.algorithm == "ppo" else None
+    estimate = memory_estimate.estimate(composed, actor, critic, device_memory_gb=config.device_memory_gb)
     print(f"# Memory, estimated ({actor.parameters:,} weights)\n{estimate.table()}\n")
     if not estimate.fits:
         raise ConfigError(

@@ -97,7 +97,7 @@ def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str,
         return weights
     record = checkpoint / "lora_train_meta.json"
     if not record.is_file():
-        raise TrainingError(f"{checkpoint}: holds LoRA adapters, and no {record.name} that tells their scale")
+        raise TrainingError(f"{checkpoint}: holds LoRA adapters, and no {record.name}, which holds their scale")
     meta = read_json(record)
     scale = meta["lora_alpha"] / meta["r"]
     merged = {

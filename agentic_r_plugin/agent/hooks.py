@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from agentic_r_plugin.agent import attention
+from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.upstream import Hook, apply
 
 _log = logging.getLogger(__name__)
@@ -56,5 +56,5 @@ def install() -> list[str]:
     Raises:
         UpstreamError: the version of verl is not supported, or a symbol has moved.
     """
-    attention.register()
+    packed_attention.register()
     return apply(HOOKS)

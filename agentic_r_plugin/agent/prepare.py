@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.agent import attention, dataset, verl_config
+from agentic_r_plugin.agent import dataset, packed_attention, verl_config
 from agentic_r_plugin.agent.dataset import SourcedQuestion
 from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.rewards import RewardSum
@@ -55,7 +55,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
     questions = training_questions(config)
     validation = validation_questions(config)
     check_model(Path(config.model))
-    check_service(config, probe=questions[0].question.question)
+    check_service(config, probe=questions[0].record.question)
     questions, validation, lengths = fitting_questions(config, questions, validation)
     composed, environment = compose(config, num_questions=len(questions), prompt_lengths=lengths)
     return Prepared(
@@ -74,7 +74,7 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
     Raises:
         ConfigError, RecordError: the file is missing, broken or too small.
     """
-    questions = dataset.read_questions(config.questions, config.format)
+    questions = dataset.read_sourced_questions(config.questions, config.format)
     _require_a_batch(config, questions)
     return questions
 
@@ -110,7 +110,9 @@ def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | No
     """
     if config.validation is None:
         return None
-    return dataset.draw(dataset.read_questions(config.validation, config.format), config.validation_questions, seed=0)
+    return dataset.draw(
+        dataset.read_sourced_questions(config.validation, config.format), config.validation_questions, seed=0
+    )
 
 
 def check_model(folder: Path) -> None:
@@ -165,9 +167,9 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
     except SearchRefusedError as error:
         if error.status != 401:
             raise
-        told = f"the one in {config.retrieval_token_env} is another" if token else "none is given"
+        given = f"the one in {config.retrieval_token_env} is another" if token else "none is given"
         raise SearchError(
-            f"{error}: the service wants its token, {told}; set retrieval_token_env to the variable that holds it"
+            f"{error}: the service wants its token, {given}; set retrieval_token_env to the variable that holds it"
         ) from error
     finally:
         client.close()
@@ -222,7 +224,7 @@ def compose(
         prompt_lengths=prompt_lengths,
         fresh=latest_step(Path(config.out)) == 0,
     )
-    attention.check(composed)
+    packed_attention.check(composed)
     return composed, environment
 
 

@@ -58,7 +58,7 @@ class TrainAgentConfig:
     """Values that replace the defaults; a file, flags and overrides take precedence."""
 
     preset: str = _help(
-        "paper, or released_code: 4 searches, 800 tokens a turn and an observation, 400 steps", default="paper"
+        "paper, or released_code: 4 searches, 800 tokens per turn and observation, 400 steps", default="paper"
     )
     model: str = _file("folder of the agent to start from (Hugging Face format)", default=MISSING)
     questions: str = _file("training questions", default=MISSING)
@@ -101,10 +101,10 @@ class TrainAgentConfig:
         "began with); null: none, which vLLM samples faster, and a step done again draws other tokens",
         default=-1,
     )
-    batch_size: int = _help("questions a step", default=512)
-    samples: int = _help("trajectories a question", default=1)
-    mini_batch_size: int = _help("questions an update", default=256)
-    micro_batch_size: int = _free("trajectories a forward and backward pass, per device", default=8)
+    batch_size: int = _help("questions per step", default=512)
+    samples: int = _help("trajectories per question", default=1)
+    mini_batch_size: int = _help("questions per update", default=256)
+    micro_batch_size: int = _free("trajectories per forward and backward pass and device", default=8)
     temperature: float = _help("of sampling while training; validation is greedy", default=1.0)
     actor_lr: float = _help("learning rate of the actor", default=1e-6)
     actor_warmup: float = _help("share of all steps over which the actor's learning rate rises", default=0.285)
@@ -146,13 +146,13 @@ class TrainAgentConfig:
     tensor_parallel: int = _free("accelerators that share one rollout engine", default=1)
     offload: bool = _free("keep weights and optimizer states in host memory while they are not used", default=True)
     micro_batch_tokens: int = _free(
-        "pack trajectories into micro-batches of that many tokens a device; 0: micro_batch_size counts", default=0
+        "pack trajectories into micro-batches of that many tokens per device; 0: micro_batch_size counts", default=0
     )
     precision: str = _help(
         "float32, bfloat16: type that actor, reference and critic compute in; auto: what a CPU is fast in, or verl's",
         default="auto",
     )
-    threads: int | None = _free("CPU threads a worker; none: all cores", default=None)
+    threads: int | None = _free("CPU threads per worker; none: all cores", default=None)
     engine: str = _help(
         "verl's rollout engine on accelerators: vllm, or sglang, which verl 0.9.1 cannot be installed with",
         default="vllm",

@@ -20,7 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import ray
 import transfer_queue as tq
@@ -121,47 +121,46 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """Remove trajectories whose search failed, and shuffle the rest by seed and step.
+        """The trajectories to train on, in the order in which verl forms mini-batches.
 
-        GRPO compares the trajectories of a question, so a trajectory left alone is removed too.
-
-        verl forms mini-batches in the order given. The order of arrival is random, and the data set's order would
-        separate the data sets.
+        Failed trajectories are removed. The rest is shuffled by seed and step, because the order of arrival is random,
+        and the data set's order would separate the data sets.
 
         verl then pads the batch to full mini-batches; its losses and metrics skip the padding. Every mini-batch
         therefore holds at least one real trajectory.
         """
-        wanted = ["extra_fields", "response_mask"]
-        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
-        extra = [dict(item) for item in list(fields["extra_fields"])]
-        trained = [int(mask.sum()) for mask in fields["response_mask"].unbind()]
-        prompts = self.config.data.train_batch_size // self.parameter_sync_step
-        expected = prompts * self.config.actor_rollout_ref.rollout.n
-        check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
-        check_masks(extra, trained, self.global_steps)
-
-        def order(item: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
-            return drawn(_place(item), self.settings.seed, self.global_steps)
-
+        arrived = self._arrived(batch)
         # Metrics and logs cover failed trajectories too, so all are recorded before any is removed.
-        self.trajectories += sorted(extra, key=order)
-        rows = [row for row in zip(batch.keys, batch.tags, extra, strict=True) if not row[2]["search_failed"]]
-        if self.config.algorithm.adv_estimator == "grpo":
-            left = Counter(_place(item)[0] for _, _, item in rows)
-            rows = [row for row in rows if left[_place(row[2])[0]] > 1]
-        kept = {key for key, _, _ in rows}
+        self.trajectories += [row.extra for row in arrived]
+        rows = trainable(arrived, compared=self.config.algorithm.adv_estimator == "grpo")
+        kept = {row.key for row in rows}
         if removed := [key for key in batch.keys if key not in kept]:
             tq.kv_clear(keys=removed, partition_id=batch.partition_id)
-        rows.sort(key=lambda row: order(row[2]))
         size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        rows = by_length_within(rows, size, length=lambda row: row[1]["seq_len"])
+        rows = by_length_within(rows, size, length=lambda row: row.tag["seq_len"])
         return KVBatchMeta(
             partition_id=batch.partition_id,
-            keys=[key for key, _, _ in rows],
-            tags=[tag for _, tag, _ in rows],
+            keys=[row.key for row in rows],
+            tags=[row.tag for row in rows],
             fields=batch.fields,
             extra_info=batch.extra_info,
         )
+
+    def _arrived(self, batch: KVBatchMeta) -> list[Row]:
+        """All trajectories of the batch, checked and shuffled by seed and step.
+
+        Raises:
+            TrainingError: trajectories are missing, too many searches failed, or a mask was changed.
+        """
+        wanted = ["extra_fields", "response_mask"]
+        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
+        extra = [dict(item) for item in list(fields["extra_fields"])]
+        prompts = self.config.data.train_batch_size // self.parameter_sync_step
+        expected = prompts * self.config.actor_rollout_ref.rollout.n
+        check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
+        check_masks(extra, [int(mask.sum()) for mask in fields["response_mask"].unbind()], self.global_steps)
+        rows = [Row(*row) for row in zip(batch.keys, batch.tags, extra, strict=True)]
+        return sorted(rows, key=lambda row: drawn(row.place, self.settings.seed, self.global_steps))
 
     def _compute_metrics(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], global_steps: int, epoch: int
@@ -275,6 +274,30 @@ class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # t
     mode = "separate_async"
 
 
+class Row(NamedTuple):
+    """A trajectory in verl's store: its key and tag there, and the agent loop's `extra_fields`."""
+
+    key: str
+    tag: Any
+    extra: dict[str, Any]
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """(data set row, sample number)."""
+        return tuple(self.extra["place"])
+
+
+def trainable(rows: Sequence[Row], *, compared: bool) -> list[Row]:
+    """The trajectories whose searches all succeeded.
+
+    Args:
+        compared: whether the trajectories of a question are compared (GRPO); one that is left alone is removed too.
+    """
+    kept = [row for row in rows if not row.extra["search_failed"]]
+    left = Counter(row.place[0] for row in kept)
+    return [row for row in kept if left[row.place[0]] > 1] if compared else kept
+
+
 def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
     """Sort each block of `size` rows by length, to reduce padding within micro-batches.
 
@@ -370,10 +393,6 @@ def _too_many(where: str, share: float, max_share: float) -> str:
         f"{where}: the search of {share:.0%} of the trajectories failed, more than the {max_share:.0%} allowed "
         "(max_failed_search_share). Look at the retrieval service, then go on with --resume"
     )
-
-
-def _place(extra_fields: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(extra_fields["place"])
 
 
 _TaskRunner: Any = TaskRunnerV1.__ray_metadata__.modified_class  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.forms import LISTS, context_documents, listed
-from agentic_r_plugin.questions import FORMAT, Rows, checked, read_qrels, read_rows, relevant_only
+from agentic_r_plugin.questions import FORMAT, Rows, questions_in, read_qrels, read_rows, relevant_only
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import beir_queries, sampled_fingerprint, write_records
@@ -106,7 +106,7 @@ def converted(config: QuestionsConfig, finder: PassageFinder | None = None) -> I
         ConfigError, RecordError: as `run`.
     """
     if _by_datasets(config):
-        rows = checked(lambda: _rows(config), format=config.format)
+        rows = questions_in(lambda: _rows(config), format=config.format)
     else:
         rows = read_rows(_source(config), format=config.format)
     if config.qrels:

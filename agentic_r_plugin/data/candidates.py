@@ -33,7 +33,7 @@ class CandidatesConfig:
     protocol_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
     )
-    topk: int = field(default=20, metadata={"help": "candidates a query"})
+    topk: int = field(default=20, metadata={"help": "candidates per query"})
     reasoning: bool = field(
         default=False,
         metadata={"help": "keep the agent's reasoning, for formulations that read it (candidates/2)", **LATER},

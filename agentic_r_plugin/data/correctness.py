@@ -24,12 +24,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.groups import keyed_relevance, query_key, query_units
+from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.likelihood import answer_likelihoods
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
@@ -122,13 +122,6 @@ class CorrectnessCost(RolloutCost):
 
     candidates: int = 0
     pruned: int = 0
-
-
-class PassageStore(Protocol):
-    """Passages by id (`search.corpus.Corpus`)."""
-
-    def by_id(self, identifier: str) -> Passage:
-        """The passage; raises RecordError if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,16 +477,12 @@ def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """Run the command `correctness`."""
     config.check()
-    inputs, out = {"candidates": Path(config.candidates)}, Path(config.out)
-    relevance = None
-    if config.relevance:
-        inputs["relevance"] = Path(config.relevance)
-        relevance = keyed_relevance(config.relevance, out.parent)
+    out = Path(config.out)
+    files = QueryFiles(out.parent, relevance=config.relevance)
     with Corpus(config.corpus, table=config.search.index) as corpus:
 
         def prepare(query: Candidates) -> CorrectnessTask:
-            scored = relevance.get(query_key(query)) if relevance is not None else None
-            steps = steps_of(query, config, scored.scores if scored is not None else None)
+            steps = steps_of(query, config, files.relevance(query))
             wanted = [] if isinstance(steps, str) else [passage for step in steps for passage in step]
             return CorrectnessTask(
                 query=query, steps=steps, passages={identifier: corpus.by_id(identifier) for identifier in wanted}
@@ -503,12 +492,12 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
             name="correctness",
             config=config,
             out=out,
-            inputs=inputs,
+            inputs={"candidates": Path(config.candidates), **files.paths},
             models={"corpus": corpus.fingerprint()},
             record=Correctness,
             units=lambda: _labelled_units(config.candidates),
             prepare=prepare,
-            sides=[relevance] if relevance is not None else [],
+            sides=files.opened,
             worker=partial(CorrectnessWorker, for_workers(config)),
             batch_size=config.batch_size,
             runner=config.runner,

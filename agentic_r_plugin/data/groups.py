@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.data.inputs import FirstQueries, QueryFiles, query_units
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
     DUPLICATE_QUERY,
     SelectionRule,
+    SelectionSettings,
     SelectionTask,
     check_scored,
     preset_rule,
     selection_named,
 )
 from agentic_r_plugin.data.stage import Stage, run_stage
-from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, RecordError
-from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, Trajectory
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
+from agentic_r_plugin.records import Candidates, Group
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import Outcome
-from agentic_r_plugin.store import file_fingerprint, read_json, read_records
-
-Key = tuple[str, int]
-"""(question id, turn)."""
+from agentic_r_plugin.store import file_fingerprint, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig:
+class GroupsConfig(SelectionSettings):
     """Pick the positive and the negatives of every query."""
 
     candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
@@ -51,15 +49,6 @@ class GroupsConfig:
             "opened: passages that the agent opened are positives"
         },
     )
-    threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
-    num_negatives: int = field(default=15, metadata={"help": "negatives a group"})
-    use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
-    use_correctness: bool = field(default=True, metadata={"help": "off: ablation without correctness"})
-    seed: int = field(default=0, metadata={"help": "of the negatives' sampling"})
-    false_negative_relevance: int = field(
-        default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
-    )
-    hard_negatives: int = field(default=0, metadata={"help": "ours: N negatives are the best-ranked others"})
     drop_duplicate_queries: bool = field(
         default=False, metadata={"help": "ours: of equal queries to equal questions only the first is taken"}
     )
@@ -74,16 +63,7 @@ class GroupsConfig:
         Raises:
             ConfigError: an unknown preset, or settings that contradict each other.
         """
-        return preset_rule(
-            self.preset,
-            threshold=self.threshold,
-            num_negatives=self.num_negatives,
-            use_relevance=self.use_relevance,
-            use_correctness=self.use_correctness,
-            seed=self.seed,
-            false_negative_relevance=self.false_negative_relevance,
-            hard_negatives=self.hard_negatives,
-        )
+        return preset_rule(self.preset, **{item.name: getattr(self, item.name) for item in fields(SelectionSettings)})
 
     def files(self) -> dict[str, str]:
         """Score files that the rule needs, by role; the path is empty if none was given."""
@@ -194,35 +174,6 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRu
     return rule
 
 
-def query_key(record: Candidates | Relevance | Correctness) -> str:
-    """Key of a query in files and work tables."""
-    return f"{record.id}/{record.turn}"
-
-
-def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
-    """(key, query) units of the stages that work on queries."""
-    return ((query_key(query), query) for query in read_records(path, Candidates))
-
-
-def keyed_relevance(path: str | Path, folder: Path) -> KeyedRecords[Relevance]:
-    """Relevance records, looked up by query."""
-    return KeyedRecords(path, Relevance, query_key, folder=folder)
-
-
-def correctness_of(query: Candidates, found: KeyedRecords[Correctness]) -> dict[str, int] | None:
-    """Correctness of those candidates of a query that were rolled out.
-
-    Raises:
-        RecordError: a candidate occurs twice.
-    """
-    known: dict[str, int] = {}
-    for record in found.find(query_key(query)):
-        if record.passage_id in known:
-            raise RecordError(f"query {query.key}: passage {record.passage_id!r} occurs twice", path=found.path)
-        known[record.passage_id] = record.em
-    return known or None
-
-
 def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """Run the command `groups`.
 
@@ -231,31 +182,19 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     """
     config.check()
     rule, out = config.rule(), Path(config.out)
-    inputs = {role: Path(path) for role, path in {"candidates": config.candidates, **config.files()}.items()}
-    if "correctness" in inputs:
+    files = QueryFiles(out.parent, **config.files())
+    if "correctness" in files.paths:
         rule = _check_correctness(config, rule)
-    relevance = keyed_relevance(inputs["relevance"], out.parent) if "relevance" in inputs else None
-    correctness = (
-        KeyedRecords(inputs["correctness"], Correctness, query_key, many=True, folder=out.parent)
-        if "correctness" in inputs
-        else None
-    )
-    trajectories = (
-        KeyedRecords(inputs["trajectories"], Trajectory, lambda item: item.id, folder=out.parent)
-        if "trajectories" in inputs
-        else None
-    )
     with ExitStack() as stack:
         corpus = stack.enter_context(Corpus(config.corpus)) if config.drop_duplicate_passages else None
-        first = _first_queries(config.candidates, out.parent) if config.drop_duplicate_queries else None
+        first = FirstQueries(config.candidates, out.parent) if config.drop_duplicate_queries else None
         if first is not None:
             stack.callback(first.close)
 
         def prepare(query: Candidates) -> SelectionTask:
-            scored = relevance.get(query_key(query)) if relevance is not None else None
-            if scored is not None:
-                check_scored([passage.id for passage in query.passages], scored.scores)
-            trajectory = trajectories.get(query.id) if trajectories is not None else None
+            relevance, trajectory = files.relevance(query), files.trajectory(query)
+            if relevance is not None:
+                check_scored([passage.id for passage in query.passages], relevance)
             texts = None
             if corpus is not None:
                 named = {passage.id for passage in query.passages}
@@ -263,46 +202,27 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
                     turns = (turn for turn in trajectory.turns if turn.turn == query.turn)
                     named |= {passage.id for turn in turns for passage in turn.passages}
                 texts = {identifier: normalize(corpus.by_id(identifier).text) for identifier in named}
-            # A query is a duplicate unless it is the first with its words; `>> 1` as in `_first_queries`.
             return SelectionTask(
                 query=query,
-                relevance=scored.scores if scored is not None else None,
-                correctness=correctness_of(query, correctness) if correctness is not None else None,
+                relevance=relevance,
+                correctness=files.correctness(query),
                 trajectory=trajectory,
                 same_text=texts,
-                duplicate=first is not None and first.find(_said(query))[0] != key_hash(query_key(query)) >> 1,
+                duplicate=first is not None and first.repeats(query),
             )
 
         stage = Stage(
             name="groups",
             config=config,
             out=out,
-            inputs=inputs,
+            inputs={"candidates": Path(config.candidates), **files.paths},
             models={"corpus": corpus.fingerprint()} if corpus is not None else {},
             record=Group,
             units=lambda: query_units(config.candidates),
             prepare=prepare,
-            sides=[side for side in (relevance, correctness, trajectories) if side is not None],
+            sides=files.opened,
             worker=partial(GroupsWorker, config.preset, rule),
             batch_size=1024,
             runner=config.runner,
         )
         run_stage(stage, resume=resume)
-
-
-def _said(query: Candidates) -> int:
-    """Hash of question and query, ignoring case and white space."""
-    return key_hash(f"{normalize(query.question)}\n{normalize(query.query)}")
-
-
-def _first_queries(path: str, folder: Path) -> HashIndex:
-    """Hash of question and query -> hashes of the keys of its queries, in input order.
-
-    The index is on disk, so memory does not grow with the file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    index = HashIndex(folder)
-    for key, query in query_units(path):
-        index.add(_said(query), key_hash(key) >> 1)
-    index.finish()
-    return index

@@ -12,18 +12,16 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
-from agentic_r_plugin.data.correctness import PassageStore
-from agentic_r_plugin.data.groups import query_key, query_units
+from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
 from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
-from agentic_r_plugin.questions import FORMAT, read_questions
-from agentic_r_plugin.records import Candidates, Question, Relevance, SubAnswer
+from agentic_r_plugin.questions import FORMAT
+from agentic_r_plugin.records import Candidates, Question, Relevance
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.storage.lookup import KeyedRecords
 from agentic_r_plugin.storage.table import Outcome
 
 
@@ -136,41 +134,27 @@ class RelevanceWorker:
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     """Run the command `relevance`."""
     config.check()
-    inputs, folder = {"candidates": Path(config.candidates)}, Path(config.out).parent
-    questions: KeyedRecords[Question] | None = None
-    if config.questions:
-        inputs["questions"] = Path(config.questions)
-        reader = partial(read_questions, format=config.format)
-        questions = KeyedRecords(config.questions, Question, lambda question: question.id, folder=folder, reader=reader)
-    sub_answers: KeyedRecords[SubAnswer] | None = None
-    if config.sub_answers:
-        inputs["sub-answers"] = Path(config.sub_answers)
-        sub_answers = KeyedRecords(config.sub_answers, SubAnswer, lambda item: f"{item.id}/{item.turn}", folder=folder)
+    out = Path(config.out)
+    files = QueryFiles(out.parent, questions=config.questions, format=config.format, sub_answers=config.sub_answers)
     with Corpus(config.corpus) as corpus:
         needs_question = config.needs_questions
 
         def prepare(query: Candidates) -> ScoringTask:
-            known = sub_answers.get(query_key(query)) if sub_answers is not None else None
-            question = questions.get(query.id) if questions is not None else None
+            question = files.question(query)
             if needs_question and question is None:
                 raise _no_question(query)
-            return task_of(
-                query,
-                corpus,
-                question=question,
-                sub_answer=known.sub_answer if known is not None else None,
-            )
+            return task_of(query, corpus, question=question, sub_answer=files.sub_answer(query))
 
         stage = Stage(
             name="relevance",
             config=config,
-            out=Path(config.out),
-            inputs=inputs,
+            out=out,
+            inputs={"candidates": Path(config.candidates), **files.paths},
             models={"corpus": corpus.fingerprint()},
             record=Relevance,
             units=lambda: query_units(config.candidates),
             prepare=prepare,
-            sides=[side for side in (questions, sub_answers) if side is not None],
+            sides=files.opened,
             worker=partial(RelevanceWorker, for_workers(config)),
             batch_size=config.batch_size,
             runner=config.runner,

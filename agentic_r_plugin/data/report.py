@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.data.groups import correctness_of, keyed_relevance, query_key, query_units
+from agentic_r_plugin.data.inputs import QueryFiles, query_units
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.records import Correctness, Group
 from agentic_r_plugin.storage.claim import require_new
-from agentic_r_plugin.storage.lookup import KeyedRecords
 from agentic_r_plugin.store import read_json, write_json
 
 BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")
@@ -165,28 +163,12 @@ def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> di
     if not files["candidates"].exists():
         raise ConfigError(f"data-report: {files['candidates']} does not exist")
     tally = Tally()
-    with ExitStack() as stack:
-
-        def opened(records: KeyedRecords[Any]) -> KeyedRecords[Any]:
-            stack.callback(records.close)
-            return records
-
-        relevance = opened(keyed_relevance(files["relevance"], folder)) if files["relevance"].exists() else None
-        correct = groups = None
-        if files["correctness"].exists():
-            correct = opened(KeyedRecords(files["correctness"], Correctness, query_key, many=True, folder=folder))
-        if files["groups"].exists():
-            key = lambda group: f"{group.id}/{group.turn}"  # noqa: E731
-            groups = opened(KeyedRecords(files["groups"], Group, key, many=True, folder=folder))
-        for name, query in query_units(files["candidates"]):
-            scored = relevance.get(name) if relevance is not None else None
-            tally.add(
-                query.turn,
-                scored.scores if scored is not None else None,
-                correctness_of(query, correct) if correct is not None else None,
-                len(groups.find(name)) if groups is not None else 0,
-                threshold,
-            )
+    roles = ("relevance", "correctness", "groups")
+    known: dict[str, Any] = {role: files[role] for role in roles if files[role].exists()}
+    with closing(QueryFiles(folder, **known)) as found:
+        for _, query in query_units(files["candidates"]):
+            groups = len(found.groups(query))
+            tally.add(query.turn, found.relevance(query), found.correctness(query), groups, threshold)
     stages = {
         name: read_json(report)
         for name, file in files.items()

@@ -29,7 +29,7 @@ class RunnerSpec:
     """Where a stage runs and how its output is cut."""
 
     kind: str = field(default="local", metadata={"help": "local: in this process; ray: actors of a Ray cluster"})
-    workers: int = field(default=1, metadata={"help": "each with models of its own; local ones are threads"})
+    workers: int = field(default=1, metadata={"help": "each with its own models; local ones are threads"})
     in_flight: int = field(default=2, metadata={"help": "batches a worker of Ray has at a time, one of them waiting"})
     cpus_per_worker: float = field(default=1.0, metadata={"help": "what Ray reserves for a worker"})
     gpus_per_worker: float = field(default=0.0, metadata={"help": "what Ray reserves for a worker"})
@@ -37,7 +37,7 @@ class RunnerSpec:
     max_restarts: int = field(default=3, metadata={"help": "how often Ray starts a worker again whose process died"})
     part_size: int = field(default=8192, metadata={"help": "units per file of an output that is sharded"})
     sharded: bool = field(default=False, metadata={"help": "write the output as a folder of files"})
-    forecast: int = field(default=0, metadata={"help": "only work on so many units, write nothing, say what all cost"})
+    forecast: int = field(default=0, metadata={"help": "work on N units only, write nothing, estimate the cost of all"})
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

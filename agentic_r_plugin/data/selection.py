@@ -1,5 +1,8 @@
 """The rule that turns a query's candidates into training groups (method sections 4 and 4a). No I/O.
 
+A preset is the name of a registered `Selection`. Its function `pick` makes the groups of one query; paper and released
+code share one (`select`) and differ in the `SelectionRule` it follows.
+
 Candidates are ordered by (correctness, relevance), both descending. Correctness is needed only to find the positives.
 So the correctness stage may stop at the first correct candidate (or, if ties are taken, after the first level with a
 correct one), and negatives are sampled in retrieval order, which no score changes.
@@ -27,28 +30,31 @@ NOTHING_OPENED = "nothing_opened"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionRule:
-    """How groups are selected; the defaults are the paper's."""
+class SelectionSettings:
+    """What a user may set, whatever the preset; the defaults are the paper's."""
 
-    threshold: int = 60
-    """Minimum relevance of a positive."""
-    num_negatives: int = 15
+    threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
+    num_negatives: int = field(default=15, metadata={"help": "negatives per group"})
+    use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
+    use_correctness: bool = field(default=True, metadata={"help": "off: ablation without correctness"})
+    seed: int = field(default=0, metadata={"help": "of the negatives' sampling"})
+    false_negative_relevance: int = field(
+        default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
+    )
+    hard_negatives: int = field(default=0, metadata={"help": "ours: N negatives are the best-ranked others"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRule(SelectionSettings):
+    """How groups are selected: the settings, and what a preset fixes (`Selection.rule`)."""
+
     max_positives: int = 1
     """Maximum number of candidates tied for first place that become positives, one group each."""
     further_ties_are_negatives: bool = True
     """False: ties beyond `max_positives` are neither positives nor negatives."""
-    use_relevance: bool = True
-    """False: ablation without relevance; all candidates form one level."""
-    use_correctness: bool = True
-    """False: ablation without correctness; the level of highest relevance wins."""
     any_of_ties: bool = False
     """Not in the paper: the positive is the tied candidate that was found correct first (correctness.order), not the
     first in retrieval order; the others may have no correctness."""
-    seed: int = 0
-    false_negative_relevance: int = 0
-    """Not in the paper; 0 is off. Candidates with at least this relevance are never negatives."""
-    hard_negatives: int = 0
-    """Not in the paper: this many negatives are the best-ranked others in retrieval order; the rest are sampled."""
 
     def __post_init__(self) -> None:
         if not (self.use_relevance or self.use_correctness):
@@ -60,7 +66,7 @@ class SelectionRule:
         if not 0 <= self.hard_negatives <= self.num_negatives:
             raise ConfigError(f"hard_negatives={self.hard_negatives}: expected 0 to num_negatives={self.num_negatives}")
         if self.false_negative_relevance and not self.use_relevance:
-            raise ConfigError("false_negative_relevance needs use_relevance: it is told by the relevance")
+            raise ConfigError("false_negative_relevance needs use_relevance: it compares relevance scores")
 
     @property
     def whole_levels(self) -> bool:

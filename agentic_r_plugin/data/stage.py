@@ -86,7 +86,7 @@ class Stage(Generic[Item]):
     runner: RunnerSpec = field(default_factory=RunnerSpec)
     max_error_share: float = 0.1
 
-    def beside(self, suffix: str) -> Path:
+    def companion(self, suffix: str) -> Path:
         """Path of a file next to OUT, with OUT's name and a suffix."""
         return self.out.with_name(self.out.name + suffix)
 
@@ -178,7 +178,7 @@ def _recorded(config: Any) -> dict[str, Any]:
 
 def _refuse_earlier_form(stage: Stage[Any]) -> None:
     """Refuse unfinished work of earlier versions, which used another format: it would silently be repeated."""
-    for path in (stage.beside(".journal"), stage.beside(".parts")):
+    for path in (stage.companion(".journal"), stage.companion(".parts")):
         if path.exists():
             raise OutputExistsError(
                 f"{path}: unfinished work of an earlier version; finish it with that version, or remove it to begin "
@@ -292,7 +292,7 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
     batches = [Batch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
     spent = [(len(batch.tasks), paid) for batch, (_, paid) in executor.run(iter(batches))]
     forecast = {"stage": stage.name, **cost.forecast(spent, total)}
-    write_json(stage.beside(".forecast.json"), forecast)
+    write_json(stage.companion(".forecast.json"), forecast)
     print(cost.forecast_table(forecast))
     return forecast
 
@@ -306,7 +306,7 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     first_apart: str | None = None
     _remove_leftovers(stage.out)
-    with atomic_path(stage.beside(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
+    with atomic_path(stage.companion(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
         # Counts and errors are collected while the records are written, so the table is read once.
         def counted(first: int, last: int) -> Iterator[Row]:
             nonlocal kept, records, num_errors, first_apart
@@ -326,7 +326,7 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
         else:
             _write(stage.out, stage.record, counted(0, total))
     if first_apart is None:
-        stage.beside(".errors.jsonl").unlink()
+        stage.companion(".errors.jsonl").unlink()
     else:
         _say_kept_apart(stage, total, num_errors, dropped[REFUSED], first_apart)
     return {
@@ -343,8 +343,8 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
 def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, first: str) -> None:
     counts = [f"{count} {what}" for count, what in ((refused, "refused"), (errors, "judge errors")) if count]
     print(
-        f"{stage.name}: of {total} units {' and '.join(counts)}, kept apart in {stage.beside('.errors.jsonl')}; first, "
-        f"{first}",
+        f"{stage.name}: of {total} units {' and '.join(counts)}, kept apart in {stage.companion('.errors.jsonl')}; "
+        f"first, {first}",
         file=sys.stderr,
     )
 

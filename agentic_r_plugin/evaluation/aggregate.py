@@ -49,7 +49,7 @@ class AggregateConfig:
 
     out: str = field(metadata={"help": "folder for the matrix"})
     runs: list[str] = field(
-        default_factory=list, metadata={"help": "run folders of iterate, experiment or evaluate, one a seed"}
+        default_factory=list, metadata={"help": "run folders of iterate, experiment or evaluate, one per seed"}
     )
     level: float = field(default=0.95, metadata={"help": "of the intervals"})
 

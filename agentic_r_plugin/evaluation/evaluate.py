@@ -103,7 +103,7 @@ class EvaluateConfig:
         default_factory=dict,
         metadata={
             "help": "name -> index directory, URL of a retrieval service, bm25:CORPUS, hybrid:NAME+NAME of other "
-            "searches, or what differs from `settings.search`; {benchmark} in it stands for the benchmark's name"
+            "searches, or what differs from `settings.search`; {benchmark} in it is the benchmark's name"
         },
     )
     rerankers: dict[str, str] = field(

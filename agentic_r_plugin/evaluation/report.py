@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.resources import files
@@ -194,7 +194,7 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
         facts.append(("questions", f"{max(cell['num_questions'] for cell in cells):,}"))
         if "num_seeds" in run.matrix:
             facts.append(("seeds", str(run.matrix["num_seeds"])))
-        facts.append(("on", "; ".join(_by_cells(run, "hardware", _accelerators))))
+        facts.append(("on", "; ".join(dict.fromkeys(text for text, _ in _of_cells(run, "hardware", _accelerators)))))
     if run.iterations:
         facts.append(("iterations", str(max(iteration.number for iteration in run.iterations))))
     if run.costs:
@@ -215,24 +215,15 @@ def _breakdowns(cells: Sequence[results.Cell]) -> list[tuple[str, list[tuple[str
     ]
 
 
-def _by_cells(run: RunFolder, part: str, told: Callable[[Any], str]) -> dict[str, list[str]]:
-    """Group the cells by one part of their provenance: text -> names of cells.
+def _of_cells(run: RunFolder, part: str, shown: Callable[[Any], str]) -> Iterator[tuple[str, str]]:
+    """(text, name of the cell) of one part of the cells' provenance.
 
     Cells without provenance (of several seeds, or of an earlier version) use the matrix's.
     """
-    whole = run.matrix or {}
-    found = ((cell.get("provenance", whole).get(part), cell_name(cell)) for cell in run.cells)
-    return _grouped((told(value), name) for value, name in found if value is not None)
-
-
-def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group names by text; each name once, in order."""
-    groups: dict[str, list[str]] = {}
-    for told, of in pairs:
-        names = groups.setdefault(told, [])
-        if of not in names:
-            names.append(of)
-    return groups
+    for cell in run.cells:
+        value = cell.get("provenance", run.matrix or {}).get(part)
+        if value is not None:
+            yield shown(value), cell_name(cell)
 
 
 def _accelerators(machine: Mapping[str, Any]) -> str:
@@ -259,39 +250,35 @@ _MADE_BY: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     if run.matrix is None:
         return []
-    rows = [
-        *_told("protocol", _grouped((_protocol(cell), cell["agent"]) for cell in run.cells)),
-        *_told("questions", _grouped((_questions(cell), cell["benchmark"]) for cell in run.cells)),
-    ]
-    for part, label, told in _MADE_BY:
-        rows += _told(label, _by_cells(run, part, told))
+    found = {
+        "protocol": _texts((_protocol(cell), cell["agent"]) for cell in run.cells),
+        "questions": _texts((_questions(cell), cell["benchmark"]) for cell in run.cells),
+        **{label: _texts(_of_cells(run, part, shown)) for part, label, shown in _MADE_BY},
+    }
+    rows = [(label, ("differs: " if texts[1:] else "") + "; ".join(texts)) for label, texts in found.items() if texts]
     for key, which in (("agent", "agent_fingerprint"), ("retriever", "search_fingerprint")):
         named = []
         for name in dict.fromkeys(cell[key] for cell in run.cells):
-            mine = [cell for cell in run.cells if cell[key] == name]
-            prints = _grouped((cell.get(which, ""), cell["benchmark"]) for cell in mine)
-            named.append(f"{name} {', '.join(_each(prints))}".strip())
+            prints = _texts((cell.get(which, ""), cell["benchmark"]) for cell in run.cells if cell[key] == name)
+            named.append(f"{name} {', '.join(prints)}".strip())
         rows.append((f"{key}s", ", ".join(named)))
     return rows
 
 
+def _texts(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """The distinct texts of (text, name) pairs; if there are several, each with the names that have it."""
+    names: dict[str, dict[str, None]] = {}
+    for text, name in pairs:
+        names.setdefault(text, {})[name] = None
+    return list(names) if len(names) < 2 else [f"{text} ({', '.join(having)})" for text, having in names.items()]
+
+
 def _protocol(cell: results.Cell) -> str:
-    return f"{cell['protocol']}, {cell['topk']} passages a search, at most {cell['limits']['max_searches']}"
+    return f"{cell['protocol']}, {cell['topk']} passages per search, at most {cell['limits']['max_searches']}"
 
 
 def _questions(cell: results.Cell) -> str:
     return f"{cell['sample']} of {cell['split']}, seed {cell['seed']}"
-
-
-def _told(label: str, groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """A row of the provenance table from texts and the names they apply to; no row if there are none."""
-    differs = "differs: " if len(groups) > 1 else ""
-    return [(label, differs + "; ".join(_each(groups)))] if groups else []
-
-
-def _each(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """The texts; if there are several, each with the names it applies to."""
-    return list(groups) if len(groups) < 2 else [f"{text} ({', '.join(of)})" for text, of in groups.items()]
 
 
 def _sections(content: Mapping[str, Any]) -> list[tuple[str, str]]:

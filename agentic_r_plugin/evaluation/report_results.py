@@ -238,7 +238,7 @@ def plots(cells: Sequence[Cell]) -> dict[str, Any]:
     charts = []
     for key, title, x_label, scale in (
         ("agentic_em", "Exact match", "EM, per cent", 100),
-        ("search_turns", "Searches", "searches a question", 1),
+        ("search_turns", "Searches", "searches per question", 1),
     ):
         estimates = [
             Estimate(

@@ -28,13 +28,13 @@ def percent(value: float) -> str:
 _AGENT_CHARTS: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
     ("Training exact match", "EM", ("agentic_r/em", "critic/score/mean"), (0, None)),
     ("Held-out exact match", "EM", (), (0, None)),
-    ("Search turns", "searches a question", ("agentic_r/search_turns",), (0, None)),
+    ("Search turns", "searches per question", ("agentic_r/search_turns",), (0, None)),
     ("Reward (with KL penalty)", "reward", ("critic/rewards/mean", "critic/score/mean"), (None, None)),
     ("Policy loss", "loss", ("actor/pg_loss",), (None, None)),
     ("Critic loss", "value loss", ("critic/vf_loss",), (0, None)),
     ("Entropy", "nats", ("actor/entropy", "actor/entropy_loss"), (None, None)),
     ("KL to the reference policy", "KL", ("actor/reward_kl_penalty", "actor/kl_loss", "actor/ppo_kl"), (None, None)),
-    ("Malformed turns", "a trajectory", ("agentic_r/malformed_turns",), (0, None)),
+    ("Malformed turns", "per trajectory", ("agentic_r/malformed_turns",), (0, None)),
 )
 """Title, unit, log keys, range of the y axis. The first key in the log is used; no key means verl's validation."""
 

@@ -161,7 +161,7 @@ def _steps(file: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise RecordError(f"expected one JSON object a line: {error}", path=file, line=number) from error
+            raise RecordError(f"expected one JSON object per line: {error}", path=file, line=number) from error
 
 
 def _agreement(folder: Path) -> list[dict[str, Any]]:

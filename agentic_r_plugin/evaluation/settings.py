@@ -27,7 +27,7 @@ LimitsType = TypeVar("LimitsType", "Limits", "LimitOverrides")
 class LimitOverrides:
     """Limits of a trajectory (`protocol.Limits`), each only where it differs from the agent folder's."""
 
-    max_searches: int | None = field(default=None, metadata={"help": "searches a question"})
+    max_searches: int | None = field(default=None, metadata={"help": "searches per question"})
     max_malformed: int | None = field(default=None, metadata={"help": "malformed turns that are corrected"})
     max_tokens: int | None = field(default=None, metadata={"help": "prompt and response together"})
     max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 
 from agentic_r_plugin.errors import BackendError
-from agentic_r_plugin.llm import attention
+from agentic_r_plugin.llm import masks
 from agentic_r_plugin.llm.kv_cache import BatchCache, PrefixStore, Window
 from agentic_r_plugin.llm.sampling import StopStrings, sample
 
@@ -98,12 +98,12 @@ class HFGenerator:
         self, model: Any, tokenizer: Any, *, max_batch_tokens: int = 32_768, prefix_cache_tokens: int = 0
     ) -> None:
         self.model, self.tokenizer, self.max_batch_tokens = model.eval(), tokenizer, max_batch_tokens
-        self.attention = attention.inspect(model.config)
-        attention.cap_logits(model)
+        self.attention = masks.inspect(model.config)
+        masks.cap_logits(model)
         self.prefixes = PrefixStore(prefix_cache_tokens)
         self._cache = BatchCache(model.config.get_text_config().num_hidden_layers)
         self.eos_ids = _eos_ids(model, tokenizer)
-        if model.config.get_text_config().model_type not in attention.TESTED:
+        if model.config.get_text_config().model_type not in masks.TESTED:
             self._compare()
             self.weights_changed()
 

@@ -365,10 +365,10 @@ class OpenAIBackend:
         """
         if text.endswith(stop):
             return text
-        told = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
-        if met := next((reason for reason in told if reason in stop), None):
+        reported = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
+        if met := next((reason for reason in reported if reason in stop), None):
             return text + str(met)
-        if stop and not told and _reason(choice) in ("stop", "stop_sequence"):
+        if stop and not reported and _reason(choice) in ("stop", "stop_sequence"):
             raise BackendError(
                 "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says "
                 "what ended a completion (stop_reason, matched_stop), found neither in "

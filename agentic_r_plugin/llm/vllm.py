@@ -80,7 +80,7 @@ class VLLMBackend:
             raise ConfigError(f"vllm.LLM({model!r}): {error}") from error
         except RuntimeError as error:  # any failure in the engine's own process
             raise BackendError(
-                f"vllm.LLM({model!r}): the engine did not start: {error}; what failed stands above, in the engine's "
+                f"vllm.LLM({model!r}): the engine did not start: {error}; what failed is above, in the engine's "
                 "own output. Too little memory: end other processes on the accelerator, lower "
                 "llm.options.gpu_memory_utilization or .max_model_len, or raise .tensor_parallel_size"
             ) from error

@@ -35,7 +35,7 @@ def _use(record: RetrieverRecord) -> str:
         "query formulation": f"`{record.formulation}`",
         "query prefix": f"`{record.query_prompt!r}`",
         "passage prefix": f"`{record.passage_prompt!r}`",
-        "lengths": f"{record.query_max_length} tokens a query, {record.passage_max_length} a passage",
+        "lengths": f"{record.query_max_length} tokens per query, {record.passage_max_length} per passage",
         "pooling": f"{record.pooling}{', vectors of length 1' if record.normalize else ''}",
     }
     return (
@@ -50,7 +50,7 @@ def _data(config: TrainRetrieverConfig, done: dict[str, Any]) -> str:
     rows = {
         "groups": f"{done['groups']} of `{Path(config.groups).name}` ({done['groups_fingerprint']})",
         "corpus": f"`{Path(config.corpus).name}` ({done['corpus_fingerprint']})",
-        "passages a group": config.group_size,
+        "passages per group": config.group_size,
         "known false negatives": "masked" if config.mask_false_negatives else "kept",
         "batch": f"{config.batch_size} queries on each of {done['processes']} processes",
         "temperature": config.temperature,
@@ -59,7 +59,7 @@ def _data(config: TrainRetrieverConfig, done: dict[str, Any]) -> str:
     }
     if config.interpolation < 1:
         rows["weights"] = f"base + {config.interpolation:g} x (trained - base); results below are of the trained ones"
-    return "## Data and settings\n\n" + table(rows) + "\n\nAll settings stand in `config.yaml`."
+    return "## Data and settings\n\n" + table(rows) + "\n\nAll settings are in `config.yaml`."
 
 
 def _costs(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:

@@ -64,6 +64,11 @@ def from_first(value: Any) -> Any:
     return holder[0]
 
 
+def barrier() -> None:
+    """Wait until every process has reached this call."""
+    from_first(None)  # over gloo; `dist.barrier` would need a device for NCCL
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Gather the values of all processes, in rank order, on every process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

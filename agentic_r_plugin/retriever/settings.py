@@ -117,16 +117,18 @@ class TrainRetrieverConfig:
         },
     )
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
-    processes: int = field(default=1, metadata={"help": "of this node, one a device; started by torchrun, it decides"})
+    processes: int = field(
+        default=1, metadata={"help": "of this node, one per device; started by torchrun, it decides"}
+    )
     seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps"})
+    max_steps: int | None = field(default=None, metadata={"help": "stop after N steps"})
     checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points", **FREE})
     dev_groups: str | None = field(default=None, metadata={"help": "held-out groups to measure on", **BY_CONTENTS})
     dev_steps: int | None = field(default=None, metadata={"help": "steps between two measurements; an epoch"})
     dev_corpus: bool = field(default=False, metadata={"help": "measure by searching the whole corpus as well"})
     dev_metric: str = field(default="dev_ndcg_at_10", metadata={"help": "what early stopping watches"})
     patience: int | None = field(
-        default=None, metadata={"help": "stop after so many measurements without a better one; the best is kept"}
+        default=None, metadata={"help": "stop after N measurements without a better one; the best is kept"}
     )
 
     def __post_init__(self) -> None:

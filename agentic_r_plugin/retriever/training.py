@@ -25,7 +25,7 @@ from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores
 from agentic_r_plugin.retriever.card import write_card
-from agentic_r_plugin.retriever.distributed import from_first, process_group
+from agentic_r_plugin.retriever.distributed import barrier, from_first, process_group
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import BEST, STATE, Run, peak_memory_bytes
 from agentic_r_plugin.retriever.presets import initial_retriever
@@ -100,7 +100,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
             folder=True,
             at_end=frozenset({"interpolation"}),
         )
-        # Only process 0 writes. `from_first` is also a barrier: the others wait there for process 0.
+        # Only process 0 claims and writes the folder. The others learn from it whether the work is done already.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
             if from_first(held.finished is not None if held else None):
                 return out
@@ -108,7 +108,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
             if held:
                 held.begin()
                 save_config(config, out / "config.yaml")
-            from_first(None)  # the folder is begun
+            barrier()  # the folder is begun
             if not output.path(MANIFEST).is_file():
                 raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
             training.restore()
@@ -122,7 +122,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
                 held.finish(done)
                 for name in (STATE, BEST):
                     (out / name).unlink(missing_ok=True)
-            from_first(None)  # no process returns before the folder is complete
+            barrier()  # no process returns before the folder is complete
     return out
 
 

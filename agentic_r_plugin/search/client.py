@@ -187,13 +187,13 @@ class RetrievalClient:
             raise SearchRefusedError(
                 f"{self.url}/reload: the service refused the request: {reason}", status=answer.status_code
             )
-        told = _Attempts(self, "/reload").parse(answer.content)
-        if not isinstance(told, dict) or not isinstance(told.get("fingerprint"), str):
-            found = _start(repr(told), self.token)
+        reply = _Attempts(self, "/reload").parse(answer.content)
+        if not isinstance(reply, dict) or not isinstance(reply.get("fingerprint"), str):
+            found = _start(repr(reply), self.token)
             raise SearchError(
                 f"{self.url}/reload: malformed answer: expected an object with 'fingerprint', found {found}"
             )
-        return str(told["fingerprint"])
+        return str(reply["fingerprint"])
 
     def close(self) -> None:
         """Close the blocking connections; those of event loops are closed by `aclose` or with their loop."""

@@ -52,7 +52,7 @@ class CoverageConfig:
     questions: str = field(metadata={"help": "questions file", **BY_CONTENTS})
     format: str = field(default="", metadata=FORMAT)
     out: str = field(
-        metadata={"help": "one record a question; OUT.report.json and OUT.report.md hold the shares", **FREE}
+        metadata={"help": "one record per question; OUT.report.json and OUT.report.md hold the shares", **FREE}
     )
     index: str = field(
         default="", metadata={"help": "index folder of the retriever (short for search.index=)", **BY_CONTENTS}

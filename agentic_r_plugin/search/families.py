@@ -226,7 +226,7 @@ def _prompts(
         if unclear:
             listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
             raise ConfigError(
-                f"retriever {source!r} has prompts of its own whose use for retrieval cannot be told ({listed}); give "
+                f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
                 f"{' and '.join(unclear)} (an empty text for none)"
             )
         found, why = ("".join(query[:1]), "".join(passage[:1])), "from the model's own prompts"

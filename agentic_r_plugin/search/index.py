@@ -442,7 +442,7 @@ def check_index_file(manifest: IndexManifest, path: Path) -> None:
         )
     if manifest.index_sample is not None and sampled_fingerprint(path) != manifest.index_sample:
         raise IndexMismatchError(
-            f"{path}: these are not the bytes that its manifest tells of; the index file was replaced, build it again "
+            f"{path}: these are not the bytes that its manifest describes; the index file was replaced, build it again "
             "with agentic-r index"
         )
 

@@ -129,8 +129,8 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
     with _bound_socket(config) as listener:
 
         def ready(fingerprint: str) -> contextlib.AbstractContextManager[None]:
-            told = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
-            return _announced(told, config.ready_file)
+            address = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
+            return _announced(address, config.ready_file)
 
         if config.workers > 1:
             listener.listen(1024)
@@ -159,8 +159,8 @@ def serve_here(
     import uvicorn
 
     from agentic_r_plugin.search.app import RequestLimits, build_app
-    from agentic_r_plugin.search.protocol import PatientProtocol
     from agentic_r_plugin.search.reload import WorkerReloader
+    from agentic_r_plugin.search.request_heads import PatientProtocol
     from agentic_r_plugin.search.service import SearchService
 
     own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}

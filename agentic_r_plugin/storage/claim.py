@@ -52,7 +52,7 @@ class Output:
 
     def path(self, suffix: str) -> Path:
         """Path of a file that belongs to the output."""
-        return beside(self.out, suffix, folder=self.folder)
+        return companion(self.out, suffix, folder=self.folder)
 
     def finished(self) -> dict[str, Any] | None:
         """Content of the done file, if the output is done.
@@ -160,7 +160,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
         ConfigError: the disk does not support locks.
     """
     out = Path(out)
-    path = beside(out, LOCK, folder=folder)
+    path = companion(out, LOCK, folder=folder)
     if folder and out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file, expected a folder; choose another path")
     made = not path.parent.exists()
@@ -192,7 +192,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
                 out.rmdir()
 
 
-def beside(out: Path, suffix: str, *, folder: bool = False) -> Path:
+def companion(out: Path, suffix: str, *, folder: bool = False) -> Path:
     """Path of a file that belongs to an output: `OUT.suffix`, or `OUT/.suffix` for a folder."""
     return out / suffix if folder else _named(out, suffix)
 
@@ -213,7 +213,7 @@ def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass -
     out = Path(out)
     if _is_there(out):
         raise OutputExistsError(f"{out} already exists; choose another path, remove it, or {or_else}")
-    begun = [path for path in (beside(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
+    begun = [path for path in (companion(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
     if begun:
         raise OutputExistsError(
             f"{out}: work on it was begun; pass --resume to go on, or remove {' and '.join(map(str, begun))}"

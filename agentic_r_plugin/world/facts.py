@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.world import names
 from agentic_r_plugin.world.grammar import Relation, grammar
+from agentic_r_plugin.world.settings import WorldConfig
 
 SPLITS = ("train", "dev", "test")
 
@@ -19,23 +20,6 @@ _NEVER_SHARED = 4
 
 _LEAST = {"person": 8, "work": 4}
 """Minimum number per split (2 for other types), so that every relation has a possible object."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Population:
-    """Number of entities of each type in a world, over all splits."""
-
-    people: int
-    works: int
-    companies: int
-    schools: int
-    prizes: int
-    towns: int
-    rivers: int
-    namesake_share: float
-    """Share of people and works with the name, or nearly the name, of another one of a different profession or kind."""
-    homonyms: float = 0.0
-    """Share of people, works and towns with exactly the name of another one; only the question tells them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +38,7 @@ class Entity:
     unique: bool = True
     """Whether no other entity of the world has this name."""
     homonym: bool = False
-    """Whether it shares its name because of `Population.homonyms`: every question that needs it says which one."""
+    """Whether it shares its name because of the setting `homonyms`: every question that needs it says which one."""
     county: str = ""
     """County of a town that is a homonym."""
 
@@ -91,24 +75,24 @@ class Facts:
             yield self.facts[entity.key, relation.name]
 
 
-def build_facts(rng: random.Random, population: Population, split_shares: dict[str, float]) -> Facts:
+def build_facts(rng: random.Random, config: WorldConfig, split_shares: dict[str, float]) -> Facts:
     """Make the entities of every split and their facts; no fact connects two splits.
 
     Raises:
         ConfigError: a split is too small, so that a relation has no possible object.
     """
     facts, maker = Facts(), names.NameMaker(rng)
-    used = dict.fromkeys(_counts(population), 0)
+    used = dict.fromkeys(_counts(config), 0)
     for position, split in enumerate(SPLITS):
         members: list[Entity] = []
-        for kind, total in _counts(population).items():
+        for kind, total in _counts(config).items():
             last = position == len(SPLITS) - 1
             count = total - used[kind] if last else round(total * split_shares[split])
             count = max(count, _LEAST.get(kind, 2))
             used[kind] += count
-            made = _entities(rng, maker, kind, count, split, population.namesake_share, facts)
-            if population.homonyms and kind in _HOMONYMS:
-                made = _with_homonyms(rng, maker, made, population.homonyms)
+            made = _entities(rng, maker, kind, count, split, config.namesake_share, facts)
+            if config.homonyms and kind in _HOMONYMS:
+                made = _with_homonyms(rng, maker, made, config.homonyms)
             members += made
         facts.entities += members
         _relate(rng, maker, members, facts)
@@ -117,15 +101,15 @@ def build_facts(rng: random.Random, population: Population, split_shares: dict[s
     return facts
 
 
-def _counts(population: Population) -> dict[str, int]:
+def _counts(config: WorldConfig) -> dict[str, int]:
     return {
-        "town": population.towns,
-        "river": population.rivers,
-        "person": population.people,
-        "work": population.works,
-        "company": population.companies,
-        "school": population.schools,
-        "prize": population.prizes,
+        "town": config.towns,
+        "river": config.rivers,
+        "person": config.people,
+        "work": config.works,
+        "company": config.companies,
+        "school": config.schools,
+        "prize": config.prizes,
     }
 
 

@@ -9,28 +9,10 @@ from agentic_r_plugin.records import Passage
 from agentic_r_plugin.world import names
 from agentic_r_plugin.world.facts import Entity, Fact, Facts
 from agentic_r_plugin.world.grammar import Relation, Wordings, grammar
+from agentic_r_plugin.world.settings import WorldConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProseConfig:
-    """How passages are filled."""
-
-    min_words: int = 42
-    max_words: int = 58
-    reserved_share: float = 0.5
-    """Probability of a reserved wording for an entity of the test split."""
-    mention_share: float = 0.6
-    """Probability that a descriptive passage also mentions a relation that it does not state."""
-    talk_passages: int = 2
-    """Passages per entity that mention several relations but state none."""
-    newspapers: int = 100
-    """Pages that mention several entities."""
-    paraphrase: float = 0.0
-    """Share of facts stated without any word of the relation's queries and questions."""
-    misleading: float = 0.0
-    """Share of facts for which another passage states a wrong value in the words of a query."""
-    seed: int = 0
-    """Seed of `paraphrase` and `misleading`, which leave all other text and the order of passages unchanged."""
+_WORDS = (42, 58)
+"""Fewest and most words at which a passage ends."""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +26,7 @@ class Draft:
 
 
 def write_passages(
-    rng: random.Random, facts: Facts, config: ProseConfig
+    rng: random.Random, facts: Facts, config: WorldConfig
 ) -> tuple[list[Passage], dict[tuple[int, str], str], dict[tuple[int, str], str]]:
     """Write all passages, in random order, misleading ones last.
 
@@ -96,7 +78,7 @@ _IMPOSTORS = {
 
 
 class _Writer:
-    def __init__(self, rng: random.Random, facts: Facts, config: ProseConfig) -> None:
+    def __init__(self, rng: random.Random, facts: Facts, config: WorldConfig) -> None:
         self.rng, self.facts, self.config = rng, facts, config
 
     def own(self, use: str, fact: Fact) -> _Writer:
@@ -159,7 +141,7 @@ class _Writer:
         if entity.county:
             intro += f" It lies in the county of {entity.county}."
         fillers = self.rng.sample(kind.filler, len(kind.filler))
-        wanted = self.rng.randint(self.config.min_words, self.config.max_words)
+        wanted = self.rng.randint(*_WORDS)
         while fillers and len(" ".join([intro, *body]).split()) < wanted:
             body.append(self._fill(fillers.pop(), entity))
         self.rng.shuffle(body)

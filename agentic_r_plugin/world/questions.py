@@ -10,6 +10,7 @@ from agentic_r_plugin.records import Question
 from agentic_r_plugin.world.facts import Entity, Fact, Facts
 from agentic_r_plugin.world.grammar import grammar
 from agentic_r_plugin.world.prose import choose, kind_words
+from agentic_r_plugin.world.settings import WorldConfig
 
 _MOST_FAILURES = 3000
 """Consecutive draws without a new question after which a world counts as too small."""
@@ -23,19 +24,6 @@ _STARTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionConfig:
-    """How questions are drawn and worded."""
-
-    share_one_hop: float
-    share_two_hops: float
-    reserved_share: float
-    elliptic_queries: float = 0.0
-    """Share of hops whose first query leaves out what the question says."""
-    seed: int = 0
-    """Seed of `elliptic_queries`, which leaves the questions unchanged."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Places:
     """(subject key, relation name) -> id of the passage that states the fact, and of one that misleads about it."""
 
@@ -44,7 +32,7 @@ class Places:
 
 
 def write_questions(
-    rng: random.Random, facts: Facts, places: Places, split: str, count: int, config: QuestionConfig
+    rng: random.Random, facts: Facts, places: Places, split: str, count: int, config: WorldConfig
 ) -> list[Question]:
     """Write `count` different questions about the entities of one split, with numbers of hops in random order.
 
@@ -132,7 +120,7 @@ def _mention(rng: random.Random, entity: Entity) -> tuple[str, str]:
 
 
 def _record(
-    id: str, text: str, name: str, chain: list[Fact], facts: Facts, places: Places, config: QuestionConfig
+    id: str, text: str, name: str, chain: list[Fact], facts: Facts, places: Places, config: WorldConfig
 ) -> Question:
     last, keys = chain[-1], [(fact.subject.key, fact.relation.name) for fact in chain]
     golden = [last.value] + ([last.object.alias] if last.object is not None and last.object.alias else [])

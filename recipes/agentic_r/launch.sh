@@ -6,7 +6,7 @@
 # TRAIN, VAL     files of prepare_data.py (default data/train.parquet, data/validation.parquet); VAL= for no validation
 # RETRIEVAL_URL  retrieval service (agentic-r serve), default http://127.0.0.1:8000
 # RETRIEVAL_TOKEN_ENV  name of the variable that holds the service's token, where it wants one (serve --token-env)
-# OUT            folder of the run; the trained agent stands in $OUT/agent
+# OUT            folder of the run; the trained agent is in $OUT/agent
 # PRESET         paper (default) or released_code
 # ENGINE         vllm (default); verl 0.9.1 cannot be installed with sglang
 # All further arguments go to train-agent: --dry-run, --resume, field=value, and verl's own overrides.

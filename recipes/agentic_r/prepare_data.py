@@ -84,7 +84,7 @@ def load(data_dir: Path, item: str) -> list[SourcedQuestion]:
         raise ConfigError(f"{item!r}: expected SET:SPLIT, such as hotpotqa:train")
     questions = read_questions(split_file(data_dir / name, split), labelled=True)
     return [
-        SourcedQuestion(question=replace(question, id=f"{name}/{split}/{question.id}"), source=name)
+        SourcedQuestion(record=replace(question, id=f"{name}/{split}/{question.id}"), source=name)
         for question in questions
     ]
 

@@ -52,7 +52,7 @@ exec "${PYTHON:-python3}" -m verl.trainer.main_ppo \
   critic.model.path="$MODEL" critic.model.use_remove_padding=true critic.model.enable_gradient_checkpointing=true \
   critic.ppo_max_token_len_per_gpu=16384 ++critic.ppo_infer_max_token_len_per_gpu=16384 \
   critic.optim.lr=1e-5 critic.optim.lr_warmup_steps_ratio=0.015 critic.cliprange_value=0.5 \
-  reward.custom_reward_function.path=pkg://agentic_r_plugin.agent.reward reward.custom_reward_function.name=compute_score \
+  reward.custom_reward_function.path=pkg://agentic_r_plugin.agent.verl_reward reward.custom_reward_function.name=compute_score \
   trainer.v1.trainer_mode=sync trainer.project_name=agentic_r trainer.experiment_name="$(basename "$OUT")" \
   trainer.default_local_dir="$OUT/checkpoints" trainer.n_gpus_per_node=8 trainer.nnodes=1 \
   trainer.total_training_steps=500 trainer.total_epochs=100 trainer.save_freq=50 trainer.test_freq=50 \

@@ -3,7 +3,7 @@
     python recipes/evaluation/run_exp.py --method_name agentic-r --split dev --dataset_name hotpotqa --gpu_id 0 \
         agent.model=runs/agent search.index=index/agentic_r
 
-Everything else stands in `flashrag.yaml` beside this file, or in another `--config`; `key=value` sets what stands below
+Everything else is in `flashrag.yaml` next to this file, or in another `--config`; `key=value` sets what is below
 `agentic_r` there.
 """
 

@@ -6,7 +6,7 @@
 
 Weights are base + W x (trained - base) for each W of `--weights` (`train-retriever interpolation=W` writes such a
 checkpoint). Each set's questions (`--split`, the first `--questions`) give queries as in `make_groups.py`; their
-supporting passages must be found among all passages of their own contexts. Every finished cell is one line of
+supporting passages must be found among all passages of their contexts. Every finished cell is one line of
 `results.jsonl`, so the same command goes on after an interruption. `--report` prints the table of what is there, with
 95 % bootstrap intervals of the difference from W = 0 over the same queries.
 """
@@ -24,9 +24,9 @@ import numpy as np
 from hotpotqa import HERE, in_pool
 
 from agentic_r_plugin.retriever.batches import Example, read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import dump_line, read_lines
 
 DEPTHS = (3, 20)

@@ -29,11 +29,11 @@ import torch
 from agentic_r_plugin.config import fingerprint, load_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, RecordError
 from agentic_r_plugin.retriever.batches import Example, read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.dev import measure
 from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run_apart
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import dump_line, read_json, read_lines, write_json
 
 HERE = Path(__file__).parent
@@ -164,9 +164,9 @@ def main() -> None:
     parser.add_argument("--formulation", nargs="+", default=["query", "question_query"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pool", choices=["contexts", "corpus"], default="contexts")
-    parser.add_argument("--train-questions", type=int, help="the first so many; default: all")
-    parser.add_argument("--test-questions", type=int, help="the first so many; default: all")
-    parser.add_argument("--cells", type=int, help="stop after so many new cells")
+    parser.add_argument("--train-questions", type=int, help="the first N; default: all")
+    parser.add_argument("--test-questions", type=int, help="the first N; default: all")
+    parser.add_argument("--cells", type=int, help="stop after N new cells")
     parser.add_argument("--report", action="store_true", help="print the table of what is there, run nothing")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings of train-retriever")
     args = parser.parse_args()

@@ -5,7 +5,7 @@
 The query is what an agent searches first: the content words of the question. Every supporting passage gives a group,
 all under turn 1 of the question, so a query has as many known positives; its negatives are drawn from the best BM25
 hits that are not supporting. With `--pool FILE` the passages of the split's own questions (supporting and distractors)
-are written as a corpus of their own.
+are written as a separate corpus.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with corpus.jsonl and SPLIT.jsonl")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--questions", type=int, help="the first so many; default: all")
+    parser.add_argument("--questions", type=int, help="the first N; default: all")
     parser.add_argument("--candidates", type=int, default=20, help="BM25 hits that negatives are drawn from")
     parser.add_argument("--negatives", type=int, default=15, help="of a group")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Fixtures for agent training; what they are made of stands in `tiny_world.py`."""
+"""Fixtures for agent training; what they are made of is in `tiny_world.py`."""
 
 from __future__ import annotations
 

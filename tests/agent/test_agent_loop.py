@@ -30,7 +30,7 @@ PROTOCOL = components.load("agent_protocol", "compact")
 
 
 def row_of(question: Question, index: int) -> dict[str, Any]:
-    return verl_row(SourcedQuestion(question=question, source="towns"), index, PROTOCOL)
+    return verl_row(SourcedQuestion(record=question, source="towns"), index, PROTOCOL)
 
 
 ROW = row_of(questions()[0], 0)

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from agentic_r_plugin import components
-from agentic_r_plugin.agent.dataset import SourcedQuestion, fitting, read_questions, write_parquet
+from agentic_r_plugin.agent.dataset import SourcedQuestion, fitting, read_sourced_questions, write_parquet
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits
@@ -23,7 +23,7 @@ RECORDS = [
     Question(id="b", question="Who?", golden_answers=("x",)),
 ]
 QUESTIONS = [
-    SourcedQuestion(question=question, source=source)
+    SourcedQuestion(record=question, source=source)
     for question, source in zip(RECORDS, ("nq", "hotpotqa"), strict=True)
 ]
 
@@ -48,20 +48,20 @@ def test_verl_reads_the_rows_as_our_loop_and_reward_need_them(tmp_path: Path, ag
 
 def test_a_file_made_for_verl_gives_back_its_questions_and_their_benchmarks(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", QUESTIONS, PROTOCOL)
-    assert read_questions(tmp_path / "train.parquet") == QUESTIONS
+    assert read_sourced_questions(tmp_path / "train.parquet") == QUESTIONS
 
 
 def test_a_broken_line_is_named_and_an_id_must_be_unique(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text('{"id": "a", "question": "Q", "golden_answers": []}\n')
     with pytest.raises(RecordError, match=r"train\.jsonl:1: question 'a' has no golden answers"):
-        read_questions(path)
+        read_sourced_questions(path)
     write_records(path, [RECORDS[0], RECORDS[0]])
     with pytest.raises(RecordError, match=r"train\.jsonl:2: question id 'a' occurs twice"):
-        read_questions(path)
+        read_sourced_questions(path)
     path.write_text("")
     with pytest.raises(ConfigError, match="at least one question"):
-        read_questions(path)
+        read_sourced_questions(path)
 
 
 def test_questions_whose_prompts_leave_no_room_are_left_out_and_counted(agent_dir: Path, capsys) -> None:
@@ -70,7 +70,7 @@ def test_questions_whose_prompts_leave_no_room_are_left_out_and_counted(agent_di
     codec = TokenizerCodec(AutoTokenizer.from_pretrained(agent_dir))
     kept, lengths = fitting(QUESTIONS, PROTOCOL, codec, Limits())
     assert kept == QUESTIONS and lengths == [len(codec.encode(PROTOCOL.prompt(item.question))) for item in RECORDS]
-    long = replace(QUESTIONS[0], question=replace(QUESTIONS[0].question, id="long", question="Who? " * 500))
+    long = replace(QUESTIONS[0], record=replace(QUESTIONS[0].record, id="long", question="Who? " * 500))
     limits = Limits(max_tokens=max(lengths) + 1)
     assert fitting([*QUESTIONS, long], PROTOCOL, codec, limits) == (QUESTIONS, lengths)
     assert f"1 of {len(QUESTIONS) + 1} questions; the longest, of question 'long', takes" in capsys.readouterr().err

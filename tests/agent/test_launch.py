@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from agentic_r_plugin.agent import attention, dataset, launch, verl_config
+from agentic_r_plugin.agent import dataset, launch, packed_attention, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
@@ -54,8 +54,8 @@ def test_a_service_of_others_is_good_for_training_when_its_search_is(config: Tra
     for answer, found in zip(answers, ("1 of 1", "0 of 1"), strict=True):
         good = loopback.response(200, json.dumps(answer).encode())
         with loopback.Misbehaving([good, loopback.response(404, b"<html>")]) as other:
-            told = check_service(replace(config, retrieval_url=other.url), probe="Who?")
-        assert told == f"{other.url}, without a fingerprint, {found} passages for 'Who?'"
+            answer = check_service(replace(config, retrieval_url=other.url), probe="Who?")
+        assert answer == f"{other.url}, without a fingerprint, {found} passages for 'Who?'"
 
 
 def test_the_first_search_has_as_much_time_as_the_searches_of_the_training(config: TrainAgentConfig) -> None:
@@ -160,7 +160,7 @@ def test_devices_that_cannot_share_a_mini_batch_are_refused(
         accelerator_overrides(replace(config, mini_batch_size=4, **change))  # type: ignore[arg-type]
 
 
-def test_a_run_on_one_machine_joins_no_cluster_and_a_cluster_is_told_there_are_accelerators(
+def test_a_run_on_one_machine_joins_no_cluster_and_a_cluster_learns_that_there_are_accelerators(
     config: TrainAgentConfig,
 ) -> None:
     alone = prepare(replace(config, cpu=False, mini_batch_size=4, micro_batch_size=4)).verl
@@ -262,7 +262,7 @@ def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgen
         load_config(TrainAgentConfig)
 
 
-def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainAgentConfig) -> None:
+def test_verl_is_given_what_the_paper_says_and_never_cuts_anything(config: TrainAgentConfig) -> None:
     paper = TrainAgentConfig(model=config.model, questions="q", retrieval_url="u", out=config.out)
     composed = verl_config.compose(paper, machine=[], num_questions=10_000, prompt_lengths=[40, 60], fresh=True)
     actor, rollout = composed.actor_rollout_ref.actor, composed.actor_rollout_ref.rollout
@@ -276,7 +276,7 @@ def test_verl_is_told_what_the_paper_says_and_never_cuts_anything(config: TrainA
     assert (rollout.prompt_length, rollout.response_length, rollout.max_model_len) == (60, 4096 - 40, 4096)
     assert composed.trainer.total_epochs * (10_000 // 512) >= 500
     assert composed.trainer.v1.trainer_mode == "agentic_r_sync"
-    assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.reward"
+    assert composed.reward.custom_reward_function.path == "pkg://agentic_r_plugin.agent.verl_reward"
 
 
 def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_attention(
@@ -293,7 +293,7 @@ def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_att
         f"+{model}.override_config.attn_implementation=eager" for model in ("actor_rollout_ref.model", "critic.model")
     ]
     assert used(verl=own) == {"eager"}
-    monkeypatch.setattr(attention, "chosen", lambda: "flash_attention_2")
+    monkeypatch.setattr(packed_attention, "chosen", lambda: "flash_attention_2")
     assert used() == {"flash_attention_2"}
     assert used(attention="packed_causal") == {"packed_causal"}
 
@@ -353,7 +353,7 @@ def test_the_agent_loop_is_named_by_the_yaml_file_alone(config: TrainAgentConfig
     assert verl_config.LOOP_NAME not in agent_loop._agent_loop_registry
 
 
-def test_the_training_processes_are_told_whether_to_take_the_cpu(config: TrainAgentConfig) -> None:
+def test_the_training_processes_are_given_whether_to_take_the_cpu(config: TrainAgentConfig) -> None:
     for cpu, switch in ((True, "1"), (False, "0")):
         assert prepare(replace(config, cpu=cpu)).environment["AGENTIC_R_CPU"] == switch
 
@@ -376,7 +376,7 @@ def test_requests_that_may_be_aborted_and_go_on_carry_no_seed_unless_one_is_set(
 def test_the_validation_subset_is_drawn_from_the_whole_file(config: TrainAgentConfig) -> None:
     def ids(most: int, seed: int = 0) -> list[str]:
         chosen = replace(config, validation=config.questions, validation_questions=most, seed=seed)
-        return [item.question.id for item in validation_questions(chosen) or []]
+        return [item.record.id for item in validation_questions(chosen) or []]
 
     whole = ids(0)
     assert len(ids(5)) == 5 and set(ids(5)) < set(whole) and ids(5) != whole[:5]

@@ -106,7 +106,7 @@ def engine_batch(**fields_BR: torch.Tensor) -> TensorDict:
 
 
 def model_output(values_BR: torch.Tensor) -> torch.Tensor:
-    """What a model returns for prompt and response: the value that predicts a token stands one place before it."""
+    """What a model returns for prompt and response: the value that predicts a token is one place before it."""
     rows = [torch.cat([values_BR[row, :length], torch.zeros(1)]) for row, length in enumerate([6, 5])]
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 

@@ -32,7 +32,7 @@ STEPS, BATCH, SAMPLES = 3, 4, 2
 
 @pytest.fixture(scope="module")
 def half_broken_service() -> Iterator[Service]:
-    """A service of its own, which refuses about every second query, always the same ones."""
+    """A separate service, which refuses about every second query, always the same ones."""
     with serving() as running:
         running.refuse_every = 2
         yield running

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agentic_r_plugin.agent.reward import compute_score
+from agentic_r_plugin.agent.verl_reward import compute_score
 from agentic_r_plugin.errors import TrainingError
 
 LOOP = {

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.agent.metrics import rollout_line, trajectory_metrics
-from agentic_r_plugin.agent.reward import compute_score
 from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.agent.rollout_page import page
+from agentic_r_plugin.agent.verl_reward import compute_score
 from agentic_r_plugin.errors import BackendError, ConfigError, TrainingError, UnknownComponentError
 from agentic_r_plugin.records import Passage, StopReason
 from agentic_r_plugin.tags import compact

@@ -105,15 +105,15 @@ def test_the_page_colours_exactly_what_was_masked_and_needs_nothing_else(trainin
     assert "Step 2" in html and "Step 10" not in html
 
 
-@pytest.mark.parametrize(("trained", "told"), [(0, "100% masked"), (1_000_000, "0% masked")])
+@pytest.mark.parametrize(("trained", "shown"), [(0, "100% masked"), (1_000_000, "0% masked")])
 def test_the_page_says_what_was_trained_on_and_not_who_wrote_it(
-    agent_dir: Path, tmp_path: Path, trained: int, told: str
+    agent_dir: Path, tmp_path: Path, trained: int, shown: str
 ) -> None:
     item = outcome("Ada", agent_dir)
     item["trained_tokens"] = min(trained, sum(part["tokens"] for part in item["segments"]))
     RolloutLog(tmp_path / "rollouts").write(1, [rollout_line(item, 1)])
     run(ShowRolloutsConfig(run=str(tmp_path), out=str(tmp_path / "page.html")))
-    assert told in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert shown in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_page_says_what_is_missing_and_overwrites_nothing(training: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def passages() -> list[Passage]:
 
 
 def find(query: str, topk: int) -> list[Hit]:
-    """Passages whose title stands in the query first, then the others in order."""
+    """Passages whose title is in the query first, then the others in order."""
     ranked = sorted(passages(), key=lambda passage: passage.title not in query)
     return [Hit(passage=passage, score=1.0 / rank) for rank, passage in enumerate(ranked[:topk], start=1)]
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/data_scale.py --queries 10000 100000 1000000 [--out DIR] [--runner ...]
 
-Each size and stage is a command of the package in a process of its own, on files; only the models are simulated, in
+Each size and stage is a command of the package in a separate process, on files; only the models are simulated, in
 the process: they answer at once, by a hash of what they are asked. So the table shows what the package itself costs
-(wall time of the whole command; the share inside the simulated models and their sessions stands beside it):
+(wall time of the whole command; the share inside the simulated models and their sessions is next to it):
 records a second, and the peak of resident memory, which must not grow with the number of queries. Two queries a
 trajectory; a million queries need some 6 GB of disk.
 """

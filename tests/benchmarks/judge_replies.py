@@ -114,7 +114,7 @@ def check_thoughts(replies: int, seed: int) -> Counter[str]:
         assert found == scores and all(type(score) is int for score in found), reply
         seen["taken, the right ones"] += 1
         if not opening:
-            continue  # a cut reply without any tag can only be told by what the server says
+            continue  # a cut reply without any tag can only be found by what the server says
         cut = reply[: chance.randrange(len(opening), len(opening) + len(thought))]
         try:
             raise AssertionError(f"{cut!r} gave {parse_scores(cut, len(scores))}")

@@ -130,7 +130,7 @@ def run_stages(folder: Path, url: str, *more: str) -> None:
 
 
 def reference(folder: Path, server: Server, url: str) -> None:
-    """Every stage, one unit at a time, so that the server can tell whose a request is."""
+    """Every stage, one unit at a time, so that the server knows whose a request is."""
     plain = runner.LocalExecutor.run
 
     def noting(self: Any, batches: Any) -> Any:

@@ -36,7 +36,7 @@ from agentic_r_plugin.search.server import ServeConfig, running_service
 
 
 class Load:
-    """Clients that ask one after the other until told to stop."""
+    """Clients that ask one after the other until asked to stop."""
 
     def __init__(self, url: str, clients: int, *, retries: int) -> None:
         self.url, self.retries, self.stop = url, retries, False

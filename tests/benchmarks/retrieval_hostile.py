@@ -130,7 +130,7 @@ def main() -> None:
     counted = [line for line in metrics.splitlines() if line.startswith("agentic_r_search_requests_total")]
     print("The service's own count: " + ", ".join(line.partition("total")[2] for line in counted))
     if deaths or good != -(-args.requests // 100) or not set(statuses) <= {400, 404, 405, 413}:
-        raise SystemExit("the service did not stand it")
+        raise SystemExit("the service did not survive it")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/retrieval_memory.py [--sizes 100000 1000000] [--kinds Flat SQ8 IVF1024,PQ16] [--folder DIR]
 
-Every build and every service is a process of its own. Prints two Markdown tables: the build's peak resident memory, and
+Every build and every service is a separate process. Prints two Markdown tables: the build's peak resident memory, and
 how much of it is private (RssAnon: what it allocated, the pages of mapped files not counted) at its highest; the
 service's private memory, its resident memory, how long it took until it answered, and milliseconds a query.
 The last rows say how much more ten times the passages take.

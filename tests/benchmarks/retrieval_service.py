@@ -5,7 +5,7 @@
 INDEX is a folder built by `agentic-r index` (of any size; the retriever is loaded from it). Every client sends one
 question-aware query at a time over a kept connection. Interleaved rounds of: the backend in this process in batches of
 64; the plain server (sync endpoint, as in Search-R1; and async); our service with one worker. The service runs in a
-process of its own, the clients in another, all on the same processor. Prints a Markdown table of queries per second,
+separate process, the clients in another, all on the same processor. Prints a Markdown table of queries per second,
 p50, p99, and the ratios; then the latency of cache hits with one client. Queries are all different, so nothing but the
 last line profits from the cache.
 """
@@ -141,7 +141,7 @@ async def _load(port: int, bodies: list[bytes], clients: int) -> Sample:
 
 
 def load(port: int, bodies: list[bytes], clients: int) -> Sample:
-    """From a process of its own."""
+    """From a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_run_load, (port, bodies, clients))
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/rollout_driver.py [--trajectories 256] [--seeds 0 1 2] [--median-s 0.5] [--sigma 1.0]
 
 Every turn of the model takes a time drawn from a log-normal distribution (median `--median-s`, shape `--sigma`), every
-trajectory 1 to 5 turns. The retrieval service is a real one, over HTTP, in a process of its own. Per seed, in one run
+trajectory 1 to 5 turns. The retrieval service is a real one, over HTTP, in a separate process. Per seed, in one run
 and one after the other:
 
 - turn-synchronous, as in Search-R1: all trajectories wait for the slowest turn, then search in one batch;
@@ -59,7 +59,7 @@ class Script:
 
 @dataclass
 class SimulatedModel:
-    """Stands where verl's client of the rollout engine stands; answers a request after its time."""
+    """In place of verl's client of the rollout engine; answers a request after its time."""
 
     scripts: list[Script]
     at: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def scripts(count: int, seed: int, options: argparse.Namespace, codec: Tokenizer
 
 def rows(count: int) -> list[dict[str, Any]]:
     questions = [Question(id=str(n), question=f"Which town {n}?", golden_answers=("Paris",)) for n in range(count)]
-    return [verl_row(SourcedQuestion(question=q, source="s"), n, search_r1) for n, q in enumerate(questions)]
+    return [verl_row(SourcedQuestion(record=q, source="s"), n, search_r1) for n, q in enumerate(questions)]
 
 
 async def asynchronous(model: SimulatedModel, tokenizer: Any, url: str, concurrency: int) -> float:

@@ -1,6 +1,6 @@
 """What each cause in the generated world does to search: `python tests/benchmarks/world_causes.py`.
 
-Every world has one cause at a share of its own (`--share`), and the last world has all of them. The questions are
+Every world has one cause at its own share (`--share`), and the last world has all of them. The questions are
 development questions, and the queries are those of an agent that knows the answers of earlier hops (the first wording).
 
 | column | meaning |

@@ -70,7 +70,7 @@ def test_candidates_hold_the_prefix_and_ten_passages(whole: Path):
     assert {len(query.passages) for query in queries} == {10}
 
 
-def test_the_passage_that_tells_the_birthplace_is_relevant_and_correct(whole: Path):
+def test_the_passage_that_holds_the_birthplace_is_relevant_and_correct(whole: Path):
     relevance = next(iter(read_records(whole / "relevance.jsonl", Relevance)))
     assert [key for key, score in relevance.scores.items() if score > 60] == ["born-Ada"]
     correct = {
@@ -112,15 +112,15 @@ def test_correctness_that_was_pruned_otherwise_is_refused_and_not_taken_for_quer
     assert main([*line, "use_relevance=false"]) == 1
     assert "the correctness of every candidate is needed" in capsys.readouterr().err
     assert main([*line, "preset=released_code"]) == 1
-    assert "takes up to 3 tied candidates" in (told := capsys.readouterr().err) and "preset=released_code" in told
+    assert "takes up to 3 tied candidates" in (printed := capsys.readouterr().err) and "preset=released_code" in printed
     other = tmp_path / "relevance.jsonl"
     scored = read_records(whole / "relevance.jsonl", Relevance)
     write_records(other, [replace(record, scores=dict.fromkeys(record.scores, 70)) for record in scored])
     line[line.index("--relevance") + 1] = str(other)
     assert main(line) == 1
-    told = capsys.readouterr().err
-    assert f"{whole / 'correctness.jsonl'} was made with the relevance file {whole / 'relevance.jsonl'}" in told
-    assert str(other) in told and not (tmp_path / "g.jsonl").exists()
+    printed = capsys.readouterr().err
+    assert f"{whole / 'correctness.jsonl'} was made with the relevance file {whole / 'relevance.jsonl'}" in printed
+    assert str(other) in printed and not (tmp_path / "g.jsonl").exists()
     line[line.index("--correctness") + 1] = str(whole / "exhaustive.jsonl")
     assert main([*line, "threshold=50"]) == 0  # every candidate was rolled out
 

@@ -99,15 +99,15 @@ def test_ablations_need_only_their_own_file(config: GroupsConfig):
 
 def test_of_equal_queries_to_equal_questions_only_the_first_is_taken_where_asked_for(config: GroupsConfig, tmp_path):
     queries = list(read_records(config.candidates, Candidates))
-    told = ["first", "The  Query!", "the query", "b", "c", "first"]
-    write_records(tmp_path / "c.jsonl", [replace(q, query=text) for q, text in zip(queries, told, strict=True)])
+    queried = ["first", "The  Query!", "the query", "b", "c", "first"]
+    write_records(tmp_path / "c.jsonl", [replace(q, query=text) for q, text in zip(queries, queried, strict=True)])
     run(replace(config, drop_duplicate_queries=True))
     report = read_json(config.out + ".report.json")
     assert report["dropped"]["duplicate_query"] == 2 and report["read"] == 6
     assert [group.id for group in read_records(config.out, Group)] == ["0", "1"]
 
 
-def test_repeated_passages_are_told_by_their_text(config: GroupsConfig, tmp_path: Path):
+def test_repeated_passages_are_found_by_their_text(config: GroupsConfig, tmp_path: Path):
     texts = {passage: f"text {min(int(passage[1:]), 17)}" for passage in PASSAGES}
     texts["p04"] = "Text  3."
     lines = [json.dumps({"id": key, "contents": f'"T {key}"\n{text}'}) for key, text in texts.items()]

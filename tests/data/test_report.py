@@ -84,10 +84,10 @@ def test_a_forecast_is_the_samples_mean_with_an_interval_over_its_batches():
     assert made["high"] == {"rollouts": pytest.approx(6000 + spread, abs=0.1), "seconds": 200.0}
 
 
-def test_shares_are_told_where_their_counts_are():
-    told = cost.summary({"cached_tokens": 30, "prompt_tokens": 120, "pruned": 5, "candidates": 20}, 10)
-    assert (told["prefix_hit_rate"], told["pruned_share"], told["per_unit"]["prompt_tokens"]) == (0.25, 0.25, 12.0)
-    assert "judge_prefix_hit_rate" not in told
+def test_shares_are_given_where_their_counts_are():
+    found = cost.summary({"cached_tokens": 30, "prompt_tokens": 120, "pruned": 5, "candidates": 20}, 10)
+    assert (found["prefix_hit_rate"], found["pruned_share"], found["per_unit"]["prompt_tokens"]) == (0.25, 0.25, 12.0)
+    assert "judge_prefix_hit_rate" not in found
 
 
 def test_a_hit_rate_is_unknown_and_not_0_if_the_server_reports_no_cached_tokens():

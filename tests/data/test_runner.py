@@ -32,7 +32,7 @@ class EchoConfig:
 
 
 class Echo:
-    """Says every question's id after a time of its own; fails as its behaviour file says."""
+    """Says every question's id after its own time; fails as its behaviour file says."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cost = folder, RolloutCost()

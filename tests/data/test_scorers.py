@@ -170,7 +170,7 @@ def test_a_cross_encoder_of_another_kind_or_with_other_options_is_refused(encode
         CrossEncoderScorer(str(tmp_path))
 
 
-def test_the_text_that_stands_for_the_query_is_part_of_the_fingerprint(encoder: Path):
+def test_the_text_used_for_the_query_is_part_of_the_fingerprint(encoder: Path):
     one, other = (CrossEncoderScorer(str(encoder), text=text, device="cpu") for text in ("query", "question_query"))
     assert one.fingerprint() != other.fingerprint() != fingerprint("cross_encoder")
     assert other._text(task_of(QUERY, STORE)) == "Who? find it"

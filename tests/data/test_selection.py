@@ -228,7 +228,7 @@ def naive_groups(
 
 
 def continuations(correct: Mapping[int, Mapping[str, int]], cost: CorrectnessCost) -> Continuations:
-    """An agent that answers rightly from the candidates that are correct in a turn (which the prefix tells)."""
+    """An agent that answers rightly from the candidates that are correct in a turn (which the prefix shows)."""
 
     def policy(prompt: str) -> str:
         turn, shown = prompt.count("</search>"), prompt.rpartition("text of ")[2][0]

@@ -23,7 +23,7 @@ _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-n
 
 
 class Browser:
-    """One page of its own Chromium; use it as a context manager."""
+    """One page of a new Chromium; use it as a context manager."""
 
     def __init__(self, profile: Path) -> None:
         assert EXECUTABLE is not None
@@ -116,7 +116,7 @@ class Browser:
         self.settle()
 
     def settle(self) -> None:
-        """Wait until what was begun is drawn: `<details>` tells of its opening a moment later."""
+        """Wait until what was begun is drawn: `<details>` reports its opening a moment later."""
         drawn = "new Promise(done => requestAnimationFrame(() => setTimeout(done)))"
         self.call("Runtime.evaluate", expression=drawn, awaitPromise=True)
 

@@ -75,7 +75,7 @@ AGENTS, RETRIEVERS = ("agent-0",), ("retriever-0", "retriever-1", "retriever-2")
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three run folders with made-up figures, agents and retrievers of their own."""
+    """Three run folders with made-up figures, each with its own agents and retrievers."""
     folder = tmp_path_factory.mktemp("seeds")
     runs = [
         write_run(folder / f"seed-{n}", num_questions=40, agents=AGENTS, retrievers=RETRIEVERS[:2], seed=n)

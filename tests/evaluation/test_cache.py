@@ -100,7 +100,7 @@ def test_a_cache_of_another_retriever_or_a_broken_one_is_refused(tmp_path: Path)
         CachedSearch(search, path)
 
 
-def test_flashrags_retrievers_are_told_apart_by_what_their_configuration_names(tmp_path: Path) -> None:
+def test_flashrags_retrievers_are_distinguished_by_what_their_configuration_names(tmp_path: Path) -> None:
     def named(**settings: Any) -> str:
         retriever = type("DenseRetriever", (), {"config": {"retrieval_method": "e5", **settings}})()
         return FlashRAGBackend(retriever).fingerprint()

@@ -89,7 +89,7 @@ def config(tmp_path: Path, agent: Path, **extra: Any) -> EvaluateConfig:
     return load_config(EvaluateConfig, values=values | extra)
 
 
-def test_cells_in_processes_of_their_own_come_out_as_those_of_one(tmp_path: Path, tiny_agent: Path) -> None:
+def test_cells_in_separate_processes_come_out_as_those_of_one(tmp_path: Path, tiny_agent: Path) -> None:
     corpus = f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"
     two = {"searches": {"bm25": corpus, "again": corpus}, "first": 3}
     run(config(tmp_path, tiny_agent, **two, out=str(tmp_path / "one")))
@@ -144,7 +144,7 @@ def test_finished_cells_are_not_run_again_and_new_ones_are_added(
     run(config(tmp_path, tiny_agent, searches=searches), resume=True)
 
 
-def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_tells_where_cells_differ(
+def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_shows_where_cells_differ(
     tmp_path: Path, tiny_agent: Path
 ) -> None:
     first = config(tmp_path, tiny_agent)

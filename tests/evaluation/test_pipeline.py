@@ -150,7 +150,7 @@ def test_a_missing_split_is_an_error_that_lists_the_files(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ("{broken", RecordError, r"test\.jsonl:7: expected one JSON object a line"),
+        ("{broken", RecordError, r"test\.jsonl:7: expected one JSON object per line"),
         (json.dumps({"id": "x", "question": "?", "golden_answers": True}), RecordError, r":7: field 'golden_answers'"),
         (json.dumps({"id": "q0", "question": "?", "golden_answers": ["a"]}), RecordError, ":7: .*'q0' occurs twice"),
     ],

@@ -200,7 +200,7 @@ def test_comparisons_are_shown_where_no_change_stands_out(tmp_path: Path) -> Non
 CHOSEN = {("a", "x"), ("b", "y"), ("b", "z")}
 
 
-def test_the_papers_figures_stand_beside_ours_where_it_has_the_benchmark(several: Path, finished: Path) -> None:
+def test_the_papers_figures_are_next_to_ours_where_it_has_the_benchmark(several: Path, finished: Path) -> None:
     cells = json.loads((several / "evaluation" / "matrix.json").read_text())["cells"]
     table = report_results.overview(cells)
     assert table is not None and [head["name"] for head in table["heads"]] == ["musique", "fictional_world"]
@@ -227,13 +227,13 @@ def test_the_questions_that_flip_are_carried_with_the_trajectories_of_every_cell
     record = next(record for record in folder.trajectories(cells[8]) if record.id == split[0])
     side = benchmark["questions"][0]["sides"][8]
     assert (side["right"], side["answer"], side["searches"]) == (bool(record.em), record.answer, len(record.turns))
-    told = [(kind, "\n".join(payload["lines"][place] for place in places)) for kind, *places in side["pieces"]]
-    assert told == [(piece.kind, piece.text) for piece in compact.pieces(record)]
+    shown = [(kind, "\n".join(payload["lines"][place] for place in places)) for kind, *places in side["pieces"]]
+    assert shown == [(piece.kind, piece.text) for piece in compact.pieces(record)]
     cells[8]["protocol_options"] = {"answer_tag": "final"}  # the cells are those of `folder`
     payload = read_answers(folder, num_trajectories=2000)
     pieces = payload["benchmarks"][0]["questions"][0]["sides"][8]["pieces"]
     assert [kind for kind, *_ in pieces] == [p.kind for p in replace(compact, answer_tag="final").pieces(record)]
-    assert [kind for kind, *_ in pieces] != [kind for kind, _ in told]
+    assert [kind for kind, *_ in pieces] != [kind for kind, _ in shown]
 
 
 def test_the_page_carries_no_more_trajectories_than_asked_for(finished: Path, several: Path) -> None:
@@ -261,7 +261,7 @@ def test_several_seeds_together_show_each_seeds_figure(finished: Path, tmp_path:
     assert "which questions flip is left out" in text and "Question by question" not in text
 
 
-def test_what_differs_between_cells_is_told_of_each(several: Path, tmp_path: Path) -> None:
+def test_what_differs_between_cells_is_shown_for_each(several: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(several, folder)
     file = folder / "evaluation" / "matrix.json"
@@ -278,7 +278,9 @@ def test_what_differs_between_cells_is_told_of_each(several: Path, tmp_path: Pat
     write_json(file, matrix)
     run(ReportConfig(run=str(folder), out=str(tmp_path / "out")))
     text = (tmp_path / "out" / "report.md").read_text().partition("## Made from")[2]
-    assert re.search(rf"protocol: differs: compact, 3 passages a search, at most 10 \({agent}\); .*at most 5 \(", text)
+    assert re.search(
+        rf"protocol: differs: compact, 3 passages per search, at most 10 \({agent}\); .*at most 5 \(", text
+    )
     assert re.search(rf"questions: differs: all of dev, seed 0 \({benchmark}\); all of test, seed 0 \(", text)
     assert f"{retriever} of {benchmark} ({benchmark}), fedcba9876543210 (" in text
     html = (tmp_path / "out" / "report.html").read_text()
@@ -368,7 +370,7 @@ def test_nothing_to_report_is_an_error(tmp_path: Path, make: bool, message: str)
     assert not (folder / "report.html").exists()
 
 
-def test_a_transcript_tells_the_environments_blocks_from_the_models_own() -> None:
+def test_a_transcript_separates_the_environments_blocks_from_the_models_own() -> None:
     text = (
         "<think>a</think><information>made up</information><search> q </search>"
         "\n\n<information>Doc 1(Title: x) y</information>\n\nrubbish" + search_r1.correction + "<answer> z </answer>"

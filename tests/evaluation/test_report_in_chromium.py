@@ -47,7 +47,7 @@ def outcomes(folder: Path, place: int) -> dict[str, bool]:
 
 
 def column(browser: Browser, name: str) -> list[str]:
-    """The results table's column under a heading, as it stands on the page."""
+    """The results table's column under a heading, as the page shows it."""
     headings = [text.split("\xa0")[0].strip() for text in browser.texts("#results-table thead th")]
     return browser.texts(f"#results-table tbody tr > :nth-child({headings.index(name) + 1})")
 

@@ -78,7 +78,7 @@ def through_verl(agent: Path, shown: dict[str, Any], questions: list[Question], 
     sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "logprobs": True}
 
     async def answer(index: int, question: Question) -> Any:
-        row = verl_row(SourcedQuestion(question=question, source="world"), index, protocol)
+        row = verl_row(SourcedQuestion(record=question, source="world"), index, protocol)
         loop = make_loop(tokenizer, engine, url, **shown)
         return await loop.run(dict(sampling), **row, raw_prompt=row["prompt"], uid=str(index), session_id=0)
 
@@ -226,7 +226,7 @@ def test_tool_calls_give_the_same_trajectories_and_masks_in_training_data_constr
 
 async def _in_loop(agent: ToolAgent, url: str, index: int, question: Question) -> Any:
     protocol = load_protocol("tool_calls", OPTIONS)
-    row = verl_row(SourcedQuestion(question=question, source="toy"), index, protocol)
+    row = verl_row(SourcedQuestion(record=question, source="toy"), index, protocol)
     loop = make_loop(
         agent.codec.tokenizer,
         agent,

@@ -126,10 +126,10 @@ def agent_attention() -> Outcome:
     """Log-probabilities of packed trajectories with our attention against transformers' SDPA and flash-attn."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from agentic_r_plugin.agent import attention
+    from agentic_r_plugin.agent import packed_attention
     from agentic_r_plugin.attention import has_kernel
 
-    attention.register()
+    packed_attention.register()
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 500}
     lengths = [40, 7, 93]
     if not small():
@@ -150,7 +150,7 @@ def agent_attention() -> Outcome:
     model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         alone = torch.cat([model(input_ids=row, use_cache=False).logits[0].float() for row in ids])
-    found = {attention.NAME: packed(attention.NAME)}
+    found = {packed_attention.NAME: packed(packed_attention.NAME)}
     if find_spec("flash_attn") is not None:
         found["flash_attention_2"] = packed("flash_attention_2")
     errors = {
@@ -327,7 +327,7 @@ def exact_search() -> Outcome:
 
 
 def seeded_sampling() -> Outcome:
-    """Tokens per second of 256 sampled requests in vLLM, each with a seed of its own and without."""
+    """Tokens per second of 256 sampled requests in vLLM, each with its own seed and without."""
     from agentic_r_plugin.backends import LLMSpec, open_llm
     from agentic_r_plugin.llm.base import Request, Sampling
 
@@ -398,7 +398,7 @@ def memory_estimate() -> Outcome:
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from verl.utils.torch_functional import logprobs_from_logits
 
-    from agentic_r_plugin.agent import memory, prepare
+    from agentic_r_plugin.agent import memory_estimate, prepare
     from agentic_r_plugin.agent.settings import TrainAgentConfig
     from agentic_r_plugin.protocol import Limits
 
@@ -419,8 +419,8 @@ def memory_estimate() -> Outcome:
             micro_batch_tokens=tokens, limits=Limits(max_tokens=tokens, max_response_tokens=tokens // 2),
         )  # fmt: skip
         composed, _ = prepare.compose(settings, num_questions=10_000, prompt_lengths=[tokens // 4])
-        size = memory.model_size(name)
-    moments = memory.estimate(composed, size, None, device_memory_gb=141).moments["update of the actor"]
+        size = memory_estimate.model_size(name)
+    moments = memory_estimate.estimate(composed, size, None, device_memory_gb=141).moments["update of the actor"]
     parts = ("weights", "gradients", "optimizer", "gathered block, twice", "activations", "logits")
     expected = sum(moments[part] for part in parts)
     before = torch.cuda.memory_allocated() if not small() else 0
@@ -444,7 +444,7 @@ def memory_estimate() -> Outcome:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        peak = (torch.cuda.max_memory_allocated() - before) / memory.GIB if not small() else 0.0
+        peak = (torch.cuda.max_memory_allocated() - before) / memory_estimate.GIB if not small() else 0.0
     finally:
         torch.distributed.destroy_process_group()
     return Outcome(

@@ -84,15 +84,15 @@ def test_a_stop_string_that_vllm_or_sglang_left_out_is_put_back(name: str, text:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "reported",
     [
         {"finish_reason": "stop", "stop_reason": None},
         {"finish_reason": "stop", "matched_stop": 151645},
         {"finish_reason": "length"},
     ],
 )
-def test_a_text_that_no_stop_string_ended_stays_as_it_is(told: dict):
-    with serve(lambda path, body: completion("I give up.", **told)) as server:
+def test_a_text_that_no_stop_string_ended_stays_as_it_is(reported: dict):
+    with serve(lambda path, body: completion("I give up.", **reported)) as server:
         (done,) = backend(server.url).generate([request("a")], STOP)
     assert CODEC.decode(done.token_ids) == "I give up."
 
@@ -362,11 +362,11 @@ def test_a_message_whose_thoughts_used_all_tokens_is_an_empty_cut_reply():
 
 def test_an_error_with_status_200_goes_through_the_rules_of_refusals():
     def answer(path: str, body: dict) -> Answer:
-        told = {
+        reported = {
             "long": {"code": 400, "message": "maximum context length is 8 tokens"},
             "long too": {"message": "prompt is too long", "code": "context_length_exceeded"},
         }.get(body["messages"][0]["content"])
-        return (200, {"error": told}) if told else chat("fine")
+        return (200, {"error": reported}) if reported else chat("fine")
 
     with serve(answer) as server:
         first, second, third = backend(server.url).chat(["long", "a", "long too"], max_tokens=5)

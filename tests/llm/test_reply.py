@@ -1,4 +1,4 @@
-"""Replies of a model in this process: its thoughts are told by their marks, special tokens or not."""
+"""Replies of a model in this process: its thoughts are found by their marks, special tokens or not."""
 
 from __future__ import annotations
 

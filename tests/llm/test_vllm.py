@@ -126,7 +126,7 @@ def test_the_likelihood_of_a_text_is_read_from_the_log_probabilities_of_the_prom
 
 
 @pytest.mark.usefixtures("vllm")
-def test_a_drawn_sample_has_a_seed_of_its_own_prompt_and_chat_is_a_prompt():
+def test_a_drawn_sample_has_its_own_seed_and_chat_is_a_prompt():
     backend = VLLMBackend("m")
     assert backend.chat(["hi"], max_tokens=8, temperature=0.7, seed=3) == ["<search>"]
     ((prompts, (params,), _),) = backend._engine.calls

@@ -1,4 +1,4 @@
-"""Run in a process of its own: does each fault that `patches/` cures show in the verl that this process imports?
+"""Run in a separate process: does each fault that `patches/` cures show in the verl that this process imports?
 
 Prints one JSON object, probe -> outcome; an outcome that begins with "fault:" is the fault.
 """

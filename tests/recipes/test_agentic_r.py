@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import memory, prepare
-from agentic_r_plugin.agent.dataset import read_questions
+from agentic_r_plugin.agent import memory_estimate, prepare
+from agentic_r_plugin.agent.dataset import read_sourced_questions
 from agentic_r_plugin.agent.dry_run import validate
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.cli import build_config, main, parse_command
@@ -132,7 +132,7 @@ def test_a_script_passes_the_name_of_the_variable_with_the_services_token_on() -
     assert config_of(script, RETRIEVAL_TOKEN_ENV="RETRIEVAL_TOKEN").retrieval_token_env == "RETRIEVAL_TOKEN"
 
 
-def test_separate_async_has_rollout_machines_of_its_own(qwen_7b: Path) -> None:
+def test_separate_async_has_its_own_rollout_machines(qwen_7b: Path) -> None:
     config = config_of(SCRIPTS[0], "mode=separate_async", "rollout_nodes=1", MODEL=str(qwen_7b))
     composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
     assert validate(composed) == "passed"
@@ -155,25 +155,27 @@ def test_no_configuration_file_is_left_unchecked() -> None:
 
 
 def test_the_7b_recipe_fits_and_without_offloading_it_does_not(qwen_7b: Path) -> None:
-    size = memory.model_size(qwen_7b)
+    size = memory_estimate.model_size(qwen_7b)
     assert size.parameters == 7_615_616_512
 
-    def estimated(*overrides: str) -> memory.MemoryEstimate:
+    def estimated(*overrides: str) -> memory_estimate.MemoryEstimate:
         config = config_of(RECIPE / "run_qwen2.5-7b_ppo_iter1.sh", *overrides, MODEL=str(qwen_7b))
         composed, _ = prepare.compose(config, num_questions=10_000, prompt_lengths=[150])
-        return memory.estimate(composed, size, size, device_memory_gb=config.device_memory_gb)
+        return memory_estimate.estimate(composed, size, size, device_memory_gb=config.device_memory_gb)
 
     whole = estimated()
     assert whole.fits
     # fp32 weights and gradients, two fp32 moments, over 8 devices
     update = whole.moments["update of the actor"]
     assert update["weights"] + update["gradients"] + update["optimizer"] == pytest.approx(
-        16 * size.parameters / 8 / memory.GIB
+        16 * size.parameters / 8 / memory_estimate.GIB
     )
-    assert whole.host["actor, offloaded"] == pytest.approx(12 * size.parameters / memory.GIB)
+    assert whole.host["actor, offloaded"] == pytest.approx(12 * size.parameters / memory_estimate.GIB)
     kept = estimated("offload=false")
     assert not kept.fits and "DOES NOT FIT" in kept.table()
-    assert kept.moments["sampling"]["critic, not offloaded"] == pytest.approx(12 * size.parameters / 8 / memory.GIB)
+    assert kept.moments["sampling"]["critic, not offloaded"] == pytest.approx(
+        12 * size.parameters / 8 / memory_estimate.GIB
+    )
     assert estimated("micro_batch_tokens=65536").moments["update of the actor"]["logits"] == pytest.approx(
         4 * update["logits"]
     )
@@ -197,8 +199,8 @@ def test_a_dry_run_shows_configuration_estimate_and_checks(
         "batch_size=8", "mini_batch_size=8", MODEL=str(agent_dir), TRAIN=str(question_file), VAL=str(question_file),
         RETRIEVAL_URL=service.url, OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    shown, told = capsys.readouterr()
-    assert code == 0, told[-2000:]
+    shown, printed = capsys.readouterr()
+    assert code == 0, printed[-2000:]
     assert "adv_estimator: gae" in shown and "fullest moment" in shown
     assert "ok      questions: towns 12" in shown and f"ok      retrieval service: {service.url}" in shown
     assert "FAILED" not in shown
@@ -210,14 +212,14 @@ def test_a_dry_run_names_everything_that_is_wrong_at_once(tmp_path: Path, capsys
         "nodes=2", MODEL=str(tmp_path / "nothing"), TRAIN=str(tmp_path / "none.parquet"), VAL="",
         RETRIEVAL_URL="http://127.0.0.1:9", OUT=str(tmp_path / "run"),
     )  # fmt: skip
-    shown, told = capsys.readouterr()
+    shown, printed = capsys.readouterr()
     assert code == 1
     failed = [line for line in shown.splitlines() if line.startswith("FAILED")]
     assert [line.partition(":")[0].removeprefix("FAILED  ") for line in failed] == [
         "model", "questions", "prompts", "retrieval service",
     ]  # fmt: skip
     assert "the other machines cannot reach a loopback address" in failed[3]
-    assert "4 of 10 checks failed" in told
+    assert "4 of 10 checks failed" in printed
 
 
 def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:
@@ -226,11 +228,11 @@ def test_flashrags_data_sets_become_verls_files(tmp_path: Path) -> None:
     command = [sys.executable, str(RECIPE / "prepare_data.py"), "--data-dir", str(tmp_path / "data")]
     command += ["--out", str(tmp_path / "out"), "--validation", "nq:test", "--validation-per-set", "5"]
     subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=tmp_path)
-    train = read_questions(tmp_path / "out" / "train.parquet")
+    train = read_sourced_questions(tmp_path / "out" / "train.parquet")
     assert [item.source for item in train] == ["hotpotqa"] * 12 + ["triviaqa"] * 12
-    assert train[12].question.id == "triviaqa/train/q0"
-    assert train[0].question.golden_answers == tiny_world.questions()[0].golden_answers
-    assert len(read_questions(tmp_path / "out" / "validation.parquet")) == 5
+    assert train[12].record.id == "triviaqa/train/q0"
+    assert train[0].record.golden_answers == tiny_world.questions()[0].golden_answers
+    assert len(read_sourced_questions(tmp_path / "out" / "validation.parquet")) == 5
     again = [*command[:6], "--overwrite", "--train", "musique:train"]
     missing = subprocess.run(again, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert missing.returncode == 1 and "split 'train': no " in missing.stderr

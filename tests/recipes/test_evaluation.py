@@ -46,7 +46,7 @@ def test_the_run_over_all_benchmarks_has_the_papers_order_and_splits(name: str) 
     ]
 
 
-def test_the_common_part_is_not_a_run_of_its_own() -> None:
+def test_the_common_part_is_not_a_separate_run() -> None:
     with pytest.raises(ConfigError, match="benchmarks: expected at least one"):
         compose("common")
 

@@ -342,7 +342,7 @@ def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished:
     for name in ("musique", "nq"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "test.jsonl").write_bytes(b"")
-    (tmp_path / "data" / "nq" / "corpus.jsonl").write_bytes(b"of its own")
+    (tmp_path / "data" / "nq" / "corpus.jsonl").write_bytes(b"its own")
     of_run = {
         "data_dir": str(tmp_path / "data"), "benchmarks": ["musique", "nq"], "splits": {"nq": "dev"},
         "cells": ["agent-1:retriever-1"], "settings": {"depth": 30, "agent": {"dtype": "float16"}}, "first": 5,
@@ -368,7 +368,7 @@ def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished:
     assert (found.benchmarks, found.splits, found.first, found.cells) == (["musique", "nq"], {"nq": "dev"}, 3, [])
     made.gather_benchmarks()
     home = tmp_path / "out" / "benchmarks"
-    assert Path(found.data_dir) == home and (home / "nq" / "corpus.jsonl").read_bytes() == b"of its own"
+    assert Path(found.data_dir) == home and (home / "nq" / "corpus.jsonl").read_bytes() == b"its own"
     assert (home / "musique" / "corpus.jsonl").resolve() == (home / "toy" / "corpus.jsonl").resolve()
     built = tmp_path / "out" / "index" / "retriever-1" / "toy"
     built.mkdir(parents=True)
@@ -390,7 +390,7 @@ def test_another_retriever_is_indexed_with_its_own_settings(
     assert found == [("question_query", 9, 3), (None, None, 3)]
 
 
-def test_a_limit_of_searches_is_an_agent_of_its_own(finished: Path, tmp_path: Path) -> None:
+def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path) -> None:
     config = experiment(finished, tmp_path / "out", retrievers={"bm25": {"bm25": True}}, max_searches=[1, 3])
     made = Experiment(config)
     found = made._evaluate_config({"bm25": "bm25:x"}, {}, "evaluation")
@@ -452,9 +452,7 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("form", ["corpus.jsonl.gz", "corpus.parquet"])
-def test_a_benchmark_with_a_packed_corpus_of_its_own_is_searched_in_that(
-    finished: Path, tmp_path: Path, form: str
-) -> None:
+def test_a_benchmark_with_a_packed_corpus_is_searched_in_that(finished: Path, tmp_path: Path, form: str) -> None:
     folder = write_benchmark(tmp_path / "other")
     plain = folder / "corpus.jsonl"
     lines = [line for _, line in read_lines(plain)][:5]

@@ -30,7 +30,7 @@ GIVEN = {
     "evaluate.yaml": ("evaluate", ["out=o", "data_dir=d", "agents.a=m", "searches.b=i"]),
     "ppo.yaml": ("train-agent", ["model=m", "questions=q", "retrieval_url=http://127.0.0.1:1", "out=o"]),
 }
-"""File -> the command it is for, and what run.sh gives beside it."""
+"""File -> the command it is for, and what run.sh adds to it."""
 
 
 @pytest.mark.parametrize("name", sorted(GIVEN))

@@ -19,10 +19,10 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.retriever.batches import read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.reranker import TrainRerankerConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import FAMILIES
 from agentic_r_plugin.store import read_records
 from tests.search.tiny_retriever import make_model

@@ -1,4 +1,4 @@
-"""Fixtures of the trainer tests; what they are made of stands in `tests/search/tiny_retriever.py`."""
+"""Fixtures of the trainer tests; what they are made of is in `tests/search/tiny_retriever.py`."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_no_groups_is_an_error(tmp_path, corpus):
         read_examples(write_groups(tmp_path / "g.jsonl"), Corpus(corpus))
 
 
-def test_an_epoch_shows_every_group_once_in_an_order_of_its_own(groups, corpus):
+def test_an_epoch_shows_every_group_once_in_another_order(groups, corpus):
     examples = read_examples(groups / "train.jsonl", Corpus(corpus))
 
     def epoch(number, **settings):

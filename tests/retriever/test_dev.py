@@ -14,10 +14,10 @@ from sentence_transformers import SentenceTransformer
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.retriever import dev as dev_set
 from agentic_r_plugin.retriever.batches import read_examples
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.dev import measure, ranking_metrics
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import read_lines
 
 

@@ -10,10 +10,10 @@ import pytest
 from flashrag.retriever.encoder import Encoder, STEncoder
 from sentence_transformers import SentenceTransformer
 
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.index import IndexConfig, build_index
 
 INPUTS = ["q3 [SEP] q1 q2", "q4 q5 [SEP] q6"]

@@ -38,7 +38,7 @@ EXAMPLES = (
     example("b", 2, (7, 9), (1.0, 0.0, 0.6)),  # the positive of a is a negative here
     example("c", 4, (9, 5), (0.2, 0.8, 0.5)),  # and here again
 )
-"""Rows 9, 2 and 4 stand in several slots."""
+"""Rows 9, 2 and 4 are in several slots."""
 
 
 def batch_of(examples):

@@ -13,11 +13,11 @@ from sentence_transformers import SentenceTransformer
 
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import FAMILIES
 from tests.retriever.tiny_models import write_decoder
 
@@ -110,7 +110,7 @@ def test_a_decoder_ends_every_text_with_its_end_token_and_learns(config, decoder
     np.testing.assert_allclose(plain.encode_query(["q3 [SEP] q1 q2"]), expected, atol=1e-6)
 
 
-def test_a_trained_checkpoint_keeps_its_record_in_the_next_iteration_unless_told_otherwise(config, tmp_path):
+def test_a_trained_checkpoint_keeps_its_record_in_the_next_iteration_unless_asked_otherwise(config, tmp_path):
     own = {"formulation": "question_history_query", "query_max_length": 20, "passage_max_length": 30}
     first = initial_retriever(replace(config, preset="bge", **own))
     first.save(tmp_path / "first")
@@ -119,8 +119,8 @@ def test_a_trained_checkpoint_keeps_its_record_in_the_next_iteration_unless_told
     assert record == first.record
     assert (record.query_prompt, record.pooling) == (FAMILIES["bge"].query_prompt, "cls")
     assert (record.formulation, record.query_max_length, record.passage_max_length) == tuple(own.values())
-    told = initial_retriever(replace(again, formulation="query", query_max_length=40)).record
-    assert (told.formulation, told.query_max_length, told.passage_max_length) == ("query", 40, 30)
+    found = initial_retriever(replace(again, formulation="query", query_max_length=40)).record
+    assert (found.formulation, found.query_max_length, found.passage_max_length) == ("query", 40, 30)
 
 
 def test_a_model_without_a_record_is_trained_with_the_question_and_as_long_as_it_can(config):

@@ -13,10 +13,10 @@ from sentence_transformers import SentenceTransformer
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.retriever.batches import read_examples, read_scores
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.dev import measure
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import read_lines
 
 

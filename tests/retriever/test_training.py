@@ -12,11 +12,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
-from agentic_r_plugin.retriever.checkpoint import Retriever
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import Run
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
 from agentic_r_plugin.search.base import SearchRequest
+from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import read_lines
 from tests.search.tiny_retriever import make_model
 

@@ -1,4 +1,4 @@
-"""Real servers on the loopback: our application in a thread, and one that misbehaves as told."""
+"""Real servers on the loopback: our application in a thread, and one that misbehaves as asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uvicorn
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.app import RequestLimits, build_app
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.search.protocol import PatientProtocol
+from agentic_r_plugin.search.request_heads import PatientProtocol
 from agentic_r_plugin.search.service import SearchService
 
 LIMITS = RequestLimits(

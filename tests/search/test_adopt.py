@@ -250,7 +250,7 @@ def test_a_moved_original_is_an_error_that_says_how_to_link_again(vectors, corpu
     FaissBackend(tmp_path / "out").close()
 
 
-def test_an_adopted_index_has_a_fingerprint_of_its_own_vectors(vectors, corpus, model_folder, tmp_path):
+def test_an_adopted_index_has_the_fingerprint_of_its_vectors(vectors, corpus, model_folder, tmp_path):
     first = build_index(config(tmp_path / "a", corpus, model_folder, faiss_file(tmp_path / "f", vectors)))
     noisy = vectors + 1e-3 * np.random.default_rng(0).standard_normal(vectors.shape).astype(np.float32)
     second = build_index(config(tmp_path / "b", corpus, model_folder, faiss_file(tmp_path / "g", noisy)))

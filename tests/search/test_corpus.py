@@ -61,7 +61,7 @@ def test_gzipped_parquet_and_plain_forms_are_the_same_corpus(tmp_path):
 @pytest.mark.parametrize(
     ("own", "leads_to"), [("c.jsonl", "wiki.jsonl.gz"), ("c.jsonl.gz", "blob"), ("c.jsonl", "w.parquet")]
 )
-def test_a_link_to_a_packed_corpus_is_read_whichever_of_the_names_tells_it(tmp_path, own, leads_to):
+def test_a_link_to_a_packed_corpus_is_read_whichever_of_the_names_shows_it(tmp_path, own, leads_to):
     rows = [{"id": "a", "contents": '"T"\nx'}, {"id": "b", "contents": '"U"\ny'}]
     target = tmp_path / leads_to
     if leads_to.endswith("parquet"):
@@ -87,7 +87,7 @@ def test_other_columns_of_a_parquet_corpus_may_hold_anything(tmp_path):
         Corpus(tmp_path / "d.parquet")
 
 
-def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):
+def test_the_fingerprint_separates_an_id_from_the_text_that_follows(tmp_path):
     one = write_jsonl(tmp_path / "1.jsonl", [{"id": "ab", "contents": "c"}])
     other = write_jsonl(tmp_path / "2.jsonl", [{"id": "a", "contents": "bc"}])
     assert Corpus(one).fingerprint() != Corpus(other).fingerprint()
@@ -97,7 +97,7 @@ def test_the_fingerprint_tells_an_id_from_the_text_that_follows(tmp_path):
     ("text", "message"),
     [
         ('{"id": "a", "contents": ""}\n\n{"id": "a", "contents": ""}\n', r":3: duplicate passage id 'a', first at"),
-        ('{"id": "a", "contents": "x"}\n{"id": "b", \n', r":2: expected one JSON object a line"),
+        ('{"id": "a", "contents": "x"}\n{"id": "b", \n', r":2: expected one JSON object per line"),
         ('{"id": "a", "body": "x"}\n', r":1: expected text in field 'contents', .* found only 'id', 'body'; rename"),
         ('{"contents": "x"}\n', r":1: expected an id in field 'id' \('_id', 'docid'\), found only 'contents'"),
         ('{"id": true, "contents": "x"}\n', r":1: field 'id': expected text or a whole number, found bool 'True'"),

@@ -1,4 +1,4 @@
-"""A retriever and its record: what it encodes, how it is saved and told apart."""
+"""A retriever and its record: what it encodes, how it is saved and distinguished."""
 
 from __future__ import annotations
 

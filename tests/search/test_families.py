@@ -117,9 +117,9 @@ def test_a_models_own_prompts_come_before_its_name(plain, tmp_path, capfd, promp
         ({"search_query": "a: ", "s2p_query": "b: "}, "query_prompt"),
     ],
 )
-def test_prompts_that_cannot_be_told_apart_are_an_error_until_settings_say_them(plain, tmp_path, prompts, unclear):
+def test_prompts_whose_use_is_not_clear_are_an_error_until_settings_say_them(plain, tmp_path, prompts, unclear):
     folder = saved(plain, tmp_path / "e5-small-v2", prompts=prompts)
-    with pytest.raises(ConfigError, match=rf"cannot be told .*{next(iter(prompts))}: .*give {unclear} \("):
+    with pytest.raises(ConfigError, match=rf"is not clear .*{next(iter(prompts))}: .*give {unclear} \("):
         Retriever.load(folder)
     record = Retriever.load(folder, query_prompt="Q", passage_prompt="").record
     assert (record.query_prompt, record.passage_prompt) == ("Q", "")

@@ -56,7 +56,7 @@ def service(index, tmp_path, *flags):
 
 
 class Asking:
-    """Threads that ask plain requests, without retries, over kept connections, until told to stop."""
+    """Threads that ask plain requests, without retries, over kept connections, until asked to stop."""
 
     def __init__(self, url, threads=4):
         self.url, self.stop, self.answers, self.failures = url, False, [], []

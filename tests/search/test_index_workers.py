@@ -183,7 +183,7 @@ def test_gpu_backends_say_what_they_lack(index_folder):
         shards.resolve_devices("gpu")
 
 
-def test_a_packed_corpus_is_unpacked_once_beside_the_index(tmp_path, corpus_file, model_folder, index_folder):
+def test_a_packed_corpus_is_unpacked_once_next_to_the_index(tmp_path, corpus_file, model_folder, index_folder):
     packed = tmp_path / "corpus.jsonl.gz"
     packed.write_bytes(gzip.compress(corpus_file.read_bytes()))
     out = tmp_path / "index"

@@ -399,9 +399,9 @@ def test_a_terminated_service_finishes_and_takes_its_ready_file_along(corpus_fil
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    told = json.loads(ready.read_text())
-    assert told["pid"] == process.pid
-    assert httpx.get(f"{told['url']}/health").json()["fingerprint"] == told["fingerprint"]
+    announced = json.loads(ready.read_text())
+    assert announced["pid"] == process.pid
+    assert httpx.get(f"{announced['url']}/health").json()["fingerprint"] == announced["fingerprint"]
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=30) == 0
     assert not ready.exists()

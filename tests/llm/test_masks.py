@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.errors import BackendError, RequestRefusedError
-from agentic_r_plugin.llm import attention
+from agentic_r_plugin.llm import masks
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.llm.hf_generate import HFGenerator
 from agentic_r_plugin.protocol import Limits, Session
@@ -65,7 +65,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", sorted(attention.TESTED))
+@pytest.mark.parametrize("kind", sorted(masks.TESTED))
 def test_two_turns_of_every_accepted_type_are_transformers_own(kind: str) -> None:
     model = tiny(kind)
     generator = HFGenerator(model, NoText(), prefix_cache_tokens=1000)
@@ -109,7 +109,7 @@ def test_models_that_attend_otherwise_are_refused(config: Any, reason: str) -> N
 
 
 def test_a_type_without_a_test_is_compared_when_it_is_loaded() -> None:
-    assert "apertus" not in attention.TESTED
+    assert "apertus" not in masks.TESTED
     found = HFGenerator(tiny("apertus"), NoText()).generate([[5, 6, 7]], max_tokens=[4], ignore_eos=True)
     assert list(found[0].token_ids) == greedy(tiny("apertus"), [5, 6, 7], 4)
 
@@ -138,7 +138,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
     ids=["mistral", "llama", "dynamic", "longrope"],
 )
 def test_windows_and_the_longest_sequence_come_from_the_configuration(config: Any, longest: int, window: Any) -> None:
-    found = attention.inspect(config)
+    found = masks.inspect(config)
     assert (found.max_length, found.window) == (longest, window)
     with pytest.raises(BackendError, match=f"sequences of {longest + 1} tokens: this model runs {longest} at most"):
         found.require(longest + 1)

@@ -2,7 +2,7 @@
 
 Generation (`llm.hf_generate`) passes 4-D masks and its own cache to the model. transformers then builds no mask, so
 everything that a model's masks do in addition to causality (sliding windows, chunks, ALiBi) must be done here or
-rejected. The attention over packed trajectories (`agent.attention`) has the same limits.
+rejected. The attention over packed trajectories (`agent.packed_attention`) has the same limits.
 """
 
 from __future__ import annotations

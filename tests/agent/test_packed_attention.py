@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from agentic_r_plugin.agent import attention
+from agentic_r_plugin.agent import packed_attention
 
 LENGTHS = (7, 1, 12, 4)
 
@@ -14,14 +14,14 @@ LENGTHS = (7, 1, 12, 4)
 @pytest.fixture(scope="module", params=[2, 4], ids=["grouped heads", "all heads"])
 def models(request: pytest.FixtureRequest) -> tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]:
     """One model with transformers' SDPA attention, and the same weights with ours."""
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=request.param, attn_implementation="sdpa",
     )  # fmt: skip
     stock = Qwen2ForCausalLM(config).double()
-    config._attn_implementation = attention.NAME
+    config._attn_implementation = packed_attention.NAME
     ours = Qwen2ForCausalLM(config).double()
     ours.load_state_dict(stock.state_dict())
     return stock, ours
@@ -46,7 +46,7 @@ def test_logits_and_gradients_are_those_of_each_trajectory_alone(
 
 
 def test_windows_that_hold_a_trajectory_change_nothing_and_what_cannot_be_computed_is_an_error() -> None:
-    attention.register()
+    packed_attention.register()
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -55,7 +55,7 @@ def test_windows_that_hold_a_trajectory_change_nothing_and_what_cannot_be_comput
     model = MistralForCausalLM(config).double()
     rows = [torch.randint(50, (1, length), generator=torch.Generator().manual_seed(3)) for length in LENGTHS]
     expected = [model(input_ids=row, use_cache=False).logits for row in rows]
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(packed_attention.NAME)
     packed = {"input_ids": torch.cat(rows, 1), "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]}
     found = model(**packed, attention_mask=None, use_cache=False).logits
     torch.testing.assert_close(found, torch.cat(expected, 1), atol=1e-12, rtol=1e-9)
@@ -66,7 +66,9 @@ def test_windows_that_hold_a_trajectory_change_nothing_and_what_cannot_be_comput
         ({"sliding_window": 2}, "sliding_window=2 is shorter than a trajectory of 3 tokens"),
     ):
         with pytest.raises(ValueError, match=reason):
-            attention.packed_causal(model, heads, heads, heads, None, position_ids=torch.arange(3)[None], **unknown)
+            packed_attention.packed_causal(
+                model, heads, heads, heads, None, position_ids=torch.arange(3)[None], **unknown
+            )
 
 
 def test_a_changed_token_moves_nothing_before_it_and_no_other_trajectory(
@@ -87,13 +89,13 @@ def test_trajectories_are_found_once_for_all_layers_and_again_for_other_rows(
     models: tuple[Qwen2ForCausalLM, Qwen2ForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    original = attention.trajectory_lengths
+    original = packed_attention.trajectory_lengths
 
     def noted(position_ids: torch.Tensor) -> list[int]:
         found.append(original(position_ids))
         return found[-1]
 
-    monkeypatch.setattr(attention, "trajectory_lengths", noted)
+    monkeypatch.setattr(packed_attention, "trajectory_lengths", noted)
     for lengths in (LENGTHS, (5, 5)):
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         models[1](input_ids=positions.clone(), position_ids=positions, use_cache=False)
@@ -102,7 +104,7 @@ def test_trajectories_are_found_once_for_all_layers_and_again_for_other_rows(
 
 def test_a_row_that_begins_in_the_midst_of_a_trajectory_is_refused() -> None:
     with pytest.raises(ValueError, match="in the midst of a trajectory"):
-        attention.trajectory_lengths(torch.tensor([3, 4, 0, 1]))
+        packed_attention.trajectory_lengths(torch.tensor([3, 4, 0, 1]))
 
 
 def test_what_is_not_one_packed_row_is_refused(models: tuple[Qwen2ForCausalLM, Qwen2ForCausalLM]) -> None:
