@@ -412,7 +412,7 @@ def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any],
     Raises:
         ManifestMismatchError: the service of a finished cell now serves another index.
     """
-    served: dict[tuple[str, str], str | None] = {}
+    served: dict[str, str | None] = {}
     for cell in finished:
         spec = cell.settings.search
         urls = " and ".join(part.url for part in parts_of(spec) if part.backend == "service")
