@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "agentic_r_plugin"
 LAYERS = (
     ("", "errors", "components", "credentials", "records", "forms", "answers", "query", "store", "config", "protocol",
      "tags", "tools", "questions", "progress", "compute", "memory", "attention", "upstream", "storage", "child",
-     "ray_cluster"),
+     "ray_cluster", "trec"),
     ("llm", "search", "backends", "rollout"),
     ("data", "retriever", "world", "agent", "convert"),
     ("evaluation",),
@@ -54,7 +54,9 @@ def imports(file: Path, known: dict[str, Path], *, later: bool = True) -> Iterat
 
 
 def layer(name: str) -> int:
-    return next(number for number, names in enumerate(LAYERS) if name.partition(".")[0] in names)
+    found = [number for number, names in enumerate(LAYERS) if name.partition(".")[0] in names]
+    assert found, f"{name}: a new module or folder; give it a place in LAYERS"
+    return found[0]
 
 
 def test_no_module_imports_from_a_higher_layer():

@@ -8,7 +8,7 @@ from pathlib import Path
 from agentic_r_plugin.store import file_fingerprint, sampled_fingerprint
 
 LITE_FOLDER = "milvus.db"
-"""Embedded database of an index. Its files change when it is opened; the index's manifest tells what it holds."""
+"""Embedded database of an index. Its files change when it is opened; the index's manifest says what it holds."""
 
 
 def path_fingerprint(where: str) -> str:
