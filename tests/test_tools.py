@@ -65,6 +65,7 @@ texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=12).map
         max_response_tokens=st.integers(1, 200),
         max_observation_tokens=st.integers(90, 200),
         max_document_tokens=st.integers(90, 300),
+        max_opens=st.integers(0, 3),
     ),
 )
 def test_any_model_and_any_passages_keep_mask_answer_and_limits(
@@ -99,7 +100,7 @@ def check_any(
     assert len(session.ids) <= limits.max_tokens
     assert all(len(turn) <= limits.max_response_tokens for turn in model.wrote)
     assert session.searches <= limits.max_searches and len(session.turns) <= session.searches
-    assert session.malformed <= limits.max_malformed + 1
+    assert session.malformed <= limits.max_malformed + 1 and session.opens <= limits.max_opens
     for segment in session.segments[1::2]:
         assert not segment.by_model and codec.decode(segment.ids) == segment.text
     last = protocol.read(codec.decode(model.wrote[-1]), codec)
