@@ -21,7 +21,7 @@ from agentic_r_plugin.data.trajectories import TrajectoriesConfig, chosen_questi
 from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError
 from agentic_r_plugin.forms import question_form
 from agentic_r_plugin.questions import read_questions
-from agentic_r_plugin.records import Question
+from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.store import read_records
 
 
@@ -230,12 +230,39 @@ def of_coverage(file: Path, format: str, folder: Path) -> list[Question]:
     return questions
 
 
+def of_logs(file: Path, format: str, folder: Path) -> list[Question]:
+    """A log without ids and gold answers, which the questions give."""
+    questions = list(read_questions(file, format=format))
+    log, corpus, out = (folder / "logs" / f"{name}.jsonl" for name in ("log", "corpus", "out"))
+    log.parent.mkdir()
+    corpus.write_text('{"id": "3", "contents": "x"}\n')
+    chats = [[{"role": "user", "content": item.question}, {"role": "assistant", "content": "x"}] for item in questions]
+    log.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    command = ["convert", "trajectories", "--in", str(log), "--corpus", str(corpus), "--out", str(out)]
+    assert cli.main([*command, "--questions", str(file), "--format", format]) == 0
+    return [
+        Question(id=item.id, question=item.question, golden_answers=item.golden_answers, metadata=question.metadata)
+        for item, question in zip(read_records(out, Trajectory), questions, strict=True)
+    ]
+
+
+def of_qrels(file: Path, format: str, folder: Path) -> list[Question]:
+    questions, out = list(read_questions(file, format=format)), folder / "qrels" / "out.trec"
+    expected = [f"{item.id} 0 {name} 1" for item in questions for name in item.metadata.get("gold_doc_ids", ())]
+    command = ["convert", "qrels", "--in", str(file), "--out", str(out), "--format", format]
+    assert cli.main(command) == (0 if expected else 1)
+    assert (out.read_text().splitlines() if expected else []) == expected
+    return questions
+
+
 READERS: dict[str, Callable[[Path, str, Path], list[Question]]] = {
     "trajectories": of_trajectories,
     "train-agent": of_train_agent,
     "evaluate": of_evaluate,
-    "convert": of_convert,
     "coverage": of_coverage,
+    "convert questions": of_convert,
+    "convert trajectories": of_logs,
+    "convert qrels": of_qrels,
 }
 
 
@@ -380,7 +407,7 @@ def beir(tmp_path) -> Path:
 OF_TEST = [("0", {"gold_doc_ids": ["dA"]}), ("2", {"gold_doc_ids": ["dC", "dD"]})]
 
 
-@pytest.mark.parametrize("reader", ["trajectories", "convert", "coverage"])
+@pytest.mark.parametrize("reader", ["trajectories", "convert questions", "coverage"])
 def test_the_qrels_of_a_beir_data_set_are_its_questions(tmp_path, beir, reader, monkeypatch):
     if reader == "coverage":  # from within the folder of qrels
         monkeypatch.chdir(beir / "qrels")

@@ -16,18 +16,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
 from agentic_r_plugin.forms import absent, name_of
 from agentic_r_plugin.protocol import Finished, Search
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReason, Trajectory, Turn, text_id
 from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.corpus import Corpus
@@ -62,6 +63,7 @@ class ConvertTrajectoriesConfig(HubConfig):
         default="",
         metadata={"help": "questions with gold answers, joined by id or text; empty: from the log", **BY_CONTENTS},
     )
+    format: str = field(default="", metadata={**FORMAT, **LATER})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol to write them in"})
 
 
@@ -434,9 +436,10 @@ def _decoded(value: Any) -> Any:
 class _Questions:
     """Questions by id and by text; without a file, each row's own."""
 
-    def __init__(self, path: str, folder: Path) -> None:
+    def __init__(self, path: str, format: str, folder: Path) -> None:
+        reader = partial(read_questions, format=format)
         self._by_id, self._by_text = (
-            KeyedRecords(path, Question, key, many=True, folder=folder, reader=read_questions)
+            KeyedRecords(path, Question, key, many=True, folder=folder, reader=reader)
             for key in (lambda question: question.id, lambda question: _words(question.question))
         )
         self._path = path
@@ -508,7 +511,7 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         corpus = stack.enter_context(Corpus(config.corpus))
         finder = stack.enter_context(closing(PassageFinder(corpus, out.parent)))
-        questions = stack.enter_context(closing(_Questions(config.questions, out.parent)))
+        questions = stack.enter_context(closing(_Questions(config.questions, config.format, out.parent)))
         errors = stack.enter_context(stack.enter_context(atomic_path(errors_file)).open("wb"))
         seen = HashSet()
 

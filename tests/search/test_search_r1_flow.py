@@ -127,7 +127,8 @@ def test_data_stages_and_evaluation_are_those_of_our_own_index(train, adopted, o
             f"questions={train}", "protocol=compact")  # fmt: skip
         run("candidates", f"in={records}", f"out={tmp_path / name}-candidates.jsonl", "topk=10", *given)
         run("evaluate", f"out={tmp_path / name}", f"data_dir={tmp_path}", "benchmarks=[toy]", f"agents.small={AGENT}",
-            f"searches.index={index}", "resamples=10", "settings.agent.device=cpu", "settings.agent.protocol=compact")  # fmt: skip
+            f"searches.index={index}", "resamples=10", "settings.agent.device=cpu",
+            "settings.agent.protocol=compact")  # fmt: skip
     (record,) = read_records(tmp_path / "theirs.jsonl", Trajectory)
     (query,) = read_records(tmp_path / "theirs-candidates.jsonl", Candidates)
     (other,) = read_records(tmp_path / "ours-candidates.jsonl", Candidates)
@@ -150,8 +151,8 @@ def test_search_r1s_own_request_gets_flashrags_passages_and_a_reload_switches(
         "save_retrieval_cache": False, "use_retrieval_cache": False, "retrieval_cache_path": None,
         "use_reranker": False, "retrieval_query_max_length": 64, "retrieval_pooling_method": "mean",
         "retrieval_use_fp16": False, "retrieval_batch_size": 8, "instruction": None,
-        "retrieval_model_path": str(Path(model_folder).parent / "transformer"), "use_sentence_transformer": False, "faiss_gpu": False,
-        "silent_retrieval": True,
+        "retrieval_model_path": str(Path(model_folder).parent / "transformer"), "use_sentence_transformer": False,
+        "faiss_gpu": False, "silent_retrieval": True,
     }  # fmt: skip
     theirs, scores = DenseRetriever(settings).batch_search(QUERIES, num=3, return_score=True)
     with service(adopted / "Flat", tmp_path) as (url, _):
