@@ -128,7 +128,7 @@ def test_data_stages_and_evaluation_are_those_of_our_own_index(train, adopted, o
         run("candidates", f"in={records}", f"out={tmp_path / name}-candidates.jsonl", "topk=10", *given)
         run("evaluate", f"out={tmp_path / name}", f"data_dir={tmp_path}", "benchmarks=[toy]", f"agents.small={AGENT}",
             f"searches.index={index}", "resamples=10", "settings.agent.device=cpu",
-            "settings.agent.protocol=compact")  # fmt: skip
+            "settings.protocol=compact")  # fmt: skip
     (record,) = read_records(tmp_path / "theirs.jsonl", Trajectory)
     (query,) = read_records(tmp_path / "theirs-candidates.jsonl", Candidates)
     (other,) = read_records(tmp_path / "ours-candidates.jsonl", Candidates)
