@@ -190,7 +190,7 @@ def of_trajectories(file: Path, format: str, folder: Path) -> list[Question]:
 def of_train_agent(file: Path, format: str, folder: Path) -> list[Question]:
     values = {"model": "m", "questions": str(file), "retrieval_url": "u", "out": "o", "format": format, "batch_size": 1}
     config = load_config(TrainAgentConfig, values=values | {"mini_batch_size": 1})
-    return [item.question for item in training_questions(config)]
+    return [item.record for item in training_questions(config)]
 
 
 def of_evaluate(file: Path, format: str, folder: Path) -> list[Question]:
