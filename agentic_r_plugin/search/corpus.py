@@ -446,7 +446,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             first = text.readline()
             names = first.rstrip("\r\n").split("\t")
             if "text" not in names or not set(ID_FIELDS) & set(names):
-                documents = len(names) == 4 and names[1].startswith(("http://", "https://"))
+                documents = len(names) > 3 and names[1].startswith(("http://", "https://"))
                 fields = ("id", "url", "title", "text") if documents else ("id", "text")
                 for number, line in enumerate(chain([first], text), start=1):
                     values = line.rstrip("\r\n").split("\t", len(fields) - 1)
