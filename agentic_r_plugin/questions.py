@@ -7,17 +7,22 @@ read from its `qrels/SPLIT.tsv`.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import has_question_id, place, question_form
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.store import beir_queries, read_lines, shards
+from agentic_r_plugin.storage.lookup import HashSet, key_hash
+from agentic_r_plugin.store import beir_queries, read_lines, shards, without_suffixes
 from agentic_r_plugin.trec import read_grades
+
+log = logging.getLogger(__name__)
 
 FORMAT: Mapping[str, Any] = {
     "help": "form of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: found by their fields"
@@ -61,7 +66,7 @@ def read_rows(
         labelled=labelled,
         format=format,
     )
-    return relevant_only(rows, read_qrels(path)) if queries else rows
+    return relevant_only(rows, path) if queries else rows
 
 
 def read_qrels(path: str | Path) -> dict[str, list[str]]:
@@ -78,12 +83,36 @@ def read_qrels(path: str | Path) -> dict[str, list[str]]:
 
 
 def relevant_only(
-    rows: Iterable[tuple[Question, Mapping[str, Any]]], relevant: Mapping[str, list[str]]
+    rows: Iterable[tuple[Question, Mapping[str, Any]]], qrels: str | Path, counts: dict[str, int] | None = None
 ) -> Iterator[tuple[Question, Mapping[str, Any]]]:
-    """The questions that have a relevant document, which becomes a gold document."""
+    """The questions that have a relevant document, which becomes a gold document.
+
+    Warns, after the last of them, if the qrels name questions that are not among the rows.
+
+    Args:
+        counts: takes the number of questions `without_relevant_document`, and of those `only_in_qrels`.
+    """
+    relevant = read_qrels(qrels)
+    left, without = set(relevant), 0
     for question, row in rows:
         if gold := relevant.get(question.id):
+            left.discard(question.id)
             yield replace(question, metadata=question.metadata | {"gold_doc_ids": gold}), row
+        else:
+            without += 1
+    if counts is not None:
+        counts |= {"without_relevant_document": without, "only_in_qrels": len(left)}
+    if left:
+        _warn_once(
+            f"{qrels}: {len(left)} of {len(relevant)} questions with a relevant document are not among the questions "
+            f"and are left out, such as {min(left)!r}"
+        )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Commands read their questions more than once."""
+    log.warning("%s", message)
 
 
 def questions_in(
@@ -93,7 +122,8 @@ def questions_in(
 
     Search-R1 concatenates data sets whose ids start over. If ids repeat in rows with `data_source`, each question is
     identified by `data_source/split/index`, or by `data_source/id` if it has no index. Rows without an id whose columns
-    are given in `format` are numbered: `FILE_0`, `FILE_1`, ... where FILE is the file's name.
+    are given in `format` are numbered: `FILE_0`, `FILE_1`, ... where FILE is the file's name without `.jsonl` and the
+    like.
 
     Raises:
         RecordError: a broken row, a missing or duplicate id, or a question without gold answers if `labelled`; names
@@ -101,34 +131,36 @@ def questions_in(
         ConfigError: an unknown format.
     """
     form, by_place = question_form(format), _ids_begin_again(rows())
-    seen: set[str] = set()
+    seen = HashSet()
     for shard, number, row in rows():
         try:
             if by_place:
                 row = {**row, "id": place(row)}
             elif form is not None and form.numbered and isinstance(row, Mapping) and not has_question_id(row):
-                row = {**row, "id": f"{shard.name.partition('.')[0]}_{number - 1}"}
+                row = {**row, "id": f"{without_suffixes(shard.name)}_{number - 1}"}
             question = Question.from_dict(row, form)
             if labelled:
                 question.require_label()
-            if question.id in seen:
+            if not seen.add(key_hash(question.id)):
                 raise RecordError(f"question id {question.id!r} occurs twice; every question needs its own")
         except RecursionError as error:
             raise RecordError("nested too deeply", path=shard, line=number) from error
         except RecordError as error:
             raise RecordError(str(error), path=shard, line=number) from error
-        seen.add(question.id)
         yield question, row
 
 
 def _ids_begin_again(rows: Rows) -> bool:
     """Whether rows of several data sets share ids; only checked if the first row has both `id` and `data_source`."""
-    seen: dict[str, Any] = {}
+    ids, sourced = HashSet(), HashSet()
     for number, (_, _, row) in enumerate(rows):
         row = row if isinstance(row, Mapping) else {}
         if not number and not {"data_source", "id"} <= row.keys():
             return False
-        source = row.get("data_source")
-        if source is not None and seen.setdefault(str(row.get("id")), source) != source:
+        source, name = row.get("data_source"), str(row.get("id"))
+        if source is None:
+            continue
+        is_new, other_source = ids.add(key_hash(name)), sourced.add(key_hash(f"{source}/{name}"))
+        if other_source and not is_new:
             return True
     return False

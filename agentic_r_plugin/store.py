@@ -99,6 +99,15 @@ _NO_SHARD = re.compile(r"^[._]|\.(manifest|report)\.json$|\.errors\.jsonl$|^(dat
 """Files next to records: hidden ones, those of our stages, and those of the Hugging Face hub."""
 
 
+def without_suffixes(name: str) -> str:
+    """The name of a record file without the suffixes of its format.
+
+    >>> without_suffixes("nq.dev.jsonl.gz"), without_suffixes("nq")
+    ('nq.dev', 'nq')
+    """
+    return _READ.sub("", name)
+
+
 def read_lines(
     path: str | Path, *, columns: Sequence[str] = (), keep_errors: bool = False
 ) -> Iterator[tuple[int, Any]]:
@@ -124,10 +133,10 @@ def read_lines(
     number, started = 0, False
     try:
         with unpacked(path) as stream:
+            if begins_list(stream):
+                yield from read_list(stream, path)
+                return
             for number, line in enumerate(stream, start=1):
-                if not started and line.strip().removeprefix(codecs.BOM_UTF8).startswith(b"["):
-                    yield from read_list(line + stream.read(), path, number)
-                    return
                 if not started and line.strip() == b"{":
                     line += stream.read()
                 if line.strip():
@@ -200,34 +209,101 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
         raise RecordError(f"expected one JSON object per line: {error}", path=path, line=number) from error
 
 
-def read_list(data: bytes, path: Path, line: int) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON list, each with the line on which it begins; `line` is that of the data's first byte.
+def begins_list(stream: IO[bytes]) -> bool:
+    """Whether an unpacked stream, which has not been read from, begins with a JSON list."""
+    head: bytes = cast(Any, stream).peek(4096)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+_LIST_BLOCK = 1 << 20
+_LIST_START, _LIST_SEPARATOR = re.compile(r"\s*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+_AFTER_ITEM = re.compile(r"[,\]\s]")
+
+
+def read_list(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON list, each with the line on which it begins; memory holds a block, or an item if it is longer.
 
     Raises:
         RecordError: not one list of JSON values in UTF-8.
     """
-    decoder, separator = json.JSONDecoder(), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+    text, comma, line = _ListText(stream), None, 1
     try:
-        text, counted, comma = data.decode("utf-8-sig"), 0, ","
-        position = text.index("[") + 1
-        while text[position : position + 1].isspace():
-            position += 1
-        while text[position : position + 1] != "]" or (counted and comma):
-            if not comma:
+        text.skip(_LIST_START)
+        while not text.ahead("]") or comma:
+            line = text.line
+            if comma == "":
                 raise ValueError("expected a comma between two items")
-            line, counted = line + text.count("\n", counted, position), position
-            _, end = decoder.raw_decode(text, position)
-            yield line, parse_line(text[position:end].encode(), path, line)
-            found = separator.match(text, end)
-            assert found is not None
-            comma, position = found[1], found.end()
-        if text[position + 1 :].strip():
-            raise ValueError("something follows the list")
+            yield line, parse_line(text.item().encode(), path, line)
+            comma = text.skip(_LIST_SEPARATOR)[1]
+        text.require_end()
     except UnicodeDecodeError as error:
         raise RecordError(f"expected UTF-8: {error}", path=path) from error
     except (ValueError, RecursionError) as error:
         expected = "expected one JSON object per line, or a list of them"
         raise RecordError(f"{expected}: {error}", path=path, line=line) from error
+
+
+class _ListText:
+    """The text of a JSON list, of which a part is in memory; `line` is that of the position, from 1."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.line = 1
+        self._text, self._at, self._stream, self._ended = "", 0, stream, False
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._decoder = json.JSONDecoder()
+
+    def ahead(self, character: str) -> bool:
+        """Whether this character is next."""
+        return self._text.startswith(character, self._at)
+
+    def skip(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Go on behind what the pattern matches here, if only nothing."""
+        while True:
+            found = pattern.match(self._text, self._at)
+            if (found is None or found.end() == len(self._text)) and self._more():
+                continue
+            if found is None:
+                raise ValueError(f"expected a list, found {self._text[self._at :][:80]!r}")
+            self._advance(found.end())
+            return found
+
+    def item(self) -> str:
+        """The JSON value that is next."""
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError:  # perhaps only a part of the value is in memory
+                if not self._more():
+                    raise
+                continue
+            if not _AFTER_ITEM.match(self._text, end) and self._more():  # "3." is part of a number
+                continue
+            found = self._text[self._at : end]
+            self._advance(end)
+            return found
+
+    def require_end(self) -> None:
+        """Nothing but white space may follow the bracket that is next."""
+        self._advance(self._at + 1)
+        while not self._text[self._at :].strip():
+            self._advance(len(self._text))
+            if not self._more():
+                return
+        raise ValueError("something follows the list")
+
+    def _advance(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _more(self) -> bool:
+        """Read on, as much again as is in memory; False at the end of the file."""
+        if self._ended:
+            return False
+        kept = self._text[self._at :]
+        block = self._stream.read(max(_LIST_BLOCK, len(kept)))
+        self._ended = not block
+        self._text, self._at = kept + self._decode(block, self._ended), 0
+        return True
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]]:

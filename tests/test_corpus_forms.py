@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from agentic_r_plugin import cli
+from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
@@ -135,6 +136,12 @@ def ms_marco(folder: Path) -> Path:
     return folder / "collection.tsv.gz"
 
 
+def ms_marco_documents(folder: Path) -> Path:
+    lines = [f"{identifier}\thttps://{identifier}\t{title}\t{text}\n" for identifier, title, text in TEXTS]
+    (folder / "msmarco-docs.tsv").write_text("".join(lines), encoding="utf-8")
+    return folder / "msmarco-docs.tsv"
+
+
 def wikipedia(folder: Path) -> Path:
     """Articles of the hub, none longer than a passage."""
     rows = [
@@ -163,6 +170,7 @@ FORMS = {
     "Parquet of BrowseComp-Plus": Form(parquet("browsecomp"), urls=True),
     "DPR": Form(dpr),
     "MS MARCO": Form(ms_marco, titles=False),
+    "MS MARCO documents": Form(ms_marco_documents, urls=True),
     "Hugging Face Wikipedia, cut": Form(wikipedia, urls=True),
 }
 
@@ -295,7 +303,16 @@ def test_every_command_names_file_and_line_of_what_it_cannot_read(tmp_path, caps
     }[command]
     assert cli.main([*given, f"out={tmp_path / 'out.jsonl'}"]) == 1
     said = capsys.readouterr().err
-    # the second use of an id is found by `convert corpus` in its table of units, which has no lines
     assert (f"1.jsonl{message}" if message[0] == ":" else message) in said
-    assert message[0] == ":" or "1.jsonl:2: duplicate" in said or "occurs twice" in said
+    if message[0] != ":":
+        assert "1.jsonl:2: " in said and ("first at line 1" in said or "1.jsonl:1" in said)
     assert "Traceback" not in said and not (tmp_path / "out.jsonl").is_file()
+
+
+def test_a_document_of_ms_marco_with_fewer_fields_is_an_error_with_its_line(tmp_path):
+    file = ms_marco_documents(tmp_path)
+    file.write_text(file.read_text() + "16\thttps://16\tno text\n")
+    with pytest.raises(
+        RecordError, match=r"msmarco-docs\.tsv:6: expected an id, an address, a title and a text, found '16"
+    ):
+        Corpus(file)

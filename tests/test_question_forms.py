@@ -21,7 +21,7 @@ from agentic_r_plugin.data.trajectories import TrajectoriesConfig, chosen_questi
 from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError
 from agentic_r_plugin.forms import question_form
 from agentic_r_plugin.questions import read_questions
-from agentic_r_plugin.records import Question
+from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.store import read_records
 
 
@@ -190,7 +190,7 @@ def of_trajectories(file: Path, format: str, folder: Path) -> list[Question]:
 def of_train_agent(file: Path, format: str, folder: Path) -> list[Question]:
     values = {"model": "m", "questions": str(file), "retrieval_url": "u", "out": "o", "format": format, "batch_size": 1}
     config = load_config(TrainAgentConfig, values=values | {"mini_batch_size": 1})
-    return [item.question for item in training_questions(config)]
+    return [item.record for item in training_questions(config)]
 
 
 def of_evaluate(file: Path, format: str, folder: Path) -> list[Question]:
@@ -230,12 +230,39 @@ def of_coverage(file: Path, format: str, folder: Path) -> list[Question]:
     return questions
 
 
+def of_logs(file: Path, format: str, folder: Path) -> list[Question]:
+    """A log without ids and gold answers, which the questions give."""
+    questions = list(read_questions(file, format=format))
+    log, corpus, out = (folder / "logs" / f"{name}.jsonl" for name in ("log", "corpus", "out"))
+    log.parent.mkdir()
+    corpus.write_text('{"id": "3", "contents": "x"}\n')
+    chats = [[{"role": "user", "content": item.question}, {"role": "assistant", "content": "x"}] for item in questions]
+    log.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    command = ["convert", "trajectories", "--in", str(log), "--corpus", str(corpus), "--out", str(out)]
+    assert cli.main([*command, "--questions", str(file), "--format", format]) == 0
+    return [
+        Question(id=item.id, question=item.question, golden_answers=item.golden_answers, metadata=question.metadata)
+        for item, question in zip(read_records(out, Trajectory), questions, strict=True)
+    ]
+
+
+def of_qrels(file: Path, format: str, folder: Path) -> list[Question]:
+    questions, out = list(read_questions(file, format=format)), folder / "qrels" / "out.trec"
+    expected = [f"{item.id} 0 {name} 1" for item in questions for name in item.metadata.get("gold_doc_ids", ())]
+    command = ["convert", "qrels", "--in", str(file), "--out", str(out), "--format", format]
+    assert cli.main(command) == (0 if expected else 1)
+    assert (out.read_text().splitlines() if expected else []) == expected
+    return questions
+
+
 READERS: dict[str, Callable[[Path, str, Path], list[Question]]] = {
     "trajectories": of_trajectories,
     "train-agent": of_train_agent,
     "evaluate": of_evaluate,
-    "convert": of_convert,
     "coverage": of_coverage,
+    "convert questions": of_convert,
+    "convert trajectories": of_logs,
+    "convert qrels": of_qrels,
 }
 
 
@@ -295,7 +322,7 @@ def test_data_sets_saved_by_datasets_are_converted(tmp_path, capfd):
     assert [q.id for q in read_records(tmp_path / "1.jsonl", Question)] == ["one_0", "one_1", "one_2"]
     assert convert(capfd, f"in={tmp_path / 'nq'}", f"out={tmp_path / '2.jsonl'}", columns, "split=dev")[0] == 0
     (question,) = read_records(tmp_path / "2.jsonl", Question)
-    assert (question.id, question.question, question.golden_answers) == ("nq_0", "Who is 2?", ("x2",))
+    assert (question.id, question.question, question.golden_answers) == ("nq_dev_0", "Who is 2?", ("x2",))
     code, error = convert(capfd, f"in={tmp_path / 'nq'}", f"out={tmp_path / '3.jsonl'}", columns, "split=test")
     assert code == 1 and "its splits are train, dev" in error
 
@@ -380,7 +407,7 @@ def beir(tmp_path) -> Path:
 OF_TEST = [("0", {"gold_doc_ids": ["dA"]}), ("2", {"gold_doc_ids": ["dC", "dD"]})]
 
 
-@pytest.mark.parametrize("reader", ["trajectories", "convert", "coverage"])
+@pytest.mark.parametrize("reader", ["trajectories", "convert questions", "coverage"])
 def test_the_qrels_of_a_beir_data_set_are_its_questions(tmp_path, beir, reader, monkeypatch):
     if reader == "coverage":  # from within the folder of qrels
         monkeypatch.chdir(beir / "qrels")
@@ -454,3 +481,41 @@ def test_an_unreadable_form_names_the_columns_as_a_way_out(tmp_path):
     file.write_text('{"asked": "Q?"}')
     with pytest.raises(AgenticRError, match=r"q\.jsonl:1: .*format=question=COLUMN"):
         list(read_questions(file))
+
+
+def test_a_data_set_of_the_hub_is_opened_once_and_numbered_by_subset_and_split(tmp_path, capfd, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pyarrow.parquet.write_table(pyarrow.table({"q": ["Who?", "Where?"], "a": ["x", "y"]}), tmp_path / "v.parquet")
+    opened, load = [], datasets.load_dataset
+
+    def of_the_hub(name, subset, *, split, streaming):
+        opened.append((name, subset, split))
+        files = {split: str(tmp_path / "v.parquet")}
+        return load("parquet", data_files=files, split=split, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    for number, (split, subset) in enumerate([("train", ""), ("validation", "rc.web")]):
+        given = ["in=hub:me/trivia.qa", f"out={tmp_path / f'{number}.jsonl'}", "format=question=q,answers=a"]
+        assert convert(capfd, *given, f"split={split}", *([f"subset={subset}"] if subset else []))[0] == 0
+    assert opened == [("me/trivia.qa", None, "train"), ("me/trivia.qa", "rc.web", "validation")]
+    ids = [q.id for number in (0, 1) for q in read_records(tmp_path / f"{number}.jsonl", Question)]
+    assert ids == [f"trivia.qa_{part}_{n}" for part in ("train", "rc.web_validation") for n in (0, 1)]
+
+
+def test_numbered_ids_of_files_with_dots_in_their_names_do_not_collide(tmp_path):
+    for name in ("nq.train.jsonl", "nq.dev.jsonl", "web.json"):
+        (tmp_path / name).write_text('{"asked": "Q?"}\n')
+    ids = [question.id for question in read_questions(tmp_path, format="question=asked")]
+    assert ids == ["nq.dev_0", "nq.train_0", "web_0"]
+
+
+def test_what_the_qrels_leave_out_is_counted_and_said(tmp_path, capfd, beir, caplog):
+    qrels = beir / "qrels" / "test.tsv"
+    qrels.write_text(qrels.read_text() + "\n9\tdA\t1\n7\tdA\t1\n8\tdA\t0\n")
+    said = "2 of 4 questions with a relevant document are not among the questions and are left out, such as '7'"
+    for number, given in enumerate(([f"in={beir}", "split=test"], [f"in={beir / 'queries.jsonl'}", f"qrels={qrels}"])):
+        out = tmp_path / f"{number}.jsonl"
+        assert convert(capfd, *given, f"out={out}")[0] == 0
+        report = json.loads((tmp_path / f"{number}.jsonl.report.json").read_text())
+        assert (report["questions"], report["without_relevant_document"], report["only_in_qrels"]) == (2, 1, 2)
+    assert caplog.text.count(said) == 1  # commands read their questions more than once

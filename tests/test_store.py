@@ -302,3 +302,49 @@ def test_a_torn_end_is_cut_off_and_whole_lines_stay(tmp_path: Path, before: byte
     file.write_bytes(before)
     drop_torn_end(file)
     assert file.read_bytes() == after
+
+
+ITEMS = [{"a": 'x, ]"\\', "b": [1, {"c": None}]}, 17, "Ås \u2028\U0001f600", [], 3.5e-3, {"long": "z" * 300}, True]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_json_list_is_read_block_by_block(tmp_path: Path, monkeypatch, block: int, packed: bool):
+    monkeypatch.setattr("agentic_r_plugin.store._LIST_BLOCK", block)
+    for indent, begin in ((None, ""), (1, "\ufeff \r\n")):
+        path = tmp_path / ("a.json.gz" if packed else "a.json")
+        text = begin + json.dumps(ITEMS, ensure_ascii=False, indent=indent) + "\n "
+        path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        found = list(read_lines(path))
+        assert [item for _, item in found] == ITEMS
+        lines = text.split("\n")
+        assert all(number == 1 if indent is None else lines[number - 1].startswith(" " + json.dumps(item)[0])
+                   for number, item in found)  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("[1\n 2]", 2, "expected a comma between two items"),
+        ('[1,\n{"a": 2', 2, "Expecting ',' delimiter"),
+        ("[1,\n2,\n]", 3, "Expecting value"),
+        ("[1,\n2", 2, "expected a comma between two items"),
+        ("[1]\n[2]", 1, "something follows the list"),
+        ('[1,\n"\\ud83d"]', 2, "half a surrogate pair"),
+        ("[", 1, "Expecting value"),
+    ],
+)
+def test_a_broken_json_list_is_an_error_with_the_line_of_its_item(tmp_path, monkeypatch, text, line, message, block):
+    monkeypatch.setattr("agentic_r_plugin.store._LIST_BLOCK", block)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(RecordError, match=message) as caught:
+        list(read_lines(tmp_path / "a.json"))
+    assert caught.value.line == line
+
+
+def test_a_json_list_that_is_no_text_is_an_error(tmp_path: Path):
+    for data in (b'["a", "\xff"]', b'["a", "\xc3'):
+        (tmp_path / "a.json").write_bytes(data)
+        with pytest.raises(RecordError, match="expected UTF-8"):
+            list(read_lines(tmp_path / "a.json"))

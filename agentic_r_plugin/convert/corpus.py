@@ -28,7 +28,7 @@ from agentic_r_plugin.forms import contents_of, context_documents, passage_field
 from agentic_r_plugin.records import CorpusLine, Passage
 from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import corpus_rows
-from agentic_r_plugin.storage.lookup import key_hash
+from agentic_r_plugin.storage.lookup import HashSet, key_hash
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
 
@@ -45,6 +45,9 @@ _SENTENCE_ENDS = [". ", "! ", "? ", "\n", "。", "！", "？"]
 _TEXT = {"contents", "text"}
 """Fields that a row of a corpus has one of, and a question has none of."""
 
+_ROWS = 1024
+"""Articles or paragraphs of a file between two resume points, each of which is a wait for the disk."""
+
 _HEADING = re.compile(r"^# +(.+?)[ #\r]*$", re.M)
 
 
@@ -60,7 +63,7 @@ class CorpusConfig(HubConfig):
     )
     out: str = field(metadata={"help": "corpus file to write", **FREE})
     words: int = field(default=100, metadata={"help": "most words of a passage; contexts stay whole"})
-    batch_size: int = field(default=16, metadata={"help": "documents read at once", **FREE})
+    batch_size: int = field(default=16, metadata={"help": "documents of a folder read at once", **FREE})
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class Document:
     """Put on every passage."""
     whole: bool = False
     """Whether it is one passage, whatever its length."""
+    place: tuple[Path, int] | None = None
+    """File and line (Parquet: row) of an article or a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,8 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         record=CutPassage,
         units=lambda: zip(names, map(str, files), strict=True) if files else articles(folder),
         worker=partial(CutWorker, for_workers(config), str(folder)),
-        batch_size=config.batch_size,
+        place=lambda item: item.place if isinstance(item, Document) else None,
+        batch_size=config.batch_size if files else max(_ROWS, config.batch_size),
         runner=config.runner,
     )
     report = run_stage(stage, resume=resume)
@@ -167,27 +173,31 @@ def articles(path: Path) -> Iterator[tuple[str, Document]]:
     Raises:
         RecordError: a row without id or text; names file and line.
     """
-    seen: set[int] = set()
+    seen = HashSet()
     for shard in shards(path):
         for number, row in corpus_rows(shard) if ".tsv" in shard.suffixes else read_lines(shard):
             try:
                 documents = context_documents(row) if isinstance(row, Mapping) and not _TEXT & row.keys() else []
                 for passage in map(context_passage, documents):
-                    if (hashed := key_hash(passage.id)) not in seen:
-                        seen.add(hashed)
-                        yield (
-                            passage.id,
-                            Document(source=passage.id, title=passage.title, text=passage.text, whole=True),
-                        )
+                    if seen.add(key_hash(passage.id)):
+                        yield passage.id, _document(passage, (shard, number), whole=True)
                 if documents:
                     continue
-                passage = Passage.from_contents(*passage_fields(row))
+                passage = Passage.from_contents(*passage_fields(row), passage_metadata(row))
             except RecordError as error:
                 raise RecordError(str(error), path=shard, line=number) from error
-            yield (
-                passage.id,
-                Document(source=passage.id, title=passage.title, text=passage.text, metadata=passage_metadata(row)),
-            )
+            yield passage.id, _document(passage, (shard, number))
+
+
+def _document(passage: Passage, place: tuple[Path, int], *, whole: bool = False) -> Document:
+    return Document(
+        source=passage.id,
+        title=passage.title,
+        text=passage.text,
+        metadata=dict(passage.metadata),
+        whole=whole,
+        place=place,
+    )
 
 
 class CutWorker:

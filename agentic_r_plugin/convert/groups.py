@@ -8,10 +8,14 @@ is formulated as our own trainer does (`Q [SEP] q`), prefixes are in the text on
 | `tevatron` | `query_id, query, positive_passages, negative_passages` | `--query_prefix`, `--passage_prefix` |
 | `flagembedding` | `query, pos, neg` | `--query_instruction_for_retrieval`, `--passage_instruction_for_retrieval` |
 | `sentence_transformers` | `anchor, positive, negative_1 ...` | nothing, so the prefixes are in the text |
+
+If a group has a weight, every row has one: as `weight`, which the first two trainers do not read, or as `label`, which
+sentence-transformers gives to the loss.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +30,8 @@ from agentic_r_plugin.records import Group, Passage
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import RetrieverRecord
 from agentic_r_plugin.store import atomic_path, dump_line, placed_records, read_records
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 DATA = "train.jsonl"
@@ -96,6 +102,15 @@ _FORMS: dict[str, tuple[Callable[[Group, str, list[Passage], RetrieverRecord], R
     ),
 }
 
+_UNREAD = ("weight", "which this trainer does not read: it trains on all groups alike")
+_WEIGHTS = {
+    "sentence_transformers": (
+        "label",
+        "which the trainer gives to the loss as labels; `MultipleNegativesRankingLoss` and its relatives ignore them",
+    )
+}
+"""Field of a group's weight, and what the trainer does with it."""
+
 
 def run(config: ConvertGroupsConfig, *, resume: bool = False) -> None:
     """Run the command `convert groups`.
@@ -113,7 +128,11 @@ def run(config: ConvertGroupsConfig, *, resume: bool = False) -> None:
 def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
     record = _retriever_record(config)
     row_of, use = _FORMS[config.to]
-    sizes = [len(group.negatives) for group in read_records(config.in_, Group)]
+    weight_field, read_by = _WEIGHTS.get(config.to, _UNREAD)
+    sizes, weighted = [], 0
+    for group in read_records(config.in_, Group):
+        sizes.append(len(group.negatives))
+        weighted += group.weight != 1
     if not sizes:
         raise RecordError("no training groups", path=config.in_)
     # all rows of a table have the same columns, so there all groups get as many negatives as the smallest has
@@ -127,19 +146,24 @@ def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
             query = retrieval_query(
                 group.question, group.query, group.history, record.formulation, reasoning=group.reasoning
             )
-            stream.write(dump_line(row_of(group, query, passages, record)))
+            row = row_of(group, query, passages, record)
+            stream.write(dump_line(row | ({weight_field: group.weight} if weighted else {})))
     text = (
         f"# Training groups for a retriever\n\n{len(sizes)} groups of one positive and {most} negatives, selected by "
         "`agentic-r groups` after Agentic-R (arXiv 2601.11888).\n\n"
         f"Queries are formulated as `{record.formulation}`. "
         + use.format(query=record.query_prompt, passage=record.passage_prompt, size=most + 1)
     )
+    if weighted:
+        weights = f"{weighted} of the groups have a weight other than 1, in the field `{weight_field}`, {read_by}."
+        text += f"\n\n{weights}"
+        log.warning("to=%s: %s", config.to, weights)
     tags = [config.to.replace("_", "-")]
     with atomic_path(out / CARD) as temporary:
         temporary.write_text(card(out, text, rows=len(sizes), task="text-retrieval", tags=tags), encoding="utf-8")
     return {"groups": len(sizes), "negatives": most, "fewest": min(sizes), "most": max(sizes)} | {
         "formulation": record.formulation, "query_prompt": record.query_prompt, "passage_prompt": record.passage_prompt,
-    }  # fmt: skip
+    } | ({"weighted": weighted} if weighted else {})  # fmt: skip
 
 
 def _retriever_record(config: ConvertGroupsConfig) -> RetrieverRecord:

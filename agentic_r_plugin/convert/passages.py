@@ -42,11 +42,11 @@ class PassageFinder:
     def find(self, shown: Passage) -> Passage | None:
         """The corpus's passage, or None if the corpus lacks it.
 
-        An id alone is trusted. If there is also a text, the corpus's must begin with it: another corpus may use the
-        same ids for other passages.
+        An id alone is trusted. If there is also a text, the corpus's must begin with it, and a title alone must be the
+        corpus's: another corpus may use the same ids for other passages.
         """
         how, found = "by_id", self._corpus.by_id(shown.id) if shown.id in self._corpus else None
-        if found is None or not _begins_with(found, shown):
+        if found is None or not _agrees(found, shown):
             how, found = "by_text", self._by_text(shown)
         self.counts["not_found" if found is None else how] += 1
         return found
@@ -76,8 +76,15 @@ class PassageFinder:
 
 def _texts(passage: Passage) -> tuple[str, str]:
     """Title with text, and text alone, as an agent may have been shown them, with white space collapsed."""
-    return " ".join(disarm(f"{passage.title} {passage.text}").split()), " ".join(disarm(passage.text).split())
+    return _words(f"{passage.title} {passage.text}"), _words(passage.text)
 
 
-def _begins_with(passage: Passage, shown: Passage) -> bool:
+def _words(text: str) -> str:
+    return " ".join(disarm(text).split())
+
+
+def _agrees(passage: Passage, shown: Passage) -> bool:
+    """Whether a passage of the corpus begins with the text that was shown, or has the title where no text was."""
+    if not shown.text.strip():
+        return not shown.title.strip() or _words(passage.title) == _words(shown.title)
     return any(whole.startswith(part) for whole, part in zip(_texts(passage), _texts(shown), strict=True))

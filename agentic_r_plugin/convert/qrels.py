@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.runs import holds
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import listed
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Relevance
 from agentic_r_plugin.store import read_records
 from agentic_r_plugin.trec import word, write_lines
@@ -30,6 +30,7 @@ class ConvertQrelsConfig:
 
     in_: str = field(metadata={"help": "questions with metadata.gold_doc_ids, or relevance", **BY_CONTENTS})
     out: str = field(metadata={"help": "file to write", **FREE})
+    format: str = field(default="", metadata={**FORMAT, **LATER})
 
 
 def run(config: ConvertQrelsConfig, *, resume: bool = False) -> None:
@@ -44,7 +45,7 @@ def _write_qrels(config: ConvertQrelsConfig, out: Path) -> dict[str, int]:
         if holds(config.in_, Relevance):
             yield from ((f"{item.id}/{item.turn}", item.scores) for item in read_records(config.in_, Relevance))
             return
-        for question in read_questions(config.in_):
+        for question in read_questions(config.in_, format=config.format):
             yield question.id, dict.fromkeys(listed(question.metadata, "gold_doc_ids"), 1)
 
     def lines() -> Iterator[str]:

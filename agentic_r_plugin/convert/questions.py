@@ -6,8 +6,8 @@ gold documents: those of qrels, or the passages of a corpus that are the support
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.forms import LISTS, context_documents, listed
-from agentic_r_plugin.questions import FORMAT, Rows, questions_in, read_qrels, read_rows, relevant_only
+from agentic_r_plugin.questions import FORMAT, Rows, questions_in, read_rows, relevant_only
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.store import beir_queries, sampled_fingerprint, write_records
@@ -66,17 +66,15 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
         counts = dict.fromkeys(("questions", "with_golden_answers", *LISTS), 0)
 
         def counted(finder: PassageFinder | None) -> Iterator[Question]:
-            for question in converted(config, finder):
+            for question in converted(config, finder, counts):
                 counts["questions"] += 1
                 counts["with_golden_answers"] += bool(question.golden_answers)
                 for name in LISTS:
                     counts[name] += bool(question.metadata.get(name))
                 yield question
             if not counts["questions"]:
-                raise RecordError(
-                    f"no question{f' with a relevant document in {config.qrels}' if config.qrels else ''}",
-                    path=config.in_,
-                )
+                where = f" with a relevant document in {qrels}" if (qrels := _qrels(config)) else ""
+                raise RecordError(f"no question{where}", path=config.in_)
 
         with ExitStack() as stack:
             finder = None
@@ -97,20 +95,24 @@ def run(config: QuestionsConfig, *, resume: bool = False) -> None:
     push_file(config, text, rows=rows, task="question-answering", tags=["questions"])
 
 
-def converted(config: QuestionsConfig, finder: PassageFinder | None = None) -> Iterator[Question]:
-    """The questions, one at a time; with `qrels` only those with a relevant document, which is a gold document then.
+def converted(
+    config: QuestionsConfig, finder: PassageFinder | None = None, counts: dict[str, int] | None = None
+) -> Iterator[Question]:
+    """The questions, one at a time; with qrels only those with a relevant document, which is a gold document then.
 
     With a `finder` the supporting paragraphs in a question's row are its gold documents, if the row holds them all.
+    `counts` takes what the qrels leave out (`questions.relevant_only`).
 
     Raises:
         ConfigError, RecordError: as `run`.
     """
     if _by_datasets(config):
-        rows = questions_in(lambda: _rows(config), format=config.format)
+        rows = questions_in(_data_set_rows(config), format=config.format)
     else:
-        rows = read_rows(_source(config), format=config.format)
-    if config.qrels:
-        rows = relevant_only(rows, read_qrels(config.qrels))
+        source = _source(config)
+        rows = read_rows(beir_queries(source) or source, format=config.format)
+    if qrels := _qrels(config):
+        rows = relevant_only(rows, qrels, counts)
     for question, row in rows:
         if finder is not None and (names := _own_gold(question, row, finder)):
             question = replace(question, metadata=question.metadata | {"gold_doc_ids": names})
@@ -121,6 +123,13 @@ def _source(config: QuestionsConfig) -> Path:
     """The file or folder of the questions: in a BEIR data set, the qrels of the split."""
     qrels = Path(config.in_, "qrels", f"{config.split}.tsv")
     return qrels if beir_queries(qrels) and qrels.is_file() else Path(config.in_)
+
+
+def _qrels(config: QuestionsConfig) -> Path | None:
+    """The qrels that choose the questions: those of the settings, or of a BEIR data set."""
+    if config.qrels or _by_datasets(config):
+        return Path(config.qrels) if config.qrels else None
+    return source if beir_queries(source := _source(config)) else None
 
 
 def _own_gold(question: Question, row: Mapping[str, Any], finder: PassageFinder) -> list[str]:
@@ -145,31 +154,49 @@ def _data_set(config: QuestionsConfig) -> dict[str, str]:
     return {"data set": fingerprint(*map(sampled_fingerprint, saved)) if saved else config.in_}
 
 
-def _rows(config: QuestionsConfig) -> Rows:
-    """Rows of a data set that `datasets` opens; of the hub they are streamed.
+def _data_set_rows(config: QuestionsConfig) -> Callable[[], Rows]:
+    """Reads the rows of a data set from the start; it is opened once. Of the hub they are streamed.
+
+    Its name, subset and split are the name of the set, from which questions without an id get theirs.
 
     Raises:
-        ConfigError: it cannot be opened.
+        ConfigError: it cannot be opened; also while it is read.
     """
     import datasets
 
     name = config.in_.removeprefix(HUB)
     data: Any
-    try:
+    with _opening(config):
         if config.in_.startswith(HUB):
+            parts = [name, config.subset, config.split]
             data = datasets.load_dataset(name, config.subset or None, split=config.split, streaming=True)
         else:
+            parts = [name]
             data = datasets.load_from_disk(name)
             if isinstance(data, datasets.DatasetDict):
                 if config.split not in data:
                     raise ValueError(f"its splits are {', '.join(data)}")
+                parts.append(config.split)
                 data = data[config.split]
-        for number, row in enumerate(data, start=1):
-            yield Path(name), number, row
+    label = Path("_".join(filter(None, parts)))
+
+    def rows() -> Rows:
+        with _opening(config):
+            for number, row in enumerate(data, start=1):
+                yield label, number, row
+
+    return rows
+
+
+@contextmanager
+def _opening(config: QuestionsConfig) -> Iterator[None]:
+    """Turn the errors of `datasets` into a ConfigError that names the data set and the way out."""
+    try:
+        yield
     except Exception as error:
         where = (
             "; where the hub cannot be reached, download the data set elsewhere and give its Parquet or JSON files "
-            f"(hf download --repo-type dataset {name})"
+            f"(hf download --repo-type dataset {config.in_.removeprefix(HUB)})"
             if config.in_.startswith(HUB)
             else ""
         )

@@ -16,23 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
 from agentic_r_plugin.forms import absent, name_of
 from agentic_r_plugin.protocol import Finished, Search
-from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReason, Trajectory, Turn, text_id
 from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.wire import decode_hit
-from agentic_r_plugin.storage.lookup import KeyedRecords, key_hash
+from agentic_r_plugin.storage.lookup import HashSet, KeyedRecords, key_hash
 from agentic_r_plugin.store import atomic_path, dump_line, parse_json, read_lines, shards, write_records
 from agentic_r_plugin.tags import TagProtocol, search_r1, with_tags
 
@@ -62,6 +63,7 @@ class ConvertTrajectoriesConfig(HubConfig):
         default="",
         metadata={"help": "questions with gold answers, joined by id or text; empty: from the log", **BY_CONTENTS},
     )
+    format: str = field(default="", metadata={**FORMAT, **LATER})
     protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol to write them in"})
 
 
@@ -184,8 +186,8 @@ class Log:
     """What a log says about one trajectory."""
 
     id: str | None
-    asked: str | None
-    """The user's message, which holds the question; None if the log has none."""
+    asked: tuple[str, ...]
+    """The user's messages, which hold the question; empty if the log has none."""
     steps: list[Step] = field(default_factory=list)
     reasoning: str = ""
     answer: str | None = None
@@ -204,7 +206,7 @@ def read_log(row: Row, protocol: TagProtocol) -> Log:
     if isinstance(row.get("messages"), list):
         return _chat(row, protocol)
     if isinstance(row.get("input"), str) and isinstance(row.get("output"), str):
-        return Log(id=_id_of(row), asked=row["input"], text=_END_TOKENS.sub("", row["output"]))
+        return Log(id=_id_of(row), asked=(row["input"],), text=_END_TOKENS.sub("", row["output"]))
     if "query_id" in row and isinstance(row.get("result"), list):
         return _browsecomp_plus(row, protocol)
     raise RecordError(
@@ -277,8 +279,7 @@ class _Steps:
 
 def _chat(row: Row, protocol: TagProtocol) -> Log:
     messages = [message for message in row["messages"] if isinstance(message, Mapping)]
-    asked = next((_part(message.get("content")) for message in messages if message.get("role") == "user"), None)
-    log = Log(id=_id_of(row), asked=asked)
+    log = Log(id=_id_of(row), asked=_asked(messages))
     steps = _Steps(log, protocol)
     results = _tool_results(messages)
     last = max((place for place, message in enumerate(messages) if message.get("role") == "assistant"), default=None)
@@ -297,6 +298,29 @@ def _chat(row: Row, protocol: TagProtocol) -> Log:
                 raise RecordError(f"field 'tool_calls': expected objects with 'function', found {str(call)[:80]!r}")
             steps.call(function.get("arguments"), results.get((place, number)))
     return log
+
+
+def _asked(messages: Sequence[Row]) -> tuple[str, ...]:
+    """The user's messages before the assistant's first reply to them.
+
+    Raises:
+        RecordError: the user writes again later: another question, or demonstrations before the question. What was
+            found for one question is not the trajectory of another.
+    """
+    asked: list[str] = []
+    replied = False
+    for place, message in enumerate(messages, start=1):
+        text = _part(message.get("content")) if message.get("role") == "user" else ""
+        if text.strip() and replied:
+            raise RecordError(
+                "field 'messages': expected one question of the user, found another message of the user after the "
+                f"assistant's reply (message {place}: {text.strip()[:80]!r}); write one chat for each question, "
+                "without demonstrations"
+            )
+        if text.strip():
+            asked.append(text)
+        replied = replied or bool(asked and message.get("role") == "assistant")
+    return tuple(asked)
 
 
 def _tool_results(messages: Sequence[Row]) -> dict[tuple[int, int], Any]:
@@ -336,7 +360,7 @@ def _tool_results(messages: Sequence[Row]) -> dict[tuple[int, int], Any]:
 
 
 def _browsecomp_plus(row: Row, protocol: TagProtocol) -> Log:
-    log = Log(id=_id_of(row), asked=None)
+    log = Log(id=_id_of(row), asked=())
     steps = _Steps(log, protocol)
     for item in row["result"]:
         kind = item.get("type") if isinstance(item, Mapping) else None
@@ -412,9 +436,10 @@ def _decoded(value: Any) -> Any:
 class _Questions:
     """Questions by id and by text; without a file, each row's own."""
 
-    def __init__(self, path: str, folder: Path) -> None:
+    def __init__(self, path: str, format: str, folder: Path) -> None:
+        reader = partial(read_questions, format=format)
         self._by_id, self._by_text = (
-            KeyedRecords(path, Question, key, many=True, folder=folder, reader=read_questions)
+            KeyedRecords(path, Question, key, many=True, folder=folder, reader=reader)
             for key in (lambda question: question.id, lambda question: _words(question.question))
         )
         self._path = path
@@ -427,15 +452,18 @@ class _Questions:
         Raises:
             RecordError: there is none, or (without a file) the row lacks id, question or a field's type is wrong.
         """
-        asked = [log.asked, log.asked.rpartition("Question:")[2]] if log.asked else []
-        asked += [re.split(r"\n|<[|｜]", asked[1].strip())[0]] if asked else []
+        whole, asked = "\n".join(log.asked), list[str]()
+        if log.asked:
+            _, marker, marked = whole.rpartition("Question:")
+            question_text = marked if marker else log.asked[-1]
+            asked = [whole, question_text, re.split(r"\n|<[|｜]", question_text.strip())[0]]
         if not self._path:
             own: dict[str, Any] = {"question": asked[-1] if asked else None} | {
                 key: row[key] for key in row if key not in ("input", "output", "messages")
             }
             return Question.from_dict(own)
         for question in self._by_id.find(log.id) if log.id is not None else ():
-            if log.asked is None or _words(question.question) in _words(log.asked):
+            if not log.asked or _words(question.question) in _words(whole):
                 return question
         for text in asked:
             for question in self._by_text.find(_words(text)):
@@ -483,9 +511,9 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         corpus = stack.enter_context(Corpus(config.corpus))
         finder = stack.enter_context(closing(PassageFinder(corpus, out.parent)))
-        questions = stack.enter_context(closing(_Questions(config.questions, out.parent)))
+        questions = stack.enter_context(closing(_Questions(config.questions, config.format, out.parent)))
         errors = stack.enter_context(stack.enter_context(atomic_path(errors_file)).open("wb"))
-        seen: set[int] = set()
+        seen = HashSet()
 
         def converted() -> Iterator[Trajectory]:
             nonlocal first_error

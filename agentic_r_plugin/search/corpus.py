@@ -7,7 +7,6 @@ hashes of ids, the fingerprint) can be saved next to an index; they are then map
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import io
@@ -33,6 +32,7 @@ from agentic_r_plugin.storage.lookup import key_hash
 from agentic_r_plugin.store import (
     PACKINGS,
     atomic_path,
+    begins_list,
     broken_file,
     dump_line,
     parse_line,
@@ -65,7 +65,7 @@ class Corpus:
         path: `.jsonl` (or one JSON list), `.jsonl.gz`, `.jsonl.zst` or `.parquet`, or a link to one, with the fields
             that `forms.passage_fields` reads: `id` and `contents`, or title and text as in Search-R1, BEIR and
             Tevatron. `metadata` and `url` are kept, other fields are ignored. Also `.tsv` and `.tsv.gz` of DPR and MS
-            MARCO, and a folder of JSON or Parquet shards, read in the order of their names.
+            MARCO (passages and documents), and a folder of JSON or Parquet shards, read in the order of their names.
         table: a folder written by `save_table`; ignored if `path` has changed since. None or "" for no table.
 
     Raises:
@@ -159,12 +159,16 @@ class Corpus:
         """Write the files for `Corpus(path, table=folder)`, including the unpacked passages of a packed corpus."""
         folder = Path(folder)
         if self.packed:
-            with atomic_path(folder / PASSAGES) as temporary, temporary.open("wb") as out:
-                for start in range(0, self._files.size, 1 << 20):
-                    out.write(self._files.read(1 << 20, start))
+            self.save_passages(folder / PASSAGES)
         with atomic_path(folder / TABLE) as temporary, temporary.open("wb") as out:
             np.save(out, self._table)
         write_json(folder / IDENTITY, self._identity | {"fingerprint": self._digest, "rows": len(self)})
+
+    def save_passages(self, path: Path) -> None:
+        """Write the unpacked passages of a packed corpus, as JSON Lines."""
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            for start in range(0, self._files.size, 1 << 20):
+                out.write(self._files.read(1 << 20, start))
 
     def __len__(self) -> int:
         return int(self._table.shape[1])
@@ -312,7 +316,7 @@ def _is_list(path: Path) -> bool:
     """Whether a JSON file holds one list instead of lines."""
     with unpacked(path) as stream:
         try:
-            return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+            return begins_list(stream)
         except (OSError, EOFError, zlib.error):
             return False  # reported by `_blocks`
 
@@ -430,7 +434,8 @@ def _tsv_lines(path: Path) -> Iterator[bytes]:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of DPR's passages (quoted, with a header that names id, text and title) or MS MARCO's (id, text; unquoted).
+    """Rows of DPR's passages (quoted, with a header that names id, text and title) or MS MARCO's, without a header and
+    unquoted: passages (id, text), or documents (id, url, title, text).
 
     Raises:
         RecordError: a line with other fields or not in UTF-8; names file and line.
@@ -441,12 +446,15 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             first = text.readline()
             names = first.rstrip("\r\n").split("\t")
             if "text" not in names or not set(ID_FIELDS) & set(names):
+                documents = len(names) > 3 and names[1].startswith(("http://", "https://"))
+                fields = ("id", "url", "title", "text") if documents else ("id", "text")
                 for number, line in enumerate(chain([first], text), start=1):
-                    identifier, tab, passage = line.rstrip("\r\n").partition("\t")
-                    if line.strip() and not tab:
-                        raise RecordError("expected an id, a tab and a text", path=path, line=number)
-                    if tab:
-                        yield number, {"id": identifier, "text": passage}
+                    values = line.rstrip("\r\n").split("\t", len(fields) - 1)
+                    if line.strip() and len(values) < len(fields):
+                        expected = "an id, an address, a title and a text" if documents else "an id, a tab and a text"
+                        raise RecordError(f"expected {expected}, found {line.strip()[:80]!r}", path=path, line=number)
+                    if line.strip():
+                        yield number, dict(zip(fields, values, strict=True))
                 return
             csv.field_size_limit(1 << 30)
             rows = csv.reader(text, delimiter="\t", strict=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -55,6 +55,16 @@ class RepairConfig(CoverageConfig):
         default="",
         metadata={"help": "corpus that holds missing documents; empty: only the questions' own", **BY_CONTENTS},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.search.backend == "service":
+            raise ConfigError(
+                "search.backend=service: a service searches the index that it was started with, not the repaired one; "
+                "leave it out and name the folder of that index (--index), then start a service with the new folder"
+            )
+        if not self.spec().index:
+            raise ConfigError("index: expected the folder of the index to repair (--index)")
 
 
 def run(config: RepairConfig, *, resume: bool = False) -> None:
@@ -97,8 +107,11 @@ def _repair(
 ) -> None:
     out, spec = held.out, config.spec()
     if not (out / REPORT).is_file():
-        rows = list(islice(read_rows(config.questions, format=config.format), config.max_questions or None))
-        added, not_found = missing_documents(rows, corpus, source)
+        added, not_found = missing_documents(
+            lambda: islice(read_rows(config.questions, format=config.format), config.max_questions or None),
+            corpus,
+            source,
+        )
         if not added:
             raise ConfigError(
                 f"nothing to add: {corpus.path} lacks {len(not_found)} gold documents of {config.questions}"
@@ -107,7 +120,7 @@ def _repair(
         held.begin()
         _write_corpus(out / "corpus", corpus, Path(spec.index), added)
         write_json(out / REPORT, {"added": len(added), "not_found": not_found})
-    _measure(config, out, "before", spec.index, spec.corpus)
+    _measure(config, out, "before", spec.index, str(corpus.path))
     added_file = shards(out / "corpus")[-1]
     device = resolve_devices(spec.device)[0]
     retriever = indexes.index_retriever(
@@ -137,19 +150,28 @@ def _repair(
     indexes.finish(held, config, repaired)
 
 
+Rows = Iterable[tuple[Question, Mapping[str, Any]]]
+"""Questions with the rows that they were read from."""
+
+
 def missing_documents(
-    rows: Sequence[tuple[Question, Mapping[str, Any]]], corpus: Corpus, source: Corpus | None
+    rows: Callable[[], Rows], corpus: Corpus, source: Corpus | None
 ) -> tuple[list[Passage], list[str]]:
     """(passages to add, gold documents that neither the source nor the questions hold).
+
+    `rows` reads the questions from the start, twice: memory holds the names of gold documents and the missing passages.
 
     A document is known by its id if the question has `gold_doc_ids`, else by its title; all passages of the source with
     that title are added. A passage whose id the corpus has already, or that has none, gets a hash of its contents.
     """
-    wanted = {title for question, _ in rows for title in gold_titles(question)}
+    wanted: set[str] = set()
+    ids: dict[str, None] = {}
+    for question, _ in rows():
+        wanted |= gold_titles(question)
+        ids |= dict.fromkeys(name for name in sorted(gold_ids(question)) if name not in corpus)
     titles = wanted - _by_title(corpus, wanted).keys()
-    ids = {name: None for question, _ in rows for name in sorted(gold_ids(question)) if name not in corpus}
     in_source = _by_title(source, titles) if source else {}
-    own_ids, own_titles = _own_documents(rows)
+    own_ids, own_titles = _own_documents(rows(), ids, titles)
     added: dict[str, Passage] = {}
     not_found: list[str] = []
     for name in ids:
@@ -183,30 +205,39 @@ def _by_title(corpus: Corpus, wanted: Iterable[str]) -> dict[str, list[int]]:
 
 
 def _own_documents(
-    rows: Sequence[tuple[Question, Mapping[str, Any]]],
+    rows: Rows, ids: Collection[str], titles: Collection[str]
 ) -> tuple[dict[str, Passage], dict[str, list[Passage]]]:
-    """Documents in the questions' own rows: by id, and by normalised title."""
+    """Documents in the questions' own rows that have one of these ids or normalised titles: by id, and by title."""
     by_id: dict[str, Passage] = {}
     by_title: dict[str, list[Passage]] = {}
     for _, row in rows:
         for document in context_documents(row):
             name, contents = passage_fields(document)
             passage = Passage.from_contents(name, contents)
-            if name:
+            if name in ids:
                 by_id.setdefault(name, passage)
-            elif passage not in (known := by_title.setdefault(normalize(passage.title), [])):
-                known.append(passage)
+            elif not name and (title := normalize(passage.title)) in titles:
+                known = by_title.setdefault(title, [])
+                if passage not in known:
+                    known.append(passage)
     return by_id, by_title
 
 
 def _write_corpus(folder: Path, corpus: Corpus, index: Path, added: Iterable[Passage]) -> None:
-    """Make the corpus folder: links to the shards of the old corpus, and one shard of added passages."""
+    """Make the corpus folder: links to the shards of the old corpus, and one shard of added passages.
+
+    A packed corpus is linked to as the index folder holds it; if that was built from one that is not packed, it is
+    unpacked here.
+    """
     folder.mkdir(exist_ok=True)
     old = [index / PASSAGES] if corpus.packed else shards(corpus.path)
     for number, shard in enumerate(old):
         link = folder / f"{number:05d}.jsonl"
         link.unlink(missing_ok=True)
-        link.symlink_to(shard.resolve())
+        if shard.is_file():
+            link.symlink_to(shard.resolve())
+        else:
+            corpus.save_passages(link)
     with atomic_path(folder / f"{len(old):05d}.jsonl") as temporary, temporary.open("wb") as stream:
         for passage in added:
             stream.write(passage_line(passage.id, passage.contents, passage.metadata))
@@ -256,7 +287,7 @@ def _measure(config: RepairConfig, out: Path, name: str, index: str, corpus: str
 
 def _report(config: RepairConfig, out: Path) -> None:
     """Measure the coverage of the repaired index, and add both to the report."""
-    _measure(config, out, "after", str(out), "")
+    _measure(config, out, "after", str(out), str(out / "corpus"))
     report = read_json(out / REPORT)
     for name in ("before", "after"):
         report[name] = read_json(out / f"{name}.jsonl.report.json")["shares"]

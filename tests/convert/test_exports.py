@@ -20,6 +20,7 @@ from agentic_r_plugin.records import (
     Trajectory,
 )
 from agentic_r_plugin.store import read_records, write_records
+from tests.search.tiny_retriever import make_model
 
 PASSAGES = [Passage(id=str(number), title=f"T{number}", text=f"Text {number}.") for number in range(6)]
 MINILM = ["retriever=builtin:minilm", "--query-prompt", "query: ", "--passage-prompt", "passage: "]
@@ -195,3 +196,48 @@ def test_run_files_of_browsecomp_plus_are_read_again_as_the_same_trajectories(gr
     out = tmp_path / "again.jsonl"
     convert("trajectories", f"in={tmp_path / 'runs'}", f"out={out}", f"corpus={groups[1]}", f"questions={questions}")
     assert list(read_records(out, Trajectory)) == list(read_records(searched, Trajectory))
+
+
+@pytest.mark.parametrize("to", ["tevatron", "flagembedding", "sentence_transformers"])
+def test_weights_of_groups_are_kept_and_it_is_said_what_the_trainer_does_with_them(groups, to, tmp_path, caplog):
+    first, second = read_records(groups[0], Group)
+    write_records(groups[0], [replace(first, weight=0.25), second])
+    rows, card = exported(groups, to, tmp_path)
+    field = "label" if to == "sentence_transformers" else "weight"
+    assert rows[field] == [0.25, 1.0]
+    assert (
+        f"1 of the groups have a weight other than 1, in the field `{field}`" in card
+        and card.split("\n\n")[-1].strip() in caplog.text
+    )
+    assert json.loads((tmp_path / to / ".report.json").read_text())["weighted"] == 1
+
+
+def test_a_loss_of_sentence_transformers_gets_the_weights_as_labels(groups, tmp_path):
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    first, second = read_records(groups[0], Group)
+    write_records(groups[0], [replace(first, weight=0.25), second])
+    rows, _ = exported(groups, "sentence_transformers", tmp_path)
+    seen = []
+
+    class Loss(MultipleNegativesRankingLoss):
+        def forward(self, features, labels):
+            seen.append((len(list(features)), labels.tolist()))
+            return super().forward(features, labels)
+
+    model = SentenceTransformer(make_model(tmp_path / "tiny"), device="cpu")
+    arguments = Arguments(output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, use_cpu=True,
+                          report_to=[], save_strategy="no")  # fmt: skip
+    SentenceTransformerTrainer(model=model, args=arguments, train_dataset=rows, loss=Loss(model)).train()
+    ((columns, labels),) = seen
+    assert columns == 4 and sorted(labels) == [0.25, 1.0]
+
+
+def test_qrels_of_questions_whose_columns_are_named(tmp_path):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"key": 1, "asked": "Q?", "docs": [{"docid": 3}, {"docid": "4"}]}\n')
+    given = ["format=question=asked,id=key,gold_doc_ids=docs.docid", f"out={tmp_path / 'q.trec'}"]
+    convert("qrels", f"in={questions}", *given)
+    assert (tmp_path / "q.trec").read_text() == "1 0 3 1\n1 0 4 1\n"

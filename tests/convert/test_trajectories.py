@@ -243,3 +243,29 @@ def test_candidates_from_chat_messages_equal_those_made_directly(tmp_path):
         run("candidates", f"in={tmp_path / f'{name}.jsonl'}", f"out={out}", "protocol=compact", *search)
     candidates = (tmp_path / "direct-candidates.jsonl").read_bytes()
     assert candidates and (tmp_path / "other-candidates.jsonl").read_bytes() == candidates
+
+
+@pytest.mark.parametrize(
+    "between", [[], [call(9, None, {"query": "x"}), result(9, "[]")]], ids=["answered", "searching"]
+)
+def test_a_chat_with_several_questions_is_refused(tmp_path, between):
+    """Searches of one question, and the answer to another, are no trajectory."""
+    second = {"role": "user", "content": "Which river is Ulm on?"}
+    messages = [*CHAT["messages"], *between, second, {"role": "assistant", "content": "Danube"}]
+    (found,), report = convert(tmp_path, [{"messages": messages}, CHAT])
+    assert found.answer == "Steventon" and report["errors"] == 1
+    (apart,) = map(json.loads, (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines())
+    assert "another message of the user after the assistant's reply (message" in apart["error"]
+    assert "Which river is Ulm on?" in apart["error"] and "one chat for each question" in apart["error"]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["from the file", "from the log"])
+def test_the_question_is_found_in_several_first_messages_of_the_user(tmp_path, own):
+    greeting = {"role": "assistant", "content": "How can I help?"}
+    told = {"role": "user", "content": "Use the tool.\nBe brief."}
+    asked = {"role": "user", "content": "Where was the author of Emma born?"}
+    row = {"messages": [greeting, told, asked, *CHAT["messages"][2:]]} | (
+        {"id": "q1", "golden_answers": ["Steventon"]} if own else {}
+    )
+    (found,), _ = convert(tmp_path, [row], *(['questions=""'] if own else []))
+    assert (found.id, found.question, found.em) == ("q1", asked["content"], 1)

@@ -25,3 +25,11 @@ def test_links_between_files_lead_to_files(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert [t for t in targets if t and "://" not in t and not (ROOT / page).parent.joinpath(t).exists()] == []
+
+
+def test_the_table_of_forms_and_commands_names_what_is_run():
+    from tests import test_corpus_forms, test_question_forms
+
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    for what, module in (("questions", test_question_forms), ("corpora", test_corpus_forms)):
+        assert f"| {what} | {', '.join(module.FORMS)} | {', '.join(module.READERS)} |" in page

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import weakref
 
 import faiss
 import numpy as np
 import pytest
 
+from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.forms import context_documents
+from agentic_r_plugin.records import Question
 from agentic_r_plugin.search import repair
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend
@@ -199,3 +203,68 @@ def test_nothing_to_add_is_an_error_that_leaves_nothing(cut, questions, model_fo
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="nothing to add"):
         repair.run(config(index, questions, tmp_path / "out", max_questions=1))
+
+
+@pytest.mark.parametrize("name", ["copy.jsonl.gz", "copy.json"])
+def test_a_packed_copy_of_a_corpus_that_was_indexed_unpacked_is_unpacked_once(
+    cut, full, questions, model_folder, tmp_path, name
+):
+    index, copy = build(tmp_path / "index", cut, model_folder), tmp_path / name
+    lines = cut.read_text()
+    copy.write_bytes(
+        gzip.compress(lines.encode())
+        if name.endswith("gz")
+        else json.dumps([json.loads(line) for line in lines.splitlines()]).encode()
+    )
+    repair.run(config(index, questions, tmp_path / "one", source=str(full), corpus=str(copy), max_questions=2))
+    repair.run(config(tmp_path / "one", questions, tmp_path / "two", source=str(full)))
+    first = tmp_path / "one" / "corpus" / "00000.jsonl"
+    assert first.is_file() and not first.is_symlink() and len(first.read_text().splitlines()) == 31
+    assert (tmp_path / "two" / "corpus" / "00000.jsonl").resolve() == first
+    with Corpus(tmp_path / "two" / "corpus") as corpus:
+        assert [passage.id for passage in corpus][-4:] == ["d39", "d30", "d31", "d35"]
+
+
+def test_rows_are_streamed_and_only_missing_documents_are_held(cut):
+    class Row(dict):
+        """Can be referred to weakly."""
+
+    alive: weakref.WeakSet[Row] = weakref.WeakSet()
+    most = 0
+
+    def rows():
+        nonlocal most
+        for number in range(50):
+            title = "Lost" if number == 20 else "title 3"
+            row = Row(context=[[title, [f"p{number}."]]], supporting_facts=[[title, 0]])
+            Row.__hash__ = object.__hash__
+            alive.add(row)
+            most = max(most, len(alive))
+            metadata = {"supporting_titles": [title]}
+            yield Question(id=f"q{number}", question="?", golden_answers=(), metadata=metadata), row
+
+    with Corpus(cut) as corpus:
+        assert any(passage.title == "title 3" for passage in corpus)
+        (added,), not_found = repair.missing_documents(rows, corpus, None)
+    assert (added.title, added.text, not_found) == ("Lost", "p20.", []) and most < 4
+
+
+def test_a_service_and_no_index_are_refused_before_any_work(cut, questions, tmp_path, capsys):
+    given = ["repair", f"questions={questions}", f"out={tmp_path / 'out'}"]
+    said = "search.backend=service: a service searches the index that it was started with"
+    assert said in cli_error(capsys, *given, "search.backend=service", "search.url=http://127.0.0.1:1")
+    assert "expected the folder of the index to repair (--index)" in cli_error(capsys, *given)
+    assert not (tmp_path / "out").exists()
+
+
+def cli_error(capsys, *arguments) -> str:
+    assert main(list(map(str, arguments))) == 1
+    return capsys.readouterr().err
+
+
+def test_a_sparse_retriever_is_measured_on_both_corpora(cut, full, questions, model_folder, tmp_path):
+    index = build(tmp_path / "index", cut, model_folder)
+    spec = SearchSpec(backend="bm25")
+    repair.run(config(index, questions, tmp_path / "out", source=str(full), search=spec))
+    report = json.loads((tmp_path / "out" / "repair.json").read_text())
+    assert report["after"]["top 5"]["gold"] > report["before"]["top 5"]["gold"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.records import Correctness, SubAnswer
-from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.storage.lookup import HashIndex, HashSet, KeyedRecords, key_hash
 from agentic_r_plugin.store import write_records
 
 
@@ -90,3 +90,12 @@ def test_a_key_that_occurs_twice_and_a_broken_line_are_errors_that_say_where(tmp
         by_id(tmp_path / "b.jsonl").open()
     with pytest.raises(RecordError, match="no such file"):
         by_id(tmp_path / "none.jsonl").open()
+
+
+def test_a_set_of_hashes_is_a_set():
+    draw, known, hashes = random.Random(0), set(), HashSet()
+    for _ in range(20_000):
+        hashed = draw.choice([0, draw.randrange(-(2**63), 2**63), draw.randrange(-5000, 5000) << 20])
+        assert (hashed in hashes) == (hashed in known)
+        assert hashes.add(hashed) == (hashed not in known)
+        known.add(hashed)
