@@ -91,7 +91,7 @@ def test_its_reward_is_a_part_of_the_sum(installed):
     code = (
         "from agentic_r_plugin.agent.rewards import Outcome, RewardSum\n"
         "from agentic_r_plugin.records import StopReason\n"
-        "given = dict(question='Who?', golden_answers=('Ann',), shown=(), searches=0, malformed_turns=0)\n"
+        "given = dict(question='Who?', golden_answers=('Ann',), shown=(), searches=0, turns=1, malformed_turns=0)\n"
         "reward = RewardSum({'exact_match': 1.0, 'brief': 0.1}, {'brief': {'words': 2}})\n"
         "for answer in ('Ann', 'it was Ann'):\n"
         "    print(reward.total(reward.parts(Outcome(**given, answer=answer, stop_reason=StopReason.ANSWERED))))"
