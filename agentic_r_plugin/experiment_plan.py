@@ -97,7 +97,9 @@ class ExperimentConfig:
         default_factory=dict,
         metadata={"help": "name -> what differs in the loop; one run each, named by {variant} in run and agents"},
     )
-    loop: str = field(default="", metadata={"help": "configuration of iterate, which makes the runs that are missing"})
+    loop: str | None = field(
+        default=None, metadata={"help": "configuration of iterate, which makes the runs that are missing"}
+    )
     loop_settings: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in the loop, e.g. {world: {test_questions: 300}}"}
     )

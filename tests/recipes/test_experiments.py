@@ -50,6 +50,8 @@ def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest
         return
     found = load_config(ExperimentConfig, recipe)
     assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}" and found.seeds == [0, 10, 20]
+    if not (found.variants or found.loop_settings):
+        assert load_config(ExperimentConfig, recipe, ["seeds=[]", "loop="]).loop is None, "as the README says"
     whole = list(parts(replace(found, run=str(tmp_path / "{variant}" / "{seed}"))))
     assert len(whole) == 3 * max(len(found.variants), 1)
     for part in whole:
