@@ -100,6 +100,13 @@ class IterateConfig:
         default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop", **FREE}
     )
     seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
+    train_agents: bool = field(
+        default=True,
+        metadata={
+            "help": "off: no PPO; the given agent is the agent of every iteration (agent_from is unused)",
+            **LATER,
+        },
+    )
     agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
     critic_from: str = field(
         default="new", metadata={"help": "critic of iteration k > 1 starts from: new (as train_agent says), previous"}
@@ -164,6 +171,7 @@ class IterateConfig:
             for number, phases in self.expected_seconds.items()
             if int(number) <= self.iterations
             for phase, seconds in phases.items()
+            if self.train_agents or phase != "train-agent"
         }
 
 
@@ -436,14 +444,17 @@ class Loop:
     @contextmanager
     def search_service(self, k: int, index_dir: Path) -> Iterator[str]:
         """Run the retrieval service of iteration k, unless all phases that need it are done."""
-        if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
+        training = ["train-agent"] if self.config.train_agents else []
+        if all((k, name) in self._done for name in (*training, *self._data_stages())):
             yield ""
             return
         with server.running_service(self.serve_config(str(index_dir))) as url:
             yield url
 
     def train_agent(self, k: int, agent: str, url: str) -> str:
-        """PPO with the frozen retriever k-1; returns the trained agent's folder."""
+        """PPO with the frozen retriever k-1; returns the trained agent's folder (without PPO: the given agent)."""
+        if not self.config.train_agents:
+            return self.config.agent
         out = self.folder / f"iteration-{k}" / "agent"
         self._phase(
             k,
