@@ -103,7 +103,7 @@ class IterateConfig:
     train_agents: bool = field(
         default=True,
         metadata={
-            "help": "off: no PPO; the given agent is the agent of every iteration (agent_from is unused)",
+            "help": "off: no PPO; the given agent is that of every iteration",
             **LATER,
         },
     )
