@@ -332,6 +332,7 @@ class Loop:
         settings = self.config.plan
         rounds = range(1, self.config.iterations + 1)
         ppo = [self._train_agent_config(k, "x", _URL) for k in rounds]
+        steps = [item.steps if self.config.train_agents else 0 for item in ppo]
         stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         train = Path(self._questions(self.config.train_split))
         questions = settings.train_questions
@@ -340,7 +341,7 @@ class Loop:
         first = plan.Scale(
             questions=stages["trajectories"].num_questions or questions,
             passages=settings.corpus_passages or count_lines(self.corpus),
-            ppo_steps=ppo[0].steps,
+            ppo_steps=steps[0],
             ppo_batch=ppo[0].batch_size * ppo[0].samples,
             candidates=stages["candidates"].topk,
             window=stages["relevance"].passages_per_prompt() if "relevance" in stages else 0,
@@ -349,7 +350,10 @@ class Loop:
             left_out=frozenset({"relevance", "correctness"} - stages.keys()),
             epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
         )
-        scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
+        scales = [
+            replace(first, ppo_steps=each, ppo_batch=item.batch_size * item.samples)
+            for each, item in zip(steps, ppo, strict=True)
+        ]
         return plan.table(scales, settings)
 
     @contextmanager
