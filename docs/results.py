@@ -29,6 +29,21 @@ Point = tuple[float, str, str, str, str]
 
 _LIMITS, _WORLDS = (1, 2, 3, 4, 5), ("fictional_world", *(f"drift-{n}" for n in range(1, 6)))
 FIGURES: dict[str, tuple[str, str, dict[str, list[Point]]]] = {
+    "judge": (
+        "Exact match by errors of the judge",
+        "passages with an error, per cent",
+        {
+            f"{world}: {label}": [
+                (0.0, experiment, "", "agent-1", perfect),
+                (80.0, experiment, "", "agent-1", noisy),
+            ]
+            for world, experiment in (("without causes", "no_causes"), ("with causes", "causes_seed_0"))
+            for label, perfect, noisy in (
+                ("with correctness", "full", "errors-8"),
+                ("judge alone", "judge_alone", "errors-8-alone"),
+            )
+        },
+    ),
     "search_turns": (
         "Exact match by limit of searches",
         "searches allowed",
