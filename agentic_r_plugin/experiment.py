@@ -100,7 +100,7 @@ class Experiment:
         found, _, number = name.rpartition("-")
         if found != kind or not number.isdecimal():
             raise ConfigError(f"{name!r}: expected {kind}-K, a {kind} of the run {self.run}")
-        if number == "0":
+        if number == "0" or (kind == "agent" and not self.loop.config.train_agents):
             return str(getattr(self.loop.config, kind))
         folder = self.run / f"iteration-{number}" / kind
         folder = folder / "agent" if kind == "agent" else folder

@@ -97,7 +97,9 @@ class ExperimentConfig:
         default_factory=dict,
         metadata={"help": "name -> what differs in the loop; one run each, named by {variant} in run and agents"},
     )
-    loop: str = field(default="", metadata={"help": "configuration of iterate, which makes the runs that are missing"})
+    loop: str | None = field(
+        default=None, metadata={"help": "configuration of iterate, which makes the runs that are missing"}
+    )
     loop_settings: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what differs in the loop, e.g. {world: {test_questions: 300}}"}
     )
@@ -107,6 +109,9 @@ class ExperimentConfig:
         default_factory=lambda: ["agent-1"], metadata={"help": "agent-K of the run, or NAME=FOLDER"}
     )
     retrievers: dict[str, Any] = field(default_factory=dict, metadata={"help": "name -> RetrieverPlan"})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "names of retrievers to make and compare; empty: all"}
+    )
     benchmarks: dict[str, str] = field(
         default_factory=dict, metadata={"help": "name -> folder in FlashRAG layout, next to the run's own benchmark"}
     )
@@ -131,7 +136,10 @@ class ExperimentConfig:
             raise ConfigError("stop_rule, max_searches: give at most one of the two")
         if (self.variants or self.loop_settings) and not self.loop:
             raise ConfigError("variants, loop_settings: need loop, the configuration that they change")
-        object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, self.retrievers, "retrievers"))
+        if unknown := [name for name in self.only if name not in self.retrievers]:
+            raise ConfigError(f"only: {unknown[0]!r} is not among the retrievers {', '.join(self.retrievers)}")
+        chosen = {name: self.retrievers[name] for name in self.only} or self.retrievers
+        object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, chosen, "retrievers"))
         for name, plan in self.retrievers.items():
             for part in plan.hybrid:
                 if part not in self.retrievers or self.retrievers[part].hybrid:

@@ -100,6 +100,13 @@ class IterateConfig:
         default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop", **FREE}
     )
     seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
+    train_agents: bool = field(
+        default=True,
+        metadata={
+            "help": "off: no PPO; the given agent is that of every iteration",
+            **LATER,
+        },
+    )
     agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
     critic_from: str = field(
         default="new", metadata={"help": "critic of iteration k > 1 starts from: new (as train_agent says), previous"}
@@ -164,6 +171,7 @@ class IterateConfig:
             for number, phases in self.expected_seconds.items()
             if int(number) <= self.iterations
             for phase, seconds in phases.items()
+            if self.train_agents or phase != "train-agent"
         }
 
 
@@ -324,6 +332,7 @@ class Loop:
         settings = self.config.plan
         rounds = range(1, self.config.iterations + 1)
         ppo = [self._train_agent_config(k, "x", _URL) for k in rounds]
+        steps = [item.steps if self.config.train_agents else 0 for item in ppo]
         stages = {name: self.stage_config(1, name, "x", _URL) for name in self._data_stages()}
         train = Path(self._questions(self.config.train_split))
         questions = settings.train_questions
@@ -332,7 +341,7 @@ class Loop:
         first = plan.Scale(
             questions=stages["trajectories"].num_questions or questions,
             passages=settings.corpus_passages or count_lines(self.corpus),
-            ppo_steps=ppo[0].steps,
+            ppo_steps=steps[0],
             ppo_batch=ppo[0].batch_size * ppo[0].samples,
             candidates=stages["candidates"].topk,
             window=stages["relevance"].passages_per_prompt() if "relevance" in stages else 0,
@@ -341,7 +350,10 @@ class Loop:
             left_out=frozenset({"relevance", "correctness"} - stages.keys()),
             epochs=self.train_retriever_config(1, "x", Path("x")).epochs,
         )
-        scales = [replace(first, ppo_steps=item.steps, ppo_batch=item.batch_size * item.samples) for item in ppo]
+        scales = [
+            replace(first, ppo_steps=each, ppo_batch=item.batch_size * item.samples)
+            for each, item in zip(steps, ppo, strict=True)
+        ]
         return plan.table(scales, settings)
 
     @contextmanager
@@ -436,14 +448,17 @@ class Loop:
     @contextmanager
     def search_service(self, k: int, index_dir: Path) -> Iterator[str]:
         """Run the retrieval service of iteration k, unless all phases that need it are done."""
-        if all((k, name) in self._done for name in ("train-agent", *self._data_stages())):
+        training = ["train-agent"] if self.config.train_agents else []
+        if all((k, name) in self._done for name in (*training, *self._data_stages())):
             yield ""
             return
         with server.running_service(self.serve_config(str(index_dir))) as url:
             yield url
 
     def train_agent(self, k: int, agent: str, url: str) -> str:
-        """PPO with the frozen retriever k-1; returns the trained agent's folder."""
+        """PPO with the frozen retriever k-1; returns the trained agent's folder (without PPO: the given agent)."""
+        if not self.config.train_agents:
+            return self.config.agent
         out = self.folder / f"iteration-{k}" / "agent"
         self._phase(
             k,

@@ -17,6 +17,7 @@ import pytest
 from agentic_r_plugin import iterate
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
+from agentic_r_plugin.experiment import Experiment, ExperimentConfig
 from agentic_r_plugin.iterate import IterateConfig, Loop, run
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.store import read_lines, read_records
@@ -290,6 +291,20 @@ def test_the_forecast_knows_the_later_training_of_the_quick_start(tmp_path):
     # 18 steps of 300 s on 8 accelerators are 12 GPU hours, three indexes of an hour each 3
     (hours,) = re.findall(r"All 2, with the index before them: ([\d.]+) GPU hours", printed)
     assert 15 < float(hours) < 15.5
+
+
+def test_a_loop_without_ppo_takes_the_given_agent_in_every_iteration(tmp_path):
+    loop = composed(tmp_path, "train_agents=false", "plan={train_questions: 600, corpus_passages: 5400000}")
+    with loop.open(resume=False):
+        assert [loop.train_agent(k, "other", "http://host:1") for k in (1, 2)] == [loop.config.agent] * 2
+        loop._done |= {(1, name): {} for name in loop._data_stages()}
+        with loop.search_service(1, tmp_path / "no index") as url:
+            assert url == ""
+    assert re.search(r"train-agent +0 steps +0 ", loop.forecast())
+    assert {phase for _, phase in loop.config.expected()} >= {"trajectories", "evaluate"}
+    assert "train-agent" not in {phase for _, phase in loop.config.expected()}
+    compared = ExperimentConfig(run=str(loop.folder), out="x", retrievers={"b": {"bm25": True}})
+    assert Experiment(compared).agents == {"agent-1": loop.config.agent}
 
 
 def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):

@@ -76,7 +76,7 @@ def _costs(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
 
 
 def _results(done: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    measured = {line["step"]: line for line in lines if DEV_METRICS[0] in line}
+    measured = {line["step"]: line for line in lines if line.keys() & set(DEV_METRICS)}
     if not measured:
         return f"## Results\n\nLoss of the last step: {done['loss']:.4f}. Nothing was held out to measure on."
     first, kept = measured[min(measured)], measured[done["best_step"]]

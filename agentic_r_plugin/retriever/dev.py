@@ -1,7 +1,8 @@
 """Recall, MRR and nDCG of a retriever on held-out groups, before, during and after training.
 
 The search runs over the passages of the held-out groups (`dev_...`) and, if requested, over the whole corpus
-(`corpus_...`). Shapes: Q queries, P passages, K ranks.
+(`corpus_...`). Groups of another set are measured in the same way (`elsewhere_...`). Shapes: Q queries, P passages, K
+ranks.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _TOP, _CHUNK = max(RECALL_AT), 512
 
 METRICS = tuple(
     f"{pool}_{name}"
-    for pool in ("dev", "corpus")
+    for pool in ("dev", "corpus", "elsewhere")
     for name in (*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10")
 )
-"""All metric names that `measure` may return."""
+"""All metric names that the training log may hold."""
 
 
 def ranking_metrics(found: Sequence[Sequence[int]], relevant: Sequence[frozenset[int]]) -> dict[str, float]:

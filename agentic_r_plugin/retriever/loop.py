@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,15 @@ class Run:
 
     # --- the loop
 
-    def fit(self, examples: list[Example], dev: list[Example]) -> None:
-        """Run all remaining steps. The model then has the last weights, or with early stopping the best ones."""
+    def fit(
+        self, examples: list[Example], dev: list[Example], elsewhere: tuple[Corpus, list[Example]] | None = None
+    ) -> None:
+        """Run all remaining steps. The model then has the last weights, or with early stopping those that were kept.
+
+        Args:
+            dev: held-out groups; empty: not measured.
+            elsewhere: held-out groups of another set, with their corpus.
+        """
         per_epoch = num_batches(len(examples), self.config.batch_size, self.world)
         total = per_epoch * self.config.epochs
         last = min(total, self.config.max_steps or total)
@@ -127,7 +134,7 @@ class Run:
             total=last, initial=self.step, desc="train-retriever", unit="step", shown=self.rank == 0
         ) as shown:
             if self.step == 0:
-                self._measure(dev)
+                self._measure(dev, elsewhere)
             for epoch, batch in self._remaining(examples, per_epoch, last):
                 if self._is_over():
                     break
@@ -136,18 +143,29 @@ class Run:
                 shown.update()
                 shown.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
                 if self.step % every == 0 or self.step == last:
-                    self._measure(dev)
+                    self._measure(dev, elsewhere)
                 if self.step % self.config.checkpoint_steps == 0 and self.step < last:
                     self.save_state()
-        if self.config.patience and dev:
+        if self._keeps_best:
             self._load_weights(torch.load(self.out / BEST, map_location="cpu", weights_only=True))
         self.encoder.close()
         if self.adapters is not None:
             self.adapters.merge()
         self.model.eval()
 
+    @property
+    def _keeps_best(self) -> bool:
+        return self.config.patience is not None or self.config.elsewhere_groups is not None
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has after `fit`."""
+        step: int = self.best["step"] if self._keeps_best else self.step
+        return step
+
     def _is_over(self) -> bool:
-        return self.config.patience is not None and self.best["misses"] >= self.config.patience
+        lost: bool = self.best.get("lost", False)
+        return lost or (self.config.patience is not None and self.best["misses"] >= self.config.patience)
 
     def _remaining(self, examples: list[Example], per_epoch: int, last: int) -> Iterator[tuple[int, Batch]]:
         for epoch in range(self.step // per_epoch, self.config.epochs):
@@ -247,33 +265,44 @@ class Run:
 
     # --- the curve
 
-    def _measure(self, dev: list[Example]) -> None:
+    def _measure(self, dev: list[Example], elsewhere: tuple[Corpus, list[Example]] | None) -> None:
         """Log the metrics of the held-out groups; with early stopping, save the weights if they are the best so far."""
-        if not dev:
+        if not dev and elsewhere is None:
             return
         self.model.eval()
-        found = dev_set.measure(
-            self.retriever,
-            self.corpus,
-            dev,
-            pools=("dev", "corpus") if self.config.dev_corpus else ("dev",),
-            rank=self.rank,
-            world=self.world,
-        )
+        found: dict[str, float] = {}
+        if dev:
+            pools = ("dev", "corpus") if self.config.dev_corpus else ("dev",)
+            found |= dev_set.measure(self.retriever, self.corpus, dev, pools=pools, rank=self.rank, world=self.world)
+        if elsewhere is not None:
+            there = dev_set.measure(self.retriever, *elsewhere, rank=self.rank, world=self.world)
+            found |= {name.replace("dev_", "elsewhere_", 1): value for name, value in there.items()}
         self.model.train()
         self._log({"step": self.step} | found)
-        if self.config.patience is None:
-            return
-        if self.config.dev_metric not in found:
-            raise ConfigError(f"dev_metric {self.config.dev_metric!r}: expected one of {', '.join(found)}")
-        value = found[self.config.dev_metric]
+        if self._keeps_best:
+            self._keep(found)
+
+    def _keep(self, found: Mapping[str, float]) -> None:
+        """Save the weights if they are the best so far; note that training is over once it lost too much elsewhere."""
+        config = self.config
+        there = f"elsewhere_{config.dev_metric.partition('_')[2]}"
+        needed = [*([config.dev_metric] if config.patience else []), *([there] if config.elsewhere_groups else [])]
+        if not found.keys() >= set(needed):
+            raise ConfigError(f"dev_metric {config.dev_metric!r}: expected one of {', '.join(dev_set.METRICS)}")
+        if config.elsewhere_groups:
+            self.best.setdefault("elsewhere", found[there])
+            if found[there] < self.best["elsewhere"] - config.elsewhere_loss:
+                self.best["lost"] = True
+                log.info("%s fell to %.4f; keeping the weights of step %d", there, found[there], self.best["step"])
+                return
+        value = found[config.dev_metric] if config.patience else float(self.step)
         if value > self.best["value"]:
-            self.best = {"step": self.step, "value": value, "misses": 0}
+            self.best |= {"step": self.step, "value": value, "misses": 0}
             if self.rank == 0:
                 with atomic_path(self.out / BEST) as temporary:
                     torch.save(self._weights(), temporary)
         else:
-            self.best = self.best | {"misses": self.best["misses"] + 1}
+            self.best["misses"] += 1
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.rank == 0:

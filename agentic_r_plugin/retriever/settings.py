@@ -130,6 +130,21 @@ class TrainRetrieverConfig:
     patience: int | None = field(
         default=None, metadata={"help": "stop after N measurements without a better one; the best is kept"}
     )
+    elsewhere_groups: str | None = field(
+        default=None,
+        metadata={
+            "help": "held-out groups of another set: training stops once dev_metric has fallen there by more than "
+            "elsewhere_loss, and keeps the weights from before",
+            **BY_CONTENTS,
+            **LATER,
+        },
+    )
+    elsewhere_corpus: str | None = field(
+        default=None, metadata={"help": "corpus of elsewhere_groups; none: corpus", **BY_CONTENTS, **LATER}
+    )
+    elsewhere_loss: float = field(
+        default=0.01, metadata={"help": "how far dev_metric may fall below its first value there", **LATER}
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -159,6 +174,10 @@ class TrainRetrieverConfig:
             raise ConfigError(f"interpolation must be a share from 0 to 1, found {self.interpolation}")
         if not self.dev_groups and (self.patience or self.dev_corpus):
             raise ConfigError("patience and dev_corpus need dev_groups, the held-out groups to measure on")
+        if self.elsewhere_corpus and not self.elsewhere_groups:
+            raise ConfigError("elsewhere_corpus needs elsewhere_groups, the held-out groups of the other set")
+        if self.elsewhere_loss < 0:
+            raise ConfigError(f"elsewhere_loss must not be below 0, found {self.elsewhere_loss}")
 
 
 _SCHEDULES = {

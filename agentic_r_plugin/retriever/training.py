@@ -87,10 +87,13 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     out = Path(config.out)
     bound_caches()
-    with Corpus(config.corpus) as corpus, process_group(config.device) as (rank, world):
+    other_corpus = Corpus(config.elsewhere_corpus) if config.elsewhere_corpus else nullcontext()
+    with Corpus(config.corpus) as corpus, other_corpus as other, process_group(config.device) as (rank, world):
         scores = read_scores(config.relevance, config.correctness) if from_scores else None
         examples = read_examples(config.groups, corpus, scores)
         dev = read_examples(config.dev_groups, corpus) if config.dev_groups else []
+        there = other or corpus
+        elsewhere = (there, read_examples(config.elsewhere_groups, there)) if config.elsewhere_groups else None
         retriever = initial_retriever(config)
         _require_reasoning(config.groups, examples, retriever)
         output = Output(
@@ -112,7 +115,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
             if not output.path(MANIFEST).is_file():
                 raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
             training.restore()
-            training.fit(examples, dev)
+            training.fit(examples, dev, elsewhere)
             if held:
                 if config.interpolation < 1:
                     interpolate(retriever.model, initial_retriever(config).model, config.interpolation)
@@ -142,7 +145,7 @@ def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -
         "steps": training.step,
         "groups": len(examples),
         "loss": training.last_loss,
-        "best_step": training.best["step"] if config.patience else training.step,
+        "best_step": training.kept_step,
         "processes": training.world,
         "device": str(training.model.device.type),
         "precision": compute.resolve(config.precision, training.model.device),
@@ -157,6 +160,8 @@ def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -
 def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
     """Everything that the weights depend on."""
     files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
+    later = {name: getattr(config, name) for name in ("elsewhere_groups", "elsewhere_corpus")}
+    files |= {name: path for name, path in later.items() if path}
     return deciding(config) | {
         "precision": compute.resolve(config.precision, retriever.model.device),
         **{name: file_fingerprint(path) if path else None for name, path in files.items()},

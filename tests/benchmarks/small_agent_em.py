@@ -3,7 +3,7 @@
     python tests/benchmarks/small_agent_em.py --agent recipes/quickstart/agent --retriever gold minilm --temperature 0 1
 
 Retrievers: `gold` shows the passage that the query is after among two distractors, `bm25`, and `minilm` (zero-shot, the
-query alone). Runs on a GPU where there is one.
+query alone). Runs on a GPU where there is one. Other worlds: `--world homonyms=0.5 misleading=0.5 --split dev`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentic_r_plugin.answers import exact_match
+from agentic_r_plugin.config import load_config
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, Session
@@ -158,10 +159,11 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="test")
+    parser.add_argument("--world", nargs="+", default=[], metavar="key=value", help="settings of the world")
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--show", type=int, default=0, help="trajectories to print")
     args = parser.parse_args()
-    world = build_world(WorldConfig(seed=args.seed))
+    world = build_world(load_config(WorldConfig, None, args.world, values={"seed": args.seed}))
     questions = world.questions[args.split][: args.questions]
     torch.manual_seed(0)
     llm = BatchGenerate(args.agent)

@@ -20,6 +20,13 @@ def test_generated_pages_are_what_the_code_says(page):
     assert kept == made, "run python docs/generate.py"
 
 
+def test_tables_and_figures_of_the_results_are_those_of_the_kept_experiments():
+    results = runpy.run_path(str(ROOT / "docs" / "results.py"))
+    text, figures = results["PAGE"].read_text(encoding="utf-8"), results["figures"]()
+    assert text == results["page"](), "run python docs/results.py"
+    assert {name: (results["KEPT"] / name).read_text(encoding="utf-8") for name in figures} == figures
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_files_lead_to_files(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)

@@ -45,10 +45,13 @@ def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest
     if recipe.stem.startswith("loop"):
         config = load_config(IterateConfig, recipe)
         assert (config.protocol, config.world.test_questions, config.world.seed) == ("compact", 1000, 0)
+        assert (config.world.homonyms, config.world.misleading) == ((0.5, 0.5) if "causes" in recipe.stem else (0, 0))
         assert config.train_agent["mini_batch_size"] == 16, "the quick start's settings"
         return
     found = load_config(ExperimentConfig, recipe)
     assert found.retrievers and found.out == f"runs/experiments/{recipe.stem}" and found.seeds == [0, 10, 20]
+    if not (found.variants or found.loop_settings):
+        assert load_config(ExperimentConfig, recipe, ["seeds=[]", "loop="]).loop is None, "as the README says"
     whole = list(parts(replace(found, run=str(tmp_path / "{variant}" / "{seed}"))))
     assert len(whole) == 3 * max(len(found.variants), 1)
     for part in whole:
@@ -57,6 +60,25 @@ def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest
     text = forecast(whole)
     (hours,) = re.findall(r"forecast: (?:(\d+) h )?\d+ min", text)
     assert int(hours or 0) < 3, text
+
+
+def test_only_some_retrievers_are_made_and_a_name_that_is_none_is_refused() -> None:
+    recipe = RECIPES / "correctness_cost.yaml"
+    found = load_config(ExperimentConfig, recipe, ["only=[likelihood,pruned]"])
+    assert list(found.retrievers) == ["likelihood", "pruned"]
+    assert list(replace(found, only=[]).retrievers) == ["likelihood", "pruned"], "as saved in config.yaml"
+    with pytest.raises(ConfigError, match=r"only: 'x' is not among the retrievers exhaustive, pruned"):
+        load_config(ExperimentConfig, recipe, ["only=[x]"])
+
+
+def test_an_agent_of_another_protocol_is_compared_by_the_command_in_the_recipe(finished: Path, tmp_path: Path) -> None:
+    text = (RECIPES / "transfer.yaml").read_text()
+    (tools,) = re.findall(r'"(evaluate\.per_agent=.*)"', text)
+    agent = ROOT / "recipes" / "quickstart" / "agent"
+    values = [f"run={finished}", f"out={tmp_path}", "seeds=[]", "loop=", f"agents=[agent-1,tools={agent}]", tools]
+    made = Experiment(load_config(ExperimentConfig, RECIPES / "transfer.yaml", values))
+    settings = made._evaluate_config({"x": "x"}, {}, "x").per_agent["tools"]
+    assert settings.protocol == "tool_calls" and settings.protocol_options == {"system": ""}
 
 
 def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(

@@ -11,14 +11,16 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.retriever import dev as dev_set
 from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.dev import measure, ranking_metrics
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
+from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import read_lines
+from tests.search.tiny_retriever import write_corpus
 
 
 @pytest.fixture
@@ -136,3 +138,62 @@ def test_early_stopping_without_something_to_watch_is_refused(config):
         replace(config, dev_groups=None, patience=2)
     with pytest.raises(ConfigError, match="dev_metric 'em': expected one of dev_recall_at_1"):
         train(replace(config, patience=2, dev_metric="em"))
+
+
+@pytest.fixture
+def elsewhere(config, tmp_path):
+    """Groups of another corpus, whose positives are what the untrained model finds first: training can only lose."""
+    retriever = Retriever.load(config.retriever, precision="float32", formulation="question_query")
+    corpus = write_corpus(tmp_path / "other.jsonl", 60)
+    lines = [json.loads(line) for line in Path(config.dev_groups).read_text().splitlines()[:40]]
+    with Corpus(corpus) as passages:
+        requests = [SearchRequest(query=line["query"], question=line["question"]) for line in lines]
+        scores = retriever.encode_queries(requests) @ retriever.encode_passages(list(passages)).T
+        found = np.argsort(-scores, axis=1)[:, :6].tolist()
+        ids = [[passages[row].id for row in rows] for rows in found]
+    groups = [line | {"positive": best, "negatives": others} for line, (best, *others) in zip(lines, ids, strict=True)]
+    file = tmp_path / "elsewhere.jsonl"
+    file.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return {"elsewhere_groups": str(file), "elsewhere_corpus": str(corpus), "dev_metric": "dev_recall_at_1"}
+
+
+def test_training_stops_before_it_loses_too_much_on_another_set(config, elsewhere, tmp_path):
+    config = replace(config, dev_groups=None, dev_corpus=False, dev_steps=1, learning_rate=1e-4)
+    folder = train(replace(config, **elsewhere, elsewhere_loss=0.1))
+    curve = [line["elsewhere_recall_at_1"] for line in lines(folder) if "elsewhere_recall_at_1" in line]
+    done = json.loads((folder / "done.json").read_text())
+    assert curve[0] == 1 and min(curve[:-1]) >= 0.9 > curve[-1]
+    assert (done["steps"], done["best_step"]) == (len(curve) - 1, len(curve) - 2) and done["steps"] < 12
+    assert f"Weights of step {done['best_step']} of {done['steps']}." in (folder / "README.md").read_text()
+    shorter = train(replace(config, max_steps=done["best_step"], out=str(tmp_path / "shorter")))
+    expected = SentenceTransformer(str(shorter), device="cpu").state_dict()
+    for name, tensor in SentenceTransformer(str(folder), device="cpu").state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_both_stops_together_keep_the_best_weights_from_before_the_loss(config, elsewhere):
+    folder = train(replace(config, **elsewhere, elsewhere_loss=0.1, dev_steps=1, learning_rate=1e-4, patience=20))
+    found, done = lines(folder), json.loads((folder / "done.json").read_text())
+    held = [line for line in found if line.get("elsewhere_recall_at_1", 0) >= 0.9]
+    assert done["best_step"] == max(held, key=lambda line: line["dev_recall_at_1"])["step"] < done["steps"] < 12
+    assert all("dev_recall_at_1" in line and "corpus_recall_at_1" in line for line in held)
+
+
+def test_a_stop_on_another_set_resumes_and_compares_its_files_by_contents(config, elsewhere, tmp_path):
+    config = replace(config, **elsewhere, elsewhere_loss=0.1, dev_steps=1, learning_rate=1e-4)
+    folder = train(config)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(config.elsewhere_groups).read_bytes())
+    assert train(replace(config, elsewhere_groups=str(moved)), resume=True) == folder
+    moved.write_text(moved.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ManifestMismatchError, match="elsewhere_groups"):
+        train(replace(config, elsewhere_groups=str(moved)), resume=True)
+
+
+def test_wrong_settings_of_a_stop_on_another_set_are_refused(config, elsewhere):
+    with pytest.raises(ConfigError, match="elsewhere_corpus needs elsewhere_groups"):
+        replace(config, elsewhere_corpus="c")
+    with pytest.raises(ConfigError, match="elsewhere_loss must not be below 0, found -1"):
+        replace(config, elsewhere_loss=-1.0)
+    with pytest.raises(ConfigError, match="dev_metric 'em': expected one of dev_recall_at_1"):
+        train(replace(config, **elsewhere | {"dev_metric": "em"}))
