@@ -1,8 +1,8 @@
 """Hybrid search against its parts: recall@3 and @20 of the gold passages, with paired differences.
 
-    python tests/benchmarks/hybrid.py --out DIR [--seeds 0 1 2] [--questions 500]
+    python tests/benchmarks/hybrid.py --out DIR [--seeds 0 1 2] [--questions 500] [--reranker MODEL]
 
-Searches with BM25, MiniLM and their fusion by reciprocal rank, on
+Searches with BM25, MiniLM and their fusion by reciprocal rank, each also with the reranker where one is given, on
 
 - the quick start's generated world, one per seed: every hop of every test question, with the query of an agent that
   knows the hops before, and the question;
@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.backends import RerankSpec, SearchSpec, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, paired_difference
 from agentic_r_plugin.forms import listed
@@ -31,6 +31,8 @@ from agentic_r_plugin.world.questions import hop_query
 from tests.benchmarks.pruning import ROOT, command
 
 DEPTHS = (3, 20)
+SEARCHES = {"BM25": "bm25", "MiniLM": "faiss", "hybrid": "hybrid"}
+"""Name -> search backend."""
 Requests = list[tuple[SearchRequest, frozenset[str]]]
 """A search and the ids of its gold passages."""
 
@@ -40,15 +42,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the worlds and indexes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="worlds to generate")
     parser.add_argument("--questions", type=int, default=None, help="only the first N questions of each")
+    parser.add_argument("--reranker", default="", help="cross-encoder that ranks the best 50 passages again")
     args = parser.parse_args()
-    worlds = [measured(*world(args.out / f"world-{seed}", seed, args.questions)) for seed in args.seeds]
-    for seed, found in zip(args.seeds, worlds, strict=True):
-        report(f"Generated world, seed {seed}", found)
+    worlds = []
+    for seed in args.seeds:
+        worlds.append(measured(*world(args.out / f"world-{seed}", seed, args.questions), args.reranker))
+        report(f"Generated world, seed {seed}", worlds[-1])
     if len(worlds) > 1:
         pooled = {name: {k: [x for found in worlds for x in found[name][k]] for k in DEPTHS} for name in worlds[0]}
         report(f"Generated worlds, seeds {', '.join(map(str, args.seeds))} together", pooled)
     if data := os.environ.get("AGENTIC_R_DATA"):
-        report("HotpotQA", measured(*hotpotqa(Path(data) / "hotpotqa", args.questions), args.out / "hotpotqa"))
+        asked = hotpotqa(Path(data) / "hotpotqa", args.questions)
+        report("HotpotQA", measured(*asked, args.out / "hotpotqa", args.reranker))
 
 
 def world(out: Path, seed: int, number: int | None) -> tuple[Path, Requests, Path]:
@@ -80,35 +85,44 @@ Recalls = Mapping[str, Mapping[int, Sequence[float]]]
 """Search -> depth -> recall of each request."""
 
 
-def measured(corpus: Path, requests: Requests, out: Path) -> dict[str, dict[int, list[float]]]:
+def measured(corpus: Path, requests: Requests, out: Path, reranker: str) -> dict[str, dict[int, list[float]]]:
     """Recalls of each search."""
     command("index", "--corpus", str(corpus), "--retriever", "builtin:minilm", "--out", str(out / "index"))
-    shared = {"corpus": str(corpus), "index": str(out / "index")}
     found: dict[str, dict[int, list[float]]] = {}
-    for name, backend in (("BM25", "bm25"), ("MiniLM", "faiss"), ("hybrid", "hybrid")):
-        with open_search(SearchSpec(backend=backend, **shared)) as search:
-            hits = search.search([request for request, _ in requests], max(DEPTHS))
-        ids = [[hit.passage.id for hit in row] for row in hits]
-        found[name] = {
-            depth: [len(gold & set(row[:depth])) / len(gold) for row, (_, gold) in zip(ids, requests, strict=True)]
-            for depth in DEPTHS
-        }
+    for model in dict.fromkeys(["", reranker]):
+        for name, backend in SEARCHES.items():
+            spec = SearchSpec(
+                backend=backend, corpus=str(corpus), index=str(out / "index"), rerank=RerankSpec(model=model)
+            )
+            with open_search(spec) as search:
+                hits = search.search([request for request, _ in requests], max(DEPTHS))
+            ids = [[hit.passage.id for hit in row] for row in hits]
+            found[f"{name}, reranked" if model else name] = {
+                depth: [len(gold & set(row[:depth])) / len(gold) for row, (_, gold) in zip(ids, requests, strict=True)]
+                for depth in DEPTHS
+            }
     return found
 
 
 def report(title: str, found: Recalls) -> None:
-    """Print recalls, and the hybrid's difference to each part."""
+    """Print recalls and differences: the hybrid's to its parts, and what reranking adds to each search."""
     print(f"\n{title}, {len(found['hybrid'][DEPTHS[0]])} searches\n")
-    print("| search | recall@3 | recall@20 | hybrid minus it @3 | @20 |\n|---|---|---|---|---|")
+    print("| search | recall@3 | recall@20 |\n|---|---|---|")
     for name, recalls in found.items():
-        cells = []
-        for depth in DEPTHS:
-            mean = bootstrap_interval(recalls[depth])
-            cells.append(f"{100 * mean.mean:.1f} [{100 * mean.low:.1f}, {100 * mean.high:.1f}]")
-        for depth in DEPTHS if name != "hybrid" else ():
-            change = paired_difference(recalls[depth], found["hybrid"][depth])
-            cells.append(f"{100 * change.difference:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]")
-        print(f"| {' | '.join([name, *cells] + [''] * (4 - len(cells)))} |")
+        means = (bootstrap_interval(recalls[depth]) for depth in DEPTHS)
+        print(f"| {name} | {' | '.join(f'{shown(m.mean)} [{shown(m.low)}, {shown(m.high)}]' for m in means)} |")
+    pairs = [(part + end, "hybrid" + end) for end in ("", ", reranked") for part in ("BM25", "MiniLM")]
+    pairs += [(name, f"{name}, reranked") for name in SEARCHES]
+    print("\n| difference | recall@3 | recall@20 |\n|---|---|---|")
+    for before, after in (pair for pair in pairs if pair[1] in found):
+        changes = (paired_difference(found[before][depth], found[after][depth]) for depth in DEPTHS)
+        cells = (f"{shown(c.difference, '+')} [{shown(c.low, '+')}, {shown(c.high, '+')}]" for c in changes)
+        print(f"| {before} → {after} | {' | '.join(cells)} |", flush=True)
+
+
+def shown(share: float, sign: str = "") -> str:
+    """A share or a difference in per cent."""
+    return f"{100 * share:{sign}.1f}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin.backends import SearchSpec, open_search, with_absolute_paths
+from agentic_r_plugin.backends import RerankSpec, SearchSpec, open_search, with_absolute_paths
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.config import deciding
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, SearchError
@@ -19,6 +19,7 @@ from agentic_r_plugin.search.hybrid import HybridBackend, parts_of
 from agentic_r_plugin.search.index import IndexConfig, build_index
 from agentic_r_plugin.search.server import share_of_machine
 from agentic_r_plugin.store import read_json
+from tests.search.tiny_retriever import make_reranker
 
 REQUESTS = [SearchRequest(query="p3 p4", question="q3 q4"), SearchRequest(query="p7 q7 p1"), SearchRequest(query="zzz")]
 
@@ -179,7 +180,22 @@ def test_workers_of_a_service_map_the_index_of_a_part(spec: SearchSpec) -> None:
         assert one.search(REQUESTS, 5) == other.search(REQUESTS, 5) and one.fingerprint() == other.fingerprint()
 
 
-def test_coverage_and_candidates_search_with_it(spec: SearchSpec, corpus_file: Path, tmp_path: Path, capsys) -> None:
+def test_what_a_hybrid_found_is_ranked_again_as_of_any_search(spec: SearchSpec, tmp_path: Path) -> None:
+    rerank = RerankSpec(model=make_reranker(tmp_path), depth=10, options={"precision": "float32"})
+    with open_search(spec) as plain, open_search(replace(spec, rerank=rerank)) as both:
+        first, again = ids(plain.search(REQUESTS, 40)), ids(both.search(REQUESTS, 40))
+        for before, after in zip(first, again, strict=True):
+            assert before[10:] == after[10:] and sorted(before[:10]) == sorted(after[:10]) and before != after
+    part = {"backend": "faiss", "rerank": {"model": rerank.model, "depth": 10}}
+    assert parts_of(replace(spec, rerank=rerank, options={"parts": [{"backend": "bm25"}, part]}))[0].rerank.on is False
+    with open_search(replace(spec, options={"parts": [{"backend": "bm25"}, part]})) as of_part:
+        assert of_part.fingerprint() != plain.fingerprint()
+        assert ids(of_part.search(REQUESTS, 40)) != first
+
+
+def test_coverage_searches_with_it_and_compares_its_options_on_resume(
+    spec: SearchSpec, corpus_file: Path, tmp_path: Path, capsys
+) -> None:
     questions = [{"id": "1", "question": "p3 p4", "golden_answers": ["p3"], "metadata": {"gold_doc_ids": ["d1"]}}]
     (tmp_path / "q.jsonl").write_text(json.dumps(questions[0]) + "\n")
     line = ["coverage", "--questions", str(tmp_path / "q.jsonl"), "--index", spec.index, "search.backend=hybrid"]
