@@ -1,7 +1,7 @@
 """Write the tables and figures of `RESULTS.md` from finished experiments.
 
-    python docs/results.py add NAME OUT --commit COMMIT    # keep what an experiment measured as docs/results/NAME.json
-    python docs/results.py                                 # write the tables of RESULTS.md, and docs/results/*.svg
+    python docs/results.py add NAME OUT COMMIT COMMAND    # keep what COMMAND measured as docs/results/NAME.json
+    python docs/results.py                                # write the tables of RESULTS.md, and docs/results/*.svg
 
 OUT is an output folder of `agentic-r experiment`, `aggregate` or `evaluate`. In `RESULTS.md`, the table follows
 `<!-- table: NAME -->` or `<!-- differences: NAME AGENT+RETRIEVER>AGENT+RETRIEVER ... -->` and ends at `<!-- end -->`.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -64,7 +63,7 @@ FIGURES: dict[str, tuple[str, str, dict[str, list[Point]]]] = {
 """Name -> title, label of x, curves."""
 
 
-def keep(name: str, out: Path, commit: str) -> None:
+def keep(name: str, out: Path, commit: str, command: str) -> None:
     """Write the figures of an experiment, without what is not shown, to `results/NAME.json`."""
     home = next(place for place in (out / "evaluation", out) if (place / "matrix.json").is_file())
     matrix = read_json(home / "matrix.json")
@@ -73,7 +72,7 @@ def keep(name: str, out: Path, commit: str) -> None:
     write_json(
         KEPT / f"{name}.json",
         {
-            "command": shlex.join(["agentic-r", *provenance["command"][1:]]),
+            "command": command,
             "commit": commit,
             "sources": provenance["source_fingerprint"],
             "seeds": matrix.get("num_seeds", 1),
@@ -213,7 +212,8 @@ def figures() -> dict[str, str]:
             Series(name=label, points=_points(points), color=i, marked=True)
             for i, (label, points) in enumerate(curves.items())
         ]
-        if any(one.points for one in series):
+        series = [one for one in series if one.points]
+        if any(len(one.points) > 1 for one in series):
             svg = line_chart(title, series, x_label=x_label, y_label="EM, per cent", y_range=(0, None))
             found[f"{name}.svg"] = standalone(svg, [one.name for one in series])
     return found
@@ -255,11 +255,12 @@ def main() -> None:
     add = commands.add_parser("add", help="keep what an experiment measured")
     add.add_argument("name")
     add.add_argument("out", type=Path)
-    add.add_argument("--commit", required=True)
+    add.add_argument("commit", help="of the code that it ran from")
+    add.add_argument("made_by", help="the command that made OUT")
     args = parser.parse_args()
     if args.command_ == "add":
         KEPT.mkdir(exist_ok=True)
-        keep(args.name, args.out, args.commit)
+        keep(args.name, args.out, args.commit, args.made_by)
     else:
         PAGE.write_text(page(), encoding="utf-8")
         for name, svg in figures().items():
