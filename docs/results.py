@@ -215,7 +215,7 @@ def figures() -> dict[str, str]:
         series = [one for one in series if one.points]
         if any(len(one.points) > 1 for one in series):
             svg = line_chart(title, series, x_label=x_label, y_label="EM, per cent", y_range=(0, None))
-            found[f"{name}.svg"] = standalone(svg, [one.name for one in series])
+            found[f"{name}.svg"] = standalone(svg, series)
     return found
 
 
@@ -230,16 +230,16 @@ def _points(points: Sequence[Point]) -> list[tuple[float, float]]:
     return found
 
 
-def standalone(svg: str, names: Sequence[str]) -> str:
+def standalone(svg: str, series: Sequence[Series]) -> str:
     """A chart of the report with its own colours and a legend, as a file."""
     css = (files("agentic_r_plugin.evaluation") / "templates" / "report.css").read_text(encoding="utf-8")
     root = css[: css.index("}") + 1]
     rules = re.findall(r"^(?:svg|\.c0 ).*$", css, re.M)
-    height = HEIGHT + 18 * len(names)
+    height = HEIGHT + 18 * len(series)
     legend = "".join(
-        f'<g class="c{i}"><line class="curve" x1="40" x2="60" y1="{HEIGHT + 18 * i + 5}" y2="{HEIGHT + 18 * i + 5}"/>'
-        f'<text x="68" y="{HEIGHT + 18 * i + 9}">{name}</text></g>'
-        for i, name in enumerate(names)
+        f'<g class="c{one.color}"><line class="curve" x1="40" x2="60" y1="{y}" y2="{y}"/>'
+        f'<text x="68" y="{y + 4}">{one.name}</text></g>'
+        for y, one in zip(range(HEIGHT + 5, height, 18), series, strict=False)
     )
     opened, _, body = svg.partition(">")
     opened = opened.replace(f"0 0 {WIDTH} {HEIGHT}", f"0 0 {WIDTH} {height}")
