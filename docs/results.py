@@ -1,7 +1,7 @@
 """Write the tables and figures of `RESULTS.md` from finished experiments.
 
-    python docs/results.py add NAME OUT --commit COMMIT    # keep what an experiment measured as docs/results/NAME.json
-    python docs/results.py                                 # write the tables of RESULTS.md, and docs/results/*.svg
+    python docs/results.py add NAME OUT COMMIT COMMAND    # keep what COMMAND measured as docs/results/NAME.json
+    python docs/results.py                                # write the tables of RESULTS.md, and docs/results/*.svg
 
 OUT is an output folder of `agentic-r experiment`, `aggregate` or `evaluate`. In `RESULTS.md`, the table follows
 `<!-- table: NAME -->` or `<!-- differences: NAME AGENT+RETRIEVER>AGENT+RETRIEVER ... -->` and ends at `<!-- end -->`.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -64,7 +63,7 @@ FIGURES: dict[str, tuple[str, str, dict[str, list[Point]]]] = {
 """Name -> title, label of x, curves."""
 
 
-def keep(name: str, out: Path, commit: str) -> None:
+def keep(name: str, out: Path, commit: str, command: str) -> None:
     """Write the figures of an experiment, without what is not shown, to `results/NAME.json`."""
     home = next(place for place in (out / "evaluation", out) if (place / "matrix.json").is_file())
     matrix = read_json(home / "matrix.json")
@@ -73,7 +72,7 @@ def keep(name: str, out: Path, commit: str) -> None:
     write_json(
         KEPT / f"{name}.json",
         {
-            "command": shlex.join(["agentic-r", *provenance["command"][1:]]),
+            "command": command,
             "commit": commit,
             "sources": provenance["source_fingerprint"],
             "seeds": matrix.get("num_seeds", 1),
@@ -213,9 +212,10 @@ def figures() -> dict[str, str]:
             Series(name=label, points=_points(points), color=i, marked=True)
             for i, (label, points) in enumerate(curves.items())
         ]
-        if any(one.points for one in series):
+        series = [one for one in series if one.points]
+        if any(len(one.points) > 1 for one in series):
             svg = line_chart(title, series, x_label=x_label, y_label="EM, per cent", y_range=(0, None))
-            found[f"{name}.svg"] = standalone(svg, [one.name for one in series])
+            found[f"{name}.svg"] = standalone(svg, series)
     return found
 
 
@@ -230,16 +230,16 @@ def _points(points: Sequence[Point]) -> list[tuple[float, float]]:
     return found
 
 
-def standalone(svg: str, names: Sequence[str]) -> str:
+def standalone(svg: str, series: Sequence[Series]) -> str:
     """A chart of the report with its own colours and a legend, as a file."""
     css = (files("agentic_r_plugin.evaluation") / "templates" / "report.css").read_text(encoding="utf-8")
     root = css[: css.index("}") + 1]
     rules = re.findall(r"^(?:svg|\.c0 ).*$", css, re.M)
-    height = HEIGHT + 18 * len(names)
+    height = HEIGHT + 18 * len(series)
     legend = "".join(
-        f'<g class="c{i}"><line class="curve" x1="40" x2="60" y1="{HEIGHT + 18 * i + 5}" y2="{HEIGHT + 18 * i + 5}"/>'
-        f'<text x="68" y="{HEIGHT + 18 * i + 9}">{name}</text></g>'
-        for i, name in enumerate(names)
+        f'<g class="c{one.color}"><line class="curve" x1="40" x2="60" y1="{y}" y2="{y}"/>'
+        f'<text x="68" y="{y + 4}">{one.name}</text></g>'
+        for y, one in zip(range(HEIGHT + 5, height, 18), series, strict=False)
     )
     opened, _, body = svg.partition(">")
     opened = opened.replace(f"0 0 {WIDTH} {HEIGHT}", f"0 0 {WIDTH} {height}")
@@ -255,11 +255,12 @@ def main() -> None:
     add = commands.add_parser("add", help="keep what an experiment measured")
     add.add_argument("name")
     add.add_argument("out", type=Path)
-    add.add_argument("--commit", required=True)
+    add.add_argument("commit", help="of the code that it ran from")
+    add.add_argument("made_by", help="the command that made OUT")
     args = parser.parse_args()
     if args.command_ == "add":
         KEPT.mkdir(exist_ok=True)
-        keep(args.name, args.out, args.commit)
+        keep(args.name, args.out, args.commit, args.made_by)
     else:
         PAGE.write_text(page(), encoding="utf-8")
         for name, svg in figures().items():
