@@ -70,7 +70,7 @@ def test_the_model_card_names_use_data_costs_and_results(trained):
     for part in (
         "| query formulation | `question_query` |",
         "| query prefix | `'query: '` |",
-        "| lengths | 32 tokens a query, 32 a passage |",
+        "| lengths | 32 tokens per query, 32 per passage |",
         "| groups | 150 of `train.jsonl` (",
         "| known false negatives | masked |",
         "| batch | 16 queries on each of 1 processes |",

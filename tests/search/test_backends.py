@@ -150,7 +150,7 @@ def test_faiss_opens_by_its_folder_alone(index_folder):
         (SearchSpec(index="x", options={"k1": 1}), "has no option 'k1'; it has precision, mapped, nprobe, ef_search"),
         (SearchSpec(backend="service", url="ftp://x"), "expected an address such as"),
         (SearchSpec(backend="service", url="http://x", options={"token_env": "NO_TOKEN"}), "NO_TOKEN is not set"),
-        (SearchSpec(backend="sparse"), "'sparse'; registered: bm25, faiss, faiss_gpu, milvus, service, torch"),
+        (SearchSpec(backend="sparse"), "'sparse'; registered: bm25, faiss, faiss_gpu, hybrid, milvus, service, torch"),
     ],
 )  # fmt: skip
 def test_incomplete_settings_are_explained(spec, message):
