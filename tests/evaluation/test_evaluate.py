@@ -652,7 +652,7 @@ def test_a_search_with_a_reranker_is_a_retriever_of_the_matrix_with_its_own_name
 # --- Hybrids and the judge --------------------------------------------------------------------------------------------
 
 
-def test_a_hybrid_of_two_searches_is_a_column_of_its_own_and_covers_both_corpora(
+def test_a_hybrid_of_two_searches_is_a_retriever_of_the_matrix_and_covers_both_corpora(
     tmp_path: Path, tiny_agent: Path
 ) -> None:
     write_benchmark(tmp_path)
