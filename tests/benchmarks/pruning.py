@@ -1,6 +1,7 @@
 """Correctness pruned two ways and exhaustive, with real rollouts: are the groups the same, and what was saved?
 
     python tests/benchmarks/pruning.py --out DIR       # the embedded benchmark and its agent
+    python tests/benchmarks/pruning.py --out DIR --ties 0.8       # a judge that gives most candidates equal scores
     python tests/benchmarks/pruning.py --out DIR --data $AGENTIC_R_DATA/hotpotqa --skip 160 --questions 16 \\
         --agent runs/hotpotqa_cpu/agent --rollouts recipes/hotpotqa_cpu/rollouts.yaml
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=None, help="benchmark in FlashRAG layout; none: the embedded one")
     parser.add_argument("--rollouts", type=Path, default=None, help="YAML with protocol, limits, topk, llm")
     parser.add_argument("--skip", type=int, default=0, help="questions at the start that are left out")
+    parser.add_argument("--ties", type=float, default=0.0, help="share of candidates whose relevance is made a tie")
     start(parser, compare)
 
 
@@ -75,7 +77,7 @@ def start(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace, P
 
 
 def stages(
-    args: argparse.Namespace, out: Path, data: Path, rollouts: Path, skip: int = 0
+    args: argparse.Namespace, out: Path, data: Path, rollouts: Path, skip: int = 0, scorer: Sequence[str] = ()
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Run the stages before `correctness`; returns their files, and its flags for candidates and agent."""
     questions, corpus = out / "questions.jsonl", str(data / "corpus.jsonl")
@@ -88,14 +90,15 @@ def stages(
     command("trajectories", "--in", str(questions), "--out", file["trajectories"], *agent)
     command("candidates", "--in", file["trajectories"], "--out", file["candidates"], f"protocol={protocol}", *search)
     scored = ["--candidates", file["candidates"], "--corpus", corpus]
-    command("relevance", *scored, "--questions", str(questions), "--out", file["relevance"])
+    command("relevance", *scored, "--questions", str(questions), "--out", file["relevance"], *scorer)
     return file, scored, agent
 
 
 def compare(args: argparse.Namespace, out: Path) -> None:
     """Run everything and print the table."""
     data = args.data or embedded(out / "benchmark")
-    file, scored, agent = stages(args, out, data, args.rollouts or quickstart_rollouts(out), args.skip)
+    ties = ["--scorer", "noisy", f"options.rate={args.ties}", "options.ways=[tie]"] if args.ties else []
+    file, scored, agent = stages(args, out, data, args.rollouts or quickstart_rollouts(out), args.skip, ties)
     reports, spent = {}, {}
     for name, how in WAYS.items():
         correctness = str(out / f"correctness-{name}.jsonl")
