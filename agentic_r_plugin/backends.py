@@ -19,7 +19,6 @@ from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.search.milvus import in_milvus
 from agentic_r_plugin.store import absolute
 
 
@@ -131,7 +130,7 @@ def with_absolute_paths(spec: Spec) -> Spec:
 
 def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a backend or scorer with the paths of existing files and folders made absolute."""
-    made = {name: absolute(value) if name in _PATH_OPTIONS else value for name, value in options.items()}
+    made = _made_absolute(options, _PATH_OPTIONS)
     return made | ({"parts": [_absolute_part(part) for part in options["parts"]]} if "parts" in options else {})
 
 
@@ -139,8 +138,12 @@ def _absolute_part(part: Any) -> Any:
     """One of the searches that the backend `hybrid` fuses."""
     if not isinstance(part, Mapping):
         return part
-    made = {name: absolute(value) if name in _SEARCH_PATHS else value for name, value in part.items()}
+    made = _made_absolute(part, _SEARCH_PATHS)
     return made | ({"options": absolute_options(part["options"])} if "options" in part else {})
+
+
+def _made_absolute(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: absolute(value) if name in names else value for name, value in values.items()}
 
 
 @contextmanager
@@ -200,7 +203,11 @@ def build_search(spec: SearchSpec) -> SearchBackend:
 
 def resolved(spec: SearchSpec) -> SearchSpec:
     """The settings with the backend `milvus` in place of the default, if the vectors of the index are in Milvus."""
-    return replace(spec, backend="milvus") if spec.backend == "faiss" and in_milvus(spec.index) else spec
+    if spec.backend != "faiss":
+        return spec
+    from agentic_r_plugin.search.milvus import in_milvus
+
+    return replace(spec, backend="milvus") if in_milvus(spec.index) else spec
 
 
 def _build(kind: str, name: str, spec: LLMSpec | SearchSpec) -> Any:

@@ -10,8 +10,12 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from agentic_r_plugin import components
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.records import Candidates, Group
 
 SEPARATOR = " [SEP] "
 """BERT tokenizers map the inner token to their own separator; for other tokenizers it is plain text."""
@@ -36,6 +40,11 @@ class SearchRequest:
     """The trajectory's earlier queries, oldest first."""
     reasoning: str = ""
     """What the agent wrote in this turn before the query, without tags; empty if it wrote nothing."""
+
+    @classmethod
+    def of(cls, record: Candidates | Group) -> SearchRequest:
+        """The search that a record is about."""
+        return cls(query=record.query, question=record.question, history=record.history, reasoning=record.reasoning)
 
 
 def question_query(request: SearchRequest) -> str:

@@ -112,11 +112,7 @@ def find_candidates(
         [query for query in queries_of(trajectory, protocol) if not max_turn or query.turn <= max_turn]
         for trajectory in trajectories
     ]
-    requests = [
-        SearchRequest(query=query.query, question=query.question, history=query.history, reasoning=query.reasoning)
-        for of_trajectory in queries
-        for query in of_trajectory
-    ]
+    requests = [SearchRequest.of(query) for of_trajectory in queries for query in of_trajectory]
     if cost is not None:
         cost.searches += len(requests)
     found = iter(search_each(search, requests, topk))

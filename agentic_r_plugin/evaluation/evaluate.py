@@ -238,13 +238,12 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random, config.format)
     agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
-    for name in (name for name in agents if name not in later):
-        spec = _llm_spec(config, name)
+    models = {f"agents.{name}": _llm_spec(config, name) for name in agents if name not in later}
+    if config.judge.llm.model:
+        models["judge.llm.model"] = config.judge.llm
+    for where, spec in models.items():
         if spec.backend == "hf" and not Path(spec.model).is_dir():
-            raise ConfigError(f"agents.{name}: no directory {spec.model!r}")
-    judge = config.judge.llm
-    if judge.model and judge.backend == "hf" and not Path(judge.model).is_dir():
-        raise ConfigError(f"judge.llm.model: no directory {judge.model!r}")
+            raise ConfigError(f"{where}: no directory {spec.model!r}")
     for name in (name for name in searches if config.retrievers[name][0] not in later):
         for benchmark in config.benchmarks:
             for part in parts_of(_search_spec(config, name, benchmark)):

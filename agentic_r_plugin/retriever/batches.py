@@ -78,9 +78,7 @@ def read_examples(
         read.append(
             Example(
                 key=key,
-                request=SearchRequest(
-                    query=group.query, question=group.question, history=group.history, reasoning=group.reasoning
-                ),
+                request=SearchRequest.of(group),
                 positive=positive,
                 negatives=tuple(negatives),
                 known_positives=frozenset(),

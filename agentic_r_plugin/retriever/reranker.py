@@ -129,10 +129,7 @@ def read_labelled(config: TrainRerankerConfig) -> tuple[list[Labelled], dict[str
         if len(set(labels)) < 2:
             left_out["without_order"] += 1
             continue
-        request = SearchRequest(
-            query=query.query, question=query.question, history=query.history, reasoning=query.reasoning
-        )
-        found.append(Labelled(key=query.key, request=request, passages=passages, labels=labels))
+        found.append(Labelled(key=query.key, request=SearchRequest.of(query), passages=passages, labels=labels))
     if not found:
         raise RecordError(f"no query has candidates with different labels ({left_out})", path=config.candidates)
     return found, left_out

@@ -1,12 +1,12 @@
-"""Seconds and peak memory of conversions and adoption at 10^5 and 10^6 rows, each in a process of its own.
+"""Seconds and peak memory of conversions and adoption at 10^5 and 10^6 rows, each in a separate process.
 
     python tests/benchmarks/files_scale.py [--sizes 100000 1000000] [--folder DIR]
     python tests/benchmarks/files_scale.py --adopt CORPUS [--copies 75] [--retriever builtin:minilm]
 
 The first form makes articles, questions, and a JSON list of questions with contexts (ten paragraphs each), and converts
 them. The second encodes a corpus, adopts its vectors (as a matrix, and as an index of faiss), and then adopts an index
-of that corpus repeated COPIES times under other ids: each row holds the vector of its own text, so the sample that is
-compared is an honest one. Prints Markdown.
+of that corpus repeated COPIES times under other ids: the vector of each row is that of its text, so the
+sample agrees as with a real corpus. Prints Markdown.
 """
 
 from __future__ import annotations

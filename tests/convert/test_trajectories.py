@@ -262,9 +262,9 @@ def test_a_chat_with_several_questions_is_refused(tmp_path, between):
 @pytest.mark.parametrize("own", [False, True], ids=["from the file", "from the log"])
 def test_the_question_is_found_in_several_first_messages_of_the_user(tmp_path, own):
     greeting = {"role": "assistant", "content": "How can I help?"}
-    told = {"role": "user", "content": "Use the tool.\nBe brief."}
+    instructed = {"role": "user", "content": "Use the tool.\nBe brief."}
     asked = {"role": "user", "content": "Where was the author of Emma born?"}
-    row = {"messages": [greeting, told, asked, *CHAT["messages"][2:]]} | (
+    row = {"messages": [greeting, instructed, asked, *CHAT["messages"][2:]]} | (
         {"id": "q1", "golden_answers": ["Steventon"]} if own else {}
     )
     (found,), _ = convert(tmp_path, [row], *(['questions=""'] if own else []))
