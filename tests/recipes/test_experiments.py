@@ -24,8 +24,9 @@ from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.experiment_series import forecast, parts
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Candidates, CorpusLine, Correctness, Group, Question, Relevance, ScoredPassage
-from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.indexing import index
+from agentic_r_plugin.search.service import server
 from agentic_r_plugin.store import dump_line, read_json, read_lines, read_records, write_records
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model
