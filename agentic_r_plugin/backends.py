@@ -207,7 +207,7 @@ def resolved(spec: SearchSpec) -> SearchSpec:
     """The settings with the backend `milvus` in place of the default, if the vectors of the index are in Milvus."""
     if spec.backend != "faiss":
         return spec
-    from agentic_r_plugin.search.milvus import in_milvus
+    from agentic_r_plugin.search.indexing.milvus import in_milvus
 
     return replace(spec, backend="milvus") if in_milvus(spec.index) else spec
 

@@ -40,7 +40,7 @@ class Command:
 
 COMMANDS = {
     "world": Command("write the generated benchmark in FlashRAG layout", "world.generate:WorldConfig"),
-    "index": Command("encode a corpus and build the search index", "search.index:IndexConfig"),
+    "index": Command("encode a corpus and build the search index", "search.indexing.index:IndexConfig"),
     "convert questions": Command("any form of questions to FlashRAG's", "convert.questions:QuestionsConfig"),
     "convert corpus": Command("documents and whole articles as passages", "convert.corpus:CorpusConfig"),
     "convert trajectories": Command(
@@ -50,8 +50,8 @@ COMMANDS = {
     "convert runs": Command("what was retrieved, as TREC or BrowseComp-Plus runs", "convert.runs:ConvertRunsConfig"),
     "convert qrels": Command("gold documents or judged relevance as TREC qrels", "convert.qrels:ConvertQrelsConfig"),
     "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
-    "repair": Command("add the gold documents that a corpus lacks", "search.repair:RepairConfig"),
-    "serve": Command("run the retrieval service", "search.server:ServeConfig"),
+    "repair": Command("add the gold documents that a corpus lacks", "search.indexing.repair:RepairConfig"),
+    "serve": Command("run the retrieval service", "search.service.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
     "show-rollouts": Command("a training's sampled trajectories as a page", "agent.rollout_page:ShowRolloutsConfig"),
     "trajectories": Command("the agent answers every question", "data.trajectories:TrajectoriesConfig"),
@@ -67,7 +67,7 @@ COMMANDS = {
     "experiment": Command("retrievers made in several ways from one run's data", "experiment_series:ExperimentConfig"),
     "aggregate": Command("the matrices of several seeds as one", "evaluation.aggregate:AggregateConfig"),
     "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
-    "report": Command("report.html and report.md of a run", "evaluation.report:ReportConfig"),
+    "report": Command("report.html and report.md of a run", "report.report:ReportConfig"),
 }
 
 GROUPS = {"convert": "others' data in, training sets and runs out"}

@@ -34,8 +34,9 @@ from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Group, Relevance
 from agentic_r_plugin.retriever import reranker, training
-from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import corpus_file
+from agentic_r_plugin.search.indexing import index
+from agentic_r_plugin.search.service import server
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, read_records, write_json, write_records
 from agentic_r_plugin.world import generate

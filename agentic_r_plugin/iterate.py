@@ -46,7 +46,7 @@ from agentic_r_plugin.data import candidates, correctness, groups, plan, relevan
 from agentic_r_plugin.data import report as data_report
 from agentic_r_plugin.data.selection import selection_named
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.memory import give_back_memory
@@ -54,9 +54,11 @@ from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.query import DEFAULT_FORMULATION, needs_reasoning
 from agentic_r_plugin.questions import FORMAT, read_questions
+from agentic_r_plugin.report import report
 from agentic_r_plugin.retriever import training
-from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import corpus_file, count_lines
+from agentic_r_plugin.search.indexing import index
+from agentic_r_plugin.search.service import server
 from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint

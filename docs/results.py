@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.evaluation.charts import HEIGHT, WIDTH, Series, line_chart
 from agentic_r_plugin.evaluation.matrix import COMPARED
+from agentic_r_plugin.report.charts import HEIGHT, WIDTH, Series, line_chart
 from agentic_r_plugin.store import read_json, write_json
 
 PAGE, KEPT = Path(__file__).with_name("RESULTS.md"), Path(__file__).with_name("results")
@@ -232,7 +232,7 @@ def _points(points: Sequence[Point]) -> list[tuple[float, float]]:
 
 def standalone(svg: str, series: Sequence[Series]) -> str:
     """A chart of the report with its own colours and a legend, as a file."""
-    css = (files("agentic_r_plugin.evaluation") / "templates" / "report.css").read_text(encoding="utf-8")
+    css = (files("agentic_r_plugin.report") / "templates" / "report.css").read_text(encoding="utf-8")
     root = css[: css.index("}") + 1]
     rules = re.findall(r"^(?:svg|\.c0 ).*$", css, re.M)
     height = HEIGHT + 18 * len(series)

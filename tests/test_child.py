@@ -44,7 +44,7 @@ def test_a_fault_that_is_a_third_partys_own_is_raised_as_the_base_of_all():
 PARENT = """
 import sys
 from agentic_r_plugin import child
-from agentic_r_plugin.search.server import ServeConfig
+from agentic_r_plugin.search.service.server import ServeConfig
 child.run_command("serve", ServeConfig(backend="bm25", corpus=sys.argv[1], port=0, ready_file=sys.argv[2]))
 """
 

@@ -17,7 +17,7 @@ from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, check_inputs
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.search.server import ServeConfig
+from agentic_r_plugin.search.service.server import ServeConfig
 from tests.llm.loopback import chat, serve
 
 SECRET = "sk-5ecret-1234"

@@ -15,7 +15,7 @@ LAYERS = (
      "ray_cluster", "trec"),
     ("llm", "search", "backends", "rollout"),
     ("data", "retriever", "world", "agent", "convert"),
-    ("evaluation",),
+    ("evaluation", "report"),
     ("iterate", "experiment", "experiment_plan", "experiment_series", "cli"),
 )  # fmt: skip
 """Folders and modules of the package, lowest first (CONTRIBUTING.md)."""

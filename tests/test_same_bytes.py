@@ -158,7 +158,7 @@ def _data(kept: Kept, home: Path, index: Path, out: Path) -> None:
 
 
 def _service(kept: Kept, index: Path, out: Path) -> None:
-    from agentic_r_plugin.search.server import ServeConfig, running_service
+    from agentic_r_plugin.search.service.server import ServeConfig, running_service
 
     queries = [line for _, line in read_lines(out / "candidates.jsonl")][:6]
     body = {

@@ -21,8 +21,8 @@ from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
-from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage

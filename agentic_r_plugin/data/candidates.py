@@ -11,8 +11,8 @@ from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory

@@ -31,7 +31,6 @@ from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.likelihood import answer_likelihoods
-from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
     BELOW_THRESHOLD,
     NO_RELEVANCE,
@@ -40,7 +39,8 @@ from agentic_r_plugin.data.selection import (
     rollout_order,
     tie_levels,
 )
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import PREFIX_SEARCH, AgentProtocol, Limits, Session, load_protocol

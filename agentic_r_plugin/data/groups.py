@@ -11,7 +11,6 @@ from pathlib import Path
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.data.inputs import FirstQueries, QueryFiles, query_units
-from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.selection import (
     DUPLICATE_QUERY,
     SelectionRule,
@@ -21,7 +20,8 @@ from agentic_r_plugin.data.selection import (
     preset_rule,
     selection_named,
 )
-from agentic_r_plugin.data.stage import Stage, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Group
 from agentic_r_plugin.rollout import RolloutCost

@@ -14,9 +14,9 @@ from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import outcome_of
-from agentic_r_plugin.data.runner import RunnerSpec
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.records import Candidates, Question, Relevance

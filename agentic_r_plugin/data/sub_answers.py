@@ -14,8 +14,8 @@ from pathlib import Path
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
-from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory

@@ -13,8 +13,8 @@ from typing import Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, Session, load_protocol

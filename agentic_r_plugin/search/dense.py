@@ -22,11 +22,11 @@ from agentic_r_plugin.config import FREE
 from agentic_r_plugin.errors import ConfigError, SearchError
 from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed_options
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.faiss_files import flat_vectors, open_index, set_search_depth
+from agentic_r_plugin.search.indexing import index as indexes
+from agentic_r_plugin.search.indexing.faiss_files import flat_vectors, open_index, set_search_depth
 
 
 class DenseBackend(ABC):
@@ -269,7 +269,7 @@ class TorchBackend(DenseBackend):
         block_rows: int = 65_536,
         **shared: Any,
     ) -> None:
-        from agentic_r_plugin.search.shards import resolve_devices
+        from agentic_r_plugin.search.indexing.shards import resolve_devices
 
         if dtype not in ("float16", "float32"):
             raise ConfigError(f"search backend 'torch': dtype {dtype!r}: expected float16 or float32")

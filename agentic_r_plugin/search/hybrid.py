@@ -171,7 +171,7 @@ def parts_of(spec: SearchSpec) -> list[SearchSpec]:
     parts = typed_options(spec, HybridBackend.Options)["parts"]
     shared = {name: getattr(spec, name) for name in _SHARED}
     if spec.index:
-        from agentic_r_plugin.search.index import read_manifest
+        from agentic_r_plugin.search.indexing.index import read_manifest
 
         shared["corpus"] = spec.corpus or read_manifest(spec.index).corpus
         if all(isinstance(part, Mapping) and (part.get("index") or part.get("backend") == "bm25") for part in parts):

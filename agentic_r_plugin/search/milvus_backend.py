@@ -14,7 +14,7 @@ from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.search.dense import DenseBackend
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.milvus import Collection
+from agentic_r_plugin.search.indexing.milvus import Collection
 
 
 class MilvusBackend(DenseBackend):

@@ -103,8 +103,8 @@ def adopt(folder: Path, corpus: Path, copies: int, retriever: str) -> None:
     """Print the table of encoding and adoption."""
     import faiss
 
-    from agentic_r_plugin.search.faiss_files import Matrix, flat_vectors, write_index
-    from agentic_r_plugin.search.index import read_manifest
+    from agentic_r_plugin.search.indexing.faiss_files import Matrix, flat_vectors, write_index
+    from agentic_r_plugin.search.indexing.index import read_manifest
 
     def row(what: str, rows: int, spent: tuple[float, float, float, float]) -> None:
         print(f"| {what} | {rows:,} | {' | '.join(f'{value:.0f}' for value in spent)} |", flush=True)

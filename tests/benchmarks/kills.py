@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.cli import main as agentic_r
-from agentic_r_plugin.data import runner
+from agentic_r_plugin.data.stages import runner
 from agentic_r_plugin.store import read_json, read_lines
 from tests.llm.loopback import Answer, chat, serve
 

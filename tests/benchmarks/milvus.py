@@ -51,7 +51,7 @@ def make_queries(vectors: np.ndarray, count: int) -> np.ndarray:
 def faiss_search(vectors: np.ndarray, kind: str, folder: Path) -> Search:
     import faiss
 
-    from agentic_r_plugin.search.faiss_files import Matrix, open_index, set_search_depth, write_index
+    from agentic_r_plugin.search.indexing.faiss_files import Matrix, open_index, set_search_depth, write_index
 
     rows, dim = vectors.shape
     whole = Matrix(rows=rows, dim=dim, read=lambda start, stop: vectors[start:stop])
@@ -63,9 +63,9 @@ def faiss_search(vectors: np.ndarray, kind: str, folder: Path) -> Search:
 
 
 def milvus_search(vectors: np.ndarray, kind: str, folder: Path, uri: str) -> Search:
-    from agentic_r_plugin.search import milvus
-    from agentic_r_plugin.search.faiss_files import Matrix, VectorBlocks
-    from agentic_r_plugin.search.index import IndexManifest
+    from agentic_r_plugin.search.indexing import milvus
+    from agentic_r_plugin.search.indexing.faiss_files import Matrix, VectorBlocks
+    from agentic_r_plugin.search.indexing.index import IndexManifest
     from agentic_r_plugin.storage.claim import Output
 
     rows, dim = vectors.shape

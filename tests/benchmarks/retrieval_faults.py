@@ -31,8 +31,8 @@ from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.search.index import read_manifest
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.indexing.index import read_manifest
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 
 
 class Load:

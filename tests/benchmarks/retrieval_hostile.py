@@ -22,7 +22,7 @@ import httpx
 
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 
 Hostile = tuple[str, str, bytes]
 """Method, path, body."""

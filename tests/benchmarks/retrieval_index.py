@@ -26,7 +26,7 @@ import torch
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever, resolve
-from agentic_r_plugin.search.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
 from agentic_r_plugin.store import read_lines
 
 

@@ -34,7 +34,7 @@ Sample = tuple[float, list[float]]
 def questions_of(index: Path, count: int, *, short: bool) -> list[tuple[str, str]]:
     """(question, query) made from the corpus: as long as an agent's, all different."""
     from agentic_r_plugin.search.corpus import Corpus
-    from agentic_r_plugin.search.index import read_manifest
+    from agentic_r_plugin.search.indexing.index import read_manifest
 
     with Corpus(read_manifest(index).corpus, table=index) as corpus:
         found = []
@@ -68,7 +68,7 @@ def plain_app(index: str, precision: str, *, asynchronous: bool) -> Any:
 
     from agentic_r_plugin.search.corpus import Corpus
     from agentic_r_plugin.search.encoder import Retriever, autocast
-    from agentic_r_plugin.search.index import read_manifest
+    from agentic_r_plugin.search.indexing.index import read_manifest
 
     manifest = read_manifest(index)
     model = Retriever.load(manifest.retriever, preset=manifest.preset, precision=precision).model
@@ -207,7 +207,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     from agentic_r_plugin.search.base import SearchRequest
     from agentic_r_plugin.search.dense import FaissBackend
-    from agentic_r_plugin.search.server import ServeConfig, running_service
+    from agentic_r_plugin.search.service.server import ServeConfig, running_service
 
     backend = FaissBackend(args.index, precision=args.precision)
     per_round = args.requests + 2 * args.plain_requests

@@ -40,7 +40,7 @@ from agentic_r_plugin.protocol import Limits, Search, Session
 from agentic_r_plugin.records import CorpusLine, Question
 from agentic_r_plugin.rollout import search_request
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.tags import search_r1
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin.config import FREE
-from agentic_r_plugin.data.runner import Batch, RunnerSpec, flow
-from agentic_r_plugin.data.stage import Stage, run_stage
+from agentic_r_plugin.data.stages.runner import Batch, RunnerSpec, flow
+from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.rollout import RolloutCost

@@ -18,8 +18,8 @@ import pytest
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import FREE
 from agentic_r_plugin.data.relevance import RelevanceConfig
-from agentic_r_plugin.data.runner import RunnerSpec
-from agentic_r_plugin.data.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.data.sub_answers import SubAnswersConfig
 from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError

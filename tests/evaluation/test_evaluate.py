@@ -26,15 +26,16 @@ from agentic_r_plugin.errors import (
     RecordError,
     RequestRefusedError,
 )
-from agentic_r_plugin.evaluation import evaluate, report
+from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table, write_tables
 from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
-from agentic_r_plugin.evaluation.report_results import columns
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, AnswerJudgeSettings
 from agentic_r_plugin.records import Judgement, Trajectory
+from agentic_r_plugin.report import report
+from agentic_r_plugin.report.results import columns
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentic_r_plugin.evaluation.paper import BENCHMARKS, paper_results
+from agentic_r_plugin.report.paper import BENCHMARKS, paper_results
 
 AVERAGES = {
     ("agentic_r", "e5"): 41.74,

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.errors import OutputExistsError, RecordError
-from agentic_r_plugin.evaluation import report_results
-from agentic_r_plugin.evaluation.report import ReportConfig, run
-from agentic_r_plugin.evaluation.report_answers import read_answers
-from agentic_r_plugin.evaluation.report_training import cost_rows
-from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
 from agentic_r_plugin.evaluation.statistics import paired_difference
+from agentic_r_plugin.report import results as report_results
+from agentic_r_plugin.report.curves import cost_rows
+from agentic_r_plugin.report.flips import read_answers
+from agentic_r_plugin.report.report import ReportConfig, run
+from agentic_r_plugin.report.run_folder import RunFolder, read_run
 from agentic_r_plugin.store import read_json, write_json
 from agentic_r_plugin.tags import compact, search_r1
 from tests.evaluation.evaluation_run import HOSTILE, write_run

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agentic_r_plugin.evaluation.report import ReportConfig, run
-from agentic_r_plugin.evaluation.run_folder import read_run
+from agentic_r_plugin.report.report import ReportConfig, run
+from agentic_r_plugin.report.run_folder import read_run
 from tests.evaluation.browser import EXECUTABLE, Browser
 from tests.evaluation.evaluation_run import HOSTILE, write_run
 

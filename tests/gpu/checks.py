@@ -353,7 +353,7 @@ def seeded_sampling() -> Outcome:
 
 def agent_training() -> Outcome:
     """train-agent with the shipped agent, FSDP2 and vLLM in bfloat16: 10 steps, saved, stopped and resumed at 6."""
-    from agentic_r_plugin.search.server import ServeConfig, running_service
+    from agentic_r_plugin.search.service.server import ServeConfig, running_service
     from agentic_r_plugin.store import read_lines
     from agentic_r_plugin.world.generate import WorldConfig
     from agentic_r_plugin.world.generate import run as write_world

@@ -14,8 +14,8 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.evaluate import AgentSettings, EvaluateConfig
-from agentic_r_plugin.evaluation.paper import BENCHMARKS
-from agentic_r_plugin.search.index import IndexConfig
+from agentic_r_plugin.report.paper import BENCHMARKS
+from agentic_r_plugin.search.indexing.index import IndexConfig
 from tests.evaluation.evaluation_toy import write_benchmark
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluation"

@@ -36,8 +36,9 @@ from agentic_r_plugin.records import (
     Trajectory,
     Turn,
 )
-from agentic_r_plugin.search import index, server
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.indexing import index
+from agentic_r_plugin.search.service import server
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import dump_line, read_json, read_lines, read_records, write_records
 from recipes.quickstart.warm_start.train import WarmStartConfig

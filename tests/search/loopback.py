@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import uvicorn
 
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.search.app import RequestLimits, build_app
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.search.request_heads import PatientProtocol
-from agentic_r_plugin.search.service import SearchService
+from agentic_r_plugin.search.service.app import RequestLimits, build_app
+from agentic_r_plugin.search.service.request_heads import PatientProtocol
+from agentic_r_plugin.search.service.search_service import SearchService
 
 LIMITS = RequestLimits(
     max_queries=8,

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.errors import AgenticRError, ConfigError, IndexMismatchError
-from agentic_r_plugin.search.adopt import FaissSource
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend, TorchBackend
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.adopt import FaissSource
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
 from tests.search.tiny_retriever import make_model, write_corpus
 
 ROWS = 400
@@ -167,7 +167,7 @@ def test_pickles_are_read_only_on_demand_and_in_the_order_of_their_ids(vectors, 
     ids=str,
 )
 def test_settings_that_would_agree_are_named_and_then_accepted(made_with, corpus, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("agentic_r_plugin.search.adopt._LENGTHS", (5, 16, 64))
+    monkeypatch.setattr("agentic_r_plugin.search.indexing.adopt._LENGTHS", (5, 16, 64))
     build_index(config(tmp_path / "theirs", corpus, model_folder, **made_with))
     file = tmp_path / "theirs" / "agentic_r_Flat.index"
     with pytest.raises(IndexMismatchError, match="all of them agree with") as refused:

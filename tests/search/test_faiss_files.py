@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
-from agentic_r_plugin.search.faiss_files import empty_index, flat_vectors, open_index, set_search_depth, write_index
+from agentic_r_plugin.search.indexing.faiss_files import (
+    empty_index,
+    flat_vectors,
+    open_index,
+    set_search_depth,
+    write_index,
+)
 
 ROWS, DIM = 3000, 16
 

@@ -18,14 +18,14 @@ from agentic_r_plugin.errors import (
     OutputExistsError,
     RecordError,
 )
-from agentic_r_plugin.search import faiss_files
-from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.faiss_files import open_index
-from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing import faiss_files
+from agentic_r_plugin.search.indexing import index as indexes
+from agentic_r_plugin.search.indexing.faiss_files import open_index
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
 from tests.search.tiny_retriever import make_model, passage_numbers, write_corpus
 
 

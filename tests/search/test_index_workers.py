@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
-from agentic_r_plugin.search import dense, shards
-from agentic_r_plugin.search import index as indexes
+from agentic_r_plugin.search import dense
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import PASSAGES, Corpus
 from agentic_r_plugin.search.dense import FaissBackend, FaissGPUBackend, TorchBackend
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.faiss_files import bytes_per_row
-from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing import index as indexes
+from agentic_r_plugin.search.indexing import shards
+from agentic_r_plugin.search.indexing.faiss_files import bytes_per_row
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
 
 NAME = "agentic_r_Flat.index"
 REQUESTS = [SearchRequest(query=f"p{n} p{n + 1}") for n in range(12)]

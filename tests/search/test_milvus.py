@@ -27,10 +27,10 @@ from agentic_r_plugin.records import Candidates, StopReason, Trajectory, Turn
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend, TorchBackend
-from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
-from agentic_r_plugin.search.milvus import Collection, MilvusSettings
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.milvus import Collection, MilvusSettings
 from agentic_r_plugin.search.milvus_backend import MilvusBackend
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import read_json, read_records, write_records
 
@@ -122,7 +122,7 @@ def test_a_filter_leaves_only_passages_that_satisfy_it(flat):
 KILLED = """
 import os, signal, sys
 from agentic_r_plugin import cli
-from agentic_r_plugin.search.milvus import Collection
+from agentic_r_plugin.search.indexing.milvus import Collection
 
 write, done = Collection.write, []
 

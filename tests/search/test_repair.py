@@ -15,12 +15,12 @@ from agentic_r_plugin.cli import main
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.forms import context_documents
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.search import repair
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.index import IndexConfig, build_index, read_manifest
-from agentic_r_plugin.search.repair import RepairConfig
+from agentic_r_plugin.search.indexing import repair
+from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.repair import RepairConfig
 from tests.search.tiny_retriever import contents, passage_numbers, write_corpus
 
 NUMBERS = passage_numbers(40)

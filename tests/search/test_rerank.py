@@ -20,7 +20,7 @@ from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.coverage import CoverageConfig
 from agentic_r_plugin.search.cross_encoder import CrossEncoderReranker
 from agentic_r_plugin.search.rerank import RerankedSearch
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.store import read_json
 from tests.search.loopback import LIMITS, EchoBackend, serving
 from tests.search.tiny_retriever import make_model, make_reranker, query

@@ -20,7 +20,7 @@ from agentic_r_plugin.records import Candidates, Trajectory
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
-from agentic_r_plugin.search.index import read_manifest
+from agentic_r_plugin.search.indexing.index import read_manifest
 from agentic_r_plugin.store import read_records
 from tests.search.test_faults import service
 from tests.search.tiny_retriever import write_corpus

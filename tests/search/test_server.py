@@ -21,12 +21,12 @@ import torch
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
-from agentic_r_plugin.search import server
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
-from agentic_r_plugin.search.server import ServeConfig, running_service
-from agentic_r_plugin.search.service import SearchService
+from agentic_r_plugin.search.service import server
+from agentic_r_plugin.search.service.search_service import SearchService
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.search.wire import is_loopback
 from tests.search.loopback import LIMITS, EchoBackend, serving
 
@@ -372,7 +372,7 @@ def test_a_service_that_cannot_start_shows_the_end_of_its_log(tmp_path):
 
 PARENT = """
 import sys, time
-from agentic_r_plugin.search.server import ServeConfig, running_service
+from agentic_r_plugin.search.service.server import ServeConfig, running_service
 with running_service(ServeConfig(backend="bm25", corpus=sys.argv[1], port=0)) as url:
     print(url, flush=True)
     time.sleep(60)

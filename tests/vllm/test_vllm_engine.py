@@ -29,7 +29,7 @@ from agentic_r_plugin.backends import LLMSpec  # noqa: E402
 from agentic_r_plugin.errors import AgenticRError, BackendError, ConfigError  # noqa: E402
 from agentic_r_plugin.llm.vllm import VLLMBackend  # noqa: E402
 from agentic_r_plugin.records import Trajectory  # noqa: E402
-from agentic_r_plugin.search.server import ServeConfig, running_service  # noqa: E402
+from agentic_r_plugin.search.service.server import ServeConfig, running_service  # noqa: E402
 from agentic_r_plugin.store import read_records  # noqa: E402
 from agentic_r_plugin.world.generate import WorldConfig  # noqa: E402
 from agentic_r_plugin.world.generate import run as write_world  # noqa: E402

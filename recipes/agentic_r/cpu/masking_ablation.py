@@ -20,8 +20,9 @@ from agentic_r_plugin.agent import launch
 from agentic_r_plugin.agent.metrics import read_metrics
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
-from agentic_r_plugin.evaluation.charts import HEIGHT, WIDTH, Series, line_chart
-from agentic_r_plugin.search import index, server
+from agentic_r_plugin.report.charts import HEIGHT, WIDTH, Series, line_chart
+from agentic_r_plugin.search.indexing import index
+from agentic_r_plugin.search.service import server
 from agentic_r_plugin.store import atomic_path, dump_line
 from agentic_r_plugin.world import generate
 

@@ -45,8 +45,8 @@ from agentic_r_plugin.store import read_json
 if TYPE_CHECKING:
     from agentic_r_plugin.records import Passage
     from agentic_r_plugin.search.corpus import Corpus
-    from agentic_r_plugin.search.faiss_files import VectorBlocks
-    from agentic_r_plugin.search.index import IndexManifest
+    from agentic_r_plugin.search.indexing.faiss_files import VectorBlocks
+    from agentic_r_plugin.search.indexing.index import IndexManifest
     from agentic_r_plugin.storage.claim import Claim
 
 log = logging.getLogger(__name__)

@@ -32,12 +32,12 @@ from agentic_r_plugin.forms import context_documents, passage_fields
 from agentic_r_plugin.questions import read_rows
 from agentic_r_plugin.records import Passage, Question, text_id
 from agentic_r_plugin.search import coverage
-from agentic_r_plugin.search import index as indexes
 from agentic_r_plugin.search.corpus import PASSAGES, Corpus, passage_line
 from agentic_r_plugin.search.coverage import CoverageConfig, gold_ids, gold_titles
-from agentic_r_plugin.search.faiss_files import Matrix, flat_vectors, open_index, write_index
-from agentic_r_plugin.search.index import IndexManifest
-from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
+from agentic_r_plugin.search.indexing import index as indexes
+from agentic_r_plugin.search.indexing.faiss_files import Matrix, flat_vectors, open_index, write_index
+from agentic_r_plugin.search.indexing.index import IndexManifest
+from agentic_r_plugin.search.indexing.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
 from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, shards, write_json
 

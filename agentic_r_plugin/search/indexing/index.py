@@ -28,12 +28,19 @@ from agentic_r_plugin.errors import (
     RecordError,
 )
 from agentic_r_plugin.records import Record, since
-from agentic_r_plugin.search import adopt, milvus
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
-from agentic_r_plugin.search.faiss_files import ALIASES, Matrix, VectorBlocks, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.families import FAMILIES, POOLINGS
-from agentic_r_plugin.search.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
+from agentic_r_plugin.search.indexing import adopt, milvus
+from agentic_r_plugin.search.indexing.faiss_files import (
+    ALIASES,
+    Matrix,
+    VectorBlocks,
+    bytes_per_row,
+    empty_index,
+    write_index,
+)
+from agentic_r_plugin.search.indexing.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import MANIFEST as BEGUN
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
 from agentic_r_plugin.store import absolute, read_json, sampled_fingerprint

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentic_r_plugin.evaluation import paper
-from agentic_r_plugin.evaluation.charts import Estimate, Series, interval_chart, line_chart
 from agentic_r_plugin.evaluation.matrix import cell_name, compare
-from agentic_r_plugin.evaluation.run_folder import RunFolder
+from agentic_r_plugin.report import paper
+from agentic_r_plugin.report.charts import Estimate, Series, interval_chart, line_chart
+from agentic_r_plugin.report.run_folder import RunFolder
 
 Cell = Mapping[str, Any]
 Pair = tuple[str, str]

@@ -28,8 +28,8 @@ from typing import Any, Generic, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
-from agentic_r_plugin.data import cost
-from agentic_r_plugin.data.runner import Batch, Executor, RunnerSpec, Worker, open_executor
+from agentic_r_plugin.data.stages import cost
+from agentic_r_plugin.data.stages.runner import Batch, Executor, RunnerSpec, Worker, open_executor
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record

@@ -25,9 +25,9 @@ from typing import Any
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.errors import ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.search.metrics import Metrics
-from agentic_r_plugin.search.reload import WorkerReloader, changed_spec
-from agentic_r_plugin.search.service import SearchService
+from agentic_r_plugin.search.service.metrics import Metrics
+from agentic_r_plugin.search.service.reload import WorkerReloader, changed_spec
+from agentic_r_plugin.search.service.search_service import SearchService
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def _work(
     pipe: Connection,
 ) -> None:
     """Main function of a worker process: open the backend, report it, serve until asked to stop."""
-    from agentic_r_plugin.search.server import serve_here, share_of_machine
+    from agentic_r_plugin.search.service.server import serve_here, share_of_machine
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the supervisor stops its workers
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

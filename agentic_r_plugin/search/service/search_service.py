@@ -19,7 +19,7 @@ from functools import partial
 from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
-from agentic_r_plugin.search.metrics import Metrics
+from agentic_r_plugin.search.service.metrics import Metrics
 
 _HITS_A_RESULT = 32
 """Average passages per cached result: deep searches must not fill the memory."""

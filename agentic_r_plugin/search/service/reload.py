@@ -19,7 +19,7 @@ from typing import Any
 from agentic_r_plugin.backends import SearchSpec, build_search
 from agentic_r_plugin.errors import AgenticRError, SearchError
 from agentic_r_plugin.search.base import SearchBackend
-from agentic_r_plugin.search.service import SearchService
+from agentic_r_plugin.search.service.search_service import SearchService
 
 log = logging.getLogger(__name__)
 

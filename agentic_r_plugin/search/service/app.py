@@ -30,7 +30,7 @@ from agentic_r_plugin import __version__
 from agentic_r_plugin.credentials import authorization
 from agentic_r_plugin.errors import AgenticRError, SearchError
 from agentic_r_plugin.search.base import SearchRequest, reads_reasoning, rerank_depth
-from agentic_r_plugin.search.service import OverloadedError, SearchService
+from agentic_r_plugin.search.service.search_service import OverloadedError, SearchService
 from agentic_r_plugin.search.wire import encode_documents, encode_hits
 
 log = logging.getLogger(__name__)

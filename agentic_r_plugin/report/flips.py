@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_r_plugin.errors import UnknownComponentError
-from agentic_r_plugin.evaluation.report_results import Cell, by_benchmark, label
-from agentic_r_plugin.evaluation.run_folder import RunFolder
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Trajectory
+from agentic_r_plugin.report.results import Cell, by_benchmark, label
+from agentic_r_plugin.report.run_folder import RunFolder
 from agentic_r_plugin.tags import search_r1 as fallback_protocol
 
 Outcomes = Mapping[str, bool]

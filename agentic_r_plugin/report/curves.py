@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agentic_r_plugin.evaluation.charts import Points, Series, line_chart
-from agentic_r_plugin.evaluation.run_folder import Iteration, RunFolder
+from agentic_r_plugin.report.charts import Points, Series, line_chart
+from agentic_r_plugin.report.run_folder import Iteration, RunFolder
 
 Steps = Sequence[Mapping[str, Any]]
 Range = tuple[float | None, float | None]

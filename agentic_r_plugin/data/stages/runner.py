@@ -111,7 +111,7 @@ class Executor(Protocol):
 def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Executor:
     """The executor that `spec` asks for; each worker calls `factory` once, in its own process or thread."""
     if spec.kind == "ray":
-        from agentic_r_plugin.data.ray_runner import RayExecutor
+        from agentic_r_plugin.data.stages.ray_runner import RayExecutor
 
         return RayExecutor(factory, spec)
     return ThreadExecutor(factory, spec.workers) if spec.workers > 1 else LocalExecutor(factory)

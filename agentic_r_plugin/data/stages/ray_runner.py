@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from typing import Any
 
-from agentic_r_plugin.data.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow
+from agentic_r_plugin.data.stages.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow
 from agentic_r_plugin.ray_cluster import Pool
 
 

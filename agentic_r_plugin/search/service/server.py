@@ -33,9 +33,9 @@ from agentic_r_plugin.store import read_json, write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.search.base import SearchBackend
-    from agentic_r_plugin.search.metrics import Metrics
-    from agentic_r_plugin.search.reload import LocalReloader, WorkerReloader
-    from agentic_r_plugin.search.service import SearchService
+    from agentic_r_plugin.search.service.metrics import Metrics
+    from agentic_r_plugin.search.service.reload import LocalReloader, WorkerReloader
+    from agentic_r_plugin.search.service.search_service import SearchService
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
         ConfigError, IndexMismatchError, RecordError: the backend cannot be opened, or the port is in use.
         SearchUnavailableError: workers die repeatedly.
     """
-    from agentic_r_plugin.search.metrics import Metrics
-    from agentic_r_plugin.search.reload import LocalReloader
-    from agentic_r_plugin.search.workers import Supervisor
+    from agentic_r_plugin.search.service.metrics import Metrics
+    from agentic_r_plugin.search.service.reload import LocalReloader
+    from agentic_r_plugin.search.service.workers import Supervisor
 
     read_secret(config.token_env, "token_env")
     spec = _spec(config)
@@ -158,10 +158,10 @@ def serve_here(
 
     import uvicorn
 
-    from agentic_r_plugin.search.app import RequestLimits, build_app
-    from agentic_r_plugin.search.reload import WorkerReloader
-    from agentic_r_plugin.search.request_heads import PatientProtocol
-    from agentic_r_plugin.search.service import SearchService
+    from agentic_r_plugin.search.service.app import RequestLimits, build_app
+    from agentic_r_plugin.search.service.reload import WorkerReloader
+    from agentic_r_plugin.search.service.request_heads import PatientProtocol
+    from agentic_r_plugin.search.service.search_service import SearchService
 
     own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}
     limits = RequestLimits(**{name: getattr(config, name) for name in own})

@@ -37,7 +37,7 @@ from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search import families
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever
-from agentic_r_plugin.search.faiss_files import ALIASES, Matrix, empty_index, kind_of, open_index, write_index
+from agentic_r_plugin.search.indexing.faiss_files import ALIASES, Matrix, empty_index, kind_of, open_index, write_index
 from agentic_r_plugin.store import atomic_path
 
 log = logging.getLogger(__name__)

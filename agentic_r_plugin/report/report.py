@@ -19,11 +19,10 @@ from typing import Any
 
 from agentic_r_plugin import __version__
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.evaluation import report_results as results
-from agentic_r_plugin.evaluation import report_training as training
 from agentic_r_plugin.evaluation.matrix import cell_name, markdown_table
-from agentic_r_plugin.evaluation.report_answers import embed, read_answers
-from agentic_r_plugin.evaluation.run_folder import RunFolder, read_run
+from agentic_r_plugin.report import curves, results
+from agentic_r_plugin.report.flips import embed, read_answers
+from agentic_r_plugin.report.run_folder import RunFolder, read_run
 from agentic_r_plugin.storage.claim import require_new
 from agentic_r_plugin.store import atomic_path
 
@@ -69,7 +68,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("agentic_r_plugin.evaluation", "templates"),
+        loader=PackageLoader("agentic_r_plugin.report", "templates"),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -111,9 +110,9 @@ def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
         "version": __version__,
         "facts": _facts(run),
         "iterations": run.iterations,
-        "agent_charts": training.agent_charts(run.iterations),
-        "retriever_charts": training.retriever_charts(run.iterations),
-        "positives": training.positives_charts(run.iterations),
+        "agent_charts": curves.agent_charts(run.iterations),
+        "retriever_charts": curves.retriever_charts(run.iterations),
+        "positives": curves.positives_charts(run.iterations),
         "has_data": any(iteration.stages for iteration in run.iterations),
         "provenance": _provenance(run),
         "config": run.config,
@@ -173,7 +172,7 @@ def _reach(differences: Sequence[Mapping[str, float]]) -> float:
 
 
 def _costs(run: RunFolder) -> dict[str, Any]:
-    rows, columns = training.cost_rows(run)
+    rows, columns = curves.cost_rows(run)
     return {
         "costs": rows,
         "cost_columns": columns,
@@ -183,7 +182,7 @@ def _costs(run: RunFolder) -> dict[str, Any]:
 
 
 def _asset(name: str) -> str:
-    return (files("agentic_r_plugin.evaluation") / "templates" / name).read_text(encoding="utf-8")
+    return (files("agentic_r_plugin.report") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:

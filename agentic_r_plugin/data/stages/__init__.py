@@ -1,0 +1,1 @@
+"""The shell around a data stage: files, resume, executors, cost."""

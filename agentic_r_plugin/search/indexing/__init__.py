@@ -1,0 +1,1 @@
+"""Building what a search backend opens: `agentic-r index`, `index --adopt`, `repair`, Milvus collections."""

@@ -1,0 +1,1 @@
+"""The retrieval service: `agentic-r serve`."""
