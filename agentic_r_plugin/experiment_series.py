@@ -27,7 +27,7 @@ from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.store import read_lines
 
-_RERANKER, _RERANKED = 2.0, 4.0
+_RERANKER, _RERANKED = 2.0, 10.0
 """Times that training a reranker takes of a retriever's, and a cell with reranking of one without, for the forecast."""
 _PRUNED = 0.045
 """Share of the exhaustive rollouts that pruned correctness makes, for the forecast (recipes/experiments/README.md)."""
