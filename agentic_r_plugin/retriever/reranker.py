@@ -355,7 +355,7 @@ def _write_card(
         "queries": f"{done['queries']}, and {done['held_out']} held out",
         "labels": " + ".join(["relevance / 100"] * bool(config.relevance) + ["correctness"] * bool(config.correctness)),
         "loss": "LambdaLoss (NDCG-Loss2++)",
-        "candidates per query": str(config.num_candidates or "all"),
+        **({"candidates per query": str(config.num_candidates)} if config.num_candidates else {}),
         "epochs, batch, learning rate, seed": f"{config.epochs}, {config.batch_size} queries, "
         f"{config.learning_rate:g}, {config.seed}",
     }

@@ -88,7 +88,7 @@ class Demonstrator:
         shown: Shown,
         limits: Limits,
         seed: str,
-        protocol: AgentProtocol | ToolProtocol = compact,
+        protocol: AgentProtocol = compact,
     ) -> None:
         self.world, self.codec, self.haste, self.shown, self.limits = world, codec, haste, shown, limits
         self.protocol = protocol
