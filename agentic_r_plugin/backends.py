@@ -139,6 +139,8 @@ def _absolute_part(part: Any) -> Any:
     if not isinstance(part, Mapping):
         return part
     made = _made_absolute(part, _SEARCH_PATHS)
+    if isinstance(part.get("rerank"), Mapping):
+        made["rerank"] = _made_absolute(part["rerank"], frozenset({"model"}))
     return made | ({"options": absolute_options(part["options"])} if "options" in part else {})
 
 

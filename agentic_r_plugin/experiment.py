@@ -8,6 +8,7 @@ evaluates agents x retrievers x benchmarks in one matrix. Everything can be resu
 |---|---|
 | `benchmarks/NAME/` | links to the run's benchmark and to others (`corpus.jsonl` also to a packed corpus); worlds |
 | `retrievers/NAME/` | data files that differ from the run's, and `retriever/` |
+| `rerankers/NAME/` | a trained reranker |
 | `index/NAME/BENCHMARK/` | the benchmark's corpus, encoded with the retriever |
 | `evaluation/` | the matrix; `stop_rule/` holds the one on the split of the stop rule |
 | `experiment.json`, `experiment.md` | for each retriever its groups, their cost and its exact match |
@@ -22,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin import child
 from agentic_r_plugin.config import load_config, merged, save_config, to_dict
 from agentic_r_plugin.data import correctness, groups, relevance
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
@@ -31,7 +33,7 @@ from agentic_r_plugin.evaluation.matrix import figure, markdown
 from agentic_r_plugin.experiment_plan import ExperimentConfig, RetrieverPlan
 from agentic_r_plugin.iterate import IterateConfig, Loop
 from agentic_r_plugin.records import Group, Relevance
-from agentic_r_plugin.retriever import training
+from agentic_r_plugin.retriever import reranker, training
 from agentic_r_plugin.search.corpus import corpus_file
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
@@ -58,7 +60,7 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
         save_config(config, experiment.out / "config.yaml")
         experiment.gather_benchmarks()
         experiment.check_evaluation()
-        searches = {name: experiment.make_retriever(name) for name in config.retrievers}
+        searches = experiment.make_retrievers()
         experiment.compare(searches)
         if config.stop_rule:
             experiment.find_stop(searches)
@@ -119,13 +121,16 @@ class Experiment:
             if plan.of_run:
                 self._of_run(plan.of_run, "retriever")
             elif not plan.ready:
-                for file in ("candidates", "relevance", "correctness", "groups"):
-                    if not (self.data / f"{file}.jsonl").exists():
-                        raise ConfigError(f"retrievers.{name}: the run has no {self.data / f'{file}.jsonl'}")
+                made_here = {"relevance": plan.relevance, "correctness": plan.rolls_out}
+                of_run = [role for role in self._reads(plan) if not made_here.get(role)]
+                self._require(f"retrievers.{name}", ["candidates", "groups", *of_run])
                 self._check_correctness(name, plan)
                 self._relevance_config(plan, Path("x")).check()
                 self._correctness_config(plan).check()
                 self._train_config(plan, Path("x"), Path("x"))
+        for name in self._rerankers:
+            self._require(f"rerankers.{name}", ["candidates"])
+            self._reranker_config(name)
         self._planned_evaluations()
         for name in self.config.worlds:
             self._world_config(name)
@@ -133,11 +138,17 @@ class Experiment:
             if not Path(folder).is_dir():
                 raise ConfigError(f"benchmarks.{name}: {folder}: no such folder")
 
+    def _require(self, where: str, names: Sequence[str]) -> None:
+        """Check that the run has these data files."""
+        for name in names:
+            if not (self.data / f"{name}.jsonl").exists():
+                raise ConfigError(f"{where}: the run has no {self.data / f'{name}.jsonl'}")
+
     def _check_correctness(self, name: str, plan: RetrieverPlan) -> None:
         """Check that the run's correctness, if the plan uses it, was not pruned more than its groups allow."""
         rule = self._groups_config(plan, {}, Path("x")).rule()
         rolled_out = self._stage("correctness")
-        if rule.use_correctness and not (plan.rolls_out or rolled_out.exhaustive):
+        if "correctness" in self._reads(plan) and not (plan.rolls_out or rolled_out.exhaustive):
             try:
                 groups.check_pruned(rule, rolled_out.rule())
             except ConfigError as error:
@@ -194,6 +205,41 @@ class Experiment:
         return list(dict.fromkeys([*of_run, *self.config.benchmarks, *self.config.worlds]))
 
     # --- retrievers
+
+    def make_retrievers(self) -> dict[str, Any]:
+        """Make all retrievers; returns their locations or settings as `evaluate` expects them."""
+        plans = self.config.retrievers
+        rerankers = {name: self._train_reranker(name) for name in self._rerankers}
+        found = {name: self.make_retriever(name) for name, plan in plans.items() if not plan.rerank}
+        for name, plan in plans.items():
+            if plan.rerank:
+                rerank = {"model": rerankers[plan.rerank], "depth": plan.depth}
+                found[name] = evaluate.located(found[plan.of]) | {"rerank": rerank}
+        return {name: found[name] for name in plans}
+
+    @property
+    def _rerankers(self) -> list[str]:
+        """Names of the rerankers in use."""
+        return list(dict.fromkeys(plan.rerank for plan in self.config.retrievers.values() if plan.rerank))
+
+    def _reranker(self, name: str) -> Path:
+        return self.out / "rerankers" / name
+
+    def _train_reranker(self, name: str) -> str:
+        settings = self._reranker_config(name)
+        child.run_command("train-reranker", settings)
+        return settings.out
+
+    def _reranker_config(self, name: str) -> reranker.TrainRerankerConfig:
+        """Training on the scores that the run has, with the given changes."""
+        files = {item: self.data / f"{item}.jsonl" for item in ("candidates", "relevance", "correctness")}
+        values = {item: str(file) for item, file in files.items() if file.exists()} | {"seed": self.loop.config.seed}
+        values |= dict(self.config.rerankers[name] or {})
+        place = {"corpus": str(self._benchmark(self.main) / "corpus.jsonl"), "out": str(self._reranker(name))}
+        try:
+            return load_config(reranker.TrainRerankerConfig, values=values | place)
+        except ConfigError as error:
+            raise ConfigError(f"rerankers.{name}: {error}") from error
 
     def make_retriever(self, name: str) -> str:
         """Train the retriever if needed and build its indexes; returns its location as `evaluate` expects it."""
@@ -257,8 +303,7 @@ class Experiment:
         if plan.relevance:
             files["relevance"] = str(home / "relevance.jsonl")
             relevance.run(self._relevance_config(plan, home / "relevance.jsonl"), resume=True)
-        judged = self._groups_config(plan, files, home / "groups.jsonl").rule().use_correctness
-        if plan.exhaustive or (plan.rolls_out and judged):
+        if plan.exhaustive or (plan.rolls_out and "correctness" in self._reads(plan)):
             files["correctness"] = str(self._roll_out(home, plan, files["relevance"]))
         groups.run(self._groups_config(plan, files, home / "groups.jsonl"), resume=True)
         return home / "groups.jsonl"
@@ -277,8 +322,13 @@ class Experiment:
         return load_config(correctness.CorrectnessConfig, values=merged(own, plan.correctness))
 
     def _groups_config(self, plan: RetrieverPlan, files: Mapping[str, str], out: Path) -> groups.GroupsConfig:
-        values = {**to_dict(self._stage("groups")), **files, **plan.groups, "out": str(out)}
+        shown = {"trajectories": str(self.data / "trajectories.jsonl")}
+        values = {**to_dict(self._stage("groups")), **shown, **files, **plan.groups, "out": str(out)}
         return load_config(groups.GroupsConfig, values=values)
+
+    def _reads(self, plan: RetrieverPlan) -> set[str]:
+        """Files that the selection of the plan's groups reads, besides the candidates."""
+        return set(self._groups_config(plan, {}, Path("x")).files())
 
     def _sample(self, out: Path, count: int) -> None:
         """Write relevance scores in which all candidates except `count` random ones score 0, so they stay negatives.
@@ -391,11 +441,25 @@ class Experiment:
                     figure(metrics.get("search_turns"), 1),
                 ]
             )
-        text = markdown(table)
+        trained = {name: read_json(self._reranker(name) / reranker.DONE) for name in self._rerankers}
+        text = markdown(table) + (f"\n{markdown(self._cost_of_reranking(cells, trained))}" if trained else "")
         with atomic_path(self.out / "experiment.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text, flush=True)
-        return {"schema": "experiment/1", "retrievers": rows, "config": to_dict(self.config)}
+        found = {"schema": "experiment/1", "retrievers": rows, "config": to_dict(self.config)}
+        return found | ({"rerankers": trained} if trained else {})
+
+    def _cost_of_reranking(
+        self, cells: Sequence[Mapping[str, Any]], trained: Mapping[str, Mapping[str, Any]]
+    ) -> list[list[str]]:
+        """Table: seconds of training, and of the evaluation with and without a reranker."""
+        took = {(cell["retriever"], cell["agent"], cell["benchmark"]): cell["cost"]["seconds"] for cell in cells}
+        table = [["retriever", "agent", "benchmark", "training, s", "evaluation, s", "without reranker, s"]]
+        for (name, *where), seconds in took.items():
+            if (plan := self.config.retrievers[name]).rerank:
+                shown = (trained[plan.rerank]["train_runtime"], seconds, took.get((plan.of, *where)))
+                table.append([name, *where, *(_shown(None if time is None else round(time)) for time in shown)])
+        return table
 
     def _made_from(self, name: str) -> dict[str, Any]:
         """Number of groups and rollouts, and the share of queries with the same positive as in the run.
@@ -412,7 +476,7 @@ class Experiment:
         queries = positives.keys() | wanted.keys()
         paid = {"exhaustive": self.out, "own": home, "pruned": self.data}
         kind = "exhaustive" if plan.exhaustive else "own" if plan.rolls_out else "pruned"
-        judged = plan.groups.get("use_correctness", True)
+        judged = "correctness" in self._reads(plan)
         report = read_json(paid[kind] / "correctness.jsonl.report.json") if judged else {"rollouts": 0}
         return {
             "groups": sum(map(len, positives.values())),

@@ -13,12 +13,12 @@ from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 
-_READY = ("of_run", "model", "bm25", "hybrid")
+_READY = ("of_run", "model", "bm25", "hybrid", "rerank")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverPlan:
-    """How one retriever comes about: of the run, off the shelf, BM25, a hybrid, or (none of these) trained here."""
+    """How one retriever comes about: of the run, off the shelf, BM25, a hybrid, reranked, or else trained here."""
 
     of_run: str = field(default="", metadata={"help": "the run's own: retriever-0, retriever-1, ..."})
     model: str = field(default="", metadata={"help": "folder, hub name or builtin:NAME"})
@@ -26,6 +26,11 @@ class RetrieverPlan:
     hybrid: list[str] = field(
         default_factory=list, metadata={"help": "names of other retrievers here, fused by reciprocal rank"}
     )
+    rerank: str = field(
+        default="", metadata={"help": "name of a reranker here, which ranks the passages of `of` again"}
+    )
+    of: str = field(default="", metadata={"help": "name of another retriever here, for rerank"})
+    depth: int = field(default=50, metadata={"help": "best passages of a search that rerank ranks again"})
     exhaustive: bool = field(default=False, metadata={"help": "train on the correctness of every candidate"})
     sampled: int = field(
         default=0,
@@ -53,8 +58,11 @@ class RetrieverPlan:
         ready = [name for name in _READY if getattr(self, name)]
         if len(ready) > 1 or (self.sampled and (self.exhaustive or self.relevance)):
             raise ConfigError(
-                "a retriever is one of: of_run, model, bm25, hybrid, trained (sampled, or exhaustive and relevance)"
+                "a retriever is one of: of_run, model, bm25, hybrid, rerank, trained (sampled, or exhaustive and "
+                "relevance)"
             )
+        if bool(self.rerank) != bool(self.of) or self.depth < 1:
+            raise ConfigError("rerank, of, depth: expected a reranker, another retriever, and at least 1 passage")
         if self.exhaustive and self.correctness:
             raise ConfigError(
                 "exhaustive, correctness: retrievers share the exhaustive correctness; give one of the two"
@@ -109,6 +117,10 @@ class ExperimentConfig:
         default_factory=lambda: ["agent-1"], metadata={"help": "agent-K of the run, or NAME=FOLDER"}
     )
     retrievers: dict[str, Any] = field(default_factory=dict, metadata={"help": "name -> RetrieverPlan"})
+    rerankers: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "name -> what differs in train-reranker on the run's data; a retriever's rerank names it"},
+    )
     only: list[str] = field(
         default_factory=list, metadata={"help": "names of retrievers to make and compare; empty: all"}
     )
@@ -146,3 +158,11 @@ class ExperimentConfig:
                     raise ConfigError(
                         f"retrievers.{name}: hybrid of {part!r}, which is no other retriever here, or a hybrid"
                     )
+            if plan.rerank and plan.rerank not in self.rerankers:
+                raise ConfigError(
+                    f"retrievers.{name}: rerank={plan.rerank!r} is not among the rerankers {', '.join(self.rerankers)}"
+                )
+            if plan.of and (plan.of not in self.retrievers or self.retrievers[plan.of].rerank):
+                raise ConfigError(
+                    f"retrievers.{name}: reranks {plan.of!r}, which is no other retriever here, or reranked itself"
+                )

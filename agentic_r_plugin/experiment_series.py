@@ -27,6 +27,8 @@ from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.store import read_lines
 
+_RERANKER, _RERANKED = 2.0, 10.0
+"""Times that training a reranker takes of a retriever's, and a cell with reranking of one without, for the forecast."""
 _PRUNED = 0.045
 """Share of the exhaustive rollouts that pruned correctness makes, for the forecast (recipes/experiments/README.md)."""
 
@@ -158,12 +160,15 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
     out, seconds, exhaustive = Path(part.experiment.out), 0.0, False
     for name, plan in part.experiment.retrievers.items():
         home = out / "retrievers" / name
-        if plan.bm25 or plan.of_run or (home / "retriever" / training.DONE).is_file():
+        if plan.bm25 or plan.of_run or plan.hybrid or plan.rerank or (home / "retriever" / training.DONE).is_file():
             continue
         seconds += known.get("index", 0.0) + (0.0 if plan.model else known.get("train-retriever", 0.0))
         exhaustive |= plan.exhaustive
         if plan.rolls_out and not plan.exhaustive and plan.groups.get("use_correctness", True):
             seconds += known.get("correctness", 0.0)
+    for name in dict.fromkeys(plan.rerank for plan in part.experiment.retrievers.values() if plan.rerank):
+        if not (out / "rerankers" / name / "done.json").is_file():
+            seconds += _RERANKER * known.get("train-retriever", 0.0)
     if exhaustive and not (out / "correctness.jsonl").is_file():
         seconds += known.get("correctness", 0.0) / _PRUNED
     return seconds
@@ -173,6 +178,7 @@ def _cells_left(part: Part, known: Mapping[str, float]) -> float:
     config = part.experiment
     benchmarks = 1 + len(config.benchmarks) + len(config.worlds)
     agents = len(config.agents) * max(len(config.max_searches), 1)
-    cells = len(config.evaluate.get("cells", ())) or agents * len(config.retrievers)
+    of_each = sum(_RERANKED if plan.rerank else 1 for plan in config.retrievers.values())
+    cells = len(config.evaluate.get("cells", ())) or agents * of_each
     done = len(list(Path(config.out, "evaluation").glob("*/result.json")))
     return max(cells * benchmarks - done, 0) * _num_questions(part) * known["question"]

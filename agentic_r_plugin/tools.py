@@ -217,7 +217,8 @@ class ToolProtocol(AgentProtocol):
     answer: str = "tag"
     """Where the answer is: `tag` (`<answer>`), `boxed` (`\\boxed{}`) or `message` (the whole message)."""
     passage_form: str = 'Doc {rank}(Title: "{title}") {text}'
-    """Template of one passage with `{rank}`, `{id}`, `{title}` and `{text}`; passages are joined by newlines."""
+    """Template of one passage with `{rank}`, `{id}`, `{title}` and `{text}`; passages are joined by newlines.
+    `{text:.99}` is the first 99 characters, for an agent that opens what it wants to read."""
     thought_form: str = "<think>\n{thought}\n</think>\n"
     """Template of a thought in demonstrations."""
 
@@ -412,12 +413,19 @@ class ToolProtocol(AgentProtocol):
 
     def write_search(self, thought: str, query: str, codec: Codec, *, gap: str = "\n") -> str:
         """See `AgentProtocol.write_search`; in the template's own form, with the end-of-turn token."""
-        function = {"name": "search", "arguments": {"query": query}}
-        return self._written(thought, gap, "", codec, tool_calls=[{"type": "function", "function": function}])
+        return self._write_call(thought, gap, codec, "search", query=query)
+
+    def write_open(self, thought: str, document: str, codec: Codec, *, gap: str = "\n") -> str:
+        """A turn that opens a document by its id or rank, as a demonstration."""
+        return self._write_call(thought, gap, codec, "open", id=document)
 
     def write_answer(self, thought: str, answer: str, codec: Codec, *, gap: str = "\n") -> str:
         """See `AgentProtocol.write_answer`."""
         return self._written(thought, gap, "".join(self.answered(answer)), codec)
+
+    def _write_call(self, thought: str, gap: str, codec: Codec, name: str, **arguments: str) -> str:
+        function = {"name": name, "arguments": arguments}
+        return self._written(thought, gap, "", codec, tool_calls=[{"type": "function", "function": function}])
 
     def _written(self, thought: str, gap: str, body: str, codec: Codec, **calls: Any) -> str:
         content = f"{self.thought_form.replace('{thought}', thought)}{gap}{body}" if thought else body

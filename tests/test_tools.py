@@ -472,8 +472,18 @@ def opening(document: str) -> str:
 def test_open_is_unknown_unless_the_protocol_offers_it() -> None:
     assert isinstance(tool_calls.read(opening("1"), codec("qwen3")), Malformed)
     assert OPENING.read(opening("1"), codec("qwen3")) == (Open("1"),)
+    for name, protocol in PROTOCOLS.items():
+        if name != "qwen3_thinking":  # its template writes a turn otherwise than its generation prompt begins
+            written = replace(protocol, tools=OPENING.tools).write_open("", "7", codec(name))
+            assert replace(protocol, tools=OPENING.tools).read(written, codec(name)) == (Open("7"),)
     assert '"open"' not in codec("qwen3").decode(Session(tool_calls, codec("qwen3"), LIMITS, "Q").prompt_ids)
     assert '"open"' in codec("qwen3").decode(Session(OPENING, codec("qwen3"), LIMITS, "Q").prompt_ids)
+
+
+def test_a_search_may_show_the_beginning_of_passages_and_open_the_whole() -> None:
+    part, passage = replace(OPENING, passage_form="{rank} {text:.9}"), Passage(id="a", title="T", text="<b>long enough")
+    assert part.render([passage, passage]) == "1 ‹b>long e\n2 ‹b>long e"
+    assert part.render_document(passage) == "Title: T\n‹b>long enough"
 
 
 def test_documents_are_opened_by_id_or_rank_and_recorded_in_the_search_that_showed_them() -> None:

@@ -1,8 +1,9 @@
 """The likelihood of the gold answer directly after a candidate: a signal of correctness without a rollout.
 
 For each candidate, one prefill of the trajectory up to the query, the information block with that one passage, and the
-turn that gives the first gold answer; the value is the log-probability of that answer. Searches that the agent would
-make after the candidate do not enter it. REPLUG and IG-Search use the same signal.
+turn that gives the first gold answer; the value is the log-probability of that answer. A thought that the chat template
+has opened is ended before it. Searches that the agent would make after the candidate do not enter it. REPLUG and
+IG-Search use the same signal.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Continuation, LLMBackend, count_tokens
+from agentic_r_plugin.llm.reply import thought_end
 from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.rollout import RolloutCost
 
@@ -36,6 +38,7 @@ def answer_likelihoods(
     asked: dict[int, Continuation] = {}
     for place, (session, answer) in enumerate(sessions):
         before, rest = session.protocol.answered(answer)
+        before = thought_end(session.segments[-1].text) + before
         prompt, ids = (*session.ids, *session.codec.encode(before)), tuple(session.codec.encode(rest))
         if session.finished is None and len(prompt) + len(ids) <= session.limits.max_tokens:
             asked[place] = Continuation(prompt_ids=prompt, token_ids=ids)

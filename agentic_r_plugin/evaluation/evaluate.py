@@ -317,7 +317,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
             own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
             settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
             spec = settings.search
-            searched = [where for part in parts_of(spec) for where in (_searched(part), part.retriever)]
+            parts = parts_of(spec)
+            searched = [w for part in parts for w in (_searched(part), part.retriever, part.rerank.model)]
             for where in (settings.agent.model, settings.agent.tokenizer, spec.rerank.model, *searched):
                 if where not in identities:
                     identities[where] = path_fingerprint(where)
@@ -365,6 +366,7 @@ def _made_from(
     own, llm, rerank = deciding(settings), settings.agent, settings.search.rerank
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     parts = parts_of(settings.search)
+    ranked = [part.rerank.model and identities[part.rerank.model] for part in parts]
     if stored := [identities[_searched(part)] for part in parts if part.backend != "service"]:
         own["retriever"] = _one_or_all(stored)
     if config.judge.llm.model:
@@ -388,6 +390,7 @@ def _made_from(
         "sampling_seed": sampling_seed,
         **({"format": config.format} if config.format else {}),
         **({"rerank": searching["rerank"] | {"model": identities[rerank.model]}} if rerank.on else {}),
+        **({"part_rerankers": ranked} if settings.search.backend == "hybrid" and any(ranked) else {}),
     } | own
 
 
@@ -457,17 +460,24 @@ def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpe
     if reranker:
         shared = replace(shared, rerank=replace(shared.rerank, model=config.rerankers[reranker]))
     if isinstance(where, str):
-        if where.startswith(("http://", "https://")):
-            return replace(shared, backend="service", url=where)
-        if where.startswith("bm25:"):
-            return replace(shared, backend="bm25", corpus=where.removeprefix("bm25:"))
-        if not where.startswith("hybrid:"):
-            return replace(shared, index=where)
-        where = {"backend": "hybrid", "options": {"parts": where.removeprefix("hybrid:").split("+")}}
+        where = located(where)
+        if where.get("backend") != "hybrid":
+            return replace(shared, **where)
     values = to_dict(shared) | ({"options": {}} if where.get("backend", shared.backend) != shared.backend else {})
     spec = load_config(SearchSpec, values=values | where)
     parts = [_named_part(config, name, part, benchmark) for part in spec.options.get("parts", ())]
     return replace(spec, options=spec.options | {"parts": parts}) if parts else spec
+
+
+def located(where: str) -> dict[str, Any]:
+    """Settings of a search that is given by its location (`EvaluateConfig.searches`)."""
+    if where.startswith(("http://", "https://")):
+        return {"backend": "service", "url": where}
+    if where.startswith("bm25:"):
+        return {"backend": "bm25", "corpus": where.removeprefix("bm25:")}
+    if where.startswith("hybrid:"):
+        return {"backend": "hybrid", "options": {"parts": where.removeprefix("hybrid:").split("+")}}
+    return {"index": where}
 
 
 def _named_part(config: EvaluateConfig, name: str, part: Any, benchmark: str) -> Any:
@@ -478,7 +488,7 @@ def _named_part(config: EvaluateConfig, name: str, part: Any, benchmark: str) ->
         others = ", ".join(other for other in config.searches if other != name)
         raise ConfigError(f"searches.{name}: expected parts among the other searches ({others}), found {part!r}")
     found = config.searches[part]
-    if found["backend"] == "hybrid" if isinstance(found, Mapping) else found.startswith("hybrid:"):
+    if (located(found) if isinstance(found, str) else found).get("backend") == "hybrid":
         raise ConfigError(f"searches.{name}: its part {part!r} is a hybrid itself; name that one's parts")
     return to_dict(_search_spec(config, part, benchmark))
 

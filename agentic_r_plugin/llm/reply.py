@@ -59,3 +59,17 @@ def opens_thought(prompt: str) -> bool:
     """
     begins = [match.end() for match in _BEGINS.finditer(prompt)]
     return bool(begins) and not prompt[begins[-1] :].strip()
+
+
+def thought_end(prompt: str) -> str:
+    """What ends the thought that a prompt ends with, as the templates write one that stays empty; else nothing.
+
+    >>> thought_end("assistant\\n<think>\\n"), thought_end("assistant\\n")
+    ('\\n</think>\\n\\n', '')
+    """
+    if not opens_thought(prompt):
+        return ""
+    mark = [match[0] for match in _BEGINS.finditer(prompt)][-1]
+    if mark[0] in "<[◁" and not mark.startswith("<|"):
+        return f"\n{mark[0]}/{mark[1:]}\n\n"
+    return {"<|START_THINKING|>": "<|END_THINKING|>", "<|begin_of_thought|>": "<|end_of_thought|>"}.get(mark, "")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config
 from agentic_r_plugin.data.selection import check_scored
 from agentic_r_plugin.errors import ConfigError, RecordError, TrainingError
 from agentic_r_plugin.memory import bound_caches
@@ -76,7 +76,11 @@ class TrainRerankerConfig:
     )
     epochs: int = field(default=1, metadata={"help": "passes over the queries"})
     learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW; a tenth of the steps warms up"})
-    batch_size: int = field(default=8, metadata={"help": "queries per step, each with all its candidates"})
+    batch_size: int = field(default=8, metadata={"help": "queries per step"})
+    num_candidates: int = field(
+        default=0,
+        metadata={"help": "candidates per query: one with the highest label, others drawn; 0: all", **LATER},
+    )
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     seed: int = field(default=0, metadata={"help": "of the held-out questions, a new head, order and dropout"})
 
@@ -84,6 +88,8 @@ class TrainRerankerConfig:
         for name in ("epochs", "learning_rate", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, found {getattr(self, name)}")
+        if self.num_candidates < 0 or self.num_candidates == 1:
+            raise ConfigError(f"num_candidates: expected 0 (all) or at least 2, found {self.num_candidates}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device {self.device!r}: expected auto, cpu or cuda (CUDA_VISIBLE_DEVICES selects one)")
 
@@ -143,6 +149,17 @@ def held_out(queries: Sequence[Labelled], seed: int) -> tuple[list[Labelled], li
     return [q for q in queries if q.key[0] not in drawn], [q for q in queries if q.key[0] in drawn]
 
 
+def drawn(query: Labelled, count: int, seed: int) -> Labelled:
+    """The query with its first candidate of the highest label and at most `count - 1` with lower ones; 0: unchanged."""
+    if not count:
+        return query
+    below = [place for place in range(len(query.passages)) if place not in query.best]
+    sampler = random.Random(f"reranker {seed} {query.key}")
+    kept = sorted([min(query.best), *sampler.sample(below, min(count - 1, len(below)))])
+    passages, labels = (tuple(items[place] for place in kept) for items in (query.passages, query.labels))
+    return replace(query, passages=passages, labels=labels)
+
+
 def measure(
     queries: Sequence[Labelled], corpus: Corpus, reranker: CrossEncoderReranker | None = None
 ) -> dict[str, float]:
@@ -191,7 +208,9 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 loss = LambdaLoss(reranker.model, mini_batch_size=_PAIRS)
                 log = fit(
                     reranker.model,
-                    _columns(training, corpus, reranker),
+                    _columns(
+                        [drawn(query, config.num_candidates, config.seed) for query in training], corpus, reranker
+                    ),
                     loss,
                     held.work,
                     epochs=config.epochs,
@@ -336,6 +355,7 @@ def _write_card(
         "queries": f"{done['queries']}, and {done['held_out']} held out",
         "labels": " + ".join(["relevance / 100"] * bool(config.relevance) + ["correctness"] * bool(config.correctness)),
         "loss": "LambdaLoss (NDCG-Loss2++)",
+        **({"candidates per query": str(config.num_candidates)} if config.num_candidates else {}),
         "epochs, batch, learning rate, seed": f"{config.epochs}, {config.batch_size} queries, "
         f"{config.learning_rate:g}, {config.seed}",
     }

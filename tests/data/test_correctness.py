@@ -18,13 +18,15 @@ from agentic_r_plugin.data.correctness import (
     run,
     steps_of,
 )
+from agentic_r_plugin.data.likelihood import answer_likelihoods
 from agentic_r_plugin.data.selection import preset_rule, select
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import Likelihood
-from agentic_r_plugin.protocol import Limits
-from agentic_r_plugin.records import Candidates, Passage, ScoredPassage
+from agentic_r_plugin.protocol import Finished, Limits, Session
+from agentic_r_plugin.records import Candidates, Passage, ScoredPassage, StopReason
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.tags import compact
+from tests.chat_templates import PROTOCOLS, codec
 from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
 
 PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"
@@ -195,6 +197,21 @@ def test_the_likelihood_is_of_the_answer_directly_after_the_candidate_and_one_pr
         before + compact.render([]) + "<answer> Ann </answer>",
     ]
     assert found.llm.prompts == [] and found.cost.prompt_tokens > 0 and found.cost.rollouts == 0
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_what_is_scored_reads_as_the_answer_in_every_chat_template(name: str):
+    protocol, agent = PROTOCOLS[name], LikelyAgent(lambda prompt: "", lambda prompt: -1.0)
+    agent.codec = codec(name)
+    session = Session(protocol, agent.codec, Limits(), "Who?", prefix="a call", searches=1, history=("first",))
+    session.found([PASSAGES["a"]])
+    assert answer_likelihoods([(session, "Ann")], agent, CorrectnessCost()) == [
+        -len(agent.codec.encode(protocol.answered("Ann")[1]))
+    ]
+    turn = agent.scored[0].removeprefix(agent.codec.decode(session.ids))
+    assert protocol.read(turn, agent.codec) == Finished(StopReason.ANSWERED, "Ann"), (
+        "a thought that is opened is closed"
+    )
 
 
 @pytest.mark.parametrize(

@@ -677,6 +677,23 @@ def test_a_hybrid_of_two_searches_is_a_retriever_of_the_matrix_and_covers_both_c
         run(given, resume=True)
 
 
+def test_the_reranker_of_a_part_of_a_hybrid_is_known_by_its_contents(tmp_path: Path, tiny_agent: Path) -> None:
+    corpus = str(write_benchmark(tmp_path) / "corpus.jsonl")
+    reranker = make_reranker(tmp_path / "part")
+    searches = {
+        "bm25": f"bm25:{corpus}",
+        "ranked": {"backend": "bm25", "corpus": corpus, "rerank": {"model": reranker, "depth": 5}},
+        "both": "hybrid:bm25+ranked",
+    }
+    given = config(tmp_path, tiny_agent, searches=searches, first=2, cells=["tiny:both"])
+    run(given)
+    run(given, resume=True)
+    shutil.rmtree(reranker)
+    shutil.copytree(make_reranker(tmp_path / "other", seed=1), reranker)
+    with pytest.raises(ManifestMismatchError, match="part_rerankers was"):
+        run(given, resume=True)
+
+
 @pytest.mark.parametrize(
     ("searches", "message"),
     [

@@ -23,13 +23,27 @@ from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops
 from agentic_r_plugin.experiment_plan import RetrieverPlan
 from agentic_r_plugin.experiment_series import forecast, parts
 from agentic_r_plugin.iterate import IterateConfig, Loop
-from agentic_r_plugin.records import Candidates, CorpusLine, Correctness, Group, Question, Relevance, ScoredPassage
+from agentic_r_plugin.protocol import load_protocol
+from agentic_r_plugin.records import (
+    Candidates,
+    CorpusLine,
+    Correctness,
+    Group,
+    Question,
+    Relevance,
+    ScoredPassage,
+    StopReason,
+    Trajectory,
+    Turn,
+)
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
+from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import dump_line, read_json, read_lines, read_records, write_records
+from recipes.quickstart.warm_start.train import WarmStartConfig
 from tests.evaluation.evaluation_toy import write_benchmark
-from tests.search.tiny_retriever import make_model
+from tests.search.tiny_retriever import make_model, make_reranker
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "experiments"
@@ -45,7 +59,13 @@ def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     if recipe.stem.startswith("loop"):
         config = load_config(IterateConfig, recipe)
-        assert (config.protocol, config.world.test_questions, config.world.seed) == ("compact", 1000, 0)
+        opens = recipe.stem == "loop_opened"
+        protocol = "tool_calls" if opens else "compact"
+        assert (config.protocol, config.world.test_questions, config.world.seed) == (protocol, 1000, 0)
+        if opens:  # the agent is run as it was taught
+            taught = load_config(WarmStartConfig, ROOT / "recipes" / "tool_calls" / "open.yaml").protocol
+            made = load_protocol(protocol, config.protocol_options | {"thought_form": taught.thought_form})
+            assert made == taught
         assert (config.world.homonyms, config.world.misleading) == ((0.5, 0.5) if "causes" in recipe.stem else (0, 0))
         assert config.train_agent["mini_batch_size"] == 16, "the quick start's settings"
         return
@@ -208,14 +228,20 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
             "bm25": {"bm25": True},
             "retriever-1": {"of_run": "retriever-1"},
             "both": {"hybrid": ["bm25", "retriever-1"]},
+            "reranked": {"rerank": "cross_encoder", "of": "bm25", "depth": 4},
             "replug": {"train": {"trainer": "replug"}},
             "judge_only": {"groups": {"use_correctness": False}},
             "likelihood": {"correctness": {"method": "likelihood"}},
             "noisy": {"relevance": {"scorer": "noisy", "options": {"rate": 0.3}}, "groups": {"use_correctness": False}},
             "all": {"exhaustive": True, "groups": {"use_correctness": False}, "train": {"formulation": "query"}},
         },
+        rerankers={"cross_encoder": {"model": make_reranker(tmp_path / "start"), "num_candidates": 3, "device": "cpu"}},
         worlds={"shifted": SMALL_WORLD},
-        evaluate={"first": 2, "resamples": 100, "cells": ["agent-1:both", "agent-1:all", "other:replug"]},
+        evaluate={
+            "first": 2,
+            "resamples": 100,
+            "cells": ["agent-1:both", "agent-1:all", "agent-1:bm25", "agent-1:reranked", "other:replug"],
+        },
         stop_rule="dev",
     )
     before = sorted((path, path.stat().st_mtime_ns) for path in finished.rglob("*"))
@@ -233,11 +259,17 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
     assert [(cell["agent"], cell["retriever"], cell["benchmark"]) for cell in cells] == [
         (*pair, benchmark)
         for benchmark in ("toy", "shifted")
-        for pair in (("agent-1", "both"), ("agent-1", "all"), ("other", "replug"))
+        for pair in (*(("agent-1", name) for name in ("both", "all", "bm25", "reranked")), ("other", "replug"))
     ]
+    (reranked,) = (cell["made_from"] for cell in cells if (cell["retriever"], cell["benchmark"]) == ("reranked", "toy"))
+    assert (reranked["search_backend"], reranked["rerank"]["depth"]) == ("bm25", 4)
+    assert reranked["rerank"]["model"] == path_fingerprint(f"{config.out}/rerankers/cross_encoder")
+    reranker = read_json(config.out + "/experiment.json")["rerankers"]["cross_encoder"]
+    assert (reranker["queries"], reranker["held_out"]) == (5, 1)
     stop = read_json(config.out + "/stop_rule.json")
     assert stop["split"] == "dev" and stop["stops_at"] == 1 and len(stop["em"]) == 1
     assert "| judge_only" not in (table := Path(config.out, "experiment.md").read_text()) and "| replug" in table
+    assert re.search(r"\| reranked +\| agent-1 +\| shifted +\| \d+ +\| \d+ +\| \d+ +\|$", table, re.MULTILINE)
     with pytest.raises(OutputExistsError):
         run(config)
     times = {path: path.stat().st_mtime_ns for path in Path(config.out, "evaluation").glob("*/result.json")}
@@ -306,6 +338,40 @@ def test_groups_of_ties_are_refused_where_the_runs_correctness_stopped_at_the_fi
     with pytest.raises(ConfigError, match=r"retrievers\.x: groups: .*up to 3 tied candidates.*exhaustive: true"):
         Experiment(experiment(finished, tmp_path / "out", retrievers=plans)).check()
     Experiment(experiment(finished, tmp_path / "out", retrievers={"x": {**plans["x"], "exhaustive": True}})).check()
+
+
+def test_a_run_whose_groups_need_no_correctness_is_not_asked_for_one(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    data = moved / "iteration-1" / "data"
+    data.mkdir(parents=True)
+    (moved / "iteration-1" / "agent").symlink_to(finished / "iteration-1" / "agent")
+    (moved / "iteration-1" / "retriever").symlink_to(finished / "iteration-1" / "retriever")
+    for name in ("candidates", "relevance", "groups"):
+        (data / f"{name}.jsonl").symlink_to(finished / "iteration-1" / "data" / f"{name}.jsonl")
+    queries = list(read_records(data / "candidates.jsonl", Candidates))
+    trajectories = [
+        Trajectory(
+            id=query.id, question=query.question, golden_answers=query.golden_answers, answer=None, em=0, f1=0.0,
+            text="", stop_reason=StopReason.MAX_TURNS,
+            turns=(Turn(turn=1, reasoning="", query="where", passages=query.passages[:4], opened=(f"t{i}",)),),
+        )
+        for i, query in enumerate(queries)
+    ]  # fmt: skip
+    write_records(data / "trajectories.jsonl", trajectories)
+    save_config(load_config(IterateConfig, finished / "config.yaml", ["groups.preset=opened"]), moved / "config.yaml")
+    plans = {
+        "own": {"of_run": "retriever-1"},
+        "unjudged": {"groups": {"use_relevance": False}},
+        "paper": {"groups": {"preset": "paper"}, "correctness": {"method": "rollout"}},
+    }
+    made = Experiment(experiment(moved, tmp_path / "out", retrievers=plans))
+    made.check()
+    assert made._made_from("own")["rollouts"] == 0
+    found = made._regroup(tmp_path / "home", made.config.retrievers["unjudged"])
+    positives = [group.positive for group in read_records(found, Group)]
+    assert positives == ["t0", "t1"], "p0, t0, p1 and t1 were shown"
+    with pytest.raises(ConfigError, match=r"retrievers\.x: the run has no .*correctness\.jsonl"):
+        Experiment(experiment(moved, tmp_path / "out", retrievers={"x": {"groups": {"preset": "paper"}}})).check()
 
 
 def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
@@ -428,6 +494,19 @@ def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path)
         ({"retrievers": {"x": {"modell": "y"}}}, r"retrievers\.x: .*modell"),
         ({"retrievers": {"x": {"bm25": True, "model": "y"}}}, "a retriever is one of"),
         ({"retrievers": {"x": {"hybrid": ["bm25", "x"]}}}, r"retrievers\.x: hybrid of 'bm25', which is no other"),
+        ({"retrievers": {"x": {"rerank": "r"}}, "rerankers": {"r": {}}}, "expected a reranker, another retriever"),
+        (
+            {"retrievers": {"x": {"rerank": "r", "of": "x"}}, "rerankers": {"r": {}}},
+            r"retrievers\.x: reranks 'x', which",
+        ),
+        (
+            {"retrievers": {"x": {"rerank": "r", "of": "b"}, "b": {"bm25": True}}},
+            "rerank='r' is not among the rerankers",
+        ),
+        (
+            {"retrievers": {"x": {"rerank": "r", "of": "b"}, "b": {"bm25": True}}, "rerankers": {"r": {"epoch": 1}}},
+            r"rerankers\.r: .*epoch",
+        ),
         ({"retrievers": {"x": {"model": "y", "train": {"epochs": 1}}}}, r"model: is taken as it is, so train would"),
         ({"retrievers": {"x": {"of_run": "retriever-1", "groups": {"seed": 1}}}}, "so groups would change nothing"),
         ({"agents": ["agent-7"]}, r"agent-7: the run has no .*iteration-7"),

@@ -11,11 +11,17 @@ from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Finished, Limits, Search, Session, load_protocol
 from agentic_r_plugin.records import StopReason
 from agentic_r_plugin.tags import compact
-from agentic_r_plugin.tools import SEARCH
+from agentic_r_plugin.tools import OPEN, SEARCH
 from agentic_r_plugin.world.generate import build_world
 from recipes.quickstart.warm_start.demonstrations import Demonstration, Haste, Shown, demonstrations, small_world
-from recipes.quickstart.warm_start.small_agent import TOOL_MARKS, build_model, teach_tool_calls, train_tokenizer
-from recipes.quickstart.warm_start.train import TOOL_OPTIONS
+from recipes.quickstart.warm_start.small_agent import (
+    OPEN_MARKS,
+    TOOL_MARKS,
+    build_model,
+    teach_tool_calls,
+    train_tokenizer,
+)
+from recipes.quickstart.warm_start.train import TOOL_OPTIONS, WarmStartConfig
 
 CAREFUL = Haste(stop_at_person=0.0, stop_at_other=0.0, guess=0.0, repeat=0.0)
 
@@ -126,3 +132,45 @@ def test_demonstrations_in_tool_calls_are_written_in_the_small_agents_chat_templ
                 assert segment.text.endswith("<|endoftext|>")
         assert codec.decode(session.prompt_ids) == codec.chat(messages, [SEARCH], {})
         assert session.text.count("</tool_response>\n\n<think>") == session.searches
+
+
+def test_demonstrators_open_what_a_search_shows_in_part_and_read_the_facts_there() -> None:
+    tokenizer = train_tokenizer([passage.contents for passage in build_world(small_world(99, 12)).passages], 800)
+    model = build_model(tokenizer, 0)
+    teach_tool_calls(tokenizer, model)
+    embedding = model.get_input_embeddings().weight[-1].clone()
+    teach_tool_calls(tokenizer, model, opens=True)
+    rows = model.get_input_embeddings().weight
+    assert len(rows) == 800 + len(TOOL_MARKS) + len(OPEN_MARKS) and rows[-2].equal(embedding)
+    codec, config = TokenizerCodec(tokenizer), WarmStartConfig(tool_calls=True, snippet=100)
+    wrong = 0
+    for one in demonstrations(
+        codec, first_seed=5, worlds=2, per_world=24, haste=CAREFUL, shown=Shown(gold=1.0, snippet=100),
+        limits=Limits(max_opens=10), protocol=config.protocol,
+    ):  # fmt: skip
+        session, metadata = one.session, one.question.metadata
+        assert session.finished is not None and exact_match(session.finished.answer, one.question.golden_answers)
+        assert session.malformed == 0
+        messages = [{"role": "user", "content": one.question.question}]
+        assert codec.decode(session.prompt_ids) == codec.chat(messages, [SEARCH, OPEN], {})
+        by_id = {passage.id: passage for shown in session.shown for passage in shown}
+        for turn, gold in zip(session.turns, metadata["gold_doc_ids"], strict=True):
+            assert turn.opened[-1] == gold and len(turn.opened) <= 2
+            wrong += len(turn.opened) - 1
+            assert by_id[gold].text[:100] in session.text and f"Title: {by_id[gold].title}\n" in session.text
+        assert session.text.count("Open ") == session.opens
+    assert wrong > 5
+
+
+def test_a_passage_that_does_not_state_the_fact_is_opened_in_vain() -> None:
+    tokenizer = train_tokenizer([passage.contents for passage in build_world(small_world(99, 12)).passages], 800)
+    teach_tool_calls(tokenizer, build_model(tokenizer, 0), opens=True)
+    found = demonstrations(
+        TokenizerCodec(tokenizer), first_seed=5, worlds=1, per_world=24, haste=CAREFUL,
+        shown=Shown(gold=0.0, snippet=100), limits=Limits(max_opens=3),
+        protocol=WarmStartConfig(tool_calls=True, snippet=100).protocol,
+    )  # fmt: skip
+    for one in found:
+        opened = {passage for turn in one.session.turns for passage in turn.opened}
+        assert opened and not opened & set(one.question.metadata["gold_doc_ids"][:1]) and one.session.opens <= 3
+        assert "not found. Again." in one.session.text

@@ -105,6 +105,8 @@ def test_a_tiny_warm_start_writes_a_loadable_agent_once(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="worlds"):
         WarmStartConfig(worlds=0)
+    with pytest.raises(ConfigError, match="tool_calls=true to open passages"):
+        WarmStartConfig(snippet=100)
     with pytest.raises(ConfigError, match="layers of at least 3"):
         WarmStartConfig(layers=2)
     with pytest.raises(ConfigError, match="--out"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def test_questions_are_held_out_whole(data, corpus, base, tmp_path):
         assert measure(queries, texts) == {
             "recall_at_1": 0.0, "recall_at_3": 0.0, "mrr_at_10": 0.25, "ndcg_at_10": pytest.approx(0.4307, abs=1e-4)
         }  # fmt: skip
+
+
+def test_of_each_query_the_best_candidate_and_drawn_ones_below_it_are_trained_on(data, corpus, base, tmp_path):
+    queries, _ = read_labelled(config(data, corpus, base, tmp_path))
+    for one in queries:
+        few = training.drawn(one, 3, 0)
+        assert len(few.passages) == 3 and few.labels.count(1.7) == 1 and few.labels.count(0.2) == 2
+        places = [one.passages.index(name) for name in few.passages]
+        assert places == sorted(places) and one.passages[3] in few.passages
+        assert training.drawn(one, 0, 0) == one == training.drawn(one, 9, 0)
+    assert training.drawn(queries[0], 3, 0) == training.drawn(queries[0], 3, 0)
+    assert len({training.drawn(one, 3, seed).passages for one in queries[:1] for seed in range(20)}) > 1
+    tied = replace(queries[0], labels=(1.7, 0.2, 1.7, 1.7, 0.2, 1.7))
+    few = training.drawn(tied, 5, 0)
+    assert few.passages == tuple(tied.passages[place] for place in (0, 1, 4)), "others of the best label are left out"
 
 
 @pytest.fixture(scope="module")

@@ -166,10 +166,12 @@ def test_on_resume_only_what_decides_the_result_is_compared(tmp_path: Path, monk
     assert compared(options={"nprobe": 8}) != compared(options={"nprobe": 9})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kept").mkdir()
-    part = {"backend": "bm25", "corpus": "kept", "options": {"folder": "kept", "k1": 1.0}}
+    ranked = {"model": "kept", "depth": 5}
+    part = {"backend": "bm25", "corpus": "kept", "options": {"folder": "kept", "k1": 1.0}, "rerank": ranked}
     moved = with_absolute_paths(SearchSpec(backend="hybrid", options={"parts": [part, "x"], "k": 5})).options
     whole = str(tmp_path / "kept")
-    assert moved == {"parts": [part | {"corpus": whole, "options": {"folder": whole, "k1": 1.0}}, "x"], "k": 5}
+    made = part | {"corpus": whole, "options": {"folder": whole, "k1": 1.0}, "rerank": ranked | {"model": whole}}
+    assert moved == {"parts": [made, "x"], "k": 5}
 
 
 def test_workers_of_a_service_map_the_index_of_a_part(spec: SearchSpec) -> None:

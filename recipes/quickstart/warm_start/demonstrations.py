@@ -6,6 +6,9 @@ contain the fact, they often take another name of the right type instead of sear
 again for what they already know. A hasty and a careful demonstration diverge at a single token (`Done`, `Next`, `not`),
 so a policy trained on them is mostly hasty in greedy decoding and often careful when sampling.
 
+Where a search shows only snippets, the demonstrators open passages and read the facts there: first the passage whose
+snippet gives the fact, then those with the entity's title, by rank. So they sometimes open a wrong one first.
+
 Every trajectory is played through `protocol.Session`, so its ids are those that the runtime would produce.
 """
 
@@ -16,13 +19,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Session
+from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Open, Session
 from agentic_r_plugin.records import Passage, Question
 from agentic_r_plugin.tags import compact
+from agentic_r_plugin.tools import ToolProtocol
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
 from agentic_r_plugin.world.grammar import grammar
 from agentic_r_plugin.world.prose import kind_words
 from agentic_r_plugin.world.questions import hop_query
+
+_MOST_OPENED = 2
+"""Passages opened after one search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class Shown:
     most_passages: int = 3
     fewer: float = 0.2
     """Probability of drawing a number of passages from 1 to `most_passages` (the correctness stage shows one)."""
+    snippet: int = 0
+    """Characters of a passage that a search shows, so that the demonstrators open it (`tools.ToolProtocol`); 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +132,7 @@ class Demonstrator:
         raise AssertionError("a relation has at least one query")
 
     def _search(self, session: Session, question: Question, hop: int, thought: str, query: str) -> list[Passage] | None:
-        """Write the search and show passages; return None if they include the gold passage, else the passages."""
+        """Write the search and show passages; return None if the gold passage was read, else the passages read."""
         self._write(session, self.protocol.write_search(thought, query, self.codec, gap=""))
         gold = self._by_id[question.metadata["gold_doc_ids"][hop]]
         count = self.shown.most_passages
@@ -133,7 +142,34 @@ class Demonstrator:
         passages = self._distractors(question, hop, gold, count - with_gold) + [gold] * with_gold
         self._rng.shuffle(passages)
         session.found(passages)
+        if self.shown.snippet:
+            return self._open(session, question, hop, passages)
         return None if with_gold else passages
+
+    def _open(
+        self, session: Session, question: Question, hop: int, passages: Sequence[Passage]
+    ) -> list[Passage] | None:
+        """Open passages until one states the fact; return None if one does, else the passages opened."""
+        assert isinstance(self.protocol, ToolProtocol)
+        gold, value = (question.metadata[name][hop] for name in ("gold_doc_ids", "hop_answers"))
+
+        def promise(rank: int) -> int:
+            passage = passages[rank - 1]
+            if passage.id == gold and value in passage.text[: self.shown.snippet]:
+                return 0
+            return 1 if passage.title == question.metadata["hop_subjects"][hop] else 2
+
+        opened: list[Passage] = []
+        for rank in sorted(range(1, len(passages) + 1), key=promise)[:_MOST_OPENED]:
+            if session.opens < self.limits.max_opens:
+                thought = f"{_label(question, hop)}: not found. Open {rank}." if opened else f"Open {rank}."
+                self._write(session, self.protocol.write_open(thought, str(rank), self.codec, gap=""))
+                assert isinstance(session.pending, Open)
+                opened.append(self._by_id[session.pending.document])
+                session.found(opened[-1:])
+                if opened[-1].id == gold:
+                    return None
+        return opened
 
     def _distractors(self, question: Question, hop: int, gold: Passage, count: int) -> list[Passage]:
         """Passages that a retriever would confuse with the gold one: namesakes', the same entity's, and random ones."""

@@ -27,6 +27,8 @@ TOOL_MARKS = {
     "</tool_response>": "</information>",
 }
 """Tokens of the small agent that calls tools (`tool_template.jinja`) -> the tags whose embeddings they start from."""
+OPEN_MARKS = {'<tool_call>\n{"name": "open", "arguments": {"id": "': "<search>"}
+"""The same for the tool `open`."""
 
 HIDDEN, HEAD_DIM, HEADS, LAYERS, FEED_FORWARD = 256, 64, 4, 4, 576
 ROPE_THETA = 1e6
@@ -58,13 +60,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
-def teach_tool_calls(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM) -> None:
-    """Add the tokens and the chat template of tool calls, in place; `model` gets their embeddings."""
-    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in TOOL_MARKS])
+def teach_tool_calls(tokenizer: PreTrainedTokenizerFast, model: Qwen2ForCausalLM, *, opens: bool = False) -> None:
+    """Add the tokens and the chat template of tool calls, in place; `model` gets the embeddings of those it lacks."""
+    known, marks = tokenizer.get_vocab(), TOOL_MARKS | (OPEN_MARKS if opens else {})
+    new = {mark: tag for mark, tag in marks.items() if mark not in known}
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in new])
     tokenizer.chat_template = Path(__file__).with_name("tool_template.jinja").read_text(encoding="utf-8")
     model.resize_token_embeddings(len(tokenizer))
     rows_VD = model.model.embed_tokens.weight.data
-    for mark, tag in TOOL_MARKS.items():
+    for mark, tag in new.items():
         rows_VD[tokenizer.convert_tokens_to_ids(mark)] = rows_VD[tokenizer.convert_tokens_to_ids(tag)]
 
 

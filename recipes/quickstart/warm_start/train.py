@@ -66,6 +66,10 @@ class WarmStartConfig:
     tool_calls: bool = field(
         default=False, metadata={"help": "teach tool calls in a chat template instead of tags", **LATER}
     )
+    snippet: int = field(
+        default=0,
+        metadata={"help": "teach to open passages, of which a search shows N characters; 0: it shows all", **LATER},
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda", **FREE})
     workers: int = field(default=0, metadata={"help": "processes that write demonstrations; 0: this one", **FREE})
     stop_at_person: float = field(default=Haste.stop_at_person, metadata={"help": "see demonstrations.Haste"})
@@ -85,13 +89,19 @@ class WarmStartConfig:
                 raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if self.vocabulary < 300:
             raise ConfigError(f"vocabulary: expected at least 300, found {self.vocabulary}")
+        if self.snippet < 0 or (self.snippet and not self.tool_calls):
+            raise ConfigError("snippet: expected at least 0 characters, and tool_calls=true to open passages")
         if self.layers < 3 or not 0 <= self.elliptic_queries <= 1:
             raise ConfigError("expected layers of at least 3, and elliptic_queries from 0 to 1")
 
     @property
     def protocol(self) -> AgentProtocol:
         """How the demonstrators write."""
-        return load_protocol("tool_calls", TOOL_OPTIONS) if self.tool_calls else compact
+        if not self.tool_calls:
+            return compact
+        form = f'Doc {{rank}}(Title: "{{title}}") {{text:.{self.snippet}}}'
+        opening = {"tools": ["search", "open"], "passage_form": form} if self.snippet else {}
+        return load_protocol("tool_calls", TOOL_OPTIONS | opening)
 
     @property
     def haste(self) -> Haste:
@@ -148,8 +158,8 @@ def train(config: WarmStartConfig, tokenizer: Any) -> tuple[Any, list[tuple[int,
     model: Any = build_model(tokenizer, config.seed, config.layers)
     if config.init:
         model = AutoModelForCausalLM.from_pretrained(config.init, dtype=torch.float32)
-    if config.tool_calls and tokenizer.chat_template is None:
-        teach_tool_calls(tokenizer, model)
+    if config.tool_calls:
+        teach_tool_calls(tokenizer, model, opens=config.snippet > 0)
     model = model.to(device).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -243,7 +253,8 @@ def _by_world(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]
 
 def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list[Example]:
     """Write all demonstrations of one world."""
-    shown = Shown(gold=config.gold, most_passages=1 if index < config.one_passage_first * config.worlds else 3)
+    most = 1 if index < config.one_passage_first * config.worlds else 3
+    shown = Shown(gold=config.gold, most_passages=most, snippet=config.snippet)
     made = demonstrations(
         TokenizerCodec(tokenizer),
         first_seed=FIRST_WORLD * (1 + config.seed) + index,
@@ -251,7 +262,7 @@ def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list
         per_world=config.per_world,
         haste=config.haste,
         shown=shown,
-        limits=Limits(),
+        limits=Limits(max_opens=10),
         elliptic_queries=config.elliptic_queries,
         protocol=config.protocol,
     )
