@@ -81,7 +81,8 @@ def header(
             )
             for name, values in results.items()
             for metric, value in values.items()
-        ],
+        ]
+        or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 

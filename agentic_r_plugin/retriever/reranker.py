@@ -275,17 +275,17 @@ def fit(
         args=arguments,
         train_dataset=Dataset.from_dict(dict(columns)),
         loss=loss,
-        callbacks=[_Progress(on_log)],
+        callbacks=[Progress(on_log)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     return list(trainer.state.log_history)
 
 
-class _Progress(TrainerCallback):
+class Progress(TrainerCallback):
     """Progress with an estimate, the log, and an end to training whose loss is not finite."""
 
-    def __init__(self, log: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, log: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
         self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -301,7 +301,7 @@ class _Progress(TrainerCallback):
             if value != value or abs(value) == float("inf"):
                 raise TrainingError(
                     f"step {state.global_step}: {name} is {value}; train with a smaller learning_rate, or look for "
-                    "broken labels"
+                    "broken data"
                 )
         if "loss" in (logs or {}):
             self.log({"step": state.global_step, **logs})
@@ -310,7 +310,7 @@ class _Progress(TrainerCallback):
         self.shown.__exit__(None, None, None)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
+def last_whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint; those that were not finished (their last file is missing) are removed."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
         if (Path(last) / "trainer_state.json").is_file():
