@@ -1,5 +1,9 @@
 """The training loop shared by all trainers: steps, checkpoints, training log, early stopping.
 
+transformers' `Trainer` around the same step gives the same weights at the same speed, but no less code: batches,
+backward pass, schedule, measurements and stops stay ours. It writes checkpoints in place, so that a kill can leave half
+of one, takes longer for them, and refuses float16 on a CPU.
+
 Legend: B queries and p passages of this process, P distinct passages of the batch, D dimensions.
 """
 
@@ -75,6 +79,8 @@ class Run:
         if (self.out / STATE).is_file():
             state = torch.load(self.out / STATE, map_location="cpu", weights_only=True)
             self._load_weights(state["weights"])
+            if len(state["optimizer"]["param_groups"]) > 1:
+                raise TrainingError(f"{self.out} was begun by an earlier version; remove it or choose another out")
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.last_loss, self.best = state["step"], state["loss"], state["best"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Trackers:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names, self._running = tuple(names), []
+        self._names = tuple(names)
+        self._running: list[Any] = []
         if names:
             from accelerate.tracking import get_available_trackers
 
@@ -44,13 +45,12 @@ class Trackers:
     @contextmanager
     def running(self, out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
         """Start the trackers for the training of `out`, and close them at the end. For process 0 only."""
-        self._running = [_start(name, out, settings) for name in self._names]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._running.clear)
+            for name in self._names:
+                self._running.append(tracker := _start(name, out, settings))
+                stack.callback(tracker.finish)
             yield
-        finally:
-            for tracker in self._running:
-                tracker.finish()
-            self._running = []
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send a line of the training log, with the step that it names."""
