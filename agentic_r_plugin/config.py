@@ -85,7 +85,9 @@ def load_config(
 
     Args:
         cls: a dataclass; a field without a default must be given. If it has `PRESETS` and a field `preset`, the values
-            of the chosen preset come directly after the defaults, wherever it was chosen.
+            of the chosen preset come directly after the defaults, wherever it was chosen. `REMOVED` maps deciding
+            settings of earlier versions to the value that is the rule now; they are accepted with this value, wherever
+            the class is a command's settings, a group or a section of them.
         values: fields by name, as plain Python values (flags of a command, paths filled in by a caller).
         append: items added to list fields, after everything else.
 
@@ -185,9 +187,26 @@ def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
 
 def _merge(base: Any, update: Any, source: str) -> Any:
     try:
-        return OmegaConf.merge(base, update)
+        return OmegaConf.merge(base, _without_removed(base, update, source))
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error, source)) from error
+
+
+def _without_removed(base: Any, update: Any, source: str) -> Any:
+    """`update` without the settings that `base` no longer has, if they hold the value that is the rule now."""
+    if not isinstance(base, DictConfig) or not isinstance(update, Mapping):
+        return update
+    removed = getattr(OmegaConf.get_type(base), "REMOVED", {})
+    for name in removed.keys() & update.keys():
+        if update[name] != removed[name]:
+            raise ConfigError(
+                f"{source}: key {name!r}: this setting was removed and {removed[name]!r} is the rule, found "
+                f"{update[name]!r}"
+            )
+    values = OmegaConf.to_container(update) if isinstance(update, DictConfig) else update
+    return {
+        name: _without_removed(base.get(name), value, source) for name, value in values.items() if name not in removed
+    }
 
 
 def _reason(error: OmegaConfBaseException, source: str) -> str:
@@ -234,7 +253,7 @@ def deciding(config: Any, *, names: bool = False) -> dict[str, Any]:
     >>> deciding(Settings("runs/1", "e5")), deciding(Settings("runs/1", "e5"), names=True)
     ({'seed': 0}, {'model': 'e5', 'seed': 0})
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(getattr(config, "REMOVED", {}))  # as in work that was started before
     for item in dataclasses.fields(config):
         decides, value = item.metadata.get("decides", True), getattr(config, item.name)
         if _left_out(decides, names) or ("later" in item.metadata and value == _default(item)):

@@ -1,10 +1,14 @@
-"""How two workers share the tests (`make test`); one worker takes them as they come."""
+"""How two workers share the tests (`make test`); one worker takes them as they come. A fixture of several folders."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+
+from tests.hub_server import hub
+
+__all__ = ["hub"]
 
 STARTS_RAY = (
     "tests/agent/cpu/test_ppo.py",

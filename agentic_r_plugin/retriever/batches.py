@@ -153,7 +153,6 @@ def epoch_batches(
     seed: int,
     batch_size: int,
     group_size: int,
-    order: str = "shuffled",
     cross_device: bool = True,
     rank: int = 0,
     world: int = 1,
@@ -164,10 +163,9 @@ def epoch_batches(
         batch_size: examples per process and batch.
         group_size: passages per group: the positive and group_size - 1 negatives. From a group with more negatives,
             each epoch draws a new sample.
-        order: `shuffled`, or `questions`, which keeps the groups of one question together so that they share passages.
         cross_device: whether rows and counts cover all processes or only this one.
     """
-    places = _order(examples, epoch, seed, order)
+    places = random.Random(f"order {seed} {epoch}").sample(range(len(examples)), len(examples))
     # Every process must run the same number of steps, or the collective operations would wait forever.
     places = places[: len(places) - len(places) % world] if len(places) >= world else places * world
     for start in range(0, len(places), batch_size * world):
@@ -178,17 +176,6 @@ def epoch_batches(
         slots = (row for item in (picked if cross_device else mine) for row in (item.positive, *item.negatives))
         counts = Counter(slots)
         yield Batch(examples=tuple(mine), rows=tuple(counts), counts=tuple(counts.values()))
-
-
-def _order(examples: Sequence[Example], epoch: int, seed: int, order: str) -> list[int]:
-    generator = random.Random(f"order {seed} {epoch}")
-    if order == "shuffled":
-        return generator.sample(range(len(examples)), len(examples))
-    of_question: dict[str, list[int]] = defaultdict(list)
-    for place, item in enumerate(examples):
-        of_question[item.key[0]].append(place)
-    questions = generator.sample(list(of_question), len(of_question))
-    return [place for question in questions for place in of_question[question]]
 
 
 def _with_drawn_negatives(example: Example, index: int, epoch: int, seed: int, count: int) -> Example:

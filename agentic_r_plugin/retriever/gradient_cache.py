@@ -28,19 +28,18 @@ def backward(
     *,
     seed: str,
     mini_batch_tokens: int,
-    kept_tokens: int | None,
+    kept_tokens: int,
 ) -> Tensor:
     """Add the gradient of the loss to the model's parameters; returns the loss.
 
     Args:
         texts: in the order in which `loss` expects their vectors.
         seed: dropout seed; each mini-batch gets its own generator state.
-        kept_tokens: number of tokens whose graphs are kept from the first pass; None keeps all of them.
+        kept_tokens: number of tokens whose graphs are kept from the first pass.
     """
     plan = encoder.plan(texts, mini_batch_tokens)
     vectors: list[Tensor] = [torch.empty(0)] * len(plan)
-    room = float("inf") if kept_tokens is None else kept_tokens
-    kept = set()
+    room, kept = kept_tokens, set()
     for number in reversed(range(len(plan))):  # longest texts first, because they cost most to encode again
         places = plan[number]
         size = sum(len(texts[i]) for i in places)

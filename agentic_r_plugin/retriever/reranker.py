@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,19 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config, to_dict
 from agentic_r_plugin.data.selection import check_scored
 from agentic_r_plugin.errors import ConfigError, RecordError, TrainingError
+from agentic_r_plugin.hub import CARD, push_folder
 from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 from agentic_r_plugin.records import Candidates
 from agentic_r_plugin.retriever.batches import Key, read_scores
-from agentic_r_plugin.retriever.card import CARD, table
+from agentic_r_plugin.retriever.card import header, table
 from agentic_r_plugin.retriever.dev import ranking_metrics
+from agentic_r_plugin.retriever.settings import TrainedModelConfig
+from agentic_r_plugin.retriever.trackers import Trackers
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.cross_encoder import CrossEncoderReranker
@@ -56,7 +59,7 @@ _PAIRS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRerankerConfig:
+class TrainRerankerConfig(TrainedModelConfig):
     """Settings of `agentic-r train-reranker`."""
 
     candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
@@ -181,8 +184,9 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
         ConfigError: the model cannot be loaded, or no scores are given.
         RecordError: a record is broken, a candidate has no score or is not in the corpus, or nothing can be learned.
         TrainingError: the loss is not finite.
+        BackendError: the upload to `push_to_hub` failed; the folder is complete.
     """
-    out = Path(config.out)
+    out, trackers = Path(config.out), Trackers(config.loggers)
     if not resume:
         require_new(out, folder=True)
     bound_caches()
@@ -205,19 +209,9 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 save_config(config, out / "config.yaml")
                 if dev and not held.noted("before"):
                     held.note(before={"retriever": measure(dev, corpus), "before": measure(dev, corpus, reranker)})
-                loss = LambdaLoss(reranker.model, mini_batch_size=_PAIRS)
-                log = fit(
-                    reranker.model,
-                    _columns(
-                        [drawn(query, config.num_candidates, config.seed) for query in training], corpus, reranker
-                    ),
-                    loss,
-                    held.work,
-                    epochs=config.epochs,
-                    batch_size=config.batch_size,
-                    learning_rate=config.learning_rate,
-                    seed=config.seed,
-                )
+                chosen = [drawn(query, config.num_candidates, config.seed) for query in training]
+                with trackers.running(out, to_dict(config)):
+                    log = _fit(config, reranker, _columns(chosen, corpus, reranker), held.work, trackers)
                 measured = held.noted("before") | {"after": measure(dev, corpus, reranker)} if dev else {}
                 reranker.save(out)
                 with atomic_path(out / METRICS) as temporary:
@@ -226,6 +220,27 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 _write_card(out, config, reranker, done)
                 held.finish(done)
             shutil.rmtree(held.work, ignore_errors=True)
+            push_folder(config)
+
+
+def _fit(
+    config: TrainRerankerConfig,
+    reranker: CrossEncoderReranker,
+    columns: Mapping[str, list[Any]],
+    folder: Path,
+    trackers: Trackers,
+) -> list[dict[str, Any]]:
+    return fit(
+        reranker.model,
+        columns,
+        LambdaLoss(reranker.model, mini_batch_size=_PAIRS),
+        folder,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        on_log=trackers.log,
+    )
 
 
 def fit(
@@ -239,6 +254,7 @@ def fit(
     learning_rate: float,
     seed: int,
     save_steps: int = 50,
+    on_log: Callable[[Mapping[str, Any]], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Train a cross-encoder in place with sentence-transformers' `CrossEncoderTrainer`; returns the log.
 
@@ -248,6 +264,7 @@ def fit(
         folder: for checkpoints; training continues from the last whole one.
         epochs, batch_size, learning_rate, seed: as in `TrainingArguments`; a tenth of the steps warms up.
         save_steps: steps between two checkpoints.
+        on_log: called with each line of the log that has a loss.
 
     Raises:
         TrainingError: a loss is not finite.
@@ -272,15 +289,22 @@ def fit(
     if arguments.n_gpu > 1:  # DataParallel cannot take texts
         arguments._n_gpu = 1
     trainer = CrossEncoderTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(dict(columns)), loss=loss, callbacks=[_Progress()]
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(dict(columns)),
+        loss=loss,
+        callbacks=[Progress(on_log)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     return list(trainer.state.log_history)
 
 
-class _Progress(TrainerCallback):
-    """Progress with an estimate, and an end to training whose loss is not finite."""
+class Progress(TrainerCallback):
+    """Progress with an estimate, the log, and an end to training whose loss is not finite."""
+
+    def __init__(self, log: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
+        self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shown = progress(total=state.max_steps, desc="training", unit="step", initial=state.global_step)
@@ -295,14 +319,16 @@ class _Progress(TrainerCallback):
             if value != value or abs(value) == float("inf"):
                 raise TrainingError(
                     f"step {state.global_step}: {name} is {value}; train with a smaller learning_rate, or look for "
-                    "broken labels"
+                    "broken data"
                 )
+        if "loss" in (logs or {}):
+            self.log({"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shown.__exit__(None, None, None)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
+def last_whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint; those that were not finished (their last file is missing) are removed."""
     while folder.is_dir() and (last := get_last_checkpoint(str(folder))) is not None:
         if (Path(last) / "trainer_state.json").is_file():
@@ -361,9 +387,17 @@ def _write_card(
     }
     figures = ["| held-out queries | " + " | ".join(measured) + " |", "|---" * (1 + len(measured)) + "|"]
     figures += [f"| {name} | " + " | ".join(f"{measured[of][name]:.4f}" for of in measured) + " |" for name in _SHOWN]
+    results = {name.replace("_at_", "@"): measured["after"][name] for name in _SHOWN} if measured else {}
+    yaml = header(
+        config.model,
+        config.out,
+        pipeline_tag="text-ranking",
+        tags=["cross-encoder", "reranker", f"dataset_size:{done['queries']}"],
+        datasets=config.datasets,
+        results={"held-out queries": results},
+    )
     text = (
-        "---\nlibrary_name: sentence-transformers\npipeline_tag: text-ranking\ntags:\n- cross-encoder\n- reranker\n"
-        "- agentic-search\n---\n\n# Reranker for agentic search\n\n"
+        f"{yaml}\n\n# Reranker for agentic search\n\n"
         f"Trained from `{config.model}` by `agentic-r train-reranker`. `agentic-r serve rerank.model=FOLDER` and every "
         "search with `search.rerank.model=FOLDER` read everything from `agentic_r.json`.\n\n"
         f"{table(rows)}\n\n" + ("\n".join(figures) if measured else "Nothing was held out to measure on.") + "\n"

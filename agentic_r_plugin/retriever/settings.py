@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.hub import HubConfig
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 
 MAX_LENGTH = 512
 """Maximum length of a text in tokens (method section 3)."""
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-ORDERS = ("shuffled", "questions")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRetrieverConfig:
+class TrainedModelConfig(HubConfig):
+    """Settings of a command that trains a model for others to use."""
+
+    loggers: list[str] = field(
+        default_factory=list, metadata={"help": "also log to wandb, tensorboard (OUT/runs), trackio, mlflow, …", **FREE}
+    )
+    datasets: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names on the hub of the data behind the training, for the card", **FREE},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRetrieverConfig(TrainedModelConfig):
     """Settings of `agentic-r train-retriever`; the defaults are the paper's.
 
     One default differs: gradient checkpointing is off, because gradient caching already bounds the memory and gives the
     same gradients.
     """
+
+    REMOVED: ClassVar[Mapping[str, Any]] = {
+        "schedule": "linear", "weight_decay": 0.0, "order": "shuffled", "gradient_caching": True
+    }  # fmt: skip
 
     groups: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
     corpus: str = field(metadata={"help": "corpus the groups' passages are in", **BY_CONTENTS})
@@ -48,16 +67,11 @@ class TrainRetrieverConfig:
         metadata={"help": f"registered query_formulation; none: the checkpoint's record, else {DEFAULT_FORMULATION}"},
     )
     epochs: int = field(default=2, metadata={"help": "passes over the groups"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW; it then falls linearly to 0"})
     warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps that warm up"})
-    schedule: str = field(default="linear", metadata={"help": "after warming up: linear, cosine or constant"})
-    weight_decay: float = field(default=0.0, metadata={"help": "of AdamW, on matrices"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
     batch_size: int = field(default=32, metadata={"help": "queries per device and step"})
     group_size: int = field(default=16, metadata={"help": "passages of a group that are used, positive included"})
-    order: str = field(
-        default="shuffled", metadata={"help": "of the groups: shuffled; questions: those of one question stay together"}
-    )
     temperature: float = field(default=0.01, metadata={"help": "of the softmax over cosines"})
     cross_device: bool = field(default=True, metadata={"help": "other devices' passages are negatives too"})
     mask_false_negatives: bool = field(
@@ -82,14 +96,11 @@ class TrainRetrieverConfig:
         default=None, metadata={"help": f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}"}
     )
     mini_batch_tokens: int | None = field(
-        default=None, metadata={"help": "tokens of one forward pass; 2048 on the CPU, else 8192"}
-    )
-    gradient_caching: bool = field(
-        default=True, metadata={"help": "memory does not grow with the batch; off: one graph for the whole batch"}
+        default=None, metadata={"help": "tokens of one forward pass (gradient caching); 2048 on the CPU, else 8192"}
     )
     kept_tokens: int | None = field(
         default=None,
-        metadata={"help": "tokens of a step encoded once, the others twice (gradient caching); 4 mini-batches"},
+        metadata={"help": "tokens of a step encoded once, the others twice; 4 mini-batches"},
     )
     packing: bool = field(default=True, metadata={"help": "texts of a mini-batch without padding, where it is exact"})
     attention_dropout: float | None = field(
@@ -158,14 +169,13 @@ class TrainRetrieverConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("kept_tokens", "lora_rank", "weight_decay"):
+        for name in ("kept_tokens", "lora_rank"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name} must not be below 0, found {getattr(self, name)}")
         if self.group_size < 2 or not 0 <= self.warmup_ratio < 1:
             raise ConfigError("expected group_size of at least 2 and 0 <= warmup_ratio < 1")
-        for name, known in (("schedule", tuple(_SCHEDULES)), ("precision", PRECISIONS), ("order", ORDERS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} {getattr(self, name)!r}: expected {', '.join(known)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r}: expected {', '.join(PRECISIONS)}")
         if not 0 <= (self.attention_dropout or 0) < 1:
             raise ConfigError(
                 f"attention_dropout must be a share of at least 0 and below 1, found {self.attention_dropout}"
@@ -180,17 +190,9 @@ class TrainRetrieverConfig:
             raise ConfigError(f"elsewhere_loss must not be below 0, found {self.elsewhere_loss}")
 
 
-_SCHEDULES = {
-    "linear": lambda share: 1 - share,
-    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
-    "constant": lambda share: 1.0,
-}
-"""Progress after the warm-up (0 to 1) -> fraction of the peak learning rate."""
-
-
 def rate_share(config: TrainRetrieverConfig, step: int, total: int) -> float:
-    """Fraction of the peak learning rate at `step`, counted from 0."""
+    """Fraction of the peak learning rate at `step`, counted from 0: a linear rise, then a linear fall to 0."""
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return _SCHEDULES[config.schedule]((step - warmup) / max(1, total - warmup))
+    return 1 - (step - warmup) / max(1, total - warmup)

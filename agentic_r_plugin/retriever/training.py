@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import child, components, compute
-from agentic_r_plugin.config import deciding, save_config
+from agentic_r_plugin.config import deciding, save_config, to_dict
 from agentic_r_plugin.errors import RecordError, TrainingError
+from agentic_r_plugin.hub import push_folder
 from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.retriever import loss as losses
@@ -32,7 +33,7 @@ from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.storage.claim import MANIFEST, Output, require_new
+from agentic_r_plugin.storage.claim import MANIFEST, Claim, Output, require_new
 from agentic_r_plugin.store import file_fingerprint
 
 __all__ = ["TrainRetrieverConfig", "run", "run_apart", "train", "train_llm_embedder", "train_replug"]
@@ -62,6 +63,8 @@ def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
         ManifestMismatchError: the folder was begun with other inputs or settings.
         RecordError: a group is broken, or a passage of it is not in the corpus.
         TrainingError: the loss is not finite.
+        ConfigError: a tracker in `loggers` is not installed.
+        BackendError: the upload to `push_to_hub` failed; the folder is complete.
     """
     return _train(config, losses.contrastive, resume=resume, from_scores=False)
 
@@ -85,7 +88,6 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 
 
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
-    out = Path(config.out)
     bound_caches()
     other_corpus = Corpus(config.elsewhere_corpus) if config.elsewhere_corpus else nullcontext()
     with Corpus(config.corpus) as corpus, other_corpus as other, process_group(config.device) as (rank, world):
@@ -97,7 +99,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         retriever = initial_retriever(config)
         _require_reasoning(config.groups, examples, retriever)
         output = Output(
-            out=out,
+            out=Path(config.out),
             made_from=_made_from(config, corpus, retriever, world),
             done=DONE,
             folder=True,
@@ -105,28 +107,39 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         )
         # Only process 0 claims and writes the folder. The others learn from it whether the work is done already.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
-            if from_first(held.finished is not None if held else None):
-                return out
-            training = Run(config, corpus, retriever, loss, rank, world)
+            if not from_first(held.finished is not None if held else None):
+                training = Run(config, corpus, retriever, loss, rank, world)
+                _begin(config, output, held, rank)
+                with training.trackers.running(output.out, to_dict(config)) if held else nullcontext():
+                    training.restore()
+                    training.fit(examples, dev, elsewhere)
+                if held:
+                    _finish(config, training, examples, held)
+                barrier()  # no process returns before the folder is complete
             if held:
-                held.begin()
-                save_config(config, out / "config.yaml")
-            barrier()  # the folder is begun
-            if not output.path(MANIFEST).is_file():
-                raise TrainingError(f"process {rank} does not see {out}, begun by process 0; all nodes must share it")
-            training.restore()
-            training.fit(examples, dev, elsewhere)
-            if held:
-                if config.interpolation < 1:
-                    interpolate(retriever.model, initial_retriever(config).model, config.interpolation)
-                retriever.save(out)
-                done = _summary(config, training, examples)
-                write_card(out, config, retriever.record, done)
-                held.finish(done)
-                for name in (STATE, BEST):
-                    (out / name).unlink(missing_ok=True)
-            barrier()  # no process returns before the folder is complete
-    return out
+                push_folder(config)
+    return output.out
+
+
+def _begin(config: TrainRetrieverConfig, output: Output, held: Claim | None, rank: int) -> None:
+    if held:
+        held.begin()
+        save_config(config, output.out / "config.yaml")
+    barrier()  # the folder is begun
+    if not output.path(MANIFEST).is_file():
+        raise TrainingError(f"process {rank} does not see {output.out}, begun by process 0; all nodes must share it")
+
+
+def _finish(config: TrainRetrieverConfig, training: Run, examples: list[Example], held: Claim) -> None:
+    """Write the retriever, its card and the done file; then remove the checkpoints."""
+    if config.interpolation < 1:
+        interpolate(training.model, initial_retriever(config).model, config.interpolation)
+    training.retriever.save(held.out)
+    done = _summary(config, training, examples)
+    write_card(held.out, config, training.retriever.record, done)
+    held.finish(done)
+    for name in (STATE, BEST):
+        (held.out / name).unlink(missing_ok=True)
 
 
 def _require_reasoning(groups: str, examples: Sequence[Example], retriever: Retriever) -> None:

@@ -157,11 +157,7 @@ def timed(measured: Measured, batch: Batch, device: str) -> None:
 def measure(args: argparse.Namespace, corpus: Corpus, batch_size: int) -> dict[str, Measured]:
     """All variants at one batch size, taking turns."""
     examples = read_examples(args.groups, corpus)
-    batches = list(
-        epoch_batches(
-            examples, epoch=0, seed=0, batch_size=batch_size, group_size=args.group_size, order=args.order
-        )
-    )  # fmt: skip
+    batches = list(epoch_batches(examples, epoch=0, seed=0, batch_size=batch_size, group_size=args.group_size))
     if len(batches) < args.steps + 1:
         raise SystemExit(f"{len(examples)} groups are too few for {args.steps + 1} batches of {batch_size}")
     names = [name for name in args.variants if not skipped(args, name, batch_size)]
@@ -211,7 +207,6 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.02)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--mini-batch-tokens", type=int, default=2048)
-    parser.add_argument("--order", default="shuffled", help="shuffled, or questions: groups of a question together")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each variant and batch size")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--plain-up-to", type=int, default=16, help="largest batch of the plain loop")

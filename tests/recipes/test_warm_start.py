@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, TrainingError
 from agentic_r_plugin.evaluation.settings import read_agent_card
 from agentic_r_plugin.protocol import Limits
+from agentic_r_plugin.retriever.reranker import Progress
 from agentic_r_plugin.storage.claim import locked
 from recipes.hotpotqa_cpu.warm_start import train as warm_start_sft
 from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings
-from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, StepRecord, fine_tune, token_loss
+from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, fine_tune, learning_rate, token_loss
 from recipes.hotpotqa_cpu.warm_start.train import WarmStartSFTConfig
 
 SETTINGS = FineTuneSettings(epochs=1, batch_size=2, learning_rate=1e-2, precision="float32", save_every_steps=2)
@@ -50,36 +52,49 @@ def test_the_loss_is_the_cross_entropy_of_the_agents_tokens_alone() -> None:
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    records = fine_tune(_model(), [EXAMPLES] * 8, SETTINGS, seed=0, checkpoint=tmp_path / "checkpoint.pt")
-    assert len(records) == 32
-    assert records[-1].loss < 0.5 * records[0].loss
-    assert records[0].tokens == 24 and records[0].model_tokens == 12
+    log = fine_tune(_model(), [EXAMPLES] * 8, SETTINGS, seed=0, folder=tmp_path)
+    assert [line["step"] for line in log] == list(range(1, 33))
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    rates = [learning_rate(SETTINGS, step, 32) for step in range(32)]
+    assert [line["learning_rate"] for line in log] == rates
 
 
-def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    whole, stopped = _model(), _model()
-    fine_tune(whole, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "whole.pt")
+def test_a_step_is_that_of_a_plain_loop_over_the_tokens_of_its_batch(tmp_path: Path) -> None:
+    trained, plain = _model(), _model()
+    examples = [EXAMPLES[0], replace(EXAMPLES[1], mask=(0,) * 10 + (1,) * 2)]
+    fine_tune(trained, [examples], SETTINGS, seed=0, folder=tmp_path)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.01, betas=(0.9, 0.98))
+    loss = sum(token_loss(plain, example, precision="float32") for example in examples) / 8
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    optimizer.step()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
 
-    def stop(record: StepRecord, total: int) -> None:
-        if record.step == 3:
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped, again = _model(), _model(), _model()
+    expected = fine_tune(whole, [EXAMPLES], SETTINGS, seed=0, folder=tmp_path / "whole")
+
+    def stop(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        fine_tune(stopped, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "stopped.pt", on_step=stop)
-    steps: list[int] = []
-    again = _model()
-    fine_tune(
-        again, [EXAMPLES], SETTINGS, seed=0, checkpoint=tmp_path / "stopped.pt",
-        on_step=lambda record, total: steps.append(record.step),
-    )  # fmt: skip
-    assert steps == [3, 4]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Progress, "on_step_end", stop)
+        fine_tune(stopped, [EXAMPLES], SETTINGS, seed=0, folder=tmp_path / "stopped")
+    found = fine_tune(again, [EXAMPLES], SETTINGS, seed=0, folder=tmp_path / "stopped")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected] and len(found) == 4
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_learn_from_and_a_loss_that_is_not_finite_are_errors(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no demonstration"):
-        fine_tune(_model(), [[]], SETTINGS, seed=0, checkpoint=tmp_path / "checkpoint.pt")
+        fine_tune(_model(), [[]], SETTINGS, seed=0, folder=tmp_path)
+    with pytest.raises(TrainingError, match=r"step \d: (loss|grad_norm) is (nan|inf)"):
+        settings = replace(SETTINGS, learning_rate=1e30, max_grad_norm=1e30)
+        fine_tune(_model(), [EXAMPLES] * 2, settings, seed=0, folder=tmp_path)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -132,7 +147,7 @@ def test_the_command_writes_a_model_that_says_how_it_is_to_be_used(inputs: dict[
     card = read_agent_card(tmp_path / "agent")
     assert card is not None
     assert (card.protocol, card.topk, card.limits.max_searches) == ("compact", 2, 2)
-    LlamaForCausalLM.from_pretrained(tmp_path / "agent")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "agent").config.use_cache
     assert not (tmp_path / "agent" / ".work").exists()
 
 

@@ -66,7 +66,6 @@ def test_nothing_of_the_training_stays_in_the_files(trained):
 
 def test_the_model_card_names_use_data_costs_and_results(trained):
     card = (trained / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: sentence-transformers\n")
     for part in (
         "| query formulation | `question_query` |",
         "| query prefix | `'query: '` |",

@@ -194,7 +194,7 @@ def every_slot_encoded(retriever, corpus, batch):
     "settings",
     [
         {},
-        {"gradient_caching": False},
+        {"mini_batch_tokens": 10**6},
         {"mini_batch_tokens": 40, "kept_tokens": 0},
         {"mini_batch_tokens": 40, "kept_tokens": 100},
         {"mini_batch_tokens": 40, "kept_tokens": 0, "packing": False},

@@ -218,7 +218,7 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(data, co
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training._Progress, "on_step_end", interrupt)
+        patched.setattr(training.Progress, "on_step_end", interrupt)
         run(settings)
     assert not (broken / "done.json").exists()
     torn = broken / ".work" / "checkpoint-56"  # as a kill while it is written leaves it

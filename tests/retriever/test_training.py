@@ -11,7 +11,9 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from agentic_r_plugin.config import deciding, load_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
+from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import Run
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
@@ -168,7 +170,7 @@ def test_a_missing_passage_or_a_diverging_loss_is_said_and_leaves_no_retriever(c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": "steep"}, "schedule 'steep': expected linear, cosine, constant"),
+        ({"precision": "int8"}, "precision 'int8': expected auto, float32, bfloat16, float16"),
         ({"group_size": 1}, "group_size of at least 2"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"interpolation": 1.5}, "interpolation must be a share from 0 to 1"),
@@ -177,6 +179,24 @@ def test_a_missing_passage_or_a_diverging_loss_is_said_and_leaves_no_retriever(c
 def test_impossible_settings_are_refused(config, change, message):
     with pytest.raises(ConfigError, match=message):
         replace(config, **change)
+
+
+def test_settings_that_were_removed_are_accepted_with_the_value_that_is_the_rule_and_never_with_another(
+    config, tmp_path
+):
+    old = tmp_path / "old.yaml"
+    given = {name: value for name, value in to_dict(config).items() if value is not None}
+    old.write_text(json.dumps(given | {"schedule": "linear", "weight_decay": 0, "gradient_caching": True}))
+    assert load_config(TrainRetrieverConfig, old, ["order=shuffled"]) == config
+    with pytest.raises(
+        ConfigError, match="override 'schedule=cosine': key 'schedule': this setting was removed and 'li"
+    ):
+        load_config(TrainRetrieverConfig, old, ["schedule=cosine"])
+    loop = {"out": "o", "agent": "a", "retriever": "r", "benchmark": "b"}
+    assert load_config(IterateConfig, values=loop | {"train_retriever": {"weight_decay": 0.0, "epochs": 3}})
+    with pytest.raises(ConfigError, match=r"train_retriever: key 'weight_decay': this setting was removed and 0\.0 is"):
+        load_config(IterateConfig, values=loop | {"train_retriever": {"weight_decay": 0.1}})
+    assert deciding(config)["weight_decay"] == 0.0, "a manifest of an earlier version is equal"
 
 
 def test_a_formulation_with_reasoning_trains_on_it_and_refuses_groups_without_any(config, groups, tmp_path):

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning of a Hugging Face causal language model on the agent's tokens.
+"""Supervised fine-tuning of a causal language model on the agent's tokens, with transformers' `Trainer`.
 
 The model processes one trajectory at a time, without padding and with logits only for the trained tokens, and gradients
-are accumulated over an optimiser step. Autocast uses bfloat16 where the device supports it. Checkpoints let an
-interrupted run continue with the same batches.
+are accumulated over an optimiser step. Autocast uses bfloat16 where the device supports it. An interrupted run resumes
+from its last checkpoint with the same batches.
 
 Legend: T tokens of one trajectory, M of them written by the agent, V vocabulary.
 """
@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.protocol import Session
-from agentic_r_plugin.store import atomic_path
+from agentic_r_plugin.retriever.reranker import Progress, last_whole_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,35 +66,17 @@ class FineTuneSettings:
             raise ConfigError(f"learning_rate: expected more than 0, found {self.learning_rate}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """Measurements of one optimiser step."""
-
-    step: int
-    loss: float
-    """Mean cross entropy over the agent's tokens."""
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    model_tokens: int
-    seconds: float
-
-
 def fine_tune(
-    model: Any,
-    epochs: Sequence[Sequence[Example]],
-    settings: FineTuneSettings,
-    *,
-    seed: int,
-    checkpoint: Path,
-    on_step: Callable[[StepRecord, int], None] = lambda record, total: None,
-) -> list[StepRecord]:
-    """Train the model in place, resuming from `checkpoint` if that file exists.
+    model: Any, epochs: Sequence[Sequence[Example]], settings: FineTuneSettings, *, seed: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Train the model in place, resuming from the last checkpoint in `folder`.
 
     Args:
         model: causal language model of transformers, in float32, on its device.
         epochs: examples of each epoch; each epoch is shuffled with a seed derived from `seed`.
-        on_step: called with the record of each step and the total number of steps.
+
+    Returns:
+        A line per step: `step`, `loss` (mean cross entropy over the agent's tokens), `grad_norm`, `learning_rate`.
 
     Raises:
         TrainingError: no examples, or a non-finite loss or gradient norm.
@@ -101,26 +84,60 @@ def fine_tune(
     batches = [batch for number, examples in enumerate(epochs) for batch in _batches(examples, settings, seed + number)]
     if not batches:
         raise TrainingError("no demonstration to learn from")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+    # The schedule gives the rate itself, so the optimizer's own rate is 1. All parameters decay.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(settings, step, len(batches)))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=len(batches),
+        per_device_train_batch_size=1,  # an item of the data is the batch of a step
+        train_sampling_strategy="sequential",
+        max_grad_norm=settings.max_grad_norm,
+        save_steps=settings.save_every_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        use_cache=True,  # of the model that is written
+        use_cpu=model.device.type == "cpu",
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
-    records = _restore(checkpoint, model, optimizer)
-    model.train()
-    for step in range(len(records), len(batches)):
-        started = time.monotonic()
-        rate = learning_rate(settings, step, len(batches))
-        loss, norm = _step(model, optimizer, batches[step], settings, rate)
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise TrainingError(f"step {step + 1}: loss {loss}, gradient norm {norm}; lower the learning rate")
-        record = StepRecord(
-            step=step + 1, loss=loss, learning_rate=rate, grad_norm=norm, tokens=sum(len(e.ids) for e in batches[step]),
-            model_tokens=sum(sum(e.mask) for e in batches[step]), seconds=time.monotonic() - started,
-        )  # fmt: skip
-        records.append(record)
-        on_step(record, len(batches))
-        if record.step % settings.save_every_steps == 0 and record.step < len(batches):
-            _save(checkpoint, model, optimizer, records)
-    return records
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split a trajectory
+    trainer = _Trainer(
+        settings.precision,
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        data_collator=lambda items: {"batch": items[0]},
+        optimizers=(optimizer, schedule),
+        callbacks=[Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+class _Trainer(Trainer):
+    """One trajectory after the other, with the loss averaged over the agent's tokens of the whole batch."""
+
+    def __init__(self, precision: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.precision = precision
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        num_targets = sum(sum(example.mask[1:]) for example in inputs["batch"])
+        total = 0.0
+        for example in inputs["batch"]:
+            loss = token_loss(model, example, precision=self.precision)
+            (loss / num_targets).backward()
+            total += float(loss.detach())
+        return torch.tensor(total / num_targets, device=self.args.device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the library's estimate needs padded tensors
 
 
 def learning_rate(settings: FineTuneSettings, step: int, num_steps: int) -> float:
@@ -144,24 +161,6 @@ def _batches(examples: Sequence[Example], settings: FineTuneSettings, seed: int)
         yield shuffled[start : start + settings.batch_size]
 
 
-def _step(
-    model: Any, optimizer: torch.optim.Optimizer, batch: Sequence[Example], settings: FineTuneSettings, rate: float
-) -> tuple[float, float]:
-    """Take one optimiser step; return the mean loss of the agent's tokens and the gradient norm before clipping."""
-    num_targets = sum(sum(example.mask[1:]) for example in batch)
-    total = 0.0
-    for example in batch:
-        loss = token_loss(model, example, precision=settings.precision)
-        (loss / num_targets).backward()
-        total += float(loss.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    return total / num_targets, norm
-
-
 def token_loss(model: Any, example: Example, *, precision: str) -> torch.Tensor:
     """Cross entropy summed over the agent's tokens, a scalar."""
     device = model.device
@@ -172,22 +171,3 @@ def token_loss(model: Any, example: Example, *, precision: str) -> torch.Tensor:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
         logits_1MV = model(input_ids=ids_1T, logits_to_keep=target_M - 1, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits_1MV[0].float(), ids_1T[0, target_M], reduction="sum")
-
-
-def _save(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, records: Sequence[StepRecord]) -> None:
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "records": [vars(record) for record in records],
-    }
-    with atomic_path(checkpoint) as temporary:
-        torch.save(state, temporary)
-
-
-def _restore(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> list[StepRecord]:
-    if not checkpoint.exists():
-        return []
-    state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return [StepRecord(**record) for record in state["records"]]

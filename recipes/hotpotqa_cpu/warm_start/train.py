@@ -7,11 +7,9 @@ questions with known supporting passages (`demonstrations.py`) and fine-tunes on
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from agentic_r_plugin.storage.claim import Output, require_new
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import write_json
 from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate, describe
-from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, StepRecord, fine_tune
+from recipes.hotpotqa_cpu.warm_start.supervised import Example, FineTuneSettings, fine_tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,26 +87,10 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     model, tokenizer = _load(config)
     epochs = _demonstrations(config, tokenizer)
-    log = work / "steps.jsonl"
-    log.unlink(missing_ok=True)
-
-    def report(record: StepRecord, total: int) -> None:
-        with log.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(record)) + "\n")
-        print(
-            f"step {record.step}/{total}  loss {record.loss:.3f}  {record.tokens / record.seconds:.0f} tokens/s",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    records = fine_tune(
-        model,
-        [[Example.from_session(session) for session in sessions] for sessions in epochs],
-        config.training,
-        seed=config.seed,
-        checkpoint=work / "checkpoint.pt",
-        on_step=report,
-    )
+    examples = [[Example.from_session(session) for session in sessions] for sessions in epochs]
+    begun = time.monotonic()
+    log = fine_tune(model, examples, config.training, seed=config.seed, folder=work)
+    seconds = time.monotonic() - begun
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     save_config(config, out / "config.yaml")
@@ -116,18 +98,18 @@ def _train(config: WarmStartSFTConfig, work: Path, out: Path) -> dict[str, Any]:
     if config.protocol_options:
         card["protocol_options"] = config.protocol_options
     write_json(out / "agent.json", card)
-    last = records[-min(len(records), 5) :]
+    losses, seen = [line["loss"] for line in log], [example for items in examples for example in items]
     return {
         **describe([session for sessions in epochs for session in sessions]),
         "precision": _precision(config),
-        "steps": len(records),
-        "tokens": sum(record.tokens for record in records),
-        "model_tokens": sum(record.model_tokens for record in records),
-        "first_loss": records[0].loss,
-        "last_loss": sum(record.loss for record in last) / len(last),
-        "training_seconds": sum(record.seconds for record in records),
+        "steps": len(log),
+        "tokens": sum(len(example.ids) for example in seen),
+        "model_tokens": sum(sum(example.mask) for example in seen),
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-5:]) / len(losses[-5:]),
+        "training_seconds": seconds,
         "seconds": time.monotonic() - started,
-        "losses": [round(record.loss, 4) for record in records],
+        "losses": [round(loss, 4) for loss in losses],
     }
 
 

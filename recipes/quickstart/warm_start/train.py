@@ -4,6 +4,9 @@ Every few trajectories come from a different fictional world, so there are no fa
 plan the hops, copy names into queries, read passages and answer. The demonstrators are hasty on purpose
 (`demonstrations.Haste`), which PPO is meant to correct. Training runs on a CPU or a GPU; the shipped weights took a few
 minutes on a GPU with 14 workers writing demonstrations.
+
+The loop is not transformers' `Trainer`: that needs the number of steps, while this schedule follows the demonstrations
+seen and the clock, which are known only as the stream of batches goes on.
 """
 
 from __future__ import annotations
