@@ -80,7 +80,7 @@ def documents_body(limits: RequestLimits) -> Any:
 
 def _many(item: Any, most: int | None = None) -> Any:
     """A list; the first fault ends its validation, since a body has room for a million of them."""
-    return Annotated[list[item], Field(max_length=most, fail_fast=True)]
+    return Annotated[list[item], Field(max_length=most, fail_fast=True)]  # type: ignore[valid-type]
 
 
 def _last(most: int, value: Any) -> Any:
@@ -130,7 +130,7 @@ def parse_retrieve(
     """
     asked = parse(retrieve_body(limits), body)
     size = len(asked.queries)
-    lists = {"questions": None, "histories": [], "reasonings": ""}
+    lists: dict[str, Any] = {"questions": None, "histories": [], "reasonings": ""}
     for name, default in lists.items():
         values = getattr(asked, name)
         if values is not None and len(values) != size:
@@ -143,7 +143,9 @@ def parse_retrieve(
             history=tuple(history),
             reasoning=reasoning if with_reasoning else "",
         )
-        for query, question, history, reasoning in zip(asked.queries, *lists.values(), strict=True)
+        for query, question, history, reasoning in zip(
+            asked.queries, lists["questions"], lists["histories"], lists["reasonings"], strict=True
+        )
     ]
     topk, depth = asked.topk or limits.default_topk, 0
     if asked.topk_retrieval is not None or asked.topk_rerank is not None:  # Search-R1's form
