@@ -84,24 +84,34 @@ class RerankSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSpec:
-    """Which retriever, and how to reach it."""
+class SearchSource:
+    """What is searched, and with which backend: the settings that `SearchSpec` and the service have in common."""
 
     backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    index: str = field(default="", metadata={"help": "index directory (faiss, milvus)", **BY_CONTENTS})
-    corpus: str = field(default="", metadata={"help": "corpus file, where the backend needs one (bm25)", **BY_CONTENTS})
+    index: str = field(
+        default="", metadata={"help": "index folder built by agentic-r index (faiss, milvus)", **BY_CONTENTS}
+    )
+    corpus: str = field(
+        default="", metadata={"help": "corpus file: for bm25, or where it is not the index's own", **BY_CONTENTS}
+    )
     retriever: str = field(
         default="", metadata={"help": "retriever checkpoint, where it is not the index's own", **BY_CONTENTS}
     )
-    url: str = field(default="", metadata={"help": "base URL of a running retrieval service", **FREE})
     device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     batch_size: int = field(default=64, metadata={"help": "queries encoded at once", **FREE})
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service", **FREE})
-    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
     )
     rerank: RerankSpec = field(default_factory=RerankSpec, metadata={"help": "rank again what was found", **LATER})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec(SearchSource):
+    """Which retriever, and how to reach it."""
+
+    url: str = field(default="", metadata={"help": "base URL of a running retrieval service", **FREE})
+    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service", **FREE})
+    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
 
     def __post_init__(self) -> None:
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"

@@ -50,6 +50,7 @@ from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 from agentic_r_plugin.memory import give_back_memory
+from agentic_r_plugin.net import is_loopback
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.query import DEFAULT_FORMULATION, needs_reasoning
@@ -59,7 +60,6 @@ from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search.corpus import corpus_file, count_lines
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
-from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import drop_torn_end, dump_line, read_json, read_lines

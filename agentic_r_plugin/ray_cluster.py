@@ -1,8 +1,13 @@
-"""The Ray cluster for the workers of data stages, engines of a model and `index`: connect to it, or start it."""
+"""The Ray cluster for the workers of data stages, engines of a model and `index`: connect to it, or start it.
+
+`index` deals its shards with `ray.util.ActorPool`. Data stages and engines address the members themselves: an
+`ActorPool` does not say which batch or member a result is of, and holds no next batch ready at a busy member.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -122,8 +127,30 @@ class Pool:
         return self.members[place].apply.remote(function, *arguments, **named)
 
     def get(self, reference: Any) -> Any:
-        """Result of a call; raises as `get`."""
-        return get(reference, self._worker)
+        """Result of a call; raises as `errors`."""
+        with self.errors():
+            return self._ray.get(reference)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raise what a call raised.
+
+        Raises:
+            AgenticRError: the call raised it.
+            BackendError: the member's process died, and died again after every restart.
+        """
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            yield
+        except (RayActorError, RayTaskError) as error:
+            if (fault := our_fault(error)) is not None:
+                raise fault from None
+            if isinstance(error, RayTaskError):
+                if isinstance(error.cause, Exception):
+                    raise error.cause from error
+                raise
+            raise BackendError(f"{self._worker} died: {str(error).strip().splitlines()[-1]}") from error
 
     def first_done(self, references: Sequence[Any]) -> Any:
         """Wait for one of the calls; returns its reference."""
@@ -156,29 +183,6 @@ class Pool:
         if self._ours:
             self._ray.shutdown()
             self._ours = False
-
-
-def get(reference: Any, worker: str) -> Any:
-    """The result of an actor call.
-
-    Args:
-        worker: description of the actor, for the message.
-
-    Raises:
-        AgenticRError: the call raised it.
-        BackendError: the actor's process died, and died again after every restart.
-    """
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    try:
-        return ray.get(reference)
-    except (RayActorError, RayTaskError) as error:
-        if (fault := our_fault(error)) is not None:
-            raise fault from None
-        if isinstance(error, RayTaskError):
-            raise
-        raise BackendError(f"{worker} died: {str(error).strip().splitlines()[-1]}") from error
 
 
 def our_fault(error: BaseException | None) -> AgenticRError | None:

@@ -19,10 +19,10 @@ from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import deciding
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
+from agentic_r_plugin.net import is_loopback
 from agentic_r_plugin.protocol import AgentProtocol, Codec, load_protocol
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.search.wire import is_loopback
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import atomic_path

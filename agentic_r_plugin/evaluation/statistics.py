@@ -1,6 +1,9 @@
 """Uncertainty of results: bootstrap intervals, paired comparison of two runs on the same questions, several seeds.
 
 Legend: N questions, R resamples, S seeds. All resampling is seeded, so the same input gives the same figures.
+
+Not on `scipy.stats.bootstrap` and `permutation_test`: they draw other samples, so that recorded figures would change,
+and N indices per resample where the counts of a few distinct values do. Its Wilson interval differs in the last bit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""Backend for OpenAI-compatible servers (vLLM, SGLang, hosted APIs): `/completions` and `/chat/completions`."""
+"""Backend for OpenAI-compatible servers (vLLM, SGLang, hosted APIs): `/completions` and `/chat/completions`.
+
+Not on the `openai` SDK: its retries leave no place for the pace between attempts, repeat requests that a server refuses
+for good (429 above the limit of a minute, 501), and take an error sent with status 200 as an answer. With its retries
+off, the loop in `_post` would remain, and the SDK would be a layer between it and httpx.
+"""
 
 from __future__ import annotations
 
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +26,7 @@ from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.rate import Pace
 from agentic_r_plugin.llm.refusals import Refusal, named_fields, refusal
 from agentic_r_plugin.llm.reply import Reply
-from agentic_r_plugin.search.wire import is_loopback
+from agentic_r_plugin.net import is_loopback, pause_s
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 _REFUSALS = (400, 401, 403, 404, 405, 413, 415, 422)
 """HTTP status codes of a permanent refusal, caused by the prompt or by the form of the request (`llm.refusals`)."""
@@ -95,7 +99,7 @@ class OpenAIBackend:
         concurrency: maximum number of concurrent requests; each worker of a stage has its own backend.
         timeout_s: timeout of one request.
         max_retries: further attempts after 429, 5xx, a timeout, a broken connection, or a malformed answer (no JSON,
-            no choice, empty). Waits double from 0.5 s to 30 s, or follow the server's `Retry-After`, up to 30 s.
+            no choice, empty). Pauses double from 0.5 s to 30 s, or follow the server's `Retry-After`, up to 60 s.
         requests_per_minute: limit on the requests started by this backend, retries included; 0: no limit.
         body: additional body fields, which override ours; None omits a field. `max_completion_tokens` replaces
             `max_tokens` in chats; if it is True, it takes the value of the stage's `max_tokens`.
@@ -392,8 +396,7 @@ class OpenAIBackend:
         """
         problem, refused, form = "", False, (path, *sorted(body))
         for attempt in range(self._max_retries + 1):
-            # Jitter keeps the threads of a batch from retrying all at the same time.
-            wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * random.uniform(0.75, 1.25)
+            retry_after: str | None = None
             self._pace.wait()
             try:
                 response = self._client.post(path, json=body)
@@ -418,7 +421,7 @@ class OpenAIBackend:
                     raise RequestRefusedError(f"{self._where(path)}: {problem}")
                 if status in (501, 505) or not (status in (404, 408, 429) or status >= 500):
                     raise BackendError(f"{self._where(path)}: {problem}")
-                wait = _retry_after(response, wait)
+                retry_after = response.headers.get("Retry-After")
             except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
                 raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
             except httpx.TransportError as error:
@@ -428,7 +431,7 @@ class OpenAIBackend:
             except _DeclinedError as error:
                 raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
             if attempt < self._max_retries:
-                time.sleep(wait)
+                time.sleep(pause_s(attempt + 1, retry_after, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S))
         failure = RequestRefusedError if refused else BackendError
         raise failure(f"{self._where(path)}: {problem} (tried {self._max_retries + 1} times)")
 
@@ -636,8 +639,3 @@ def _usage(answer: dict[str, Any]) -> tuple[int, int | None, int]:
         value if isinstance(value, int) else 0 for value in (usage.get("prompt_tokens"), usage.get("completion_tokens"))
     )
     return prompt, cached if isinstance(cached, int) else None, generated
-
-
-def _retry_after(response: httpx.Response, otherwise: float) -> float:
-    text = response.headers.get("Retry-After", "")
-    return min(_LONGEST_WAIT_S, float(text)) if text.isdigit() else otherwise

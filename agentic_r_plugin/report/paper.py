@@ -44,16 +44,6 @@ class PaperResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperAverage:
-    """Average exact match over the seven test sets, for results that the paper gives only as an average."""
-
-    agent: str
-    retriever: str
-    em: float
-    """Per cent."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PaperSearchTurns:
     """Searches per question of the paper's own agent."""
 
@@ -72,24 +62,6 @@ _EM = {
     ("simple_deep_searcher", "agentic_r"): (39.75, 38.04, 17.29, 41.60, 34.62, 65.61, 39.09),
 }
 """(agent, retriever) -> exact match, in the order of `BENCHMARKS`."""
-
-ITERATIONS = (
-    PaperAverage(agent="agent-1", retriever="e5", em=39.64),
-    PaperAverage(agent="agent-1", retriever="retriever-1", em=42.26),
-    PaperAverage(agent="agent-2", retriever="retriever-1", em=44.14),
-    PaperAverage(agent="agent-2", retriever="retriever-2", em=45.00),
-    PaperAverage(agent="agent-3", retriever="retriever-2", em=44.00),
-    PaperAverage(agent="agent-3", retriever="retriever-3", em=44.10),
-)
-"""Results of the loop, iteration by iteration. K = 2 is best."""
-
-ABLATIONS = (
-    PaperAverage(agent="agent-1", retriever="retriever-1", em=42.26),
-    PaperAverage(agent="agent-1", retriever="without_correctness", em=41.14),
-    PaperAverage(agent="agent-1", retriever="without_relevance", em=40.60),
-    PaperAverage(agent="agent-1", retriever="without_question", em=41.57),
-)
-"""Retriever 1, trained without one part of the method."""
 
 SEARCH_TURNS = tuple(
     PaperSearchTurns(retriever=retriever, benchmark=benchmark, search_turns=turns)

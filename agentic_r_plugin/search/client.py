@@ -7,10 +7,8 @@ process, and pickling carries only the settings.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +19,14 @@ import httpx
 
 from agentic_r_plugin.credentials import authorization, redacted, refuse_secrets
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchRefusedError, SearchUnavailableError
+from agentic_r_plugin.net import is_loopback, pause_s
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
-from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_documents, decode_hits, encode_requests, is_loopback
+from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_documents, decode_hits, encode_requests
 from agentic_r_plugin.store import parse_json
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_FIRST_DELAY_S = 0.2
-_MAX_DELAY_S = 10.0
-_MAX_RETRY_AFTER_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _MAX_ANSWER_BYTES = 512 * 1024 * 1024
 
 
@@ -322,7 +319,7 @@ class _Attempts:
         self.where, self.allowed, self.made = client.url + path, client.retries + 1, 0
         self.token = client.token
 
-    def failed(self, reason: str, retry_after_s: float | None = None) -> float:
+    def failed(self, reason: str, retry_after: str | None = None) -> float:
         """Pause before the next attempt, in seconds.
 
         Raises:
@@ -335,9 +332,7 @@ class _Attempts:
                 f"{self.where}: no answer after {attempts}; last fault: {reason}. "
                 "Is the retrieval service running (agentic-r serve)?"
             )
-        if retry_after_s is not None:
-            return min(retry_after_s, _MAX_RETRY_AFTER_S)
-        return min(_MAX_DELAY_S, _FIRST_DELAY_S * 2 ** (self.made - 1)) * random.uniform(0.5, 1.0)
+        return pause_s(self.made, retry_after, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
 
     def fault(self, error: Exception, timeout_s: float) -> float:
         """Pause before the next attempt, in seconds, after an attempt that got no answer.
@@ -364,7 +359,7 @@ class _Attempts:
             said = f"it redirects to {headers['Location']}; give the address that answers itself"
         reason = redacted(f"HTTP {status}: {said}", self.token)
         if status in _RETRIED_STATUS:
-            return self.failed(reason, _retry_after_s(headers.get("Retry-After")))
+            return self.failed(reason, headers.get("Retry-After"))
         raise SearchRefusedError(f"{self.where}: the service refused the request: {reason}", status=status)
 
     def parse(self, content: bytes) -> Any:
@@ -395,18 +390,6 @@ def _describe(error: Exception, timeout_s: float) -> str:
     if isinstance(error, TimeoutError | asyncio.TimeoutError | httpx.TimeoutException):
         return f"no whole answer within {timeout_s:g} s"
     return f"{type(error).__name__}: {error}"
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """Seconds given by a `Retry-After` header, which holds a number or a date; None if it holds neither."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 def _error_message(content: bytes, token: str | None) -> str:

@@ -17,7 +17,6 @@ gets a hash of its text (`records.text_id`).
 
 from __future__ import annotations
 
-import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -32,14 +31,6 @@ from agentic_r_plugin.search.base import Hit, SearchRequest
 
 MAX_PASSAGES = 65_536
 """Queries times topk of one request: the client's maximum, and the service's default limit."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def encode_requests(requests: Sequence[SearchRequest], topk: int) -> dict[str, Any]:

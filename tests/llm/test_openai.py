@@ -23,7 +23,7 @@ CODEC = CharCodec()
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(openai, "_FIRST_PAUSE_S", 0.01)
 
 
 def backend(url: str, **settings) -> OpenAIBackend:

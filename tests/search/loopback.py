@@ -12,7 +12,8 @@ import uvicorn
 
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
-from agentic_r_plugin.search.service.app import RequestLimits, build_app
+from agentic_r_plugin.search.service.app import build_app
+from agentic_r_plugin.search.service.bodies import RequestLimits
 from agentic_r_plugin.search.service.request_heads import PatientProtocol
 from agentic_r_plugin.search.service.search_service import SearchService
 

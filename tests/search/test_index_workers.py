@@ -43,15 +43,12 @@ def test_several_workers_write_the_same_vectors(settings, tmp_path, corpus_file,
     assert read_manifest(tmp_path / "index").fingerprint() == read_manifest(index_folder).fingerprint()
 
 
-class _WritesElsewhere:
-    def encode(self, start: int) -> int:
-        return start
-
-
 def test_a_cluster_of_one_slot(tmp_path, corpus_file, model_folder, index_folder, monkeypatch):
     """Entered, not started: its workers do not follow this process into other folders."""
     import ray
 
+    (tmp_path / "workers" / "shards").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "workers")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         with pytest.raises(ConfigError, match=r"2 workers want 2 CPU in all, the Ray cluster has 1; lower ray_workers"):
@@ -62,12 +59,13 @@ def test_a_cluster_of_one_slot(tmp_path, corpus_file, model_folder, index_folder
         build_index(config_for("index", "corpus.jsonl", "model", ray_workers=1))
         np.testing.assert_allclose(vectors_of(tmp_path / "index"), vectors_of(index_folder), atol=1e-6)
         elsewhere = shards.ShardJob(
-            corpus="", table="", retriever="", retriever_fingerprint="", load={}, folder=str(tmp_path / "unseen"),
+            corpus=str(corpus_file), table=str(tmp_path / "index"), folder="shards",
+            retriever=str(model_folder), retriever_fingerprint=Retriever.load(model_folder).fingerprint(), load={},
             shard_size=16, batch_size=8, max_batch_tokens=0,
         )  # fmt: skip
-        actor = ray.remote(num_cpus=1)(_WritesElsewhere).remote()
         with pytest.raises(ConfigError, match=r"0000000016\.npy: an actor .* on a disk that all machines share"):
-            next(shards._spread(elsewhere, [16], [actor]))
+            next(shards._on_ray(elsewhere, [16], shards.RayWorkers(count=1)))
+        assert (tmp_path / "workers" / elsewhere.path(16)).is_file()
     finally:
         ray.shutdown()
 

@@ -21,13 +21,13 @@ import torch
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.errors import ConfigError, SearchError, SearchUnavailableError
+from agentic_r_plugin.net import is_loopback
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.service import server
 from agentic_r_plugin.search.service.search_service import SearchService
 from agentic_r_plugin.search.service.server import ServeConfig, running_service
-from agentic_r_plugin.search.wire import is_loopback
 from tests.search.loopback import LIMITS, EchoBackend, serving
 
 
@@ -125,31 +125,32 @@ def test_a_backend_that_fails_to_open_a_document_is_not_taken_for_a_service_that
     [
         (b"", 400, "expected a JSON object"),
         (b"{", 400, "expected a JSON object"),
-        (b"[1]", 400, "found list"),
+        (b"[1]", 400, "body: Input should be a valid dictionary"),
         (b'{"queries": ["\xff"]}', 400, "expected a JSON object in UTF-8"),
-        (b'{"queries": ["\\ud800"]}', 400, "queries[0]: not valid Unicode"),
+        (b'{"queries": ["\\ud800"]}', 400, "queries[0]: Input should be a valid string, unable"),
         (b"[" * 15_000, 400, "expected a JSON object"),
         (b'{"queries": ' + b"[" * 9000 + b"]" * 9000 + b"}", 400, ""),
-        (b'{"queries": "q"}', 400, "a list of strings in 'queries', found str"),
-        (b'{"queries": [1]}', 400, "queries[0]: expected a string, found int"),
-        (b'{"queries": ["q", null]}', 400, "queries[1]: expected a string, found NoneType"),
-        (b"{}", 400, "a list of strings in 'queries'"),
+        (b'{"queries": "q"}', 400, "queries: Input should be a valid list, found str"),
+        (b'{"queries": [1]}', 400, "queries[0]: Input should be a valid string, found int"),
+        (b'{"queries": ["q", null]}', 400, "queries[1]: Input should be a valid string, found NoneType"),
+        (b"{}", 400, "queries: Field required"),
         (b'{"queries": ["q"], "topk": -1}', 400, "topk"),
         (b'{"queries": ["q"], "topk": true}', 400, "topk"),
         (b'{"queries": ["q"], "topk": 1.5}', 400, "topk"),
         (b'{"queries": ["q"], "topk": "3"}', 400, "topk"),
         (b'{"queries": ["q"], "topk": NaN}', 400, "topk"),
-        (b'{"queries": ["q"], "topk": 51}', 413, "topk 51"),
-        (b'{"queries": ["q"], "topk": 1' + b"0" * 4000 + b"}", 413, "topk too large"),
+        (b'{"queries": ["q"], "topk": 51}', 413, "topk: Input should be less than or equal to 50"),
+        (b'{"queries": ["q"], "topk": 1' + b"0" * 4000 + b"}", 413, "topk: Input should be less than or equal to 50"),
         (b'{"queries": ["q"], "topk": 1' + b"0" * 5000 + b"}", 400, "expected a JSON object"),
         (b'{"queries": ["q"], "return_scores": "yes"}', 400, "return_scores"),
-        (b'{"queries": ["q"], "questions": ["a", "b"]}', 400, "a list as long as 'queries' (1) in 'questions'"),
+        (b'{"queries": ["q"], "questions": ["a", "b"]}', 400, "questions: expected a list as long as 'queries' (1)"),
         (b'{"queries": ["q"], "questions": [3]}', 400, "questions[0]"),
-        (b'{"queries": ["q"], "histories": ["h"]}', 400, "histories[0]: expected a list"),
-        (b'{"queries": ["q"], "histories": [["a", "b", "c", "d", "e"]]}', 413, "more than 4"),
-        (b'{"queries": ["' + b"x" * 201 + b'"]}', 413, "queries[0]: 201 characters"),
-        (b'{"queries": ["q","q","q","q","q","q","q","q","q"]}', 413, "9 queries; at most 8"),
-        (b'{"queries": ["a", "b", "c"], "topk": 34}', 413, "3 queries of topk 34; at most 100 passages"),
+        (b'{"queries": ["q"], "reasonings": ["\\ud800"]}', 400, "reasonings[0]"),
+        (b'{"queries": ["q"], "histories": ["h"]}', 400, "histories[0]: Input should be a valid list"),
+        (b'{"queries": ["q"], "histories": [["a", "b", "c", "d", "e"]]}', 413, "at most 4 items"),
+        (b'{"queries": ["' + b"x" * 201 + b'"]}', 413, "queries[0]: String should have at most 200 characters"),
+        (b'{"queries": ["q","q","q","q","q","q","q","q","q"]}', 413, "queries: List should have at most 8 items"),
+        (b'{"queries": ["a", "b", "c"], "topk": 34}', 413, "3 queries of 34 passages; at most 100 passages"),
         (b'{"queries": ["' + b"x" * 30_000 + b'"]}', 413, "larger than 20000 bytes"),
     ],
 )  # fmt: skip

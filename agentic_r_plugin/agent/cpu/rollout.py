@@ -6,7 +6,6 @@ It has three parts, like verl's own engines: `HFServer` (the actor that holds th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -18,8 +17,6 @@ from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
 from agentic_r_plugin.agent.cpu.batching import RequestBatcher, parse_sampling
 from agentic_r_plugin.errors import UpstreamError
-
-logger = logging.getLogger(__name__)
 
 
 class HFServer:

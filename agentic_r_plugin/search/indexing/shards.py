@@ -9,21 +9,21 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import queue
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from agentic_r_plugin import ray_cluster
 from agentic_r_plugin.child import die_with
-from agentic_r_plugin.errors import ConfigError, IndexMismatchError, RecordError, SearchError
+from agentic_r_plugin.errors import BackendError, ConfigError, IndexMismatchError, RecordError, SearchError
 from agentic_r_plugin.progress import progress
+from agentic_r_plugin.ray_cluster import Pool
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import atomic_path
@@ -130,6 +130,10 @@ class ShardEncoder:
             np.save(stream, vectors)
         return start
 
+    def close(self) -> None:
+        """Close the corpus."""
+        self.corpus.close()
+
 
 def resolve_devices(text: str) -> list[str]:
     """Devices of a setting: `auto` is every CUDA device of this node, or the CPU; else a list such as `cuda:0,cuda:1`.
@@ -211,60 +215,38 @@ class RayWorkers:
 
 
 def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[int]:
-    import ray
-
-    started = ray_cluster.enter(workers.address, "ray_address")
-    actors: list[Any] = []
-    try:
-        count = min(workers.count, len(missing))
-        ray_cluster.require(count, cpus=1, gpus=workers.gpus, names="ray_workers or ray_gpus")
-        actor: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus, max_restarts=2, max_task_retries=2)(_RayEncoder)
-        actors += [actor.remote(job, "cuda:0" if workers.gpus else "cpu") for _ in range(count)]
-        yield from _spread(job, missing, actors)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else SearchError(str(error)) from error
-    except ray.exceptions.RayActorError as error:
-        raise SearchError(
-            f"an encoding actor died for good ({error}); finished shards are kept, go on with --resume"
-        ) from error
-    finally:
-        for member in actors:
-            ray.kill(member)
-        if started:
-            ray.shutdown()
-
-
-def _spread(job: ShardJob, missing: list[int], actors: list[Any]) -> Iterator[int]:
     """Give each actor one shard at a time.
 
     Raises:
         ConfigError: a shard written by an actor is not visible here.
     """
-    import ray
+    from ray.util import ActorPool
 
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for start in missing:
-        todo.put(start)
-    running = {member.encode.remote(todo.get()): member for member in actors}
-    while running:
-        (reference,), _ = ray.wait(list(running), num_returns=1)
-        member = running.pop(reference)
-        start = ray.get(reference)
-        if not job.path(start).is_file():
-            raise ConfigError(
-                f"{job.path(start)}: an actor of the Ray cluster has written it, and it is not to be seen here; "
-                "expected the index folder (--out) on a disk that all machines share"
-            )
-        if not todo.empty():
-            running[member.encode.remote(todo.get())] = member
-        yield start
+    pool = Pool(
+        partial(ShardEncoder.open, job, "cuda:0" if workers.gpus else "cpu"),
+        min(workers.count, len(missing)),
+        address=workers.address,
+        setting="ray_address",
+        names="ray_workers or ray_gpus",
+        worker="an encoding actor",
+        cpus=1,
+        gpus=workers.gpus,
+        restarts=2,
+    )
+    try:
+        with pool.errors():
+            for start in ActorPool(pool.members).map_unordered(_encode_at, missing):
+                if not job.path(start).is_file():
+                    raise ConfigError(
+                        f"{job.path(start)}: an actor of the Ray cluster has written it, and it is not to be seen "
+                        "here; expected the index folder (--out) on a disk that all machines share"
+                    )
+                yield start
+    except BackendError as error:
+        raise SearchError(f"{error}; finished shards are kept, go on with --resume") from error
+    finally:
+        pool.close()
 
 
-class _RayEncoder:
-    """A `ShardEncoder` as an actor; after a restart it loads the retriever again and continues."""
-
-    def __init__(self, job: ShardJob, device: str) -> None:
-        self.encoder = ShardEncoder.open(job, device)
-
-    def encode(self, start: int) -> int:
-        return self.encoder.encode(start)
+def _encode_at(member: Any, start: int) -> Any:
+    return member.apply.remote(ShardEncoder.encode, start)

@@ -22,17 +22,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import RerankSpec, SearchSpec, build_search, resolved
+from agentic_r_plugin.backends import SearchSource, SearchSpec, build_search, resolved
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.compute import threads_of_each
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, save_config, to_dict
+from agentic_r_plugin.config import FREE, save_config, to_dict
 from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
-from agentic_r_plugin.search.wire import MAX_PASSAGES, is_loopback
+from agentic_r_plugin.net import is_loopback
+from agentic_r_plugin.search.wire import MAX_PASSAGES
 from agentic_r_plugin.store import read_json, write_json
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from agentic_r_plugin.search.base import SearchBackend
+    from agentic_r_plugin.search.service.app import Reload
     from agentic_r_plugin.search.service.metrics import Metrics
     from agentic_r_plugin.search.service.reload import LocalReloader, WorkerReloader
     from agentic_r_plugin.search.service.search_service import SearchService
@@ -46,22 +50,9 @@ _STARTUP_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(SearchSource):
     """Settings of `agentic-r serve`."""
 
-    index: str = field(
-        default="", metadata={"help": "index folder built by agentic-r index (backend faiss)", **BY_CONTENTS}
-    )
-    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own", **BY_CONTENTS})
-    retriever: str = field(
-        default="", metadata={"help": "retriever folder, where it is not the index's own", **BY_CONTENTS}
-    )
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
-    )
-    rerank: RerankSpec = field(default_factory=RerankSpec, metadata={"help": "rank again what was found", **LATER})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
     host: str = field(
         default="127.0.0.1",
         metadata={"help": "address, 0.0.0.0: all; one that is not loopback needs token_env", **FREE},
@@ -89,7 +80,6 @@ class ServeConfig:
     )
     timeout_s: float = field(default=60.0, metadata={"help": "for one request", **FREE})
     header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head", **FREE})
-    batch_size: int = field(default=64, metadata={"help": "queries encoded at once", **FREE})
     window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company", **FREE})
     cache_size: int = field(
         default=10_000, metadata={"help": "results kept, 32 passages each on average; 0: none", **FREE}
@@ -125,7 +115,7 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
     from agentic_r_plugin.search.service.workers import Supervisor
 
     read_secret(config.token_env, "token_env")
-    spec = _spec(config)
+    spec = SearchSpec(**{item.name: getattr(config, item.name) for item in fields(SearchSource)})
     with _bound_socket(config) as listener:
 
         def ready(fingerprint: str) -> contextlib.AbstractContextManager[None]:
@@ -156,15 +146,9 @@ def serve_here(
     """Serve from this process until asked to stop; closes the current backend at the end."""
     import asyncio
 
-    import uvicorn
-
-    from agentic_r_plugin.search.service.app import RequestLimits, build_app
     from agentic_r_plugin.search.service.reload import WorkerReloader
-    from agentic_r_plugin.search.service.request_heads import PatientProtocol
     from agentic_r_plugin.search.service.search_service import SearchService
 
-    own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}
-    limits = RequestLimits(**{name: getattr(config, name) for name in own})
     service = SearchService(
         backend,
         max_batch=config.batch_size,
@@ -174,22 +158,7 @@ def serve_here(
         metrics=metrics,
     )
     reloader = reloader_of(service)
-    app = build_app(
-        service,
-        limits,
-        token=read_secret(config.token_env, "token_env"),
-        reload=reloader.reload if config.allow_reload else None,
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=PatientProtocol.within(config.header_timeout_s),
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=60,
-            timeout_graceful_shutdown=_STOP_S,
-        )
-    )
+    server = _http_server(config, service, reloader.reload if config.allow_reload else None)
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -207,6 +176,27 @@ def serve_here(
         asyncio.run(serve())
     finally:
         service.backend.close()
+
+
+def _http_server(config: ServeConfig, service: SearchService, reload: Reload | None) -> uvicorn.Server:
+    import uvicorn
+
+    from agentic_r_plugin.search.service.app import build_app
+    from agentic_r_plugin.search.service.bodies import RequestLimits
+    from agentic_r_plugin.search.service.request_heads import PatientProtocol
+
+    own = {item.name for item in fields(RequestLimits)} & {item.name for item in fields(config)}
+    limits = RequestLimits(**{name: getattr(config, name) for name in own})
+    return uvicorn.Server(
+        uvicorn.Config(
+            build_app(service, limits, token=read_secret(config.token_env, "token_env"), reload=reload),
+            http=PatientProtocol.within(config.header_timeout_s),
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=_STOP_S,
+        )
+    )
 
 
 async def _reload_again(reloader: LocalReloader) -> None:
@@ -237,19 +227,6 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
         parts = [to_dict(share_of_machine(part, slot, count)) for part in parts_of(spec)]
         return replace(spec, index="", options=spec.options | {"parts": parts})
     return spec
-
-
-def _spec(config: ServeConfig) -> SearchSpec:
-    return SearchSpec(
-        backend=config.backend,
-        index=config.index,
-        corpus=config.corpus,
-        retriever=config.retriever,
-        device=config.device,
-        batch_size=config.batch_size,
-        options=config.options,
-        rerank=config.rerank,
-    )
 
 
 def _bound_socket(config: ServeConfig) -> socket.socket:

@@ -2,6 +2,10 @@
 
 All workers accept connections from one listening socket, which the supervisor holds open. A worker that dies loses only
 its current requests; the others continue, and a new worker replaces it with the index that is served at that time.
+
+Not on `uvicorn.supervisors.Multiprocess`: its reload replaces one worker after another, so that two indexes answer at
+once (for good, if a later worker cannot open the new one), and a stopped worker closes idle connections, on which a
+request may just arrive. It has no channel for the outcome of a reload, and restarts dying workers without end.
 """
 
 from __future__ import annotations
