@@ -248,13 +248,17 @@ class WholeAndStable(CheckpointCallback):
         super().__init__()
         self.configured = configured
 
-    def on_save(self, trainer: AgenticTrainer, global_step: int, checkpoint_dir: str, **more: Any) -> None:
+    def on_save(
+        self, trainer: AgenticTrainer, global_step: int, checkpoint_dir: str, async_save: bool = False, **more: Any
+    ) -> None:
         """Called by verl once the checkpoint is written and named as the newest.
 
         Raises:
             TrainingError: shards written by other machines are missing here.
         """
-        self.configured.on_save(trainer=trainer, global_step=global_step, checkpoint_dir=checkpoint_dir, **more)
+        self.configured.on_save(
+            trainer=trainer, global_step=global_step, checkpoint_dir=checkpoint_dir, async_save=async_save, **more
+        )
         folder = Path(checkpoint_dir)
         for model in ("actor", "critic") if trainer.use_critic else ("actor",):
             shard_files(folder / model)
