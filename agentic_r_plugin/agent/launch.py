@@ -1,9 +1,10 @@
 """`agentic-r train-agent`: PPO training of the agent in verl, in a separate process (method section 6).
 
 A run folder (`storage.claim`) holds `config.yaml` and `verl.yaml` (resolved), `data/`, `train.log`, `metrics.jsonl`
-(one line per step; line 0 is the validation before the first step), `rollouts/` (sampled trajectories of each step) and
-`checkpoints/`. A finished run adds `stability.json` (the chosen checkpoint and the reason), `agent/` (a plain Hugging
-Face folder with `agent.json`), `critic/`, and, written last, `done.json`.
+(one line per step; line 0 is the validation before the first step), `last_step.json` (the last trained step's metrics),
+`rollouts/` (sampled trajectories of each step) and `checkpoints/`. A finished run adds `stability.json` (the chosen
+checkpoint and the reason), `agent/` (a plain Hugging Face folder with `agent.json`), `critic/`, and, written last,
+`done.json`.
 """
 
 from __future__ import annotations

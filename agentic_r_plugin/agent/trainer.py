@@ -9,7 +9,7 @@ There is one class per verl mode: `agentic_r_sync`, `agentic_r_colocate_async` a
 values of `trainer.v1.trainer_mode`. Settings are read from `config.agentic_r`, which `launch` adds to verl's own:
 `run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
 
-This is the only module that depends on private or unstable parts of verl (its v1 trainers and their private methods,
+This is the only module that depends on private or unstable parts of verl's trainers (their private methods,
 TransferQueue, the replay buffer). `tests/agent/verl_members.py` lists each and can check another version of verl.
 """
 
@@ -27,6 +27,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transfer_queue import KVBatchMeta
 from verl.trainer.main_ppo import TaskRunnerV1
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, register_trainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
@@ -52,6 +53,9 @@ T = TypeVar("T")
 
 _Base = PPOTrainer if TYPE_CHECKING else object
 
+LAST_STEP = "last_step.json"
+"""File of the run folder with the metrics of the last trained step."""
+
 
 class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
     """Additions shared by all of verl's trainers; see the module docstring."""
@@ -72,6 +76,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         run_dir = Path(self.settings.run_dir)
         self.metrics_log = StepLog(run_dir / "metrics.jsonl")
         self.rollout_log = RolloutLog(run_dir / "rollouts")
+        self.checkpoint_callback = WholeAndStable(self.checkpoint_callback)
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
         self.unlogged: dict[str, Any] | None = None
@@ -103,6 +108,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
         shown = self.trajectories[: self.settings.rollouts_per_step]
         self.rollout_log.write(self.global_steps, [rollout_line(item, self.global_steps) for item in shown])
+        # Before the checkpoint: a kill between checkpoint and metrics line must not lose the line.
+        write_json(Path(self.settings.run_dir) / LAST_STEP, {"step": self.global_steps, **self.step_metrics})
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
@@ -197,44 +204,21 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             self.unlogged = None
         return metrics
 
-    # --- Checkpoints --------------------------------------------------------------------------------------------------
+    # --- Resume -------------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self) -> None:
-        """Save verl's checkpoint with this step's metrics, then remove old checkpoints except the last stable one.
-
-        Raises:
-            TrainingError: shards written by other machines are missing here.
-        """
-        root = Path(self.config.trainer.default_local_dir)
-        folder = root / f"global_step_{self.global_steps}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "metrics.json", {"step": self.global_steps, **self.step_metrics})
-        super()._save_checkpoint()
-        for model in ("actor", "critic") if self.use_critic else ("actor",):
-            shard_files(folder / model)
-        if self.settings.keep_checkpoints > 0:
-            verdict = judge([*self.metrics_log.read(), {"step": self.global_steps, **self.step_metrics}], self.rule)
-            steps = checkpoint_steps(root)
-            for step in set(steps) - to_keep(steps, verdict, self.settings.keep_checkpoints):
-                shutil.rmtree(root / f"global_step_{step}")
-
-    def _drop_unfinished(self) -> None:
-        """Remove checkpoint folders of steps after the loaded one: a kill while saving left them incomplete."""
+    def on_init_end(self) -> None:
+        """After verl has loaded its checkpoint: drop what belongs to later steps, which will be repeated."""
         root = Path(self.config.trainer.default_local_dir)
         for step in checkpoint_steps(root):
-            if step > self.global_steps:
+            if step > self.global_steps:  # a kill while saving left it incomplete
                 shutil.rmtree(root / f"global_step_{step}")
-
-    def _load_checkpoint(self) -> None:
-        """Load verl's checkpoint, and drop the log entries of later steps, which will be repeated."""
-        super()._load_checkpoint()
-        self._drop_unfinished()
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
         if self.mode != "sync":
             self.lost.ignore_present()
         if self.global_steps and not self.metrics_log.has(self.global_steps):
             self._complete_last_step()
+        super().on_init_end()
 
     def _complete_last_step(self) -> None:
         """Write the missing metrics line of a step that was killed after its checkpoint was saved.
@@ -243,7 +227,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         `val_before_train`; after the last step, `val_only` makes verl validate without training.
         """
         trainer = self.config.trainer
-        line = read_json(Path(trainer.default_local_dir) / f"global_step_{self.global_steps}" / "metrics.json")
+        line = read_json(Path(self.settings.run_dir) / LAST_STEP)
         last = self.global_steps >= self.total_training_steps
         if trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
             self.unlogged = line
@@ -251,6 +235,39 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 trainer.val_before_train, trainer.val_only = True, last
         else:
             self.metrics_log.append([line])
+
+
+class WholeAndStable(CheckpointCallback):
+    """After each save: checks that the checkpoint is whole, and removes old ones except the last stable one.
+
+    Args:
+        configured: the callback of `trainer.checkpoint_callback_class`, which is called first.
+    """
+
+    def __init__(self, configured: CheckpointCallback) -> None:
+        super().__init__()
+        self.configured = configured
+
+    def on_save(
+        self, trainer: AgenticTrainer, global_step: int, checkpoint_dir: str, async_save: bool = False, **more: Any
+    ) -> None:
+        """Called by verl once the checkpoint is written and named as the newest.
+
+        Raises:
+            TrainingError: shards written by other machines are missing here.
+        """
+        self.configured.on_save(
+            trainer=trainer, global_step=global_step, checkpoint_dir=checkpoint_dir, async_save=async_save, **more
+        )
+        folder = Path(checkpoint_dir)
+        for model in ("actor", "critic") if trainer.use_critic else ("actor",):
+            shard_files(folder / model)
+        keep = trainer.settings.keep_checkpoints
+        if keep > 0:
+            verdict = judge([*trainer.metrics_log.read(), {"step": global_step, **trainer.step_metrics}], trainer.rule)
+            steps = checkpoint_steps(folder.parent)
+            for step in set(steps) - to_keep(steps, verdict, keep):
+                shutil.rmtree(folder.with_name(f"global_step_{step}"))
 
 
 @register_trainer("agentic_r_sync")
@@ -356,8 +373,8 @@ class LostGroups:
 
     def ignore_present(self) -> None:
         """Do not count failed groups restored from a checkpoint: the cause may be fixed by now."""
-        self.buffer._sync_metadata_from_transfer_queue()
-        self.ignored = frozenset(self.buffer.failure_keys["train"])
+        tags = (tq.kv_list("train") or {}).get("train", {})
+        self.ignored = frozenset(key for key, tag in tags.items() if tag.get("status") == "failure")
 
     def _evict_and_count(self, global_steps: int, partition_id: str, eviction_reasons: tuple[Any, ...]) -> Any:
         self.count += len(eviction_reasons[2] - self.ignored)

@@ -17,6 +17,7 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from agentic_r_plugin.agent import dataset, launch, packed_attention, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
+from agentic_r_plugin.agent.cpu import detect
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
 from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
@@ -252,6 +253,22 @@ def test_what_verl_cannot_build_is_one_of_the_dry_runs_lines(
     with pytest.raises(ConfigError, match="dry run: 1 of 11 checks failed"):
         run(replace(config, dry_run=True, verl=["critic.model.path=/nowhere"]))
     assert "FAILED  verl's own checks: verl refuses the configuration: " in capsys.readouterr().out
+
+
+def test_a_dry_run_on_a_machine_with_an_accelerator_misses_the_engine_and_a_torch_for_it(
+    config: TrainAgentConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else find_spec(name, *a))
+    elsewhere = replace(config, dry_run=True, cpu=False)
+    monkeypatch.setattr(detect, "accelerator", lambda: "")
+    run(elsewhere)  # it may be for the machines that train
+    assert "ok      rollout engine: vllm: not installed here" in capsys.readouterr().out
+    monkeypatch.setattr(detect, "accelerator", lambda: "nvidia")
+    monkeypatch.setattr("torch.version.cuda", None)
+    with pytest.raises(ConfigError, match="dry run: 1 of 12 checks failed"):
+        run(elsewhere)
+    assert "FAILED  rollout engine: torch with CUDA, vllm: not installed here" in capsys.readouterr().out
 
 
 def test_the_configuration_can_be_filled_from_the_command_line(config: TrainAgentConfig) -> None:

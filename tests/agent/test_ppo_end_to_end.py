@@ -69,6 +69,8 @@ def resumed(whole: Path, config: TrainAgentConfig) -> Path:
     (folder / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0] + lines[1] + lines[3] + '{"step": 4, "cut o')
+    assert json.loads((folder / "last_step.json").read_text())["step"] == STEPS
+    (folder / "last_step.json").write_text(lines[2])
     run(replace(config, out=str(folder)), resume=True)
     return folder
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transfer_queue
 from omegaconf import OmegaConf
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
@@ -18,9 +19,9 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from agentic_r_plugin.agent import export, worker
-from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
+from agentic_r_plugin.agent.metrics import RolloutLog, StepLog, checkpoint_steps
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
-from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, by_length_within
+from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, WholeAndStable, by_length_within
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
@@ -110,6 +111,7 @@ def test_a_saved_step_has_its_rollouts_before_its_line(monkeypatch: pytest.Monke
     trainer.step({}, {})
     assert [line["score"] for line in trainer.rollout_log.read(7)] == [0.0]
     assert trainer.step_metrics["agentic_r/em"] == 0.5
+    assert read_json(tmp_path / "last_step.json") == {"step": 7, **trainer.step_metrics}
 
 
 @pytest.mark.parametrize(
@@ -122,11 +124,16 @@ def test_a_step_that_was_saved_but_not_logged_gets_its_line_with_the_validation_
     trainer = trainer_in(tmp_path)
     trainer.total_training_steps = total
     trainer.config.trainer.update({"test_freq": test_freq, "val_before_train": False, "val_only": False})
-    write_json(tmp_path / "checkpoints" / "global_step_7" / "metrics.json", {"step": 7, "agentic_r/em": 0.5})
+    write_json(tmp_path / "last_step.json", {"step": 7, "agentic_r/em": 0.5})
+    for step in (6, 7, 8):
+        (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
     trainer.metrics_log.append([{"step": 6}, {"step": 8}])
-    monkeypatch.setattr(PPOTrainer, "_load_checkpoint", lambda self: None)
+    synchronised = []
+    monkeypatch.setattr(PPOTrainerSync, "on_init_end", lambda self: synchronised.append(self))
     monkeypatch.setattr(PPOTrainer, "_validate", lambda self: {"val-core/towns/acc/mean@1": 0.25})
-    trainer._load_checkpoint()
+    trainer.on_init_end()
+    assert synchronised == [trainer]
+    assert checkpoint_steps(tmp_path / "checkpoints") == [6, 7]  # 8 was not saved to its end
     settings = trainer.config.trainer
     assert (settings.val_before_train, settings.val_only) == (validates, ends)
     line = {"step": 7, "agentic_r/em": 0.5}
@@ -160,13 +167,13 @@ def test_a_run_whose_last_line_is_missing_is_not_done(monkeypatch: pytest.Monkey
     assert started == [1]
 
 
-def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path)
-    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: save_shards(self, ranks=(0, 1)))
+def test_the_last_stable_checkpoint_outlives_newer_ones(tmp_path: Path) -> None:
+    trainer, own = trainer_in(tmp_path), OwnCallback()
     for step, em in ((1, 1.0), (2, 1.0), (3, 0.0), (4, 0.0)):
-        trainer.global_steps, trainer.step_metrics = step, {"agentic_r/em": em}
-        trainer._save_checkpoint()
+        trainer.step_metrics = {"agentic_r/em": em}
+        saved(trainer, step, ranks=(0, 1), own=own)
         trainer.metrics_log.append([{"step": step, "agentic_r/em": em}])
+    assert own.saved == [1, 2, 3, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["global_step_2", "global_step_4"]
     config = OmegaConf.create({"agentic_r": {"stability": to_dict(trainer.rule)}})
     assert worker.choose(tmp_path, config, stopped=True) == 2
@@ -175,21 +182,30 @@ def test_the_last_stable_checkpoint_outlives_newer_ones(monkeypatch: pytest.Monk
     assert record["unstable"] == {"3": ["reward 0.000, best 1.000"], "4": ["reward 0.000, best 1.000"]}
 
 
-def save_shards(trainer: Any, ranks: tuple[int, ...]) -> None:
-    """As two ranks of verl's engine leave a checkpoint, as far as they write to this machine's disk."""
+class OwnCallback(CheckpointCallback):
+    """A callback that a user names in `trainer.checkpoint_callback_class`."""
+
+    def __init__(self) -> None:
+        self.saved: list[int] = []
+
+    def on_save(self, trainer: Any, global_step: int, checkpoint_dir: str, **_: Any) -> None:
+        assert (Path(checkpoint_dir) / "critic").is_dir()
+        self.saved.append(global_step)
+
+
+def saved(trainer: AgenticPPOTrainer, step: int, *, ranks: tuple[int, ...], own: CheckpointCallback) -> None:
+    """A checkpoint as two ranks of verl's engine leave it, as far as they write to this machine's disk, announced."""
+    folder = Path(trainer.config.trainer.default_local_dir) / f"global_step_{step}"
     for model in ("actor", "critic"):
-        folder = Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}" / model
-        write_json(folder / "fsdp_config.json", {"world_size": 2})
+        write_json(folder / model / "fsdp_config.json", {"world_size": 2})
         for rank in ranks:
-            (folder / f"model_world_size_2_rank_{rank}.pt").touch()
+            (folder / model / f"model_world_size_2_rank_{rank}.pt").touch()
+    WholeAndStable(own).on_save(trainer=trainer, global_step=step, checkpoint_dir=str(folder), async_save=False)
 
 
-def test_shards_on_another_machines_disk_are_missed_at_the_first_checkpoint(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: save_shards(self, ranks=(0,)))
+def test_shards_on_another_machines_disk_are_missed_at_the_first_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step_7/actor: model_world_size_2_rank_1\.pt is missing.*on a disk"):
-        trainer_in(tmp_path)._save_checkpoint()
+        saved(trainer_in(tmp_path), 7, ranks=(0,), own=OwnCallback())
 
 
 def test_with_lora_the_critic_is_not_asked_to_leave_adapters_off(
@@ -232,7 +248,9 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
     def init(self: Any, config: Any) -> None:
         seen.append(config.trainer.v1.trainer_mode)
         self.replay_buffer = SimpleNamespace(_evict_terminal_groups=None)
+        self.checkpoint_callback = own
 
+    own = OwnCallback()
     monkeypatch.setattr(verls, "__init__", init)
     ours = get_trainer_cls(f"agentic_r_{mode}")
     config = OmegaConf.create(
@@ -246,7 +264,7 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
     made: Any = ours(config)
     assert issubclass(ours, verls) and seen == [mode]
     assert made.replay_buffer.poll_interval == 0.1 and made.rule == StabilityRule()
-    assert made.lost.most == 2
+    assert made.lost.most == 2 and made.checkpoint_callback.configured is own
 
 
 def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +277,7 @@ def test_agent_loops_that_go_on_failing_stop_an_asynchronous_run(monkeypatch: py
 
     failed = {"is_prompt": True, "status": "failure", "global_steps": 1}
     asked: list[int] = []
-    monkeypatch.setattr(transfer_queue, "kv_list", lambda: {"train": dict(queue)})
+    monkeypatch.setattr(transfer_queue, "kv_list", lambda partition_id=None: {"train": dict(queue)})
     monkeypatch.setattr(transfer_queue, "kv_clear", lambda partition_id, keys: [queue.pop(key, None) for key in keys])
     buffer = ReplayBufferAsync("separate_async", OmegaConf.create(), None, "drop", OmegaConf.create(), refill_fn=ask)
     queue.update({"restored.0": failed, "restored.1": failed, "restored.2": failed, "restored.3": failed})

@@ -38,6 +38,8 @@ class Echo:
         self.folder, self.cost = folder, RolloutCost()
 
     def fingerprints(self) -> dict[str, str]:
+        with (self.folder / "fingerprinted.txt").open("a") as stream:
+            stream.write(".")
         return {"echo": "1"}
 
     def work(self, batch: Sequence[Question]) -> list[Outcome]:
@@ -284,6 +286,7 @@ def cluster() -> Iterator[None]:
 def test_ray_actors_write_the_same_and_go_on_after_a_failure(folder: Path):
     run_stage(stage_of(folder, "whole.jsonl"), resume=False)
     asked(folder)
+    (folder / "fingerprinted.txt").unlink()
     behave(folder, down=[IDS[60]])
     ray_runner = {"kind": "ray", "workers": 2, "cpus_per_worker": 0.5, "part_size": 16}
     with pytest.raises(BackendError, match="the server is down"):
@@ -293,6 +296,7 @@ def test_ray_actors_write_the_same_and_go_on_after_a_failure(folder: Path):
     report = run_stage(stage_of(folder, **ray_runner), resume=True)
     assert len(set(asked(folder)) & set(first)) <= 7, "the other batches under way were waited for and kept"
     assert lines(folder / "o.jsonl") == lines(folder / "whole.jsonl") and report["searches"] == 100
+    assert (folder / "fingerprinted.txt").read_text() == ".."  # one of the two workers of this machine, in each run
 
 
 @pytest.mark.usefixtures("cluster")

@@ -71,6 +71,34 @@ def test_an_engine_and_its_workers_end_after_a_sigkill_and_other_processes_are_l
         os.killpg(opener.pid, signal.SIGKILL)
 
 
+ENDING = """
+import atexit, multiprocessing, os, sys, time
+from importlib.metadata import entry_points
+
+def engine():
+    atexit.register(time.sleep, 600)  # runs after what the plugin registers, as the end of the interpreter does
+    for entry in entry_points(group="vllm.general_plugins"):
+        entry.load()()
+    from agentic_r_plugin.llm import vllm_plugin
+    vllm_plugin._END_S = 1
+    raise RuntimeError("no memory")
+
+if __name__ == "__main__":
+    started = multiprocessing.get_context("spawn").Process(target=engine, name="EngineCore")
+    started.start()
+    started.join(300)
+    print(started.exitcode)
+    os._exit(0)
+"""
+
+
+def test_an_engine_that_failed_and_cannot_end_is_ended(tmp_path: Path):
+    script = tmp_path / "opener.py"
+    script.write_text(ENDING)
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert "RuntimeError: no memory" in run.stderr and run.stdout.split() == [str(-signal.SIGALRM)]
+
+
 def lives(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     try:

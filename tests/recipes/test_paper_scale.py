@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from agentic_r_plugin.cli import COMMANDS, main
 from agentic_r_plugin.config import load_config
@@ -52,6 +53,13 @@ def test_the_loop_composes_every_phase_on_a_node_and_with_the_overrides_for_a_cl
         judged = loop.stage_config(1, "relevance", "models/agent", "http://127.0.0.1:1")
         assert rollouts.search.options == ({"token_env": "RETRIEVAL_TOKEN"} if given else {})
         assert judged.llm.model == "models/Qwen2.5-72B-Instruct" and judged.llm.options["tensor_parallel_size"] == 8
+
+
+def test_the_loop_trains_with_the_memory_values_of_the_tuned_recipe_and_evaluates_on_every_accelerator():
+    loop, tuned = OmegaConf.load(LOOP), OmegaConf.load(RECIPE / "ppo_7b.yaml")
+    for key in ("devices", "micro_batch_tokens", "max_concurrent_searches", "verl"):
+        assert loop.train_agent[key] == tuned[key]
+    assert loop.evaluate.settings.agent.replicas == loop.correctness.runner.workers == tuned.devices
 
 
 def test_a_dry_run_prints_the_plan_and_then_every_missing_path(capsys: pytest.CaptureFixture, tmp_path: Path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from agentic_r_plugin.agent.cpu.detect import SWITCH, accelerator, cpu_wanted
 from agentic_r_plugin.errors import ConfigError
@@ -52,6 +53,12 @@ def test_a_torch_for_cpus_trains_on_the_cpu_though_nvidia_smi_is_there(
     assert (accelerator(), cpu_wanted()) == ("nvidia", True)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     assert cpu_wanted() is False
+
+
+def test_the_recipes_for_a_cpu_train_on_it_on_every_machine() -> None:
+    recipes = Path(__file__).parents[3] / "recipes"
+    assert OmegaConf.load(recipes / "quickstart" / "loop.yaml").train_agent.cpu is True
+    assert OmegaConf.load(recipes / "hotpotqa_cpu" / "ppo.yaml").cpu is True
 
 
 REPORT = """
