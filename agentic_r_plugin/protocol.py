@@ -10,8 +10,9 @@ data stages, the FlashRAG pipeline) follows the same steps:
         while isinstance(action, Search | Open):                                 # a turn may hold several
             action = session.found(retrieve(action))                             # or session.search_failed()
 
-Token ids are stored as they are; the mask follows from who wrote them, and text is never tokenised again. Every
-finished trajectory ends with a token of the model, because verl's GAE would lose the reward on a masked last token.
+Token ids are stored as they are; the mask follows from who wrote them, and text is never tokenised again. (Only a
+`prefix` is text; it counts as the environment's and is never trained on.) Every finished trajectory ends with a token
+of the model, because verl's GAE would lose the reward on a masked last token.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Retry:
-    """The turn was malformed; a correction has been appended and the model may continue."""
+    """The environment has replied without the driver, and the model may continue: the turn was malformed and got a
+    correction, or it opened only unknown documents and was told so."""
 
 
 @dataclass(frozen=True)
@@ -361,6 +363,7 @@ class Session:
             )
         elif self.prefix:
             self._append(self.codec.encode(self.prefix), self.prefix, by_model=False)
+            # `searches` and `opens` include these calls, and `_next_call` counts them again as they are carried out.
             self._pending.extend([*self._earlier_calls(), PREFIX_SEARCH])
             self._of_prefix = len(self._pending)
             self.searches -= _count(Search, self._pending)
@@ -435,7 +438,7 @@ class Session:
         if searches > self.limits.max_searches or opens > self.limits.max_opens:
             return self._finish(Finished(StopReason.MAX_TURNS))
         self._pending.extend(asked)
-        return self._next_call() or Retry()
+        return self._next_call() or Retry()  # no call left for the driver: every document was unknown
 
     @property
     def pending(self) -> Search | Open | None:

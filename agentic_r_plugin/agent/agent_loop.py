@@ -45,9 +45,6 @@ from agentic_r_plugin.search.client import RetrievalClient
 
 _log = logging.getLogger(__name__)
 
-NAME = "agentic_r"
-"""Name of this loop in the YAML file and in `rollout.agent.default_agent_loop`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
@@ -122,9 +119,13 @@ class SearchAgentLoop(AgentLoopBase):
             kwargs: fields of the data set row. `extra_info` holds `id`, `question` and `golden_answers`, or the row
                 has Search-R1's or verl's layout (`forms.question_fields`).
 
+        Returns:
+            See `_output`; with rewards, `extra_fields` also holds `reward`, `reward_weights` and `reward_parts`.
+
         Raises:
             BackendError: the engine returned no tokens, or log-probabilities that do not match the tokens.
             ConfigError: the prompt alone fills `limits.max_tokens`.
+            TrainingError: a reward is not a finite number.
         """
         question = _question(kwargs)
         session = Session(self.protocol, self.codec, self.limits, question.question)
@@ -135,12 +136,12 @@ class SearchAgentLoop(AgentLoopBase):
         while session.finished is None:
             params = self._turn_params(sampling_params, session, kwargs)
             started = perf_counter()
-            output = await self.server_manager.generate(
+            turn = await self.server_manager.generate(
                 request_id=request_id, prompt_ids=session.ids, sampling_params=params
             )
-            cut_at_stop(output, self.protocol.stop, self.codec)
-            log.took(output, perf_counter() - started)
-            action: Action | None = session.model_wrote(output.token_ids)
+            cut_at_stop(turn, self.protocol.stop, self.codec)
+            log.took(turn, perf_counter() - started)
+            action: Action | None = session.model_wrote(turn.token_ids)
             # Every other outcome (answer, malformed turn, limit reached) is handled inside the session.
             while isinstance(action, Search | Open):
                 started = perf_counter()
@@ -153,6 +154,7 @@ class SearchAgentLoop(AgentLoopBase):
         return output
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampling parameters of the next turn: verl's, with stop strings, the turn's budget and its seed."""
         names = _SGLANG if self.rollout_config.get("name") == "sglang" else _VLLM
         params = {
             **shared,
@@ -163,10 +165,12 @@ class SearchAgentLoop(AgentLoopBase):
         if names is _VLLM:
             params["skip_special_tokens"] = False  # stop strings may consist of special tokens
         if self.seed is not None and "global_steps" in fields:
+            # Step, row, sample and number of segments name one request of the run.
             params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
         return params
 
     async def _carry_out(self, session: Session, action: Search | Open) -> Search | Open | Finished | None:
+        """Search or open a document, and give the session the result; returns what `Session.found` returns."""
         try:
             async with self.searching:
                 if isinstance(action, Open):
@@ -322,10 +326,21 @@ class _EngineLog:
 def _output(
     session: Session, question: Question, log: _EngineLog, place: tuple[int, int], *, mask_observations: bool
 ) -> AgentLoopOutput:
+    """verl's record of a finished session.
+
+    `response_ids`, `response_mask` and `response_logprobs` have one entry for each id after the prompt, R in all; verl
+    pads them to [B, R]. The mask is 1 where a token counts in policy loss, value loss, KL and advantages. Our reward,
+    trainer and logs read `extra_fields`.
+
+    Args:
+        place: (data set row, sample number), by which the trainer orders the trajectories of a step.
+        mask_observations: False counts the environment's tokens too (ablation).
+    """
     assert session.finished is not None
     failed = session.finished.stop_reason is StopReason.SEARCH_FAILED
-    mask = session.response_mask
-    trained = [0] * len(mask) if failed else mask if mask_observations else [1] * len(mask)
+    by_model = session.response_mask
+    # Nothing of a failed trajectory is trained on (see the module's docstring).
+    trained = [0] * len(by_model) if failed else by_model if mask_observations else [1] * len(by_model)
     trajectory = to_trajectory(session, question).to_dict()
     extra_fields = {
         "min_global_steps": log.min_global_steps,
@@ -340,7 +355,7 @@ def _output(
         "malformed_turns": session.malformed,
         "search_failed": int(failed),
         "stop_reason": session.finished.stop_reason.value,
-        "masked_token_share": 1 - sum(mask) / len(mask),
+        "masked_token_share": 1 - sum(by_model) / len(by_model),
         "generated_tokens": session.generated_tokens,
         "trained_tokens": sum(trained),
         "trajectory": trajectory,

@@ -258,7 +258,7 @@ def _outcome(session: Session) -> Continuation:
     return Continuation(answer=session.finished.answer, searches=len(session.turns), refusal=session.refusal)
 
 
-def judge_candidates(
+def by_rollout(
     queries: Iterable[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
 ) -> Iterator[list[Correctness] | RequestRefusedError]:
     """Correctness of each query's candidates, in retrieval order; candidates that were not needed are left out. If the
@@ -443,9 +443,9 @@ class CorrectnessWorker:
         plans = [(task.query, [] if isinstance(task.steps, str) else task.steps) for task in batch]
         if self.config.order == "likelihood":
             plans = in_order_of_likelihood(plans, self._continuations)
-        judged = by_likelihood if self.config.method == "likelihood" else judge_candidates
+        found = by_likelihood if self.config.method == "likelihood" else by_rollout
         outcomes = []
-        for task, records in zip(batch, judged(plans, self._continuations), strict=True):
+        for task, records in zip(batch, found(plans, self._continuations), strict=True):
             if isinstance(records, RequestRefusedError):
                 outcomes.append(Outcome.refused(records))
                 continue

@@ -218,6 +218,7 @@ def rollout_order(passages: Sequence[str], relevance: Mapping[str, int], rule: S
 
     If only the first correct candidate matters, a step is one candidate, by descending relevance and, within ties, in
     retrieval order. If ties are taken too, a step is a whole level.
+
     Raises:
         RecordError: a passage has no relevance.
 
@@ -313,11 +314,19 @@ def _winners(
     """Candidates tied for first place, in retrieval order (only the first one if no more are needed).
 
     Empty when no candidate is correct.
+
+    Args:
+        levels: candidates that may be positives, by falling relevance; retrieval order within a level.
+        correctness: passage id -> 0 or 1; None: not used, and the whole best level wins.
+
+    Raises:
+        RecordError: a candidate that decides has no correctness.
     """
     if correctness is None:
         return list(levels[0])
     for level in levels:
         winners = []
+        # With order=likelihood the tied candidates before the success in retrieval order may not have been rolled out.
         if rule.any_of_ties and any(correctness.get(passage) for passage in level):
             level = [passage for passage in level if passage in correctness]
         for passage in level:

@@ -1,7 +1,7 @@
 """FlashRAG's `run_exp.py` for search agents: the same four flags, our pipeline.
 
     python recipes/evaluation/run_exp.py --method_name agentic-r --split dev --dataset_name hotpotqa --gpu_id 0 \
-        agent.model=runs/agent search.index=index/agentic_r
+        agent.model=AGENT search.index=index/agentic_r
 
 Everything else is in `flashrag.yaml` next to this file, or in another `--config`; `key=value` sets what is below
 `agentic_r` there.

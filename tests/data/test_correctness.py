@@ -13,8 +13,8 @@ from agentic_r_plugin.data.correctness import (
     CorrectnessCost,
     _labelled_units,
     by_likelihood,
+    by_rollout,
     in_order_of_likelihood,
-    judge_candidates,
     run,
     steps_of,
 )
@@ -49,7 +49,7 @@ def continuations(policy, **changes) -> Continuations:
 def judge(found: Continuations, *queries: tuple[Candidates, list[list[str]]]):
     return [
         [(record.passage_id, record.em, record.answer, record.searches) for record in records]
-        for records in judge_candidates(queries, found)
+        for records in by_rollout(queries, found)
     ]
 
 
@@ -242,7 +242,7 @@ def test_in_order_of_likelihood_levels_stay_and_the_first_success_ends_a_query()
     levels = [["b"], ["a", "c", "d"], ["e"]]
     plans = in_order_of_likelihood([(query("a", "b", "c", "d", "e"), levels), (query("a"), [])], found)
     assert [steps for _, steps in plans] == [[["b"], ["c"], ["a"], ["d"], ["e"]], []]
-    records, none = judge_candidates(plans, found)
+    records, none = by_rollout(plans, found)
     assert [(record.passage_id, record.em) for record in records] == [("b", 0), ("c", 1)] and none == []
     rule = preset_rule("paper", num_negatives=1)
     relevance = {"a": 80, "b": 90, "c": 80, "d": 80, "e": 70}

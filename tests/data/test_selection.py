@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, judge_candidates
+from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, by_rollout
 from agentic_r_plugin.data.selection import (
     BELOW_THRESHOLD,
     NO_RELEVANCE,
@@ -265,7 +265,7 @@ def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(dr
             else rollout_order([item.id for item in q.passages], scored, rule)
             for q, scored in zip(queries, relevance, strict=True)
         ]
-        judged = judge_candidates(zip(queries, steps, strict=True), continuations(correct, cost))
+        judged = by_rollout(zip(queries, steps, strict=True), continuations(correct, cost))
         picked = [
             select(q, scored, {record.passage_id: record.em for record in records}, rule)
             for q, scored, records in zip(queries, relevance, judged, strict=True)

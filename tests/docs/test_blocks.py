@@ -41,7 +41,11 @@ NOT_RUN = {
 }
 """(page, first line) -> why the block is only compiled."""
 
-OTHER_PROGRAMS = {"vllm": "vLLM's server, which is not installed here"}
+OTHER_PROGRAMS = {
+    "vllm": "vLLM's server, which is not installed here",
+    "hf": "downloads from the Hugging Face hub",
+    "unzip": "unpacks what was downloaded",
+}
 
 REST = {
     "evaluate": ["out=x", "data_dir=x", "benchmarks=[b]", "agents.a=x", "searches.s=x"],

@@ -67,6 +67,7 @@ def test_a_dry_run_prints_the_plan_and_then_every_missing_path(capsys: pytest.Ca
     said = capsys.readouterr()
     assert "169,232 questions" in said.out and "348,618 queries" in said.out
     assert "Correctness without pruning: 6,972,360 rollouts" in said.out and "plan.*" in said.out
+    assert "119.7 hours on 8 GPUs" in said.out and "is 120 hours" in (RECIPE / "README.md").read_text()
     for missing in ("train.jsonl", "wiki18_100w.jsonl", "models/Qwen2.5-7B", "relevance.llm.model"):
         assert missing in said.err
     assert not (tmp_path / "run").exists()
