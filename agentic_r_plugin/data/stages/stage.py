@@ -64,6 +64,7 @@ class Stage(Generic[Item]):
         models: fingerprints of the caller's own resources, by role; the workers add theirs.
         record: type of the records written.
         units: reads the input from its start: (key, item), each key once.
+        place: item -> its file and line, for messages; None if they are not known.
         prepare: item -> task of a worker; a unit for which it raises RecordError is refused.
         sides: files in which `prepare` looks records up; read once before any work, closed at the end.
         worker: builds a worker (from `for_workers(config)`); must be picklable if `runner` uses Ray.
@@ -80,6 +81,7 @@ class Stage(Generic[Item]):
     worker: Callable[[], Worker[Any]]
     batch_size: int
     record: type[Record]
+    place: Callable[[Item], tuple[Path, int] | None] = lambda _: None
     prepare: Callable[[Item], Any] = lambda item: item
     sides: Sequence[KeyedRecords[Any]] = ()
     models: dict[str, str] = field(default_factory=dict)
@@ -200,15 +202,25 @@ def _check_input(stage: Stage[Any]) -> int:
             index.add(key_hash(key), position)
         # Store hashes on disk, not keys in memory. Hashes can collide, so compare the keys of repeated ones.
         if repeated := set(index.finish()):
-            seen: set[str] = set()
-            for key, _ in stage.units():
+            seen: dict[str, tuple[Path, int] | None] = {}
+            for key, item in stage.units():
                 if key in seen:
-                    raise RecordError(f"{key!r} occurs twice in the input of {stage.name}; every unit must occur once")
+                    raise _occurs_twice(stage, key, seen[key], stage.place(item))
                 if key_hash(key) in repeated:
-                    seen.add(key)
+                    seen[key] = stage.place(item)
         return len(index)
     finally:
         index.close()
+
+
+def _occurs_twice(
+    stage: Stage[Any], key: str, first: tuple[Path, int] | None, second: tuple[Path, int] | None
+) -> RecordError:
+    path, line = second or (None, None)
+    at = f", first at {first[0]}:{first[1]}" if first else ""
+    return RecordError(
+        f"{key!r} occurs twice in the input of {stage.name}{at}; every unit must occur once", path=path, line=line
+    )
 
 
 def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -> None:
