@@ -203,7 +203,7 @@ def _without_removed(base: Any, update: Any, source: str) -> Any:
                 f"{source}: key {name!r}: this setting was removed and {removed[name]!r} is the rule, found "
                 f"{update[name]!r}"
             )
-    values = OmegaConf.to_container(update) if isinstance(update, DictConfig) else update
+    values: Any = OmegaConf.to_container(update) if isinstance(update, DictConfig) else update
     return {
         name: _without_removed(base.get(name), value, source) for name, value in values.items() if name not in removed
     }

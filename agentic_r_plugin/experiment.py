@@ -210,7 +210,7 @@ class Experiment:
         """Make all retrievers; returns their locations or settings as `evaluate` expects them."""
         plans = self.config.retrievers
         rerankers = {name: self._train_reranker(name) for name in self._rerankers}
-        found = {name: self.make_retriever(name) for name, plan in plans.items() if not plan.rerank}
+        found: dict[str, Any] = {name: self.make_retriever(name) for name, plan in plans.items() if not plan.rerank}
         for name, plan in plans.items():
             if plan.rerank:
                 rerank = {"model": rerankers[plan.rerank], "depth": plan.depth}

@@ -67,7 +67,9 @@ def header(
         tags=["sentence-transformers", "agentic-search", *tags],
         base_model=_BUILTIN.get(base, known.get("base_model") if Path(base).is_dir() else base),
         datasets=list(datasets) or None,
-        **{name: known.get(name) for name in ("license", "license_name", "license_link")},
+        license=known.get("license"),
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
         model_name=Path(out).name,
         eval_results=[
             EvalResult(

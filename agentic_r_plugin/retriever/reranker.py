@@ -159,8 +159,11 @@ def drawn(query: Labelled, count: int, seed: int) -> Labelled:
     below = [place for place in range(len(query.passages)) if place not in query.best]
     sampler = random.Random(f"reranker {seed} {query.key}")
     kept = sorted([min(query.best), *sampler.sample(below, min(count - 1, len(below)))])
-    passages, labels = (tuple(items[place] for place in kept) for items in (query.passages, query.labels))
-    return replace(query, passages=passages, labels=labels)
+    return replace(
+        query,
+        passages=tuple(query.passages[place] for place in kept),
+        labels=tuple(query.labels[place] for place in kept),
+    )
 
 
 def measure(
