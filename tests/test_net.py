@@ -15,8 +15,7 @@ from agentic_r_plugin.net import pause_s
     [
         ("7", 7, 7),
         ("600", 60, 60),
-        (formatdate(time.time() + 3000, usegmt=True), 60, 60),
-        (formatdate(time.time() - 3000, usegmt=True), 0, 0),
+        ("Sat, 01 Jan 2000 00:00:00 GMT", 0, 0),
         ("soon", 1.5, 2.5),
         (None, 1.5, 2.5),
     ],
@@ -24,3 +23,7 @@ from agentic_r_plugin.net import pause_s
 def test_a_pause_follows_the_server_within_bounds_and_else_doubles(retry_after, least, most):
     assert least <= pause_s(3, retry_after, first_s=0.5, longest_s=30) <= most
     assert pause_s(50, first_s=0.5, longest_s=30) <= 37.5
+
+
+def test_a_pause_until_a_date_lasts_until_then():
+    assert 25 <= pause_s(1, formatdate(time.time() + 30, usegmt=True), first_s=0.5, longest_s=30) <= 30
