@@ -76,7 +76,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         run_dir = Path(self.settings.run_dir)
         self.metrics_log = StepLog(run_dir / "metrics.jsonl")
         self.rollout_log = RolloutLog(run_dir / "rollouts")
-        self.checkpoint_callback = WholeAndStable(self.checkpoint_callback)
+        self.checkpoint_callback: CheckpointCallback = WholeAndStable(self.checkpoint_callback)
         self.trajectories: list[dict[str, Any]] = []
         self.step_metrics: dict[str, Any] = {}
         self.unlogged: dict[str, Any] | None = None
