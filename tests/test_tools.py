@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.data.candidates import CandidatesConfig, CandidatesWorker, queries_of
-from agentic_r_plugin.data.correctness import Continuations
+from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec

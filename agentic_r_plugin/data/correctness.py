@@ -17,20 +17,19 @@ first correct one in that order becomes the positive. `tests/benchmarks/likeliho
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
-from agentic_r_plugin.data.likelihood import answer_likelihoods
+from agentic_r_plugin.data.continuations import Continuations
+from agentic_r_plugin.data.inputs import QueryFiles, query_units
+from agentic_r_plugin.data.likelihood import by_likelihood, in_order_of_likelihood
 from agentic_r_plugin.data.selection import (
     BELOW_THRESHOLD,
     NO_RELEVANCE,
@@ -42,11 +41,9 @@ from agentic_r_plugin.data.selection import (
 from agentic_r_plugin.data.stages.runner import RunnerSpec
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
-from agentic_r_plugin.llm.base import LLMBackend, Sampling
-from agentic_r_plugin.protocol import PREFIX_SEARCH, AgentProtocol, Limits, Session, load_protocol
+from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import Candidates, Correctness, Passage
-from agentic_r_plugin.rollout import RolloutCost, answer_calls, run_sessions
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
+from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
@@ -124,140 +121,6 @@ class CorrectnessCost(RolloutCost):
     pruned: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """Outcome of continuing from one candidate."""
-
-    answer: str | None
-    searches: int
-    refusal: str | None = None
-    """Why the rollout was impossible: the model or the retriever refused it."""
-
-
-class Continuations:
-    """Continues from (query, candidate) pairs, greedily and in batches; equal prompts are run once and cached.
-
-    Args:
-        llm: the agent.
-        search: the agent's retriever, for searches after the candidate.
-        passages: the corpus.
-        protocol: the agent's tags and wording.
-        limits: limits of a trajectory, including its prefix.
-        topk: passages shown per later search.
-        cost: updated in place.
-        max_kept: outcomes in the cache. Equal prompts belong to one question, whose queries are adjacent in the input.
-    """
-
-    def __init__(
-        self,
-        llm: LLMBackend,
-        search: SearchBackend,
-        passages: PassageStore,
-        *,
-        protocol: AgentProtocol,
-        limits: Limits,
-        topk: int = 3,
-        cost: RolloutCost | None = None,
-        max_kept: int = 16_384,
-    ) -> None:
-        self.llm, self.search, self.passages, self.protocol, self.limits = llm, search, passages, protocol, limits
-        self.topk, self.cost, self.max_kept = topk, cost if cost is not None else RolloutCost(), max_kept
-        self._kept: dict[bytes, Continuation] = {}
-        self._earlier = _Remembered(search, self.cost)
-
-    def run(self, pairs: Sequence[tuple[Candidates, str]]) -> list[Continuation]:
-        """One outcome per pair.
-
-        Raises:
-            BackendError, SearchError: the agent or the retriever failed.
-            RecordError: the corpus does not hold a candidate.
-        """
-        sessions = [self._session(query, passage) for query, passage in pairs]
-        keys = [_key(session) for session in sessions]
-        # Decoding is greedy, so equal prompts have equal outcomes: run each distinct prompt once.
-        fresh = {key: session for key, session in zip(keys, sessions, strict=True) if key not in self._kept}
-        self.cost.reused += len(pairs) - len(fresh)
-        run_sessions(list(fresh.values()), self.llm, self.search, topk=self.topk, sampling=Sampling(), cost=self.cost)
-        # Read cached outcomes before the eviction below can remove them.
-        done = {key: self._kept[key] for key in keys if key in self._kept}
-        for key, session in fresh.items():
-            done[key] = self._kept[key] = _outcome(session)
-        # Dicts keep insertion order: the first key is the oldest entry.
-        while len(self._kept) > self.max_kept:
-            self._kept.pop(next(iter(self._kept)))
-        return [done[key] for key in keys]
-
-    def likelihoods(self, pairs: Sequence[tuple[Candidates, str | None]]) -> list[float | None]:
-        """Log-likelihood of the first gold answer directly after each candidate, or after a block without passages.
-
-        None where no room is left, or the model refuses the text.
-
-        Raises:
-            ConfigError, BackendError: as `likelihood.answer_likelihoods`.
-            RecordError: the corpus does not hold a candidate.
-        """
-        sessions = [(self._session(query, passage), query.golden_answers[0]) for query, passage in pairs]
-        return answer_likelihoods(sessions, self.llm, self.cost)
-
-    def _session(self, query: Candidates, passage: str | None) -> Session:
-        session = Session(
-            protocol=self.protocol,
-            codec=self.llm.codec,
-            limits=self.limits,
-            question=query.question,
-            prefix=query.prefix,
-            searches=query.turn,
-            history=(*query.history, query.query),
-            turn_start=query.turn_start,
-            opens=query.opens,
-            last_shown=query.last_shown,
-        )
-        while (action := session.pending) is not None and action != PREFIX_SEARCH:
-            # An earlier call of the prefix's last turn, which has the same result for all candidates of the query.
-            answer_calls([(session, action)], self._earlier, self.topk, 0, RolloutCost(), None)
-        if session.finished is None:
-            session.found([] if passage is None else [self.passages.by_id(passage)])
-        return session
-
-
-class _Remembered:
-    """A retriever that carries out equal searches once, and opens each document once; `cost` counts these."""
-
-    def __init__(self, search: SearchBackend, cost: RolloutCost, most: int = 1024) -> None:
-        self._search, self._cost = search, cost
-        self._hits, self._document = lru_cache(most)(self._find), lru_cache(most)(self._open)
-
-    def _find(self, request: SearchRequest, topk: int) -> list[Hit]:
-        self._cost.searches += 1
-        return self._search.search([request], topk)[0]
-
-    def _open(self, identifier: str) -> Passage | None:
-        return open_documents(self._search, [identifier])[0]
-
-    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        return [self._hits(request, topk) for request in requests]
-
-    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
-        return [self._document(identifier) for identifier in ids]
-
-    def fingerprint(self) -> str:
-        return self._search.fingerprint()
-
-    def close(self) -> None:
-        """Do nothing: the retriever belongs to the caller."""
-
-
-def _key(session: Session) -> bytes:
-    """Hash of everything that a greedy continuation depends on: the model's input and the inputs of a search."""
-    given = (session.ids, session.searches, session.opens, session.question, session.history)
-    return hashlib.blake2b(repr(given).encode(), digest_size=16).digest()
-
-
-def _outcome(session: Session) -> Continuation:
-    assert session.finished is not None
-    return Continuation(answer=session.finished.answer, searches=len(session.turns), refusal=session.refusal)
-
-
 def by_rollout(
     queries: Iterable[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
 ) -> Iterator[list[Correctness] | RequestRefusedError]:
@@ -304,68 +167,6 @@ def by_rollout(
         active = [index for index in active if index not in ended and len(queries[index][1]) > depth]
     for index, ((query, _), records) in enumerate(zip(queries, found, strict=True)):
         yield refused.get(index) or [records[passage.id] for passage in query.passages if passage.id in records]
-
-
-def by_likelihood(
-    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
-) -> Iterator[list[Correctness]]:
-    """Correctness of each query's candidates without rollouts, in retrieval order.
-
-    `em` is 1 for the candidate of highest likelihood, if the gold answer is likelier after it than without passages.
-
-    Args:
-        queries: each query with its candidates in steps; all are scored.
-        continuations: holds the agent.
-
-    Raises:
-        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
-    """
-    for (query, steps), scores in zip(queries, _scores(queries, continuations, baseline=True), strict=True):
-        known = {passage: score for passage, score in scores.items() if score is not None}
-        best = max((passage for passage in known if passage is not None), key=lambda one: known[one], default=None)
-        if best is not None and None in known and known[best] <= known[None]:
-            best = None
-        wanted = {passage for step in steps for passage in step}
-        yield [
-            Correctness(
-                id=query.id, turn=query.turn, passage_id=passage.id, em=int(passage.id == best), answer=None,
-                searches=0, log_likelihood=known.get(passage.id),
-            )
-            for passage in query.passages
-            if passage.id in wanted
-        ]  # fmt: skip
-
-
-def in_order_of_likelihood(
-    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
-) -> list[tuple[Candidates, list[list[str]]]]:
-    """The queries with one candidate per step: levels as they are, and within a level by falling likelihood.
-
-    Raises:
-        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
-    """
-    ordered = []
-    for (query, levels), scores in zip(queries, _scores(queries, continuations, baseline=False), strict=True):
-        rank = {passage: -math.inf if score is None else score for passage, score in scores.items()}
-        tried = [one for level in levels for one in sorted(level, key=rank.__getitem__, reverse=True)]
-        ordered.append((query, [[one] for one in tried]))
-    return ordered
-
-
-def _scores(
-    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations, *, baseline: bool
-) -> list[dict[str | None, float | None]]:
-    """Per query, the log-likelihood after each candidate of its steps, and after none (key None) if wanted."""
-    places: list[tuple[int, str | None]] = [
-        (index, passage)
-        for index, (_, steps) in enumerate(queries)
-        for passage in (*([None] if baseline and steps else []), *(passage for step in steps for passage in step))
-    ]
-    found: list[dict[str | None, float | None]] = [{} for _ in queries]
-    scores = continuations.likelihoods([(queries[index][0], passage) for index, passage in places])
-    for (index, passage), score in zip(places, scores, strict=True):
-        found[index][passage] = score
-    return found
 
 
 def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, int] | None) -> list[list[str]] | str:

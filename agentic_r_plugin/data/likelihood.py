@@ -8,13 +8,19 @@ IG-Search use the same signal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Continuation, LLMBackend, count_tokens
 from agentic_r_plugin.llm.reply import thought_end
 from agentic_r_plugin.protocol import Session
+from agentic_r_plugin.records import Candidates, Correctness
 from agentic_r_plugin.rollout import RolloutCost
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.data.continuations import Continuations
 
 
 def answer_likelihoods(
@@ -48,3 +54,65 @@ def answer_likelihoods(
             count_tokens(cost, found)
             results[place] = sum(found.logprobs)
     return results
+
+
+def by_likelihood(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
+) -> Iterator[list[Correctness]]:
+    """Correctness of each query's candidates without rollouts, in retrieval order.
+
+    `em` is 1 for the candidate of highest likelihood, if the gold answer is likelier after it than without passages.
+
+    Args:
+        queries: each query with its candidates in steps; all are scored.
+        continuations: holds the agent.
+
+    Raises:
+        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
+    """
+    for (query, steps), scores in zip(queries, _scores(queries, continuations, baseline=True), strict=True):
+        known = {passage: score for passage, score in scores.items() if score is not None}
+        best = max((passage for passage in known if passage is not None), key=lambda one: known[one], default=None)
+        if best is not None and None in known and known[best] <= known[None]:
+            best = None
+        wanted = {passage for step in steps for passage in step}
+        yield [
+            Correctness(
+                id=query.id, turn=query.turn, passage_id=passage.id, em=int(passage.id == best), answer=None,
+                searches=0, log_likelihood=known.get(passage.id),
+            )
+            for passage in query.passages
+            if passage.id in wanted
+        ]  # fmt: skip
+
+
+def in_order_of_likelihood(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations
+) -> list[tuple[Candidates, list[list[str]]]]:
+    """The queries with one candidate per step: levels as they are, and within a level by falling likelihood.
+
+    Raises:
+        ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.
+    """
+    ordered = []
+    for (query, levels), scores in zip(queries, _scores(queries, continuations, baseline=False), strict=True):
+        rank = {passage: -math.inf if score is None else score for passage, score in scores.items()}
+        tried = [one for level in levels for one in sorted(level, key=rank.__getitem__, reverse=True)]
+        ordered.append((query, [[one] for one in tried]))
+    return ordered
+
+
+def _scores(
+    queries: Sequence[tuple[Candidates, Sequence[Sequence[str]]]], continuations: Continuations, *, baseline: bool
+) -> list[dict[str | None, float | None]]:
+    """Per query, the log-likelihood after each candidate of its steps, and after none (key None) if wanted."""
+    places: list[tuple[int, str | None]] = [
+        (index, passage)
+        for index, (_, steps) in enumerate(queries)
+        for passage in (*([None] if baseline and steps else []), *(passage for step in steps for passage in step))
+    ]
+    found: list[dict[str | None, float | None]] = [{} for _ in queries]
+    scores = continuations.likelihoods([(queries[index][0], passage) for index, passage in places])
+    for (index, passage), score in zip(places, scores, strict=True):
+        found[index][passage] = score
+    return found

@@ -7,18 +7,16 @@ from dataclasses import replace
 import pytest
 
 from agentic_r_plugin.config import deciding
+from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.data.correctness import (
-    Continuations,
     CorrectnessConfig,
     CorrectnessCost,
     _labelled_units,
-    by_likelihood,
     by_rollout,
-    in_order_of_likelihood,
     run,
     steps_of,
 )
-from agentic_r_plugin.data.likelihood import answer_likelihoods
+from agentic_r_plugin.data.likelihood import answer_likelihoods, by_likelihood, in_order_of_likelihood
 from agentic_r_plugin.data.selection import preset_rule, select
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import Likelihood

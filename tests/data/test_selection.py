@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentic_r_plugin.data.correctness import Continuations, CorrectnessCost, by_rollout
+from agentic_r_plugin.data.continuations import Continuations
+from agentic_r_plugin.data.correctness import CorrectnessCost, by_rollout
 from agentic_r_plugin.data.selection import (
     BELOW_THRESHOLD,
     NO_RELEVANCE,
