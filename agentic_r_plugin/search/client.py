@@ -216,10 +216,10 @@ class RetrievalClient:
             except httpx.DecodingError as error:
                 raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
-                pause_s = attempts.judge(status, headers, content)
-                if pause_s is None:
+                asked_s = attempts.judge(status, headers, content)
+                if asked_s is None:
                     return attempts.parse(content)
-                delay_s = pause_s
+                delay_s = asked_s
             await asyncio.sleep(delay_s)
 
     def _call(self, method: str, path: str, body: Any) -> Any:
@@ -232,10 +232,10 @@ class RetrievalClient:
             except httpx.DecodingError as error:
                 raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
             else:
-                pause_s = attempts.judge(status, headers, content)
-                if pause_s is None:
+                asked_s = attempts.judge(status, headers, content)
+                if asked_s is None:
                     return attempts.parse(content)
-                delay_s = pause_s
+                delay_s = asked_s
             time.sleep(delay_s)
 
     async def _afetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:

@@ -25,7 +25,7 @@ FAULTS: list[Answer] = [
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(openai, "_FIRST_PAUSE_S", 0.001)
 
 
 @pytest.fixture
