@@ -154,10 +154,15 @@ def test_demonstrators_open_what_a_search_shows_in_part_and_read_the_facts_there
         messages = [{"role": "user", "content": one.question.question}]
         assert codec.decode(session.prompt_ids) == codec.chat(messages, [SEARCH, OPEN], {})
         by_id = {passage.id: passage for shown in session.shown for passage in shown}
-        for turn, gold in zip(session.turns, metadata["gold_doc_ids"], strict=True):
-            assert turn.opened[-1] == gold and len(turn.opened) <= 2
-            wrong += len(turn.opened) - 1
-            assert by_id[gold].text[:100] in session.text and f"Title: {by_id[gold].title}\n" in session.text
+        unread = list(metadata["gold_doc_ids"])
+        for turn in session.turns:
+            assert 1 <= len(turn.opened) <= 2
+            found = turn.opened[-1] == unread[0]  # else two wrong ones were opened, and the agent searches again
+            wrong += len(turn.opened) - found
+            if found:
+                gold = by_id[unread.pop(0)]
+                assert gold.text[:100] in session.text and f"Title: {gold.title}\n" in session.text
+        assert not unread
         assert session.text.count("Open ") == session.opens
     assert wrong > 5
 
