@@ -138,9 +138,10 @@ def _took(part: Part) -> dict[tuple[int, str], float]:
 
 def _known_seconds(part: Part) -> dict[str, float]:
     """Seconds of each phase of the experiment's iteration, and of one question of a cell (`question`)."""
-    of_all = _settings(part).expected() | _took(part)
+    loop = _settings(part)
+    of_all = loop.expected() | _took(part)
     known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
-    asked = _num_questions(part) * max(len(_settings(part).evaluate.get("cells", [])), 1)
+    asked = int(loop.evaluate.get("first") or loop.world.test_questions) * max(len(loop.evaluate.get("cells", [])), 1)
     return known | {"question": known.get("evaluate", 0.0) / asked}
 
 

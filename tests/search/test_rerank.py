@@ -242,7 +242,11 @@ def test_search_r1s_rerank_requests_are_answered(url, fields, found):
         ('{"queries": ["q"], "topk_rerank": [3]}', 400, "topk_rerank"),
         ('{"queries": ["q"], "topk_retrieval": 1.5}', 400, "topk_retrieval"),
         ('{"queries": ["q"], "topk_retrieval": 51}', 413, "topk_retrieval: Input should be less than or equal to 50"),
-        ('{"queries": ["q"], "topk_rerank": 1' + "0" * 4000 + "}", 413, "topk_rerank: Input should be less than or equal to 50"),
+        (
+            '{"queries": ["q"], "topk_rerank": 1' + "0" * 4000 + "}",
+            413,
+            "topk_rerank: Input should be less than or equal to 50",
+        ),
         ('{"queries": ["a", "b", "c"], "topk_retrieval": 34}', 413, "3 queries of 34 passages"),
         ('{"topk_retrieval": 10, "topk_rerank": 3}', 400, "queries: Field required"),
     ],
