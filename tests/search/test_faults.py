@@ -246,6 +246,43 @@ def test_each_of_two_reloads_at_once_gets_its_own_outcome():
     assert sent == [("reload", {"index": "a"}), ("reload", {"index": "nowhere"})]
 
 
+def test_a_worker_carries_out_what_the_supervisor_sent_before_it_listened():
+    class Swapped(list):
+        swap = list.append
+
+    class Backend:
+        def fingerprint(self):
+            return "new"
+
+    async def outcome():
+        ours, theirs = multiprocessing.Pipe()
+        service, stopped = Swapped(), threading.Event()
+        ours.send(("prepare", None))
+        ours.send(("commit",))
+        reloader = WorkerReloader(service, theirs, lambda spec: Backend())
+        reloader.listen(asyncio.get_running_loop(), stopped.set)
+        answers = [await asyncio.to_thread(ours.recv) for _ in range(2)]
+        ours.close()
+        assert await asyncio.to_thread(stopped.wait, 10), "a worker without a supervisor stops"
+        return answers, service
+
+    answers, service = asyncio.run(outcome())
+    assert answers == [("prepared", None), ("committed", "new")]
+    assert [type(backend).__name__ for backend in service] == ["Backend"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_can_no_longer_follow_its_supervisor_stops():
+    async def stops():
+        ours, theirs = multiprocessing.Pipe()
+        stopped = threading.Event()
+        WorkerReloader(None, theirs, lambda spec: None).listen(asyncio.get_running_loop(), stopped.set)
+        ours.send(("commit",))  # nothing is prepared
+        return await asyncio.to_thread(stopped.wait, 10)
+
+    assert asyncio.run(stops())
+
+
 def test_metrics_are_prometheus_text():
     parser = pytest.importorskip("prometheus_client.parser")
     with serving(EchoBackend()) as url:

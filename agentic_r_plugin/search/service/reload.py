@@ -73,10 +73,15 @@ class WorkerReloader:
         self._pending: SearchBackend | None = None
         self._asked: deque[asyncio.Future[str]] = deque()
         """Reloads requested by this worker; the supervisor answers them in order."""
-        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def listen(self, stop: Any) -> None:
-        """Follow the supervisor in a thread until the pipe closes, then call `stop`."""
+    def listen(self, loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
+        """Follow the supervisor in a thread, from the message that has waited longest.
+
+        Args:
+            loop: the event loop that the service runs on.
+            stop: called when the pipe closes or the thread fails: no reload ends without an answer of every worker.
+        """
+        self._loop = loop
         threading.Thread(target=self._listen, args=(stop,), name="reload", daemon=True).start()
 
     async def reload(self, changes: Mapping[str, str]) -> str:
@@ -92,17 +97,14 @@ class WorkerReloader:
         with self._send_lock:
             self.pipe.send(message)
 
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Set the event loop that the service runs on."""
-        self._loop = loop
-
-    def _listen(self, stop: Any) -> None:
+    def _listen(self, stop: Callable[[], None]) -> None:
         try:
             while True:
                 kind, *content = self.pipe.recv()
                 getattr(self, f"_on_{kind}")(*content)
         except (EOFError, OSError):
-            # The supervisor is gone: stop instead of serving without one.
+            pass  # the supervisor is gone: stop instead of serving without one
+        finally:
             stop()
 
     def _on_prepare(self, spec: SearchSpec) -> None:
@@ -118,7 +120,7 @@ class WorkerReloader:
 
     def _on_commit(self) -> None:
         backend, self._pending = self._pending, None
-        assert backend is not None and self._loop is not None
+        assert backend is not None
         # This runs in the listening thread, but the service may only be changed on its event loop.
         self._loop.call_soon_threadsafe(self.service.swap, backend)
         self.send(("committed", backend.fingerprint()))
@@ -129,7 +131,6 @@ class WorkerReloader:
             self._pending = None
 
     def _on_reloaded(self, fingerprint: str, error: str | None) -> None:
-        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._tell, fingerprint, error)
 
     def _tell(self, fingerprint: str, error: str | None) -> None:

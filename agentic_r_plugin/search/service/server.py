@@ -163,7 +163,7 @@ def serve_here(
     async def serve() -> None:
         loop = asyncio.get_running_loop()
         if isinstance(reloader, WorkerReloader):
-            reloader.bind(loop)
+            reloader.listen(loop, lambda: os.kill(os.getpid(), signal.SIGTERM))
         elif threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(_reload_again(reloader))))
         await server.serve(sockets=[listener])

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import socket
 import tempfile
@@ -31,7 +30,6 @@ from agentic_r_plugin.errors import ConfigError, SearchUnavailableError
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.search.service.metrics import Metrics
 from agentic_r_plugin.search.service.reload import WorkerReloader, changed_spec
-from agentic_r_plugin.search.service.search_service import SearchService
 
 log = logging.getLogger(__name__)
 
@@ -256,10 +254,11 @@ def _work(
         return
     fingerprint = backend.fingerprint()
 
-    def reloader(service: SearchService) -> WorkerReloader:
-        found = WorkerReloader(service, pipe, open_share)
-        found.listen(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        return found
-
     pipe.send(("ready", fingerprint))
-    serve_here(settings, listener, backend, reloader, Metrics(metrics, slot, count))
+    serve_here(
+        settings,
+        listener,
+        backend,
+        lambda service: WorkerReloader(service, pipe, open_share),
+        Metrics(metrics, slot, count),
+    )
