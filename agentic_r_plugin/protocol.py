@@ -116,7 +116,7 @@ class Malformed:
 @dataclass(frozen=True)
 class Retry:
     """The environment has replied without the driver, and the model may continue: the turn was malformed and got a
-    correction, or it opened only unknown documents and was told so."""
+    correction, or it opened only unknown documents and got a message that says so."""
 
 
 @dataclass(frozen=True)
