@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -118,44 +118,35 @@ class SearchSpec(SearchSource):
         refuse_secrets("search", {"url": self.url, "options": self.options}, way_out)
 
 
-_PATH_OPTIONS = frozenset({"folder", "model", "prompt"})
+_PATH_OPTIONS = frozenset({"index", "corpus", "retriever", "model", "folder", "prompt"})
 """Options of backends and scorers that hold the path of a file or a folder."""
 
-_SEARCH_PATHS = frozenset({"index", "corpus", "retriever"})
+Settings = TypeVar("Settings", bound=Any)
 
 
-Spec = TypeVar("Spec", bound=LLMSpec | SearchSpec)
-
-
-def with_absolute_paths(spec: Spec) -> Spec:
+def with_absolute_paths(settings: Settings) -> Settings:
     """Make existing paths absolute, for a process in another folder. With `openai`, `model` is a name and unchanged."""
-    names = {"tokenizer", "model"} if isinstance(spec, LLMSpec) else set(_SEARCH_PATHS)
-    if spec.backend == "openai":
-        names -= {"model"}
-    paths: dict[str, Any] = {name: absolute(getattr(spec, name)) for name in names}
-    if isinstance(spec, SearchSpec):
-        paths["rerank"] = replace(spec.rerank, model=absolute(spec.rerank.model))
-    return replace(spec, **paths, options=absolute_options(spec.options))
+    made: dict[str, Any] = {}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.metadata.get("decides") == BY_CONTENTS["decides"]:
+            made[item.name] = absolute(value)
+        elif "options_of" in item.metadata:
+            made[item.name] = _absolute_options(value)
+        elif is_dataclass(value):
+            made[item.name] = with_absolute_paths(value)
+    if getattr(settings, "backend", "") == "openai":
+        del made["model"]
+    return replace(settings, **made)
 
 
-def absolute_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a backend or scorer with the paths of existing files and folders made absolute."""
-    made = _made_absolute(options, _PATH_OPTIONS)
-    return made | ({"parts": [_absolute_part(part) for part in options["parts"]]} if "parts" in options else {})
-
-
-def _absolute_part(part: Any) -> Any:
-    """One of the searches that the backend `hybrid` fuses."""
-    if not isinstance(part, Mapping):
-        return part
-    made = _made_absolute(part, _SEARCH_PATHS)
-    if isinstance(part.get("rerank"), Mapping):
-        made["rerank"] = _made_absolute(part["rerank"], frozenset({"model"}))
-    return made | ({"options": absolute_options(part["options"])} if "options" in part else {})
-
-
-def _made_absolute(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: absolute(value) if name in names else value for name, value in values.items()}
+def _absolute_options(value: Any, name: str = "") -> Any:
+    """Options with the paths of existing files and folders made absolute, also within the parts of a hybrid search."""
+    if isinstance(value, Mapping):
+        return {key: _absolute_options(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute_options(item) for item in value]
+    return absolute(value) if name in _PATH_OPTIONS and isinstance(value, str) else value
 
 
 @contextmanager

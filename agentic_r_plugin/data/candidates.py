@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
@@ -130,12 +129,13 @@ def _scored(hits: Sequence[Hit]) -> tuple[ScoredPassage, ...]:
     return tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits)
 
 
-class CandidatesWorker:
+class CandidatesWorker(StageWorker):
     """Retrieves candidates for batches of trajectories; holds the previous retriever."""
 
     def __init__(self, config: CandidatesConfig) -> None:
-        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
-        self._search = self._stack.enter_context(open_search(config.search))
+        super().__init__()
+        self.config = config
+        self._search = self.models.enter_context(open_search(config.search))
         self._protocol = load_protocol(config.protocol, config.protocol_options)
 
     def fingerprints(self) -> dict[str, str]:
@@ -160,10 +160,6 @@ class CandidatesWorker:
             else Outcome(records=tuple(queries), dropped=None if queries else "no_search")
             for queries in found
         ]
-
-    def close(self) -> None:
-        """Close the retriever."""
-        self._stack.close()
 
 
 def run(config: CandidatesConfig, *, resume: bool = False) -> None:

@@ -18,7 +18,6 @@ first correct one in that order becomes the positive. `tests/benchmarks/likeliho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from agentic_r_plugin.data.selection import (
     rollout_order,
     tie_levels,
 )
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.protocol import Limits, load_protocol
@@ -213,13 +212,16 @@ class _Shown(dict[str, Passage]):
         return self[identifier]
 
 
-class CorrectnessWorker:
+class CorrectnessWorker(StageWorker):
     """Rolls out the candidates of batches of queries; holds the agent and its retriever."""
 
+    cost: CorrectnessCost
+
     def __init__(self, config: CorrectnessConfig) -> None:
-        self.config, self.cost, self._stack = config, CorrectnessCost(), ExitStack()
-        self._llm = self._stack.enter_context(open_llm(config.llm))
-        self._search = self._stack.enter_context(open_search(config.search))
+        super().__init__(CorrectnessCost())
+        self.config = config
+        self._llm = self.models.enter_context(open_llm(config.llm))
+        self._search = self.models.enter_context(open_search(config.search))
         self._continuations = Continuations(
             self._llm,
             self._search,
@@ -255,10 +257,6 @@ class CorrectnessWorker:
             reason = task.steps if isinstance(task.steps, str) else None
             outcomes.append(Outcome(records=tuple(records), dropped=reason))
         return outcomes
-
-    def close(self) -> None:
-        """Close the agent and the retriever."""
-        self._stack.close()
 
 
 def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
-from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.inputs import FirstQueries, QueryFiles, query_units
+from agentic_r_plugin.data.inputs import QueryFiles, query_units
 from agentic_r_plugin.data.selection import (
-    DUPLICATE_QUERY,
     SelectionRule,
     SelectionSettings,
     SelectionTask,
@@ -20,12 +18,10 @@ from agentic_r_plugin.data.selection import (
     preset_rule,
     selection_named,
 )
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Group
-from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import file_fingerprint, read_json
 
@@ -34,6 +30,8 @@ from agentic_r_plugin.store import file_fingerprint, read_json
 class GroupsConfig(SelectionSettings):
     """Pick the positive and the negatives of every query."""
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {"drop_duplicate_queries": False, "drop_duplicate_passages": False}
+
     candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
     relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
     correctness: str = field(default="", metadata={"help": "correctness file", **BY_CONTENTS})
@@ -41,19 +39,12 @@ class GroupsConfig(SelectionSettings):
         default="", metadata={"help": "trajectories file, for the preset opened", **BY_CONTENTS, **LATER}
     )
     out: str = field(metadata={"help": "groups file to write", **FREE})
-    corpus: str = field(default="", metadata={"help": "corpus, for drop_duplicate_passages", **BY_CONTENTS})
     preset: str = field(
         default="paper",
         metadata={
             "help": "registered selection: paper; released_code: up to 3 tied positives, further ties left out; "
             "opened: passages that the agent opened are positives"
         },
-    )
-    drop_duplicate_queries: bool = field(
-        default=False, metadata={"help": "ours: of equal queries to equal questions only the first is taken"}
-    )
-    drop_duplicate_passages: bool = field(
-        default=False, metadata={"help": "ours: negatives of equal text only once, and none of the positive's text"}
     )
     runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
 
@@ -78,32 +69,22 @@ class GroupsConfig(SelectionSettings):
             if not path:
                 way_out = "" if role == "trajectories" else f", or switch it off with --no-use-{role}"
                 raise ConfigError(f"groups: no --{role} file; give one{way_out}")
-        if self.drop_duplicate_passages and not self.corpus:
-            raise ConfigError("groups: drop_duplicate_passages compares texts; give --corpus FILE")
 
 
-class GroupsWorker:
+class GroupsWorker(StageWorker):
     """Selects the groups of batches of queries."""
 
     def __init__(self, preset: str, rule: SelectionRule) -> None:
-        self.pick, self.rule, self.cost = selection_named(preset).pick, rule, RolloutCost()
-
-    def fingerprints(self) -> dict[str, str]:
-        """Empty: no model is used."""
-        return {}
+        super().__init__()
+        self.pick, self.rule = selection_named(preset).pick, rule
 
     def work(self, batch: Sequence[SelectionTask]) -> list[Outcome]:
         """The groups of each query, or the reason why it has none."""
         return [self._pick(task) for task in batch]
 
     def _pick(self, task: SelectionTask) -> Outcome:
-        if task.duplicate:
-            return Outcome(dropped=DUPLICATE_QUERY)
         picked = self.pick(task, self.rule)
         return Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
-
-    def close(self) -> None:
-        """Do nothing: no resource is held."""
 
 
 def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
@@ -185,44 +166,29 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     files = QueryFiles(out.parent, **config.files())
     if "correctness" in files.paths:
         rule = _check_correctness(config, rule)
-    with ExitStack() as stack:
-        corpus = stack.enter_context(Corpus(config.corpus)) if config.drop_duplicate_passages else None
-        first = FirstQueries(config.candidates, out.parent) if config.drop_duplicate_queries else None
-        if first is not None:
-            stack.callback(first.close)
 
-        def prepare(query: Candidates) -> SelectionTask:
-            relevance, trajectory = files.relevance(query), files.trajectory(query)
-            if relevance is not None:
-                check_scored([passage.id for passage in query.passages], relevance)
-            texts = None
-            if corpus is not None:
-                named = {passage.id for passage in query.passages}
-                if trajectory is not None:  # the agent may have been shown what is no candidate
-                    turns = (turn for turn in trajectory.turns if turn.turn == query.turn)
-                    named |= {passage.id for turn in turns for passage in turn.passages}
-                texts = {identifier: normalize(corpus.by_id(identifier).text) for identifier in named}
-            return SelectionTask(
-                query=query,
-                relevance=relevance,
-                correctness=files.correctness(query),
-                trajectory=trajectory,
-                same_text=texts,
-                duplicate=first is not None and first.repeats(query),
-            )
-
-        stage = Stage(
-            name="groups",
-            config=config,
-            out=out,
-            inputs={"candidates": Path(config.candidates), **files.paths},
-            models={"corpus": corpus.fingerprint()} if corpus is not None else {},
-            record=Group,
-            units=lambda: query_units(config.candidates),
-            prepare=prepare,
-            sides=files.opened,
-            worker=partial(GroupsWorker, config.preset, rule),
-            batch_size=1024,
-            runner=config.runner,
+    def prepare(query: Candidates) -> SelectionTask:
+        relevance = files.relevance(query)
+        if relevance is not None:
+            check_scored([passage.id for passage in query.passages], relevance)
+        return SelectionTask(
+            query=query,
+            relevance=relevance,
+            correctness=files.correctness(query),
+            trajectory=files.trajectory(query),
         )
-        run_stage(stage, resume=resume)
+
+    stage = Stage(
+        name="groups",
+        config=config,
+        out=out,
+        inputs={"candidates": Path(config.candidates), **files.paths},
+        record=Group,
+        units=lambda: query_units(config.candidates),
+        prepare=prepare,
+        sides=files.opened,
+        worker=partial(GroupsWorker, config.preset, rule),
+        batch_size=1024,
+        runner=config.runner,
+    )
+    run_stage(stage, resume=resume)

@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Candidates, Correctness, Group, Passage, Question, Relevance, SubAnswer, Trajectory
-from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
+from agentic_r_plugin.storage.lookup import KeyedRecords
 from agentic_r_plugin.store import read_records
 
 
@@ -121,28 +120,3 @@ class QueryFiles:
 
     def _find(self, role: str, key: str) -> list[Any]:
         return self._files[role].find(key) if role in self._files else []
-
-
-class FirstQueries:
-    """Which query of a file is the first with its question and words, ignoring case and white space.
-
-    The index is on disk, so memory does not grow with the file.
-    """
-
-    def __init__(self, path: str | Path, folder: Path) -> None:
-        self._first = HashIndex(folder)
-        for key, query in query_units(path):
-            self._first.add(_words_hash(query), key_hash(key))
-        self._first.finish()
-
-    def repeats(self, query: Candidates) -> bool:
-        """Whether an earlier query of the file has the same question and words."""
-        return self._first.find(_words_hash(query))[0] != key_hash(query_key(query))
-
-    def close(self) -> None:
-        """Delete the index."""
-        self._first.close()
-
-
-def _words_hash(query: Candidates) -> int:
-    return key_hash(f"{normalize(query.question)}\n{normalize(query.query)}")

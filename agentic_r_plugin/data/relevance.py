@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,11 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.records import Candidates, Question, Relevance
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
@@ -102,13 +100,13 @@ def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> l
     ]
 
 
-class RelevanceWorker:
+class RelevanceWorker(StageWorker):
     """Scores batches of queries; holds the scorer and its judge."""
 
     def __init__(self, config: RelevanceConfig) -> None:
-        self.cost, self._stack = RolloutCost(), ExitStack()
+        super().__init__()
         resources = Resources(
-            open_judge=lambda: self._stack.enter_context(open_llm(config.llm)),  # type: ignore[arg-type,return-value]
+            open_judge=lambda: self.models.enter_context(open_llm(config.llm)),  # type: ignore[arg-type,return-value]
             cost=self.cost,
         )
         self._scorer: RelevanceScorer = components.load("relevance_scorer", config.scorer).build(
@@ -125,10 +123,6 @@ class RelevanceWorker:
             outcome_of(scored) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
             for scored in score_candidates(batch, self._scorer)
         ]
-
-    def close(self) -> None:
-        """Close the judge."""
-        self._stack.close()
 
 
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:

@@ -24,7 +24,6 @@ BELOW_THRESHOLD = "relevance_below_threshold"
 NOT_ROLLED_OUT = "not_rolled_out"
 NO_CORRECT = "no_correct_candidate"
 TOO_FEW_NEGATIVES = "too_few_negatives"
-DUPLICATE_QUERY = "duplicate_query"
 NO_TRAJECTORY = "no_trajectory"
 NOTHING_OPENED = "nothing_opened"
 
@@ -92,10 +91,6 @@ class SelectionTask:
     """Passage id -> 0 or 1 for the candidates rolled out; None when there are none."""
     trajectory: Trajectory | None = None
     """The query's trajectory, for selections that read it."""
-    same_text: Mapping[str, str] | None = None
-    """Passage id -> its normalised text, when repeated passages are to be left out."""
-    duplicate: bool = False
-    """Whether an earlier query has the same question and words, and only the first is wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +108,7 @@ class Selection:
 
 
 def _best(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
-    return select(task.query, task.relevance, task.correctness, rule, task.same_text)
+    return select(task.query, task.relevance, task.correctness, rule)
 
 
 def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
@@ -141,8 +136,6 @@ def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
         if not positives:
             return BELOW_THRESHOLD if judged else NO_RELEVANCE
     others = [passage for passage in shown if passage not in opened]
-    if task.same_text is not None:
-        others = _without_repeats(others, positives, task.same_text)
     if not others:
         return TOO_FEW_NEGATIVES
     weight = 1.0
@@ -236,7 +229,6 @@ def select(
     relevance: Mapping[str, int] | None,
     correctness: Mapping[str, int] | None,
     rule: SelectionRule,
-    same_text: Mapping[str, str] | None = None,
 ) -> list[Group] | str:
     """The training groups of one query, or the reason why it has none.
 
@@ -245,8 +237,6 @@ def select(
         relevance: passage id -> 0..100; None when the query has none.
         correctness: passage id -> 0 or 1 for the candidates rolled out; None when the query has none.
         rule: the selection rule.
-        same_text: not in the paper, passage id -> key of its text. Of candidates with equal text only the first can be
-            a negative, and none if a positive has that text. None keeps all.
 
     Raises:
         RecordError: the decision needs scores that are missing.
@@ -273,8 +263,6 @@ def select(
     others = [passage for passage in passages if passage not in taken]
     if rule.false_negative_relevance and relevance is not None:
         others = [passage for passage in others if relevance[passage] < rule.false_negative_relevance]
-    if same_text is not None:
-        others = _without_repeats(others, positives, same_text)
     if len(others) < rule.num_negatives:
         return TOO_FEW_NEGATIVES
     # The best-ranked others are the hard negatives. A seed per query makes the sample independent of the other queries.
@@ -295,17 +283,6 @@ def _group(candidates: Candidates, positive: str, negatives: Sequence[str]) -> G
         negatives=tuple(negatives),
         reasoning=candidates.reasoning,
     )
-
-
-def _without_repeats(others: Sequence[str], positives: Sequence[str], same_text: Mapping[str, str]) -> list[str]:
-    """The first candidate of each distinct text, skipping the positives' texts."""
-    seen = {same_text[passage] for passage in positives}
-    kept = []
-    for passage in others:
-        if same_text[passage] not in seen:
-            seen.add(same_text[passage])
-            kept.append(passage)
-    return kept
 
 
 def _winners(

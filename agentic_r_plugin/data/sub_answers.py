@@ -6,7 +6,6 @@ Only the listwise judge uses them; the embedded default does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
@@ -120,13 +119,14 @@ def parse_sub_answers(reply: str, num_queries: int) -> list[str | None]:
     return [None if item.strip().rstrip(".").lower() in ("not sure", "") else item.strip() for item in found]
 
 
-class SubAnswersWorker:
+class SubAnswersWorker(StageWorker):
     """Requests the sub-answers of batches of trajectories; holds the judge."""
 
     def __init__(self, config: SubAnswersConfig) -> None:
-        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
+        super().__init__()
+        self.config = config
         self._prompt = load_prompt(_PROMPT, config.prompt)
-        self._judge = self._stack.enter_context(open_llm(config.llm))
+        self._judge = self.models.enter_context(open_llm(config.llm))
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of judge and prompt."""
@@ -148,10 +148,6 @@ class SubAnswersWorker:
             else Outcome(records=tuple(result), dropped=None if result else "no_search")
             for result in named
         ]
-
-    def close(self) -> None:
-        """Close the judge."""
-        self._stack.close()
 
 
 def run(config: SubAnswersConfig, *, resume: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
@@ -87,13 +86,14 @@ def answer_questions(
         yield to_trajectory(session, question) if session.refusal is None else RequestRefusedError(session.refusal)
 
 
-class TrajectoriesWorker:
+class TrajectoriesWorker(StageWorker):
     """Answers batches of questions; holds the agent and its retriever."""
 
     def __init__(self, config: TrajectoriesConfig) -> None:
-        self.config, self.cost, self._stack = config, RolloutCost(), ExitStack()
-        self._llm = self._stack.enter_context(open_llm(config.llm))
-        self._search = self._stack.enter_context(open_search(config.search))
+        super().__init__()
+        self.config = config
+        self._llm = self.models.enter_context(open_llm(config.llm))
+        self._search = self.models.enter_context(open_search(config.search))
         self._protocol = load_protocol(config.protocol, config.protocol_options)
 
     def fingerprints(self) -> dict[str, str]:
@@ -111,10 +111,6 @@ class TrajectoriesWorker:
         return [
             Outcome.refused(one) if isinstance(one, RequestRefusedError) else Outcome(records=(one,)) for one in found
         ]
-
-    def close(self) -> None:
-        """Close the agent and the retriever."""
-        self._stack.close()
 
 
 def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:

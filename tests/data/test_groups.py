@@ -14,7 +14,6 @@ from agentic_r_plugin.data.groups import GroupsConfig, run
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.records import (
     Candidates,
-    CorpusLine,
     Correctness,
     Group,
     Relevance,
@@ -97,29 +96,6 @@ def test_ablations_need_only_their_own_file(config: GroupsConfig):
         run(without_relevance)
 
 
-def test_of_equal_queries_to_equal_questions_only_the_first_is_taken_where_asked_for(config: GroupsConfig, tmp_path):
-    queries = list(read_records(config.candidates, Candidates))
-    queried = ["first", "The  Query!", "the query", "b", "c", "first"]
-    write_records(tmp_path / "c.jsonl", [replace(q, query=text) for q, text in zip(queries, queried, strict=True)])
-    run(replace(config, drop_duplicate_queries=True))
-    report = read_json(config.out + ".report.json")
-    assert report["dropped"]["duplicate_query"] == 2 and report["read"] == 6
-    assert [group.id for group in read_records(config.out, Group)] == ["0", "1"]
-
-
-def test_repeated_passages_are_found_by_their_text(config: GroupsConfig, tmp_path: Path):
-    texts = {passage: f"text {min(int(passage[1:]), 17)}" for passage in PASSAGES}
-    texts["p04"] = "Text  3."
-    lines = [json.dumps({"id": key, "contents": f'"T {key}"\n{text}'}) for key, text in texts.items()]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match="drop_duplicate_passages compares texts; give --corpus FILE"):
-        run(replace(config, drop_duplicate_passages=True))
-    run(replace(config, drop_duplicate_passages=True, corpus=str(tmp_path / "corpus.jsonl")))
-    first = next(iter(read_records(config.out, Group)))
-    assert first.positive == "p03" and "p04" not in first.negatives
-    assert len({"p17", "p18", "p19"} & set(first.negatives)) <= 1
-
-
 def test_correctness_that_names_a_passage_twice_refuses_its_query(config: GroupsConfig, tmp_path: Path):
     twice = [Correctness(id="0", turn=1, passage_id="p03", em=em, answer=None, searches=0) for em in (0, 1)]
     write_records(tmp_path / "twice.jsonl", twice)
@@ -184,14 +160,6 @@ def test_what_was_opened_is_read_from_the_trajectories_without_correctness(confi
     run(made)
     found = [(group.id, group.positive, group.negatives, group.weight) for group in read_records(made.out, Group)]
     assert found == [(name, "p01", ("p00", "p02"), pytest.approx(8 / 54)) for name in ("2", "5")]
-
-    # The agent may have been shown what is no candidate; equal texts are compared for these passages, too.
-    more = replace(base.turns[0], passages=(*shown, ScoredPassage(id="shown", score=1.0)))
-    write_records(tmp_path / "t.jsonl", [replace(base, id=str(n), turns=(more, base.turns[1])) for n in range(6)])
-    corpus = [CorpusLine(id=one, contents=f'"T"\n{one}') for one in PASSAGES]
-    write_records(tmp_path / "corpus.jsonl", [*corpus, CorpusLine(id="shown", contents='"T"\np00')])
-    run(replace(made, drop_duplicate_passages=True, corpus=str(tmp_path / "corpus.jsonl"), out=f"{tmp_path}/p"))
-    assert [group.negatives for group in read_records(f"{tmp_path}/p", Group)] == [("p00", "p02")] * 2
 
 
 def test_correctness_in_order_of_likelihood_gives_the_tie_that_it_found(config: GroupsConfig, tmp_path: Path):

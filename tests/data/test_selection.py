@@ -164,8 +164,8 @@ def test_the_sample_depends_on_seed_id_and_turn_alone():
 # --- Ours, off by default ------------------------------------------------------------------------------------------
 
 
-def picked_negatives(rule: SelectionRule, relevance: dict[str, int], **options) -> tuple[str, ...] | str:
-    picked = select(query(8), relevance, {"b": 1}, rule, **options)
+def picked_negatives(rule: SelectionRule, relevance: dict[str, int]) -> tuple[str, ...] | str:
+    picked = select(query(8), relevance, {"b": 1}, rule)
     return picked[0].negatives if isinstance(picked, list) else picked
 
 
@@ -181,13 +181,6 @@ def test_hard_negatives_are_the_best_ranked_others_and_the_rest_is_sampled():
     rule = replace(RULE, num_negatives=4, hard_negatives=2)
     found = picked_negatives(rule, scores(b=95))
     assert found[:2] == ("a", "c") and len(set(found)) == 4 and "b" not in found
-
-
-def test_passages_of_the_same_text_are_negatives_once_and_never_the_positives_own():
-    same_text = dict(zip("abcdefgh", ("1", "2", "2", "1", "3", "4", "4", "5"), strict=True))
-    rule = replace(RULE, num_negatives=4)
-    found = picked_negatives(rule, scores(b=95), same_text=same_text)
-    assert sorted(found) == list("aefh")
 
 
 @pytest.mark.parametrize(

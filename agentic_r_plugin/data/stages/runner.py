@@ -10,6 +10,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -67,6 +68,21 @@ class Worker(Protocol[Given]):
 
     def close(self) -> None:
         """Free the models."""
+
+
+class StageWorker:
+    """Base of workers: counts the cost of a stage, and closes the models that were entered into `models`."""
+
+    def __init__(self, cost: RolloutCost | None = None) -> None:
+        self.cost, self.models = cost or RolloutCost(), ExitStack()
+
+    def fingerprints(self) -> dict[str, str]:
+        """None: no model is used."""
+        return {}
+
+    def close(self) -> None:
+        """Close the models."""
+        self.models.close()
 
 
 @dataclass(frozen=True)

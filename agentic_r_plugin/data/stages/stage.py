@@ -15,7 +15,6 @@ finish, and memory does not grow with the input.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 from collections import Counter
@@ -26,7 +25,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, absolute_options, with_absolute_paths
+from agentic_r_plugin.backends import LLMSpec, SearchSpec, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
 from agentic_r_plugin.data.stages import cost
 from agentic_r_plugin.data.stages.runner import Batch, Executor, RunnerSpec, Worker, open_executor
@@ -38,7 +37,6 @@ from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
 from agentic_r_plugin.store import (
     PACKINGS,
-    absolute,
     atomic_path,
     dump_line,
     file_fingerprint,
@@ -98,17 +96,7 @@ def for_workers(config: Config) -> Config:
 
     A relative path of the caller means nothing to an actor of an existing Ray cluster.
     """
-    if not config.runner.elsewhere:
-        return config
-    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    made: dict[str, Any] = {
-        name: with_absolute_paths(value) for name, value in values.items() if isinstance(value, LLMSpec | SearchSpec)
-    }
-    if "prompt" in values:
-        made["prompt"] = absolute(values["prompt"])
-    if "options" in values:
-        made["options"] = absolute_options(values["options"])
-    return dataclasses.replace(config, **made)
+    return with_absolute_paths(config) if config.runner.elsewhere else config
 
 
 def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
@@ -173,7 +161,7 @@ def _recorded(config: Any) -> dict[str, Any]:
     """Settings that can change the records; settings of a backend appear under their own names."""
     found: dict[str, Any] = {}
     for name, value in deciding(config).items():
-        is_backend = isinstance(getattr(config, name), LLMSpec | SearchSpec)
+        is_backend = isinstance(getattr(config, name, None), LLMSpec | SearchSpec)  # none: a removed setting
         found |= {f"{name}.{key}": setting for key, setting in value.items()} if is_backend else {name: value}
     return found
 
