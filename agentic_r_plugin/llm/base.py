@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,11 @@ class Continuation:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     """At least one."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and continuation together."""
+        return (*self.prompt_ids, *self.token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,3 +172,15 @@ def count(usage: Usage, completions: Sequence[Completion | Likelihood]) -> None:
     for done in completions:
         usage.requests += 1
         count_tokens(usage, done)
+
+
+def answer_accepted(
+    items: Sequence[Item],
+    refusal: Callable[[Item], RequestRefusedError | None],
+    answer: Callable[[Sequence[Item]], Sequence[Answer]],
+) -> list[Answer | RequestRefusedError]:
+    """The answer to each item, or its refusal. Refused items are left out of the batch that is answered."""
+    refusals = [refusal(item) for item in items]
+    accepted = [item for item, refused in zip(items, refusals, strict=True) if refused is None]
+    answers = iter(answer(accepted) if accepted else [])
+    return [next(answers) if refused is None else refused for refused in refusals]

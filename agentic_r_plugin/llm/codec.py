@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
+from agentic_r_plugin.llm.base import Completion, Request
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
 from agentic_r_plugin.protocol import disarm
 
@@ -110,6 +111,17 @@ class TokenizerCodec:
             for token in self.tokenizer.all_special_tokens:
                 text = text.replace(token, "")
         return Reply(text, cut=cut or within_thought)
+
+    def message_requests(self, messages: Sequence[str], max_tokens: int) -> list[Request]:
+        """One request per message, for a reply of at most `max_tokens` tokens."""
+        return [Request(prompt_ids=tuple(self.encode_prompt(text)), max_tokens=max_tokens) for text in messages]
+
+    def replies(self, found: Sequence[Completion | RequestRefusedError]) -> list[Reply | RequestRefusedError]:
+        """The completions of `message_requests` as replies; refusals stay."""
+        return [
+            done if isinstance(done, RequestRefusedError) else self.reply(done.token_ids, cut=done.cut)
+            for done in found
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, with special tokens and unchanged whitespace."""

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, count, row_seed
+from agentic_r_plugin.llm.base import (
+    Completion,
+    Continuation,
+    Likelihood,
+    Request,
+    Sampling,
+    Usage,
+    answer_accepted,
+    count,
+    row_seed,
+)
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.store import file_fingerprint
@@ -128,45 +138,39 @@ class HFBackend:
 
     def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
         """Likelihood of every continuation; one prefill each, with shared prefixes computed once."""
-        texts = [(*one.prompt_ids, *one.token_ids) for one in continuations]
-        fits = [len(text) <= self.max_length for text in texts]
-        found = iter(
-            self._generator.likelihoods(
-                [text for text, fit in zip(texts, fits, strict=True) if fit],
-                [len(one.token_ids) for one, fit in zip(continuations, fits, strict=True) if fit],
-            )
-        )
-        results: list[Likelihood | RequestRefusedError] = []
-        for text, fit in zip(texts, fits, strict=True):
-            if not fit:
-                reason = f"a text of {len(text)} tokens: {self.path} runs {self.max_length} at most"
-                results.append(RequestRefusedError(reason))
-                continue
-            logprobs, cached = next(found)
-            results.append(Likelihood(logprobs=logprobs, prompt_tokens=len(text), cached_tokens=cached))
-        count(self.usage, [one for one in results if isinstance(one, Likelihood)])
+
+        def refusal(one: Continuation) -> RequestRefusedError | None:
+            return self._refusal(len(one.ids), f"a text of {len(one.ids)} tokens")
+
+        return answer_accepted(continuations, refusal, self._likelihoods)
+
+    def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
+        texts = [one.ids for one in continuations]
+        found = self._generator.likelihoods(texts, [len(one.token_ids) for one in continuations])
+        results = [
+            Likelihood(logprobs=logprobs, prompt_tokens=len(text), cached_tokens=cached)
+            for text, (logprobs, cached) in zip(texts, found, strict=True)
+        ]
+        count(self.usage, results)
         return results
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
         """Return the reply to each message without special tokens; see `ChatBackend.chat`."""
-        requests = [
-            Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
-        ]
-        fits = [len(request.prompt_ids) + max_tokens <= self.max_length for request in requests]
-        fitting = [request for request, fit in zip(requests, fits, strict=True) if fit]
-        completions = iter(self.generate(fitting, Sampling(temperature=temperature, seed=seed)))
-        replies = (self.codec.reply(done.token_ids, cut=done.cut) for done in completions)
-        return [
-            next(replies)
-            if fit
-            else RequestRefusedError(
-                f"a prompt of {len(request.prompt_ids)} tokens and a reply of {max_tokens}: {self.path} runs "
-                f"{self.max_length} at most"
-            )
-            for request, fit in zip(requests, fits, strict=True)
-        ]
+
+        def refusal(request: Request) -> RequestRefusedError | None:
+            length = len(request.prompt_ids)
+            return self._refusal(length + max_tokens, f"a prompt of {length} tokens and a reply of {max_tokens}")
+
+        sampling = Sampling(temperature=temperature, seed=seed)
+        requests = self.codec.message_requests(prompts, max_tokens)
+        return self.codec.replies(answer_accepted(requests, refusal, lambda fit: self.generate(fit, sampling)))
+
+    def _refusal(self, length: int, what: str) -> RequestRefusedError | None:
+        if length <= self.max_length:
+            return None
+        return RequestRefusedError(f"{what}: {self.path} runs {self.max_length} at most")
 
     def fingerprint(self) -> str:
         """Hash of weights, configuration and tokenizer files, followed by the compute type.

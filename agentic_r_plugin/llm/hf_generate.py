@@ -59,8 +59,9 @@ class Generated:
 class _Row:
     index: int
     prompt: tuple[int, ...]
-    max_tokens: int
-    uniform: torch.Tensor
+    max_tokens: int = 0
+    uniform: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """A random number for each token that may be written."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -169,8 +170,7 @@ class HFGenerator:
             temperature=temperature, top_p=top_p, top_k=top_k, with_logprobs=with_logprobs, eos_ids=eos_ids,
             stop=StopStrings(self.tokenizer, stop),
         )  # fmt: skip
-        if self.prefixes.max_tokens:
-            self._prefill_shared([row.prompt for row in rows])
+        self._prefill_shared([row.prompt for row in rows])
         for batch in self._batches([row for row in rows if row.max_tokens > 0]):
             self._run(batch, sampling)
         return [
@@ -195,19 +195,13 @@ class HFGenerator:
         Raises:
             BackendError: a text is longer than the model supports.
         """
-        none = torch.empty(0)
         rows = [
-            _Row(index=index, prompt=tuple(text), max_tokens=0, uniform=none, scored=last)
+            _Row(index=index, prompt=tuple(text), scored=last)
             for index, (text, last) in enumerate(zip(texts, scored, strict=True))
         ]
         self.attention.require(max((len(row.prompt) for row in rows), default=0))
-        if self.prefixes.max_tokens:
-            self._prefill_shared([row.prompt[: -1 - row.scored] for row in rows])
-        for batch in self._batches(rows):
-            padded = max(len(row.prompt) for row in batch)
-            batch, _ = self._prefill(batch, padded, padded)
-            for slot, row in enumerate(batch):
-                self._keep(slot, row, padded)
+        self._prefill_shared([row.prompt[: -1 - row.scored] for row in rows])
+        self._prefill_and_keep(rows)
         return [(tuple(row.logprobs), row.cached_tokens) for row in rows]
 
     def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
@@ -234,6 +228,8 @@ class HFGenerator:
         Shared prefixes form a tree, because a shared prefix may continue in several ways that are shared in turn. The
         tree is computed level by level, so that each prefix reuses the result of its parent.
         """
+        if not self.prefixes.max_tokens:
+            return
         blocks = [self.prefixes.blocks(prompt) for prompt in prompts]
         count = Counter(key for keys in blocks for key in keys)
         levels: dict[int, dict[int, tuple[int, ...]]] = defaultdict(dict)
@@ -244,16 +240,16 @@ class HFGenerator:
                 if count[key] > max(ways_on, 1) and depth - kept >= 2:  # the prompts branch here
                     levels[level][key] = tuple(prompt[: depth * self.prefixes.block_size])
                     kept, level = depth, level + 1
-        none = torch.empty(0)
         for _, shared in sorted(levels.items()):
-            rows = [
-                _Row(index=index, prompt=ids, max_tokens=0, uniform=none) for index, ids in enumerate(shared.values())
-            ]
-            for batch in self._batches(rows):
-                padded = max(len(row.prompt) for row in batch)
-                batch, _ = self._prefill(batch, padded, padded)
-                for slot, row in enumerate(batch):
-                    self._keep(slot, row, padded)
+            self._prefill_and_keep([_Row(index=index, prompt=ids) for index, ids in enumerate(shared.values())])
+
+    def _prefill_and_keep(self, rows: list[_Row]) -> None:
+        """Compute prompts that nothing is written after, and store their keys and values."""
+        for batch in self._batches(rows):
+            padded = max(len(row.prompt) for row in batch)
+            batch, _ = self._prefill(batch, padded, padded)
+            for slot, row in enumerate(batch):
+                self._keep(slot, row, padded)
 
     def _run(self, rows: list[_Row], sampling: _Sampling) -> None:
         """Prefill one batch and decode it to the end, removing rows as they finish."""

@@ -7,7 +7,6 @@ off, the loop in `_post` would remain, and the SDK would be a layer between it a
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,17 @@ from agentic_r_plugin.credentials import authorization, read_secret, redacted, s
 from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
+from agentic_r_plugin.llm.openai_answers import (
+    DeclinedError,
+    NotAsAskedError,
+    finish_reason,
+    is_cut,
+    json_of,
+    message_of,
+    status_of,
+    text_choice,
+    token_counts,
+)
 from agentic_r_plugin.llm.rate import Pace
 from agentic_r_plugin.llm.refusals import Refusal, named_fields, refusal
 from agentic_r_plugin.llm.reply import Reply
@@ -245,7 +255,7 @@ class OpenAIBackend:
 
         def reply(prompt: str) -> Reply:
             messages = [{"role": "user", "content": prompt}]
-            return self._post("chat/completions", settings | {"messages": messages}, _message)
+            return self._post("chat/completions", settings | {"messages": messages}, message_of)
 
         return self._all(reply, prompts)
 
@@ -329,24 +339,24 @@ class OpenAIBackend:
             body["top_k"] = sampling.top_k
         if sampling.seed is not None and sampling.temperature > 0:
             body["seed"] = row_seed(sampling.seed, request.prompt_ids)
-        choice, text, cached = self._post("completions", self._with_options(body, chat=False), _text_choice)
+        choice, text, cached = self._post("completions", self._with_options(body, chat=False), text_choice)
         ids = choice.get("token_ids")
         if not ids:
             ids = codec.encode(self._with_stop(choice, text, sampling.stop))
-        if not ids and _cut(choice):
+        if not ids and is_cut(choice):
             raise RequestRefusedError(f"no continuation: finish_reason {str(choice['finish_reason'])[:80]}")
         ids = ids or self._end_of_sequence(codec)
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=cached,
-            cut=_cut(choice),
+            cut=is_cut(choice),
         )
 
     def _likelihood(self, continuation: Continuation) -> Likelihood:
-        ids = [*continuation.prompt_ids, *continuation.token_ids]
+        ids = list(continuation.ids)
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-        choice, _, cached = self._post("completions", self._with_options(body, chat=False), _text_choice)
+        choice, _, cached = self._post("completions", self._with_options(body, chat=False), text_choice)
         logprobs = choice.get("logprobs")
         given = (logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None) or []
         found = given[len(continuation.prompt_ids) : len(ids)]
@@ -372,7 +382,7 @@ class OpenAIBackend:
         reported = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
         if met := next((reason for reason in reported if reason in stop), None):
             return text + str(met)
-        if stop and not reported and _reason(choice) in ("stop", "stop_sequence"):
+        if stop and not reported and finish_reason(choice) in ("stop", "stop_sequence"):
             raise BackendError(
                 "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says "
                 "what ended a completion (stop_reason, matched_stop), found neither in "
@@ -394,46 +404,61 @@ class OpenAIBackend:
             BackendConfigError: the server refuses every request of this form.
             BackendError: the last retry failed, or the error is permanent.
         """
-        problem, refused, form = "", False, (path, *sorted(body))
+        form = (path, *sorted(body))
         for attempt in range(self._max_retries + 1):
-            retry_after: str | None = None
             self._pace.wait()
             try:
-                response = self._client.post(path, json=body)
-                status = response.status_code
-                if status == 200:
-                    answer = _json(response)
-                    self._pay(_usage(answer))  # billed even if the answer cannot be parsed
-                    if (status := _status(answer)) == 200:
-                        parsed = parse(answer)
-                        self._count(attempt, form)
-                        return parsed
-                problem = f"HTTP {status}: {self._brief(response.text)}"
-                kind = refusal(status, response.text)
-                # A form that was accepted before is right: the fault is the prompt's, or a router's.
-                routed = False
-                if kind is Refusal.FORM and form in self._accepted:
-                    kind, routed = Refusal.UNCLEAR if status in (400, 422) else kind, status == 404
-                if status in _REFUSALS and not routed:
-                    raise self._refused(status, kind, response, body, problem)
-                refused = kind is Refusal.PROMPT
-                if status == 429 and refused:  # larger than the limit of a whole minute
-                    raise RequestRefusedError(f"{self._where(path)}: {problem}")
-                if status in (501, 505) or not (status in (404, 408, 429) or status >= 500):
-                    raise BackendError(f"{self._where(path)}: {problem}")
-                retry_after = response.headers.get("Retry-After")
-            except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
-                raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
-            except httpx.TransportError as error:
-                problem, refused = f"{type(error).__name__}: {redacted(str(error), self._api_key)}", False
-            except _NotAsAskedError as error:
-                problem, refused = self._brief(str(error)), False
-            except _DeclinedError as error:
-                raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
+                parsed = self._attempt(path, body, form, parse)
+            except _TransientError as error:
+                problem = error
+            else:
+                self._count(attempt, form)
+                return parsed
             if attempt < self._max_retries:
+                retry_after = problem.retry_after
                 time.sleep(pause_s(attempt + 1, retry_after, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S))
-        failure = RequestRefusedError if refused else BackendError
+        failure = RequestRefusedError if problem.of_prompt else BackendError
         raise failure(f"{self._where(path)}: {problem} (tried {self._max_retries + 1} times)")
+
+    def _attempt(
+        self, path: str, body: dict[str, Any], form: tuple[str, ...], parse: Callable[[dict[str, Any]], Output]
+    ) -> Output:
+        """Send a request once; errors as of `_post`, and `_TransientError`."""
+        try:
+            response = self._client.post(path, json=body)
+            status = response.status_code
+            if status == 200:
+                answer = json_of(response)
+                self._pay(token_counts(answer))  # billed even if the answer cannot be parsed
+                if (status := status_of(answer)) == 200:
+                    return parse(answer)
+        except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
+            raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
+        except httpx.TransportError as error:
+            raise _TransientError(f"{type(error).__name__}: {redacted(str(error), self._api_key)}") from None
+        except NotAsAskedError as error:
+            raise _TransientError(self._brief(str(error))) from None
+        except DeclinedError as error:
+            raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
+        raise self._failure(path, status, response, body, form)
+
+    def _failure(
+        self, path: str, status: int, response: httpx.Response, body: Mapping[str, Any], form: tuple[str, ...]
+    ) -> Exception:
+        """The error for a status other than 200."""
+        problem, kind = f"HTTP {status}: {self._brief(response.text)}", refusal(status, response.text)
+        # A form that was accepted before is right: the fault is the prompt's, or a router's.
+        routed = False
+        if kind is Refusal.FORM and form in self._accepted:
+            kind, routed = Refusal.UNCLEAR if status in (400, 422) else kind, status == 404
+        if status in _REFUSALS and not routed:
+            return self._refused(status, kind, response, body, problem)
+        of_prompt = kind is Refusal.PROMPT
+        if status == 429 and of_prompt:  # larger than the limit of a whole minute
+            return RequestRefusedError(f"{self._where(path)}: {problem}")
+        if status in (501, 505) or not (status in (404, 408, 429) or status >= 500):
+            return BackendError(f"{self._where(path)}: {problem}")
+        return _TransientError(problem, of_prompt=of_prompt, retry_after=response.headers.get("Retry-After"))
 
     def _brief(self, text: str) -> str:
         """The start of a server's text, without secrets; removed first, because a part of one is not recognised."""
@@ -482,14 +507,6 @@ class OpenAIBackend:
             self.usage.usd += sum(tokens * price for tokens, price in zip(paid, self._prices, strict=True)) / 1e6
 
 
-_THOUGHTS = ("reasoning_content", "reasoning")
-_WHOLE = frozenset(
-    {"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "tool_calls", "function_call", "tool_use"}
-)
-"""Finish reasons of a complete text, as is null; any other means that it was cut."""
-_FAILED = frozenset({"error", "abort", "aborted", "cancelled"})
-"""Finish reasons of a failed generation."""
-
 _OURS = {
     "model": "llm.model",
     "messages": "the prompt files",
@@ -512,12 +529,17 @@ _HINT = (
 )
 
 
-class _NotAsAskedError(Exception):
-    """An answer with status 200 that violates the protocol, or a failed generation; a retry may succeed."""
+class _TransientError(Exception):
+    """A failure after which another attempt may succeed.
 
+    Args:
+        of_prompt: whether the server blames the prompt.
+        retry_after: the server's header `Retry-After`.
+    """
 
-class _DeclinedError(Exception):
-    """The model or a content filter declines to answer."""
+    def __init__(self, problem: str, *, of_prompt: bool = False, retry_after: str | None = None) -> None:
+        super().__init__(problem)
+        self.of_prompt, self.retry_after = of_prompt, retry_after
 
 
 def _check_url(url: str) -> None:
@@ -536,106 +558,3 @@ def _check_url(url: str) -> None:
     elif parsed.scheme in ("http", "https") and parsed.host and not parsed.query:
         return
     raise ConfigError(f"llm.url={redacted(url)!r}: {way_out}")
-
-
-def _status(answer: dict[str, Any]) -> int:
-    """HTTP status of an answer; some gateways send an error with 200, and its status or nothing in `error.code`."""
-    error = answer.get("error")
-    if not error or answer.get("choices"):
-        return 200
-    code = str(error.get("code")) if isinstance(error, dict) else ""
-    if code.isdigit() and 400 <= int(code) < 600:
-        return int(code)
-    return 500 if refusal(400, json.dumps(answer)) is Refusal.UNCLEAR else 400
-
-
-def _json(response: httpx.Response) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError as error:
-        raise _NotAsAskedError(f"expected JSON, found {response.text!r}") from error
-    if not isinstance(answer, dict):
-        raise _NotAsAskedError(f"expected a JSON object, found {response.text!r}")
-    return answer
-
-
-def _choice(answer: dict[str, Any]) -> dict[str, Any]:
-    """The only choice of an answer.
-
-    Raises:
-        _DeclinedError: a content filter stopped it.
-        _NotAsAskedError: there is none, or its generation failed.
-    """
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise _NotAsAskedError(f"expected one choice in the server's answer, found {answer}")
-    reason = _reason(choices[0])
-    if reason == "content_filter":
-        raise _DeclinedError("finish_reason content_filter")
-    if reason in _FAILED:
-        raise _NotAsAskedError(f"expected a whole generation, found {answer}")
-    return choices[0]
-
-
-def _reason(choice: dict[str, Any]) -> str:
-    return str(choice.get("finish_reason") or "").lower()
-
-
-def _cut(choice: dict[str, Any]) -> bool:
-    """Whether a text is incomplete: its finish reason is neither null nor one of a complete text."""
-    return bool(_reason(choice)) and _reason(choice) not in _WHOLE
-
-
-def _message(answer: dict[str, Any]) -> Reply:
-    """Text of a chat completion; empty if the message contains only a thought, or was cut within it.
-
-    Raises:
-        _DeclinedError: the model or a content filter declines to answer.
-    """
-    choice = _choice(answer)
-    message = choice.get("message")
-    if not isinstance(message, dict) or not (
-        "content" in message or any(message.get(name) for name in (*_THOUGHTS, "refusal")) or _cut(choice)
-    ):
-        raise _NotAsAskedError(f"expected a message with text, found {answer}")
-    if message.get("refusal"):
-        raise _DeclinedError(str(message["refusal"]))
-    text = _text(message.get("content"))
-    if text is None:
-        raise _NotAsAskedError(f"expected a message with text, found {answer}")
-    return Reply(_whole(text), cut=_cut(choice))
-
-
-def _text(content: Any) -> str | None:
-    """Text of a message's content: a string, or a list of parts without its thoughts; None for anything else."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        parts = [part.get("text") for part in content if part.get("type", "text") in ("text", "output_text")]
-        return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
-    return content if isinstance(content, str) else None
-
-
-def _text_choice(answer: dict[str, Any]) -> tuple[dict[str, Any], str, int | None]:
-    """The choice of a completion, its text, and its number of cached prompt tokens if reported."""
-    choice = _choice(answer)
-    if not isinstance(choice.get("text"), str):
-        raise _NotAsAskedError(f"expected a choice with text, found {answer}")
-    return choice, _whole(choice["text"]), _usage(answer)[1]
-
-
-def _whole(text: str) -> str:
-    """Replace lone surrogates by U+FFFD, as tokenizers decode partial characters; UTF-8 files cannot hold them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _usage(answer: dict[str, Any]) -> tuple[int, int | None, int]:
-    """(prompt, cached, generated) tokens; 0 where the server reports no number, for cached tokens None."""
-    usage = answer.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    prompt, generated = (
-        value if isinstance(value, int) else 0 for value in (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    )
-    return prompt, cached if isinstance(cached, int) else None, generated

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, count, row_seed
+from agentic_r_plugin.llm.base import (
+    Completion,
+    Continuation,
+    Likelihood,
+    Request,
+    Sampling,
+    Usage,
+    answer_accepted,
+    count,
+    row_seed,
+)
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 
@@ -98,10 +108,9 @@ class VLLMBackend:
         Raises:
             BackendError: the engine failed, or returned no continuation for a prompt.
         """
-        refusals = [self._refusal(request) for request in requests]
-        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
-        completions = iter(self._continue(taken, sampling) if taken else [])
-        return [next(completions) if refused is None else refused for refused in refusals]
+        return answer_accepted(
+            requests, lambda request: self._refusal(request.prompt_ids), lambda taken: self._continue(taken, sampling)
+        )
 
     def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
         """Likelihood of every continuation, from the engine's log-probabilities of the prompt.
@@ -109,20 +118,17 @@ class VLLMBackend:
         Raises:
             BackendError: the engine failed, or returned no log-probabilities.
         """
-        requests = [Request(prompt_ids=(*one.prompt_ids, *one.token_ids), max_tokens=1) for one in continuations]
-        refusals = [self._refusal(request) for request in requests]
-        taken = [request for request, refused in zip(requests, refusals, strict=True) if refused is None]
+        return answer_accepted(continuations, lambda one: self._refusal(one.ids), self._likelihoods)
+
+    def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        outputs = iter(self._run(taken, [params] * len(taken)) if taken else [])
-        results = [
-            self._likelihood(one, next(outputs)) if refused is None else refused
-            for one, refused in zip(continuations, refusals, strict=True)
-        ]
-        count(self.usage, [one for one in results if isinstance(one, Likelihood)])
+        outputs = self._run([one.ids for one in continuations], [params] * len(continuations))
+        results = [self._likelihood(one, output) for one, output in zip(continuations, outputs, strict=True)]
+        count(self.usage, results)
         return results
 
     def _likelihood(self, continuation: Continuation, output: Any) -> Likelihood:
-        ids, length = continuation.token_ids, len(continuation.prompt_ids) + len(continuation.token_ids)
+        ids, length = continuation.token_ids, len(continuation.ids)
         given = list(output.prompt_logprobs or ())
         if len(given) != length:
             raise BackendError(f"vllm, {self.model}: {length} prompt tokens, {len(given)} log-probabilities")
@@ -131,16 +137,17 @@ class VLLMBackend:
         return Likelihood(logprobs=logprobs, prompt_tokens=length, cached_tokens=cached)
 
     def _continue(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        outputs = self._run(requests, [self._params(request, sampling) for request in requests])
+        params = [self._params(request, sampling) for request in requests]
+        outputs = self._run([request.prompt_ids for request in requests], params)
         completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
         count(self.usage, completions)
         return completions
 
-    def _run(self, requests: Sequence[Request], params: list[Any]) -> list[Any]:
-        """The engine's outputs, one per request."""
-        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
+        """The engine's outputs, one per prompt."""
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         try:
-            outputs = self._engine.generate(prompts, params, use_tqdm=False)
+            outputs = self._engine.generate(given, params, use_tqdm=False)
         except Exception as error:
             if not isinstance(error, RuntimeError | ValueError) and type(error).__name__ not in _ENGINE_ERRORS:
                 raise
@@ -148,22 +155,16 @@ class VLLMBackend:
                 f"vllm, {self.model}: {type(error).__name__}: {error}; where the engine died, its own output says why, "
                 "and --resume goes on with what is finished"
             ) from error
-        if len(outputs) != len(requests):
-            raise BackendError(f"vllm, {self.model}: {len(requests)} prompts, {len(outputs)} outputs")
+        if len(outputs) != len(prompts):
+            raise BackendError(f"vllm, {self.model}: {len(prompts)} prompts, {len(outputs)} outputs")
         return list(outputs)
 
     def chat(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> list[Reply | RequestRefusedError]:
         """Return the reply to each message without special tokens, or a refusal if it fills the model's context."""
-        requests = [
-            Request(prompt_ids=tuple(self.codec.encode_prompt(text)), max_tokens=max_tokens) for text in prompts
-        ]
-        found = self.generate(requests, Sampling(temperature=temperature, seed=seed))
-        return [
-            done if isinstance(done, RequestRefusedError) else self.codec.reply(done.token_ids, cut=done.cut)
-            for done in found
-        ]
+        requests = self.codec.message_requests(prompts, max_tokens)
+        return self.codec.replies(self.generate(requests, Sampling(temperature=temperature, seed=seed)))
 
     def fingerprint(self) -> str:
         """Hash of the checkpoint's files, or of its hub name."""
@@ -178,9 +179,9 @@ class VLLMBackend:
         """Release the engine."""
         self._engine = None
 
-    def _refusal(self, request: Request) -> RequestRefusedError | None:
+    def _refusal(self, prompt: Sequence[int]) -> RequestRefusedError | None:
         """Check a prompt in advance, because the engine would reject the whole batch because of it."""
-        length, limit = len(request.prompt_ids), self._engine.llm_engine.model_config.max_model_len
+        length, limit = len(prompt), self._engine.llm_engine.model_config.max_model_len
         if length < limit:
             return None
         return RequestRefusedError(
