@@ -279,17 +279,13 @@ def _left_out(decides: Any, names: bool) -> bool:
 
 def _deciding_options(kind: str, name: str, options: Mapping[str, Any], names: bool) -> dict[str, Any]:
     declared = getattr(components.load(kind, name), "Options", None) if options else None
-    known = {item.name: item.metadata.get("decides", True) for item in dataclasses.fields(declared or _NoOptions)}
+    fields = dataclasses.fields(declared) if declared else ()
+    known = {item.name: item.metadata.get("decides", True) for item in fields}
     found: dict[str, Any] = {}
     for option, value in options.items():
         if not _left_out(decides := known.get(option, True), names):
             found[option] = decides(value) if callable(decides) else value
     return found
-
-
-@dataclasses.dataclass
-class _NoOptions:
-    """Options of a component that declares none."""
 
 
 def free_settings(cls: type) -> list[str]:

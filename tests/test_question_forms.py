@@ -463,14 +463,14 @@ def test_a_change_of_the_questions_of_a_beir_data_set_is_noticed(beir):
 
 
 def test_questions_without_answers_get_retrieval_metrics_and_no_exact_match(tmp_path):
-    from agentic_r_plugin.evaluation.metrics import METRICS
+    from tests.evaluation.evaluation_toy import METRICS
 
     trajectory = {"turns": [{"passages": [{"id": "d1"}]}]}
     output = {"answer": "x", "retrieval_results": {}, "retrieved": [], "trajectory": trajectory}
     item = SimpleNamespace(
         id="1", golden_answers=[], choices=[], metadata={"gold_doc_ids": ["d1", "d2"]}, output=output
     )
-    scores = {metric.metric_name: metric.score for metric in (cls.__new__(cls) for cls in METRICS)}
+    scores = {name: cls.__new__(cls).score for name, cls in METRICS.items()}
     for name in ("agentic_em", "agentic_f1", "agentic_sub_em", "answer_recall_at_3"):
         assert scores[name](item, []) is None
     assert scores["gold_document_recall"](item, []) == 0.5

@@ -117,7 +117,6 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
     stage = Stage[Any](
         name="convert corpus",
         config=config,
-        out=Path(config.out),
         inputs={} if files else {"articles": folder},
         models={"documents": fingerprint([(n, sampled_fingerprint(f)) for n, f in zip(names, files, strict=True)])},
         record=CutPassage,
@@ -125,7 +124,6 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         worker=partial(CutWorker, for_workers(config), str(folder)),
         place=lambda item: item.place if isinstance(item, Document) else None,
         batch_size=config.batch_size if files else max(_ROWS, config.batch_size),
-        runner=config.runner,
     )
     report = run_stage(stage, resume=resume)
     if config.runner.forecast:

@@ -16,7 +16,7 @@ from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
+from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_records
 
@@ -119,14 +119,14 @@ def find_candidates(
         results = [next(found) for _ in of_trajectory]
         refused = next((result for result in results if isinstance(result, SearchRefusedError)), None)
         yield refused or [
-            replace(query, passages=_scored(hits), reasoning=query.reasoning if keep_reasoning else "")
+            replace(
+                query,
+                passages=tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits),
+                reasoning=query.reasoning if keep_reasoning else "",
+            )
             for query, hits in zip(of_trajectory, results, strict=True)
             if not isinstance(hits, SearchRefusedError)
         ]
-
-
-def _scored(hits: Sequence[Hit]) -> tuple[ScoredPassage, ...]:
-    return tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits)
 
 
 class CandidatesWorker(StageWorker):
@@ -167,12 +167,10 @@ def run(config: CandidatesConfig, *, resume: bool = False) -> None:
     stage = Stage(
         name="candidates",
         config=config,
-        out=Path(config.out),
         inputs={"trajectories": Path(config.in_)},
         record=Candidates,
         units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
         worker=partial(CandidatesWorker, for_workers(config)),
         batch_size=config.batch_size,
-        runner=config.runner,
     )
     run_stage(stage, resume=resume)

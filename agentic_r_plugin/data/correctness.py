@@ -276,8 +276,7 @@ def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """Run the command `correctness`."""
     config.check()
-    out = Path(config.out)
-    files = QueryFiles(out.parent, relevance=config.relevance)
+    files = QueryFiles(Path(config.out).parent, relevance=config.relevance)
     with Corpus(config.corpus, table=config.search.index) as corpus:
 
         def prepare(query: Candidates) -> CorrectnessTask:
@@ -290,7 +289,6 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
         stage = Stage(
             name="correctness",
             config=config,
-            out=out,
             inputs={"candidates": Path(config.candidates), **files.paths},
             models={"corpus": corpus.fingerprint()},
             record=Correctness,
@@ -299,6 +297,5 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
             sides=files.opened,
             worker=partial(CorrectnessWorker, for_workers(config)),
             batch_size=config.batch_size,
-            runner=config.runner,
         )
         run_stage(stage, resume=resume)

@@ -80,11 +80,8 @@ class GroupsWorker(StageWorker):
 
     def work(self, batch: Sequence[SelectionTask]) -> list[Outcome]:
         """The groups of each query, or the reason why it has none."""
-        return [self._pick(task) for task in batch]
-
-    def _pick(self, task: SelectionTask) -> Outcome:
-        picked = self.pick(task, self.rule)
-        return Outcome(dropped=picked) if isinstance(picked, str) else Outcome(records=tuple(picked))
+        picked = [self.pick(task, self.rule) for task in batch]
+        return [Outcome(dropped=one) if isinstance(one, str) else Outcome(records=tuple(one)) for one in picked]
 
 
 def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:
@@ -162,8 +159,8 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
         ConfigError, ManifestMismatchError: the correctness was not made for this relevance and threshold.
     """
     config.check()
-    rule, out = config.rule(), Path(config.out)
-    files = QueryFiles(out.parent, **config.files())
+    rule = config.rule()
+    files = QueryFiles(Path(config.out).parent, **config.files())
     if "correctness" in files.paths:
         rule = _check_correctness(config, rule)
 
@@ -181,7 +178,6 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     stage = Stage(
         name="groups",
         config=config,
-        out=out,
         inputs={"candidates": Path(config.candidates), **files.paths},
         record=Group,
         units=lambda: query_units(config.candidates),
@@ -189,6 +185,5 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
         sides=files.opened,
         worker=partial(GroupsWorker, config.preset, rule),
         batch_size=1024,
-        runner=config.runner,
     )
     run_stage(stage, resume=resume)

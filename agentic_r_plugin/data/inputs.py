@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,43 +31,38 @@ class PassageStore(Protocol):
         """The passage; raises RecordError if there is none."""
 
 
+def _id(record: Question | Trajectory) -> str:
+    return record.id
+
+
+_FILES: Mapping[str, tuple[type, Callable[[Any], str], bool]] = {
+    "questions": (Question, _id, False),
+    "trajectories": (Trajectory, _id, False),
+    "sub_answers": (SubAnswer, query_key, False),
+    "relevance": (Relevance, query_key, False),
+    "correctness": (Correctness, query_key, True),
+    "groups": (Group, query_key, True),
+}
+"""File -> its records, their key, and whether several may have the same."""
+
+
 class QueryFiles:
     """The other files of an iteration's data, looked up query by query. A file that is not given holds nothing.
 
     Args:
         folder: for temporary files.
         format: form of the questions (`forms.question_form`).
-        questions, trajectories, sub_answers, relevance, correctness, groups: paths; empty: not given.
+        paths: of `questions`, `trajectories`, `sub_answers`, `relevance`, `correctness`, `groups`; empty: not given.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        format: str = "",
-        questions: str | Path = "",
-        trajectories: str | Path = "",
-        sub_answers: str | Path = "",
-        relevance: str | Path = "",
-        correctness: str | Path = "",
-        groups: str | Path = "",
-    ) -> None:
-        read = partial(read_questions, format=format)
-        of_question: dict[str, Any] = {"key": lambda record: record.id}
-        of_query: dict[str, Any] = {"key": query_key}
-        known: dict[str, tuple[str | Path, type, dict[str, Any]]] = {
-            "questions": (questions, Question, of_question | {"reader": read}),
-            "trajectories": (trajectories, Trajectory, of_question),
-            "sub-answers": (sub_answers, SubAnswer, of_query),
-            "relevance": (relevance, Relevance, of_query),
-            "correctness": (correctness, Correctness, of_query | {"many": True}),
-            "groups": (groups, Group, of_query | {"many": True}),
-        }
-        self._files: dict[str, KeyedRecords[Any]] = {
-            role: KeyedRecords(path, record, folder=folder, **options)
-            for role, (path, record, options) in known.items()
-            if path
-        }
+    def __init__(self, folder: Path, *, format: str = "", **paths: str | Path) -> None:
+        self._files: dict[str, KeyedRecords[Any]] = {}
+        for name, path in paths.items():
+            record, key, many = _FILES[name]
+            reader = partial(read_questions, format=format) if record is Question else None
+            if path:
+                role = name.replace("_", "-")
+                self._files[role] = KeyedRecords(path, record, key, many=many, folder=folder, reader=reader)
 
     @property
     def paths(self) -> dict[str, Path]:

@@ -128,8 +128,12 @@ class RelevanceWorker(StageWorker):
 def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     """Run the command `relevance`."""
     config.check()
-    out = Path(config.out)
-    files = QueryFiles(out.parent, questions=config.questions, format=config.format, sub_answers=config.sub_answers)
+    files = QueryFiles(
+        Path(config.out).parent,
+        questions=config.questions,
+        format=config.format,
+        sub_answers=config.sub_answers,
+    )
     with Corpus(config.corpus) as corpus:
         needs_question = config.needs_questions
 
@@ -142,7 +146,6 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
         stage = Stage(
             name="relevance",
             config=config,
-            out=out,
             inputs={"candidates": Path(config.candidates), **files.paths},
             models={"corpus": corpus.fingerprint()},
             record=Relevance,
@@ -151,7 +154,5 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
             sides=files.opened,
             worker=partial(RelevanceWorker, for_workers(config)),
             batch_size=config.batch_size,
-            runner=config.runner,
-            max_error_share=config.max_error_share,
         )
         run_stage(stage, resume=resume)

@@ -155,13 +155,10 @@ def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
     stage = Stage(
         name="sub-answers",
         config=config,
-        out=Path(config.out),
         inputs={"trajectories": Path(config.in_)},
         record=SubAnswer,
         units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
         worker=partial(SubAnswersWorker, for_workers(config)),
         batch_size=config.batch_size,
-        runner=config.runner,
-        max_error_share=config.max_error_share,
     )
     run_stage(stage, resume=resume)

@@ -129,12 +129,10 @@ def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
     stage = Stage(
         name="trajectories",
         config=config,
-        out=Path(config.out),
         inputs={"questions": Path(config.in_)},
         record=Trajectory,
         units=lambda: ((question.id, question) for question in chosen_questions(config)),
         worker=partial(TrajectoriesWorker, for_workers(config)),
         batch_size=config.batch_size,
-        runner=config.runner,
     )
     run_stage(stage, resume=resume)

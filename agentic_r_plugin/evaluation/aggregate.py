@@ -21,9 +21,9 @@ from agentic_r_plugin.evaluation.matrix import (
     cell_name,
     compared_pairs,
     pair_names,
-    provenance,
     write_tables,
 )
+from agentic_r_plugin.evaluation.provenance import provenance
 from agentic_r_plugin.evaluation.statistics import seeds_interval
 from agentic_r_plugin.storage.claim import require_new
 from agentic_r_plugin.store import read_json, write_json

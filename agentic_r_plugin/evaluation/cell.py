@@ -21,16 +21,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrag.config import Config
 
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
-from agentic_r_plugin.evaluation.matrix import made_by, provenance
 from agentic_r_plugin.evaluation.metrics import recall_by_turn
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
+from agentic_r_plugin.evaluation.provenance import made_by, provenance
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever
 from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, wilson_interval
@@ -41,6 +41,9 @@ from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.table import Outcome, WorkTable
 from agentic_r_plugin.store import parse_json, write_json, write_records
+
+if TYPE_CHECKING:
+    from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
 
 RESULT = "result.json"
 SCORES = "scores.json"
@@ -69,19 +72,9 @@ class Cell:
     agent: str
     retriever: str
     benchmark: str
-    data_dir: str
-    split: str
-    num_questions: int | None
-    """None means all."""
-    random_sample: bool
-    seed: int
-    level: float
-    resamples: int
-    metrics: tuple[str, ...]
+    config: EvaluateConfig
     settings: AgenticRSettings
     """Settings that include the paths of this agent and this retriever."""
-    format: str = ""
-    """How the questions are written (`forms.question_form`)."""
     made_from: Mapping[str, Any] = field(default_factory=dict)
     """Everything the result depends on. A resume with other values is refused."""
 
@@ -89,6 +82,16 @@ class Cell:
     def name(self) -> str:
         """Name of the cell and of its folder."""
         return f"{self.agent}-{self.retriever}-{self.benchmark}"
+
+    @property
+    def split(self) -> str:
+        """Split of the benchmark."""
+        return self.config.splits.get(self.benchmark, self.config.split)
+
+    @property
+    def num_questions(self) -> int | None:
+        """Questions to answer; None: all."""
+        return self.config.random if self.config.first is None else self.config.first
 
     def output(self, out: Path) -> Output:
         """The cell's folder in `out`. Metrics are computed after the last question, so until then they may change."""
@@ -100,13 +103,13 @@ class Cell:
     def flashrag_config(self) -> Config:
         """FlashRAG's configuration. FlashRAG itself saves nothing, sets no GPU variable and loads no model."""
         settings = {
-            "data_dir": self.data_dir,
+            "data_dir": self.config.data_dir,
             "dataset_name": self.benchmark,
             "split": [self.split],
             "test_sample_num": self.num_questions,
-            "random_sample": self.random_sample,
-            "seed": self.seed,
-            "metrics": list(self.metrics),
+            "random_sample": self.config.random is not None,
+            "seed": self.config.seed,
+            "metrics": list(self.config.metrics),
             "gpu_id": None,
             "disable_save": True,
             "save_metric_score": False,
@@ -143,7 +146,7 @@ def run_cell(
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
-        dataset = load_split(config, cell.split, cell.format)
+        dataset = load_split(config, cell.split, cell.config.format)
         with WorkTable(held.work) as table:
             _answer(pipeline, dataset, table, judge)
             _check_refused(cell, dataset, table)
@@ -152,7 +155,7 @@ def run_cell(
         write_records(held.out / PER_QUESTION, records)
         if judge is not None:
             write_records(held.out / JUDGEMENTS, judge.judgements(dataset))
-        scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.metrics}
+        scores = {name: [item.output["metric_score"][name] for item in dataset] for name in cell.config.metrics}
         write_json(held.out / SCORES, {"id": [str(item.id) for item in dataset], **scores})
         result = _result(cell, pipeline, dataset, records, scores) | {
             "cost": cost,
@@ -219,13 +222,13 @@ def _result(
         "benchmark": cell.benchmark,
         "split": cell.split,
         "num_questions": len(records),
-        "sample": "all" if cell.num_questions is None else ("random" if cell.random_sample else "first"),
-        "seed": cell.seed,
+        "sample": "all" if cell.num_questions is None else ("first" if cell.config.random is None else "random"),
+        "seed": cell.config.seed,
         "protocol": pipeline.protocol.name,
         **({"protocol_options": options} if (options := pipeline.protocol_options) else {}),
         "limits": asdict(pipeline.limits),
         "topk": pipeline.topk,
-        "metrics": _intervals(cell, pipeline.evaluator.result, scores),
+        "metrics": _intervals(cell.config, pipeline.evaluator.result, scores),
         "stop_reasons": dict(sorted(Counter(record.stop_reason.value for record in records).items())),
         "refused": len(_refused(dataset)),
         "breakdown": _breakdown(dataset, records),
@@ -235,7 +238,7 @@ def _result(
 
 
 def _intervals(
-    cell: Cell, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
+    config: EvaluateConfig, means: Mapping[str, float | None], scores: Mapping[str, Sequence[float | None]]
 ) -> dict[str, Any]:
     """The value of each metric, with an interval if it is the mean of per-question scores (corpus BLEU is not).
 
@@ -248,9 +251,9 @@ def _intervals(
         if name in _RATIOS or not averaged:
             table[name] = {"mean": mean}
         else:
-            interval = bootstrap_interval(present, level=cell.level, resamples=cell.resamples, seed=cell.seed)
+            interval = bootstrap_interval(present, level=config.level, resamples=config.resamples, seed=config.seed)
             if name in _YES_OR_NO and mean in (0, 1):
-                low, high = wilson_interval(round(sum(present)), len(present), level=cell.level)
+                low, high = wilson_interval(round(sum(present)), len(present), level=config.level)
                 interval = replace(interval, low=low, high=high)
             table[name] = asdict(interval)
     return table

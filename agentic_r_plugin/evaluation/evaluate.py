@@ -287,7 +287,8 @@ def _open_judge(config: EvaluateConfig) -> Iterator[AnswerJudge | None]:
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
     """Write `matrix.json` and its tables from the cells' results, and print the Markdown table."""
-    from agentic_r_plugin.evaluation.matrix import cell_name, compare, shared_provenance, write_tables
+    from agentic_r_plugin.evaluation.matrix import cell_name, compare, write_tables
+    from agentic_r_plugin.evaluation.provenance import shared_provenance
 
     folders = {cell_name(result): out / cell_name(result) for result in results}
     comparisons = compare(results, folders, level=config.level, resamples=config.resamples, seed=config.seed)
@@ -326,16 +327,8 @@ def _cells(config: EvaluateConfig) -> Iterator[Cell]:
                 agent=agent,
                 retriever=search,
                 benchmark=benchmark,
-                data_dir=config.data_dir,
-                split=split,
-                num_questions=config.first if config.first is not None else config.random,
-                random_sample=config.random is not None,
-                seed=config.seed,
-                level=config.level,
-                resamples=config.resamples,
-                metrics=tuple(config.metrics),
+                config=config,
                 settings=settings,
-                format=config.format,
                 made_from=_made_from(config, settings, benchmark, split, identities),
             )
             if cell.name in names:

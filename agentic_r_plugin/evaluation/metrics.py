@@ -266,21 +266,6 @@ class AgenticJudge(QuestionMetric):
         return None if correct is None else float(correct)
 
 
-METRICS: tuple[type[QuestionMetric], ...] = (
-    AgenticExactMatch,
-    AgenticF1,
-    AgenticSubExactMatch,
-    SearchTurns,
-    AnswerRecall,
-    AnswerRecallAtDepth,
-    GoldDocumentRecall,
-    GoldDocumentRecallAtDepth,
-    MalformedShare,
-    GeneratedTokens,
-)
-METRIC_NAMES: tuple[str, ...] = tuple(metric.metric_name for metric in METRICS)
-
-
 def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
     """Recall of the n-th search, over the questions with at least n searches.
 

@@ -64,8 +64,8 @@ def bootstrap_interval(values: Values, *, level: float = 0.95, resamples: int = 
     """
     values_N = _checked(values, level)
     means_R = np.concatenate(list(_resampled_means(values_N, resamples, seed)))
-    low, high = _percentiles(means_R, level)
-    return Interval(mean=float(values_N.mean()), low=low, high=high, num_questions=len(values_N))
+    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(values_N.mean()), low=float(low), high=float(high), num_questions=len(values_N))
 
 
 def paired_difference(
@@ -204,8 +204,3 @@ def _sign_flip_p_value(difference_N: NDArray[np.float64], resamples: int, seed: 
         extreme += int((np.abs(signs @ moved_M) >= observed - 1e-9).sum())
     # Count the observed arrangement as one of the permutations, so that p is never 0.
     return (extreme + 1) / (resamples + 1)
-
-
-def _percentiles(means_R: NDArray[np.float64], level: float) -> tuple[float, float]:
-    low, high = np.quantile(means_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

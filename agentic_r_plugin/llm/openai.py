@@ -110,11 +110,9 @@ class OpenAIBackend:
         timeout_s: timeout of one request.
         max_retries: further attempts after 429, 5xx, a timeout, a broken connection, or a malformed answer (no JSON,
             no choice, empty). Pauses double from 0.5 s to 30 s, or follow the server's `Retry-After`, up to 60 s.
-        requests_per_minute: limit on the requests started by this backend, retries included; 0: no limit.
         body: additional body fields, which override ours; None omits a field. `max_completion_tokens` replaces
             `max_tokens` in chats; if it is True, it takes the value of the stage's `max_tokens`.
-        usd_per_million_prompt_tokens, usd_per_million_cached_tokens, usd_per_million_generated_tokens: prices for the
-            cost report; cached prompt tokens have the price of other prompt tokens by default.
+        options: as in `Options`.
 
     Raises:
         ConfigError: no url, no model, or a url that is not the base URL of a server.
@@ -125,8 +123,10 @@ class OpenAIBackend:
         """What `LLMSpec.options` may hold."""
 
         requests_per_minute: float = field(default=0.0, metadata=FREE)
+        """Limit on the requests started by this backend, retries included; 0: no limit."""
         usd_per_million_prompt_tokens: float = field(default=0.0, metadata=FREE)
         usd_per_million_cached_tokens: float | None = field(default=None, metadata=FREE)
+        """None: the price of other prompt tokens."""
         usd_per_million_generated_tokens: float = field(default=0.0, metadata=FREE)
 
     def __init__(
@@ -140,11 +140,8 @@ class OpenAIBackend:
         concurrency: int = 16,
         timeout_s: float = 120.0,
         max_retries: int = 5,
-        requests_per_minute: float = 0.0,
         body: Mapping[str, Any] | None = None,
-        usd_per_million_prompt_tokens: float = 0.0,
-        usd_per_million_cached_tokens: float | None = None,
-        usd_per_million_generated_tokens: float = 0.0,
+        **options: Any,
     ) -> None:
         if not url or not model:
             raise ConfigError(
@@ -158,13 +155,10 @@ class OpenAIBackend:
         self._accepted: set[tuple[str, ...]] = set()  # forms of requests: path and names of the fields
         self._unclear = 0
         self._codec: TokenizerCodec | None = None
-        cached = usd_per_million_cached_tokens
-        self._prices = (
-            usd_per_million_prompt_tokens,
-            usd_per_million_prompt_tokens if cached is None else cached,
-            usd_per_million_generated_tokens,
-        )
-        self._pace = Pace(requests_per_minute / 60)
+        given = self.Options(**options)
+        prompt, cached = given.usd_per_million_prompt_tokens, given.usd_per_million_cached_tokens
+        self._prices = (prompt, prompt if cached is None else cached, given.usd_per_million_generated_tokens)
+        self._pace = Pace(given.requests_per_minute / 60)
         self.usage, self._lock = Usage(), threading.Lock()
         self._client = httpx.Client(
             base_url=url.rstrip("/") + "/",

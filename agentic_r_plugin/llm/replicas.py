@@ -24,9 +24,11 @@ _MAX_RESTARTS = 3
 
 
 def _call(backend: Any, method: str, *arguments: Any, **named: Any) -> tuple[list[Any], dict[str, float]]:
-    """Call a method of an engine's backend; return its result and the backend's usage since it was opened."""
+    """Call a method of an engine's backend; return its result and what it adds to the backend's usage."""
+    usage = getattr(backend, "usage", None) or Usage()
+    before = asdict(usage)
     found = getattr(backend, method)(*arguments, **named)
-    return list(found), asdict(getattr(backend, "usage", None) or Usage())
+    return list(found), {name: value - before[name] for name, value in asdict(usage).items()}
 
 
 class ReplicatedBackend:
@@ -55,8 +57,7 @@ class ReplicatedBackend:
             gpus_if_any=True,
             restarts=_MAX_RESTARTS,
         )
-        self._spent: list[dict[str, float]] = [{} for _ in range(replicas)]
-        self.usage = Usage()
+        self.replicas, self.usage = replicas, Usage()
         try:
             opened = [self._pool.call(place, attrgetter("codec")) for place in range(replicas)]
             self.codec: Codec
@@ -89,22 +90,14 @@ class ReplicatedBackend:
         self._pool.close()
 
     def _deal(self, method: str, items: Sequence[Any], *arguments: Any, **named: Any) -> list[Any]:
-        parts = [part for part in shares(items, len(self._spent)) if part]
+        parts = [part for part in shares(items, self.replicas) if part]
         calls = [self._pool.call(place, _call, method, part, *arguments, **named) for place, part in enumerate(parts)]
         answers: list[Any] = []
-        for place, (found, spent) in enumerate([self._pool.get(reference) for reference in calls]):
+        for found, spent in [self._pool.get(reference) for reference in calls]:
             answers += found
-            self._count(place, spent)
+            for name, value in spent.items():
+                setattr(self.usage, name, getattr(self.usage, name) + value)
         return answers
-
-    def _count(self, place: int, spent: dict[str, float]) -> None:
-        """Add the usage of an engine since its last call; a restarted engine counts from 0 again."""
-        before = self._spent[place]
-        started_again = any(value < before.get(name, 0) for name, value in spent.items())
-        for name, value in spent.items():
-            known = 0 if started_again else before.get(name, 0)
-            setattr(self.usage, name, getattr(self.usage, name) + value - known)
-        self._spent[place] = spent
 
 
 def shares(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:

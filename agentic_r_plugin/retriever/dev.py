@@ -20,12 +20,9 @@ from agentic_r_plugin.search.encoder import Retriever
 
 RECALL_AT = (1, 3, 10, 20)
 _TOP, _CHUNK = max(RECALL_AT), 512
+_NAMES = (*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10")
 
-METRICS = tuple(
-    f"{pool}_{name}"
-    for pool in ("dev", "corpus", "elsewhere")
-    for name in (*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10")
-)
+METRICS = tuple(f"{pool}_{name}" for pool in ("dev", "corpus", "elsewhere") for name in _NAMES)
 """All metric names that the training log may hold."""
 
 
@@ -40,7 +37,7 @@ def ranking_metrics(found: Sequence[Sequence[int]], relevant: Sequence[frozenset
     >>> metrics["recall_at_1"], metrics["recall_at_3"], metrics["mrr_at_10"], round(metrics["ndcg_at_10"], 4)
     (0.0, 0.5, 0.5, 0.3869)
     """
-    sums = dict.fromkeys([*(f"recall_at_{k}" for k in RECALL_AT), "mrr_at_10", "ndcg_at_10"], 0.0)
+    sums = dict.fromkeys(_NAMES, 0.0)
     for ranking, wanted in zip(found, relevant, strict=True):
         places = [place for place, item in enumerate(ranking) if item in wanted]
         for k in RECALL_AT:
@@ -73,13 +70,11 @@ def measure(
     vectors_QD = torch.from_numpy(retriever.encode_queries([item.request for item in queries]))
     rows = list(dict.fromkeys(row for item in dev for row in (item.positive, *item.negatives)))
     members: dict[str, Sequence[int]] = {"dev": rows, "corpus": range(len(corpus))}
-    return {
-        f"{pool}_{name}": value
-        for pool in pools
-        for name, value in ranking_metrics(
-            _search(retriever, corpus, vectors_QD, members[pool], rank, world), relevant
-        ).items()
-    }
+    found: dict[str, float] = {}
+    for pool in pools:
+        metrics = ranking_metrics(_search(retriever, corpus, vectors_QD, members[pool], rank, world), relevant)
+        found |= {f"{pool}_{name}": value for name, value in metrics.items()}
+    return found
 
 
 def _search(

@@ -26,7 +26,7 @@ from agentic_r_plugin.retriever import dev as dev_set
 from agentic_r_plugin.retriever.adapters import Adapters
 from agentic_r_plugin.retriever.batches import Batch, Example, epoch_batches, num_batches
 from agentic_r_plugin.retriever.distributed import average_gradients, gather_columns, share, sum_columns
-from agentic_r_plugin.retriever.encoding import TextEncoder, Tokens, tokenize
+from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.retriever.gradient_cache import backward
 from agentic_r_plugin.retriever.loss import Loss, accuracy, similarities, targets
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig, rate_share
@@ -225,8 +225,10 @@ class Run:
         """
         world, rank = (self.world, self.rank) if self.config.cross_device else (1, 0)
         columns = share(len(batch.rows), rank, world)
-        queries = self._query_tokens(batch.examples)
-        passages = self._passage_tokens([batch.rows[column] for column in columns])
+        retriever = self.retriever
+        queries = tokenize(retriever, [retriever.query_text(item.request) for item in batch.examples], "query")
+        contents = [self.corpus[batch.rows[column]].contents for column in columns]
+        passages = tokenize(retriever, contents, "passage")
         known = targets(batch, mask_false_negatives=self.config.mask_false_negatives)
         found: dict[str, float] = {}
 
@@ -251,12 +253,6 @@ class Run:
             kept_tokens=4 * self.mini_batch_tokens if self.config.kept_tokens is None else self.config.kept_tokens,
         )
         return loss.item(), found["accuracy"], sum(map(len, queries)) + sum(map(len, passages))
-
-    def _query_tokens(self, examples: tuple[Example, ...]) -> list[Tokens]:
-        return tokenize(self.retriever, [self.retriever.query_text(item.request) for item in examples], "query")
-
-    def _passage_tokens(self, rows: list[int]) -> list[Tokens]:
-        return tokenize(self.retriever, [self.corpus[row].contents for row in rows], "passage")
 
     # --- the curve
 

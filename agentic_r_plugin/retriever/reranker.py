@@ -214,7 +214,17 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                     held.note(before={"retriever": measure(dev, corpus), "before": measure(dev, corpus, reranker)})
                 chosen = [drawn(query, config.num_candidates, config.seed) for query in training]
                 with trackers.running(out, to_dict(config)):
-                    log = _fit(config, reranker, _columns(chosen, corpus, reranker), held.work, trackers)
+                    log = fit(
+                        reranker.model,
+                        _columns(chosen, corpus, reranker),
+                        LambdaLoss(reranker.model, mini_batch_size=_PAIRS),
+                        held.work,
+                        epochs=config.epochs,
+                        batch_size=config.batch_size,
+                        learning_rate=config.learning_rate,
+                        seed=config.seed,
+                        on_log=trackers.log,
+                    )
                 measured = held.noted("before") | {"after": measure(dev, corpus, reranker)} if dev else {}
                 reranker.save(out)
                 with atomic_path(out / METRICS) as temporary:
@@ -224,26 +234,6 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 held.finish(done)
             shutil.rmtree(held.work, ignore_errors=True)
             push_folder(config)
-
-
-def _fit(
-    config: TrainRerankerConfig,
-    reranker: CrossEncoderReranker,
-    columns: Mapping[str, list[Any]],
-    folder: Path,
-    trackers: Trackers,
-) -> list[dict[str, Any]]:
-    return fit(
-        reranker.model,
-        columns,
-        LambdaLoss(reranker.model, mini_batch_size=_PAIRS),
-        folder,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        on_log=trackers.log,
-    )
 
 
 def fit(

@@ -123,26 +123,24 @@ def _entities(
     elif kind == "work":
         drafts = _with_namesakes(rng, maker.title, None, list(names.WORK_KINDS), count, namesakes)
     else:
-        drafts = []
-    if drafts:
-        bearers = [name for name, _ in drafts]
+        named = (_name_of(maker, kind) for _ in range(count))
         return [
-            Entity(
-                key=start + index,
-                type=kind,
-                name=name,
-                kind=trade,
-                split=split,
-                pronoun=rng.choice(("he", "she")) if kind == "person" else "it",
-                unique=bearers.count(name) == 1,
-            )
-            for index, (name, trade) in enumerate(drafts)
+            Entity(key=start + index, type=kind, name=name, alias=alias, split=split)
+            for index, (name, alias) in enumerate(named)
         ]
-    made: list[Entity] = []
-    for index in range(count):
-        name, alias = _name_of(maker, kind)
-        made.append(Entity(key=start + index, type=kind, name=name, alias=alias, split=split))
-    return made
+    bearers = [name for name, _ in drafts]
+    return [
+        Entity(
+            key=start + index,
+            type=kind,
+            name=name,
+            kind=trade,
+            split=split,
+            pronoun=rng.choice(("he", "she")) if kind == "person" else "it",
+            unique=bearers.count(name) == 1,
+        )
+        for index, (name, trade) in enumerate(drafts)
+    ]
 
 
 def _name_of(maker: names.NameMaker, kind: str) -> tuple[str, str]:

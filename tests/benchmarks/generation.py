@@ -7,6 +7,18 @@ turn. `model.generate` runs with its dynamic and its static cache and computes e
 keeps nothing between calls; on one turn all compute the same. The bound is the model's matrix products and attention
 alone, for exactly the tokens and keys that our forward passes had, without padding them, norms, rotations and Python;
 it is measured right after. CPU seconds, the least of `--times`. Fails when the writers differ.
+
+Results (the quick start's agent, 3.4 M parameters, float32, one thread of a busy AMD EPYC; 16 rows, 300 prompt tokens,
+40 tokens written and 200 observed per turn):
+
+| turns | ours | `model.generate`, dynamic cache | static cache |
+|---|---|---|---|
+| 1 | 1.06 s | 1.18 times ours | 1.10 times |
+| 3 | 3.43 s | 1.88 times | 1.81 times |
+
+Prefill takes 1.3 times as long as its matrix products and attention alone, measured in the same run; most of the rest
+is the model's norms, rotations and activations. Decoding takes 1.4 times as long: its attention reads all keys and
+values of every row from memory for each token, and small batches add a few milliseconds of Python per step.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from agentic_r_plugin.store import read_json, read_records, write_records
 class EchoConfig:
     in_: str = field(metadata=FREE)
     out: str = field(metadata=FREE)
+    max_error_share: float = field(default=0.1, metadata=FREE)
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata=FREE)
 
 
 class Echo:
@@ -69,18 +71,17 @@ IDS = [f"q{10 ** (number % 3)}x{number}" for number in range(100)]
 
 
 def stage_of(folder: Path, name: str = "o.jsonl", *, share: float = 0.1, **runner: Any) -> Stage[Question]:
-    config = EchoConfig(in_=str(folder / "in.jsonl"), out=str(folder / name))
+    config = EchoConfig(
+        in_=str(folder / "in.jsonl"), out=str(folder / name), max_error_share=share, runner=RunnerSpec(**runner)
+    )
     return Stage(
         name="echo",
         config=config,
-        out=Path(config.out),
         inputs={"questions": Path(config.in_)},
         record=SubAnswer,
         units=lambda: ((question.id, question) for question in read_records(config.in_, Question)),
         worker=partial(Echo, folder),
         batch_size=7,
-        runner=RunnerSpec(**runner),
-        max_error_share=share,
     )
 
 

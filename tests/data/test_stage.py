@@ -37,6 +37,8 @@ class UpperConfig:
     in_: str = field(metadata=FREE)
     out: str = field(metadata=FREE)
     suffix: str = "!"
+    max_error_share: float = field(default=0.25, metadata=FREE)
+    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata=FREE)
     llm: LLMSpec = field(default_factory=lambda: LLMSpec(backend="vllm", model="m", dtype="bfloat16", options=OPTIONS))
     search: SearchSpec = field(default_factory=lambda: SearchSpec(options={"nprobe": 8}))
 
@@ -81,16 +83,13 @@ class Shouter:
     def run(self, *, resume: bool = False, models: dict[str, str] | None = None, **runner: Any) -> dict:
         stage = Stage(
             name="shout",
-            config=self.config,
-            out=Path(self.config.out),
+            config=replace(self.config, runner=RunnerSpec(**runner)),
             inputs={"questions": Path(self.config.in_)},
             models=models or {},
             record=SubAnswer,
             units=lambda: ((question.id, question) for question in read_records(self.config.in_, Question)),
             worker=self.opened,
             batch_size=3,
-            runner=RunnerSpec(**runner),
-            max_error_share=0.25,
         )
         return run_stage(stage, resume=resume)
 

@@ -10,7 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.evaluation.matrix import cell_name, compare, hardware, versions
+from agentic_r_plugin.evaluation.matrix import cell_name, compare
+from agentic_r_plugin.evaluation.provenance import hardware, versions
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval
 from agentic_r_plugin.records import Correctness, Relevance, ScoredPassage, StopReason, Trajectory, Turn
 from agentic_r_plugin.store import dump_line, write_json, write_records

@@ -11,6 +11,7 @@ from typing import Any
 from flashrag.config import Config
 
 from agentic_r_plugin.answers import normalize
+from agentic_r_plugin.evaluation import metrics
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
@@ -18,6 +19,14 @@ from agentic_r_plugin.search.base import Hit, SearchRequest
 PEOPLE = ("Ada Lom", "Bo Rusk", "Cy Venn", "Di Marsh", "Ed Pohl", "Fay Quin")
 TOWNS = ("Orlo", "Pell", "Quay", "Rond", "Sarn", "Tule")
 RIVERS = ("Awe", "Bure", "Cam", "Dee", "Exe", "Fal")
+_NEED_MORE = ("agentic_base", "agentic_judge")
+METRICS = {
+    cls.metric_name: cls
+    for cls in vars(metrics).values()
+    if isinstance(cls, type) and issubclass(cls, metrics.QuestionMetric) and cls.metric_name not in _NEED_MORE
+}
+"""Name -> class of the metrics that need only answers and searches."""
+METRIC_NAMES = tuple(METRICS)
 
 
 def write_benchmark(folder: Path, *, num_questions: int = 6) -> Path:

@@ -31,7 +31,6 @@ from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table, write_tables
-from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, AnswerJudgeSettings
 from agentic_r_plugin.records import Judgement, Trajectory
 from agentic_r_plugin.report import report
@@ -39,7 +38,7 @@ from agentic_r_plugin.report.results import columns
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json
-from tests.evaluation.evaluation_toy import PEOPLE, RuleAgent, write_benchmark
+from tests.evaluation.evaluation_toy import METRIC_NAMES, PEOPLE, RuleAgent, write_benchmark
 from tests.llm.loopback import chat, serve
 from tests.search.tiny_retriever import make_reranker
 from tests.test_questions import write_form
@@ -391,16 +390,18 @@ def test_a_server_takes_no_options_of_another_engine() -> None:
 
 
 def test_an_interval_is_given_only_where_a_metric_is_the_mean_of_its_scores(tmp_path: Path) -> None:
-    cell, scores = rule_cell(tmp_path, "x"), [0.0, 1.0, 1.0, None]
-    table = _intervals(cell, {"mean": 2 / 3, "corpus": 0.5, "none": None}, dict.fromkeys(("mean", "corpus"), scores))
+    config, scores = rule_cell(tmp_path, "x").config, [0.0, 1.0, 1.0, None]
+    table = _intervals(config, {"mean": 2 / 3, "corpus": 0.5, "none": None}, dict.fromkeys(("mean", "corpus"), scores))
     assert set(table["mean"]) > {"low", "high"} and table["mean"]["num_questions"] == 3
     assert table["corpus"] == {"mean": 0.5} and table["none"] == {"mean": None}
 
 
 def test_exact_match_of_all_or_nothing_has_an_interval_with_a_width(tmp_path: Path) -> None:
-    cell = rule_cell(tmp_path, "x")
+    config = rule_cell(tmp_path, "x").config
     none, every = [0.0] * 20, [1.0] * 20
-    table = _intervals(cell, {"agentic_em": 0.0, "agentic_sub_em": 1.0}, {"agentic_em": none, "agentic_sub_em": every})
+    table = _intervals(
+        config, {"agentic_em": 0.0, "agentic_sub_em": 1.0}, {"agentic_em": none, "agentic_sub_em": every}
+    )
     assert (table["agentic_em"]["low"], table["agentic_sub_em"]["high"]) == (0.0, 1.0)
     assert table["agentic_em"]["high"] == pytest.approx(0.161, abs=1e-3) == 1 - table["agentic_sub_em"]["low"]
 
@@ -436,18 +437,15 @@ def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(
 def rule_cell(tmp_path: Path, name: str, **settings: Any) -> Cell:
     if not (tmp_path / "toy").exists():
         write_benchmark(tmp_path)
+    config = EvaluateConfig(
+        out="", data_dir=str(tmp_path), benchmarks=["toy"], agents={"rule": "x"}, searches={name: "x"},
+        resamples=500, metrics=list(METRIC_NAMES),
+    )  # fmt: skip
     return Cell(
         agent="rule",
         retriever=name,
         benchmark="toy",
-        data_dir=str(tmp_path),
-        split="test",
-        num_questions=None,
-        random_sample=False,
-        seed=0,
-        level=0.95,
-        resamples=500,
-        metrics=METRIC_NAMES,
+        config=config,
         settings=AgenticRSettings(**settings),
     )
 
@@ -732,11 +730,12 @@ def run_judged(
     tmp_path: Path, name: str, agent: RuleAgent, answer: Any = verdict, **judging: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """The cell's result, and the prompts that the judge was sent."""
-    cell = replace(rule_cell(tmp_path, name), metrics=(*METRIC_NAMES, "agentic_judge"))
+    cell = rule_cell(tmp_path, name)
     spec = SearchSpec(backend="bm25", corpus=str(tmp_path / "toy" / "corpus.jsonl"))
     with serve(lambda path, body: chat(answer(body["messages"][0]["content"]))) as server, open_search(spec) as search:
         llm = LLMSpec(backend="openai", url=server.url, model="judge", concurrency=1)
         settings = AnswerJudgeSettings(llm=llm, **{"max_error_share": 0.2, "max_retries": 1, **judging})
+        cell = replace(cell, config=replace(cell.config, judge=settings))
         try:
             with open_llm(llm) as backend, cell.output(tmp_path / "out").claim(resume=True) as held:
                 held.begin({"agent_fingerprint": agent.fingerprint(), "search_fingerprint": search.fingerprint()})

@@ -13,9 +13,9 @@ from flashrag.evaluator import Evaluator
 from flashrag.evaluator.metrics import BaseMetric, ExactMatch
 
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.evaluation.metrics import METRIC_NAMES, METRICS, recall_by_turn
+from agentic_r_plugin.evaluation.metrics import recall_by_turn
 from agentic_r_plugin.evaluation.pipeline import StrictEvaluator
-from tests.evaluation.evaluation_toy import flashrag_config
+from tests.evaluation.evaluation_toy import METRIC_NAMES, METRICS, flashrag_config
 
 WORDS = ["the", "a", "an", "yes", "no", "noanswer", "None", "Paris", "paris.", "café", "CAFÉ", "İstanbul", "ǅ", "ﬁn"]
 WORDS += ["Übermut", "o'Neil", "3,000", "3000", "–", "A.D.", "\u00a0", "\u2028", "naïve", "naïve"]
@@ -26,8 +26,7 @@ def dataset(config: Any, rows: list[dict[str, Any]]) -> Dataset:
 
 
 def calculate(config: Any, name: str, data: Dataset) -> tuple[dict[str, Any], list[Any]]:
-    metric = next(metric for metric in METRICS if metric.metric_name == name)
-    return metric(config).calculate_metric(data)
+    return METRICS[name](config).calculate_metric(data)
 
 
 def random_text(rng: random.Random) -> str:
@@ -69,7 +68,7 @@ def test_a_missing_answer_scores_nothing_even_where_gold_is_none(tmp_path: Path)
 def test_flashrags_evaluator_finds_every_metric_and_no_name_is_taken(tmp_path: Path) -> None:
     config = flashrag_config(tmp_path, metrics=list(METRIC_NAMES))
     evaluator = Evaluator(config)
-    assert {name: type(evaluator.metric_class[name]) for name in METRIC_NAMES} == {m.metric_name: m for m in METRICS}
+    assert {name: type(evaluator.metric_class[name]) for name in METRIC_NAMES} == METRICS
     theirs = {cls.metric_name for cls in BaseMetric.__subclasses__() if cls.__module__.startswith("flashrag")}
     assert not theirs & set(METRIC_NAMES)
 

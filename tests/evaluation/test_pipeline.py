@@ -16,7 +16,6 @@ from flashrag.utils import get_dataset
 from agentic_r_plugin import components
 from agentic_r_plugin.errors import AgenticRError, ConfigError, RecordError, SearchUnavailableError
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
-from agentic_r_plugin.evaluation.metrics import METRIC_NAMES
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend
 from agentic_r_plugin.evaluation.settings import read_settings
@@ -25,7 +24,14 @@ from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.store import read_records
 from agentic_r_plugin.tags import search_r1
-from tests.evaluation.evaluation_toy import OverlapSearch, RuleAgent, flashrag_config, write_benchmark, write_lines
+from tests.evaluation.evaluation_toy import (
+    METRIC_NAMES,
+    OverlapSearch,
+    RuleAgent,
+    flashrag_config,
+    write_benchmark,
+    write_lines,
+)
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluation" / "flashrag.yaml"
 

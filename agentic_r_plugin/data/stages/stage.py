@@ -32,7 +32,7 @@ from agentic_r_plugin.data.stages.runner import Batch, Executor, RunnerSpec, Wor
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
-from agentic_r_plugin.storage.claim import Claim, Output
+from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
 from agentic_r_plugin.store import (
@@ -56,8 +56,8 @@ class Stage(Generic[Item]):
 
     Args:
         name: name of the command.
-        config: its configuration; settings that can change the result (`config.deciding`) are compared on resume.
-        out: output file, or folder of shards (`runner.sharded`).
+        config: its configuration, with `out` (a file, or a folder of shards) and `runner`; settings that can change
+            the result (`config.deciding`) are compared on resume.
         inputs: input files, by role.
         models: fingerprints of the caller's own resources, by role; the workers add theirs.
         record: type of the records written.
@@ -67,13 +67,10 @@ class Stage(Generic[Item]):
         sides: files in which `prepare` looks records up; read once before any work, closed at the end.
         worker: builds a worker (from `for_workers(config)`); must be picklable if `runner` uses Ray.
         batch_size: units per batch; a killed process loses the batches in flight.
-        runner: where the work runs.
-        max_error_share: the stage fails if the judge fails on more than this share of the units.
     """
 
     name: str
     config: Any
-    out: Path
     inputs: dict[str, Path]
     units: Callable[[], Iterable[tuple[str, Item]]]
     worker: Callable[[], Worker[Any]]
@@ -83,8 +80,22 @@ class Stage(Generic[Item]):
     prepare: Callable[[Item], Any] = lambda item: item
     sides: Sequence[KeyedRecords[Any]] = ()
     models: dict[str, str] = field(default_factory=dict)
-    runner: RunnerSpec = field(default_factory=RunnerSpec)
-    max_error_share: float = 0.1
+
+    @property
+    def out(self) -> Path:
+        """The output file or folder."""
+        return Path(self.config.out)
+
+    @property
+    def runner(self) -> RunnerSpec:
+        """Where the work runs."""
+        found: RunnerSpec = self.config.runner
+        return found
+
+    @property
+    def max_error_share(self) -> float:
+        """The stage fails if the judge fails on more than this share of the units."""
+        return float(getattr(self.config, "max_error_share", 0.1))
 
     def companion(self, suffix: str) -> Path:
         """Path of a file next to OUT, with OUT's name and a suffix."""
@@ -130,7 +141,8 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
             with WorkTable(held.work) as table:
                 _work(stage, table, total, executor)
                 held.finish(_finish(stage, table, total))
-        _clean_up(held)
+        WorkTable.remove(held.work)
+        _remove_leftovers(held.out)
         assert held.finished is not None
         return held.finished
 
@@ -373,11 +385,6 @@ def _write_shards(stage: Stage[Any], rows: Callable[[int, int], Iterator[Row]], 
 def _shards(out: Path) -> Path:
     """Temporary folder of the shards, before it is renamed to OUT."""
     return out.with_name(f".{out.name}.shards.tmp")
-
-
-def _clean_up(held: Claim) -> None:
-    WorkTable.remove(held.work)
-    _remove_leftovers(held.out)
 
 
 def _remove_leftovers(out: Path) -> None:
