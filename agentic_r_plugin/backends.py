@@ -136,7 +136,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
         elif is_dataclass(value):
             made[item.name] = with_absolute_paths(value)
     if getattr(settings, "backend", "") == "openai":
-        del made["model"]
+        made.pop("model", None)
     return replace(settings, **made)
 
 
