@@ -91,6 +91,12 @@ class Usage:
     usd: float = 0.0
     """Cost at the configured prices; 0 without prices."""
 
+    def count(self, done: Sequence[Completion | Likelihood]) -> None:
+        """Add the requests of completions or likelihoods."""
+        for one in done:
+            self.requests += 1
+            count_tokens(self, one)
+
 
 class LLMBackend(Protocol):
     """A model that continues prompts. A backend that counts its usage exposes it as `usage` (`Usage`).
@@ -167,14 +173,7 @@ def count_tokens(meter: TokenMeter, done: Completion | Likelihood) -> None:
     meter.generated_tokens += len(done.token_ids) if isinstance(done, Completion) else 0
 
 
-def count(usage: Usage, completions: Sequence[Completion | Likelihood]) -> None:
-    """Add completions or likelihoods to the usage counts."""
-    for done in completions:
-        usage.requests += 1
-        count_tokens(usage, done)
-
-
-def answer_accepted(
+def answered(
     items: Sequence[Item],
     refusal: Callable[[Item], RequestRefusedError | None],
     answer: Callable[[Sequence[Item]], Sequence[Answer]],

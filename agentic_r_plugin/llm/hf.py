@@ -9,17 +9,7 @@ from typing import TYPE_CHECKING, Any
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import (
-    Completion,
-    Continuation,
-    Likelihood,
-    Request,
-    Sampling,
-    Usage,
-    answer_accepted,
-    count,
-    row_seed,
-)
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, answered, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.store import file_fingerprint
@@ -133,7 +123,7 @@ class HFBackend:
             )
             for row, prompt in zip(rows, prompts, strict=True)
         ]
-        count(self.usage, completions)
+        self.usage.count(completions)
         return completions
 
     def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood | RequestRefusedError]:
@@ -142,7 +132,7 @@ class HFBackend:
         def refusal(one: Continuation) -> RequestRefusedError | None:
             return self._refusal(len(one.ids), f"a text of {len(one.ids)} tokens")
 
-        return answer_accepted(continuations, refusal, self._likelihoods)
+        return answered(continuations, refusal, self._likelihoods)
 
     def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         texts = [one.ids for one in continuations]
@@ -151,7 +141,7 @@ class HFBackend:
             Likelihood(logprobs=logprobs, prompt_tokens=len(text), cached_tokens=cached)
             for text, (logprobs, cached) in zip(texts, found, strict=True)
         ]
-        count(self.usage, results)
+        self.usage.count(results)
         return results
 
     def chat(
@@ -165,7 +155,7 @@ class HFBackend:
 
         sampling = Sampling(temperature=temperature, seed=seed)
         requests = self.codec.message_requests(prompts, max_tokens)
-        return self.codec.replies(answer_accepted(requests, refusal, lambda fit: self.generate(fit, sampling)))
+        return self.codec.replies(answered(requests, refusal, lambda fit: self.generate(fit, sampling)))
 
     def _refusal(self, length: int, what: str) -> RequestRefusedError | None:
         if length <= self.max_length:

@@ -20,19 +20,9 @@ import httpx
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.credentials import authorization, read_secret, redacted, shown
 from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigError, RequestRefusedError
+from agentic_r_plugin.llm import openai_answers as answers
 from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.llm.openai_answers import (
-    DeclinedError,
-    NotAsAskedError,
-    finish_reason,
-    is_cut,
-    json_of,
-    message_of,
-    status_of,
-    text_choice,
-    token_counts,
-)
 from agentic_r_plugin.llm.rate import Pace
 from agentic_r_plugin.llm.refusals import Refusal, named_fields, refusal
 from agentic_r_plugin.llm.reply import Reply
@@ -249,7 +239,7 @@ class OpenAIBackend:
 
         def reply(prompt: str) -> Reply:
             messages = [{"role": "user", "content": prompt}]
-            return self._post("chat/completions", settings | {"messages": messages}, message_of)
+            return self._post("chat/completions", settings | {"messages": messages}, answers.message_of)
 
         return self._all(reply, prompts)
 
@@ -333,24 +323,24 @@ class OpenAIBackend:
             body["top_k"] = sampling.top_k
         if sampling.seed is not None and sampling.temperature > 0:
             body["seed"] = row_seed(sampling.seed, request.prompt_ids)
-        choice, text, cached = self._post("completions", self._with_options(body, chat=False), text_choice)
+        choice, text, cached = self._post("completions", self._with_options(body, chat=False), answers.text_choice)
         ids = choice.get("token_ids")
         if not ids:
             ids = codec.encode(self._with_stop(choice, text, sampling.stop))
-        if not ids and is_cut(choice):
+        if not ids and answers.is_cut(choice):
             raise RequestRefusedError(f"no continuation: finish_reason {str(choice['finish_reason'])[:80]}")
         ids = ids or self._end_of_sequence(codec)
         return Completion(
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=cached,
-            cut=is_cut(choice),
+            cut=answers.is_cut(choice),
         )
 
     def _likelihood(self, continuation: Continuation) -> Likelihood:
         ids = list(continuation.ids)
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
-        choice, _, cached = self._post("completions", self._with_options(body, chat=False), text_choice)
+        choice, _, cached = self._post("completions", self._with_options(body, chat=False), answers.text_choice)
         logprobs = choice.get("logprobs")
         given = (logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None) or []
         found = given[len(continuation.prompt_ids) : len(ids)]
@@ -376,7 +366,7 @@ class OpenAIBackend:
         reported = [choice[name] for name in ("stop_reason", "matched_stop") if name in choice]
         if met := next((reason for reason in reported if reason in stop), None):
             return text + str(met)
-        if stop and not reported and finish_reason(choice) in ("stop", "stop_sequence"):
+        if stop and not reported and answers.finish_reason(choice) in ("stop", "stop_sequence"):
             raise BackendError(
                 "llm: expected a server that keeps stop strings (include_stop_str_in_output, no_stop_trim) or says "
                 "what ended a completion (stop_reason, matched_stop), found neither in "
@@ -422,17 +412,17 @@ class OpenAIBackend:
             response = self._client.post(path, json=body)
             status = response.status_code
             if status == 200:
-                answer = json_of(response)
-                self._pay(token_counts(answer))  # billed even if the answer cannot be parsed
-                if (status := status_of(answer)) == 200:
+                answer = answers.json_of(response)
+                self._pay(answers.token_counts(answer))  # billed even if the answer cannot be parsed
+                if (status := answers.status_of(answer)) == 200:
                     return parse(answer)
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # invalid request: no retry
             raise BackendError(f"{self._where(path)}: {redacted(str(error), self._api_key)}") from None
         except httpx.TransportError as error:
             raise _TransientError(f"{type(error).__name__}: {redacted(str(error), self._api_key)}") from None
-        except NotAsAskedError as error:
+        except answers.NotAsAskedError as error:
             raise _TransientError(self._brief(str(error))) from None
-        except DeclinedError as error:
+        except answers.DeclinedError as error:
             raise RequestRefusedError(f"no reply: {self._brief(str(error))}") from None
         raise self._failure(path, status, response, body, form)
 
@@ -524,12 +514,7 @@ _HINT = (
 
 
 class _TransientError(Exception):
-    """A failure after which another attempt may succeed.
-
-    Args:
-        of_prompt: whether the server blames the prompt.
-        retry_after: the server's header `Retry-After`.
-    """
+    """A failure after which another attempt may succeed; whether it is the prompt's, and the server's `Retry-After`."""
 
     def __init__(self, problem: str, *, of_prompt: bool = False, retry_after: str | None = None) -> None:
         super().__init__(problem)

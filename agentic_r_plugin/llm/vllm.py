@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import BackendError, ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import (
-    Completion,
-    Continuation,
-    Likelihood,
-    Request,
-    Sampling,
-    Usage,
-    answer_accepted,
-    count,
-    row_seed,
-)
+from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, answered, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.reply import Reply
 
@@ -108,7 +98,7 @@ class VLLMBackend:
         Raises:
             BackendError: the engine failed, or returned no continuation for a prompt.
         """
-        return answer_accepted(
+        return answered(
             requests, lambda request: self._refusal(request.prompt_ids), lambda taken: self._continue(taken, sampling)
         )
 
@@ -118,13 +108,13 @@ class VLLMBackend:
         Raises:
             BackendError: the engine failed, or returned no log-probabilities.
         """
-        return answer_accepted(continuations, lambda one: self._refusal(one.ids), self._likelihoods)
+        return answered(continuations, lambda one: self._refusal(one.ids), self._likelihoods)
 
     def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = self._run([one.ids for one in continuations], [params] * len(continuations))
         results = [self._likelihood(one, output) for one, output in zip(continuations, outputs, strict=True)]
-        count(self.usage, results)
+        self.usage.count(results)
         return results
 
     def _likelihood(self, continuation: Continuation, output: Any) -> Likelihood:
@@ -140,7 +130,7 @@ class VLLMBackend:
         params = [self._params(request, sampling) for request in requests]
         outputs = self._run([request.prompt_ids for request in requests], params)
         completions = [self._completion(request, output) for request, output in zip(requests, outputs, strict=True)]
-        count(self.usage, completions)
+        self.usage.count(completions)
         return completions
 
     def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
