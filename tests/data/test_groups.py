@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.cli import main
+from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.groups import GroupsConfig, run
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.records import (
@@ -176,3 +177,10 @@ def test_correctness_in_order_of_likelihood_gives_the_tie_that_it_found(config: 
     with pytest.raises(ConfigError, match=r"stops at the first correct candidate of any relevance; set groups.use_rel"):
         write_json(manifest, {"made_from": made_from | {"exhaustive": True, "order": "likelihood"}, "config": {}})
         run(replace(given, out=f"{tmp_path}/other"))
+
+
+def test_removed_settings_are_accepted_with_the_value_that_is_the_rule():
+    given = {"candidates": "c", "out": "o", "drop_duplicate_queries": False, "drop_duplicate_passages": False}
+    assert load_config(GroupsConfig, values=given) == GroupsConfig(candidates="c", out="o")
+    with pytest.raises(ConfigError, match="'drop_duplicate_queries': this setting was removed and False is the rule"):
+        load_config(GroupsConfig, values=given | {"drop_duplicate_queries": True})
