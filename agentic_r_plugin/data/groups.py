@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agentic_r_plugin.answers import normalize
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.inputs import FirstQueries, QueryFiles, query_units
 from agentic_r_plugin.data.selection import (
     DUPLICATE_QUERY,
@@ -24,7 +25,6 @@ from agentic_r_plugin.data.stages.runner import RunnerSpec
 from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Group
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import file_fingerprint, read_json
@@ -86,7 +86,7 @@ class GroupsWorker:
     """Selects the groups of batches of queries."""
 
     def __init__(self, preset: str, rule: SelectionRule) -> None:
-        self.pick, self.rule, self.cost = selection_named(preset).pick, rule, RolloutCost()
+        self.pick, self.rule, self.cost = selection_named(preset).pick, rule, Cost()
 
     def fingerprints(self) -> dict[str, str]:
         """Empty: no model is used."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agentic_r_plugin.answers import normalize
+from agentic_r_plugin.data.stages.stage import Unit, record_units
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Candidates, Correctness, Group, Passage, Question, Relevance, SubAnswer, Trajectory
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
-from agentic_r_plugin.store import read_records
 
 
 def query_key(record: Candidates | SubAnswer | Relevance | Correctness | Group) -> str:
@@ -20,9 +20,9 @@ def query_key(record: Candidates | SubAnswer | Relevance | Correctness | Group) 
     return f"{record.id}/{record.turn}"
 
 
-def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
-    """(key, query) units of the stages that work on queries."""
-    return ((query_key(query), query) for query in read_records(path, Candidates))
+def query_units(path: str | Path) -> Iterator[Unit[Candidates]]:
+    """Units of the stages that work on queries."""
+    return record_units(path, Candidates, query_key)
 
 
 class PassageStore(Protocol):
@@ -131,8 +131,8 @@ class FirstQueries:
 
     def __init__(self, path: str | Path, folder: Path) -> None:
         self._first = HashIndex(folder)
-        for key, query in query_units(path):
-            self._first.add(_words_hash(query), key_hash(key))
+        for unit in query_units(path):
+            self._first.add(_words_hash(unit.item), key_hash(unit.key))
         self._first.finish()
 
     def repeats(self, query: Candidates) -> bool:

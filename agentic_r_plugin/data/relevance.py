@@ -12,6 +12,7 @@ from typing import Any
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import outcome_of
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
@@ -20,7 +21,6 @@ from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.records import Candidates, Question, Relevance
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
@@ -106,7 +106,7 @@ class RelevanceWorker:
     """Scores batches of queries; holds the scorer and its judge."""
 
     def __init__(self, config: RelevanceConfig) -> None:
-        self.cost, self._stack = RolloutCost(), ExitStack()
+        self.cost, self._stack = Cost(), ExitStack()
         resources = Resources(
             open_judge=lambda: self._stack.enter_context(open_llm(config.llm)),  # type: ignore[arg-type,return-value]
             cost=self.cost,

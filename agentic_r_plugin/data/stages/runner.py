@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import BackendError, ConfigError
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
 
 Task = TypeVar("Task")
@@ -56,7 +56,7 @@ class Worker(Protocol[Given]):
     """Does the work of a stage and holds its models."""
 
     @property
-    def cost(self) -> RolloutCost:
+    def cost(self) -> Cost:
         """Updated by `work`."""
 
     def fingerprints(self) -> dict[str, str]:
