@@ -153,13 +153,3 @@ class RolloutLog:
         for later in self.steps():
             if later > step:
                 (self.folder / f"{later}.jsonl").unlink()
-
-
-def checkpoint_steps(root: Path) -> list[int]:
-    """Steps of the checkpoint folders under `root`, in ascending order."""
-    return sorted(int(folder.name.rpartition("_")[2]) for folder in root.glob("global_step_*") if folder.is_dir())
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """Read all lines of a run's `metrics.jsonl`, in order of steps."""
-    return [record for _, record in read_lines(Path(run) / "metrics.jsonl")]

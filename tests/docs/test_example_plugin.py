@@ -70,8 +70,8 @@ def test_its_protocol_runs_a_trajectory(installed):
     code = """
 from agentic_r_plugin import components
 from agentic_r_plugin.protocol import Limits, Search
-from agentic_r_plugin.session import Session
 from agentic_r_plugin.records import Passage
+from agentic_r_plugin.session import Session
 
 class Letters:
     def encode_prompt(self, text): return self.encode(text)
