@@ -8,7 +8,7 @@ from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.verl_config import ENGINES, critic_tokens
 
 _MICRO_BATCH_TOKENS = 1024
-"""Activation memory grows with the micro-batch, and small micro-batches stay in the CPU's caches."""
+"""Least limit of a micro-batch: activation memory grows with it, and small ones stay in the CPU's caches."""
 
 
 def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_trajectory: int = 4096) -> list[str]:
@@ -21,7 +21,7 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_tr
         train_dtype: compute type of actor, reference and critic: `bfloat16`, `float32`, or `auto`
             (`compute.fast_type`); weights stay in float32.
         longest_trajectory: maximum tokens of a trajectory, prompt included. verl packs trajectories into micro-batches
-            of at least this many tokens and ignores micro-batch sizes given in trajectories.
+            of up to 1,024 tokens, or of this many, and ignores micro-batch sizes given in trajectories.
     """
     micro_batch_tokens = max(_MICRO_BATCH_TOKENS, longest_trajectory)
     overrides = [
