@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from agentic_r_plugin.blocks import shortened
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Session, _shortened
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.encoder import resolve
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 
 MOST = 60
@@ -47,8 +49,8 @@ def tokenizer(name: str) -> Any:
 def observation(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:
     """Ids of the passages shown, the token ids and the text of the information block."""
     session = Session(compact, codec, Limits(max_observation_tokens=MOST, max_tokens=100_000), "Who?")
-    result = session._fit(passages, compact.render, MOST)
-    return [passage.id for passage in result.shown], result.ids, result.block
+    block = session._writer.fit(passages, compact.render, MOST)
+    return [passage.id for passage in block.shown], block.ids, block.text
 
 
 def from_all(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[str], list[int], str]:
@@ -62,7 +64,7 @@ def from_all(codec: TokenizerCodec, passages: Sequence[Passage]) -> tuple[list[s
         if len(shown) > 1:
             shown.pop()
         else:
-            text = _shortened(shown[0].text, MOST, len(ids))
+            text = shortened(shown[0].text, MOST, len(ids))
             shown = [Passage(id=shown[0].id, title=shown[0].title, text=text)]
 
 

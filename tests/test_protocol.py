@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Retry, Search, Session, disarm
+from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Prefix, Retry, Search, disarm
 from agentic_r_plugin.records import Passage, StopReason
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import TagProtocol, compact, search_r1
 
 
@@ -158,7 +159,7 @@ def test_a_malformed_search_is_not_carried_out_whatever_the_model_writes_next():
 
 
 def test_a_prefix_counts_as_the_environments_and_keeps_its_searches():
-    one = Session(compact, CharacterCodec(), Limits(), "Q?", prefix="<search> a </search>", searches=5)
+    one = Session(compact, CharacterCodec(), Limits(), "Q?", prefix=Prefix("a", "<search> a </search>", searches=5))
     one.found(passages("p"))
     assert one.turns == [] and set(one.response_mask) == {0}
     assert write(one, "<search> b </search>") == Finished(StopReason.MAX_TURNS)

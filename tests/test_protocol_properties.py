@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from agentic_r_plugin import components
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
-from agentic_r_plugin.protocol import Finished, Limits, Session
+from agentic_r_plugin.protocol import Finished, Limits
 from agentic_r_plugin.records import Passage, StopReason
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import TagProtocol
 
 EVERY = (components.load("agent_protocol", name) for name in components.names("agent_protocol"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import SearchError, SearchRefusedError
 from agentic_r_plugin.llm.base import Sampling
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Question, StopReason
-from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
@@ -31,7 +33,7 @@ FOUND = {f"s{number}": [passage("a"), passage("b"), passage("c")] for number in 
 
 
 def test_sessions_of_any_length_finish_and_each_turn_is_one_batch():
-    agent, search, cost = ScriptedAgent(policy), ListedSearch(FOUND), RolloutCost()
+    agent, search, cost = ScriptedAgent(policy), ListedSearch(FOUND), Cost()
     sessions = [session(f"{number}?") for number in (0, 2, 1)]
     run_sessions(sessions, agent, search, topk=2, sampling=GREEDY, cost=cost)
     assert [item.finished.answer for item in sessions] == ["after 0", "after 2", "after 1"]
@@ -79,7 +81,7 @@ def test_a_search_that_finds_nothing_is_shown_as_such():
 
 def test_malformed_turns_are_corrected_and_then_end_the_trajectory():
     item = session("x", max_malformed=2)
-    cost = RolloutCost()
+    cost = Cost()
     run_sessions([item], ScriptedAgent(lambda prompt: "hm"), ListedSearch({}), topk=3, sampling=GREEDY, cost=cost)
     assert item.finished.stop_reason is StopReason.MALFORMED
     assert item.text == f"hm{compact.correction}hm{compact.correction}hm"
@@ -139,7 +141,7 @@ class Reranking(ListedSearch):
     ],
 )
 def test_one_search_serves_the_agent_and_the_listener_unless_the_retriever_reranks(kind, depth, searches, shown, found):
-    heard, search, cost, item = [], kind(FOUND), RolloutCost(), session("1?")
+    heard, search, cost, item = [], kind(FOUND), Cost(), session("1?")
     run_sessions(
         [item], ScriptedAgent(policy), search, topk=2, sampling=GREEDY, cost=cost, depth=depth,
         on_search=lambda _, hits, deeper: heard.append((ids(hits), ids(deeper))),

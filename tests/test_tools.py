@@ -21,10 +21,11 @@ from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Finished, Limits, Malformed, Open, Search, Session
+from agentic_r_plugin.protocol import Finished, Limits, Malformed, Open, Prefix, Search
 from agentic_r_plugin.records import Candidates, Passage, Question, StopReason, Trajectory, Turn
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from agentic_r_plugin.tools import SEARCH, ToolProtocol, tool_calls
 from tests.chat_templates import PROTOCOLS, codec, tokenizer
@@ -445,7 +446,7 @@ def test_going_on_with_the_passages_that_were_shown_repeats_the_ids_of_the_traje
     run_sessions([session], Scripted(tokens, turns), Listed(), topk=3, sampling=Sampling())  # type: ignore[arg-type]
     record = to_trajectory(session, Question(id="q", question="Who?", golden_answers=("Ann",)))
     (query,) = queries_of(record, protocol)
-    again = Session(protocol, tokens, LIMITS, "Who?", prefix=query.prefix, searches=1, history=("one",))
+    again = Session(protocol, tokens, LIMITS, "Who?", prefix=Prefix("one", query.prefix))
     again.found([Passage(id="one", title="one", text="about one")])
     assert again.ids == session.ids[: len(again.ids)]
 

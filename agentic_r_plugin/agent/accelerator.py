@@ -7,10 +7,8 @@ import importlib.util
 from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.agent.verl_config import critic_tokens
+from agentic_r_plugin.agent.verl_config import ENGINES, critic_tokens
 from agentic_r_plugin.errors import ConfigError
-
-_ENGINES = ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
 
 
 def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
@@ -29,8 +27,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
         # The reference policy sees each batch only once, so it never has to stay on the device.
         "actor_rollout_ref.ref.fsdp_config.param_offload=true",
     ]
-    for engine in _ENGINES:
-        fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
+    for engine, fsdp in ENGINES.items():
         overrides += [f"{engine}.strategy=fsdp2", f"{fsdp}.strategy=fsdp2"]
         if config.precision != "auto":
             overrides.append(f"+{fsdp}.mixed_precision.param_dtype={config.precision}")

@@ -37,11 +37,12 @@ from agentic_r_plugin.agent.rewards import Outcome, RewardSum
 from agentic_r_plugin.credentials import read_secret
 from agentic_r_plugin.errors import BackendError, ConfigError, SearchError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Action, Codec, Finished, Limits, Open, Search, Session, load_protocol
+from agentic_r_plugin.protocol import Action, Codec, Finished, Limits, Open, Search, load_protocol
 from agentic_r_plugin.records import Passage, Question, StopReason
 from agentic_r_plugin.rollout import search_request, to_trajectory
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
+from agentic_r_plugin.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class SearchAgentLoop(AgentLoopBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.reward = RewardSum(reward, reward_options) if reward else None
+        self.reward = RewardSum(reward, reward_options)
         self.protocol = load_protocol(protocol, protocol_options)
         self.limits = Limits(**limits)
         self.codec = TokenizerCodec(self.tokenizer)
@@ -120,7 +121,7 @@ class SearchAgentLoop(AgentLoopBase):
                 has Search-R1's or verl's layout (`forms.question_fields`).
 
         Returns:
-            See `_output`; with rewards, `extra_fields` also holds `reward`, `reward_weights` and `reward_parts`.
+            See `_output`; `extra_fields` also holds what `_rewarded` returns.
 
         Raises:
             BackendError: the engine returned no tokens, or log-probabilities that do not match the tokens.
@@ -149,8 +150,7 @@ class SearchAgentLoop(AgentLoopBase):
                 log.search_s += perf_counter() - started
             log.pad(len(session.response_ids))
         output = _output(session, question, log, _place(kwargs), mask_observations=self.mask_observations)
-        if self.reward is not None:
-            output.extra_fields |= await _rewarded(self.reward, session, question)
+        output.extra_fields |= await _rewarded(self.reward, session, question)
         return output
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,10 @@ class SearchAgentLoop(AgentLoopBase):
 
 
 async def _rewarded(reward: RewardSum, session: Session, question: Question) -> dict[str, Any]:
-    """Reward, weights and parts; a trajectory whose search failed is not trained on and gets 0."""
+    """`reward`, and where rewards were named `reward_weights` and `reward_parts`.
+
+    A trajectory whose search failed is not trained on and gets 0.
+    """
     assert session.finished is not None
     outcome = Outcome(
         question=question.question,
@@ -210,7 +213,8 @@ async def _rewarded(reward: RewardSum, session: Session, question: Question) -> 
         parts = dict.fromkeys(reward.weights, 0.0)
     else:
         parts = await asyncio.to_thread(reward.parts, outcome)  # a judge would block the other trajectories
-    return {"reward": reward.total(parts), "reward_weights": reward.weights, "reward_parts": parts}
+    recorded = {"reward_weights": reward.weights, "reward_parts": parts} if reward.with_parts else {}
+    return {"reward": reward.total(parts), **recorded}
 
 
 def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:

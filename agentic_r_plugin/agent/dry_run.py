@@ -6,19 +6,17 @@ stop the others, so one run reports every problem.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent import dataset, memory_estimate, packed_attention, prepare, verl_config
+from agentic_r_plugin.agent import dataset, memory_estimate, prepare, verl_config
+from agentic_r_plugin.agent.checkpoints import latest_step
 from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import AgenticRError, ConfigError
@@ -54,9 +52,9 @@ def run(config: TrainAgentConfig) -> None:
     )
     if composed is not None:
         print(OmegaConf.to_yaml(composed))
-        checks.make("attention", lambda: packed_attention.check(composed))
+        checks.make("attention", lambda: verl_config.attention_of(composed))
     if composed is not None and model is not None:  # verl's checks load the model's configuration
-        checks.make("verl's own checks", lambda: validate(_with_critic(config, composed)))
+        checks.make("verl's own checks", lambda: verl_config.validate(_with_critic(config, composed)))
         if not prepare.on_cpu(config):
             checks.make("memory", lambda: _memory(config, composed))
     print("\n".join(checks.lines))
@@ -83,35 +81,6 @@ class Checks:
         return found
 
 
-def validate(composed: Any) -> str:
-    """Run verl's `validate_config` as its own entry point does, and build its typed rollout configuration.
-
-    Raises:
-        ConfigError: verl rejects the configuration.
-    """
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import omega_conf_to_dataclass, validate_config
-
-    # verl asks vLLM for the allowed LoRA ranks, but a machine that only launches need not have vLLM installed.
-    unseen = bool(
-        composed.actor_rollout_ref.model.lora_rank
-        and composed.actor_rollout_ref.rollout.name == "vllm"
-        and importlib.util.find_spec("vllm") is None
-    )
-    checked = copy.deepcopy(composed)
-    if unseen:
-        checked.actor_rollout_ref.rollout.name = "sglang"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
-            validate_config(
-                checked, use_reference_policy=need_reference_policy(checked), use_critic=need_critic(checked)
-            )
-    except (AssertionError, ValueError, TypeError, OSError, HydraException) as error:
-        raise ConfigError(f"verl refuses the configuration: {error}") from error
-    return "passed" + (", but for LoRA's rank: vLLM is not installed here" if unseen else "")
-
-
 def _with_critic(config: TrainAgentConfig, composed: Any) -> Any:
     """Use the agent in place of a critic that only the launch will write: both have the same shape."""
     if not verl_config.starts_from_zero_critic(config):
@@ -132,7 +101,7 @@ def _lengths(config: TrainAgentConfig, questions: Any, validation: Any) -> list[
     if questions is None:
         raise ConfigError("not looked at, because the questions could not be read")
     prepare.check_model(Path(config.model))
-    return prepare.fitting_questions(config, questions, validation)[2]
+    return prepare.fitting_questions(config, questions, validation).prompt_tokens
 
 
 def _describe(questions: list[dataset.SourcedQuestion] | None) -> str:
@@ -152,7 +121,7 @@ def _output_folder(config: TrainAgentConfig) -> str:
     folder = Path(config.out).resolve()
     if folder.exists():
         prepare.run_output(config).finished()
-        step = prepare.latest_step(folder)
+        step = latest_step(folder)
         return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
     parent = next(item for item in folder.parents if item.exists())
     if not os.access(parent, os.W_OK):

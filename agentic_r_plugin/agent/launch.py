@@ -23,9 +23,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent.checkpoints import latest_step, name_latest
 from agentic_r_plugin.agent.critic import write_critic
 from agentic_r_plugin.agent.metrics import StepLog
-from agentic_r_plugin.agent.prepare import Prepared, latest_step, name_latest, precision, prepare, run_output
+from agentic_r_plugin.agent.prepare import Prepared, precision, prepare, run_output
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
 from agentic_r_plugin.child import end
@@ -35,7 +36,7 @@ from agentic_r_plugin.progress import duration
 from agentic_r_plugin.storage.claim import Claim, require_new
 from agentic_r_plugin.store import read_json, write_json
 
-__all__ = ["TrainAgentConfig", "latest_step", "run"]
+__all__ = ["TrainAgentConfig", "run"]
 
 _LOG_TAIL_LINES = 25
 
@@ -71,7 +72,7 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
 def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared) -> None:
     data = run_dir / "data"
-    for name, questions in (("train", prepared.questions), ("validation", prepared.validation)):
+    for name, questions in (("train", prepared.questions.training), ("validation", prepared.questions.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
             dataset.write_parquet(data / f"{name}.parquet", questions, prepared.protocol)
     zero_critic = run_dir / verl_config.ZERO_CRITIC
@@ -91,10 +92,6 @@ def _train(held: Claim, config: TrainAgentConfig, environment: dict[str, str | N
     The process inherits the lock of the run folder: should it outlive this one, no other starts.
     """
     run_dir = held.out
-    variables = {**os.environ, **{name: value for name, value in environment.items() if value is not None}}
-    for name, value in environment.items():
-        if value is None:
-            variables.pop(name, None)
     name_latest(run_dir)
     # Steps after the checkpoint are repeated; their old lines would be reported as new steps.
     StepLog(run_dir / "metrics.jsonl").keep_until(latest_step(run_dir))
@@ -105,7 +102,7 @@ def _train(held: Claim, config: TrainAgentConfig, environment: dict[str, str | N
             [sys.executable, "-u", "-m", "agentic_r_plugin.agent.worker", str(run_dir), str(os.getpid())],
             stdout=None if debug else log,
             stderr=subprocess.STDOUT if not debug else None,
-            env=variables,
+            env={name: value for name, value in {**os.environ, **environment}.items() if value is not None},
             start_new_session=True,
             pass_fds=[held.lock.fileno()],
         )

@@ -103,54 +103,42 @@ def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, devic
         critic: shape of the critic; None without one.
         device_memory_gb: memory of one accelerator in units of 10^9 bytes, as vendors count.
     """
-    rollout, trainer = composed.actor_rollout_ref.rollout, composed.trainer
+    trainer, policy = composed.trainer, composed.actor_rollout_ref
     world = trainer.nnodes * trainer.n_gpus_per_node
     device_gib = device_memory_gb * 1e9 / GIB
-    trained = {"actor": _role(actor, composed.actor_rollout_ref.actor.fsdp_config, world, _lora(composed, actor))}
+    roles = {"actor": _role(actor, policy.actor.fsdp_config, world, _lora(composed, actor))}
     if critic is not None:
-        trained["critic"] = _role(critic, composed.critic.fsdp, world, None)
-    offload = {
-        "actor": composed.actor_rollout_ref.actor.fsdp_config,
-        **({"critic": composed.critic.fsdp} if critic is not None else {}),
-    }
-    reference, reference_config = 0.0, composed.actor_rollout_ref.ref.fsdp_config
-    if composed.algorithm.use_kl_in_reward or composed.actor_rollout_ref.actor.use_kl_loss:
-        # With LoRA the reference policy is the actor with its adapters disabled: no second copy of the weights.
-        reference = 0.0 if _lora(composed, actor) else _bytes(reference_config) * actor.parameters / world / GIB
-
-    def idle(role: str) -> float:
-        # Gradients exist only during an update; weights and optimizer states remain between updates.
-        states, config = trained[role], offload[role]
-        return states["weights"] * (not config.param_offload) + states["optimizer"] * (not config.optimizer_offload)
-
-    resting = {f"{role}, not offloaded": idle(role) for role in trained}
-    resting["reference policy, not offloaded"] = 0.0 if reference_config.param_offload else reference
-    engine = {"rollout engine (gpu_memory_utilization)": rollout.gpu_memory_utilization * device_gib}
+        roles["critic"] = _role(critic, composed.critic.fsdp, world, None)
+    reference = _reference(composed, actor, world)
+    resting = {f"{name}, not offloaded": role.resting for name, role in roles.items()}
+    resting["reference policy, not offloaded"] = 0.0 if policy.ref.fsdp_config.param_offload else reference
+    engine = {"rollout engine (gpu_memory_utilization)": policy.rollout.gpu_memory_utilization * device_gib}
     moments: dict[str, dict[str, float]] = {"sampling": {**engine, **resting, "reserve": RESERVE_GIB}}
-    sizes = {"actor": actor, "critic": critic}
-    for role, states in trained.items():
-        size = sizes[role]
-        assert size is not None
+    for name, role in roles.items():
         # The model being updated is on the device in full; the others hold only what is not offloaded.
-        others = {name: gib for name, gib in resting.items() if not name.startswith(role)}
-        moments[f"update of the {role}"] = {
-            "weights": states["weights"],
-            "gradients": states["gradients"],
-            "optimizer": states["optimizer"],
-            **_activations(composed, size, vocabulary=size.vocabulary if role == "actor" else 1, role=role),
+        others = {part: gib for part, gib in resting.items() if not part.startswith(name)}
+        moments[f"update of the {name}"] = {
+            "weights": role.weights,
+            "gradients": role.gradients,
+            "optimizer": role.optimizer,
+            **_activations(composed, role.size, name),
             **others,
             "reserve": RESERVE_GIB,
         }
-    host = {
-        f"{role}, offloaded": trainer.n_gpus_per_node
-        * (
-            trained[role]["weights"] * bool(config.param_offload)
-            + trained[role]["optimizer"] * bool(config.optimizer_offload)
-        )
-        for role, config in offload.items()
-    }
-    host["reference policy, offloaded"] = trainer.n_gpus_per_node * reference * bool(reference_config.param_offload)
+    devices = trainer.n_gpus_per_node
+    host = {f"{name}, offloaded": devices * role.offloaded for name, role in roles.items()}
+    host["reference policy, offloaded"] = devices * reference * bool(policy.ref.fsdp_config.param_offload)
     return MemoryEstimate(moments=moments, host=host, device_gib=device_gib)
+
+
+def _reference(composed: Any, actor: ModelSize, world: int) -> float:
+    """GiB of the reference policy on one device, where it is not offloaded."""
+    policy = composed.actor_rollout_ref
+    used = composed.algorithm.use_kl_in_reward or policy.actor.use_kl_loss
+    # With LoRA the reference policy is the actor with its adapters disabled: no second copy of the weights.
+    if not used or policy.model.lora_rank:
+        return 0.0
+    return _bytes(policy.ref.fsdp_config) * actor.parameters / world / GIB
 
 
 def _bytes(fsdp: Any) -> int:
@@ -166,17 +154,44 @@ def _lora(composed: Any, size: ModelSize) -> int | None:
     return int(size.layers * rank * (_LINEAR_SHAPES * size.hidden + 3 * size.intermediate + 4 * size.hidden))
 
 
-def _role(size: ModelSize, fsdp: Any, world: int, trained: int | None) -> dict[str, float]:
-    """GiB of one model's weights, gradients and optimizer states on one device; FSDP shards all three."""
-    learning = size.parameters if trained is None else trained
-    return {
-        "weights": (_bytes(fsdp) * size.parameters + (0 if trained is None else 4 * trained)) / world / GIB,
-        "gradients": 4 * learning / world / GIB,
-        "optimizer": _ADAM_BYTES * learning / world / GIB,
-    }
+@dataclass(frozen=True, kw_only=True)
+class _Role:
+    """A model that is trained: GiB of its weights, gradients and optimizer states on one device."""
+
+    size: ModelSize
+    fsdp: Any
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def offloaded(self) -> float:
+        """What is in main memory between updates, for one device."""
+        return self.weights * bool(self.fsdp.param_offload) + self.optimizer * bool(self.fsdp.optimizer_offload)
+
+    @property
+    def resting(self) -> float:
+        """What is on the device between updates; gradients exist only during one."""
+        return self.weights * (not self.fsdp.param_offload) + self.optimizer * (not self.fsdp.optimizer_offload)
 
 
-def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) -> dict[str, float]:
+def _role(size: ModelSize, fsdp: Any, world: int, adapters: int | None) -> _Role:
+    """The memory of one model; FSDP shards all of it.
+
+    Args:
+        adapters: number of weights trained with LoRA; None: all weights are trained.
+    """
+    learning = size.parameters if adapters is None else adapters
+    return _Role(
+        size=size,
+        fsdp=fsdp,
+        weights=(_bytes(fsdp) * size.parameters + 4 * (adapters or 0)) / world / GIB,
+        gradients=4 * learning / world / GIB,
+        optimizer=_ADAM_BYTES * learning / world / GIB,
+    )
+
+
+def _activations(composed: Any, size: ModelSize, role: str) -> dict[str, float]:
     """GiB of the forward and backward pass of one micro-batch in bfloat16."""
     actor = composed.actor_rollout_ref.actor
     model = composed.actor_rollout_ref.model if role == "actor" else composed.critic.model
@@ -195,5 +210,5 @@ def _activations(composed: Any, size: ModelSize, *, vocabulary: int, role: str) 
         "gathered block, twice": 2 * 2 * size.per_layer / GIB,
         "activations": tokens * (kept + inside) / GIB,
         # bfloat16 logits and their gradient, plus a float32 copy for log-probabilities and entropy
-        "logits": tokens * vocabulary * 8 / GIB if vocabulary > 1 else 0.0,
+        "logits": tokens * size.vocabulary * 8 / GIB if role == "actor" else 0.0,
     }

@@ -38,7 +38,7 @@ def trajectory_metrics(trajectories: Sequence[Mapping[str, Any]]) -> dict[str, f
         "generated_tokens": _mean(item["generated_tokens"] for item in valid),
         "trajectories": float(len(trajectories)),
     }
-    if any("reward" in item for item in valid):
+    if any("reward_parts" in item for item in valid):
         metrics["reward"] = _mean(item["reward"] for item in valid)
         names = dict.fromkeys(name for item in valid for name in item["reward_parts"])
         metrics |= {f"reward/{name}": _mean(item["reward_parts"].get(name, 0.0) for item in valid) for name in names}
@@ -116,10 +116,11 @@ def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:
         "input": item["prompt"],
         "output": trajectory["text"],
         "gts": trajectory["golden_answers"],
+        # A trajectory restored from the checkpoint of an earlier version has no reward where it was exact match alone.
         "score": float(item.get("reward", trajectory["em"])),
         "step": step,
     }
-    parts = {"reward": item["reward_parts"]} if "reward" in item else {}
+    parts = {"reward": item["reward_parts"]} if "reward_parts" in item else {}
     return verls | trajectory | parts | {"segments": item["segments"], "trained_tokens": item["trained_tokens"]}
 
 
@@ -152,13 +153,3 @@ class RolloutLog:
         for later in self.steps():
             if later > step:
                 (self.folder / f"{later}.jsonl").unlink()
-
-
-def checkpoint_steps(root: Path) -> list[int]:
-    """Steps of the checkpoint folders under `root`, in ascending order."""
-    return sorted(int(folder.name.rpartition("_")[2]) for folder in root.glob("global_step_*") if folder.is_dir())
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """Read all lines of a run's `metrics.jsonl`, in order of steps."""
-    return [record for _, record in read_lines(Path(run) / "metrics.jsonl")]

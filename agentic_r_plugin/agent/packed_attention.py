@@ -20,11 +20,10 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from agentic_r_plugin.attention import attend
-from agentic_r_plugin.errors import ConfigError
 
 NAME = "packed_causal"
 """Value of `attn_implementation`."""
-_FLASH = "flash_attention_2"
+FLASH = "flash_attention_2"
 _MODELS = ("actor_rollout_ref.model", "critic.model")
 
 
@@ -36,37 +35,12 @@ def overrides(attention: str | None) -> list[str]:
             `packed_causal`.
     """
     name = attention or chosen()
-    return [] if name == _FLASH else [f"+{model}.override_config.attn_implementation={name}" for model in _MODELS]
+    return [] if name == FLASH else [f"+{model}.override_config.attn_implementation={name}" for model in _MODELS]
 
 
 def chosen() -> str:
     """The default attention for training on accelerators."""
-    return _FLASH if importlib.util.find_spec("flash_attn") is not None else NAME
-
-
-def check(composed: Any) -> str:
-    """Return the attention that a composed verl configuration uses.
-
-    Raises:
-        ConfigError: the attention is `packed_causal`, but the configuration asks for sequence parallelism or padded
-            rows, which need flash attention in verl.
-    """
-    used = composed.actor_rollout_ref.model.override_config.get("attn_implementation", _FLASH)
-    for role, engine in (("actor_rollout_ref.actor", "fsdp_config"), ("actor_rollout_ref.ref", "fsdp_config"),
-                         ("critic", "fsdp")):  # fmt: skip
-        settings = composed
-        for key in role.split("."):
-            settings = settings[key]
-        sizes = (settings.get("ulysses_sequence_parallel_size", 1), settings[engine].ulysses_sequence_parallel_size)
-        if used == NAME and max(sizes) > 1:
-            raise ConfigError(
-                f"{role}: ulysses_sequence_parallel_size={max(sizes)} needs flash-attn, which verl splits over "
-                f"devices; the attention here is {NAME}. Install flash-attn, or leave the size at 1"
-            )
-    for model in (composed.actor_rollout_ref.model, composed.critic.model):
-        if used == NAME and not model.use_remove_padding:
-            raise ConfigError(f"use_remove_padding=false: {NAME} attention takes packed rows; expected true")
-    return str(used)
+    return FLASH if importlib.util.find_spec("flash_attn") is not None else NAME
 
 
 def packed_causal(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.agent import dataset, packed_attention, verl_config
+from agentic_r_plugin.agent import dataset, verl_config
+from agentic_r_plugin.agent.checkpoints import latest_step
 from agentic_r_plugin.agent.dataset import SourcedQuestion
-from agentic_r_plugin.agent.metrics import checkpoint_steps
 from agentic_r_plugin.agent.rewards import RewardSum
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import deciding
@@ -25,7 +26,16 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
-from agentic_r_plugin.store import atomic_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittingQuestions:
+    """The questions of a run whose prompts leave the model room."""
+
+    training: list[SourcedQuestion]
+    validation: list[SourcedQuestion] | None
+    prompt_tokens: list[int]
+    """Tokens of each of their prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +43,7 @@ class Prepared:
     """The inputs of a run folder, read and checked."""
 
     protocol: AgentProtocol
-    questions: list[SourcedQuestion]
-    validation: list[SourcedQuestion] | None
+    questions: FittingQuestions
     verl: Any
     """verl's composed configuration."""
     environment: dict[str, str | None]
@@ -52,16 +61,16 @@ def prepare(config: TrainAgentConfig) -> Prepared:
     """
     protocol = load_protocol(config.protocol, config.protocol_options)
     RewardSum(config.reward, config.reward_options)
-    questions = training_questions(config)
-    validation = validation_questions(config)
+    training, validation = training_questions(config), validation_questions(config)
     check_model(Path(config.model))
-    check_service(config, probe=questions[0].record.question)
-    questions, validation, lengths = fitting_questions(config, questions, validation)
-    composed, environment = compose(config, num_questions=len(questions), prompt_lengths=lengths)
+    check_service(config, probe=training[0].record.question)
+    questions = fitting_questions(config, training, validation)
+    composed, environment = compose(
+        config, num_questions=len(questions.training), prompt_lengths=questions.prompt_tokens
+    )
     return Prepared(
         protocol=protocol,
         questions=questions,
-        validation=validation,
         verl=composed,
         environment=environment,
         loop=verl_config.agent_loop_yaml(config),
@@ -80,20 +89,19 @@ def training_questions(config: TrainAgentConfig) -> list[SourcedQuestion]:
 
 
 def fitting_questions(
-    config: TrainAgentConfig, questions: list[SourcedQuestion], validation: list[SourcedQuestion] | None
-) -> tuple[list[SourcedQuestion], list[SourcedQuestion] | None, list[int]]:
-    """Training and validation questions whose prompts fit the limits, and the tokens of all their prompts.
+    config: TrainAgentConfig, training: list[SourcedQuestion], validation: list[SourcedQuestion] | None
+) -> FittingQuestions:
+    """Leave out the questions whose prompts do not fit the limits.
 
     Raises:
         ConfigError: fewer than one batch fit, or no validation question does.
     """
-    protocol, tokens = load_protocol(config.protocol, config.protocol_options), codec(config.model)
-    questions, lengths = dataset.fitting(questions, protocol, tokens, config.limits)
-    _require_a_batch(config, questions)
-    if validation is not None:
-        validation, more = dataset.fitting(validation, protocol, tokens, config.limits)
-        lengths += more
-    return questions, validation, lengths
+    protocol = load_protocol(config.protocol, config.protocol_options)
+    fit = partial(dataset.fitting, protocol=protocol, codec=codec(config.model), limits=config.limits)
+    training, lengths = fit(training)
+    _require_a_batch(config, training)
+    validation, more = fit(validation) if validation is not None else (None, [])
+    return FittingQuestions(training=training, validation=validation, prompt_tokens=lengths + more)
 
 
 def _require_a_batch(config: TrainAgentConfig, questions: Sequence[SourcedQuestion]) -> None:
@@ -224,7 +232,6 @@ def compose(
         prompt_lengths=prompt_lengths,
         fresh=latest_step(Path(config.out)) == 0,
     )
-    packed_attention.check(composed)
     return composed, environment
 
 
@@ -242,24 +249,3 @@ def run_output(config: TrainAgentConfig) -> Output:
             raise ConfigError(f"{name}: {path} does not exist")
         made_from[name] = path and path_fingerprint(path)
     return Output(out=Path(config.out).resolve(), made_from=made_from, done="done.json", folder=True)
-
-
-def latest_step(run_dir: Path) -> int:
-    """Step of the newest complete checkpoint; 0 without one. verl writes this file after everything else."""
-    file = _latest_file(run_dir)
-    if not file.is_file():
-        return 0
-    # If verl is killed while it writes this file, the file is empty, but the newest folder is already complete.
-    return int(file.read_text() or max(checkpoint_steps(file.parent), default=0))
-
-
-def name_latest(run_dir: Path) -> None:
-    """Restore the newest checkpoint's step in a file that a kill left empty, which verl cannot read."""
-    file = _latest_file(run_dir)
-    if file.is_file() and not file.read_text():
-        with atomic_path(file) as temporary:
-            temporary.write_text(str(latest_step(run_dir)))
-
-
-def _latest_file(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"

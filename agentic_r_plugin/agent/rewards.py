@@ -1,7 +1,8 @@
 """Rewards: what a finished trajectory is worth. Components of kind `reward`.
 
 A reward is a function of the outcome and its options, which are keyword arguments. The reward of a trajectory is the
-weighted sum of those that `train_agent.reward` names; each is recorded as a part, before its weight.
+weighted sum of those that `train_agent.reward` names; each is recorded as a part, before its weight. Without the
+setting it is exact match alone (method section 6). The agent loop computes it; `verl_reward` passes it to verl.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from agentic_r_plugin import components
 from agentic_r_plugin.answers import contains_answer, exact_match, f1
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import load_config
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_score
 from agentic_r_plugin.errors import ConfigError, JudgeError, TrainingError
 from agentic_r_plugin.records import StopReason
-from agentic_r_plugin.rollout import RolloutCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class RewardSum:
     """Weighted sum of rewards.
 
     Args:
-        weights: name of a registered `reward` -> its weight.
+        weights: name of a registered `reward` -> its weight; empty: exact match alone, whose part is not recorded.
         options: name -> keyword arguments of that reward.
 
     Raises:
@@ -68,8 +69,9 @@ class RewardSum:
             raise ConfigError(
                 f"reward_options: {unused[0]!r} has no weight in reward ({', '.join(weights) or 'empty'})"
             )
-        self.weights, self.options = dict(weights), dict(options)
-        self.rewards: dict[str, Reward] = {name: components.load("reward", name) for name in weights}
+        self.weights, self.options = dict(weights) or {"exact_match": 1.0}, dict(options)
+        self.with_parts = bool(weights)
+        self.rewards: dict[str, Reward] = {name: components.load("reward", name) for name in self.weights}
         for name, reward in self.rewards.items():
             try:
                 inspect.signature(reward).bind(None, **options.get(name, {}))
@@ -145,7 +147,7 @@ def judge(
     )
     backend, lock = _opened(json.dumps(dict(llm), sort_keys=True, default=dict))
     with lock:
-        cost = RolloutCost()
+        cost = Cost()
         (score,) = ask(backend, [text], [parse_score], max_tokens=max_tokens, max_retries=max_retries, cost=cost)
     if isinstance(score, JudgeError):
         return {"value": exact_match_reward(outcome), "failed": 1.0}

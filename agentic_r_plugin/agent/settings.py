@@ -19,6 +19,7 @@ ALGORITHMS = ("ppo", "grpo")
 MODES = ("sync", "colocate_async", "separate_async")
 ENGINES = ("vllm", "sglang")
 PRECISIONS = ("auto", "float32", "bfloat16")
+VALUE_HEADS = ("random", "zero")
 
 
 def _help(text: str, **options: Any) -> Any:
@@ -173,11 +174,32 @@ class TrainAgentConfig:
     def __post_init__(self) -> None:
         reached = {"retrieval_url": self.retrieval_url, "retrieval_token_env": self.retrieval_token_env}
         refuse_secrets("train-agent", reached, "give the name of an environment variable that holds it")
+        self._check_values()
+        self._check_combinations()
+
+    def _check_values(self) -> None:
+        """Each value alone."""
         choices = {"preset": tuple(self.PRESETS), "algorithm": ALGORITHMS, "mode": MODES, "engine": ENGINES}
-        choices["precision"] = PRECISIONS
+        choices |= {"precision": PRECISIONS, "value_head": VALUE_HEADS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
+        positive = ("topk", "steps", "batch_size", "samples", "mini_batch_size", "micro_batch_size", "devices", "nodes")
+        for name in (*positive, "save_every", "max_concurrent_searches", "tensor_parallel"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("lora_rank", "micro_batch_tokens", "search_retries", "keep_checkpoints"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("actor_lr", "critic_lr", "temperature", "search_timeout_s", "device_memory_gb"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: expected a number above 0, found {getattr(self, name)}")
+        for name in ("actor_warmup", "critic_warmup", "max_failed_search_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)}")
+
+    def _check_combinations(self) -> None:
+        """Values that do not go together."""
         if self.algorithm == "grpo" and self.samples < 2:
             raise ConfigError(f"samples={self.samples}: grpo compares a question's trajectories, expected at least 2")
         if (self.rollout_nodes > 0) != (self.mode == "separate_async"):
@@ -189,22 +211,7 @@ class TrainAgentConfig:
                 f"lora_rank={self.lora_rank}: expected 0 with mode=separate_async, where verl sends base weights alone "
                 "to the rollout engines"
             )
-        positive = ("topk", "steps", "batch_size", "samples", "mini_batch_size", "micro_batch_size", "devices", "nodes")
-        for name in (*positive, "save_every", "max_concurrent_searches", "tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.value_head not in ("random", "zero"):
-            raise ConfigError(f"value_head: expected random or zero, found {self.value_head!r}")
         if self.batch_size % self.mini_batch_size:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of mini_batch_size={self.mini_batch_size}"
             )
-        for name in ("lora_rank", "micro_batch_tokens", "search_retries", "keep_checkpoints"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
-        for name in ("actor_lr", "critic_lr", "temperature", "search_timeout_s", "device_memory_gb"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}: expected a number above 0, found {getattr(self, name)}")
-        for name in ("actor_warmup", "critic_warmup", "max_failed_search_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)}")

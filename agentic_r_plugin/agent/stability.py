@@ -94,7 +94,7 @@ def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
     steps = [record for record in records if _has(record, "reward")]
     # Each step is judged on the steps up to it only, so that the verdict on a step never changes later.
     reasons = {int(steps[end]["step"]): _broken(steps[: end + 1], rule) for end in range(len(steps))}
-    collapse = doubtful = None
+    collapse = None
     in_a_row: list[int] = []
     for step, broken in reasons.items():
         in_a_row = [*in_a_row, step] if broken else []

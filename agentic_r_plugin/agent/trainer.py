@@ -7,7 +7,7 @@ non-finite loss (the batch is saved), missing trajectories, or too many failed s
 
 There is one class per verl mode: `agentic_r_sync`, `agentic_r_colocate_async` and `agentic_r_separate_async` are the
 values of `trainer.v1.trainer_mode`. Settings are read from `config.agentic_r`, which `launch` adds to verl's own:
-`run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `poll_interval_s`, `keep_checkpoints`, `stability`.
+`run_dir`, `seed`, `max_failed_search_share`, `rollouts_per_step`, `keep_checkpoints`, `stability`.
 
 This is the only module that depends on private or unstable parts of verl's trainers (their private methods,
 TransferQueue, the replay buffer). `tests/agent/verl_members.py` lists each and can check another version of verl.
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 import transfer_queue as tq
@@ -34,24 +32,33 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from agentic_r_plugin.agent import culprit
-from agentic_r_plugin.agent.agent_loop import request_seed
+from agentic_r_plugin.agent.checkpoints import checkpoint_steps
 from agentic_r_plugin.agent.export import shard_files
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
     StepLog,
-    checkpoint_steps,
     not_finite,
     plain,
     rollout_line,
     trajectory_metrics,
 )
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, to_keep
+from agentic_r_plugin.agent.step_batch import (
+    Row,
+    by_length_within,
+    check_masks,
+    check_trajectories,
+    drawn,
+    too_many_failed,
+    trainable,
+)
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
 
-T = TypeVar("T")
-
 _Base = PPOTrainer if TYPE_CHECKING else object
+
+POLL_INTERVAL_S = 0.05
+"""Seconds between two looks for finished trajectories; verl waits 2, which is longer than a step of a small agent."""
 
 LAST_STEP = "last_step.json"
 """File of the run folder with the metrics of the last trained step."""
@@ -68,7 +75,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             config.trainer.v1.trainer_mode = self.mode  # verl compares this name to choose the sampling mode
         super().__init__(config)
         self.settings = config.agentic_r
-        self.replay_buffer.poll_interval = self.settings.poll_interval_s
+        self.replay_buffer.poll_interval = POLL_INTERVAL_S
         self.lost = LostGroups(
             self.replay_buffer, int(self.settings.max_failed_search_share * config.data.train_batch_size)
         )
@@ -194,9 +201,9 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             TrainingError: more searches failed than `max_failed_search_share` allows.
         """
         metrics = super()._validate()
-        failed = [value for name, value in metrics.items() if "/search_failed/mean" in name]
-        if failed and max(failed) > self.settings.max_failed_search_share:
-            raise TrainingError(_too_many("validation", max(failed), self.settings.max_failed_search_share))
+        failed = max((value for name, value in metrics.items() if "/search_failed/mean" in name), default=0.0)
+        if failed > self.settings.max_failed_search_share:
+            raise too_many_failed("validation", failed, self.settings.max_failed_search_share)
         if self.global_steps == 0:
             self.metrics_log.append([{"step": 0, **plain(metrics)}])
         if self.unlogged is not None:
@@ -291,69 +298,6 @@ class AgenticSeparateAsyncTrainer(AgenticTrainer, PPOTrainerSeparateAsync):  # t
     mode = "separate_async"
 
 
-class Row(NamedTuple):
-    """A trajectory in verl's store: its key and tag there, and the agent loop's `extra_fields`."""
-
-    key: str
-    tag: Any
-    extra: dict[str, Any]
-
-    @property
-    def place(self) -> tuple[int, ...]:
-        """(data set row, sample number)."""
-        return tuple(self.extra["place"])
-
-
-def trainable(rows: Sequence[Row], *, compared: bool) -> list[Row]:
-    """The trajectories whose searches all succeeded.
-
-    Args:
-        compared: whether the trajectories of a question are compared (GRPO); one that is left alone is removed too.
-    """
-    kept = [row for row in rows if not row.extra["search_failed"]]
-    left = Counter(row.place[0] for row in kept)
-    return [row for row in kept if left[row.place[0]] > 1] if compared else kept
-
-
-def by_length_within(rows: Sequence[T], size: int, length: Callable[[T], int]) -> list[T]:
-    """Sort each block of `size` rows by length, to reduce padding within micro-batches.
-
-    With one worker, a block is a mini-batch. With several, verl distributes the rows of the batch by length and then
-    takes each worker's share of a mini-batch from its rows in this order, so rows near a block boundary may move to the
-    neighbouring mini-batch.
-
-    >>> by_length_within(["ccc", "a", "bb", "dd", "e"], 3, len)
-    ['a', 'bb', 'ccc', 'e', 'dd']
-    """
-    starts = range(0, len(rows), size)
-    return [row for start in starts for row in sorted(rows[start : start + size], key=length)]
-
-
-def drawn(place: tuple[int, ...], seed: int, step: int) -> tuple[int, tuple[int, ...]]:
-    """Sort key that shuffles the trajectories of a step; repeating the step gives the same order.
-
-    >>> sorted([(0, 0), (1, 0), (2, 0), (3, 0)], key=lambda place: drawn(place, 0, 1))
-    [(3, 0), (0, 0), (2, 0), (1, 0)]
-    """
-    return request_seed(seed, step, *place), place
-
-
-def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, max_share: float, step: int) -> None:
-    """Stop if a step would silently train on fewer trajectories than expected.
-
-    Raises:
-        TrainingError: trajectories are missing because their agent loop raised, or too many searches failed.
-    """
-    if len(trajectories) < expected:
-        raise TrainingError(
-            f"step {step}: {expected - len(trajectories)} of {expected} trajectories did not arrive because their "
-            "agent loop raised an error; the training log shows it ('Error in _run_prompt')"
-        )
-    share = sum(item["search_failed"] for item in trajectories) / len(trajectories)
-    if share > max_share or share == 1:
-        raise TrainingError(_too_many(f"step {step}", share, max_share))
-
-
 class LostGroups:
     """Counts the question groups that verl's replay buffer drops because an agent loop raised an error.
 
@@ -385,31 +329,6 @@ class LostGroups:
                 "('Error in _run_prompt')"
             )
         return self._evict(global_steps, partition_id, eviction_reasons)
-
-
-def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], step: int) -> None:
-    """Check for each trajectory that verl trains on as many tokens as the agent loop selected.
-
-    Args:
-        trained: sum of each trajectory's mask in verl's batch.
-
-    Raises:
-        TrainingError: a count differs.
-    """
-    for item, found in zip(trajectories, trained, strict=True):
-        chosen = item["trained_tokens"]
-        if found != chosen:
-            raise TrainingError(
-                f"step {step}: {chosen} tokens of trajectory {item['trajectory']['id']!r} are to be trained on, and "
-                f"verl would train on {found}; the response mask was changed on the way"
-            )
-
-
-def _too_many(where: str, share: float, max_share: float) -> str:
-    return (
-        f"{where}: the search of {share:.0%} of the trajectories failed, more than the {max_share:.0%} allowed "
-        "(max_failed_search_share). Look at the retrieval service, then go on with --resume"
-    )
 
 
 _TaskRunner: Any = TaskRunnerV1.__ray_metadata__.modified_class  # type: ignore[attr-defined]

@@ -5,8 +5,11 @@ Overrides in ascending precedence: `config/ppo.yaml`, the machine's overrides, t
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.util
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf, open_dict
 
+from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.errors import ConfigError, UpstreamError
 
@@ -22,6 +26,12 @@ LOOP_NAME = "agentic_r"
 """Name of our agent loop in verl."""
 ZERO_CRITIC = "critic-start"
 """Folder inside the run folder of the critic with a value head of zeros."""
+ENGINES = {
+    "actor_rollout_ref.actor": "actor_rollout_ref.actor.fsdp_config",
+    "actor_rollout_ref.ref": "actor_rollout_ref.ref.fsdp_config",
+    "critic": "critic.fsdp",
+}
+"""verl's training engines -> their FSDP settings."""
 
 
 def agent_loop_yaml(config: TrainAgentConfig) -> str:
@@ -40,9 +50,9 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
         "search_retries": config.search_retries,
         "mask_observations": config.mask_observations,
         "seed": config.sampling_seed if config.sampling_seed != -1 else config.seed if config.mode == "sync" else None,
+        "reward": config.reward,
+        "reward_options": config.reward_options,
     }
-    if config.reward:
-        loop |= {"reward": config.reward, "reward_options": config.reward_options}
     return OmegaConf.to_yaml(OmegaConf.create([loop]))
 
 
@@ -65,7 +75,7 @@ def compose(
         fresh: the run has no checkpoint yet, so it validates before the first step.
 
     Raises:
-        ConfigError: verl's configuration rejects an override.
+        ConfigError: verl's configuration rejects an override, or our attention cannot do what it asks for.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -87,7 +97,61 @@ def compose(
             OmegaConf.resolve(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"verl's configuration: {str(error).strip()}") from error
+    attention_of(composed)
     return composed
+
+
+def attention_of(composed: Any) -> str:
+    """The attention that a composed configuration trains with.
+
+    Raises:
+        ConfigError: it is `packed_causal`, but the configuration asks for sequence parallelism or padded rows, which
+            need flash attention in verl.
+    """
+    used = str(composed.actor_rollout_ref.model.override_config.get("attn_implementation", packed_attention.FLASH))
+    if used != packed_attention.NAME:
+        return used
+    for engine, fsdp in ENGINES.items():
+        settings = (OmegaConf.select(composed, engine), OmegaConf.select(composed, fsdp))
+        size = max(of.get("ulysses_sequence_parallel_size", 1) for of in settings)
+        if size > 1:
+            raise ConfigError(
+                f"{engine}: ulysses_sequence_parallel_size={size} needs flash-attn, which verl splits over devices; "
+                f"the attention here is {used}. Install flash-attn, or leave the size at 1"
+            )
+    if not (composed.actor_rollout_ref.model.use_remove_padding and composed.critic.model.use_remove_padding):
+        raise ConfigError(f"use_remove_padding=false: {used} attention takes packed rows; expected true")
+    return used
+
+
+def validate(composed: Any) -> str:
+    """Run verl's `validate_config` as its own entry point does, and build its typed rollout configuration.
+
+    Raises:
+        ConfigError: verl rejects the configuration.
+    """
+    from hydra.errors import HydraException
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    # verl asks vLLM for the allowed LoRA ranks, but a machine that only launches need not have vLLM installed.
+    unseen = bool(
+        composed.actor_rollout_ref.model.lora_rank
+        and composed.actor_rollout_ref.rollout.name == "vllm"
+        and importlib.util.find_spec("vllm") is None
+    )
+    checked = copy.deepcopy(composed)
+    if unseen:
+        checked.actor_rollout_ref.rollout.name = "sglang"
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
+            validate_config(
+                checked, use_reference_policy=need_reference_policy(checked), use_critic=need_critic(checked)
+            )
+    except (AssertionError, ValueError, TypeError, OSError, HydraException) as error:
+        raise ConfigError(f"verl refuses the configuration: {error}") from error
+    return "passed" + (", but for LoRA's rank: vLLM is not installed here" if unseen else "")
 
 
 def _verl_config_dir() -> Path:
@@ -107,7 +171,6 @@ def _settings(
     with_critic = config.algorithm == "ppo"
     validated = config.validation is not None
     data = run_dir / "data"
-    micro = {"log_prob_micro_batch_size_per_gpu": config.micro_batch_size}
     return {
         "data": {
             "train_files": str(data / "train.parquet"),
@@ -117,27 +180,7 @@ def _settings(
             "max_response_length": config.limits.max_tokens - min(prompt_lengths),
             "seed": config.seed,
         },
-        "actor_rollout_ref": {
-            "model": {"path": str(Path(config.model).resolve())},
-            "actor": {
-                "ppo_mini_batch_size": config.mini_batch_size,
-                "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
-                "use_kl_loss": config.kl_loss or not with_critic,
-                "kl_loss_coef": config.kl_coef,
-                "data_loader_seed": config.seed,
-                "optim": {"lr": config.actor_lr, "lr_warmup_steps_ratio": config.actor_warmup},
-            },
-            "ref": dict(micro),
-            "rollout": {
-                **micro,
-                "n": config.samples,
-                "temperature": config.temperature,
-                "seed": config.seed,
-                # verl reserves one token of SGLang's context length, which the last turn may need.
-                "max_model_len": config.limits.max_tokens + (config.engine == "sglang"),
-                "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
-            },
-        },
+        "actor_rollout_ref": _actor_rollout_ref(config, run_dir),
         "critic": {
             "enable": with_critic,
             "model": {"path": str(_critic_start(config).resolve())},
@@ -171,8 +214,32 @@ def _settings(
             "max_failed_search_share": config.max_failed_search_share,
             "rollouts_per_step": config.rollouts_per_step,
             "keep_checkpoints": config.keep_checkpoints,
-            "poll_interval_s": 0.05,
             "stability": asdict(config.stability),
+        },
+    }
+
+
+def _actor_rollout_ref(config: TrainAgentConfig, run_dir: Path) -> dict[str, Any]:
+    micro = {"log_prob_micro_batch_size_per_gpu": config.micro_batch_size}
+    return {
+        "model": {"path": str(Path(config.model).resolve())},
+        "actor": {
+            "ppo_mini_batch_size": config.mini_batch_size,
+            "ppo_micro_batch_size_per_gpu": config.micro_batch_size,
+            "use_kl_loss": config.kl_loss or config.algorithm == "grpo",
+            "kl_loss_coef": config.kl_coef,
+            "data_loader_seed": config.seed,
+            "optim": {"lr": config.actor_lr, "lr_warmup_steps_ratio": config.actor_warmup},
+        },
+        "ref": dict(micro),
+        "rollout": {
+            **micro,
+            "n": config.samples,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            # verl reserves one token of SGLang's context length, which the last turn may need.
+            "max_model_len": config.limits.max_tokens + (config.engine == "sglang"),
+            "agent": {"agent_loop_config_path": str(run_dir / "agent_loop.yaml")},
         },
     }
 

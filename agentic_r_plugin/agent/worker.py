@@ -11,6 +11,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from agentic_r_plugin.agent.checkpoints import checkpoint_steps, latest_step
+from agentic_r_plugin.agent.export import export_model
+from agentic_r_plugin.agent.metrics import StepLog
+from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, last_stable
 from agentic_r_plugin.child import die_with
 from agentic_r_plugin.ray_cluster import our_fault
 from agentic_r_plugin.store import write_json
@@ -35,10 +41,6 @@ def main(run_dir: Path, parent: int) -> int:
 
 def train(run_dir: Path) -> None:
     """Run verl if anything is left to do, choose the checkpoint, and write `agent/` and `critic/`."""
-    from omegaconf import OmegaConf
-
-    from agentic_r_plugin.agent.export import export_model
-
     config: Any = OmegaConf.load(run_dir / "verl.yaml")
     stopped = _unfinished(run_dir, config) and not _trained_to_the_end(config)
     checkpoint = run_dir / "checkpoints" / f"global_step_{choose(run_dir, config, stopped=stopped)}"
@@ -49,17 +51,12 @@ def train(run_dir: Path) -> None:
 
 def _unfinished(run_dir: Path, config: Any) -> bool:
     """Whether steps are left, or the last step's metrics line, which is written after its validation."""
-    from agentic_r_plugin.agent.metrics import StepLog
-    from agentic_r_plugin.agent.prepare import latest_step
-
     step = latest_step(run_dir)
     return step < int(config.trainer.total_training_steps) or not StepLog(run_dir / "metrics.jsonl").has(step)
 
 
 def _trained_to_the_end(config: Any) -> bool:
     """Run verl; return False if the stability rule stopped it."""
-    from agentic_r_plugin.agent.stability import CollapseError
-
     try:
         _run_verl(config)
     except Exception as error:
@@ -76,11 +73,6 @@ def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
     Raises:
         TrainingError: there is no stable checkpoint.
     """
-    from omegaconf import OmegaConf
-
-    from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
-    from agentic_r_plugin.agent.stability import StabilityRule, judge, last_stable
-
     rule = StabilityRule(**OmegaConf.to_container(config.agentic_r.stability))  # type: ignore[arg-type]
     verdict = judge(StepLog(run_dir / "metrics.jsonl").read(), rule)
     reasons = {str(number): list(words) for number, words in verdict.reasons.items()}
@@ -100,14 +92,13 @@ def choose(run_dir: Path, config: Any, *, stopped: bool) -> int:
 def _run_verl(config: Any) -> None:
     import ray
     from verl.trainer.main_ppo import run_ppo
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
-    from verl.utils.config import validate_config
 
     from agentic_r_plugin.agent.trainer import AgenticTaskRunner
+    from agentic_r_plugin.agent.verl_config import validate
     from agentic_r_plugin.agent.verl_plugin import assert_registered
 
     assert_registered()
-    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    validate(config)
     try:
         run_ppo(config, task_runner_class=AgenticTaskRunner)
     finally:

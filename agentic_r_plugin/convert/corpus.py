@@ -21,12 +21,12 @@ from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import corpus_rows
 from agentic_r_plugin.storage.lookup import HashSet, key_hash
 from agentic_r_plugin.storage.table import Outcome
@@ -83,8 +83,6 @@ class Document:
     """Put on every passage."""
     whole: bool = False
     """Whether it is one passage, whatever its length."""
-    place: tuple[Path, int] | None = None
-    """File and line (Parquet: row) of an article or a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +118,8 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         inputs={} if files else {"articles": folder},
         models={"documents": fingerprint([(n, sampled_fingerprint(f)) for n, f in zip(names, files, strict=True)])},
         record=CutPassage,
-        units=lambda: zip(names, map(str, files), strict=True) if files else articles(folder),
+        units=lambda: map(Unit, names, map(str, files)) if files else articles(folder),
         worker=partial(CutWorker, for_workers(config), str(folder)),
-        place=lambda item: item.place if isinstance(item, Document) else None,
         batch_size=config.batch_size if files else max(_ROWS, config.batch_size),
     )
     report = run_stage(stage, resume=resume)
@@ -163,10 +160,10 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith((".", "~$")) for part in path.parts)
 
 
-def articles(path: Path) -> Iterator[tuple[str, Document]]:
-    """(id, article) of every row of a corpus, or (id, paragraph) of the contexts of questions, each paragraph once.
+def articles(path: Path) -> Iterator[Unit[Document]]:
+    """Every row of a corpus, or every paragraph of the contexts of questions, each paragraph once.
 
-    The id of a paragraph without one is a hash of its title and text.
+    The key is the id; that of a paragraph without one is a hash of its title and text.
 
     Raises:
         RecordError: a row without id or text; names file and line.
@@ -178,23 +175,22 @@ def articles(path: Path) -> Iterator[tuple[str, Document]]:
                 documents = context_documents(row) if isinstance(row, Mapping) and not _TEXT & row.keys() else []
                 for passage in map(context_passage, documents):
                     if seen.add(key_hash(passage.id)):
-                        yield passage.id, _document(passage, (shard, number), whole=True)
+                        yield Unit(passage.id, _document(passage, whole=True), shard, number)
                 if documents:
                     continue
                 passage = Passage.from_contents(*passage_fields(row), passage_metadata(row))
             except RecordError as error:
                 raise RecordError(str(error), path=shard, line=number) from error
-            yield passage.id, _document(passage, (shard, number))
+            yield Unit(passage.id, _document(passage), shard, number)
 
 
-def _document(passage: Passage, place: tuple[Path, int], *, whole: bool = False) -> Document:
+def _document(passage: Passage, *, whole: bool = False) -> Document:
     return Document(
         source=passage.id,
         title=passage.title,
         text=passage.text,
         metadata=dict(passage.metadata),
         whole=whole,
-        place=place,
     )
 
 
@@ -202,7 +198,7 @@ class CutWorker:
     """Reads documents and cuts them into passages."""
 
     def __init__(self, config: CorpusConfig, folder: str) -> None:
-        self.config, self.folder, self.cost = config, Path(folder), RolloutCost()
+        self.config, self.folder, self.cost = config, Path(folder), Cost()
 
     def fingerprints(self) -> dict[str, str]:
         """No models are used."""

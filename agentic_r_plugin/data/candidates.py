@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.storage.table import Outcome
-from agentic_r_plugin.store import read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def find_candidates(
     topk: int = 20,
     max_turn: int = 0,
     keep_reasoning: bool = False,
-    cost: RolloutCost | None = None,
+    cost: Cost | None = None,
 ) -> Iterator[list[Candidates] | SearchRefusedError]:
     """Search for candidates for every query of a batch of trajectories, in one call of the retriever.
 
@@ -169,7 +169,7 @@ def run(config: CandidatesConfig, *, resume: bool = False) -> None:
         config=config,
         inputs={"trajectories": Path(config.in_)},
         record=Candidates,
-        units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+        units=lambda: record_units(config.in_, Trajectory, attrgetter("id")),
         worker=partial(CandidatesWorker, for_workers(config)),
         batch_size=config.batch_size,
     )

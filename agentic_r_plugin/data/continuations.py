@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.inputs import PassageStore
 from agentic_r_plugin.data.likelihood import answer_likelihoods
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
-from agentic_r_plugin.protocol import PREFIX_SEARCH, AgentProtocol, Limits, Session
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Prefix
 from agentic_r_plugin.records import Candidates, Passage
-from agentic_r_plugin.rollout import RolloutCost, answer_calls, run_sessions
+from agentic_r_plugin.rollout import answer_calls, run_sessions
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
+from agentic_r_plugin.session import PREFIX_SEARCH, Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,11 @@ class Continuations:
         protocol: AgentProtocol,
         limits: Limits,
         topk: int = 3,
-        cost: RolloutCost | None = None,
+        cost: Cost | None = None,
         max_kept: int = 16_384,
     ) -> None:
         self.llm, self.search, self.passages, self.protocol, self.limits = llm, search, passages, protocol, limits
-        self.topk, self.cost, self.max_kept = topk, cost if cost is not None else RolloutCost(), max_kept
+        self.topk, self.cost, self.max_kept = topk, cost if cost is not None else Cost(), max_kept
         self._kept: dict[bytes, Ending] = {}
         self._earlier = _Remembered(search, self.cost)
 
@@ -92,21 +94,19 @@ class Continuations:
         return answer_likelihoods(sessions, self.llm, self.cost)
 
     def _session(self, query: Candidates, passage: str | None) -> Session:
-        session = Session(
-            protocol=self.protocol,
-            codec=self.llm.codec,
-            limits=self.limits,
-            question=query.question,
-            prefix=query.prefix,
-            searches=query.turn,
-            history=(*query.history, query.query),
+        prefix = Prefix(
+            query=query.query,
+            text=query.prefix,
             turn_start=query.turn_start,
             opens=query.opens,
+            searches=query.turn,
+            history=query.history,
             last_shown=query.last_shown,
         )
+        session = Session(self.protocol, self.llm.codec, self.limits, query.question, prefix)
         while (action := session.pending) is not None and action != PREFIX_SEARCH:
             # An earlier call of the prefix's last turn, which has the same result for all candidates of the query.
-            answer_calls([(session, action)], self._earlier, self.topk, 0, RolloutCost(), None)
+            answer_calls([(session, action)], self._earlier, self.topk, 0, Cost(), None)
         if session.finished is None:
             session.found([] if passage is None else [self.passages.by_id(passage)])
         return session
@@ -115,7 +115,7 @@ class Continuations:
 class _Remembered:
     """A retriever that carries out equal searches once, and opens each document once; `cost` counts these."""
 
-    def __init__(self, search: SearchBackend, cost: RolloutCost, most: int = 1024) -> None:
+    def __init__(self, search: SearchBackend, cost: Cost, most: int = 1024) -> None:
         self._search, self._cost = search, cost
         self._hits, self._document = lru_cache(most)(self._find), lru_cache(most)(self._open)
 
@@ -141,7 +141,7 @@ class _Remembered:
 
 def _key(session: Session) -> bytes:
     """Hash of everything that a greedy continuation depends on: the model's input and the inputs of a search."""
-    given = (session.ids, session.searches, session.opens, session.question, session.history)
+    given = (session.ids, session.searches, session.opens, session.question, session.earlier_queries)
     return hashlib.blake2b(repr(given).encode(), digest_size=16).digest()
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.data.inputs import QueryFiles, query_units
 from agentic_r_plugin.data.likelihood import by_likelihood, in_order_of_likelihood
@@ -38,11 +39,10 @@ from agentic_r_plugin.data.selection import (
     tie_levels,
 )
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import Candidates, Correctness, Passage
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.table import Outcome
 
@@ -113,7 +113,7 @@ class CorrectnessConfig:
 
 
 @dataclass
-class CorrectnessCost(RolloutCost):
+class CorrectnessCost(Cost):
     """Cost of the stage and savings by pruning: candidates = rollouts + reused + pruned."""
 
     candidates: int = 0
@@ -259,17 +259,17 @@ class CorrectnessWorker(StageWorker):
         return outcomes
 
 
-def _labelled_units(path: str) -> Iterator[tuple[str, Candidates]]:
+def _labelled_units(path: str) -> Iterator[Unit[Candidates]]:
     """The queries of a candidates file; those without gold answers are dropped later.
 
     Raises:
         RecordError: no query has gold answers; raised at the end.
     """
-    query, labelled = None, False
-    for key, query in query_units(path):
-        labelled = labelled or bool(query.golden_answers)
-        yield key, query
-    if query is not None and not labelled:
+    unit, labelled = None, False
+    for unit in query_units(path):
+        labelled = labelled or bool(unit.item.golden_answers)
+        yield unit
+    if unit is not None and not labelled:
         raise RecordError("no question has golden answers, which correctness compares with", path=path)
 
 

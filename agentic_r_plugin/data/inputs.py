@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from agentic_r_plugin.data.stages.stage import Unit, record_units
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Candidates, Correctness, Group, Passage, Question, Relevance, SubAnswer, Trajectory
 from agentic_r_plugin.storage.lookup import KeyedRecords
-from agentic_r_plugin.store import read_records
 
 
 def query_key(record: Candidates | SubAnswer | Relevance | Correctness | Group) -> str:
@@ -19,9 +19,9 @@ def query_key(record: Candidates | SubAnswer | Relevance | Correctness | Group) 
     return f"{record.id}/{record.turn}"
 
 
-def query_units(path: str | Path) -> Iterator[tuple[str, Candidates]]:
-    """(key, query) units of the stages that work on queries."""
-    return ((query_key(query), query) for query in read_records(path, Candidates))
+def query_units(path: str | Path) -> Iterator[Unit[Candidates]]:
+    """Units of the stages that work on queries."""
+    return record_units(path, Candidates, query_key)
 
 
 class PassageStore(Protocol):

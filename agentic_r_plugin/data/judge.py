@@ -9,10 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import parse_json
 
@@ -63,7 +63,7 @@ def ask(
     *,
     max_tokens: int,
     max_retries: int,
-    cost: RolloutCost,
+    cost: Cost,
 ) -> list[Parsed | JudgeError]:
     """Send every prompt and parse its reply; truncated or unparsable replies are requested again.
 

@@ -12,20 +12,18 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import Continuation, LLMBackend, count_tokens
 from agentic_r_plugin.llm.reply import thought_end
-from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.records import Candidates, Correctness
-from agentic_r_plugin.rollout import RolloutCost
+from agentic_r_plugin.session import Session
 
 if TYPE_CHECKING:
     from agentic_r_plugin.data.continuations import Continuations
 
 
-def answer_likelihoods(
-    sessions: Sequence[tuple[Session, str]], llm: LLMBackend, cost: RolloutCost
-) -> list[float | None]:
+def answer_likelihoods(sessions: Sequence[tuple[Session, str]], llm: LLMBackend, cost: Cost) -> list[float | None]:
     """Log-likelihood of an answer as the next turn of each session; None where it leaves no room or is refused.
 
     Args:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.data.inputs import QueryFiles, query_units
+from agentic_r_plugin.data.inputs import QueryFiles
 from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.records import Candidates
 from agentic_r_plugin.storage.claim import require_new
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import read_json, read_records, write_json
 
 BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")
 STAGES = ("trajectories", "candidates", "sub_answers", "relevance", "correctness", "groups")
@@ -166,7 +167,7 @@ def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> di
     roles = ("relevance", "correctness", "groups")
     known: dict[str, Any] = {role: files[role] for role in roles if files[role].exists()}
     with closing(QueryFiles(folder, **known)) as found:
-        for _, query in query_units(files["candidates"]):
+        for query in read_records(files["candidates"], Candidates):
             groups = len(found.groups(query))
             tally.add(query.turn, found.relevance(query), found.correctness(query), groups, threshold)
     stages = {

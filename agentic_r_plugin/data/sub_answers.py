@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
-from agentic_r_plugin.store import read_records
 
 _PROMPT = "sub_answers"
 
@@ -49,7 +49,7 @@ def name_sub_answers(
     max_retries: int = 3,
     max_tokens: int = 512,
     prompt: str | None = None,
-    cost: RolloutCost | None = None,
+    cost: Cost | None = None,
 ) -> Iterator[list[SubAnswer] | JudgeError]:
     """Sub-answers of each trajectory's queries, or the judge's error; all trajectories are judged in one call.
 
@@ -74,7 +74,7 @@ def name_sub_answers(
             [partial(parse_sub_answers, num_queries=len(trajectory.turns)) for trajectory in searching],
             max_tokens=max_tokens,
             max_retries=max_retries,
-            cost=cost if cost is not None else RolloutCost(),
+            cost=cost if cost is not None else Cost(),
         )
         if searching
         else []
@@ -157,7 +157,7 @@ def run(config: SubAnswersConfig, *, resume: bool = False) -> None:
         config=config,
         inputs={"trajectories": Path(config.in_)},
         record=SubAnswer,
-        units=lambda: ((trajectory.id, trajectory) for trajectory in read_records(config.in_, Trajectory)),
+        units=lambda: record_units(config.in_, Trajectory, attrgetter("id")),
         worker=partial(SubAnswersWorker, for_workers(config)),
         batch_size=config.batch_size,
     )

@@ -12,15 +12,17 @@ from typing import Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
 from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
-from agentic_r_plugin.protocol import AgentProtocol, Limits, Session, load_protocol
+from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Trajectory
-from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.storage.table import Outcome
 
 
@@ -56,7 +58,7 @@ def answer_questions(
     limits: Limits,
     topk: int = 3,
     sampling: Sampling | None = None,
-    cost: RolloutCost | None = None,
+    cost: Cost | None = None,
 ) -> Iterator[Trajectory | RequestRefusedError]:
     """Answer all questions of a batch together.
 
@@ -131,7 +133,7 @@ def run(config: TrajectoriesConfig, *, resume: bool = False) -> None:
         config=config,
         inputs={"questions": Path(config.in_)},
         record=Trajectory,
-        units=lambda: ((question.id, question) for question in chosen_questions(config)),
+        units=lambda: (Unit(question.id, question) for question in chosen_questions(config)),
         worker=partial(TrajectoriesWorker, for_workers(config)),
         batch_size=config.batch_size,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_verdict
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.evaluation.metrics import gold_of, prediction
@@ -16,7 +17,6 @@ from agentic_r_plugin.evaluation.settings import AnswerJudgeSettings
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Judgement
-from agentic_r_plugin.rollout import RolloutCost
 
 
 class AnswerJudge:
@@ -33,7 +33,7 @@ class AnswerJudge:
         self.backend, self.settings = backend, settings
         self.prompt = load_prompt("answer_correct", settings.prompt)
 
-    def judge(self, dataset: Any, cost: RolloutCost, batch_size: int, on_batch: Callable[[Sequence[Any]], None]) -> Any:
+    def judge(self, dataset: Any, cost: Cost, batch_size: int, on_batch: Callable[[Sequence[Any]], None]) -> Any:
         """Judge the items that have no judgement yet, or a failed one; returns the data set.
 
         Args:
@@ -62,7 +62,7 @@ class AnswerJudge:
             )
         return dataset
 
-    def _judge(self, items: Sequence[Any], cost: RolloutCost) -> None:
+    def _judge(self, items: Sequence[Any], cost: Cost) -> None:
         asked = [item for item in items if gold_of(item) and (prediction(item) or "").strip()]
         prompts = [
             fill(

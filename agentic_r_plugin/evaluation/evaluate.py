@@ -134,20 +134,30 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
+        metrics = [*self.metrics, *([JUDGED] if self.judge.llm.model else [])]
+        object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in metrics)))
+        object.__setattr__(self, "per_agent", entries_of(AgentSettings, self.per_agent, "per_agent"))
         for name in ("benchmarks", "agents", "searches"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: expected at least one")
         if self.first is not None and self.random is not None:
             raise ConfigError("first, random: give at most one of the two")
-        metrics = [*self.metrics, *([JUDGED] if self.judge.llm.model else [])]
-        object.__setattr__(self, "metrics", list(dict.fromkeys(name.lower() for name in metrics)))
-        if JUDGED in self.metrics and not self.judge.llm.model:
-            raise ConfigError(f"metrics: {JUDGED} needs a judge; set judge.llm.model")
         check_statistics(self.level, self.resamples)
-        if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
-            raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
+        if self.processes < 1:
+            raise ConfigError(f"processes: expected at least 1, found {self.processes}")
         if self.settings.search.rerank.on:
             raise ConfigError("settings.search.rerank: name the reranker, for the tables: rerankers={NAME: MODEL}")
+        self._check_metrics()
+        self._check_names()
+
+    def _check_metrics(self) -> None:
+        if JUDGED in self.metrics and not self.judge.llm.model:
+            raise ConfigError(f"metrics: {JUDGED} needs a judge; set judge.llm.model")
+        if not {"agentic_em", "agentic_f1"} <= set(self.metrics):
+            raise ConfigError("metrics: agentic_em and agentic_f1 must be among them")
+
+    def _check_names(self) -> None:
+        """Settings about an agent, a search or a benchmark must name one of those that are evaluated."""
         for cell in self.cells:
             agent, _, search = cell.partition(":")
             if agent not in self.agents or search not in self.retrievers:
@@ -155,13 +165,10 @@ class EvaluateConfig:
                     f"cells: {cell!r} is not AGENT:SEARCH; agents: {', '.join(self.agents)}; "
                     f"searches: {', '.join(self.retrievers)}"
                 )
-        object.__setattr__(self, "per_agent", entries_of(AgentSettings, self.per_agent, "per_agent"))
         for agent in self.per_agent:
             if agent not in self.agents:
                 raise ConfigError(f"per_agent: {agent!r} is not among the agents {', '.join(self.agents)}")
             _llm_spec(self, agent)
-        if self.processes < 1:
-            raise ConfigError(f"processes: expected at least 1, found {self.processes}")
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")

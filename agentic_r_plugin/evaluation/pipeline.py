@@ -19,6 +19,7 @@ from flashrag.evaluator import Evaluator
 from flashrag.pipeline import SearchR1Pipeline
 
 from agentic_r_plugin.backends import open_llm, open_search
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.benchmarks import check_number, split_file
 from agentic_r_plugin.evaluation.cache import with_cache
@@ -26,11 +27,12 @@ from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks, gold_of
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
 from agentic_r_plugin.evaluation.settings import protocol_options, read_agent_card, read_settings, resolve_agent
-from agentic_r_plugin.protocol import AgentProtocol, Session
+from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
-from agentic_r_plugin.rollout import RolloutCost, run_sessions, to_trajectory
+from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import Hit
+from agentic_r_plugin.session import Session
 
 
 class StrictEvaluator(Evaluator):
@@ -122,7 +124,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         backend = retriever.backend if isinstance(retriever, AgenticRetriever) else FlashRAGBackend(retriever)
         self.backend = with_cache(config, backend)
         self.save_retrieval_cache = False  # FlashRAG would write it at the end; ours is written after every search
-        self.cost = RolloutCost()
+        self.cost = Cost()
 
     def close(self) -> None:
         """Close the model and the retriever if this pipeline opened them."""

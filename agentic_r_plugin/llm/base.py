@@ -155,7 +155,7 @@ def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
 
 
 class TokenMeter(Protocol):
-    """Counts of tokens: `Usage`, or what a stage spent (`rollout.RolloutCost`)."""
+    """Counts of tokens: `Usage`, or what a stage spent (`cost.Cost`)."""
 
     prompt_tokens: int
     cached_tokens: int

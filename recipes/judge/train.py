@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.config import load_config
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
 from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Passage, Question, ScoredPassage
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.encoder import resolve
@@ -117,7 +117,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     """How well the judge does on a world that it was not trained on."""
     scorer = CrossEncoderScorer.build(
         {"model": str(args.out / "model"), "text": args.text, "device": args.device or "auto"},
-        Resources(open_judge=_no_judge, cost=RolloutCost()),
+        Resources(open_judge=_no_judge, cost=Cost()),
     )
     held_out = list(judged_queries(args, args.first_seed + args.worlds))
     scored = scorer.score([judged.task for judged in held_out])

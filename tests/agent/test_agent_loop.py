@@ -393,7 +393,8 @@ def test_a_reward_is_summed_from_what_the_trajectory_showed_and_zero_where_its_s
     assert cut["reward_parts"]["retrieval_credit"] == 0.0, "the answer was cut off with the end of the passage"
     failed = run(tokenizer, Engine(turns=turns), "http://127.0.0.1:9", reward=weights, search_retries=0).extra_fields
     assert (failed["reward"], set(failed["reward_parts"])) == (0.0, set(weights))
-    assert "reward" not in run(tokenizer, Engine(turns=turns), service.url).extra_fields
+    alone = run(tokenizer, Engine(turns=turns), service.url).extra_fields
+    assert alone["reward"] == 1.0 and not {"reward_weights", "reward_parts"} & alone.keys()
 
 
 def test_an_agent_that_calls_tools_keeps_ids_mask_and_logprobs_and_opens_documents() -> None:

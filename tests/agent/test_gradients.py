@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from agentic_r_plugin.agent import prepare
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Session
+from agentic_r_plugin.session import Session
 from tests.agent.tiny_world import LIMITS, NAMES, scripted
 
 SPOILED = ("labels", "advantages", "old_log_probs", "ref_log_prob")

@@ -17,12 +17,13 @@ from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 from agentic_r_plugin.agent import dataset, launch, packed_attention, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
+from agentic_r_plugin.agent.checkpoints import checkpoint_steps, latest_step, name_latest
 from agentic_r_plugin.agent.cpu import detect
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
-from agentic_r_plugin.agent.launch import TrainAgentConfig, latest_step, progress_line, run
-from agentic_r_plugin.agent.metrics import StepLog, checkpoint_steps
-from agentic_r_plugin.agent.prepare import check_service, name_latest, prepare, run_output, validation_questions
-from agentic_r_plugin.agent.trainer import check_masks, check_trajectories
+from agentic_r_plugin.agent.launch import TrainAgentConfig, progress_line, run
+from agentic_r_plugin.agent.metrics import StepLog
+from agentic_r_plugin.agent.prepare import check_service, prepare, run_output, validation_questions
+from agentic_r_plugin.agent.step_batch import check_masks, check_trajectories
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import (
     AgenticRError,

@@ -8,8 +8,9 @@ import pytest
 from flashrag.pipeline import ReasoningPipeline, SimpleDeepSearcherPipeline
 
 from agentic_r_plugin import components
-from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Search, Session
+from agentic_r_plugin.protocol import AgentProtocol, Finished, Limits, Search
 from agentic_r_plugin.records import Passage, StopReason
+from agentic_r_plugin.session import Session
 from tests.test_protocol_properties import ChunkCodec
 
 R1: AgentProtocol = components.load("agent_protocol", "r1_searcher")

@@ -50,6 +50,12 @@ def test_the_value_of_each_reward(name: str, right: float, silent: float) -> Non
     assert [reward.parts(outcome)[name] for outcome in (RIGHT, SILENT)] == [right, silent]
 
 
+def test_without_weights_the_reward_is_exact_match() -> None:
+    reward = RewardSum({}, {})
+    assert [reward.total(reward.parts(outcome)) for outcome in (RIGHT, SILENT)] == [1.0, 0.0]
+    assert not reward.with_parts
+
+
 def test_rewards_are_added_up_by_their_weights_and_the_parts_are_kept_as_they_are() -> None:
     options = {"search_penalty": {"free": 1, "none": 3.0}}
     reward = RewardSum({"exact_match": 1.0, "f1": 0.5, "search_penalty": 0.05}, options)
@@ -106,7 +112,8 @@ def loop_fields(answer: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
     numbers = {"searches": 2, "malformed_turns": 0, "search_failed": 0, "masked_token_share": 0, "generated_tokens": 9}
     segments = [{"by_model": True, "tokens": 4, "text": "t"}]
-    made = {"trajectory": trajectory, "prompt": "p", "segments": segments, "trained_tokens": 4, "em": 0, "f1": 0.5}
+    scored = {"em": 0, "f1": 0.5, "reward": 0.0}
+    made = {"trajectory": trajectory, "prompt": "p", "segments": segments, "trained_tokens": 4, **scored}
     return numbers | made | {"answer": answer, "stop_reason": "answered"} | more
 
 
@@ -116,9 +123,8 @@ SUMMED = {"reward": 0.4, "reward_weights": {"f1": 1.0, "search_penalty": 0.05}, 
 
 def test_verl_is_given_the_sum_and_its_parts_next_to_exact_match() -> None:
     scores = compute_score("nq", "", ["Nile"], loop_fields("River Nile", **SUMMED))
-    assert scores.pop("f1") == pytest.approx(2 / 3)
-    assert {name: scores[name] for name in ("score", "acc", "em", "reward_f1", "reward_search_penalty")} == {
-        "score": 0.4, "acc": 0.0, "em": 0.0, "reward_f1": 0.5, "reward_search_penalty": -2.0,
+    assert {name: scores[name] for name in ("score", "acc", "em", "f1", "reward_f1", "reward_search_penalty")} == {
+        "score": 0.4, "acc": 0.0, "em": 0.0, "f1": 0.5, "reward_f1": 0.5, "reward_search_penalty": -2.0,
     }  # fmt: skip
     assert "reward_judge_failed" not in scores
     assert not any(name.startswith("reward") for name in compute_score("nq", "", ["Nile"], loop_fields("x")))

@@ -18,10 +18,12 @@ from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-from agentic_r_plugin.agent import export, worker
-from agentic_r_plugin.agent.metrics import RolloutLog, StepLog, checkpoint_steps
+from agentic_r_plugin.agent import worker
+from agentic_r_plugin.agent.checkpoints import checkpoint_steps
+from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
-from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, WholeAndStable, by_length_within
+from agentic_r_plugin.agent.step_batch import by_length_within
+from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, WholeAndStable
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.store import read_json, write_json
@@ -160,7 +162,7 @@ def test_a_run_whose_last_line_is_missing_is_not_done(monkeypatch: pytest.Monkey
         log.append([{"step": 2, "agentic_r/em": 1.0}])
 
     monkeypatch.setattr(worker, "_run_verl", run_verl)
-    monkeypatch.setattr(export, "export_model", lambda *_: None)
+    monkeypatch.setattr(worker, "export_model", lambda *_: None)
     log.append([{"step": 1, "agentic_r/em": 1.0}])
     worker.train(tmp_path)
     worker.train(tmp_path)
@@ -257,13 +259,13 @@ def test_each_of_verls_modes_has_a_trainer_that_verl_sees_under_its_own_name(
         {
             "trainer": {"v1": {"trainer_mode": f"agentic_r_{mode}"}},
             "data": {"train_batch_size": 8},
-            "agentic_r": {"run_dir": str(tmp_path), "poll_interval_s": 0.1, "max_failed_search_share": 0.25,
+            "agentic_r": {"run_dir": str(tmp_path), "max_failed_search_share": 0.25,
                           "stability": to_dict(StabilityRule())},
         }
     )  # fmt: skip
     made: Any = ours(config)
     assert issubclass(ours, verls) and seen == [mode]
-    assert made.replay_buffer.poll_interval == 0.1 and made.rule == StabilityRule()
+    assert made.replay_buffer.poll_interval == 0.05 and made.rule == StabilityRule()
     assert made.lost.most == 2 and made.checkpoint_callback.configured is own
 
 

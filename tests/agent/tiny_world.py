@@ -24,10 +24,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from agentic_r_plugin import components
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Passage, Question
 from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.wire import encode_hits
+from agentic_r_plugin.session import Session
 
 NAMES = ("Ada", "Bo", "Cy", "Dee", "Eli", "Fay", "Gus", "Hal", "Ivy", "Jo", "Kai", "Lea")
 TOWNS = ("Arn", "Bel", "Cor", "Dun")

@@ -36,11 +36,12 @@ from verl.workers.rollout.replica import TokenOutput
 from agentic_r_plugin.agent.agent_loop import SearchAgentLoop
 from agentic_r_plugin.agent.dataset import SourcedQuestion, verl_row
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Search, Session
+from agentic_r_plugin.protocol import Limits, Search
 from agentic_r_plugin.records import CorpusLine, Question
 from agentic_r_plugin.rollout import search_request
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.service.server import ServeConfig, running_service
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.tags import search_r1
 

@@ -22,10 +22,11 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world
 

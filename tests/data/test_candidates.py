@@ -17,8 +17,9 @@ from agentic_r_plugin.data.selection import BELOW_THRESHOLD, NOT_ROLLED_OUT, PRE
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.llm.openai import OpenAIBackend
-from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.protocol import AgentProtocol, Limits, Prefix
 from agentic_r_plugin.records import Passage, Question, Relevance, StopReason, Trajectory
+from agentic_r_plugin.session import Session
 from tests.data.scripted import CharCodec, ListedSearch, ScriptedAgent, passage
 
 QUESTION = Question(id="q", question="Who?", golden_answers=("Ann",))
@@ -74,9 +75,8 @@ def test_a_session_that_goes_on_from_a_prefix_repeats_the_trajectory():
     turns = ["<search> one </search>", "<think>b</think><search> two </search>", "<answer> Ann </answer>"]
     found = trajectory(turns, PROTOCOLS[1])
     second = queries_of(found, PROTOCOLS[1])[1]
-    session = Session(
-        protocol=PROTOCOLS[1], codec=CharCodec(), limits=Limits(), question="Who?", prefix=second.prefix, searches=2
-    )
+    prefix = Prefix("two", second.prefix, searches=2, history=("one",))
+    session = Session(PROTOCOLS[1], CharCodec(), Limits(), "Who?", prefix)
     session.found([TRICKY, PLAIN])
     session.model_wrote(session.codec.encode(turns[2]))
     assert session.text == found.text and session.finished.answer == "Ann"

@@ -20,8 +20,9 @@ from agentic_r_plugin.data.likelihood import answer_likelihoods, by_likelihood, 
 from agentic_r_plugin.data.selection import preset_rule, select
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import Likelihood
-from agentic_r_plugin.protocol import Finished, Limits, Session
+from agentic_r_plugin.protocol import Finished, Limits, Prefix
 from agentic_r_plugin.records import Candidates, Passage, ScoredPassage, StopReason
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.tags import compact
 from tests.chat_templates import PROTOCOLS, codec
@@ -148,7 +149,7 @@ def test_a_query_without_gold_answers_is_dropped_and_only_all_of_them_are_an_err
     assert steps_of(unlabelled, settings(), {"a": 90}) == "no_gold_answer"
     file = tmp_path / "c.jsonl"
     write_records(file, [unlabelled, query("a")])
-    assert [item.id for _, item in _labelled_units(str(file))] == ["r", "q"]
+    assert [unit.item.id for unit in _labelled_units(str(file))] == ["r", "q"]
     write_records(file, [unlabelled, replace(unlabelled, turn=3)])
     with pytest.raises(RecordError, match=r"c\.jsonl: no question has golden answers"):
         list(_labelled_units(str(file)))
@@ -201,7 +202,7 @@ def test_the_likelihood_is_of_the_answer_directly_after_the_candidate_and_one_pr
 def test_what_is_scored_reads_as_the_answer_in_every_chat_template(name: str):
     protocol, agent = PROTOCOLS[name], LikelyAgent(lambda prompt: "", lambda prompt: -1.0)
     agent.codec = codec(name)
-    session = Session(protocol, agent.codec, Limits(), "Who?", prefix="a call", searches=1, history=("first",))
+    session = Session(protocol, agent.codec, Limits(), "Who?", prefix=Prefix("first", "a call"))
     session.found([PASSAGES["a"]])
     assert answer_likelihoods([(session, "Ann")], agent, CorrectnessCost()) == [
         -len(agent.codec.encode(protocol.answered("Ann")[1]))

@@ -15,7 +15,7 @@ from agentic_r_plugin.data.candidates import find_candidates
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.errors import RequestRefusedError, SearchRefusedError
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import (
     Candidates,
     Correctness,
@@ -29,6 +29,7 @@ from agentic_r_plugin.records import (
 )
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import read_json, read_records, write_records
 from agentic_r_plugin.tags import compact
 from tests.data.scripted import ListedSearch, ScriptedAgent, passage

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentic_r_plugin.backends import LLMSpec
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, parse_list, parse_score, parse_scores
 from agentic_r_plugin.data.relevance import RelevanceConfig, run, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources
@@ -22,7 +23,6 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.records import Candidates, Passage, Question, Relevance, ScoredPassage, SubAnswer
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.store import read_json, read_records, write_records
 from tests.benchmarks.judge_replies import check, check_thoughts
 from tests.data.scripted import Passages, passage
@@ -104,7 +104,7 @@ def test_every_candidate_gets_a_score_and_gold_ones_are_above_the_threshold(draw
 
 def test_the_rule_has_no_options():
     with pytest.raises(ConfigError, match="has no options; found windw"):
-        GoldDocuments.build({"windw": 3}, Resources(open_judge=lambda: pytest.fail("no judge"), cost=RolloutCost()))
+        GoldDocuments.build({"windw": 3}, Resources(open_judge=lambda: pytest.fail("no judge"), cost=Cost()))
 
 
 # --- The judge --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class _Judge:
 
 
 def test_a_reply_that_was_cut_is_asked_for_again_and_a_plain_string_is_whole():
-    cost = RolloutCost()
+    cost = Cost()
     judge = _Judge(Reply("[7, 8]", cut=True), "[1, 2]")
     parse = partial(parse_scores, length=2)
     assert ask(judge, ["p"], [parse], max_tokens=9, max_retries=3, cost=cost) == [[1, 2]]
@@ -210,8 +210,8 @@ def content(body: dict) -> str:
     return body["messages"][0]["content"]
 
 
-def judged(reply: Callable[[dict], str], **options) -> tuple[list[Relevance | JudgeError], Loopback, RolloutCost]:
-    cost = RolloutCost()
+def judged(reply: Callable[[dict], str], **options) -> tuple[list[Relevance | JudgeError], Loopback, Cost]:
+    cost = Cost()
     with serve(lambda path, body: chat(reply(body))) as server:
         scorer = ListwiseJudge(OpenAIBackend(server.url, "judge"), cost=cost, **options)
         return score_candidates([task_of(query_of(MANY), MANY)], scorer), server, cost
@@ -262,7 +262,7 @@ def test_a_query_with_a_window_that_stays_bad_is_kept_apart_and_never_filled_up(
 
 
 def test_a_judge_has_no_other_options():
-    resources = Resources(open_judge=lambda: OpenAIBackend("http://127.0.0.1:1", "m"), cost=RolloutCost())
+    resources = Resources(open_judge=lambda: OpenAIBackend("http://127.0.0.1:1", "m"), cost=Cost())
     assert ListwiseJudge.build({"window": 10}, resources).window == 10
     with pytest.raises(ConfigError, match="no option 'windw'; it has max_retries, max_tokens, preset, prompt, window"):
         ListwiseJudge.build({"windw": 10}, resources)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from agentic_r_plugin import cost
 from agentic_r_plugin.cli import main
-from agentic_r_plugin.data.stages import cost
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, ScoredPassage
 from agentic_r_plugin.store import read_json, write_json, write_records
 

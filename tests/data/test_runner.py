@@ -9,17 +9,18 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentic_r_plugin.config import FREE
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import Batch, RunnerSpec, flow
-from agentic_r_plugin.data.stages.stage import Stage, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, record_units, run_stage
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.claim import Claim
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_json, read_records, write_records
@@ -37,7 +38,7 @@ class Echo:
     """Says every question's id after its own time; fails as its behaviour file says."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.cost = folder, RolloutCost()
+        self.folder, self.cost = folder, Cost()
 
     def fingerprints(self) -> dict[str, str]:
         with (self.folder / "fingerprinted.txt").open("a") as stream:
@@ -79,7 +80,7 @@ def stage_of(folder: Path, name: str = "o.jsonl", *, share: float = 0.1, **runne
         config=config,
         inputs={"questions": Path(config.in_)},
         record=SubAnswer,
-        units=lambda: ((question.id, question) for question in read_records(config.in_, Question)),
+        units=lambda: record_units(config.in_, Question, attrgetter("id")),
         worker=partial(Echo, folder),
         batch_size=7,
     )

@@ -12,6 +12,7 @@ import torch
 
 from agentic_r_plugin.components import load
 from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import load_prompt, parse_score
 from agentic_r_plugin.data.relevance import RelevanceConfig, score_candidates, task_of
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
@@ -22,7 +23,6 @@ from agentic_r_plugin.data.scorers.pointwise_judge import PointwiseJudge
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import Candidates, Passage, Relevance, ScoredPassage
-from agentic_r_plugin.rollout import RolloutCost
 from tests.data.scripted import Passages, passage
 from tests.llm.loopback import chat, serve
 
@@ -33,8 +33,8 @@ QUERY = Candidates(
 )  # fmt: skip
 
 
-def resources(url: str = "http://127.0.0.1:1/v1", cost: RolloutCost | None = None) -> Resources:
-    return Resources(open_judge=lambda: OpenAIBackend(url, "judge"), cost=cost or RolloutCost())
+def resources(url: str = "http://127.0.0.1:1/v1", cost: Cost | None = None) -> Resources:
+    return Resources(open_judge=lambda: OpenAIBackend(url, "judge"), cost=cost or Cost())
 
 
 def reply_with(score_of: dict[str, str]):
@@ -47,7 +47,7 @@ def reply_with(score_of: dict[str, str]):
 
 
 def test_the_pointwise_judge_asks_once_a_passage_and_counts_its_tokens():
-    cost = RolloutCost()
+    cost = Cost()
     with serve(reply_with({"a": "85", "b": " [7].", "c": "0"})) as server:
         scorer = PointwiseJudge.build({}, resources(server.url, cost))
         (scored,) = score_candidates([task_of(QUERY, STORE, sub_answer="Oslo")], scorer)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ import pytest
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import FREE
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.data.stages.runner import RunnerSpec
-from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
+from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.data.sub_answers import SubAnswersConfig
 from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.claim import locked
 from agentic_r_plugin.storage.table import Outcome, WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_records
@@ -52,7 +53,7 @@ class Shouter:
     stop_after: int | None = None
     seen: list[str] = field(default_factory=list)
     opens: int = 0
-    cost: RolloutCost = field(default_factory=RolloutCost)
+    cost: Cost = field(default_factory=Cost)
 
     def work(self, batch: Sequence[Question]) -> list[Outcome]:
         outcomes = []
@@ -87,7 +88,7 @@ class Shouter:
             inputs={"questions": Path(self.config.in_)},
             models=models or {},
             record=SubAnswer,
-            units=lambda: ((question.id, question) for question in read_records(self.config.in_, Question)),
+            units=lambda: record_units(self.config.in_, Question, attrgetter("id")),
             worker=self.opened,
             batch_size=3,
         )
@@ -327,7 +328,9 @@ def test_a_broken_input_line_is_found_before_any_work_and_leaves_nothing_behind(
 
 def test_a_unit_that_occurs_twice_is_an_error(config: UpperConfig):
     write_questions(Path(config.in_), ["a", "b", "a"])
-    with pytest.raises(RecordError, match="'a' occurs twice in the input of shout"):
+    with pytest.raises(
+        RecordError, match=r"in\.jsonl:3: 'a' occurs twice in the input of shout, first at .*in\.jsonl:1"
+    ):
         Shouter(config).run()
 
 

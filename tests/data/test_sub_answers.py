@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.sub_answers import name_sub_answers, parse_sub_answers
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import StopReason, Trajectory, Turn
-from agentic_r_plugin.rollout import RolloutCost
 from tests.llm.loopback import chat, serve
 
 TRAJECTORY = Trajectory(
@@ -30,7 +30,7 @@ TRAJECTORY = Trajectory(
 
 
 def ask(reply, *trajectories: Trajectory, **options):
-    cost = RolloutCost()
+    cost = Cost()
     with serve(lambda path, body: chat(reply(body))) as server:
         named = list(name_sub_answers(trajectories, OpenAIBackend(server.url, "judge"), cost=cost, **options))
     return named, [body["messages"][0]["content"] for _, body, _ in server.requests], cost

@@ -69,8 +69,9 @@ def test_its_scorer_scores_candidates_in_the_relevance_stage(installed, tmp_path
 def test_its_protocol_runs_a_trajectory(installed):
     code = """
 from agentic_r_plugin import components
-from agentic_r_plugin.protocol import Limits, Search, Session
+from agentic_r_plugin.protocol import Limits, Search
 from agentic_r_plugin.records import Passage
+from agentic_r_plugin.session import Session
 
 class Letters:
     def encode_prompt(self, text): return self.encode(text)

@@ -19,9 +19,10 @@ from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend
 from agentic_r_plugin.evaluation.settings import read_settings
-from agentic_r_plugin.protocol import AgentProtocol, Limits, Session
+from agentic_r_plugin.protocol import AgentProtocol, Limits
 from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import read_records
 from agentic_r_plugin.tags import search_r1
 from tests.evaluation.evaluation_toy import (

@@ -27,8 +27,9 @@ from agentic_r_plugin.errors import BackendError, RequestRefusedError
 from agentic_r_plugin.llm import masks
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.llm.hf_generate import HFGenerator
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.rollout import run_sessions
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from tests.llm.test_hf import checkpoint  # noqa: F401
 

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from agentic_r_plugin.agent import memory_estimate, prepare
 from agentic_r_plugin.agent.dataset import read_sourced_questions
-from agentic_r_plugin.agent.dry_run import validate
 from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.agent.verl_config import validate
 from agentic_r_plugin.cli import build_config, main, parse_command
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError

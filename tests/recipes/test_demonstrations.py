@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
-from agentic_r_plugin.protocol import Limits, Session
+from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from recipes.hotpotqa_cpu.warm_start.demonstrations import DemonstrationSettings, demonstrate, describe
 from recipes.retriever.keywords import keywords

@@ -8,8 +8,9 @@ import pytest
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Finished, Limits, Search, Session, load_protocol
+from agentic_r_plugin.protocol import Finished, Limits, Search, load_protocol
 from agentic_r_plugin.records import StopReason
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from agentic_r_plugin.tools import OPEN, SEARCH
 from agentic_r_plugin.world.generate import build_world

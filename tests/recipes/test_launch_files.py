@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from agentic_r_plugin.agent.dry_run import validate
-from agentic_r_plugin.agent.verl_config import _verl_config_dir
+from agentic_r_plugin.agent.verl_config import _verl_config_dir, validate
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "agentic_r"

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from agentic_r_plugin import compute, memory
 from agentic_r_plugin.agent import packed_attention
-from agentic_r_plugin.agent.verl_config import critic_tokens
+from agentic_r_plugin.agent.cpu.detect import SWITCH
+from agentic_r_plugin.agent.verl_config import ENGINES, critic_tokens
+
+_MICRO_BATCH_TOKENS = 1024
+"""Least limit of a micro-batch: activation memory grows with it, and small ones stay in the CPU's caches."""
 
 
-def cpu_overrides(
-    *,
-    num_workers: int = 1,
-    train_dtype: str = "auto",
-    rollout_dtype: str = "float32",
-    longest_trajectory: int = 4096,
-    micro_batch_tokens: int = 1024,
-) -> list[str]:
+def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_trajectory: int = 4096) -> list[str]:
     """Hydra overrides for `verl.trainer.main_ppo` on a machine without an accelerator.
 
     They do not concern model, data or algorithm, and precede the user's own overrides, which may change any of them.
@@ -23,13 +20,10 @@ def cpu_overrides(
         num_workers: trainer processes; each has its own rollout engine and uses one logical Ray GPU.
         train_dtype: compute type of actor, reference and critic: `bfloat16`, `float32`, or `auto`
             (`compute.fast_type`); weights stay in float32.
-        rollout_dtype: type of the rollout engine's weights and computation.
-        longest_trajectory: maximum tokens of a trajectory, prompt included.
-        micro_batch_tokens: verl packs trajectories into micro-batches of at most this many tokens (raised to
-            `longest_trajectory` if smaller) and ignores micro-batch sizes given in trajectories. Activation memory
-            grows with the micro-batch, and small micro-batches stay in the CPU's caches.
+        longest_trajectory: maximum tokens of a trajectory, prompt included. verl packs trajectories into micro-batches
+            of up to 1,024 tokens, or of this many, and ignores micro-batch sizes given in trajectories.
     """
-    micro_batch_tokens = max(micro_batch_tokens, longest_trajectory)
+    micro_batch_tokens = max(_MICRO_BATCH_TOKENS, longest_trajectory)
     overrides = [
         "trainer.device=cpu",
         "trainer.nnodes=1",
@@ -41,7 +35,7 @@ def cpu_overrides(
         f"ray_kwargs.ray_init.num_cpus={4 + 4 * num_workers}",
         "+ray_kwargs.ray_init.include_dashboard=False",
         "actor_rollout_ref.rollout.name=hf",
-        f"actor_rollout_ref.rollout.dtype={rollout_dtype}",
+        "actor_rollout_ref.rollout.dtype=float32",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
         "actor_rollout_ref.rollout.free_cache_engine=False",
         "actor_rollout_ref.rollout.agent.num_workers=1",
@@ -49,8 +43,7 @@ def cpu_overrides(
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "data.dataloader_num_workers=0",
     ]
-    for engine in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"):
-        fsdp = f"{engine}.fsdp" if engine == "critic" else f"{engine}.fsdp_config"
+    for engine, fsdp in ENGINES.items():
         overrides += [
             f"{engine}.strategy=fsdp2",  # FSDP1 needs an accelerator to synchronise module states
             f"{fsdp}.strategy=fsdp2",
@@ -81,12 +74,11 @@ def cpu_environment(*, num_threads: int | None = None) -> dict[str, str]:
     """
     threads = num_threads or compute.threads_of_each()
     return {
-        "AGENTIC_R_CPU": "1",
+        SWITCH: "1",
         "OMP_NUM_THREADS": str(threads),
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "VERL_ENGINE_DEVICE": "cuda",  # the name under which verl registers its FSDP engines
         # Activations of a few megabytes are allocated and freed thousands of times per step: keep their memory in the
         # process, in huge pages.
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agentic_r_plugin import components
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import Candidates, Passage, Question
-from agentic_r_plugin.rollout import RolloutCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Resources:
 
     open_judge: Callable[[], ChatBackend]
     """Opens the judge model; only called by scorers that use one."""
-    cost: RolloutCost
+    cost: Cost
 
 
 class RelevanceScorer(Protocol):

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from agentic_r_plugin.config import fingerprint
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_scores
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options, reference
 from agentic_r_plugin.errors import ConfigError, JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import Passage
-from agentic_r_plugin.rollout import RolloutCost
 
 WINDOWS = {"paper": 20, "released_code": 10}
 """Passages per prompt, by preset."""
@@ -53,7 +53,7 @@ class ListwiseJudge:
         max_retries: int = 3,
         max_tokens: int = 256,
         prompt: str = "",
-        cost: RolloutCost | None = None,
+        cost: Cost | None = None,
     ) -> None:
         if window < 1 or max_retries < 0 or max_tokens < 1:
             raise ConfigError(
@@ -61,7 +61,7 @@ class ListwiseJudge:
                 "1, 0 and 1"
             )
         self.judge, self.window, self.max_retries, self.max_tokens = judge, window, max_retries, max_tokens
-        self.cost = cost if cost is not None else RolloutCost()
+        self.cost = cost if cost is not None else Cost()
         self.prompt = load_prompt(self.prompt_name, prompt)
 
     @classmethod

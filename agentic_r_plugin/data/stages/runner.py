@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import BackendError, ConfigError
-from agentic_r_plugin.rollout import RolloutCost
 from agentic_r_plugin.storage.table import Outcome
 
 Task = TypeVar("Task")
@@ -57,7 +57,7 @@ class Worker(Protocol[Given]):
     """Does the work of a stage and holds its models."""
 
     @property
-    def cost(self) -> RolloutCost:
+    def cost(self) -> Cost:
         """Updated by `work`."""
 
     def fingerprints(self) -> dict[str, str]:
@@ -73,8 +73,8 @@ class Worker(Protocol[Given]):
 class StageWorker:
     """Base of workers: counts the cost of a stage, and closes the models that were entered into `models`."""
 
-    def __init__(self, cost: RolloutCost | None = None) -> None:
-        self.cost, self.models = cost or RolloutCost(), ExitStack()
+    def __init__(self, cost: Cost | None = None) -> None:
+        self.cost, self.models = cost or Cost(), ExitStack()
 
     def fingerprints(self) -> dict[str, str]:
         """None: no model is used."""

@@ -18,16 +18,16 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from agentic_r_plugin import cost
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
-from agentic_r_plugin.data.stages import cost
 from agentic_r_plugin.data.stages.runner import Batch, Executor, RunnerSpec, Worker, open_executor
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
@@ -37,10 +37,12 @@ from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
 from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
 from agentic_r_plugin.store import (
     PACKINGS,
+    RecordType,
     atomic_path,
     dump_line,
     file_fingerprint,
     parse_line,
+    placed_records,
     remove_temporaries,
     write_json,
     write_records,
@@ -48,6 +50,28 @@ from agentic_r_plugin.store import (
 
 Item = TypeVar("Item")
 Config = TypeVar("Config", bound=Any)
+
+
+@dataclass(frozen=True)
+class Unit(Generic[Item]):
+    """What a stage works on at a time, with its key and, if it is known, its place in the input."""
+
+    key: str
+    item: Item
+    file: Path | None = None
+    line: int | None = None
+    """From 1; in a Parquet file, the row."""
+
+
+def record_units(
+    path: str | Path, cls: type[RecordType], key: Callable[[RecordType], str]
+) -> Iterator[Unit[RecordType]]:
+    """The records of a file as units.
+
+    Raises:
+        RecordError: as `store.read_records`.
+    """
+    return (Unit(key(record), record, file, line) for file, line, record in placed_records(path, cls))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +85,7 @@ class Stage(Generic[Item]):
         inputs: input files, by role.
         models: fingerprints of the caller's own resources, by role; the workers add theirs.
         record: type of the records written.
-        units: reads the input from its start: (key, item), each key once.
-        place: item -> its file and line, for messages; None if they are not known.
+        units: reads the input from its start, each key once.
         prepare: item -> task of a worker; a unit for which it raises RecordError is refused.
         sides: files in which `prepare` looks records up; read once before any work, closed at the end.
         worker: builds a worker (from `for_workers(config)`); must be picklable if `runner` uses Ray.
@@ -72,11 +95,10 @@ class Stage(Generic[Item]):
     name: str
     config: Any
     inputs: dict[str, Path]
-    units: Callable[[], Iterable[tuple[str, Item]]]
+    units: Callable[[], Iterable[Unit[Item]]]
     worker: Callable[[], Worker[Any]]
     batch_size: int
     record: type[Record]
-    place: Callable[[Item], tuple[Path, int] | None] = lambda _: None
     prepare: Callable[[Item], Any] = lambda item: item
     sides: Sequence[KeyedRecords[Any]] = ()
     models: dict[str, str] = field(default_factory=dict)
@@ -198,29 +220,29 @@ def _check_input(stage: Stage[Any]) -> int:
         side.open()
     index = HashIndex(stage.out.parent)
     try:
-        for position, (key, _) in enumerate(stage.units()):
-            index.add(key_hash(key), position)
-        # Store hashes on disk, not keys in memory. Hashes can collide, so compare the keys of repeated ones.
+        for position, unit in enumerate(stage.units()):
+            index.add(key_hash(unit.key), position)
+        # Hashes are stored on disk, not keys in memory. They can collide, so the keys of repeated ones are compared.
         if repeated := set(index.finish()):
-            seen: dict[str, tuple[Path, int] | None] = {}
-            for key, item in stage.units():
-                if key in seen:
-                    raise _occurs_twice(stage, key, seen[key], stage.place(item))
-                if key_hash(key) in repeated:
-                    seen[key] = stage.place(item)
+            _refuse_twice(stage, repeated)
         return len(index)
     finally:
         index.close()
 
 
-def _occurs_twice(
-    stage: Stage[Any], key: str, first: tuple[Path, int] | None, second: tuple[Path, int] | None
-) -> RecordError:
-    path, line = second or (None, None)
-    at = f", first at {first[0]}:{first[1]}" if first else ""
-    return RecordError(
-        f"{key!r} occurs twice in the input of {stage.name}{at}; every unit must occur once", path=path, line=line
-    )
+def _refuse_twice(stage: Stage[Any], repeated: Set[int]) -> None:
+    """Raise RecordError if a key occurs twice, and not only its hash."""
+    seen: dict[str, Unit[Any]] = {}
+    for unit in stage.units():
+        if (first := seen.get(unit.key)) is not None:
+            at = f", first at {first.file}:{first.line}" if first.file is not None else ""
+            raise RecordError(
+                f"{unit.key!r} occurs twice in the input of {stage.name}{at}; every unit must occur once",
+                path=unit.file,
+                line=unit.line,
+            )
+        if key_hash(unit.key) in repeated:
+            seen[unit.key] = unit
 
 
 def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -> None:
@@ -250,16 +272,16 @@ def _batches(stage: Stage[Any], table: WorkTable, done: bytearray, shown: Any) -
 
 
 def _prepared(
-    stage: Stage[Item], units: Iterable[tuple[int, tuple[str, Item]]]
+    stage: Stage[Item], units: Iterable[tuple[int, Unit[Item]]]
 ) -> tuple[list[tuple[int, str, Any]], list[tuple[int, str, Outcome]]]:
     """Units with their tasks, and units that do not fit the other inputs, such as a candidate that the corpus lacks."""
     ready: list[tuple[int, str, Any]] = []
     refused: list[tuple[int, str, Outcome]] = []
-    for position, (key, item) in units:
+    for position, unit in units:
         try:
-            ready.append((position, key, stage.prepare(item)))
+            ready.append((position, unit.key, stage.prepare(unit.item)))
         except RecordError as error:
-            refused.append((position, key, Outcome.refused(error)))
+            refused.append((position, unit.key, Outcome.refused(error)))
     return ready, refused
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.agent.metrics import read_metrics
+from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.report.charts import HEIGHT, WIDTH, Series, line_chart
@@ -103,7 +103,7 @@ def train(
             raise
         stopped = str(error)
         print(f"[{arm}, seed {seed}] {error}", file=sys.stderr)
-    return [curve_line(arm, seed, record, stopped) for record in read_metrics(folder)]
+    return [curve_line(arm, seed, record, stopped) for record in StepLog(folder / "metrics.jsonl").read()]
 
 
 def curve_line(arm: str, seed: int, record: dict[str, Any], stopped: str) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.forms import listed
-from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Limits, Search, Session
+from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Limits, Search
 from agentic_r_plugin.records import Passage, Question, StopReason
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.session import Session
 from recipes.hotpotqa_cpu.warm_start.scripted_agent import THOUGHTS, Script, write_turn
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from agentic_r_plugin.answers import contains_answer, normalize
-from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.records import Passage, Question
+from agentic_r_plugin.session import Session
 from recipes.retriever.keywords import keywords
 
 THOUGHTS = ("question", "title", "excerpt", "short")

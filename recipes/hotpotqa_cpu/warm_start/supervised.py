@@ -22,8 +22,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.errors import ConfigError, TrainingError
-from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.retriever.reranker import Progress, last_whole_checkpoint
+from agentic_r_plugin.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,10 @@ from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.protocol import Limits, Session, load_protocol
+from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.storage.claim import Output, require_new
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import write_json

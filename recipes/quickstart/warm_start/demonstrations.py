@@ -19,8 +19,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Open, Session
+from agentic_r_plugin.protocol import AgentProtocol, Codec, Limits, Open
 from agentic_r_plugin.records import Passage, Question
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.tags import compact
 from agentic_r_plugin.tools import ToolProtocol
 from agentic_r_plugin.world.generate import World, WorldConfig, build_world

@@ -23,9 +23,9 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.llm.hf_generate import HFGenerator
-from agentic_r_plugin.protocol import Session
 from agentic_r_plugin.rollout import run_sessions
 from agentic_r_plugin.search.base import Hit, SearchRequest
+from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import dump_line
 from tests.agent import tiny_world
 
