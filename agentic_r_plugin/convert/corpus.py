@@ -23,11 +23,11 @@ from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.stages.runner import RunnerSpec
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, located
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage
 from agentic_r_plugin.rollout import RolloutCost
-from agentic_r_plugin.search.corpus import corpus_rows
+from agentic_r_plugin.search.corpus_forms import corpus_rows
 from agentic_r_plugin.storage.lookup import HashSet, key_hash
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
@@ -176,28 +176,23 @@ def articles(path: Path) -> Iterator[tuple[str, Document]]:
     seen = HashSet()
     for shard in shards(path):
         for number, row in corpus_rows(shard) if ".tsv" in shard.suffixes else read_lines(shard):
-            try:
+            with located(shard, number):
                 documents = context_documents(row) if isinstance(row, Mapping) and not _TEXT & row.keys() else []
-                for passage in map(context_passage, documents):
-                    if seen.add(key_hash(passage.id)):
-                        yield passage.id, _document(passage, (shard, number), whole=True)
-                if documents:
-                    continue
-                passage = Passage.from_contents(*passage_fields(row), passage_metadata(row))
-            except RecordError as error:
-                raise RecordError(str(error), path=shard, line=number) from error
-            yield passage.id, _document(passage, (shard, number))
-
-
-def _document(passage: Passage, place: tuple[Path, int], *, whole: bool = False) -> Document:
-    return Document(
-        source=passage.id,
-        title=passage.title,
-        text=passage.text,
-        metadata=dict(passage.metadata),
-        whole=whole,
-        place=place,
-    )
+                passages = [item for item in map(context_passage, documents) if seen.add(key_hash(item.id))]
+                if not documents:
+                    passages = [Passage.from_contents(*passage_fields(row), passage_metadata(row))]
+            for passage in passages:
+                yield (
+                    passage.id,
+                    Document(
+                        source=passage.id,
+                        title=passage.title,
+                        text=passage.text,
+                        metadata=dict(passage.metadata),
+                        whole=bool(documents),
+                        place=(shard, number),
+                    ),
+                )
 
 
 class CutWorker:

@@ -24,7 +24,7 @@ from agentic_r_plugin.net import is_loopback, pause_s
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_documents, decode_hits, encode_requests
-from agentic_r_plugin.store import parse_json
+from agentic_r_plugin.storage.json_text import parse_json
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0

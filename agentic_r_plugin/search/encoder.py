@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, located
 from agentic_r_plugin.query import needs_reasoning, retriever_input
 from agentic_r_plugin.records import Passage, Record
 from agentic_r_plugin.search import families
@@ -368,10 +368,8 @@ def _read_record(name: str) -> RetrieverRecord | None:
     file = load_file_path(name, RECORD_FILE)
     if file is None:
         return None
-    try:
+    with located(file):
         return RetrieverRecord.from_dict(read_json(file))
-    except RecordError as error:
-        raise RecordError(str(error), path=None if str(file) in str(error) else file) from error
 
 
 def _with_preset(record: RetrieverRecord, preset: str, pooling: str) -> RetrieverRecord:
@@ -388,23 +386,17 @@ def _untrained_record(
     model: SentenceTransformer, name: str, source: str, preset: str, pooling: str, given: Mapping[str, Any]
 ) -> RetrieverRecord:
     """Record of a model that was not trained for agentic search; prints on stderr how it is used."""
-    use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
+    use, reasons = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
     longest = min(families.longest_text(model) or sys.maxsize, model.max_seq_length or sys.maxsize)
     length = min(given.get("max_length") or MAX_LENGTH, MAX_LENGTH, longest)
     if not source.startswith("builtin:"):
         print(
-            f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
+            f"retriever {source} has no {RECORD_FILE}: {reasons}; query_prompt, passage_prompt, pooling and preset "
             f"change that{_cut_at(model, length, longest, given)}",
             file=sys.stderr,
         )
     return RetrieverRecord(
-        formulation=given.get("formulation", "query"),
-        query_prompt=use.query_prompt,
-        passage_prompt=use.passage_prompt,
-        query_max_length=length,
-        passage_max_length=length,
-        pooling=use.pooling,
-        normalize=use.normalize,
+        formulation=given.get("formulation", "query"), query_max_length=length, passage_max_length=length, **use
     )
 
 

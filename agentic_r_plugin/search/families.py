@@ -89,18 +89,6 @@ _NOT_ONE_VECTOR = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """How to use a model without a record."""
-
-    query_prompt: str
-    passage_prompt: str
-    pooling: str
-    normalize: bool
-    reasons: str
-    """Source of each value, for the message to the user."""
-
-
 def read_json_file(name: str, file: str, key: str | None = None) -> Any:
     """A JSON file of a model folder or hub repository (only the value of `key`, if given); None if missing."""
     path = load_file_path(name, file)
@@ -181,8 +169,8 @@ def family_of(names: list[str]) -> tuple[str, str] | None:
 
 def untrained_use(
     model: SentenceTransformer, name: str, source: str, *, preset: str, pooling: str, given: Mapping[str, Any]
-) -> Use:
-    """Determine how to use a model without our record.
+) -> tuple[dict[str, Any], str]:
+    """(`query_prompt`, `passage_prompt`, `pooling` and `normalize` of a model without our record, where each is from).
 
     Args:
         name: its folder or hub name. source: as the user named it.
@@ -195,16 +183,15 @@ def untrained_use(
     """
     require_known(preset, pooling)
     named = family_of(names_of(name))
-    prompts, why_prompts = _prompts(model, source, preset, named, given)
+    (query, passage), why_prompts = _prompts(model, source, preset, named, given)
     pooled, why_pooling = _pooling(model, name, source, preset, pooling, named)
     normalize = given.get("normalize")
     if normalize is None:
         normalize = _normalized(model, name, source, named)
-    return Use(
-        query_prompt=prompts[0], passage_prompt=prompts[1], pooling=pooled, normalize=normalize,
-        reasons=f"prefixes {prompts[0]!r} (queries) and {prompts[1]!r} (passages) {why_prompts}; pooling {pooled} "
-        f"{why_pooling}",
-    )  # fmt: skip
+    return (
+        {"query_prompt": query, "passage_prompt": passage, "pooling": pooled, "normalize": normalize},
+        f"prefixes {query!r} (queries) and {passage!r} (passages) {why_prompts}; pooling {pooled} {why_pooling}",
+    )
 
 
 def _prompts(
@@ -257,7 +244,7 @@ def _own(prompts: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
     """Prompts under the names of one role; only the first if the role's main name is among them."""
     by_alias = {_alias(key): text for key, text in prompts.items()}
     found = list(dict.fromkeys(by_alias[name] for name in names if name in by_alias))
-    return found[:1] if any(name in by_alias for name in names[:1]) else found
+    return found[:1] if names[0] in by_alias else found
 
 
 def _pooling(

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Generic
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, located
 from agentic_r_plugin.store import RecordType, dump_line, parse_line, read_lines, shards
 
 _ADDED_AT_ONCE = 4096
@@ -204,10 +204,8 @@ class KeyedRecords(Generic[RecordType]):
         stream.flush()
 
     def _record(self, data: object, shard: Path, line: int) -> RecordType:
-        try:
+        with located(shard, line):
             return self.cls.from_dict(data)
-        except RecordError as error:
-            raise RecordError(str(error), path=shard, line=line) from error
 
     def _read(self, value: int) -> RecordType:
         path, stream = self._files[value >> 44]

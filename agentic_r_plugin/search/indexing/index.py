@@ -21,12 +21,7 @@ import faiss
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, fingerprint, save_config
-from agentic_r_plugin.errors import (
-    AgenticRError,
-    ConfigError,
-    IndexMismatchError,
-    RecordError,
-)
+from agentic_r_plugin.errors import AgenticRError, ConfigError, IndexMismatchError, located
 from agentic_r_plugin.records import Record, since
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
@@ -393,10 +388,8 @@ def read_manifest(folder: str | Path) -> IndexManifest:
         begun = (folder / BEGUN).is_file()
         state = "an unfinished index; go on with --resume" if begun else "no index there"
         raise ConfigError(f"{folder}: {state} (agentic-r index builds one)")
-    try:
+    with located(folder / MANIFEST):
         return IndexManifest.from_dict(read_json(folder / MANIFEST))
-    except RecordError as error:
-        raise RecordError(str(error), path=folder / MANIFEST) from error
 
 
 def index_retriever(

@@ -32,7 +32,8 @@ from agentic_r_plugin.forms import context_documents, passage_fields
 from agentic_r_plugin.questions import read_rows
 from agentic_r_plugin.records import Passage, Question, text_id
 from agentic_r_plugin.search import coverage
-from agentic_r_plugin.search.corpus import PASSAGES, Corpus, passage_line
+from agentic_r_plugin.search.corpus import PASSAGES, Corpus
+from agentic_r_plugin.search.corpus_forms import passage_line
 from agentic_r_plugin.search.coverage import CoverageConfig, gold_ids, gold_titles
 from agentic_r_plugin.search.indexing import index as indexes
 from agentic_r_plugin.search.indexing.faiss_files import open_index, reason_of, stored_vectors, write_index
