@@ -135,7 +135,7 @@ class Retriever:
         given = {key: value for key, value in overrides.items() if value is not None}
         try:
             families.require_one_vector(folder, source)
-            model = _load(folder, _device(device))
+            model = _load(folder, compute.device_name(device))
             plain = families.is_plain(folder)
             recorded = _read_record(folder)
         except (OSError, ValueError, KeyError) as error:
@@ -181,12 +181,9 @@ class Retriever:
         """Tokens of a query's text, prefix and special tokens included."""
         return len(self.model.tokenizer(self.record.query_prompt + text, verbose=False)["input_ids"])
 
-    def encode_queries(
-        self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0
-    ) -> NDArray[np.float32]:
+    def encode_queries(self, requests: Sequence[SearchRequest], *, batch_size: int = 64) -> NDArray[np.float32]:
         """(N, D) vectors of the requests; for batches see `encode_passages`."""
-        texts = [self.query_text(request) for request in requests]
-        return self._encode(texts, "query", batch_size, max_batch_tokens)
+        return self._encode([self.query_text(request) for request in requests], "query", batch_size)
 
     def encode_passages(
         self,
@@ -220,7 +217,7 @@ class Retriever:
         )
 
     @torch.inference_mode()
-    def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int) -> NDArray[np.float32]:
+    def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int = 0) -> NDArray[np.float32]:
         """Encode texts sorted by length, in batches under a token budget, so that little of the computation is padding.
 
         A text without tokens (an empty one, if the tokenizer adds no special tokens) gets the zero vector.
@@ -358,10 +355,6 @@ def _load(folder: str, device: str) -> SentenceTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return SentenceTransformer(folder, device=device)
-
-
-def _device(device: str) -> str:
-    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _read_record(name: str) -> RetrieverRecord | None:
