@@ -12,7 +12,7 @@ from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
 from agentic_r_plugin.errors import TrainingError
-from agentic_r_plugin.forms import answers
+from agentic_r_plugin.field_values import answers
 
 NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share", "generated_tokens")
 """Agent loop fields passed on, so that validation reports them as `val-aux/<data source>/<field>/mean@1`."""
@@ -30,7 +30,7 @@ def compute_score(
     Args:
         data_source: name of the benchmark.
         solution_str: the response as text; ignored.
-        ground_truth: gold answers, in any form that `forms.answers` reads.
+        ground_truth: gold answers, in any form that `field_values.answers` reads.
         extra_info: the row's `extra_info` (`dataset.verl_row`) and the agent loop's `extra_fields`.
 
     Returns:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import Row, absent, name_of
+from agentic_r_plugin.field_values import Row, absent, name_of
 from agentic_r_plugin.protocol import Finished
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.storage.json_text import parse_json

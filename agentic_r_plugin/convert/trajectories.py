@@ -21,7 +21,7 @@ from agentic_r_plugin.convert.logs import TEXT_FIELDS, Log, Step, read_log
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder
 from agentic_r_plugin.errors import RecordError, SearchError
-from agentic_r_plugin.forms import Row
+from agentic_r_plugin.field_values import Row
 from agentic_r_plugin.protocol import Finished, Search
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReason, Trajectory, Turn, text_id
