@@ -79,10 +79,15 @@ class Record:
         return _build(cls, data, "")
 
 
-@cache
-def _later(cls: Any) -> dict[str, Any]:
+def _later(cls: type) -> dict[str, Any]:
     """Fields that came with a later schema number than the record, by name."""
-    return {item.name: item for item in fields(cls) if "since" in item.metadata}
+    known: dict[str, Any] | None = _LATER.get(cls)
+    if known is None:
+        known = _LATER[cls] = {item.name: item for item in fields(cls) if "since" in item.metadata}  # type: ignore[arg-type]
+    return known
+
+
+_LATER: dict[type, dict[str, Any]] = {}
 
 
 def _numbers(record: Record) -> Iterator[int]:

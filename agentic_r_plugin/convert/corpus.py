@@ -182,17 +182,15 @@ def articles(path: Path) -> Iterator[tuple[str, Document]]:
                 if not documents:
                     passages = [Passage.from_contents(*passage_fields(row), passage_metadata(row))]
             for passage in passages:
-                yield (
-                    passage.id,
-                    Document(
-                        source=passage.id,
-                        title=passage.title,
-                        text=passage.text,
-                        metadata=dict(passage.metadata),
-                        whole=bool(documents),
-                        place=(shard, number),
-                    ),
+                article = Document(
+                    source=passage.id,
+                    title=passage.title,
+                    text=passage.text,
+                    metadata=dict(passage.metadata),
+                    whole=bool(documents),
+                    place=(shard, number),
                 )
+                yield article.source, article
 
 
 class CutWorker:
