@@ -224,8 +224,8 @@ class TorchBackend(DenseBackend):
     """Exact dense retrieval in torch: on GPUs without faiss-gpu, or on the CPU from disk, block by block.
 
     Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`. If they are stored
-    in half precision, the best 2 K + 32 rows are scored again in float32. On the CPU the blocks are read from the mapped
-    file for every batch of queries, so private memory does not depend on the corpus.
+    in half precision, the best 2 K + 32 rows are scored again in float32. On the CPU the blocks are read from the file,
+    which is mapped, for every batch of queries, so private memory does not depend on the corpus.
     """
 
     name = "torch"
