@@ -142,14 +142,12 @@ class Retriever:
             raise ConfigError(f"retriever {source!r} cannot be loaded: {error}") from error
         if plain:  # with a chat template, sentence-transformers would format each text as a chat message
             getattr(model[0], "modality_config", {}).pop("message", None)
-        if recorded is not None and (preset, pooling) != ("auto", "auto"):
-            recorded = _with_preset(recorded, preset, pooling)
-        if isinstance(untrained, RetrieverRecord):
-            record = recorded or untrained
+        if recorded is not None:
+            record = _with_preset(recorded, preset, pooling)
+        elif isinstance(untrained, RetrieverRecord):
+            record = untrained
         else:
-            record = recorded or _untrained_record(
-                model, folder, source, preset, pooling, dict(untrained or {}) | given
-            )
+            record = _untrained_record(model, folder, source, preset, pooling, {**(untrained or {}), **given})
         try:
             record = replace(record, **given)
         except TypeError as error:

@@ -36,6 +36,11 @@ class Family:
     normalize: bool = True
     """Whether vectors have length 1; False for models trained with inner products."""
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Prefixes of queries and passages."""
+        return self.query_prompt, self.passage_prompt
+
 
 FAMILIES: dict[str, Family] = {
     "plain": Family(pooling=None),
@@ -197,43 +202,36 @@ def untrained_use(
 def _prompts(
     model: SentenceTransformer, source: str, preset: str, named: tuple[str, str] | None, given: Mapping[str, Any]
 ) -> tuple[tuple[str, str], str]:
+    """(prefixes of queries and passages, where they are from)."""
     fixed = (given.get("query_prompt"), given.get("passage_prompt"))
-    if preset != "auto":
-        family, why = FAMILIES[preset], f"by preset {preset}"
-        found = (family.query_prompt, family.passage_prompt)
-    elif own := {key: text for key, text in (model.prompts or {}).items() if text}:
-        query, passage = _own(own, _QUERY_NAMES), _own(own, _PASSAGE_NAMES)
-        rest = [key for key in own if _alias(key) not in (*_QUERY_NAMES, *_PASSAGE_NAMES)]
-        rest = [key for key in rest if not _OTHER_TASK.search(key)]
-        unclear = [
-            setting
-            for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
-            if value is None and (len(texts) > 1 or (not texts and rest))
-        ]
-        if unclear:
-            listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
-            raise ConfigError(
-                f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
-                f"{' and '.join(unclear)} (an empty text for none)"
-            )
-        found, why = ("".join(query[:1]), "".join(passage[:1])), "from the model's own prompts"
-        if not query and not passage and named is not None:
-            return _by_name(named, fixed)
-    elif named is not None:
-        return _by_name(named, fixed)
-    else:
-        found, why = ("", ""), "because it has no prompts and is no model known by name"
-    return _with(found, fixed, why)
-
-
-def _by_name(named: tuple[str, str], fixed: tuple[Any, Any]) -> tuple[tuple[str, str], str]:
-    family = FAMILIES[named[1]]
-    return _with((family.query_prompt, family.passage_prompt), fixed, f"by its name {named[0]} (preset {named[1]})")
-
-
-def _with(found: tuple[str, str], fixed: tuple[Any, Any], why: str) -> tuple[tuple[str, str], str]:
+    found, why = _prompts_not_given(model, source, preset, named, fixed)
     query, passage = (text if value is None else value for text, value in zip(found, fixed, strict=True))
-    return (query, passage), "as set" if None not in fixed else why
+    return (query, passage), why if None in fixed else "as set"
+
+
+def _prompts_not_given(
+    model: SentenceTransformer, source: str, preset: str, named: tuple[str, str] | None, fixed: tuple[Any, Any]
+) -> tuple[tuple[str, str], str]:
+    if preset != "auto":
+        return FAMILIES[preset].prompts, f"by preset {preset}"
+    own = {key: text for key, text in (model.prompts or {}).items() if text}
+    query, passage = _own(own, _QUERY_NAMES), _own(own, _PASSAGE_NAMES)
+    rest = [key for key in own if _alias(key) not in (*_QUERY_NAMES, *_PASSAGE_NAMES) and not _OTHER_TASK.search(key)]
+    unclear = [
+        setting
+        for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
+        if value is None and (len(texts) > 1 or (not texts and rest))
+    ]
+    if unclear:
+        listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
+        raise ConfigError(
+            f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
+            f"{' and '.join(unclear)} (an empty text for none)"
+        )
+    if named is not None and not query and not passage:
+        return FAMILIES[named[1]].prompts, f"by its name {named[0]} (preset {named[1]})"
+    why = "from the model's own prompts" if own else "because it has no prompts and is no model known by name"
+    return ("".join(query[:1]), "".join(passage[:1])), why
 
 
 def _alias(key: str) -> str:
