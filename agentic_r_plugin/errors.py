@@ -6,6 +6,8 @@ says what was expected, what was found, where, and what to do; the command line 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,6 +36,17 @@ class RecordError(AgenticRError):
         self.path, self.line = (str(path) if path is not None else None), line
         where = ":".join(str(part) for part in (self.path, line) if part is not None)
         super().__init__(f"{where}: {message}" if where else message)
+
+
+@contextmanager
+def located(path: str | Path | None, line: int | None = None) -> Iterator[None]:
+    """Add file and line to a `RecordError` of the block that names no file."""
+    try:
+        yield
+    except RecordError as error:
+        if error.path is not None:
+            raise
+        raise RecordError(str(error), path=path, line=line) from error
 
 
 class OutputExistsError(AgenticRError):

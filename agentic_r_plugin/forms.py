@@ -6,22 +6,32 @@ raise RecordError with the name of the field; the caller adds file and line.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import tokenize
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from io import StringIO
 from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, RecordError
-
-Row = Mapping[str, Any]
+from agentic_r_plugin.field_values import (
+    Row,
+    absent,
+    answers,
+    column_value,
+    decoded_text,
+    described,
+    field_names,
+    listed,
+    mapping,
+    mappings,
+    name_of,
+    plain,
+    unique,
+    without_absent,
+)
 
 LISTS = ("gold_doc_ids", "supporting_titles", "hop_answers")
 """Metadata fields that our commands use, each a list of texts; checked when a question is read."""
@@ -31,12 +41,6 @@ _ANSWER_FIELDS = ("gold_answers", "golden_answer", "gold", "target")
 
 _GOLD_FIELDS = ("answers", "answer", "possible_answers", "ground_truth")
 """Gold answers of other data sets (SQuAD, TriviaQA, MS MARCO, PopQA), read if `golden_answers` is absent."""
-
-_ANSWER_PARTS = ("target", "text", "value", "aliases")
-"""Keys of an object that holds gold answers."""
-
-_NO_ANSWERS = frozenset({"", "<unk>", "No Answer Present."})
-"""What data sets write instead of an answer that is unknown: TriviaQA's test split, MS MARCO."""
 
 _QUESTION_IDS = ("id", "_id", "question_id", "query_id")
 ID_FIELDS = ("id", "_id", "docid")
@@ -52,149 +56,6 @@ _FRONT_TITLE = re.compile(r"---\r?\ntitle:[ \t]*(\S.*?)[ \t\r]*\n")
 """The title in the front matter with which a text begins."""
 
 _LINE_BREAKS = re.compile(r"[\r\n]+")
-
-
-def absent(value: Any) -> bool:
-    """Whether a field's value is null or NaN."""
-    return value is None or (isinstance(value, float) and value != value)
-
-
-def name_of(value: Any, field: str) -> str | None:
-    """An id or title as text: `12` and `12.0` (from a pandas column with gaps) become "12". None if it is absent.
-
-    Raises:
-        RecordError: another type.
-    """
-    if absent(value):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return value
-    raise RecordError(f"field {field!r}: expected text or a whole number, found {_found(value)}")
-
-
-def listed(metadata: Row | None, field: str) -> list[str]:
-    """A metadata field that holds a list of texts; a single text or number is a list of one, an absent field is empty.
-
-    Raises:
-        RecordError: another type.
-
-    >>> listed({"gold_doc_ids": "12"}, "gold_doc_ids"), listed({"gold_doc_ids": [3, None]}, "gold_doc_ids")
-    (['12'], ['3'])
-    """
-    value = _plain((metadata or {}).get(field))
-    values = value if isinstance(value, list | tuple) else [value]
-    names = []
-    for item in values:
-        decoded = decoded_text(item, f"metadata.{field}")
-        parts = decoded if isinstance(decoded, list) else [item]
-        names += [name_of(part, f"metadata.{field}") for part in parts]
-    return [name for name in names if name is not None]
-
-
-def answers(value: Any, field: str = "golden_answers") -> list[str]:
-    """Gold answers: a text is one answer, a list holds several; `{"target"}`, `{"text"}` and `{"value", "aliases"}` of
-    other data sets hold either. Blank and absent answers are dropped.
-
-    A list of texts or an object that is itself written as text (JSON, or Python's repr as in a CSV file) is decoded.
-    An integer is converted as written: 1921 becomes "1921". `1921.0` and `true` are refused, because "1921.0" and
-    "True" are unlikely to be the intended answers.
-
-    Raises:
-        RecordError: another type, or a list written as text whose items are not texts.
-    """
-    value = _plain(value)
-    if isinstance(value, Mapping):
-        if not set(_ANSWER_PARTS) & value.keys() and any(not absent(item) for item in value.values()):
-            raise RecordError(f"field {field!r}: expected text or a list of texts, found {_found(value)}")
-        return _unique(answer for name in _ANSWER_PARTS for answer in answers(value.get(name), field))
-    if isinstance(value, list | tuple):
-        return [answer for item in value for answer in _answer(item, field)]
-    return _answer(value, field)
-
-
-def _answer(value: Any, field: str) -> list[str]:
-    if absent(value):
-        return []
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [str(value)]
-    if isinstance(value, str):
-        decoded = decoded_text(value, field)
-        if isinstance(decoded, list) and not all(absent(item) or isinstance(item, str) for item in decoded):
-            raise RecordError(f"field {field!r}: expected a list, found a list that is written as text: {value[:80]!r}")
-        if isinstance(decoded, list) or (decoded and set(_ANSWER_PARTS) & decoded.keys()):
-            return answers(decoded, field)
-        return [] if value.strip() in _NO_ANSWERS else [value]
-    raise RecordError(f"field {field!r}: expected text, found {_found(value)}; write each answer as text")
-
-
-def decoded_text(value: Any, field: str) -> list[Any] | dict[str, Any] | None:
-    """The list or object that a text holds as JSON or as Python's repr (pandas writes it to CSV), else None.
-
-    Raises:
-        RecordError: the repr of a NumPy array, whose items cannot be separated, or half a surrogate pair.
-
-    >>> decoded_text("['Paris', 'Rome']", "golden_answers"), decoded_text("[Intro]", "golden_answers")
-    (['Paris', 'Rome'], None)
-    """
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", "array(")):
-        return None
-    text = value.strip()
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = _python_literal(text)
-        if (found is None and "array([" in text) or _joins_strings(text, found):
-            reason = f"found a NumPy array written as text: {value[:80]!r}; write a JSON list instead"
-            raise RecordError(f"field {field!r}: {reason}") from None
-    if not isinstance(found, list | dict):
-        return None
-    try:
-        json.dumps(found, ensure_ascii=False).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RecordError(f"field {field!r}: expected JSON, found {value[:80]!r}: {error}") from error
-    return found
-
-
-def _python_literal(text: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an invalid escape sequence, say
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def _joins_strings(text: str, found: Any) -> bool:
-    """Whether Python joined adjacent strings: NumPy writes `['Paris' 'Rome']`, without a comma."""
-    if not isinstance(found, list | dict):
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nodes = ast.walk(ast.parse(text, mode="eval"))
-    values = sum(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes)
-    tokens = tokenize.generate_tokens(StringIO(text).readline)
-    return sum(token.type == tokenize.STRING for token in tokens) > values
-
-
-def _plain(value: Any) -> Any:
-    """Convert a NumPy array, as some frameworks pass it, to a list."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _unique(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
-
-
-def _names(row: Row) -> str:
-    return ", ".join(map(repr, row))
-
-
-def _found(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:80]!r}"
 
 
 # --- Questions --------------------------------------------------------------------------------------------------------
@@ -216,7 +77,7 @@ def question_fields(row: Row, form: QuestionForm | None = None) -> dict[str, Any
             without the fields of `form`.
     """
     if form is not None and (missing := sorted(form.has - row.keys())):
-        raise RecordError(f"expected a field {missing[0]!r}, as format={form.name} says, found only {_names(row)}")
+        raise RecordError(f"expected a field {missing[0]!r}, as format={form.name} says, found only {field_names(row)}")
     row = {name: value for name, value in row.items() if not absent(value)}
     form = form or next((f for f in QUESTION_FORMS if f.has <= row.keys() and not f.lacks & row.keys()), None)
     if form is not None:
@@ -224,10 +85,10 @@ def question_fields(row: Row, form: QuestionForm | None = None) -> dict[str, Any
     if not answers(row.get("golden_answers")):
         given = (row[name] for name in _GOLD_FIELDS if name in row and answers(row[name], name))
         row["golden_answers"] = next(given, None)
-    info = _mapping(row, "extra_info")
+    info = mapping(row, "extra_info")
     golden = golden_answers(row) or answers(info.get("golden_answers"), "extra_info.golden_answers")
     if not golden:
-        golden = answers(_mapping(row, "reward_model").get("ground_truth"), "reward_model.ground_truth")
+        golden = answers(mapping(row, "reward_model").get("ground_truth"), "reward_model.ground_truth")
     if not golden and (other := _misnamed(tuple(name for name, value in row.items() if not absent(value)))):
         raise RecordError(f"unknown field {other!r} and no 'golden_answers'; rename it to 'golden_answers'")
     return {
@@ -249,7 +110,7 @@ def place(row: Row) -> str:
     Raises:
         RecordError: neither an index nor an id.
     """
-    info = _mapping(row, "extra_info")
+    info = mapping(row, "extra_info")
     parts = [name_of(row.get("data_source"), "data_source")]
     if not absent(info.get("index")):
         parts += [name_of(info.get(field), f"extra_info.{field}") for field in ("split", "index")]
@@ -257,7 +118,7 @@ def place(row: Row) -> str:
         parts.append(identifier)
     else:
         raise RecordError(
-            f"missing field 'id', found only {_names(row)}; give each question its own id, by "
+            f"missing field 'id', found only {field_names(row)}; give each question its own id, by "
             "which outputs and resumed work know it, or name its column (format=question=COLUMN,id=COLUMN)"
         )
     return "/".join(part for part in parts if part is not None)
@@ -287,7 +148,7 @@ def _hotpotqa(row: Row) -> dict[str, Any]:
 def _musique(row: Row) -> dict[str, Any]:
     """MuSiQue: an answer with aliases."""
     golden = [*answers(row.get("answer")), *answers(row.get("answer_aliases"))]
-    return {"golden_answers": _unique(golden), "metadata": _named_gold(row) | {"answerable": row.get("answerable")}}
+    return {"golden_answers": unique(golden), "metadata": _named_gold(row) | {"answerable": row.get("answerable")}}
 
 
 def _named_gold(row: Row) -> dict[str, list[Any]]:
@@ -300,55 +161,41 @@ def _named_gold(row: Row) -> dict[str, list[Any]]:
     facts, evidences = (_decoded(row, field) for field in ("supporting_facts", "evidences"))
     found: dict[str, list[Any]] = {}
     if facts is not None:
-        found["supporting_titles"] = _unique(
+        found["supporting_titles"] = unique(
             listed(facts if isinstance(facts, Mapping) else {"title": _at(facts, 0)}, "title")
         )
     elif "question_decomposition" in row:
-        paragraphs = [item for item in _mappings(row.get("paragraphs")) if item.get("is_supporting")]
-        found["supporting_titles"] = _unique(title for item in paragraphs for title in listed(item, "title"))
+        paragraphs = [item for item in mappings(row.get("paragraphs")) if item.get("is_supporting")]
+        found["supporting_titles"] = unique(title for item in paragraphs for title in listed(item, "title"))
     if isinstance(evidences, Mapping):
         found["hop_answers"] = listed(evidences, "entity")
     elif evidences:
-        found["hop_answers"] = _at(evidences, 2) or _each(evidences, "entity")
+        found["hop_answers"] = _at(evidences, 2) or [item.get("entity") for item in mappings(evidences)]
     elif "question_decomposition" in row:
-        found["hop_answers"] = _each(row["question_decomposition"], "answer")
+        found["hop_answers"] = [item.get("answer") for item in mappings(row["question_decomposition"])]
     return found
 
 
 def _decoded(row: Row, field: str) -> Any:
-    value = _plain(row.get(field))
+    value = plain(row.get(field))
     return decoded_text(value, field) if isinstance(value, str) else value
 
 
 def _at(rows: Any, place: int) -> list[Any]:
     """One item of each list in a list."""
-    rows = map(_plain, rows if isinstance(rows, list) else ())
+    rows = map(plain, rows if isinstance(rows, list) else ())
     return [row[place] for row in rows if isinstance(row, list | tuple) and len(row) > place]
-
-
-def _each(rows: Any, field: str) -> list[Any]:
-    return [item.get(field) for item in _mappings(rows)]
 
 
 def _browsecomp_plus(row: Row) -> dict[str, Any]:
     """BrowseComp-Plus: gold documents hold the answer, evidence documents lead to it. Also MS MARCO's queries."""
     metadata = {
-        f"{kind}_doc_ids": [name for item in _mappings(row.get(f"{kind}_docs")) for name in listed(item, "docid")]
+        f"{kind}_doc_ids": [name for item in mappings(row.get(f"{kind}_docs")) for name in listed(item, "docid")]
         for kind in ("gold", "evidence")
         if f"{kind}_docs" in row
     }
     named = {"id": row.get("query_id"), "question": row.get("query")}
-    return named | {"metadata": metadata | dict(_mapping(row, "metadata"))}
-
-
-def _beir(row: Row) -> dict[str, Any]:
-    """BEIR's queries, which have no answers."""
-    return {"question": row.get("text")}
-
-
-def _mappings(value: Any) -> list[Row]:
-    value = _plain(value)
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return named | {"metadata": metadata | dict(mapping(row, "metadata"))}
 
 
 _NAMED_GOLD = frozenset({"supporting_facts", "evidences", "question_decomposition"})
@@ -359,7 +206,10 @@ QUESTION_FORMS = (
     QuestionForm(name="musique", has=frozenset({"question", "question_decomposition"}), parse=_musique),
     QuestionForm(name="browsecomp_plus", has=frozenset({"query_id", "query"}), parse=_browsecomp_plus),
     QuestionForm(
-        name="beir", has=frozenset({"_id", "text"}), lacks=frozenset({"golden_answers", "question"}), parse=_beir
+        name="beir",
+        has=frozenset({"_id", "text"}),
+        lacks=frozenset({"golden_answers", "question"}),
+        parse=lambda row: {"question": row.get("text")},
     ),
     QuestionForm(name="search_r1", has=frozenset({"prompt", "reward_model"})),
 )
@@ -408,25 +258,6 @@ def question_form(text: str) -> QuestionForm | None:
     return QuestionForm(name=text, has=has, numbered="id" not in columns, parse=parse)
 
 
-def column_value(row: Any, path: str) -> Any:
-    """Value at a dotted path; None if there is none. Of a list of objects, the values of all, as one list.
-
-    >>> column_value({"a": [{"b": 1}, {"b": [2, 3]}]}, "a.b")
-    [1, 2, 3]
-    """
-    value = row
-    for name in path.split("."):
-        value = _plain(value)
-        if isinstance(value, str):
-            value = decoded_text(value, path)
-        if isinstance(value, list):
-            parts = [_plain(item.get(name)) for item in _mappings(value)]
-            value = [item for part in parts for item in (part if isinstance(part, list) else [part])]
-        else:
-            value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
 def has_question_id(row: Row) -> bool:
     """Whether a row has one of the fields that hold a question's id."""
     return any(not absent(row.get(field)) for field in _QUESTION_IDS)
@@ -442,11 +273,11 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
     [{'id': '', 'title': 'Nile', 'text': 'It flows. Far.', 'gold': True}]
     """
     context = row.get("context")
-    context = _plain(decoded_text(context, "context") or context)
+    context = plain(decoded_text(context, "context") or context)
     if isinstance(context, Mapping):
-        lists = (_plain(context.get(name)) for name in ("title", "sentences" if "sentences" in context else "content"))
+        lists = (plain(context.get(name)) for name in ("title", "sentences" if "sentences" in context else "content"))
         context = list(zip(*(found if isinstance(found, list) else () for found in lists), strict=False))
-    items = map(_plain, context if isinstance(context, list) else ())
+    items = map(plain, context if isinstance(context, list) else ())
     pairs = [item for item in items if isinstance(item, list | tuple) and len(item) == 2]
     supporting = _named_gold(row).get("supporting_titles", ()) if pairs else ()
     found: list[dict[str, Any]] = [
@@ -456,7 +287,7 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
             "text": " ".join(str(part).strip() for part in (parts if isinstance(parts, list | tuple) else [parts])),
             "gold": str(title) in supporting,
         }
-        for title, parts in ((title, _plain(parts)) for title, parts in pairs)
+        for title, parts in ((title, plain(parts)) for title, parts in pairs)
     ]
     found += [
         {
@@ -465,7 +296,7 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
             "text": item["paragraph_text"],
             "gold": bool(item.get("is_supporting")),
         }
-        for item in _mappings(row.get("paragraphs"))
+        for item in mappings(row.get("paragraphs"))
         if "paragraph_text" in item
     ]
     return found + [
@@ -476,7 +307,7 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
             "gold": kind == "gold",
         }
         for kind in ("gold", "evidence", "negative")
-        for item in _mappings(row.get(f"{kind}_docs"))
+        for item in mappings(row.get(f"{kind}_docs"))
         if item.get("docid") is not None and "text" in item
     ]
 
@@ -487,7 +318,7 @@ def golden_answers(row: Row) -> list[str]:
     Raises:
         RecordError: another type, or an index out of range.
     """
-    golden, choices = _plain(row.get("golden_answers")), _plain(row.get("choices"))
+    golden, choices = plain(row.get("golden_answers")), plain(row.get("choices"))
     if not choices or not isinstance(choices, list):
         return answers(golden)
     golden = golden if isinstance(golden, list) else [golden]
@@ -502,21 +333,21 @@ def _question(row: Row, info: Row) -> str:
         if isinstance(value, str) and value.strip():
             return value
         if not absent(value) and not isinstance(value, str):
-            raise RecordError(f"field 'question': expected text, found {_found(value)}")
-    prompt = _plain(row.get("prompt"))
+            raise RecordError(f"field 'question': expected text, found {described(value)}")
+    prompt = plain(row.get("prompt"))
     if isinstance(prompt, str) and _MESSAGES.match(prompt):
         messages = decoded_text(prompt, "prompt")
         if messages is None:
-            raise RecordError(f"field 'prompt': expected messages as JSON, found {_found(prompt)}")
+            raise RecordError(f"field 'prompt': expected messages as JSON, found {described(prompt)}")
         prompt = messages
     if isinstance(prompt, list):
-        asked = [message.get("content") for message in _mappings(prompt) if message.get("role") == "user"]
+        asked = [message.get("content") for message in mappings(prompt) if message.get("role") == "user"]
         prompt = asked[-1] if asked else None
     if isinstance(prompt, str):
         _, marker, question = prompt.rpartition("Question:")
         if marker and question.strip():
             return question.strip()
-    found = "an empty one" if "question" in row else f"only {_names(row)}"
+    found = "an empty one" if "question" in row else f"only {field_names(row)}"
     raise RecordError(
         f"expected a text field 'question' (or a prompt with 'Question:'), found {found}; other columns can be named: "
         "format=question=COLUMN,answers=COLUMN,id=COLUMN"
@@ -529,34 +360,11 @@ def _metadata(value: Any) -> dict[str, Any]:
     if absent(value) or value == "":
         return {}
     if not isinstance(value, Mapping):
-        raise RecordError(f"field 'metadata': expected an object, found {_found(value)}; rename or drop this field")
-    metadata: dict[str, Any] = _without_absent(value)
+        raise RecordError(f"field 'metadata': expected an object, found {described(value)}; rename or drop this field")
+    metadata: dict[str, Any] = without_absent(value)
     if _NAMED_GOLD & metadata.keys():  # FlashRAG keeps the fields of HotpotQA, 2WikiMultihopQA and MuSiQue there
-        metadata = _without_absent(_named_gold(metadata)) | metadata
+        metadata = without_absent(_named_gold(metadata)) | metadata
     return metadata | {field: listed(metadata, field) for field in LISTS if field in metadata}
-
-
-def _without_absent(value: Any) -> Any:
-    """Drop absent values: Parquet gives every object the keys of all rows, with null where a row has none."""
-    if isinstance(value, Mapping):
-        return {key: _without_absent(item) for key, item in value.items() if not absent(item)}
-    if isinstance(value, list | tuple):
-        return [_without_absent(item) for item in value]
-    return value
-
-
-def _mapping(row: Row, field: str) -> Row:
-    """An object, also one written as text; empty if the field holds none.
-
-    Raises:
-        RecordError: text that begins as an object and is none.
-    """
-    value = row.get(field)
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        value = decoded_text(value, field)
-        if value is None:
-            raise RecordError(f"field {field!r}: expected an object, found {_found(row[field])}")
-    return value if isinstance(value, Mapping) else {}
 
 
 @lru_cache(maxsize=256)
@@ -590,12 +398,12 @@ def passage_fields(row: Any) -> tuple[str, str]:
         raise RecordError(f"expected a JSON object, found {type(row).__name__}")
     identifier = next((name for field in ID_FIELDS if (name := name_of(row.get(field), field)) is not None), None)
     if identifier is None:
-        raise RecordError(f"expected an id in field 'id' ('_id', 'docid'), found only {_names(row)}")
+        raise RecordError(f"expected an id in field 'id' ('_id', 'docid'), found only {field_names(row)}")
     if contents := _text(row, "contents"):
         return identifier, contents
     if not {"contents", "text"} & row.keys():
         raise RecordError(
-            f"expected text in field 'contents', or in 'text' next to 'title', found only {_names(row)}; "
+            f"expected text in field 'contents', or in 'text' next to 'title', found only {field_names(row)}; "
             "rename the field that holds it"
         )
     title, text = name_of(row.get("title"), "title") or "", _text(row, "text")
@@ -614,7 +422,7 @@ def passage_metadata(row: Row) -> dict[str, Any]:
     if isinstance(metadata, str) and metadata.startswith("{"):  # our Parquet files store it as text
         with suppress(ValueError, RecursionError):
             metadata = json.loads(metadata)
-    found: dict[str, Any] = _without_absent(metadata) if isinstance(metadata, Mapping) else {}
+    found: dict[str, Any] = without_absent(metadata) if isinstance(metadata, Mapping) else {}
     return found | ({"url": row["url"]} if isinstance(row.get("url"), str) else {})
 
 
@@ -625,4 +433,4 @@ def _text(row: Row, field: str) -> str:
         return value
     if absent(value):
         return ""
-    raise RecordError(f"field {field!r}: expected text, found {_found(value)}")
+    raise RecordError(f"field {field!r}: expected text, found {described(value)}")

@@ -392,7 +392,7 @@ class Loop:
         return _deciding(self) | {f"contents of {name}": path_fingerprint(where) for name, where in given.items()}
 
     def _phase(
-        self, iteration: int, name: str, work: Callable[[], None], cost: Callable[[], Mapping[str, Any]] = dict
+        self, iteration: int, name: str, work: Callable[[], object], cost: Callable[[], Mapping[str, Any]] = dict
     ) -> None:
         """Run a phase unless it is done. Its line in costs.jsonl is written last."""
         if (iteration, name) in self._done:

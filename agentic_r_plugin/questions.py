@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, located
 from agentic_r_plugin.forms import has_question_id, place, question_form
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.storage.lookup import HashSet, key_hash
@@ -133,20 +133,19 @@ def questions_in(
     form, by_place = question_form(format), _ids_begin_again(rows())
     seen = HashSet()
     for shard, number, row in rows():
-        try:
+        with located(shard, number):
             if by_place:
                 row = {**row, "id": place(row)}
             elif form is not None and form.numbered and isinstance(row, Mapping) and not has_question_id(row):
                 row = {**row, "id": f"{without_suffixes(shard.name)}_{number - 1}"}
-            question = Question.from_dict(row, form)
+            try:
+                question = Question.from_dict(row, form)
+            except RecursionError as error:
+                raise RecordError("nested too deeply") from error
             if labelled:
                 question.require_label()
             if not seen.add(key_hash(question.id)):
                 raise RecordError(f"question id {question.id!r} occurs twice; every question needs its own")
-        except RecursionError as error:
-            raise RecordError("nested too deeply", path=shard, line=number) from error
-        except RecordError as error:
-            raise RecordError(str(error), path=shard, line=number) from error
         yield question, row
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "agentic_r_plugin"
 LAYERS = (
     ("", "errors", "components", "credentials", "records", "forms", "answers", "query", "store", "config", "protocol",
      "session", "blocks", "cost", "tags", "tools", "questions", "progress", "compute", "memory", "attention",
-     "upstream", "storage", "child", "net", "ray_cluster", "trec", "hub"),
+     "upstream", "storage", "child", "net", "ray_cluster", "trec", "hub", "field_values"),
     ("llm", "search", "backends", "rollout"),
     ("data", "retriever", "world", "agent", "convert"),
     ("evaluation", "report"),

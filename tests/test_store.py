@@ -310,7 +310,7 @@ ITEMS = [{"a": 'x, ]"\\', "b": [1, {"c": None}]}, 17, "Ås \u2028\U0001f600", []
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_json_list_is_read_block_by_block(tmp_path: Path, monkeypatch, block: int, packed: bool):
-    monkeypatch.setattr("agentic_r_plugin.store._LIST_BLOCK", block)
+    monkeypatch.setattr("agentic_r_plugin.storage.json_text._LIST_BLOCK", block)
     for indent, begin in ((None, ""), (1, "\ufeff \r\n")):
         path = tmp_path / ("a.json.gz" if packed else "a.json")
         text = begin + json.dumps(ITEMS, ensure_ascii=False, indent=indent) + "\n "
@@ -336,7 +336,7 @@ def test_a_json_list_is_read_block_by_block(tmp_path: Path, monkeypatch, block: 
     ],
 )
 def test_a_broken_json_list_is_an_error_with_the_line_of_its_item(tmp_path, monkeypatch, text, line, message, block):
-    monkeypatch.setattr("agentic_r_plugin.store._LIST_BLOCK", block)
+    monkeypatch.setattr("agentic_r_plugin.storage.json_text._LIST_BLOCK", block)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RecordError, match=message) as caught:
         list(read_lines(tmp_path / "a.json"))

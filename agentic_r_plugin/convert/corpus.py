@@ -24,10 +24,10 @@ from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, located
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage
-from agentic_r_plugin.search.corpus import corpus_rows
+from agentic_r_plugin.search.corpus_forms import corpus_rows
 from agentic_r_plugin.storage.lookup import HashSet, key_hash
 from agentic_r_plugin.storage.table import Outcome
 from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
@@ -171,27 +171,20 @@ def articles(path: Path) -> Iterator[Unit[Document]]:
     seen = HashSet()
     for shard in shards(path):
         for number, row in corpus_rows(shard) if ".tsv" in shard.suffixes else read_lines(shard):
-            try:
+            with located(shard, number):
                 documents = context_documents(row) if isinstance(row, Mapping) and not _TEXT & row.keys() else []
-                for passage in map(context_passage, documents):
-                    if seen.add(key_hash(passage.id)):
-                        yield Unit(passage.id, _document(passage, whole=True), shard, number)
-                if documents:
-                    continue
-                passage = Passage.from_contents(*passage_fields(row), passage_metadata(row))
-            except RecordError as error:
-                raise RecordError(str(error), path=shard, line=number) from error
-            yield Unit(passage.id, _document(passage), shard, number)
-
-
-def _document(passage: Passage, *, whole: bool = False) -> Document:
-    return Document(
-        source=passage.id,
-        title=passage.title,
-        text=passage.text,
-        metadata=dict(passage.metadata),
-        whole=whole,
-    )
+                passages = [item for item in map(context_passage, documents) if seen.add(key_hash(item.id))]
+                if not documents:
+                    passages = [Passage.from_contents(*passage_fields(row), passage_metadata(row))]
+            for passage in passages:
+                article = Document(
+                    source=passage.id,
+                    title=passage.title,
+                    text=passage.text,
+                    metadata=dict(passage.metadata),
+                    whole=bool(documents),
+                )
+                yield Unit(article.source, article, shard, number)
 
 
 class CutWorker:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agentic_r_plugin.forms import Row, passage_fields
+from agentic_r_plugin.field_values import Row
+from agentic_r_plugin.forms import passage_fields
 from agentic_r_plugin.protocol import disarm
 from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.corpus import Corpus

@@ -17,7 +17,7 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.runs import holds
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Relevance
 from agentic_r_plugin.store import read_records

@@ -17,7 +17,8 @@ from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
 from agentic_r_plugin.errors import ConfigError, RecordError
-from agentic_r_plugin.forms import LISTS, context_documents, listed
+from agentic_r_plugin.field_values import listed
+from agentic_r_plugin.forms import LISTS, context_documents
 from agentic_r_plugin.questions import FORMAT, Rows, questions_in, read_rows, relevant_only
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.search.corpus import Corpus

@@ -13,8 +13,8 @@ from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, RequestRefusedError
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
+from agentic_r_plugin.storage.json_text import parse_json
 from agentic_r_plugin.storage.table import Outcome
-from agentic_r_plugin.store import parse_json
 
 Parsed = TypeVar("Parsed")
 

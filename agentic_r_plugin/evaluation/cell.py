@@ -39,8 +39,9 @@ from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.claim import Claim, Output
+from agentic_r_plugin.storage.json_text import parse_json
 from agentic_r_plugin.storage.table import Outcome, WorkTable
-from agentic_r_plugin.store import parse_json, write_json, write_records
+from agentic_r_plugin.store import write_json, write_records
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.evaluate import EvaluateConfig

@@ -15,7 +15,8 @@ from flashrag.evaluator.metrics import BaseMetric
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, sub_exact_match
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.settings import read_settings
-from agentic_r_plugin.forms import golden_answers, listed
+from agentic_r_plugin.field_values import listed
+from agentic_r_plugin.forms import golden_answers
 from agentic_r_plugin.records import StopReason
 
 SHOWN_TOPK = 3

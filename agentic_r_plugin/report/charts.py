@@ -189,7 +189,7 @@ def _path(places: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
-def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, number: Number = general) -> str:
+def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str) -> str:
     """One row per estimate, a dot with its interval, over a common axis.
 
     Returns:
@@ -210,14 +210,14 @@ def interval_chart(title: str, estimates: Sequence[Estimate], *, x_label: str, n
     for tick in ticks:
         x = place(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{general(tick)}</text>')
     parts.append(
         f'<text class="axis" x="{(left + WIDTH - _RIGHT) / 2:.1f}" y="{height - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
     )
     for i, (item, name) in enumerate(zip(estimates, names, strict=True)):
         y = _TOP + _ROW * (i + 0.5)
-        label = escape(f"{item.name}: {number(item.value)} [{number(item.low)}, {number(item.high)}]")
+        label = escape(f"{item.name}: {general(item.value)} [{general(item.low)}, {general(item.high)}]")
         parts.append(
             f'<g class="c{item.color % 6}"><title>{label}</title>'
             f'<text class="tick" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'

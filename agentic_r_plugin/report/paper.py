@@ -29,29 +29,6 @@ BENCHMARKS = (
 )
 """In the order of the paper's tables."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PaperResult:
-    """One cell of the paper's main table."""
-
-    agent: str
-    """agentic_r (the paper's own), r1_searcher or simple_deep_searcher."""
-    retriever: str
-    """e5, replug or agentic_r."""
-    benchmark: str
-    em: float
-    """Per cent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperSearchTurns:
-    """Searches per question of the paper's own agent."""
-
-    retriever: str
-    benchmark: str
-    search_turns: float
-
-
 _EM = {
     ("agentic_r", "e5"): (41.68, 40.02, 17.74, 44.00, 42.18, 64.72, 41.82),
     ("agentic_r", "replug"): (42.63, 40.23, 18.90, 41.60, 41.46, 65.78, 41.85),
@@ -61,23 +38,13 @@ _EM = {
     ("simple_deep_searcher", "e5"): (36.61, 34.01, 15.55, 40.80, 33.65, 62.48, 37.09),
     ("simple_deep_searcher", "agentic_r"): (39.75, 38.04, 17.29, 41.60, 34.62, 65.61, 39.09),
 }
-"""(agent, retriever) -> exact match, in the order of `BENCHMARKS`."""
 
-SEARCH_TURNS = tuple(
-    PaperSearchTurns(retriever=retriever, benchmark=benchmark, search_turns=turns)
+EM = {(*pair, benchmark.name): em for pair, row in _EM.items() for benchmark, em in zip(BENCHMARKS, row, strict=True)}
+"""(agent, retriever, benchmark) -> exact match in per cent: the paper's main table. `agentic_r` is its own agent."""
+
+SEARCH_TURNS = {
+    ("agentic_r", retriever, benchmark): turns
     for benchmark, row in {"hotpotqa": (2.36, 2.32, 2.11), "triviaqa": (1.72, 1.70, 1.45)}.items()
     for retriever, turns in zip(("e5", "replug", "agentic_r"), row, strict=True)
-)
-
-
-def paper_results() -> list[PaperResult]:
-    """Every cell of the paper's main table.
-
-    >>> [row.em for row in paper_results() if (row.agent, row.benchmark) == ("agentic_r", "hotpotqa")]
-    [41.68, 42.63, 45.82]
-    """
-    return [
-        PaperResult(agent=agent, retriever=retriever, benchmark=benchmark.name, em=em)
-        for (agent, retriever), row in _EM.items()
-        for benchmark, em in zip(BENCHMARKS, row, strict=True)
-    ]
+}
+"""(agent, retriever, benchmark) -> searches per question."""

@@ -316,12 +316,12 @@ def overview(cells: Sequence[Cell]) -> dict[str, Any] | None:
 
 
 def _paper_rows(benchmarks: Sequence[str]) -> list[dict[str, Any]]:
-    ems = {(row.agent, row.retriever, row.benchmark): row.em for row in paper.paper_results()}
-    turns = {("agentic_r", row.retriever, row.benchmark): row.search_turns for row in paper.SEARCH_TURNS}
     rows = []
-    for agent, retriever in dict.fromkeys(key[:2] for key in ems):
+    for agent, retriever in dict.fromkeys(key[:2] for key in paper.EM):
         keys = [(agent, retriever, name) for name in benchmarks]
-        values = [{"em": ems[key], "searches": turns.get(key)} if key in ems else None for key in keys]
+        values = [
+            {"em": paper.EM[key], "searches": paper.SEARCH_TURNS.get(key)} if key in paper.EM else None for key in keys
+        ]
         if any(values):
             rows.append(_overview_row(_PAPER_NAMES[agent], _PAPER_NAMES[retriever], values, is_paper=True))
     return rows

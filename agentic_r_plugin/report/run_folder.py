@@ -5,7 +5,6 @@ The folder is the output of the loop (`iterate`) or of `evaluate`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from agentic_r_plugin.data.report import STAGES
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.matrix import cell_name
 from agentic_r_plugin.records import Correctness, Relevance, Trajectory
-from agentic_r_plugin.store import read_json, read_records
+from agentic_r_plugin.store import parse_line, read_json, read_records
 
 BANDS = ((81, 100), (61, 80), (41, 60), (21, 40), (0, 20))
 """The judge's five bands of relevance (method section 4, step 4)."""
@@ -156,12 +155,8 @@ def _steps(file: Path) -> Iterator[dict[str, Any]]:
         return
     content = file.read_bytes()
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"expected one JSON object per line: {error}", path=file, line=number) from error
+        if line.strip():
+            yield parse_line(line, file, number)
 
 
 def _agreement(folder: Path) -> list[dict[str, Any]]:

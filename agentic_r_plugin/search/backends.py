@@ -158,12 +158,8 @@ class BM25Backend:
         self.corpus.close()
 
 
-class ServiceBackend:
-    """Retrieval over HTTP (`agentic-r serve`, or any server of the same wire format).
-
-    Args:
-        client: the client that sends the requests.
-    """
+class ServiceBackend(RetrievalClient):
+    """Retrieval over HTTP (`agentic-r serve`, or any server of the same wire format)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -173,9 +169,6 @@ class ServiceBackend:
         max_connections: int = field(default=32, metadata=FREE)
         max_batch: int = field(default=256, metadata=FREE)
 
-    def __init__(self, client: RetrievalClient) -> None:
-        self.client = client
-
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> ServiceBackend:
         """Build from the settings shared by all commands; options: `token_env`, `max_connections`, `max_batch`."""
@@ -183,22 +176,4 @@ class ServiceBackend:
             raise ConfigError("search backend 'service' needs 'url', such as http://127.0.0.1:8000")
         options = typed_options(spec, cls.Options)
         token = read_secret(options.pop("token_env"), "search.options.token_env")
-        return cls(
-            RetrievalClient(spec.url, timeout_s=spec.timeout_s, retries=spec.max_retries, token=token, **options)
-        )
-
-    def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
-        """See `SearchBackend.search`."""
-        return self.client.search(requests, topk)
-
-    def documents(self, ids: Sequence[str]) -> list[Passage | None]:
-        """See `base.open_documents`."""
-        return self.client.documents(ids)
-
-    def fingerprint(self) -> str:
-        """The service's own fingerprint if it reports one, else its address."""
-        return self.client.fingerprint()
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
+        return cls(spec.url, timeout_s=spec.timeout_s, retries=spec.max_retries, token=token, **options)

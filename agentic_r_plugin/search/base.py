@@ -105,24 +105,16 @@ def open_documents(search: SearchBackend, ids: Sequence[str]) -> list[Passage | 
     return list(documents(ids))
 
 
-def known_options(spec: SearchSpec, *known: str) -> dict[str, Any]:
-    """The backend-specific options.
-
-    Raises:
-        ConfigError: an option that the backend does not have.
-    """
-    if unknown := sorted(set(spec.options) - set(known)):
-        raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
-    return dict(spec.options)
-
-
 def typed_options(spec: SearchSpec, cls: type) -> dict[str, Any]:
     """The backend-specific options with their defaults, checked against `cls`, the dataclass that declares them.
 
     Raises:
         ConfigError: an unknown option, or one of the wrong type.
     """
-    return to_dict(load_config(cls, values=known_options(spec, *(item.name for item in fields(cls)))))
+    known = [item.name for item in fields(cls)]
+    if unknown := sorted(set(spec.options) - set(known)):
+        raise ConfigError(f"search backend {spec.backend!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return to_dict(load_config(cls, values=spec.options))
 
 
 def bounded_topk(topk: int, rows: int) -> int:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,7 @@ from agentic_r_plugin.net import is_loopback, pause_s
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import OF_ONE_REQUEST, Hit, SearchRequest
 from agentic_r_plugin.search.wire import MAX_PASSAGES, decode_documents, decode_hits, encode_requests
-from agentic_r_plugin.store import parse_json
+from agentic_r_plugin.storage.json_text import parse_json
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
@@ -72,14 +73,8 @@ class RetrievalClient:
         self._async: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {
-            "timeout_s": self.timeout_s,
-            "retries": self.retries,
-            "max_connections": self.max_connections,
-            "token": self.token,
-            "max_batch": self.max_batch,
-        }
-        return _rebuild, (self.url, settings)
+        names = ("timeout_s", "retries", "max_connections", "token", "max_batch")
+        return partial(type(self), self.url, **{name: getattr(self, name) for name in names}), ()
 
     # --- searching ----------------------------------------------------------------------------------------------------
 
@@ -209,34 +204,30 @@ class RetrievalClient:
     async def _acall(self, method: str, path: str, body: Any) -> Any:
         attempts = _Attempts(self, path)
         while True:
+            pause: float | None
             try:
-                status, headers, content = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
-            except (httpx.TransportError, asyncio.TimeoutError, TimeoutError) as error:
-                delay_s = attempts.fault(error, self.timeout_s)
-            except httpx.DecodingError as error:
-                raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
+                response = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
+            except (httpx.RequestError, asyncio.TimeoutError, TimeoutError) as error:
+                pause = attempts.fault(error, self.timeout_s)
             else:
-                asked_s = attempts.judge(status, headers, content)
-                if asked_s is None:
-                    return attempts.parse(content)
-                delay_s = asked_s
-            await asyncio.sleep(delay_s)
+                pause = attempts.judge(*response)
+            if pause is None:
+                return attempts.parse(response[2])
+            await asyncio.sleep(pause)
 
     def _call(self, method: str, path: str, body: Any) -> Any:
         attempts = _Attempts(self, path)
         while True:
+            pause: float | None
             try:
-                status, headers, content = self._fetch(method, path, body)
-            except (httpx.TransportError, TimeoutError) as error:
-                delay_s = attempts.fault(error, self.timeout_s)
-            except httpx.DecodingError as error:
-                raise SearchError(f"{attempts.where}: malformed answer: {error}") from error
+                response = self._fetch(method, path, body)
+            except (httpx.RequestError, TimeoutError) as error:
+                pause = attempts.fault(error, self.timeout_s)
             else:
-                asked_s = attempts.judge(status, headers, content)
-                if asked_s is None:
-                    return attempts.parse(content)
-                delay_s = asked_s
-            time.sleep(delay_s)
+                pause = attempts.judge(*response)
+            if pause is None:
+                return attempts.parse(response[2])
+            time.sleep(pause)
 
     async def _afetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
         content = bytearray()
@@ -339,8 +330,10 @@ class _Attempts:
 
         Raises:
             SearchUnavailableError: no attempt is left.
-            SearchError: the request cannot be sent at all.
+            SearchError: the request cannot be sent at all, or the answer cannot be decoded.
         """
+        if isinstance(error, httpx.DecodingError):
+            raise SearchError(f"{self.where}: malformed answer: {error}") from error
         if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
             raise SearchError(f"{self.where}: {redacted(str(error), self.token)}") from None
         return self.failed(redacted(_describe(error, timeout_s), self.token))
@@ -369,10 +362,6 @@ class _Attempts:
         except (ValueError, RecursionError) as error:
             found = _start(content.decode("utf-8", "replace"), self.token, 80)
             raise SearchError(f"{self.where}: malformed answer: expected JSON, found {found!r} ({error})") from None
-
-
-def _rebuild(url: str, settings: dict[str, Any]) -> RetrievalClient:
-    return RetrievalClient(url, **settings)
 
 
 def _base_url(url: str) -> str:

@@ -29,7 +29,7 @@ from agentic_r_plugin.answers import contains_answer, is_closed, normalize, toke
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Record
 from agentic_r_plugin.search import ranked

@@ -18,7 +18,7 @@ from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
 from agentic_r_plugin.config import FREE, fingerprint, load_config, to_dict
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, located
 from agentic_r_plugin.llm.hf import checkpoint_fingerprint
 from agentic_r_plugin.query import needs_reasoning, retriever_input
 from agentic_r_plugin.records import Passage, Record
@@ -121,10 +121,8 @@ def _read_record(folder: str, *, training: bool) -> RerankerRecord | None:
     data = read_json(file) if file is not None else None
     if data is None or (training and isinstance(data, dict) and data.get("schema") != RerankerRecord.schema):
         return None
-    try:
+    with located(file):
         return RerankerRecord.from_dict(data)
-    except RecordError as error:
-        raise RecordError(str(error), path=file) from error
 
 
 class CrossEncoderReranker:

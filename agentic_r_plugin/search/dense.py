@@ -26,7 +26,8 @@ from agentic_r_plugin.search.base import Hit, SearchRequest, bounded_topk, typed
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing import index as indexes
-from agentic_r_plugin.search.indexing.faiss_files import flat_vectors, open_index, set_search_depth
+from agentic_r_plugin.search.indexing.faiss_files import open_index, reason_of, set_search_depth, stored_vectors
+from agentic_r_plugin.search.indexing.shards import resolve_devices
 
 
 class DenseBackend(ABC):
@@ -37,8 +38,8 @@ class DenseBackend(ABC):
         retriever: a loaded retriever or its location; None uses the one named by the index.
         corpus: the corpus file; None uses the one named by the index.
         device: for the retriever.
-        precision: for the retriever.
         batch_size: queries per encoding call.
+        options: fields of the class's `Options`.
 
     Raises:
         ConfigError: the folder holds no finished index.
@@ -52,6 +53,7 @@ class DenseBackend(ABC):
         """Options accepted in `SearchSpec.options`, for every dense backend."""
 
         precision: str = "auto"
+        """For the retriever."""
 
     def __init__(
         self,
@@ -60,27 +62,27 @@ class DenseBackend(ABC):
         corpus: str | Path | None = None,
         *,
         device: str = "auto",
-        precision: str = "auto",
         batch_size: int = 64,
+        **options: Any,
     ) -> None:
-        self.manifest = indexes.read_manifest(index)
-        self.index_path = Path(index) / self.manifest.index_file
-        self._check_vectors()
+        self.options: Any = self.Options(**options)
+        self.folder, self.manifest = Path(index), indexes.read_manifest(index)
+        self.index_path = self.folder / self.manifest.index_file
+        self._check()
         self.corpus = Corpus(corpus or self.manifest.corpus, table=index)
         try:
             indexes.check_corpus(self.manifest, self.corpus)
             if retriever is None or isinstance(retriever, str):
+                precision = self.options.precision
                 retriever = indexes.index_retriever(self.manifest, retriever, device=device, precision=precision)
             else:
                 indexes.check_retriever(self.manifest, retriever)
+            self._open()
         except BaseException:
             self.corpus.close()
             raise
         self.retriever, self.batch_size, self._lock = retriever, batch_size, threading.Lock()
         self.reads_reasoning = needs_reasoning(retriever.record.formulation)
-
-    def _check_vectors(self) -> None:
-        indexes.check_index_file(self.manifest, self.index_path)
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> DenseBackend:
@@ -96,15 +98,17 @@ class DenseBackend(ABC):
             **typed_options(spec, cls.Options),
         )
 
+    def _check(self) -> None:
+        """Check options and vectors before anything large is opened."""
+        indexes.check_index_file(self.manifest, self.index_path)
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Open the vectors."""
+
     @abstractmethod
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(scores, rows), both (Q, K), best first; row -1 if an approximate index found fewer."""
-
-    def _inner_products(
-        self, scores: NDArray[np.float32], rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """faiss' result with inner products; of vectors of length 1, the squared distance is 2 - 2 q·p."""
-        return (np.float32(1) - scores / np.float32(2) if self.manifest.metric == "l2" else scores), rows
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:
         """See `SearchBackend.search`; scores are inner products.
@@ -142,14 +146,20 @@ class DenseBackend(ABC):
         self.corpus.close()
 
 
-class FaissBackend(DenseBackend):
-    """Dense retrieval with faiss on the CPU, in this process.
+class _SearchedByFaiss(DenseBackend):
+    """An index that faiss searches, in memory, on disk or on GPUs."""
 
-    Args (in addition to those of `DenseBackend`):
-        mapped: map the index from disk instead of reading it into memory; processes then share its pages.
-        nprobe: number of lists that an IVF index scans.
-        ef_search: number of candidates that an HNSW search keeps.
-    """
+    _faiss: faiss.Index
+
+    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """See `DenseBackend.nearest`."""
+        scores, rows = self._faiss.search(vectors_QD, topk)
+        # of vectors of length 1, the squared distance is 2 - 2 q·p
+        return (np.float32(1) - scores / np.float32(2) if self.manifest.metric == "l2" else scores), rows
+
+
+class FaissBackend(_SearchedByFaiss):
+    """Dense retrieval with faiss on the CPU, in this process."""
 
     name = "faiss"
 
@@ -158,35 +168,19 @@ class FaissBackend(DenseBackend):
         """Options accepted in `SearchSpec.options`."""
 
         mapped: bool = field(default=False, metadata=FREE)
+        """Map the index from disk instead of reading it into memory; processes then share its pages."""
         nprobe: int = 64
+        """Lists that an IVF index scans."""
         ef_search: int = 128
+        """Candidates that an HNSW search keeps."""
 
-    def __init__(
-        self,
-        index: str | Path,
-        retriever: Retriever | str | None = None,
-        corpus: str | Path | None = None,
-        *,
-        mapped: bool = False,
-        nprobe: int = 64,
-        ef_search: int = 128,
-        **shared: Any,
-    ) -> None:
-        super().__init__(index, retriever, corpus, **shared)
-        self._faiss = open_index(self.index_path, mapped=mapped)
-        set_search_depth(self._faiss, nprobe=nprobe, ef_search=ef_search)
-
-    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See `DenseBackend.nearest`."""
-        return self._inner_products(*self._faiss.search(vectors_QD, topk))
+    def _open(self) -> None:
+        self._faiss = open_index(self.index_path, mapped=self.options.mapped)
+        set_search_depth(self._faiss, nprobe=self.options.nprobe, ef_search=self.options.ef_search)
 
 
-class FaissGPUBackend(DenseBackend):
+class FaissGPUBackend(_SearchedByFaiss):
     """Dense retrieval with faiss on all GPUs of this node, the index sharded over them. Untested: no GPU here.
-
-    Args (in addition to those of `DenseBackend`):
-        float16: store vectors and compute in half precision.
-        nprobe: number of lists that an IVF index scans.
 
     Raises:
         ConfigError: this faiss has no GPU support, finds no GPU, or cannot put this kind of index on a GPU.
@@ -199,18 +193,11 @@ class FaissGPUBackend(DenseBackend):
         """Options accepted in `SearchSpec.options`."""
 
         float16: bool = True
+        """Store vectors and compute in half precision."""
         nprobe: int = 64
+        """Lists that an IVF index scans."""
 
-    def __init__(
-        self,
-        index: str | Path,
-        retriever: Retriever | str | None = None,
-        corpus: str | Path | None = None,
-        *,
-        float16: bool = True,
-        nprobe: int = 64,
-        **shared: Any,
-    ) -> None:
+    def _check(self) -> None:
         if not hasattr(faiss, "GpuMultipleClonerOptions"):
             raise ConfigError(
                 "search backend 'faiss_gpu' needs faiss-gpu in place of faiss-cpu (pip install agentic-r-plugin[gpu]); "
@@ -218,34 +205,27 @@ class FaissGPUBackend(DenseBackend):
             )
         if faiss.get_num_gpus() < 1:
             raise ConfigError("search backend 'faiss_gpu': faiss finds no GPU")
-        super().__init__(index, retriever, corpus, **shared)
+        super()._check()
+
+    def _open(self) -> None:
         host = open_index(self.index_path, mapped=True)
-        set_search_depth(host, nprobe=nprobe, ef_search=0)
+        set_search_depth(host, nprobe=self.options.nprobe, ef_search=0)
         options = faiss.GpuMultipleClonerOptions()
-        options.shard, options.useFloat16 = True, float16
+        options.shard, options.useFloat16 = True, self.options.float16
         options.useFloat16CoarseQuantizer = False
         try:
             self._faiss = faiss.index_cpu_to_all_gpus(host, options)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise ConfigError(f"index kind {self.manifest.kind!r} cannot be put on GPUs: {reason}") from error
-
-    def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """See `DenseBackend.nearest`."""
-        return self._inner_products(*self._faiss.search(vectors_QD, topk))
+            kind = self.manifest.kind
+            raise ConfigError(f"index kind {kind!r} cannot be put on GPUs: {reason_of(error)}") from error
 
 
 class TorchBackend(DenseBackend):
     """Exact dense retrieval in torch: on GPUs without faiss-gpu, or on the CPU from disk, block by block.
 
     Reads indexes of kind `Flat` and `SQfp16`. On GPUs the vectors are sharded over `search_devices`. If they are stored
-    in half precision, the best 2 K + 32 rows are scored again in float32. On the CPU the blocks are read from the file
-    for every batch of queries, so memory does not depend on the corpus.
-
-    Args (in addition to those of `DenseBackend`):
-        search_devices: such as `cuda:0,cuda:1`; `auto` is every GPU of this node, or the CPU.
-        dtype: type of the vectors on a GPU: float16 (half the memory) or float32.
-        block_rows: rows scored at once.
+    in half precision, the best 2 K + 32 rows are scored again in float32. On the CPU the blocks are read from the file,
+    which is mapped, for every batch of queries, so private memory does not depend on the corpus.
     """
 
     name = "torch"
@@ -255,39 +235,34 @@ class TorchBackend(DenseBackend):
         """Options accepted in `SearchSpec.options`."""
 
         search_devices: str = field(default="auto", metadata=FREE)
+        """Such as `cuda:0,cuda:1`; `auto` is every GPU of this node, or the CPU."""
         dtype: str = "float16"
+        """Type of the vectors on a GPU: float16 (half the memory) or float32."""
         block_rows: int = field(default=65_536, metadata=FREE)
+        """Rows scored at once."""
 
-    def __init__(
-        self,
-        index: str | Path,
-        retriever: Retriever | str | None = None,
-        corpus: str | Path | None = None,
-        *,
-        search_devices: str = "auto",
-        dtype: str = "float16",
-        block_rows: int = 65_536,
-        **shared: Any,
-    ) -> None:
-        from agentic_r_plugin.search.indexing.shards import resolve_devices
+    def _check(self) -> None:
+        if self.options.dtype not in ("float16", "float32"):
+            raise ConfigError(f"search backend 'torch': dtype {self.options.dtype!r}: expected float16 or float32")
+        super()._check()
+        if (kind := self.manifest.kind) not in ("Flat", "SQfp16"):
+            raise ConfigError(
+                f"{self.index_path}: exact search in torch needs an index of kind Flat or SQfp16, found {kind}"
+            )
 
-        if dtype not in ("float16", "float32"):
-            raise ConfigError(f"search backend 'torch': dtype {dtype!r}: expected float16 or float32")
-        super().__init__(index, retriever, corpus, **shared)
-        manifest = self.manifest
-        open_index(self.index_path, mapped=True)
-        read = flat_vectors(self.index_path, kind=manifest.kind, rows=manifest.rows, dim=manifest.dim)
-        devices = [torch.device(name) for name in resolve_devices(search_devices)]
+    def _open(self) -> None:
+        rows, block_rows = self.manifest.rows, self.options.block_rows
+        read = stored_vectors(open_index(self.index_path, mapped=True)).read
+        devices = [torch.device(name) for name in resolve_devices(self.options.search_devices)]
         if devices[0].type == "cpu":
-            self._parts: list[_Part] = [_Part(0, manifest.rows, devices[0], block_rows, read=_from_file(read))]
-        else:
-            share = -(-manifest.rows // len(devices))
-            bounds = [(at, min(at + share, manifest.rows)) for at in range(0, manifest.rows, share)]
-            kept = getattr(torch, dtype)
-            self._parts = [
-                _Part(begin, end, device, block_rows, kept=_on_device(read, begin, end, device, kept, block_rows))
-                for (begin, end), device in zip(bounds, devices, strict=False)
-            ]
+            self._parts = [_Part(0, rows, devices[0], block_rows, read=read)]
+            return
+        share, dtype = -(-rows // len(devices)), getattr(torch, self.options.dtype)
+        self._parts = []
+        for begin, device in zip(range(0, rows, share), devices, strict=False):
+            end = min(begin + share, rows)
+            kept = _on_device(read, begin, end, device, dtype, block_rows)
+            self._parts.append(_Part(begin, end, device, block_rows, kept=kept))
 
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `DenseBackend.nearest`."""
@@ -297,8 +272,8 @@ class TorchBackend(DenseBackend):
         return scores.numpy(), rows.numpy()
 
 
-BlockReader = Callable[[int, int], torch.Tensor]
-"""(first row, end) -> (rows, D) vectors."""
+Read = Callable[[int, int], NDArray[Any]]
+"""(first row, end) -> (rows, D) vectors in float32."""
 
 
 class _Part:
@@ -317,7 +292,7 @@ class _Part:
         device: torch.device,
         block_rows: int,
         *,
-        read: BlockReader | None = None,
+        read: Read | None = None,
         kept: torch.Tensor | None = None,
     ) -> None:
         self.begin, self.end, self.device, self.block_rows = begin, end, device, block_rows
@@ -342,7 +317,7 @@ class _Part:
         if self._kept is not None:
             return self._kept[start - self.begin : stop - self.begin]
         assert self._read is not None
-        return self._read(start, stop)
+        return torch.from_numpy(self._read(start, stop))
 
     def _exact_scores(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(Q, W) inner products in float32, computed for a few queries at a time."""
@@ -362,12 +337,8 @@ def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tu
     return all_scores.gather(1, order), all_rows.gather(1, order)
 
 
-def _from_file(read: Callable[[int, int], NDArray[Any]]) -> BlockReader:
-    return lambda start, stop: torch.from_numpy(read(start, stop)).float()
-
-
 def _on_device(
-    read: Callable[[int, int], NDArray[Any]],
+    read: Read,
     begin: int,
     end: int,
     device: torch.device,

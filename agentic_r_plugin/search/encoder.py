@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from sentence_transformers.util.file_io import load_file_path
 
 from agentic_r_plugin import components, compute
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, located
 from agentic_r_plugin.query import needs_reasoning, retriever_input
 from agentic_r_plugin.records import Passage, Record
 from agentic_r_plugin.search import families
@@ -135,21 +135,19 @@ class Retriever:
         given = {key: value for key, value in overrides.items() if value is not None}
         try:
             families.require_one_vector(folder, source)
-            model = _load(folder, _device(device))
+            model = _load(folder, compute.device_name(device))
             plain = families.is_plain(folder)
             recorded = _read_record(folder)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"retriever {source!r} cannot be loaded: {error}") from error
         if plain:  # with a chat template, sentence-transformers would format each text as a chat message
             getattr(model[0], "modality_config", {}).pop("message", None)
-        if recorded is not None and (preset, pooling) != ("auto", "auto"):
-            recorded = _with_preset(recorded, preset, pooling)
-        if isinstance(untrained, RetrieverRecord):
-            record = recorded or untrained
+        if recorded is not None:
+            record = _with_preset(recorded, preset, pooling)
+        elif isinstance(untrained, RetrieverRecord):
+            record = untrained
         else:
-            record = recorded or _untrained_record(
-                model, folder, source, preset, pooling, dict(untrained or {}) | given
-            )
+            record = _untrained_record(model, folder, source, preset, pooling, {**(untrained or {}), **given})
         try:
             record = replace(record, **given)
         except TypeError as error:
@@ -181,12 +179,9 @@ class Retriever:
         """Tokens of a query's text, prefix and special tokens included."""
         return len(self.model.tokenizer(self.record.query_prompt + text, verbose=False)["input_ids"])
 
-    def encode_queries(
-        self, requests: Sequence[SearchRequest], *, batch_size: int = 64, max_batch_tokens: int = 0
-    ) -> NDArray[np.float32]:
+    def encode_queries(self, requests: Sequence[SearchRequest], *, batch_size: int = 64) -> NDArray[np.float32]:
         """(N, D) vectors of the requests; for batches see `encode_passages`."""
-        texts = [self.query_text(request) for request in requests]
-        return self._encode(texts, "query", batch_size, max_batch_tokens)
+        return self._encode([self.query_text(request) for request in requests], "query", batch_size)
 
     def encode_passages(
         self,
@@ -220,7 +215,7 @@ class Retriever:
         )
 
     @torch.inference_mode()
-    def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int) -> NDArray[np.float32]:
+    def _encode(self, texts: list[str], kind: str, batch_size: int, max_batch_tokens: int = 0) -> NDArray[np.float32]:
         """Encode texts sorted by length, in batches under a token budget, so that little of the computation is padding.
 
         A text without tokens (an empty one, if the tokenizer adds no special tokens) gets the zero vector.
@@ -360,18 +355,12 @@ def _load(folder: str, device: str) -> SentenceTransformer:
         return SentenceTransformer(folder, device=device)
 
 
-def _device(device: str) -> str:
-    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _read_record(name: str) -> RetrieverRecord | None:
     file = load_file_path(name, RECORD_FILE)
     if file is None:
         return None
-    try:
+    with located(file):
         return RetrieverRecord.from_dict(read_json(file))
-    except RecordError as error:
-        raise RecordError(str(error), path=None if str(file) in str(error) else file) from error
 
 
 def _with_preset(record: RetrieverRecord, preset: str, pooling: str) -> RetrieverRecord:
@@ -388,23 +377,17 @@ def _untrained_record(
     model: SentenceTransformer, name: str, source: str, preset: str, pooling: str, given: Mapping[str, Any]
 ) -> RetrieverRecord:
     """Record of a model that was not trained for agentic search; prints on stderr how it is used."""
-    use = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
+    use, reasons = families.untrained_use(model, name, source, preset=preset, pooling=pooling, given=given)
     longest = min(families.longest_text(model) or sys.maxsize, model.max_seq_length or sys.maxsize)
     length = min(given.get("max_length") or MAX_LENGTH, MAX_LENGTH, longest)
     if not source.startswith("builtin:"):
         print(
-            f"retriever {source} has no {RECORD_FILE}: {use.reasons}; query_prompt, passage_prompt, pooling and preset "
+            f"retriever {source} has no {RECORD_FILE}: {reasons}; query_prompt, passage_prompt, pooling and preset "
             f"change that{_cut_at(model, length, longest, given)}",
             file=sys.stderr,
         )
     return RetrieverRecord(
-        formulation=given.get("formulation", "query"),
-        query_prompt=use.query_prompt,
-        passage_prompt=use.passage_prompt,
-        query_max_length=length,
-        passage_max_length=length,
-        pooling=use.pooling,
-        normalize=use.normalize,
+        formulation=given.get("formulation", "query"), query_max_length=length, passage_max_length=length, **use
     )
 
 

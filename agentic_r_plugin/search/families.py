@@ -36,6 +36,11 @@ class Family:
     normalize: bool = True
     """Whether vectors have length 1; False for models trained with inner products."""
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Prefixes of queries and passages."""
+        return self.query_prompt, self.passage_prompt
+
 
 FAMILIES: dict[str, Family] = {
     "plain": Family(pooling=None),
@@ -87,18 +92,6 @@ _NOT_ONE_VECTOR = {
     "MultiVectorEncoder": "a multi-vector model (ColBERT): one vector per token",
     "CrossEncoder": "a cross-encoder: it scores pairs of texts",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """How to use a model without a record."""
-
-    query_prompt: str
-    passage_prompt: str
-    pooling: str
-    normalize: bool
-    reasons: str
-    """Source of each value, for the message to the user."""
 
 
 def read_json_file(name: str, file: str, key: str | None = None) -> Any:
@@ -181,8 +174,8 @@ def family_of(names: list[str]) -> tuple[str, str] | None:
 
 def untrained_use(
     model: SentenceTransformer, name: str, source: str, *, preset: str, pooling: str, given: Mapping[str, Any]
-) -> Use:
-    """Determine how to use a model without our record.
+) -> tuple[dict[str, Any], str]:
+    """(`query_prompt`, `passage_prompt`, `pooling` and `normalize` of a model without our record, where each is from).
 
     Args:
         name: its folder or hub name. source: as the user named it.
@@ -195,58 +188,50 @@ def untrained_use(
     """
     require_known(preset, pooling)
     named = family_of(names_of(name))
-    prompts, why_prompts = _prompts(model, source, preset, named, given)
+    (query, passage), why_prompts = _prompts(model, source, preset, named, given)
     pooled, why_pooling = _pooling(model, name, source, preset, pooling, named)
     normalize = given.get("normalize")
     if normalize is None:
         normalize = _normalized(model, name, source, named)
-    return Use(
-        query_prompt=prompts[0], passage_prompt=prompts[1], pooling=pooled, normalize=normalize,
-        reasons=f"prefixes {prompts[0]!r} (queries) and {prompts[1]!r} (passages) {why_prompts}; pooling {pooled} "
-        f"{why_pooling}",
-    )  # fmt: skip
+    return (
+        {"query_prompt": query, "passage_prompt": passage, "pooling": pooled, "normalize": normalize},
+        f"prefixes {query!r} (queries) and {passage!r} (passages) {why_prompts}; pooling {pooled} {why_pooling}",
+    )
 
 
 def _prompts(
     model: SentenceTransformer, source: str, preset: str, named: tuple[str, str] | None, given: Mapping[str, Any]
 ) -> tuple[tuple[str, str], str]:
+    """(prefixes of queries and passages, where they are from)."""
     fixed = (given.get("query_prompt"), given.get("passage_prompt"))
-    if preset != "auto":
-        family, why = FAMILIES[preset], f"by preset {preset}"
-        found = (family.query_prompt, family.passage_prompt)
-    elif own := {key: text for key, text in (model.prompts or {}).items() if text}:
-        query, passage = _own(own, _QUERY_NAMES), _own(own, _PASSAGE_NAMES)
-        rest = [key for key in own if _alias(key) not in (*_QUERY_NAMES, *_PASSAGE_NAMES)]
-        rest = [key for key in rest if not _OTHER_TASK.search(key)]
-        unclear = [
-            setting
-            for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
-            if value is None and (len(texts) > 1 or (not texts and rest))
-        ]
-        if unclear:
-            listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
-            raise ConfigError(
-                f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
-                f"{' and '.join(unclear)} (an empty text for none)"
-            )
-        found, why = ("".join(query[:1]), "".join(passage[:1])), "from the model's own prompts"
-        if not query and not passage and named is not None:
-            return _by_name(named, fixed)
-    elif named is not None:
-        return _by_name(named, fixed)
-    else:
-        found, why = ("", ""), "because it has no prompts and is no model known by name"
-    return _with(found, fixed, why)
-
-
-def _by_name(named: tuple[str, str], fixed: tuple[Any, Any]) -> tuple[tuple[str, str], str]:
-    family = FAMILIES[named[1]]
-    return _with((family.query_prompt, family.passage_prompt), fixed, f"by its name {named[0]} (preset {named[1]})")
-
-
-def _with(found: tuple[str, str], fixed: tuple[Any, Any], why: str) -> tuple[tuple[str, str], str]:
+    found, why = _prompts_not_given(model, source, preset, named, fixed)
     query, passage = (text if value is None else value for text, value in zip(found, fixed, strict=True))
-    return (query, passage), "as set" if None not in fixed else why
+    return (query, passage), why if None in fixed else "as set"
+
+
+def _prompts_not_given(
+    model: SentenceTransformer, source: str, preset: str, named: tuple[str, str] | None, fixed: tuple[Any, Any]
+) -> tuple[tuple[str, str], str]:
+    if preset != "auto":
+        return FAMILIES[preset].prompts, f"by preset {preset}"
+    own = {key: text for key, text in (model.prompts or {}).items() if text}
+    query, passage = _own(own, _QUERY_NAMES), _own(own, _PASSAGE_NAMES)
+    rest = [key for key in own if _alias(key) not in (*_QUERY_NAMES, *_PASSAGE_NAMES) and not _OTHER_TASK.search(key)]
+    unclear = [
+        setting
+        for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
+        if value is None and (len(texts) > 1 or (not texts and rest))
+    ]
+    if unclear:
+        listed = ", ".join(f"{key}: {text!r}" for key, text in own.items())
+        raise ConfigError(
+            f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
+            f"{' and '.join(unclear)} (an empty text for none)"
+        )
+    if named is not None and not query and not passage:
+        return FAMILIES[named[1]].prompts, f"by its name {named[0]} (preset {named[1]})"
+    why = "from the model's own prompts" if own else "because it has no prompts and is no model known by name"
+    return ("".join(query[:1]), "".join(passage[:1])), why
 
 
 def _alias(key: str) -> str:
@@ -257,7 +242,7 @@ def _own(prompts: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
     """Prompts under the names of one role; only the first if the role's main name is among them."""
     by_alias = {_alias(key): text for key, text in prompts.items()}
     found = list(dict.fromkeys(by_alias[name] for name in names if name in by_alias))
-    return found[:1] if any(name in by_alias for name in names[:1]) else found
+    return found[:1] if names[0] in by_alias else found
 
 
 def _pooling(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,11 @@ from agentic_r_plugin.backends import SearchSpec
 from agentic_r_plugin.config import FREE, fingerprint
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.search.dense import DenseBackend
-from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing.milvus import Collection
 
 
 class MilvusBackend(DenseBackend):
-    """Dense retrieval with Milvus: a cluster, one server, or milvus-lite in this process.
-
-    Args (in addition to those of `DenseBackend`):
-        uri, token_env: in place of those that the index was built with.
-        filter: expression over `row` and the stored fields; only passages that satisfy it are found.
-        params: search parameters of the kind, such as `{ef: 256}`.
-        consistency: Strong, Bounded, Session or Eventually; empty: the collection's own.
-        timeout_s: for one request.
-    """
+    """Dense retrieval with Milvus: a cluster, one server, or milvus-lite in this process."""
 
     name = "milvus"
 
@@ -35,43 +25,29 @@ class MilvusBackend(DenseBackend):
         """Options accepted in `SearchSpec.options`."""
 
         uri: str = field(default="", metadata=FREE)
+        """In place of the one that the index was built with; likewise `token_env`."""
         token_env: str = field(default="", metadata=FREE)
         filter: str = ""
+        """Expression over `row` and the stored fields; only passages that satisfy it are found."""
         params: dict[str, Any] = field(default_factory=dict)
+        """Search parameters of the kind, such as `{ef: 256}`."""
         consistency: str = ""
+        """Strong, Bounded, Session or Eventually; empty: the collection's own."""
         timeout_s: float = field(default=60.0, metadata=FREE)
+        """For one request."""
 
-    def __init__(
-        self,
-        index: str | Path,
-        retriever: Retriever | str | None = None,
-        corpus: str | Path | None = None,
-        *,
-        uri: str = "",
-        token_env: str = "",
-        filter: str = "",
-        params: dict[str, Any] | None = None,
-        consistency: str = "",
-        timeout_s: float = 60.0,
-        **shared: Any,
-    ) -> None:
-        super().__init__(index, retriever, corpus, **shared)
-        self._filter = filter
-        self._search: dict[str, Any] = {"filter": filter, "params": params or {}, "consistency": consistency}
-        try:
-            self._collection = Collection(self.manifest, index, uri=uri, token_env=token_env, timeout_s=timeout_s)
-        except BaseException:
-            self.corpus.close()
-            raise
+    def _check(self) -> None:
+        if self.manifest.milvus is None:
+            raise ConfigError(f"{self.folder}: its vectors are not in Milvus; leave search.backend out")
+
+    def _open(self) -> None:
+        where = {name: getattr(self.options, name) for name in ("uri", "token_env", "timeout_s")}
+        self._collection = Collection(self.manifest, self.folder, **where)
         try:
             self._collection.check()
         except BaseException:
-            self.close()
+            self._collection.close()
             raise
-
-    def _check_vectors(self) -> None:
-        if self.manifest.milvus is None:
-            raise ConfigError(f"{self.index_path.parent}: its vectors are not in Milvus; leave search.backend out")
 
     @classmethod
     def from_spec(cls, spec: SearchSpec) -> DenseBackend:
@@ -80,12 +56,13 @@ class MilvusBackend(DenseBackend):
 
     def nearest(self, vectors_QD: NDArray[np.float32], topk: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """See `DenseBackend.nearest`."""
-        return self._collection.search(vectors_QD, topk, **self._search)
+        use = {name: getattr(self.options, name) for name in ("filter", "params", "consistency")}
+        return self._collection.search(vectors_QD, topk, **use)
 
     def fingerprint(self) -> str:
         """See `SearchBackend.fingerprint`; with a filter, another one."""
         whole = super().fingerprint()
-        return fingerprint(whole, self._filter) if self._filter else whole
+        return fingerprint(whole, self.options.filter) if self.options.filter else whole
 
     def close(self) -> None:
         """Close the connection and the corpus."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.trec import read_grades
 

@@ -24,7 +24,8 @@ from dataclasses import replace
 from typing import Any
 
 from agentic_r_plugin.errors import RecordError, SearchError
-from agentic_r_plugin.forms import name_of, passage_metadata
+from agentic_r_plugin.field_values import name_of
+from agentic_r_plugin.forms import passage_metadata
 from agentic_r_plugin.query import MAX_REASONING
 from agentic_r_plugin.records import Passage, text_id
 from agentic_r_plugin.search.base import Hit, SearchRequest

@@ -60,7 +60,7 @@ class Output:
         Raises:
             ManifestMismatchError: it was made from other inputs, or its inputs are unknown.
         """
-        done = self.out / self.done if self.folder else self.path(self.done)
+        done = self.path(self.done)
         result = read_json(done) if self.out.exists() and done.is_file() else None
         if (before := self.before()) is not None:
             now = json.loads(json.dumps(self.made_from))
@@ -148,7 +148,7 @@ class Claim:
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the done file."""
         self.finished = dict(report)
-        write_json(self.out / self.output.done if self.output.folder else self.output.path(self.output.done), report)
+        write_json(self.output.path(self.output.done), report)
 
 
 @contextmanager
@@ -194,11 +194,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
 
 def companion(out: Path, suffix: str, *, folder: bool = False) -> Path:
     """Path of a file that belongs to an output: `OUT.suffix`, or `OUT/.suffix` for a folder."""
-    return out / suffix if folder else _named(out, suffix)
-
-
-def _named(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)
+    return out / suffix if folder else out.with_name(out.name + suffix)
 
 
 def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass --resume to go on") -> None:

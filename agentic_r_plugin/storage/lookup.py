@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Generic
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, located
 from agentic_r_plugin.store import RecordType, dump_line, parse_line, read_lines, shards
 
 _ADDED_AT_ONCE = 4096
@@ -192,21 +192,20 @@ class KeyedRecords(Generic[RecordType]):
                     yield offset, number, parse_line(line, shard, number)
                 offset += len(line)
             return
-        stream = _scratch(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stream = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (stays open for reading)
         self._files.append((shard, stream))
         offset = 0
-        records = self.reader(shard) if self.reader is not None else None
-        rows = read_lines(shard) if records is None else enumerate((item.to_dict() for item in records), start=1)
+        read = self.reader
+        rows = read_lines(shard) if read is None else enumerate((item.to_dict() for item in read(shard)), start=1)
         for number, data in rows:
             yield offset, number, data
             offset += stream.write(dump_line(data))
         stream.flush()
 
     def _record(self, data: object, shard: Path, line: int) -> RecordType:
-        try:
+        with located(shard, line):
             return self.cls.from_dict(data)
-        except RecordError as error:
-            raise RecordError(str(error), path=shard, line=line) from error
 
     def _read(self, value: int) -> RecordType:
         path, stream = self._files[value >> 44]
@@ -219,9 +218,3 @@ class KeyedRecords(Generic[RecordType]):
         for one, other in pairwise(keys):
             if one == other:
                 raise RecordError(f"{one!r} occurs twice; expected one {self.cls.__name__} for each", path=self.path)
-
-
-def _scratch(folder: Path) -> IO[bytes]:
-    """An unnamed temporary file, which is gone when the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryFile(dir=folder)

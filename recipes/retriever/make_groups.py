@@ -20,7 +20,7 @@ from pathlib import Path
 from keywords import keywords
 
 from agentic_r_plugin.evaluation.benchmarks import split_file
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import CorpusLine, Group, Question
 from agentic_r_plugin.search.backends import BM25Backend

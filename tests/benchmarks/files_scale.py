@@ -103,7 +103,7 @@ def adopt(folder: Path, corpus: Path, copies: int, retriever: str) -> None:
     """Print the table of encoding and adoption."""
     import faiss
 
-    from agentic_r_plugin.search.indexing.faiss_files import Matrix, flat_vectors, write_index
+    from agentic_r_plugin.search.indexing.faiss_files import open_index, stored_vectors, write_index
     from agentic_r_plugin.search.indexing.index import read_manifest
 
     def row(what: str, rows: int, spent: tuple[float, float, float, float]) -> None:
@@ -115,8 +115,8 @@ def adopt(folder: Path, corpus: Path, copies: int, retriever: str) -> None:
     spent = measured([*given, "--corpus", str(corpus), "--out", str(encoded)])
     manifest = read_manifest(encoded)
     row("encoding", manifest.rows, spent)
-    read = flat_vectors(encoded / manifest.index_file, kind="Flat", rows=manifest.rows, dim=manifest.dim)
-    vectors = read(0, manifest.rows)
+    part = stored_vectors(open_index(encoded / manifest.index_file, mapped=True))
+    vectors = part.read(0, manifest.rows)
     np.save(folder / "vectors.npy", vectors)
     graph = faiss.IndexHNSWFlat(manifest.dim, 32, faiss.METRIC_INNER_PRODUCT)
     graph.add(vectors)
@@ -130,7 +130,7 @@ def adopt(folder: Path, corpus: Path, copies: int, retriever: str) -> None:
     with many.open("w", encoding="utf-8") as stream:
         for copy in range(copies):
             stream.writelines(json.dumps(line | {"id": f"{copy}-{line['id']}"}) + "\n" for line in lines)
-    rows, part = copies * manifest.rows, Matrix(rows=manifest.rows, dim=manifest.dim, read=read)
+    rows = copies * manifest.rows
     write_index(folder / "many.index", [part] * copies, kind="Flat", rows=rows, dim=manifest.dim, train_rows=1)
     adopted = [*given, "--corpus", str(many), "--out", str(folder / "many"), "--adopt", str(folder / "many.index")]
     row("adoption, Flat", rows, measured(adopted))

@@ -22,7 +22,7 @@ from pathlib import Path
 from agentic_r_plugin.backends import RerankSpec, SearchSpec, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, paired_difference
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question

@@ -26,7 +26,8 @@ import torch
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever, resolve
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.store import read_lines
 
 

@@ -31,7 +31,8 @@ from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.llm.base import Completion
 from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import CorpusLine, Question, StopReason, Trajectory
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.store import read_records, write_records
 from agentic_r_plugin.world.generate import WorldConfig, build_world

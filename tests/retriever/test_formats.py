@@ -14,7 +14,8 @@ from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 
 INPUTS = ["q3 [SEP] q1 q2", "q4 q5 [SEP] q6"]
 REQUESTS = [SearchRequest(query="q1 q2", question="q3"), SearchRequest(query="q6", question="q4 q5")]

@@ -20,7 +20,8 @@ from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.service.server import ServeConfig, running_service
 from agentic_r_plugin.store import write_records
 from tests.retriever.tiny_models import QWEN3_PROMPT, write_qwen3_embedding

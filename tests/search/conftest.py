@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 from tests.search.tiny_retriever import make_model, write_corpus
 
 

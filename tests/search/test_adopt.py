@@ -18,7 +18,8 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend, TorchBackend
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing.adopt import FaissSource
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from tests.search.tiny_retriever import make_model, write_corpus
 
 ROWS = 400

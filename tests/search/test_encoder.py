@@ -19,7 +19,8 @@ from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import RECORD_FILE, Retriever
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from tests.search.tiny_retriever import make_model
 
 

@@ -9,9 +9,9 @@ import pytest
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.search.indexing.faiss_files import (
     empty_index,
-    flat_vectors,
     open_index,
     set_search_depth,
+    stored_vectors,
     write_index,
 )
 
@@ -80,7 +80,6 @@ def test_impossible_kinds_and_shards_are_explained_and_leave_nothing(shards, tmp
 
 @pytest.mark.parametrize("kind", ["Flat", "SQfp16"])
 def test_vectors_are_read_back_by_row(kind, vectors, shards, tmp_path):
-    read = flat_vectors(written(tmp_path / "x", shards, kind), kind=kind, rows=ROWS, dim=DIM)
-    np.testing.assert_allclose(read(690, 720), vectors[690:720], atol=1e-3 if kind == "SQfp16" else 0)
-    with pytest.raises(ConfigError, match="needs an index of kind Flat or SQfp16, found SQ8"):
-        flat_vectors(tmp_path / "x", kind="SQ8", rows=ROWS, dim=DIM)
+    found = stored_vectors(open_index(written(tmp_path / "x", shards, kind), mapped=True))
+    assert (found.rows, found.dim) == (ROWS, DIM)
+    np.testing.assert_allclose(found.read(690, 720), vectors[690:720], atol=1e-3 if kind == "SQfp16" else 0)

@@ -20,7 +20,8 @@ from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import family_of, names_of
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, index_retriever, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, index_retriever, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from tests.retriever.tiny_models import write_decoder
 
 TEXTS = ["p1 p2", "title p3 p4 p5 p6 p7 p8 p9", "p1", ""]

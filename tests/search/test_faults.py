@@ -23,7 +23,8 @@ import pytest
 from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.service.reload import WorkerReloader
 from tests.benchmarks.retrieval_hostile import hostile_bodies, send_all
 from tests.search.loopback import EchoBackend, serving

@@ -16,7 +16,8 @@ from agentic_r_plugin.errors import ConfigError, IndexMismatchError, SearchError
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import Hit, SearchRequest
 from agentic_r_plugin.search.hybrid import HybridBackend, parts_of
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index
+from agentic_r_plugin.search.indexing.index import IndexConfig
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.service.server import share_of_machine
 from agentic_r_plugin.store import read_json
 from tests.search.tiny_retriever import make_reranker

@@ -25,7 +25,8 @@ from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing import faiss_files
 from agentic_r_plugin.search.indexing import index as indexes
 from agentic_r_plugin.search.indexing.faiss_files import open_index
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from tests.search.tiny_retriever import make_model, passage_numbers, write_corpus
 
 

@@ -21,7 +21,8 @@ from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing import index as indexes
 from agentic_r_plugin.search.indexing import shards
 from agentic_r_plugin.search.indexing.faiss_files import bytes_per_row
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 
 NAME = "agentic_r_Flat.index"
 REQUESTS = [SearchRequest(query=f"p{n} p{n + 1}") for n in range(12)]

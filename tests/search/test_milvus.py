@@ -27,7 +27,8 @@ from agentic_r_plugin.records import Candidates, StopReason, Trajectory, Turn
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.search.dense import FaissBackend, TorchBackend
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.indexing.milvus import Collection, MilvusSettings
 from agentic_r_plugin.search.milvus_backend import MilvusBackend
 from agentic_r_plugin.search.service.server import ServeConfig, running_service

@@ -19,7 +19,8 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.dense import FaissBackend
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.indexing import repair
-from agentic_r_plugin.search.indexing.index import IndexConfig, build_index, read_manifest
+from agentic_r_plugin.search.indexing.index import IndexConfig, read_manifest
+from agentic_r_plugin.search.indexing.index import run as build_index
 from agentic_r_plugin.search.indexing.repair import RepairConfig
 from tests.search.tiny_retriever import contents, passage_numbers, write_corpus
 

@@ -12,7 +12,7 @@ from agentic_r_plugin.answers import contains_answer, normalize, tokens
 from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.records import Passage
 
 _QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$")

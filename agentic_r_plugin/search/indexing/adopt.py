@@ -30,6 +30,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from faiss.contrib.exhaustive_search import knn_ground_truth
 from numpy.typing import NDArray
 
 from agentic_r_plugin.errors import ConfigError, IndexMismatchError
@@ -37,7 +38,17 @@ from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search import families
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever
-from agentic_r_plugin.search.indexing.faiss_files import ALIASES, Matrix, empty_index, kind_of, open_index, write_index
+from agentic_r_plugin.search.indexing.faiss_files import (
+    ALIASES,
+    Matrix,
+    VectorBlocks,
+    empty_index,
+    kind_of,
+    open_index,
+    reason_of,
+    stored_vectors,
+    write_index,
+)
 from agentic_r_plugin.store import atomic_path
 
 log = logging.getLogger(__name__)
@@ -115,8 +126,8 @@ class FaissSource(Source):
                 ivf.make_direct_map()
             return np.stack([self.index.reconstruct(row) for row in rows])
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise IndexMismatchError(f"{self.name}: faiss cannot read single rows of this index: {reason}") from error
+            found = f"{self.name}: faiss cannot read single rows of this index"
+            raise IndexMismatchError(f"{found}: {reason_of(error)}") from error
 
     def coded(self, vectors_ND: Vectors) -> Vectors:
         """See `Source`."""
@@ -124,8 +135,8 @@ class FaissSource(Source):
         try:
             return index.sa_decode(index.sa_encode(vectors_ND))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise IndexMismatchError(f"{self.name}: faiss cannot encode for kind {self.kind}: {reason}") from error
+            found = f"{self.name}: faiss cannot encode for kind {self.kind}"
+            raise IndexMismatchError(f"{found}: {reason_of(error)}") from error
 
     def nearest(self, vectors_ND: Vectors) -> list[int]:
         """See `Source`."""
@@ -146,7 +157,7 @@ class FaissSource(Source):
 
     def matrices(self) -> list[Matrix]:
         """See `Source`."""
-        return [_rows_of(self.index)]
+        return [stored_vectors(self.index)]
 
 
 class MatrixSource(Source):
@@ -168,17 +179,8 @@ class MatrixSource(Source):
 
     def nearest(self, vectors_ND: Vectors) -> list[int]:
         """See `Source`."""
-        best, rows, start = np.full(len(vectors_ND), -np.inf), np.zeros(len(vectors_ND), np.int64), 0
-        for part in self.parts:
-            for begin in range(0, part.rows, 65_536):
-                block = np.asarray(part.read(begin, min(begin + 65_536, part.rows)), np.float32)
-                scores = vectors_ND @ block.T
-                at = scores.argmax(1)
-                better = scores.max(1) > best
-                best = np.maximum(best, scores.max(1))
-                rows[better] = start + begin + at[better]
-            start += part.rows
-        return rows.tolist()
+        blocks = VectorBlocks(self.parts, self.rows, self.dim)
+        return knn_ground_truth(vectors_ND, blocks, 1, faiss.METRIC_INNER_PRODUCT)[1][:, 0].tolist()
 
     def write(self, path: Path, train_rows: int) -> None:
         """See `Source`."""
@@ -258,19 +260,11 @@ def _faiss_source(paths: Sequence[Path], name: str, work: Path) -> Source:
     if len(set(kinds)) > 1:
         raise IndexMismatchError(f"{name}: expected parts of one kind and metric, found {sorted(set(kinds))}")
     if kinds[0][0] in ("Flat", "SQfp16"):
-        parts = [_rows_of(index) for index in indexes]
+        parts = [stored_vectors(index) for index in indexes]
         return MatrixSource(parts, kinds[0][0], name=name, metric=_METRICS.get(kinds[0][1], "other"))
     if not all(map(faiss.try_extract_index_ivf, indexes)):
         raise IndexMismatchError(f"{name}: graphs of several indexes cannot be joined; adopt their vectors instead")
     return FaissSource(_merged([open_index(path, mapped=False) for path in paths], name), None, name=name)
-
-
-def _rows_of(index: faiss.Index) -> Matrix:
-    return Matrix(
-        rows=int(index.ntotal),
-        dim=int(index.d),
-        read=lambda start, stop: index.reconstruct_n(start, stop - start),
-    )
 
 
 def _merged(indexes: list[faiss.Index], name: str) -> faiss.Index:

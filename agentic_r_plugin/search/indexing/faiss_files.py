@@ -61,6 +61,11 @@ def require_one_faiss() -> None:
 require_one_faiss()
 
 
+def reason_of(error: RuntimeError) -> str:
+    """What an error of faiss says, without the place in its sources."""
+    return str(error).strip().splitlines()[-1]
+
+
 def empty_index(kind: str, dim: int) -> faiss.Index:
     """An untrained index.
 
@@ -70,10 +75,9 @@ def empty_index(kind: str, dim: int) -> faiss.Index:
     try:
         return faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
-            f"index kind {kind!r} is not possible for {dim} dimensions: {reason}; known are Flat, SQ8, SQfp16, "
-            "IVF4096,Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32 and the like (faiss' index_factory)"
+            f"index kind {kind!r} is not possible for {dim} dimensions: {reason_of(error)}; known are Flat, SQ8, "
+            "SQfp16, IVF4096,Flat, IVF4096,SQ8, IVF4096,PQ64, HNSW32 and the like (faiss' index_factory)"
         ) from error
 
 
@@ -209,8 +213,8 @@ def _train(index: faiss.Index, vectors: VectorBlocks, kind: str, train_rows: int
     try:
         index.train(sample)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"index kind {kind!r} cannot be trained on {len(sample)} vectors: {reason}") from error
+        found = f"index kind {kind!r} cannot be trained on {len(sample)} vectors"
+        raise ConfigError(f"{found}: {reason_of(error)}") from error
 
 
 def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
@@ -343,23 +347,10 @@ def set_search_depth(index: faiss.Index, *, nprobe: int, ef_search: int) -> None
         inner.hnsw.efSearch = ef_search
 
 
-def flat_vectors(path: Path, *, kind: str, rows: int, dim: int) -> Callable[[int, int], NDArray[Any]]:
-    """A function (start, stop) that reads the vectors of these rows from a `Flat` (float32) or `SQfp16` (float16) file.
-
-    The function is not thread-safe.
-
-    Raises:
-        ConfigError: another kind, which does not store its vectors one after the other.
-    """
-    types = {"Flat": np.float32, "SQfp16": np.float16}
-    if kind not in types:
-        raise ConfigError(f"{path}: exact search in torch needs an index of kind Flat or SQfp16, found {kind}")
-    stored = np.dtype(types[kind])
-    begin = path.stat().st_size - rows * dim * stored.itemsize  # the codes are the end of the file
-    stream = path.open("rb")
-
-    def read(start: int, stop: int) -> NDArray[Any]:
-        stream.seek(begin + start * dim * stored.itemsize)
-        return np.fromfile(stream, stored, (stop - start) * dim).reshape(stop - start, dim)
-
-    return read
+def stored_vectors(index: faiss.Index) -> Matrix:
+    """The vectors of all rows, decoded from their codes; those of a mapped index are read from disk."""
+    return Matrix(
+        rows=int(index.ntotal),
+        dim=int(index.d),
+        read=lambda start, stop: index.reconstruct_n(start, stop - start),
+    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +20,7 @@ import faiss
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, fingerprint, save_config
-from agentic_r_plugin.errors import (
-    AgenticRError,
-    ConfigError,
-    IndexMismatchError,
-    RecordError,
-)
+from agentic_r_plugin.errors import AgenticRError, ConfigError, IndexMismatchError, located
 from agentic_r_plugin.records import Record, since
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
@@ -34,8 +28,6 @@ from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.indexing import adopt, milvus
 from agentic_r_plugin.search.indexing.faiss_files import (
     ALIASES,
-    Matrix,
-    VectorBlocks,
     bytes_per_row,
     empty_index,
     write_index,
@@ -181,19 +173,14 @@ class IndexManifest(Record):
         return self.corpus_fingerprint, self.retriever_fingerprint, self.rows, self.dim, self.metric, *form, *adopted
 
 
-def run(config: IndexConfig, *, resume: bool = False) -> None:
-    """Build the index that `config` describes.
+def run(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
+    """Build the index that `config` describes; returns its manifest.
 
     Raises:
         OutputExistsError: the folder is not empty and `resume` is off.
         ManifestMismatchError: the folder was started, or finished, with other inputs.
         RecordError, ConfigError: a broken corpus or retriever; nothing is written in that case.
     """
-    build_index(config, resume=resume)
-
-
-def build_index(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
-    """Like `run`, but returns the manifest."""
     out = Path(config.out)
     if not resume:
         require_new(out, folder=True)
@@ -281,19 +268,12 @@ def _index(
     encode_shards(job, corpus, retriever, devices, ray)
     shards = [job.path(start) for start in range(0, manifest.rows, shard_size)]
     if manifest.milvus is not None:
-        manifest = _load(config, manifest, held, shards, corpus)
+        manifest = milvus.load(manifest, held, shards, corpus, timeout_s=config.milvus.timeout_s)
     else:
         index_file = out / manifest.index_file
         rows, dim = manifest.rows, manifest.dim
         write_index(index_file, shards, kind=manifest.kind, rows=rows, dim=dim, train_rows=config.train_rows)
     finish(held, config, manifest)
-
-
-def _load(
-    config: IndexConfig, manifest: IndexManifest, held: Claim, vectors: Sequence[Path | Matrix], corpus: Corpus
-) -> IndexManifest:
-    blocks = VectorBlocks(vectors, manifest.rows, manifest.dim)
-    return milvus.load(manifest, held, blocks, corpus, timeout_s=config.milvus.timeout_s)
 
 
 def finish(held: Claim, config: Any, manifest: IndexManifest) -> None:
@@ -322,7 +302,7 @@ def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Co
     corpus.save_table(held.out)
     if manifest.milvus is not None:
         milvus.prepare(manifest, held, timeout_s=config.milvus.timeout_s)
-        manifest = _load(config, manifest, held, source.matrices(), corpus)
+        manifest = milvus.load(manifest, held, source.matrices(), corpus, timeout_s=config.milvus.timeout_s)
     else:
         manifest = replace(manifest, kind=source.kind, metric=source.written_metric)
         source.write(held.out / manifest.index_file, config.train_rows)
@@ -393,10 +373,8 @@ def read_manifest(folder: str | Path) -> IndexManifest:
         begun = (folder / BEGUN).is_file()
         state = "an unfinished index; go on with --resume" if begun else "no index there"
         raise ConfigError(f"{folder}: {state} (agentic-r index builds one)")
-    try:
+    with located(folder / MANIFEST):
         return IndexManifest.from_dict(read_json(folder / MANIFEST))
-    except RecordError as error:
-        raise RecordError(str(error), path=folder / MANIFEST) from error
 
 
 def index_retriever(

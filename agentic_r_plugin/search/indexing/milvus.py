@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,13 +40,13 @@ from agentic_r_plugin.errors import (
     UpstreamError,
 )
 from agentic_r_plugin.progress import progress
+from agentic_r_plugin.search.indexing.faiss_files import Matrix, VectorBlocks
 from agentic_r_plugin.storage.fingerprints import LITE_FOLDER
 from agentic_r_plugin.store import read_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.records import Passage
     from agentic_r_plugin.search.corpus import Corpus
-    from agentic_r_plugin.search.indexing.faiss_files import VectorBlocks
     from agentic_r_plugin.search.indexing.index import IndexManifest
     from agentic_r_plugin.storage.claim import Claim
 
@@ -401,14 +402,14 @@ def prepare(manifest: IndexManifest, held: Claim, *, timeout_s: float) -> None:
 
 
 def load(
-    manifest: IndexManifest, held: Claim, vectors: VectorBlocks, corpus: Corpus, *, timeout_s: float
+    manifest: IndexManifest, held: Claim, parts: Sequence[Path | Matrix], corpus: Corpus, *, timeout_s: float
 ) -> IndexManifest:
     """Put all vectors into the collection, and compare its results with exact search.
 
     After a kill, the rows after the last acknowledged block are written again, as replacements.
 
     Args:
-        vectors: of all rows, in the order of the corpus.
+        parts: files or matrices with the vectors of all rows, in the order of the corpus.
 
     Returns:
         The manifest with a sample of the vectors, and the share of the exact top 20 that the collection finds.
@@ -420,7 +421,8 @@ def load(
     assert manifest.milvus is not None
     note: dict[str, Any] = held.noted("milvus")
     fields, start = manifest.milvus["fields"], 0
-    exact = _ExactSearch(vectors.sample(min(_SAMPLE, manifest.rows)))
+    vectors = VectorBlocks(parts, manifest.rows, manifest.dim)
+    exact = _ExactSearch(vectors.sample(min(_SAMPLE, manifest.rows)), manifest.rows)
     with Collection(manifest, held.out, timeout_s=timeout_s) as collection:
         with progress(total=manifest.rows, initial=note["rows"], desc="Milvus", unit="passage") as shown:
             for block in vectors:
@@ -469,26 +471,22 @@ def _stored(passage: Passage, name: str) -> Any:
 class _ExactSearch:
     """Exact top 2 K of a few queries, over blocks of vectors that pass by."""
 
-    def __init__(self, queries_QD: Vectors) -> None:
+    def __init__(self, queries_QD: Vectors, rows: int) -> None:
         self.queries_QD, self.topk = queries_QD, _CHECKED_TOPK
-        self._scores = np.empty((len(queries_QD), 0), np.float32)
-        self._rows = np.empty((len(queries_QD), 0), np.int64)
+        self._best = faiss.ResultHeap(len(queries_QD), min(2 * self.topk, rows), keep_max=True)
 
     def add(self, block: Vectors, start: int) -> None:
         """Search a block whose first row is `start`."""
-        import faiss
-
-        kept = min(2 * self.topk, len(block))
+        kept = min(self._best.k, len(block))
         scores, rows = faiss.knn(self.queries_QD, block, kept, metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = np.hstack([self._scores, scores]), np.hstack([self._rows, rows + start])
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * self.topk]
-        self._scores, self._rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        self._best.add_result(scores, rows + start)
 
     def share(self, rows_QK: NDArray[np.int64]) -> float:
         """Share of the exact top K among the rows found; a row with the score of the last one is as good as that."""
-        last = min(self.topk, self._rows.shape[1]) - 1
+        self._best.finalize()
+        last = min(self.topk, self._best.k) - 1
         good = [
             len(set(found) & set(rows[scores >= scores[last] - _TIE])) / (last + 1)
-            for found, rows, scores in zip(rows_QK.tolist(), self._rows, self._scores, strict=True)
+            for found, rows, scores in zip(rows_QK.tolist(), self._best.I, self._best.D, strict=True)
         ]
         return float(np.mean(good))

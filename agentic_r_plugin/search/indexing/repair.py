@@ -32,10 +32,11 @@ from agentic_r_plugin.forms import context_documents, passage_fields
 from agentic_r_plugin.questions import read_rows
 from agentic_r_plugin.records import Passage, Question, text_id
 from agentic_r_plugin.search import coverage
-from agentic_r_plugin.search.corpus import PASSAGES, Corpus, passage_line
+from agentic_r_plugin.search.corpus import PASSAGES, Corpus
+from agentic_r_plugin.search.corpus_forms import passage_line
 from agentic_r_plugin.search.coverage import CoverageConfig, gold_ids, gold_titles
 from agentic_r_plugin.search.indexing import index as indexes
-from agentic_r_plugin.search.indexing.faiss_files import Matrix, flat_vectors, open_index, write_index
+from agentic_r_plugin.search.indexing.faiss_files import open_index, reason_of, stored_vectors, write_index
 from agentic_r_plugin.search.indexing.index import IndexManifest
 from agentic_r_plugin.search.indexing.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
@@ -252,8 +253,7 @@ def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path,
         ConfigError: faiss cannot add to this kind.
     """
     if manifest.kind in ("Flat", "SQfp16") and manifest.metric == "inner_product":
-        read = flat_vectors(old, kind=manifest.kind, rows=manifest.rows, dim=manifest.dim)
-        kept = Matrix(rows=manifest.rows, dim=manifest.dim, read=read)
+        kept = stored_vectors(open_index(old, mapped=True))
         write_index(path, [kept, *new], kind=manifest.kind, rows=rows, dim=manifest.dim, train_rows=1)
         return
     index = open_index(old, mapped=False)
@@ -261,9 +261,8 @@ def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path,
         for shard in new:
             index.add(np.load(shard))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
         raise ConfigError(
-            f"{old}: an index of kind {manifest.kind} takes no additions ({reason}); build one of the corpus "
+            f"{old}: an index of kind {manifest.kind} takes no additions ({reason_of(error)}); build one of the corpus "
             f"{path.parent / 'corpus'} with agentic-r index"
         ) from error
     with atomic_path(path) as temporary:

@@ -53,6 +53,10 @@ class ShardJob:
         """Path of the shard that begins at row `start`."""
         return Path(self.folder) / f"{start:010d}.npy"
 
+    def rows(self, start: int, total: int) -> range:
+        """Rows of the shard that begins at row `start`, of a corpus of `total` passages."""
+        return range(start, min(start + self.shard_size, total))
+
 
 def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: list[str], ray: RayWorkers) -> None:
     """Encode every missing shard, with a progress bar.
@@ -66,9 +70,9 @@ def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: 
         RecordError: the retriever returns vectors that are not finite.
         SearchError: a worker died.
     """
-    starts = range(0, len(corpus), job.shard_size)
-    missing = [start for start in starts if not job.path(start).is_file()]
-    there = sum(_rows(job, len(corpus), start) for start in starts) - _total(job, corpus, missing)
+    rows = {start: len(job.rows(start, len(corpus))) for start in range(0, len(corpus), job.shard_size)}
+    missing = [start for start in rows if not job.path(start).is_file()]
+    there = len(corpus) - sum(rows[start] for start in missing)
     with progress(total=len(corpus), initial=there, desc="index", unit="passage") as shown:
         if not missing:
             return
@@ -80,15 +84,7 @@ def encode_shards(job: ShardJob, corpus: Corpus, retriever: Retriever, devices: 
             encoder = ShardEncoder(job, corpus, retriever)
             done = (encoder.encode(start) for start in missing)
         for start in done:
-            shown.update(_rows(job, len(corpus), start))
-
-
-def _rows(job: ShardJob, total: int, start: int) -> int:
-    return min(job.shard_size, total - start)
-
-
-def _total(job: ShardJob, corpus: Corpus, starts: list[int]) -> int:
-    return sum(_rows(job, len(corpus), start) for start in starts)
+            shown.update(rows[start])
 
 
 class ShardEncoder:
@@ -114,16 +110,16 @@ class ShardEncoder:
 
     def encode(self, start: int) -> int:
         """Write the shard that begins at row `start`; returns `start`."""
-        stop = start + _rows(self.job, len(self.corpus), start)
+        rows = self.job.rows(start, len(self.corpus))
         vectors = self.retriever.encode_passages(
-            [self.corpus[row] for row in range(start, stop)],
+            [self.corpus[row] for row in rows],
             batch_size=self.job.batch_size,
             max_batch_tokens=self.job.max_batch_tokens,
             title_form=self.job.title_form,
         )
         if not np.isfinite(vectors).all():
             raise RecordError(
-                f"retriever {self.job.retriever} gives vectors that are not finite for rows {start}-{stop - 1}",
+                f"retriever {self.job.retriever} gives vectors that are not finite for rows {start}-{rows[-1]}",
                 path=self.corpus.path,
             )
         with atomic_path(self.job.path(start)) as temporary, temporary.open("wb") as stream:

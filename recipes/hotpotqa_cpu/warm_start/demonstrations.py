@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
-from agentic_r_plugin.forms import listed
+from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.protocol import AgentProtocol, Codec, Finished, Limits, Search
 from agentic_r_plugin.records import Passage, Question, StopReason
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each

@@ -1,0 +1,140 @@
+"""JSON as it is read from files: a value, a line, and the items of a list that need not fit into memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from agentic_r_plugin.errors import RecordError
+
+
+def parse_json(text: bytes | str) -> Any:
+    """One JSON value whose strings are valid text.
+
+    Raises:
+        ValueError: bad UTF-8, bad JSON, or a lone surrogate (`\\ud83d`), which tokenizers and files do not accept.
+        RecursionError: nested too deeply.
+    """
+    value = json.loads(text)
+    data = text.encode() if isinstance(text, str) else text
+    if rb"\ud" in data or rb"\uD" in data:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def parse_line(line: bytes, path: str | Path, number: int) -> Any:
+    """Parse one line as a JSON value.
+
+    Raises:
+        RecordError: bad UTF-8, bad JSON, or a lone surrogate.
+    """
+    try:
+        return parse_json(line)
+    except UnicodeDecodeError as error:
+        raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RecordError(f"expected text, found {half!r}, half a surrogate pair", path=path, line=number) from error
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"expected one JSON object per line: {error}", path=path, line=number) from error
+
+
+def begins_list(stream: IO[bytes]) -> bool:
+    """Whether an unpacked stream, which has not been read from, begins with a JSON list."""
+    head: bytes = cast(Any, stream).peek(4096)
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+_LIST_BLOCK = 1 << 20
+_LIST_START, _LIST_SEPARATOR = re.compile(r"\s*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
+_AFTER_ITEM = re.compile(r"[,\]\s]")
+
+
+def read_list(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Any]]:
+    """Items of a JSON list, each with the line on which it begins; memory holds a block, or an item if it is longer.
+
+    Raises:
+        RecordError: not one list of JSON values in UTF-8.
+    """
+    text, comma, line = _ListText(stream), None, 1
+    try:
+        text.skip(_LIST_START)
+        while not text.ahead("]") or comma:
+            line = text.line
+            if comma == "":
+                raise ValueError("expected a comma between two items")
+            yield line, parse_line(text.item().encode(), path, line)
+            comma = text.skip(_LIST_SEPARATOR)[1]
+        text.require_end()
+    except UnicodeDecodeError as error:
+        raise RecordError(f"expected UTF-8: {error}", path=path) from error
+    except (ValueError, RecursionError) as error:
+        expected = "expected one JSON object per line, or a list of them"
+        raise RecordError(f"{expected}: {error}", path=path, line=line) from error
+
+
+class _ListText:
+    """The text of a JSON list, of which a part is in memory; `line` is that of the position, from 1."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.line = 1
+        self._text, self._at, self._stream, self._ended = "", 0, stream, False
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._decoder = json.JSONDecoder()
+
+    def ahead(self, character: str) -> bool:
+        """Whether this character is next."""
+        return self._text.startswith(character, self._at)
+
+    def skip(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Go on behind what the pattern matches here, if only nothing."""
+        while True:
+            found = pattern.match(self._text, self._at)
+            if (found is None or found.end() == len(self._text)) and self._more():
+                continue
+            if found is None:
+                raise ValueError(f"expected a list, found {self._text[self._at :][:80]!r}")
+            self._advance(found.end())
+            return found
+
+    def item(self) -> str:
+        """The JSON value that is next."""
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError:  # perhaps only a part of the value is in memory
+                if not self._more():
+                    raise
+                continue
+            if not _AFTER_ITEM.match(self._text, end) and self._more():  # "3." is part of a number
+                continue
+            found = self._text[self._at : end]
+            self._advance(end)
+            return found
+
+    def require_end(self) -> None:
+        """Nothing but white space may follow the bracket that is next."""
+        self._advance(self._at + 1)
+        while not self._text[self._at :].strip():
+            self._advance(len(self._text))
+            if not self._more():
+                return
+        raise ValueError("something follows the list")
+
+    def _advance(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _more(self) -> bool:
+        """Read on, as much again as is in memory; False at the end of the file."""
+        if self._ended:
+            return False
+        kept = self._text[self._at :]
+        block = self._stream.read(max(_LIST_BLOCK, len(kept)))
+        self._ended = not block
+        self._text, self._at = kept + self._decode(block, self._ended), 0
+        return True
