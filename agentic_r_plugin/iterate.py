@@ -160,8 +160,8 @@ class Loop:
     def evaluate(self) -> None:
         """Agents x retrievers on the test split, through FlashRAG."""
         last = self.phases.config.iterations
-        agents = {f"agent-{k}": self.phases.agent(k) for k in range(last + 1)}
-        indexes = {f"retriever-{k}": str(self.phases.index_folder(k)) for k in range(last + 1)}
+        agents = [self.phases.agent(k) for k in range(last + 1)]
+        indexes = [str(self.phases.index_folder(k)) for k in range(last + 1)]
         config = self.phases.evaluate(agents, indexes)
         self.costs.phase(last, "evaluate", lambda: evaluate.run(config, resume=True))
 

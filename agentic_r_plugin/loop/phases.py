@@ -5,7 +5,7 @@ Nothing is run here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
@@ -185,16 +185,16 @@ class Phases:
         }
         return load_config(TrainRetrieverConfig, values=values | paths)
 
-    def evaluate(self, agents: Mapping[str, str], indexes: Mapping[str, str]) -> EvaluateConfig:
-        """Agents x retrievers on the test split."""
+    def evaluate(self, agents: Iterable[str], indexes: Iterable[str]) -> EvaluateConfig:
+        """Agents x retrievers, each from 0 on, on the test split."""
         values = {
             "out": str(self.folder / "evaluation"),
             "data_dir": str(self.benchmark.parent),
             "benchmarks": [self.benchmark.name],
             "split": self.config.test_split,
             "format": self.config.format,
-            "agents": dict(agents),
-            "searches": dict(indexes),
+            "agents": {f"agent-{k}": agent for k, agent in enumerate(agents)},
+            "searches": {f"retriever-{k}": index for k, index in enumerate(indexes)},
             "settings": self.protocol_settings() | {"agent": to_dict(self.config.llm)},
         }
         return load_config(EvaluateConfig, values=merged(values, self.config.evaluate))
@@ -211,7 +211,7 @@ class Phases:
 
         Models, indexes and the service that do not exist yet are placeholders.
         """
-        rounds = range(self.config.iterations + 1)
+        of_all = [NOT_YET] * (self.config.iterations + 1)
         world = {} if self.config.benchmark else {"world": self.world()}
         return {
             **world,
@@ -221,9 +221,7 @@ class Phases:
             "train_agent_later": self.train_agent(2, NOT_YET, URL),
             **{_section(name): self.stage(1, name, NOT_YET, URL) for name in self.stages()},
             "train_retriever": self.train_retriever(1, NOT_YET, NOT_YET),
-            "evaluate": self.evaluate(
-                {f"agent-{k}": NOT_YET for k in rounds}, {f"retriever-{k}": NOT_YET for k in rounds}
-            ),
+            "evaluate": self.evaluate(of_all, of_all),
         }
 
     def made_from(self) -> dict[str, Any]:
