@@ -64,7 +64,7 @@ COMMANDS = {
     "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
     "train-reranker": Command("a cross-encoder ranks candidates as scored", "retriever.reranker:TrainRerankerConfig"),
     "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
-    "experiment": Command("retrievers made in several ways from one run's data", "experiment_series:ExperimentConfig"),
+    "experiment": Command("retrievers made in several ways from one run's data", "experiment:ExperimentConfig"),
     "aggregate": Command("the matrices of several seeds as one", "evaluation.aggregate:AggregateConfig"),
     "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
     "report": Command("report.html and report.md of a run", "report.report:ReportConfig"),

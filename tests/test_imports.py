@@ -16,7 +16,8 @@ LAYERS = (
     ("llm", "search", "backends", "rollout"),
     ("data", "retriever", "world", "agent", "convert"),
     ("evaluation", "report"),
-    ("iterate", "experiment", "experiment_plan", "experiment_series", "cli"),
+    ("loop", "comparison"),
+    ("iterate", "experiment", "cli"),
 )  # fmt: skip
 """Folders and modules of the package, lowest first (CONTRIBUTING.md)."""
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin import iterate
+from agentic_r_plugin.comparison.source import SourceRun
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
-from agentic_r_plugin.experiment import Experiment, ExperimentConfig
-from agentic_r_plugin.iterate import IterateConfig, Loop, run
+from agentic_r_plugin.iterate import IterateConfig, Loop, opened, run
+from agentic_r_plugin.loop import costs
+from agentic_r_plugin.loop.checks import check_files, check_settings
+from agentic_r_plugin.loop.forecast import forecast
+from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.store import read_lines, read_records
 from tests.evaluation.evaluation_toy import write_benchmark
@@ -126,41 +129,41 @@ def test_a_run_folder_refuses_another_configuration_and_a_second_start(finished)
         run(other, resume=True)
 
 
-def composed(tmp_path: Path, *overrides: str) -> Loop:
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"agent={tmp_path}", *overrides]))
-    loop.check()
-    return loop
+def composed(tmp_path: Path, *overrides: str) -> Phases:
+    phases = Phases(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"agent={tmp_path}", *overrides]))
+    check_settings(phases)
+    check_files(phases)
+    return phases
 
 
 def test_a_section_changes_single_fields_of_what_the_loop_fills_in(tmp_path):
-    loop = composed(
+    phases = composed(
         tmp_path, "candidates.search.timeout_s=120", "correctness.llm.dtype=float16",
         "trajectories.limits.max_searches=3", "train_agent.limits.max_searches=4",
         "evaluate.settings.agent.dtype=float16",
     )  # fmt: skip
-    candidates = loop.stage_config(1, "candidates", "agent", "http://host:1")
+    candidates = phases.stage(1, "candidates", "agent", "http://host:1")
     assert (candidates.search.backend, candidates.search.url, candidates.search.timeout_s) == (
         "service", "http://host:1", 120,
     )  # fmt: skip
-    correctness = loop.stage_config(1, "correctness", "agent", "http://host:1")
+    correctness = phases.stage(1, "correctness", "agent", "http://host:1")
     assert (correctness.llm.model, correctness.llm.dtype, correctness.llm.max_batch_tokens) == (
         "agent",
         "float16",
         65536,
     )
-    trajectories = loop.stage_config(1, "trajectories", "agent", "http://host:1")
+    trajectories = phases.stage(1, "trajectories", "agent", "http://host:1")
     assert (trajectories.limits.max_searches, trajectories.limits.max_tokens) == (3, 1600)
-    trained = loop._train_agent_config(1, "agent", "http://host:1")
+    trained = phases.train_agent(1, "agent", "http://host:1")
     assert (trained.limits.max_searches, trained.limits.max_tokens) == (4, 1600)
-    agents, indexes = {f"agent-{k}": "x" for k in range(3)}, {f"retriever-{k}": Path("x") for k in range(3)}
-    settings = loop._evaluate_config(agents, indexes).settings
+    settings = phases.planned["evaluate"].settings
     assert (settings.protocol, settings.agent.dtype, settings.agent.max_batch_tokens) == ("compact", "float16", 65536)
 
 
 @contextmanager
 def begun(tmp_path: Path) -> Iterator[Loop]:
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
-    with loop.open(resume=True):
+    config = load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"])
+    with opened(Phases(config), resume=True) as loop:
         yield loop
 
 
@@ -169,16 +172,16 @@ CLUSTER = ("correctness.runner={kind: ray, address: auto}", "serve.host=0.0.0.0"
 
 def test_workers_on_other_machines_are_given_the_name_of_the_services_token(tmp_path, monkeypatch):
     monkeypatch.setenv("LOOP_TOKEN", "s3cret")
-    loop = composed(tmp_path, *CLUSTER, "train_agent={nodes: 2, cpu: false}", "candidates.search.url=http://other:1")
+    phases = composed(tmp_path, *CLUSTER, "train_agent={nodes: 2, cpu: false}", "candidates.search.url=http://other:1")
     for name in ("trajectories", "correctness"):
-        found = loop.stage_config(1, name, "agent", "http://host:1").search
+        found = phases.stage(1, name, "agent", "http://host:1").search
         assert (found.url, found.options) == ("http://host:1", {"token_env": "LOOP_TOKEN"})
-    assert loop.stage_config(1, "candidates", "agent", "http://host:1").search.options == {}  # another service's
-    assert loop._train_agent_config(2, "agent", "http://host:1").retrieval_token_env == "LOOP_TOKEN"
-    assert "s3cret" not in str(loop.config)
+    assert phases.stage(1, "candidates", "agent", "http://host:1").search.options == {}  # another service's
+    assert phases.train_agent(2, "agent", "http://host:1").retrieval_token_env == "LOOP_TOKEN"
+    assert "s3cret" not in str(phases.config)
     monkeypatch.delenv("LOOP_TOKEN")
     with pytest.raises(ConfigError, match=r"serve\.token_env: environment variable LOOP_TOKEN is not set"):
-        loop.check()
+        check_files(phases)
 
 
 @pytest.mark.parametrize(
@@ -205,15 +208,14 @@ def test_stages_that_stay_here_or_search_elsewhere_need_no_open_service(tmp_path
 
 
 def test_a_line_of_costs_that_was_torn_is_a_phase_not_done(tmp_path):
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}"]))
-    with loop.open(resume=False):
-        loop._phase(0, "index", lambda: None)
-    with (loop.folder / "costs.jsonl").open("ab") as stream:
+    file = tmp_path / "run" / "costs.jsonl"
+    with begun(tmp_path) as loop:
+        loop.costs.phase(0, "index", lambda: None)
+    with file.open("ab") as stream:
         stream.write(b'{"iteration": 1, "phase": "train-ag')
-    again = Loop(loop.config)
-    with again.open(resume=True):
-        again._phase(1, "train-agent", lambda: None)
-    assert [line["phase"] for _, line in read_lines(loop.folder / "costs.jsonl")] == ["index", "train-agent"]
+    with begun(tmp_path) as loop:
+        loop.costs.phase(1, "train-agent", lambda: None)
+    assert [line["phase"] for _, line in read_lines(file)] == ["index", "train-agent"]
 
 
 def test_what_a_run_was_given_may_not_change_under_it(tmp_path):
@@ -224,16 +226,16 @@ def test_what_a_run_was_given_may_not_change_under_it(tmp_path):
     overrides = [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", f"agent={agent}"]
     config = load_config(IterateConfig, RECIPE, overrides)
     for resume in (False, True):
-        with Loop(config).open(resume=resume):
+        with opened(Phases(config), resume=resume):
             pass
     questions.write_text("other questions")
     other = pytest.raises(ManifestMismatchError, match=r'contents of questions of train was "[^;]*\. Give')
-    with other, Loop(config).open(resume=True):
+    with other, opened(Phases(config), resume=True):
         pass
     questions.write_text("questions")
     (agent / "model.safetensors").write_text("weights")
     other = pytest.raises(ManifestMismatchError, match=r'contents of agent was "[^;]*\. Give')
-    with other, Loop(config).open(resume=True):
+    with other, opened(Phases(config), resume=True):
         pass
 
 
@@ -251,14 +253,14 @@ def test_what_the_evaluation_lacks_is_found_before_the_start(tmp_path):
 
 def test_a_phase_is_charged_with_its_own_time_next_to_that_of_its_workers(tmp_path):
     with begun(tmp_path) as loop:
-        loop._phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
-    ((_, line),) = read_lines(loop.folder / "costs.jsonl")
+        loop.costs.phase(1, "relevance", lambda: time.sleep(0.2), lambda: {"seconds": 900.0, "rollouts": 3})
+    ((_, line),) = read_lines(tmp_path / "run" / "costs.jsonl")
     assert 0.2 <= line.pop("seconds") < 60
     assert line == {"iteration": 1, "phase": "relevance", "worker_seconds": 900.0, "rollouts": 3}
 
 
 def test_a_phase_that_was_killed_is_charged_with_all_its_attempts(tmp_path, monkeypatch):
-    monkeypatch.setattr(iterate, "_KEEP_S", 0.05)
+    monkeypatch.setattr(costs, "_KEEP_S", 0.05)
 
     def fails() -> None:
         time.sleep(0.3)
@@ -267,25 +269,25 @@ def test_a_phase_that_was_killed_is_charged_with_all_its_attempts(tmp_path, monk
 
     for _ in range(2):
         with begun(tmp_path) as loop, pytest.raises(KeyboardInterrupt):
-            loop._phase(1, "relevance", fails)
+            loop.costs.phase(1, "relevance", fails)
     with begun(tmp_path) as loop:
         assert 0.6 <= loop._held.noted("attempt")["seconds"] < 60
-        loop._phase(1, "relevance", lambda: time.sleep(0.1))
-        loop._phase(1, "groups", lambda: None)
-    first, second = (line["seconds"] for _, line in read_lines(loop.folder / "costs.jsonl"))
+        loop.costs.phase(1, "relevance", lambda: time.sleep(0.1))
+        loop.costs.phase(1, "groups", lambda: None)
+    first, second = (line["seconds"] for _, line in read_lines(tmp_path / "run" / "costs.jsonl"))
     assert 0.7 <= first < 60 and second < first
 
 
 def test_seconds_of_another_phase_are_not_taken_over(tmp_path):
     with begun(tmp_path) as loop:
         loop._held.note(attempt={"iteration": 1, "phase": "relevance", "seconds": 1e6})
-        loop._phase(2, "relevance", lambda: None)
-    ((_, line),) = read_lines(loop.folder / "costs.jsonl")
+        loop.costs.phase(2, "relevance", lambda: None)
+    ((_, line),) = read_lines(tmp_path / "run" / "costs.jsonl")
     assert line["seconds"] < 1000
 
 
 def test_the_forecast_knows_the_later_training_of_the_quick_start(tmp_path):
-    printed = composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}").forecast()
+    printed = forecast(composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}"))
     assert re.search(r"train-agent +12 steps +384 ", printed)
     assert "From iteration 2 on: train-agent 6 steps, 192 rollouts" in printed
     # 18 steps of 300 s on 8 accelerators are 12 GPU hours, three indexes of an hour each 3
@@ -294,30 +296,29 @@ def test_the_forecast_knows_the_later_training_of_the_quick_start(tmp_path):
 
 
 def test_a_loop_without_ppo_takes_the_given_agent_in_every_iteration(tmp_path):
-    loop = composed(tmp_path, "train_agents=false", "plan={train_questions: 600, corpus_passages: 5400000}")
-    with loop.open(resume=False):
-        assert [loop.train_agent(k, "other", "http://host:1") for k in (1, 2)] == [loop.config.agent] * 2
-        loop._done |= {(1, name): {} for name in loop._data_stages()}
-        with loop.search_service(1, tmp_path / "no index") as url:
+    phases = composed(tmp_path, "train_agents=false", "plan={train_questions: 600, corpus_passages: 5400000}")
+    with opened(phases, resume=False) as loop:
+        assert [loop.train_agent(k, "other", "http://host:1") for k in (1, 2)] == [phases.config.agent] * 2
+        loop.costs.done |= {(1, name): {} for name in phases.stages()}
+        with loop.search_service(1) as url:
             assert url == ""
-    assert re.search(r"train-agent +0 steps +0 ", loop.forecast())
-    assert {phase for _, phase in loop.config.expected()} >= {"trajectories", "evaluate"}
-    assert "train-agent" not in {phase for _, phase in loop.config.expected()}
-    compared = ExperimentConfig(run=str(loop.folder), out="x", retrievers={"b": {"bm25": True}})
-    assert Experiment(compared).agents == {"agent-1": loop.config.agent}
+    assert re.search(r"train-agent +0 steps +0 ", forecast(phases))
+    assert {phase for _, phase in phases.config.expected()} >= {"trajectories", "evaluate"}
+    assert "train-agent" not in {phase for _, phase in phases.config.expected()}
+    assert SourceRun(str(phases.folder), 1).model("agent-1", "agent") == phases.config.agent
 
 
 def test_exhaustive_correctness_and_trainers_on_scores_are_given_the_files_they_need(tmp_path):
-    loop = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
-    assert loop.stage_config(1, "correctness", "agent", "http://host:1").relevance == ""
-    made = loop.train_retriever_config(2, "x", Path("g.jsonl"))
+    phases = composed(tmp_path, "correctness.exhaustive=true", "train_retriever.trainer=replug")
+    assert phases.stage(1, "correctness", "agent", "http://host:1").relevance == ""
+    made = phases.train_retriever(2, "x", "g.jsonl")
     assert made.relevance == str(tmp_path / "run" / "iteration-2" / "data" / "relevance.jsonl")
-    assert composed(tmp_path).train_retriever_config(2, "x", Path("g.jsonl")).relevance is None
+    assert composed(tmp_path).train_retriever(2, "x", "g.jsonl").relevance is None
 
 
 def test_correctness_is_pruned_for_the_groups_that_will_be_made(tmp_path):
     def preset(*settings: str) -> str:
-        return composed(tmp_path, *settings).stage_config(1, "correctness", "agent", "http://host:1").preset
+        return composed(tmp_path, *settings).stage(1, "correctness", "agent", "http://host:1").preset
 
     assert preset() == "paper"
     assert preset("groups.preset=released_code") == "released_code"
@@ -328,9 +329,9 @@ def test_correctness_is_pruned_for_the_groups_that_will_be_made(tmp_path):
 
 def test_a_loop_has_the_stages_whose_files_its_selection_reads(tmp_path):
     def stages(*settings: str) -> list[str]:
-        loop = composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}", *settings)
-        names = list(loop._data_stages())
-        assert [name for name in ("relevance", "correctness") if re.search(rf"\n{name} +\d", loop.forecast())] == [
+        phases = composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}", *settings)
+        names = list(phases.stages())
+        assert [name for name in ("relevance", "correctness") if re.search(rf"\n{name} +\d", forecast(phases))] == [
             name for name in names if name in ("relevance", "correctness")
         ]
         return names
@@ -367,14 +368,14 @@ def test_a_loop_has_the_stages_whose_files_its_selection_reads(tmp_path):
 def test_a_wrong_setting_is_found_before_anything_runs(tmp_path, override, message):
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match=message):
-        Loop(load_config(IterateConfig, RECIPE, [f"out={out}", f"agent={tmp_path}", override])).check()
+        composed(tmp_path, override)
     assert not out.exists()
 
 
 def test_what_a_phase_and_the_rest_take_here_is_estimated_from_the_pace_of_the_phases_before(tmp_path):
     expected = {"0": {"world": 1, "index": 20}, "1": {"train-agent": 60, "evaluate": 30}}
-    loop = Loop(replace(composed(tmp_path).config, expected_seconds=expected))
-    assert loop._estimate(0, "index") == ": about 20 s; 1 min 51 s left in all"
-    loop._done = {(0, "world"): {"seconds": 2.0}, (0, "index"): {"seconds": 40.0}}
-    assert loop._estimate(1, "train-agent") == ": about 2 min; 3 min left in all"
-    assert loop._estimate(2, "groups") == ""
+    with opened(Phases(replace(composed(tmp_path).config, expected_seconds=expected)), resume=False) as loop:
+        assert loop.costs.estimate(0, "index") == ": about 20 s; 1 min 51 s left in all"
+        loop.costs.done = {(0, "world"): {"seconds": 2.0}, (0, "index"): {"seconds": 40.0}}
+        assert loop.costs.estimate(1, "train-agent") == ": about 2 min; 3 min left in all"
+        assert loop.costs.estimate(2, "groups") == ""

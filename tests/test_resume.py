@@ -10,14 +10,15 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from agentic_r_plugin import components, iterate
+from agentic_r_plugin import components
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.agent.prepare import run_output
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.cli import COMMANDS
 from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, free_settings, load_config, options_of
 from agentic_r_plugin.errors import ManifestMismatchError
-from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.iterate import IterateConfig, opened
+from agentic_r_plugin.loop.phases import Phases
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart" / "loop.yaml"
 
@@ -134,10 +135,11 @@ def test_of_a_backend_only_its_name_type_and_deciding_options_are_compared() -> 
     assert deciding(search, names=True)["index"] == "i"
 
 
-def begun(tmp_path: Path, *overrides: str) -> Loop:
-    loop = Loop(load_config(IterateConfig, RECIPE, [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", *overrides]))
-    with loop.open(resume=False):
-        return loop
+def begun(tmp_path: Path, *overrides: str) -> Phases:
+    settings = [f"out={tmp_path / 'run'}", f"benchmark={tmp_path}", *overrides]
+    phases = Phases(load_config(IterateConfig, RECIPE, settings))
+    with opened(phases, resume=False):
+        return phases
 
 
 ACCEPTED = (
@@ -157,14 +159,14 @@ ACCEPTED = (
 
 
 def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(tmp_path: Path) -> None:
-    loop = begun(tmp_path, "train_retriever.epochs=2", "train_agent.verl=[]")
-    saved = loop.folder / "config.yaml"
+    phases = begun(tmp_path, "train_retriever.epochs=2", "train_agent.verl=[]")
+    saved = phases.folder / "config.yaml"
     before = saved.stat().st_mtime_ns
-    with loop.open(resume=True):
+    with opened(phases, resume=True):
         pass
     assert saved.stat().st_mtime_ns == before
     other = load_config(IterateConfig, saved, ACCEPTED)
-    with Loop(other).open(resume=True):
+    with opened(Phases(other), resume=True):
         pass
     assert load_config(IterateConfig, saved) == other
 
@@ -178,16 +180,16 @@ REFUSED = (
 
 
 def test_a_resume_may_not_change_what_decides_results(tmp_path: Path) -> None:
-    loop = begun(tmp_path)
-    saved = loop.folder / "config.yaml"
-    before = iterate._deciding(loop)
+    phases = begun(tmp_path)
+    saved = phases.folder / "config.yaml"
+    before = phases.deciding()
     for override in REFUSED:
         name = override.partition("=")[0]
-        now = iterate._deciding(Loop(load_config(IterateConfig, saved, [override])))
+        now = Phases(load_config(IterateConfig, saved, [override])).deciding()
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         assert [key for key in changed if key.startswith(name)], (override, changed)
-    other = Loop(load_config(IterateConfig, saved, ["groups.threshold=70"]))
-    with pytest.raises(ManifestMismatchError, match=r"groups\.threshold was 60, now 70"), other.open(resume=True):
+    other, refused = Phases(load_config(IterateConfig, saved, ["groups.threshold=70"])), ManifestMismatchError
+    with pytest.raises(refused, match=r"groups\.threshold was 60, now 70"), opened(other, resume=True):
         pass
 
 
@@ -207,5 +209,5 @@ def test_what_train_agent_takes_on_a_resume_the_loop_takes_as_well(tmp_path: Pat
     for name, value in values.items():
         changed = load_config(launch.TrainAgentConfig, values=given | {name: value})
         assert run_output(changed).made_from == run_output(config).made_from, name
-    with Loop(load_config(IterateConfig, saved, values={"train_agent": values})).open(resume=True):
+    with opened(Phases(load_config(IterateConfig, saved, values={"train_agent": values})), resume=True):
         pass

@@ -20,6 +20,7 @@ from agentic_r_plugin.evaluation.matrix import (
     Result,
     cell_name,
     compared_pairs,
+    matrix_folder,
     pair_names,
     write_tables,
 )
@@ -99,7 +100,7 @@ def run(config: AggregateConfig, *, resume: bool = False) -> None:
 
 
 def _read(folder: Path) -> _Run:
-    home = next((place for place in (folder / "evaluation", folder) if (place / "matrix.json").is_file()), None)
+    home = matrix_folder(folder)
     if home is None:
         raise RecordError("no matrix.json here nor in evaluation/; run agentic-r evaluate first", path=folder)
     cells = {cell_name(cell): cell for cell in read_json(home / "matrix.json")["cells"]}

@@ -173,6 +173,11 @@ def _tex_figure(entry: Result | None, rivals: Sequence[Result]) -> str:
     return text
 
 
+def matrix_folder(run: Path) -> Path | None:
+    """Folder of `matrix.json` in the output of `iterate`, `experiment`, `evaluate` or `aggregate`; None if missing."""
+    return next((folder for folder in (run / "evaluation", run) if (folder / "matrix.json").is_file()), None)
+
+
 def markdown_table(results: Sequence[Result]) -> str:
     """The cells as a Markdown table: EM with its interval, F1, search turns, answer recall at 3; the judge if asked."""
     columns = [item for item in _COLUMNS if item[0] != "agentic_judge" or any(item[0] in r["metrics"] for r in results)]

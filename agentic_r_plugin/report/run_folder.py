@@ -13,7 +13,7 @@ from typing import Any
 
 from agentic_r_plugin.data.report import STAGES
 from agentic_r_plugin.errors import RecordError
-from agentic_r_plugin.evaluation.matrix import cell_name
+from agentic_r_plugin.evaluation.matrix import cell_name, matrix_folder
 from agentic_r_plugin.records import Correctness, Relevance, Trajectory
 from agentic_r_plugin.store import parse_line, read_json, read_records
 
@@ -82,9 +82,7 @@ def read_run(path: Path) -> RunFolder:
     if not path.is_dir():
         raise RecordError("no such run folder", path=path)
     run = RunFolder(path=path)
-    run.matrix_dir = next(
-        (folder for folder in (path / "evaluation", path) if (folder / "matrix.json").is_file()), None
-    )
+    run.matrix_dir = matrix_folder(path)
     if run.matrix_dir is not None:
         run.matrix = read_json(run.matrix_dir / "matrix.json")
     else:

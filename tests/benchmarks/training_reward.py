@@ -19,8 +19,9 @@ from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data.trajectories import answer_questions
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval, paired_difference
-from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.llm.base import Sampling
+from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.protocol import load_protocol
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.store import read_records
@@ -35,14 +36,12 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=0, help="only the first N training questions; 0: all")
     options = parser.parse_args()
     config, k = load_config(IterateConfig, options.run / "config.yaml"), options.iteration
-    before = config.agent if k == 1 else str(options.run / f"iteration-{k - 1}" / "agent" / "agent")
-    after = str(options.run / f"iteration-{k}" / "agent" / "agent")
-    file = Loop(config).benchmark / f"{config.train_split}.jsonl"
-    questions = list(islice(read_records(file, Question), options.questions or None))
+    phases = Phases(replace(config, out=str(options.run)))
+    questions = list(islice(read_records(phases.questions(config.train_split), Question), options.questions or None))
     rewards = {}
-    for name, agent in (("before", before), ("after", after)):
+    for name, agent in (("before", phases.agent(k - 1)), ("after", phases.agent(k))):
         llm = replace(config.llm, model=agent, dtype="float32")
-        search = SearchSpec(index=str(options.run / f"iteration-{k - 1}" / "index"))
+        search = SearchSpec(index=str(phases.index_folder(k - 1)))
         with open_llm(llm) as backend, open_search(search) as retriever:
             rewards[name] = [
                 trajectory.em

@@ -27,8 +27,11 @@ from pathlib import Path
 
 import pytest
 
-from agentic_r_plugin import cli, experiment_series, iterate
+from agentic_r_plugin import cli, iterate
+from agentic_r_plugin.comparison.settings import parts
 from agentic_r_plugin.config import load_config
+from agentic_r_plugin.loop import checks
+from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.protocol import load_protocol
 
 ROOT = Path(__file__).parents[2]
@@ -164,9 +167,9 @@ def check_settings(name: str, command: cli.Command, arguments: list[str]) -> Non
     if hasattr(config, "check") and given == arguments:
         config.check()
     if isinstance(config, iterate.IterateConfig):
-        iterate.Loop(config).compose()
+        checks.check_settings(Phases(config))
     if name == "experiment":
-        assert list(experiment_series.parts(config))
+        assert list(parts(config))
 
 
 def check_python(arguments: list[str]) -> None:

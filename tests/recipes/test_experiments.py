@@ -12,17 +12,25 @@ from typing import Any
 import pytest
 
 from agentic_r_plugin import experiment as experiment_module
-from agentic_r_plugin import experiment_series as series
 from agentic_r_plugin import iterate
+from agentic_r_plugin.comparison import forecast as forecast_module
+from agentic_r_plugin.comparison.benchmarks import Benchmarks
+from agentic_r_plugin.comparison.evaluation import Evaluation, stops_at
+from agentic_r_plugin.comparison.forecast import forecast
+from agentic_r_plugin.comparison.retrievers import Retrievers
+from agentic_r_plugin.comparison.settings import parts
+from agentic_r_plugin.comparison.source import SourceRun
+from agentic_r_plugin.comparison.summary import groups_of
+from agentic_r_plugin.comparison.trained import TrainedRetriever
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data import correctness
 from agentic_r_plugin.data.selection import SelectionRule, select
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import aggregate
-from agentic_r_plugin.experiment import Experiment, ExperimentConfig, run, stops_at
-from agentic_r_plugin.experiment_plan import RetrieverPlan
-from agentic_r_plugin.experiment_series import forecast, parts
-from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.experiment import ExperimentConfig, run
+from agentic_r_plugin.iterate import IterateConfig
+from agentic_r_plugin.loop.checks import check_settings
+from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.protocol import load_protocol
 from agentic_r_plugin.records import (
     Candidates,
@@ -77,7 +85,7 @@ def test_every_recipe_composes(recipe: Path, tmp_path: Path, monkeypatch: pytest
     assert len(whole) == 3 * max(len(found.variants), 1)
     for part in whole:
         assert part.loop is not None and part.loop.seed == part.seed and part.loop.world.seed == 0
-        Loop(part.loop).compose()
+        check_settings(Phases(part.loop))
     text = forecast(whole)
     (hours,) = re.findall(r"forecast: (?:(\d+) h )?\d+ min", text)
     assert int(hours or 0) < 3, text
@@ -97,8 +105,8 @@ def test_an_agent_of_another_protocol_is_compared_by_the_command_in_the_recipe(f
     (tools,) = re.findall(r'"(evaluate\.per_agent=.*)"', text)
     agent = ROOT / "recipes" / "quickstart" / "agent"
     values = [f"run={finished}", f"out={tmp_path}", "seeds=[]", "loop=", f"agents=[agent-1,tools={agent}]", tools]
-    made = Experiment(load_config(ExperimentConfig, RECIPES / "transfer.yaml", values))
-    settings = made._evaluate_config({"x": "x"}, {}, "x").per_agent["tools"]
+    evaluation = Evaluation(*of(load_config(ExperimentConfig, RECIPES / "transfer.yaml", values)))
+    settings = evaluation.settings({"x": "x"}).per_agent["tools"]
     assert settings.protocol == "tool_calls" and settings.protocol_options == {"system": ""}
 
 
@@ -106,8 +114,9 @@ def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    for module, name in ((iterate, "loop"), (experiment_module, "experiment"), (aggregate, "aggregate")):
+    for module, name in ((iterate, "loop"), (aggregate, "aggregate")):
         monkeypatch.setattr(module, "run", lambda config, resume, name=name: calls.append((name, config)))
+    monkeypatch.setattr(experiment_module, "compare", lambda config, resume: calls.append(("experiment", config)))
     config = ExperimentConfig(
         run=str(tmp_path / "{variant}-{seed}"), out=str(tmp_path / "out"), seeds=[3, 13],
         retrievers={"b": {"bm25": True}},
@@ -115,7 +124,7 @@ def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(
         variants={"plain": {}, "shared": {"world": {"homonyms": 0.5}}},
     )  # fmt: skip
     monkeypatch.chdir(ROOT)
-    series.run(config)
+    run(config)
     loops, made, tables = ([c for name, c in calls if name == kind] for kind in ("loop", "experiment", "aggregate"))
     assert [name for name, _ in calls] == ["loop"] * 4 + ["experiment"] * 4 + ["aggregate"] * 2
     assert [(c.out, c.seed, c.world.test_questions, c.world.homonyms) for c in loops] == [
@@ -127,7 +136,7 @@ def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(
     assert [c.runs for c in tables] == [[f"{c.out}/seed-3", f"{c.out}/seed-13"] for c in tables]
     assert [c.out for c in tables] == [str(tmp_path / "out" / variant) for variant in ("plain", "shared")]
     calls.clear()
-    series.run(replace(config, dry_run=True))
+    run(replace(config, dry_run=True))
     assert calls == []
 
 
@@ -147,8 +156,9 @@ def test_the_forecast_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     )
     (tmp_path / "out" / "evaluation" / "a").mkdir(parents=True)
     (tmp_path / "out" / "evaluation" / "a" / "result.json").write_text("{}")
-    assert series._retrievers_left(part, series._known_seconds(part)) == 2 * 70 + 9 + 9 / 0.045
-    assert series._cells_left(part, series._known_seconds(part)) == pytest.approx(2 * 50)
+    known = forecast_module._known_seconds(part)
+    assert forecast_module._retrievers_left(part, known) == 2 * 70 + 9 + 9 / 0.045
+    assert forecast_module._cells_left(part, known) == pytest.approx(2 * 50)
 
 
 def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:
@@ -217,6 +227,16 @@ def experiment(finished: Path, out: Path, **values: Any) -> ExperimentConfig:
     return load_config(ExperimentConfig, values={"run": str(finished), "out": str(out)} | values)
 
 
+def of(config: ExperimentConfig) -> tuple[ExperimentConfig, Benchmarks]:
+    return config, Benchmarks(config, SourceRun(config.run, config.iteration))
+
+
+def trained(config: ExperimentConfig) -> TrainedRetriever:
+    """How the only retriever of an experiment is trained."""
+    (name,) = config.retrievers
+    return TrainedRetriever(*of(config), name)
+
+
 def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothing_again(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -278,8 +298,8 @@ def test_retrievers_are_made_compared_and_accounted_for_and_a_resume_does_nothin
 
 
 def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(finished: Path, tmp_path: Path) -> None:
-    drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
-    drawing._sample(tmp_path / "relevance.jsonl", 4)
+    drawing = Retrievers(*of(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}})))
+    drawing.sample(tmp_path / "relevance.jsonl", 4)
     whole = list(read_records(finished / "iteration-1" / "data" / "relevance.jsonl", Relevance))
     drawn = list(read_records(tmp_path / "relevance.jsonl", Relevance))
     for full, part in zip(whole, drawn, strict=True):
@@ -292,7 +312,7 @@ def test_candidates_that_are_not_drawn_are_never_positive_and_stay_negatives(fin
 def test_rollouts_share_one_retrieval_service_as_in_the_loop(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    made = Retrievers(*of(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}})))
     served: list[Any] = []
     run_with: list[Any] = []
 
@@ -302,9 +322,9 @@ def test_rollouts_share_one_retrieval_service_as_in_the_loop(
         yield "http://host:1"
 
     monkeypatch.setattr(server, "running_service", service)
-    monkeypatch.setattr(made, "_index", lambda *_, **__: tmp_path / "index")
+    monkeypatch.setattr(made, "index", lambda *_, **__: tmp_path / "index")
     monkeypatch.setattr(correctness, "run", lambda config, resume: run_with.append(config))
-    made._roll_out(tmp_path, made.config.retrievers["s"], "relevance.jsonl")
+    made.roll_out(made.trained("s"))
     assert served == [str(tmp_path / "index")]
     assert (run_with[0].search.backend, run_with[0].search.url) == ("service", "http://host:1")
 
@@ -313,7 +333,7 @@ def test_without_relevance_the_groups_come_from_the_correctness_of_every_candida
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = {"exhaustive": True, "groups": {"use_relevance": False}}
-    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"x": plan}))
+    made = Retrievers(*of(experiment(finished, tmp_path / "out", retrievers={"x": plan})))
     queries = list(read_records(finished / "iteration-1" / "data" / "candidates.jsonl", Candidates))
     right = {
         query.key: f"p{5 - place}" for place, query in enumerate(queries)
@@ -325,9 +345,11 @@ def test_without_relevance_the_groups_come_from_the_correctness_of_every_candida
         for query in queries
         for passage in query.passages
     ]
-    write_records(tmp_path / "correctness.jsonl", outcomes)
-    monkeypatch.setattr(made, "_roll_out", lambda home, plan, relevance: tmp_path / "correctness.jsonl")
-    found = made._regroup(tmp_path / "home", made.config.retrievers["x"])
+    (tmp_path / "out").mkdir()
+    write_records(tmp_path / "out" / "correctness.jsonl", outcomes)
+    monkeypatch.setattr(made, "roll_out", lambda _: None)
+    made.regroup(made.trained("x"))
+    found = made.trained("x").file("groups")
     assert {(group.id, group.turn): group.positive for group in read_records(found, Group)} == right
 
 
@@ -336,8 +358,8 @@ def test_groups_of_ties_are_refused_where_the_runs_correctness_stopped_at_the_fi
 ) -> None:
     plans = {"x": {"groups": {"preset": "released_code"}}}
     with pytest.raises(ConfigError, match=r"retrievers\.x: groups: .*up to 3 tied candidates.*exhaustive: true"):
-        Experiment(experiment(finished, tmp_path / "out", retrievers=plans)).check()
-    Experiment(experiment(finished, tmp_path / "out", retrievers={"x": {**plans["x"], "exhaustive": True}})).check()
+        trained(experiment(finished, tmp_path / "out", retrievers=plans)).check()
+    trained(experiment(finished, tmp_path / "out", retrievers={"x": {**plans["x"], "exhaustive": True}})).check()
 
 
 def test_a_run_whose_groups_need_no_correctness_is_not_asked_for_one(finished: Path, tmp_path: Path) -> None:
@@ -364,33 +386,33 @@ def test_a_run_whose_groups_need_no_correctness_is_not_asked_for_one(finished: P
         "unjudged": {"groups": {"use_relevance": False}},
         "paper": {"groups": {"preset": "paper"}, "correctness": {"method": "rollout"}},
     }
-    made = Experiment(experiment(moved, tmp_path / "out", retrievers=plans))
+    made = Retrievers(*of(experiment(moved, tmp_path / "out", retrievers=plans)))
     made.check()
-    assert made._made_from("own")["rollouts"] == 0
-    found = made._regroup(tmp_path / "home", made.config.retrievers["unjudged"])
-    positives = [group.positive for group in read_records(found, Group)]
+    assert groups_of(made, "own")["rollouts"] == 0
+    made.regroup(made.trained("unjudged"))
+    positives = [group.positive for group in read_records(made.trained("unjudged").file("groups"), Group)]
     assert positives == ["t0", "t1"], "p0, t0, p1 and t1 were shown"
     with pytest.raises(ConfigError, match=r"retrievers\.x: the run has no .*correctness\.jsonl"):
-        Experiment(experiment(moved, tmp_path / "out", retrievers={"x": {"groups": {"preset": "paper"}}})).check()
+        trained(experiment(moved, tmp_path / "out", retrievers={"x": {"groups": {"preset": "paper"}}})).check()
 
 
 def test_a_sample_drawn_otherwise_is_not_taken_for_this_one(finished: Path, tmp_path: Path) -> None:
-    drawing = Experiment(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}}))
+    drawing = Retrievers(*of(experiment(finished, tmp_path / "out", retrievers={"s": {"sampled": 4}})))
     file = tmp_path / "relevance.jsonl"
-    drawing._sample(file, 4)
+    drawing.sample(file, 4)
     before = file.stat().st_mtime_ns
-    drawing._sample(file, 4)
+    drawing.sample(file, 4)
     assert file.stat().st_mtime_ns == before
     with pytest.raises(ManifestMismatchError, match="sampled was 4, now 5"):
-        drawing._sample(file, 5)
+        drawing.sample(file, 5)
 
 
 def test_a_link_to_another_run_is_refused_and_one_that_leads_nowhere_is_made_anew(
     finished: Path, tmp_path: Path
 ) -> None:
-    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
-    made.gather_benchmarks()
-    made.gather_benchmarks()
+    _, benchmarks = of(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
+    benchmarks.gather()
+    benchmarks.gather()
     link = tmp_path / "out" / "benchmarks" / "toy" / "test.jsonl"
     there = link.resolve()
     for target, found in ((tmp_path / "nowhere", there), (tmp_path, None)):
@@ -398,9 +420,9 @@ def test_a_link_to_another_run_is_refused_and_one_that_leads_nowhere_is_made_ane
         link.symlink_to(target)
         if found is None:
             with pytest.raises(ManifestMismatchError, match=r"test\.jsonl: leads to .*, now .*another out"):
-                made.gather_benchmarks()
+                benchmarks.gather()
         else:
-            made.gather_benchmarks()
+            benchmarks.gather()
             assert link.resolve() == found
 
 
@@ -414,16 +436,17 @@ def test_a_retriever_is_trained_from_the_start_and_with_the_seed_of_the_loop(
     (moved / "iteration-2").symlink_to(finished / "iteration-1")
     own = load_config(IterateConfig, finished / "config.yaml", ["seed=5", f"retriever_from={retriever_from}"])
     save_config(own, moved / "config.yaml")
-    made = Experiment(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": {"train": {"epochs": 7}}}))
-    found = made._train_config(made.config.retrievers["x"], Path("groups.jsonl"), tmp_path / "x")
+    made = trained(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": {"train": {"epochs": 7}}}))
+    found = made.train()
     start = {"0": own.retriever, "1": str(moved / "iteration-1" / "retriever")}[first]
     assert found == replace(
-        made.loop.train_retriever_config(2, start, Path("groups.jsonl")),
-        epochs=7, corpus=str(tmp_path / "out" / "benchmarks" / "toy" / "corpus.jsonl"), out=str(tmp_path / "x"),
+        made.run.phases.train_retriever(2, start, str(moved / "iteration-2" / "data" / "groups.jsonl")),
+        epochs=7, corpus=str(tmp_path / "out" / "benchmarks" / "toy" / "corpus.jsonl"),
+        out=str(tmp_path / "out" / "retrievers" / "x" / "retriever"),
     )  # fmt: skip
     assert found.seed == 6
     scored = {"train": {"trainer": "replug"}}
-    found = made._train_config(load_config(RetrieverPlan, values=scored), Path("groups.jsonl"), tmp_path / "x")
+    found = trained(experiment(moved, tmp_path / "out", iteration=2, retrievers={"x": scored})).train()
     assert found.relevance == str(moved / "iteration-2" / "data" / "relevance.jsonl")
 
 
@@ -439,13 +462,12 @@ def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished:
     run_config = load_config(IterateConfig, finished / "config.yaml", values={"evaluate": of_run})
     save_config(run_config, (tmp_path / "run" / "config.yaml"))
     (tmp_path / "run" / "iteration-1").symlink_to(finished / "iteration-1")
-    made = Experiment(
-        experiment(
-            tmp_path / "run", tmp_path / "out", retrievers={"retriever-1": {"of_run": "retriever-1"}},
-            evaluate={"settings": {"batch_size": 7}, "first": 3},
-        )
+    config = experiment(
+        tmp_path / "run", tmp_path / "out", retrievers={"retriever-1": {"of_run": "retriever-1"}},
+        evaluate={"settings": {"batch_size": 7}, "first": 3},
     )  # fmt: skip
-    found = made._evaluate_config({"retriever-1": "x"}, {}, "evaluation")
+    _, benchmarks = of(config)
+    found = Evaluation(config, benchmarks).settings({"retriever-1": "x"})
     settings = found.settings
     assert (settings.depth, settings.batch_size, settings.protocol, settings.agent.dtype) == (
         30,
@@ -455,34 +477,33 @@ def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished:
     )
     assert settings.limits.max_searches == LIMITS["max_searches"]
     assert (found.benchmarks, found.splits, found.first, found.cells) == (["musique", "nq"], {"nq": "dev"}, 3, [])
-    made.gather_benchmarks()
+    benchmarks.gather()
     home = tmp_path / "out" / "benchmarks"
     assert Path(found.data_dir) == home and (home / "nq" / "corpus.jsonl").read_bytes() == b"its own"
     assert (home / "musique" / "corpus.jsonl").resolve() == (home / "toy" / "corpus.jsonl").resolve()
     built = tmp_path / "out" / "index" / "retriever-1" / "toy"
     built.mkdir(parents=True)
-    assert made._index("retriever-1", "x", "musique").resolve() == built.resolve()
-    deciding = Experiment(replace(made.config, stop_rule="dev"))._stop_config({"retriever-1": "x"})
+    assert Retrievers(config, benchmarks).index("retriever-1", "x", "musique").resolve() == built.resolve()
+    deciding = Evaluation(*of(replace(config, stop_rule="dev"))).stop_settings({"retriever-1": "x"})
     assert (deciding.benchmarks, deciding.split, deciding.splits) == (["toy"], "dev", {})
 
 
 def test_another_retriever_is_indexed_with_its_own_settings(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Experiment(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}))
-    made.loop.config.index.update({"formulation": "question_query", "max_length": 9, "shard_size": 3})
+    made = Retrievers(*of(experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}})))
+    made.run.config.index.update({"formulation": "question_query", "max_length": 9, "shard_size": 3})
     indexed: list[Any] = []
     monkeypatch.setattr(index, "run", lambda config, resume: indexed.append(config))
-    made._index("of_run", "x", "toy", of_run="retriever-1")
-    made._index("trained", "x", "toy")
+    made.index("of_run", "x", "toy", of_run="retriever-1")
+    made.index("trained", "x", "toy")
     found = [(config.formulation, config.max_length, config.shard_size) for config in indexed]
     assert found == [("question_query", 9, 3), (None, None, 3)]
 
 
 def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path) -> None:
     config = experiment(finished, tmp_path / "out", retrievers={"bm25": {"bm25": True}}, max_searches=[1, 3])
-    made = Experiment(config)
-    found = made._evaluate_config({"bm25": "bm25:x"}, {}, "evaluation")
+    found = Evaluation(*of(config)).settings({"bm25": "bm25:x"})
     assert list(found.agents) == ["agent-1-max-1", "agent-1-max-3"]
     assert [found.per_agent[name].limits.max_searches for name in found.agents] == [1, 3]
 
@@ -560,14 +581,13 @@ def test_a_benchmark_with_a_packed_corpus_is_searched_in_that(finished: Path, tm
     lines = [line for _, line in read_lines(plain)][:5]
     write_records(folder / form, [CorpusLine.from_dict(line) for line in lines])
     plain.unlink()
-    made = Experiment(
-        experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}, benchmarks={"o": str(folder)})
-    )
-    made.gather_benchmarks()
-    made.check_evaluation()
-    with Corpus(made._benchmark("o") / "corpus.jsonl") as corpus:
+    config = experiment(finished, tmp_path / "out", retrievers={"b": {"bm25": True}}, benchmarks={"o": str(folder)})
+    _, benchmarks = of(config)
+    benchmarks.gather()
+    Evaluation(config, benchmarks).check_inputs()
+    with Corpus(benchmarks.corpus("o")) as corpus:
         assert len(corpus) == 5
-    assert made.make_retriever("b").startswith("bm25:")
+    assert Retrievers(config, benchmarks).make_one("b").startswith("bm25:")
 
 
 def test_groups_of_the_toy_run_name_the_correct_passage(finished: Path) -> None:

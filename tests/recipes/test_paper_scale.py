@@ -13,9 +13,12 @@ from omegaconf import OmegaConf
 
 from agentic_r_plugin.cli import COMMANDS, main
 from agentic_r_plugin.config import load_config
-from agentic_r_plugin.data.plan import PlanConfig, Scale, phases, table
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.iterate import IterateConfig, Loop
+from agentic_r_plugin.iterate import IterateConfig
+from agentic_r_plugin.loop.checks import check_settings
+from agentic_r_plugin.loop.forecast import Scale, costs, table
+from agentic_r_plugin.loop.phases import Phases
+from agentic_r_plugin.loop.settings import PlanConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "agentic_r"
 LOOP = RECIPE / "loop.yaml"
@@ -45,12 +48,12 @@ def test_the_loop_composes_every_phase_on_a_node_and_with_the_overrides_for_a_cl
     overrides = [word for word in command.replace("#", " ").replace("\\", " ").split() if "=" in word]
     assert len(overrides) == 10
     for given in ([], overrides):
-        loop = Loop(load_config(IterateConfig, LOOP, given))
-        loop.compose()
-        rollouts = loop.stage_config(1, "correctness", "models/agent", "http://127.0.0.1:1")
+        phases = Phases(load_config(IterateConfig, LOOP, given))
+        check_settings(phases)
+        rollouts = phases.stage(1, "correctness", "models/agent", "http://127.0.0.1:1")
         assert (rollouts.llm.backend, rollouts.llm.model, rollouts.runner.kind) == ("vllm", "models/agent", "ray")
         assert rollouts.runner.workers == (32 if given else 8) and rollouts.corpus == "data/wiki18_100w.jsonl"
-        judged = loop.stage_config(1, "relevance", "models/agent", "http://127.0.0.1:1")
+        judged = phases.stage(1, "relevance", "models/agent", "http://127.0.0.1:1")
         assert rollouts.search.options == ({"token_env": "RETRIEVAL_TOKEN"} if given else {})
         assert judged.llm.model == "models/Qwen2.5-72B-Instruct" and judged.llm.options["tensor_parallel_size"] == 8
 
@@ -90,9 +93,9 @@ def test_a_dry_run_of_what_is_there_succeeds_and_writes_nothing(capsys: pytest.C
     assert re.search(r"trajectories +40 questions +40 ", said) and re.search(r"index +1,000 passages", said)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"plan\.gpus: expected above 0"):
-        Loop(load_config(IterateConfig, None, [*arguments, "plan.gpus=0"])).compose()
+        load_config(IterateConfig, None, [*arguments, "plan.gpus=0"])
     with pytest.raises(ConfigError, match="gpu_count"):
-        Loop(load_config(IterateConfig, None, [*arguments, "plan.gpu_count=2"])).compose()
+        load_config(IterateConfig, None, [*arguments, "plan.gpu_count=2"])
 
 
 def test_the_forecast_is_what_its_assumptions_say():
@@ -103,7 +106,7 @@ def test_the_forecast_is_what_its_assumptions_say():
         judge_generated_tokens_per_s=100, passage_tokens=100, judge_generated_tokens=50,
     )  # fmt: skip
     scale = Scale(questions=100, passages=3600, ppo_steps=1, ppo_batch=4, candidates=20, window=10)
-    found = {phase.name: phase for phase in phases(scale, plan)}
+    found = {phase.name: phase for phase in costs(scale, plan)}
     correctness, relevance = found["correctness"], found["relevance"]
     assert (correctness.units, correctness.rollouts) == (200, 600)
     assert (correctness.prompt_tokens, correctness.generated_tokens) == (600 * 2 * 500, 600 * 2 * 100)

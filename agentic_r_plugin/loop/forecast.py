@@ -9,48 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
-from agentic_r_plugin.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """Assumptions of the forecast; the defaults are guesses for the paper's models on 80 GB accelerators."""
-
-    gpus: int = field(default=8, metadata={"help": "accelerators in all"})
-    train_questions: int = field(default=0, metadata={"help": "0: as many as the train split has"})
-    corpus_passages: int = field(default=0, metadata={"help": "0: as many lines as the corpus has"})
-
-    queries_per_question: float = field(default=2.06, metadata={"help": "searches the agent makes for a question"})
-    rollouts_per_query: float = field(default=4.0, metadata={"help": "candidates rolled out once pruned, all queries"})
-    calls_per_rollout: float = field(default=1.7, metadata={"help": "turns of the agent after the candidate"})
-    positive_share: float = field(default=0.3, metadata={"help": "queries that give a group"})
-
-    turn_prompt_tokens: int = field(default=1400, metadata={"help": "prompt of one turn of the agent"})
-    turn_cached_share: float = field(default=0.8, metadata={"help": "of it taken from the prefix cache"})
-    turn_generated_tokens: int = field(default=110, metadata={"help": "written in one turn"})
-    passage_tokens: int = field(default=150, metadata={"help": "of one passage in a prompt"})
-    judge_generated_tokens: int = field(default=90, metadata={"help": "of one reply"})
-
-    agent_gpus: int = field(default=1, metadata={"help": "accelerators of one engine of the agent"})
-    agent_prompt_tokens_per_s: float = field(default=20_000, metadata={"help": "one engine"})
-    agent_generated_tokens_per_s: float = field(default=3_000, metadata={"help": "one engine"})
-    judge_gpus: int = field(default=8, metadata={"help": "accelerators of one engine of the judge"})
-    judge_prompt_tokens_per_s: float = field(default=7_000, metadata={"help": "one engine"})
-    judge_generated_tokens_per_s: float = field(default=1_200, metadata={"help": "one engine"})
-    ppo_step_s: float = field(default=300, metadata={"help": "one step of PPO on all accelerators"})
-    encoded_passages_per_s: float = field(default=1_500, metadata={"help": "one accelerator"})
-    trained_groups_per_s: float = field(default=4, metadata={"help": "one accelerator"})
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            least = 0 if name in ("train_questions", "corpus_passages", "turn_cached_share", "positive_share") else None
-            if value < (least or 0) or (least is None and value == 0):
-                raise ConfigError(f"plan.{name}: expected {'at least 0' if least == 0 else 'above 0'}, found {value}")
-        if self.turn_cached_share > 1 or self.positive_share > 1:
-            raise ConfigError("plan: turn_cached_share and positive_share are shares, expected at most 1")
+from agentic_r_plugin.loop.phases import Phases
+from agentic_r_plugin.loop.settings import PlanConfig
+from agentic_r_plugin.questions import read_questions
+from agentic_r_plugin.search.corpus import count_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +51,35 @@ class Phase:
     gpu_hours: float = 0.0
 
 
-def phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
+def forecast(phases: Phases) -> str:
+    """Forecast of the cost of a loop, from the assumptions in its settings (`plan`)."""
+    config, planned = phases.config, phases.planned
+    relevance, correctness = planned.get("relevance"), planned.get("correctness")
+    train = Path(phases.questions(config.train_split))
+    questions = config.plan.train_questions
+    if not questions and train.is_file():
+        questions = sum(1 for _ in read_questions(train, format=config.format))
+    first = Scale(
+        questions=planned["trajectories"].num_questions or questions,
+        passages=config.plan.corpus_passages or count_lines(phases.corpus),
+        ppo_steps=0,
+        ppo_batch=0,
+        candidates=planned["candidates"].topk,
+        window=relevance.passages_per_prompt() if relevance is not None else 0,
+        sub_answers=config.judge,
+        exhaustive=correctness is not None and correctness.exhaustive,
+        left_out=frozenset({"relevance", "correctness"} - planned.keys()),
+        epochs=planned["train_retriever"].epochs,
+    )
+    ppo = [planned["train_agent"], *[planned["train_agent_later"]] * (config.iterations - 1)]
+    scales = [
+        replace(first, ppo_steps=each.steps if config.train_agents else 0, ppo_batch=each.batch_size * each.samples)
+        for each in ppo
+    ]
+    return table(scales, config.plan)
+
+
+def costs(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     """The phases of one iteration, in order."""
     return (phase for phase in _all_phases(scale, plan) if phase.name not in scale.left_out)
 
@@ -155,15 +149,15 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
         scales: one per iteration, in order.
     """
     first, *_ = scales
-    found = list(phases(first, plan))
+    found = list(costs(first, plan))
     rows = [
         f"{phase.name:16}{phase.units:>12,} {phase.what:10}{phase.rollouts:>12,}{_millions(phase.prompt_tokens)}"
         f"{_millions(phase.generated_tokens)}{phase.gpu_hours:>11,.1f}"
         for phase in found
     ]
-    hours = [sum(phase.gpu_hours for phase in phases(scale, plan)) for scale in scales]
+    hours = [sum(phase.gpu_hours for phase in costs(scale, plan)) for scale in scales]
     in_all = sum(hours) + _index(first, plan).gpu_hours  # plus the index of the first retriever, before iteration 1
-    exhaustive = [phase for phase in phases(replace(first, exhaustive=True), plan) if phase.name == "correctness"]
+    exhaustive = [phase for phase in costs(replace(first, exhaustive=True), plan) if phase.name == "correctness"]
     data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
     lines = [
         "Forecast of iteration 1, from assumptions, not measured:",

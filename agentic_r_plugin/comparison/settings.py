@@ -1,16 +1,19 @@
-"""Settings of `agentic-r experiment`: how each retriever is made, and what is compared."""
+"""Settings of `agentic-r experiment`: how each retriever is made, what is compared, and for which runs of the loop."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import entries_of, section_of
+from agentic_r_plugin.config import entries_of, load_config, merged, section_of
 from agentic_r_plugin.data.correctness import CorrectnessConfig
 from agentic_r_plugin.data.groups import GroupsConfig
 from agentic_r_plugin.data.relevance import RelevanceConfig
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
+from agentic_r_plugin.loop.settings import IterateConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 
 _READY = ("of_run", "model", "bm25", "hybrid", "rerank")
@@ -166,3 +169,53 @@ class ExperimentConfig:
                 raise ConfigError(
                     f"retrievers.{name}: reranks {plan.of!r}, which is no other retriever here, or reranked itself"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One run and the experiment on it."""
+
+    variant: str
+    seed: int | None
+    experiment: ExperimentConfig
+    loop: IterateConfig | None
+    """The loop that makes the run; None if it must exist."""
+
+
+def parts(config: ExperimentConfig) -> Iterator[Part]:
+    """The runs and experiments, variant by variant.
+
+    Raises:
+        ConfigError: `run` does not name the seed or the variant, or a setting of the loop is wrong.
+    """
+    for name, wanted in (("seed", config.seeds), ("variant", config.variants)):
+        if wanted and f"{{{name}}}" not in config.run:
+            raise ConfigError(f"run: expected {{{name}}} in {config.run!r}, since {name}s are given")
+    seeds: list[int | None] = [*config.seeds] or [None]
+    for variant in config.variants or {"": {}}:
+        for seed in seeds:
+            named = {"{variant}": variant, "{seed}": "" if seed is None else str(seed)}
+            folder = Path(config.out, variant, *([] if seed is None else [f"seed-{seed}"]))
+            one = replace(
+                config,
+                run=_filled(config.run, named),
+                agents=[_filled(agent, named) for agent in config.agents],
+                out=str(folder),
+                seeds=[],
+                variants={},
+            )
+            yield Part(variant=variant, seed=seed, experiment=one, loop=_loop(config, variant, seed, one.run))
+
+
+def _filled(text: str, named: Mapping[str, str]) -> str:
+    for slot, value in named.items():
+        text = text.replace(slot, value)
+    return text
+
+
+def _loop(config: ExperimentConfig, variant: str, seed: int | None, out: str) -> IterateConfig | None:
+    if not config.loop:
+        return None
+    own: dict[str, Any] = {"out": out} | ({} if seed is None else {"seed": seed})
+    settings = merged(config.loop_settings, config.variants.get(variant) or {})
+    return load_config(IterateConfig, config.loop, values=settings | own)

@@ -1,0 +1,1 @@
+"""Comparison of retrievers that are made in several ways from the data of one run (`experiment`)."""

@@ -1,0 +1,110 @@
+"""The evaluation of an experiment: agents x retrievers x benchmarks, and the rule that decides where to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.comparison.benchmarks import Benchmarks
+from agentic_r_plugin.comparison.settings import ExperimentConfig
+from agentic_r_plugin.config import load_config, merged, to_dict
+from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.store import read_json, write_json
+
+_REPLACED = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
+"""Settings of the run's evaluation that an experiment replaces by its own."""
+
+
+def stops_at(scores: Sequence[float]) -> int:
+    """The iteration to keep: the last one before the first without improvement.
+
+    Args:
+        scores: scores of iteration 1, 2, ... on questions that were not used for training.
+
+    >>> stops_at([0.40, 0.44, 0.43]), stops_at([0.40, 0.44, 0.45]), stops_at([0.40, 0.40, 0.50])
+    (2, 3, 1)
+    """
+    return next((k for k, (now, later) in enumerate(pairwise(scores), start=1) if later <= now), len(scores))
+
+
+class Evaluation:
+    """Evaluates the retrievers of an experiment with its agents.
+
+    Methods take the location or settings of each retriever, as `evaluate` expects them (`searches`).
+    """
+
+    def __init__(self, config: ExperimentConfig, benchmarks: Benchmarks) -> None:
+        self.config, self.benchmarks, self.run = config, benchmarks, benchmarks.run
+        self.out = Path(config.out)
+        named = (agent.partition("=") for agent in config.agents)
+        self.agents = {name: folder if given else self.run.model(name, "agent") for name, given, folder in named}
+
+    def planned(self) -> list[evaluate.EvaluateConfig]:
+        """The planned evaluations, with placeholders for the retrievers.
+
+        Raises:
+            ConfigError: a key or value is wrong.
+        """
+        searches = dict.fromkeys(self.config.retrievers, "x")
+        stop = [self.stop_settings(searches)] if self.config.stop_rule else []
+        return [self.settings(searches), *stop]
+
+    def check_inputs(self) -> None:
+        """Check the inputs before anything is trained. The benchmarks must have been gathered.
+
+        Raises:
+            ConfigError, RecordError: an agent or a split does not exist, or there are too few or broken questions.
+        """
+        for config in self.planned():
+            evaluate.check_inputs(config, later=config.searches.keys())
+
+    def compare(self, searches: Mapping[str, Any]) -> None:
+        """Evaluate agents x retrievers x benchmarks; if wanted, also find where the loop should have stopped."""
+        evaluate.run(self.settings(searches), resume=True)
+        if self.config.stop_rule:
+            self._find_stop(searches)
+
+    def settings(
+        self, searches: Mapping[str, Any], folder: str = "evaluation", **given: Any
+    ) -> evaluate.EvaluateConfig:
+        """The run's evaluation with the agents, retrievers and benchmarks of the experiment, and with `given`."""
+        of_run, limits = self.run.config, self.config.max_searches
+        values: dict[str, Any] = {
+            "data_dir": str(self.benchmarks.folder),
+            "benchmarks": self.benchmarks.compared(),
+            "split": of_run.test_split,
+            "agents": {f"{name}-max-{n}": path for name, path in self.agents.items() for n in limits} or self.agents,
+            "per_agent": {f"{name}-max-{n}": {"limits": {"max_searches": n}} for name in self.agents for n in limits},
+            "searches": dict(searches),
+            "settings": self.run.phases.protocol_settings() | {"agent": to_dict(of_run.llm)},
+        }
+        own = {key: value for key, value in of_run.evaluate.items() if key not in _REPLACED}
+        values = merged(merged(values, own), self.config.evaluate)
+        return load_config(evaluate.EvaluateConfig, values=values | given | {"out": str(self.out / folder)})
+
+    def stop_settings(self, searches: Mapping[str, Any]) -> evaluate.EvaluateConfig:
+        """Each iteration's own agent and retriever on the split of the stop rule."""
+        cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
+        given = {"benchmarks": [self.benchmarks.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
+        return self.settings(searches, "stop_rule", **given)
+
+    def _find_stop(self, searches: Mapping[str, Any]) -> None:
+        """Find where the loop should have stopped, on a split other than the test split; writes `stop_rule.json`.
+
+        The retrievers must include the run's own, named retriever-1, retriever-2, ...
+        """
+        split = self.config.stop_rule
+        evaluate.run(self.stop_settings(searches), resume=True)
+        found = read_json(self.out / "stop_rule" / "matrix.json")["cells"]
+        scores = [cell["metrics"]["agentic_em"]["mean"] for cell in found]
+        if None in scores:
+            raise ConfigError(f"stop_rule: split {split!r} has no gold answers to decide by")
+        result = {"split": split, "em": scores, "stops_at": self._rounds()[stops_at(scores) - 1]}
+        write_json(self.out / "stop_rule.json", result)
+        print(f"stop rule on {split}: K = {result['stops_at']}", flush=True)
+
+    def _rounds(self) -> list[int]:
+        return [k for k in range(1, self.run.config.iterations + 1) if f"agent-{k}" in self.agents]

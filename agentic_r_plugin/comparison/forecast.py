@@ -1,0 +1,89 @@
+"""Forecast of the time that an experiment will still take, from its runs' finished phases or else the loop's YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from agentic_r_plugin.comparison.settings import Part
+from agentic_r_plugin.config import load_config
+from agentic_r_plugin.evaluation.matrix import markdown
+from agentic_r_plugin.loop.costs import read_costs
+from agentic_r_plugin.loop.settings import IterateConfig
+from agentic_r_plugin.progress import duration, scaled
+from agentic_r_plugin.retriever import reranker, training
+
+_RERANKER, _RERANKED = 2.0, 10.0
+"""Times that training a reranker takes of a retriever's, and a cell with reranking of one without."""
+_PRUNED = 0.045
+"""Share of the exhaustive rollouts that pruned correctness makes (recipes/experiments/README.md)."""
+
+
+def forecast(found: list[Part]) -> str:
+    """A table with the time that each part will still take."""
+    rows, total = [["part", "loop", "retrievers", "cells"]], 0.0
+    for part in found:
+        known = _known_seconds(part)
+        left = (_loop_left(part), _retrievers_left(part, known), _cells_left(part, known))
+        total += sum(left)
+        name = "/".join(filter(None, (part.variant, "" if part.seed is None else f"seed {part.seed}")))
+        rows.append([name or "all", *map(duration, left)])
+    return f"{markdown(rows)}\nforecast: {duration(total)} are left if nothing else runs on this machine"
+
+
+def _settings(part: Part) -> IterateConfig:
+    return part.loop or load_config(IterateConfig, Path(part.experiment.run, "config.yaml"))
+
+
+def _took(part: Part) -> dict[tuple[int, str], float]:
+    """Seconds of the run's finished phases."""
+    return {phase: float(line["seconds"]) for phase, line in read_costs(Path(part.experiment.run)).items()}
+
+
+def _known_seconds(part: Part) -> dict[str, float]:
+    """Seconds of each phase of the experiment's iteration, and of one question of a cell (`question`)."""
+    loop = _settings(part)
+    of_all = loop.expected() | _took(part)
+    known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
+    asked = int(loop.evaluate.get("first") or loop.world.test_questions) * max(len(loop.evaluate.get("cells", [])), 1)
+    return known | {"question": known.get("evaluate", 0.0) / asked}
+
+
+def _num_questions(part: Part) -> int:
+    """Test questions of the run's benchmark, as its world says."""
+    loop = _settings(part)
+    first = part.experiment.evaluate.get("first") or loop.evaluate.get("first")
+    return int(first or loop.world.test_questions)
+
+
+def _loop_left(part: Part) -> float:
+    return sum(scaled(part.loop.expected(), _took(part)).values()) if part.loop is not None else 0.0
+
+
+def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
+    """Training, indexes and rollouts of retrievers that are not done."""
+    out, seconds, exhaustive = Path(part.experiment.out), 0.0, False
+    for name, plan in part.experiment.retrievers.items():
+        home = out / "retrievers" / name
+        if plan.bm25 or plan.of_run or plan.hybrid or plan.rerank or (home / "retriever" / training.DONE).is_file():
+            continue
+        seconds += known.get("index", 0.0) + (0.0 if plan.model else known.get("train-retriever", 0.0))
+        exhaustive |= plan.exhaustive
+        if plan.rolls_out and not plan.exhaustive and plan.groups.get("use_correctness", True):
+            seconds += known.get("correctness", 0.0)
+    for name in dict.fromkeys(plan.rerank for plan in part.experiment.retrievers.values() if plan.rerank):
+        if not (out / "rerankers" / name / reranker.DONE).is_file():
+            seconds += _RERANKER * known.get("train-retriever", 0.0)
+    if exhaustive and not (out / "correctness.jsonl").is_file():
+        seconds += known.get("correctness", 0.0) / _PRUNED
+    return seconds
+
+
+def _cells_left(part: Part, known: Mapping[str, float]) -> float:
+    config = part.experiment
+    benchmarks = 1 + len(config.benchmarks) + len(config.worlds)
+    agents = len(config.agents) * max(len(config.max_searches), 1)
+    of_each = sum(_RERANKED if plan.rerank else 1 for plan in config.retrievers.values())
+    cells = len(config.evaluate.get("cells", ())) or agents * of_each
+    done = len(list(Path(config.out, "evaluation").glob("*/result.json")))
+    return max(cells * benchmarks - done, 0) * _num_questions(part) * known["question"]

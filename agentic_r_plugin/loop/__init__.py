@@ -1,0 +1,1 @@
+"""The loop of agent and retriever: its settings, the configuration of each phase, costs and forecast."""

@@ -1,0 +1,90 @@
+"""Which phases of a loop are done, and what each cost: `costs.jsonl` in the run folder."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agentic_r_plugin.memory import give_back_memory
+from agentic_r_plugin.progress import duration, scaled
+from agentic_r_plugin.storage.claim import Claim
+from agentic_r_plugin.store import drop_torn_end, dump_line, read_lines
+
+FILE = "costs.jsonl"
+_KEEP_S = 10.0
+"""Seconds between two notes in the manifest of how long the unfinished phase has taken, over all attempts."""
+
+
+def read_costs(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """(iteration, phase) -> line, for the finished phases of a run."""
+    file = folder / FILE
+    lines = [line for _, line in read_lines(file)] if file.is_file() else []
+    return {(line["iteration"], line["phase"]): line for line in lines}
+
+
+class Costs:
+    """Runs each phase once, and records what it cost.
+
+    Args:
+        held: the run folder.
+        expected: (iteration, phase) -> seconds on some machine, for the estimate of the time left; may be empty.
+    """
+
+    def __init__(self, held: Claim, expected: Mapping[tuple[int, str], float]) -> None:
+        self._held, self._expected = held, expected
+        self._file = held.out / FILE
+        drop_torn_end(self._file)
+        self.done = read_costs(held.out)
+
+    def phase(
+        self, iteration: int, name: str, work: Callable[[], object], cost: Callable[[], Mapping[str, Any]] = dict
+    ) -> None:
+        """Run a phase unless it is done. Its line in costs.jsonl is written last."""
+        if (iteration, name) in self.done:
+            return
+        print(f"[iteration {iteration}] {name}{self.estimate(iteration, name)}", file=sys.stderr, flush=True)
+        with self._timed(iteration, name) as seconds:
+            work()
+            give_back_memory()
+        spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
+        line = {"iteration": iteration, "phase": name, **spent, "seconds": round(seconds(), 1)}
+        with self._file.open("ab") as stream:
+            stream.write(dump_line(line))
+        self.done[iteration, name] = line
+
+    def estimate(self, iteration: int, name: str) -> str:
+        """Text with the time that this phase and the rest of the loop will take; empty if nothing is expected."""
+        took = {phase: float(line["seconds"]) for phase, line in self.done.items()}
+        left = scaled(self._expected, took)  # finished phases show how fast this machine is
+        if (iteration, name) not in left:
+            return ""
+        return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in all"
+
+    @contextmanager
+    def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:
+        """Clock of a phase that includes its earlier attempts. A kill loses at most the last `_KEEP_S` seconds."""
+        phase = {"iteration": iteration, "phase": name}
+        before = self._held.noted("attempt", {})
+        earlier = before["seconds"] if phase.items() <= before.items() else 0.0
+        started, ended = time.monotonic(), threading.Event()
+
+        def seconds() -> float:
+            return earlier + time.monotonic() - started
+
+        def keep() -> None:
+            while not ended.wait(_KEEP_S):
+                self._held.note(attempt=phase | {"seconds": seconds()})
+
+        keeper = threading.Thread(target=keep, daemon=True)
+        keeper.start()
+        try:
+            yield seconds
+        finally:
+            ended.set()
+            keeper.join()
+            self._held.note(attempt=phase | {"seconds": seconds()})
