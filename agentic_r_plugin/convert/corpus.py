@@ -21,8 +21,7 @@ from agentic_r_plugin.answers import UNSPACED
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
-from agentic_r_plugin.cost import Cost
-from agentic_r_plugin.data.stages.runner import RunnerSpec
+from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RecordError, located
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
@@ -187,15 +186,12 @@ def articles(path: Path) -> Iterator[Unit[Document]]:
                 yield Unit(article.source, article, shard, number)
 
 
-class CutWorker:
+class CutWorker(StageWorker):
     """Reads documents and cuts them into passages."""
 
     def __init__(self, config: CorpusConfig, folder: str) -> None:
-        self.config, self.folder, self.cost = config, Path(folder), Cost()
-
-    def fingerprints(self) -> dict[str, str]:
-        """No models are used."""
-        return {}
+        super().__init__()
+        self.config, self.folder = config, Path(folder)
 
     def work(self, batch: Sequence[str | Document]) -> list[Outcome]:
         """The passages of every document, or why it cannot be read."""
@@ -217,9 +213,6 @@ class CutWorker:
     @cached_property
     def _chunker(self) -> Any:
         return sentence_chunker(self.config.words)
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def read_document(path: Path, folder: Path) -> Document:
