@@ -42,7 +42,7 @@ endef
 	@echo "[1/3] PyTorch (200 MB)"
 	@$(torch_index); $(BIN)/pip install --quiet $$index "$(TORCH)"
 	@echo "[2/3] verl, Ray, FlashRAG, Transformers and their dependencies (700 MB; the longest part)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -e ".[cpu,quickstart,test]" || { \
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -e ".[cpu,quickstart,test]" || { \
 		echo "      uv failed (above): pip installs the same"; $(BIN)/pip install --quiet -e ".[cpu,quickstart,test]"; }
 	@echo "[3/3] checking"
 	@$(BIN)/pip check
