@@ -76,7 +76,7 @@ class ProtocolPrompt:
 
 
 class AgenticSearchPipeline(SearchR1Pipeline):
-    """FlashRAG pipeline in which every trajectory is a `protocol.Session`.
+    """FlashRAG pipeline in which every trajectory is a `session.Session`.
 
     Output keys of each item:
         pred: the answer; an empty string if there is none.
