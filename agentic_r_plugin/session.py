@@ -266,7 +266,7 @@ class Session:
     @property
     def _in_prefix(self) -> bool:
         """Whether pending calls belong to the prefix: they are not turns of the session itself."""
-        return not self.segments[-1].by_model
+        return bool(self.segments) and not self.segments[-1].by_model
 
     @property
     def _last_ids(self) -> list[int]:

@@ -254,3 +254,7 @@ def test_nothing_breaks_mask_limits_or_answer(texts, found, max_tokens, max_resp
         assert one.response_mask[-1] == 1
         if one.finished.answer is not None:
             assert one.finished.answer in by_model[-1]
+
+
+def test_a_new_session_has_no_earlier_queries():
+    assert session().earlier_queries == ()
