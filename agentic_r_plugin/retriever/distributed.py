@@ -18,6 +18,8 @@ from torch import Tensor
 
 from agentic_r_plugin.errors import ConfigError
 
+_BUCKET_BYTES = 64 << 20
+
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[tuple[int, int]]:
@@ -102,10 +104,26 @@ def sum_columns(gradient_PD: Tensor, rank: int, world: int) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> None:
-    """Average each gradient over the processes. The same parameters must have gradients everywhere."""
+    """Average each gradient over the processes, in buckets. The same parameters must have gradients everywhere."""
     if world == 1:
         return
+    bucket: list[Tensor] = []
+    size = 0
     for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world
+        if parameter.grad is None:
+            continue
+        if bucket and (size >= _BUCKET_BYTES or parameter.grad.dtype != bucket[0].dtype):
+            _average(bucket, world)
+            bucket, size = [], 0
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel() * parameter.grad.element_size()
+    if bucket:
+        _average(bucket, world)
+
+
+def _average(gradients: list[Tensor], world: int) -> None:
+    flat = torch.cat([item.flatten() for item in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for item, part in zip(gradients, flat.split([item.numel() for item in gradients]), strict=True):
+        item.copy_(part.view_as(item))
