@@ -21,7 +21,7 @@ from agentic_r_plugin.errors import ConfigError, TrainingError
 WATCHED = {
     "reward": ("critic/score/mean", "agentic_r/em"),
     "kl": ("actor/reward_kl_penalty", "actor/kl_loss"),
-    "entropy": ("actor/entropy",),
+    "entropy": ("actor/entropy", "actor/entropy_loss"),
     "response_length": ("response_length/mean",),
     "searches": ("agentic_r/search_turns",),
     "malformed": ("agentic_r/malformed_share",),

@@ -93,14 +93,15 @@ def _run_verl(config: Any) -> None:
     import ray
     from verl.trainer.main_ppo import run_ppo
 
-    from agentic_r_plugin.agent.trainer import AgenticTaskRunner
+    from agentic_r_plugin.agent.cpu.detect import cpu_wanted
+    from agentic_r_plugin.agent.trainer import AgenticTaskRunner, LocalTaskRunner
     from agentic_r_plugin.agent.verl_config import validate
     from agentic_r_plugin.agent.verl_plugin import assert_registered
 
     assert_registered()
     validate(config)
     try:
-        run_ppo(config, task_runner_class=AgenticTaskRunner)
+        run_ppo(config, task_runner_class=LocalTaskRunner if cpu_wanted() else AgenticTaskRunner)
     finally:
         ray.shutdown()
 

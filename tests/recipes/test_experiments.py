@@ -142,17 +142,22 @@ def test_a_series_makes_the_runs_that_are_missing_and_tables_over_its_seeds(
 
 def test_the_forecast_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    loop = tmp_path / "loop.yaml"
+    seconds = {"train-agent": 400, "correctness": 60, "train-retriever": 100, "index": 20, "evaluate": 110}
+    quick = dict.fromkeys(("trajectories", "candidates", "relevance", "groups"), 0)
+    expected = dump_line({"0": {"world": 0, "index": 20}, "1": quick | seconds}).decode()
+    loop.write_text(f"extends: {RECIPES / 'loop.yaml'}\nexpected_seconds: {expected}")
     config = ExperimentConfig(
-        run=str(tmp_path / "run"), out=str(tmp_path / "out"), loop=str(RECIPES / "loop.yaml"),
+        run=str(tmp_path / "run"), out=str(tmp_path / "out"), loop=str(loop),
         retrievers={"r": {"of_run": "retriever-1"}, "n": {"relevance": {"scorer": "noisy"}}, "e": {"exhaustive": True}},
     )  # fmt: skip
     (part,) = parts(config)
-    # 569 + 110 s of the loop; two times training, index and rollouts; three cells
-    assert re.search(r"\| all +\| 11 min +\| 30 min +\| 6 min +\|", forecast([part]))
-    seconds = {"train-agent": 100.0, "correctness": 9.0, "train-retriever": 50.0, "index": 20.0, "evaluate": 50.0}
+    # 710 s of the loop; two times training and index, 60 s and 60 / 0.045 s of rollouts; three cells of 110 s
+    assert re.search(r"\| all +\| 11 min +\| 27 min +\| 6 min +\|", forecast([part]))
+    took = {"train-agent": 100.0, "correctness": 9.0, "train-retriever": 50.0, "index": 20.0, "evaluate": 50.0}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "costs.jsonl").write_bytes(
-        b"".join(dump_line({"iteration": 1, "phase": name, "seconds": took}) for name, took in seconds.items())
+        b"".join(dump_line({"iteration": 1, "phase": name, "seconds": value}) for name, value in took.items())
     )
     (tmp_path / "out" / "evaluation" / "a").mkdir(parents=True)
     (tmp_path / "out" / "evaluation" / "a" / "result.json").write_text("{}")
