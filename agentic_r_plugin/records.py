@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.forms import QuestionForm, contents_of, question_fields
@@ -76,7 +76,10 @@ class Record:
             for key, item in _later(cls).items():
                 if data.get(key) is not None and item.metadata["since"] > 1 + known.index(found):
                     raise RecordError(f"unknown field {key!r} of {found}; it came with number {item.metadata['since']}")
-        return _build(cls, data, "")
+        try:
+            return cast(RecordType, _reader(cls)(data))  # type: ignore[arg-type]
+        except _Refusal as refusal:
+            raise RecordError(str(refusal)) from None
 
 
 def _later(cls: type) -> dict[str, Any]:
@@ -113,50 +116,108 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _Refusal(Exception):
+    """A value that does not fit; on its way out it collects the names of the fields that lead to it."""
+
+    def __init__(self, message: Callable[[str], str], *names: str) -> None:
+        self.message, self.names = message, names
+
+    def inside(self, name: str) -> _Refusal:
+        self.names = (name, *self.names)
+        return self
+
+    def __str__(self) -> str:
+        return self.message("".join(self.names).removeprefix("."))
+
+
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return get_type_hints(cls)
+def _reader(cls: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """Function that builds a record from its fields or raises `_Refusal`; cached, because it is called per passage."""
+    hints, later = get_type_hints(cls), _later(cls)
+    required = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
+    checks = {item.name: _check(hints[item.name]) for item in fields(cls)}
+    names = f"{cls.__name__} has {', '.join(checks)}"
+
+    def read(data: Mapping[str, Any]) -> Any:
+        if not data.keys() <= checks.keys():
+            unknown = min(data.keys() - checks.keys())
+            raise _Refusal(lambda where: f"unknown field {where and where + '.'}{unknown!r}; {names}")
+        values = {}
+        for name, value in data.items():
+            if value is None and name in later:
+                continue  # in a Parquet file, a field that a record does not use is null
+            try:
+                values[name] = checks[name](value)
+            except _Refusal as refusal:
+                raise refusal.inside(f".{name}") from None
+        if not required <= values.keys():
+            missing = next(name for name in checks if name in required and name not in values)
+            raise _Refusal(lambda where: f"missing field {(where and where + '.') + missing!r} of {cls.__name__}")
+        return cls(**values)
+
+    return read
 
 
-def _build(cls: Any, data: dict[str, Any], where: str) -> Any:
-    declared = {item.name: item for item in fields(cls)}
-    unknown = sorted(set(data) - set(declared))
-    if unknown:
-        raise RecordError(f"unknown field {where}{unknown[0]!r}; {cls.__name__} has {', '.join(declared)}")
-    values = {}
-    for name, item in declared.items():
-        if data.get(name) is None and name in _later(cls):
-            continue  # in a Parquet file, a field that a record does not use is null
-        if name in data:
-            values[name] = _checked(_hints(cls)[name], data[name], f"{where}{name}")
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise RecordError(f"missing field {where + name!r} of {cls.__name__}")
-    return cls(**values)
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type, or a RecordError naming the field."""
+@cache
+def _check(hint: Any) -> Callable[[Any], Any]:
+    """Function that gives a value as the annotated type or raises `_Refusal`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
-        return value
+        return lambda value: value
     if origin in (Union, types.UnionType):
-        options = [option for option in arguments if option is not type(None)]
-        return None if value is None else _checked(options[0], value, where)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_checked(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {key: _checked(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    elif is_dataclass(hint) and isinstance(value, Mapping):
-        return _build(hint, dict(value), f"{where}.")
-    elif isinstance(hint, type) and issubclass(hint, Enum):
-        if value in [option.value for option in hint]:  # a list, not a set: the value may not be hashable
-            return hint(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise RecordError(f"field {where!r}: expected {_name(hint)}, found {type(value).__name__} {str(value)[:80]!r}")
+        present = _check(next(option for option in arguments if option is not type(None)))
+        return lambda value: None if value is None else present(value)
+    if origin is tuple:
+        return _tuple(hint, _check(arguments[0]))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _mapping(hint, _check(arguments[1]))
+    if is_dataclass(hint):
+        read = _reader(hint)  # type: ignore[arg-type]
+        return lambda value: read(value) if isinstance(value, Mapping) else _refuse(hint, value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        values = [option.value for option in hint]  # a list, not a set: the value may not be hashable
+        return lambda value: hint(value) if value in values else _refuse(hint, value)
+    if hint is float:
+        return lambda value: (
+            float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _refuse(hint, value)
+        )
+    return lambda value: value if type(value) is hint else _refuse(hint, value)
+
+
+def _tuple(hint: Any, item: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def check(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            _refuse(hint, value)
+        found: list[Any] = []
+        try:
+            for part in value:
+                found.append(item(part))
+        except _Refusal as refusal:
+            raise refusal.inside(f"[{len(found)}]") from None
+        return tuple(found)
+
+    return check
+
+
+def _mapping(hint: Any, item: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            _refuse(hint, value)
+        found = {}
+        for key, part in value.items():
+            try:
+                found[key] = item(part)
+            except _Refusal as refusal:
+                raise refusal.inside(f"[{key!r}]") from None
+        return found
+
+    return check
+
+
+def _refuse(hint: Any, value: Any) -> NoReturn:
+    raise _Refusal(
+        lambda where: f"field {where!r}: expected {_name(hint)}, found {type(value).__name__} {str(value)[:80]!r}"
+    )
 
 
 def _name(hint: Any) -> str:
