@@ -51,6 +51,7 @@ def command(out: Path) -> list[str]:
     recipe.write_text(json.dumps(SMALL))
     base = load_config(IterateConfig, RECIPE)
     config = {"agent": str(ROOT / base.agent), "retriever": base.retriever, "protocol": base.protocol} | SMALL
+    config["train_agent"] = SMALL["train_agent"] | {"verl": base.train_agent["verl"]}
     recipe.write_text(json.dumps(config | {"limits": vars(base.limits), "relevance": dict(base.relevance)}))
     return [sys.executable, "-m", "agentic_r_plugin.cli", "iterate", "--config", str(recipe), f"out={out}", "--resume"]
 

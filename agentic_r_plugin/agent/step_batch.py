@@ -12,7 +12,7 @@ from agentic_r_plugin.errors import TrainingError
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
+class BatchRow(NamedTuple):
     """A trajectory in verl's store: its key and tag there, and the agent loop's `extra_fields`."""
 
     key: str
@@ -25,7 +25,7 @@ class Row(NamedTuple):
         return tuple(self.extra["place"])
 
 
-def trainable(rows: Sequence[Row], *, compared: bool) -> list[Row]:
+def trainable(rows: Sequence[BatchRow], *, compared: bool) -> list[BatchRow]:
     """The trajectories whose searches all succeeded.
 
     Args:

@@ -45,7 +45,7 @@ from agentic_r_plugin.agent.metrics import (
 )
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, to_keep
 from agentic_r_plugin.agent.step_batch import (
-    Row,
+    BatchRow,
     by_length_within,
     check_masks,
     check_trajectories,
@@ -161,7 +161,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             extra_info=batch.extra_info,
         )
 
-    def _arrived(self, batch: KVBatchMeta) -> list[Row]:
+    def _arrived(self, batch: KVBatchMeta) -> list[BatchRow]:
         """All trajectories of the batch, checked and shuffled by seed and step.
 
         Raises:
@@ -174,7 +174,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         expected = prompts * self.config.actor_rollout_ref.rollout.n
         check_trajectories(extra, expected, self.settings.max_failed_search_share, self.global_steps)
         check_masks(extra, [int(mask.sum()) for mask in fields["response_mask"].unbind()], self.global_steps)
-        rows = [Row(*row) for row in zip(batch.keys, batch.tags, extra, strict=True)]
+        rows = [BatchRow(*row) for row in zip(batch.keys, batch.tags, extra, strict=True)]
         return sorted(rows, key=lambda row: drawn(row.place, self.settings.seed, self.global_steps))
 
     def _compute_metrics(

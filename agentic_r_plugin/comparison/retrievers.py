@@ -15,7 +15,7 @@ from agentic_r_plugin.comparison.trained import TrainedRetriever
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.data import correctness, groups, relevance
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
-from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation.cells import located
 from agentic_r_plugin.records import Relevance
 from agentic_r_plugin.retriever import reranker, training
 from agentic_r_plugin.search.indexing import index
@@ -60,7 +60,7 @@ class Retrievers:
         for name, plan in plans.items():
             if plan.rerank:
                 rerank = {"model": str(self.reranker_folder(plan.rerank)), "depth": plan.depth}
-                found[name] = evaluate.located(found[plan.of]) | {"rerank": rerank}
+                found[name] = located(found[plan.of]) | {"rerank": rerank}
         return {name: found[name] for name in plans}
 
     def make_one(self, name: str) -> str:

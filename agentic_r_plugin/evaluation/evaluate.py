@@ -10,33 +10,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
+from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import (
-    FREE,
-    LATER,
-    deciding,
-    entries_of,
-    fingerprint,
-    load_config,
-    save_config,
-    section_of,
-    to_dict,
-)
+from agentic_r_plugin.config import FREE, entries_of, save_config, to_dict
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
-from agentic_r_plugin.evaluation.settings import JUDGED, AgenticRSettings, AnswerJudgeSettings, LimitOverrides
+from agentic_r_plugin.evaluation.cells import cells_of, llm_spec, pairs_of, search_spec, searched_path
+from agentic_r_plugin.evaluation.settings import JUDGED, AgenticRSettings, AgentSettings, AnswerJudgeSettings
 from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.search.hybrid import parts_of
 from agentic_r_plugin.storage.claim import require_new
-from agentic_r_plugin.storage.fingerprints import path_fingerprint
-from agentic_r_plugin.store import file_fingerprint, write_json
+from agentic_r_plugin.store import write_json
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
@@ -58,31 +48,6 @@ def _metrics() -> list[str]:
         "malformed_share",
         "generated_tokens",
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AgentSettings:
-    """What one agent of several needs for itself."""
-
-    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of that protocol", **LATER}
-    )
-    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
-    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
-    llm: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs from `settings.agent`", **section_of(LLMSpec)}
-    )
-
-    def over(self, settings: AgenticRSettings) -> AgenticRSettings:
-        """`settings` with these values in place of its own; the language model is not included."""
-        return replace(
-            settings,
-            protocol=self.protocol or settings.protocol,
-            protocol_options=({} if self.protocol else settings.protocol_options) | self.protocol_options,
-            topk=self.topk or settings.topk,
-            limits=self.limits.over(settings.limits),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +133,7 @@ class EvaluateConfig:
         for agent in self.per_agent:
             if agent not in self.agents:
                 raise ConfigError(f"per_agent: {agent!r} is not among the agents {', '.join(self.agents)}")
-            _llm_spec(self, agent)
+            llm_spec(self, agent)
         for benchmark in self.splits:
             if benchmark not in self.benchmarks:
                 raise ConfigError(f"splits: {benchmark!r} is not among the benchmarks {', '.join(self.benchmarks)}")
@@ -203,7 +168,7 @@ def run(config: EvaluateConfig, *, resume: bool = False) -> None:
     if not resume:
         require_new(out, folder=True)
     check_inputs(config)
-    cells = list(_cells(config))
+    cells = list(cells_of(config))
     done = {cell.name: result for cell in cells if (result := cell.output(out).finished()) is not None}
     _require_same_services([cell for cell in cells if cell.name in done], done, out)
     out.mkdir(parents=True, exist_ok=True)
@@ -244,8 +209,8 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random, config.format)
-    agents, searches = (dict.fromkeys(names) for names in zip(*_pairs(config), strict=True))
-    models = {f"agents.{name}": _llm_spec(config, name) for name in agents if name not in later}
+    agents, searches = (dict.fromkeys(names) for names in zip(*pairs_of(config), strict=True))
+    models = {f"agents.{name}": llm_spec(config, name) for name in agents if name not in later}
     if config.judge.llm.model:
         models["judge.llm.model"] = config.judge.llm
     for where, spec in models.items():
@@ -253,9 +218,9 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
             raise ConfigError(f"{where}: no directory {spec.model!r}")
     for name in (name for name in searches if config.retrievers[name][0] not in later):
         for benchmark in config.benchmarks:
-            for part in parts_of(_search_spec(config, name, benchmark)):
-                if part.backend in ("faiss", "bm25") and not Path(_searched(part)).exists():
-                    raise ConfigError(f"searches.{name}: {_searched(part)!r} does not exist")
+            for part in parts_of(search_spec(config, name, benchmark)):
+                if part.backend in ("faiss", "bm25") and not Path(searched_path(part)).exists():
+                    raise ConfigError(f"searches.{name}: {searched_path(part)!r} does not exist")
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
@@ -311,101 +276,6 @@ def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: 
     print(table, flush=True)
 
 
-# --- Cells ------------------------------------------------------------------------------------------------------------
-
-
-def _cells(config: EvaluateConfig) -> Iterator[Cell]:
-    from agentic_r_plugin.evaluation.cell import Cell
-
-    names: set[str] = set()
-    identities: dict[str, str] = {}
-    for benchmark in config.benchmarks:
-        split = config.splits.get(benchmark, config.split)
-        for agent, search in _pairs(config):
-            own = config.per_agent.get(agent, AgentSettings()).over(config.settings)
-            settings = replace(own, agent=_llm_spec(config, agent), search=_search_spec(config, search, benchmark))
-            spec = settings.search
-            parts = parts_of(spec)
-            searched = [w for part in parts for w in (_searched(part), part.retriever, part.rerank.model)]
-            for where in (settings.agent.model, settings.agent.tokenizer, spec.rerank.model, *searched):
-                if where not in identities:
-                    identities[where] = path_fingerprint(where)
-            cell = Cell(
-                agent=agent,
-                retriever=search,
-                benchmark=benchmark,
-                config=config,
-                settings=settings,
-                made_from=_made_from(config, settings, benchmark, split, identities),
-            )
-            if cell.name in names:
-                raise ConfigError(f"two cells would be called {cell.name!r}; rename an agent, retriever or benchmark")
-            names.add(cell.name)
-            yield cell
-
-
-def _pairs(config: EvaluateConfig) -> list[tuple[str, str]]:
-    """(agent, search) of the cells of each benchmark."""
-    named = [cell.partition(":") for cell in config.cells]
-    return [(agent, search) for agent, _, search in named] or [
-        (agent, search) for agent in config.agents for search in config.retrievers
-    ]
-
-
-def _made_from(
-    config: EvaluateConfig,
-    settings: AgenticRSettings,
-    benchmark: str,
-    split: str,
-    identities: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything known before the start that can change a cell's figures. Paths, addresses and batch sizes cannot.
-
-    A retrieval service is identified by its `search_fingerprint`, which is its address only if it reports no other.
-    """
-    own, llm, rerank = deciding(settings), settings.agent, settings.search.rerank
-    agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
-    parts = parts_of(settings.search)
-    ranked = [part.rerank.model and identities[part.rerank.model] for part in parts]
-    if stored := [identities[_searched(part)] for part in parts if part.backend != "service"]:
-        own["retriever"] = _one_or_all(stored)
-    if config.judge.llm.model:
-        own["judge"] = _judge_made_from(config.judge)
-    return {
-        "questions": file_fingerprint(split_file(Path(config.data_dir) / benchmark, split)),
-        "agent": llm.model if llm.backend == "openai" else identities[llm.model],
-        "agent_options": agent["options"],
-        "first": config.first,
-        "random": config.random,
-        "seed": config.seed,
-        "metrics": sorted(config.metrics),
-        "agent_backend": agent["backend"],
-        "search_backend": searching["backend"],
-        "search_options": searching["options"],
-        "search_retriever": _one_or_all([identities[part.retriever] for part in parts]),
-        "dtype": agent["dtype"],
-        "tokenizer": identities[llm.tokenizer],
-        "level": config.level,
-        "resamples": config.resamples,
-        "sampling_seed": sampling_seed,
-        **({"format": config.format} if config.format else {}),
-        **({"rerank": searching["rerank"] | {"model": identities[rerank.model]}} if rerank.on else {}),
-        **({"part_rerankers": ranked} if settings.search.backend == "hybrid" and any(ranked) else {}),
-    } | own
-
-
-def _one_or_all(found: list[str]) -> str | list[str]:
-    return found[0] if len(found) == 1 else found
-
-
-def _judge_made_from(judge: AnswerJudgeSettings) -> dict[str, Any]:
-    from agentic_r_plugin.data.judge import load_prompt
-
-    model = judge.llm.model if judge.llm.backend == "openai" else path_fingerprint(judge.llm.model)
-    prompt = fingerprint(load_prompt("answer_correct", judge.prompt))
-    return deciding(judge) | {"model": model, "prompt": prompt}
-
-
 def _require_same_services(finished: Sequence[Cell], results: Mapping[str, Any], out: Path) -> None:
     """Check that the services of finished cells still serve the same index. The address alone does not show this.
 
@@ -437,69 +307,6 @@ def _served(spec: SearchSpec, urls: str) -> str | None:
     except SearchError as error:
         print(f"evaluate: finished cells of {urls} are kept without asking what it serves: {error}", file=sys.stderr)
         return None
-
-
-def _llm_spec(config: EvaluateConfig, name: str) -> LLMSpec:
-    where, shared = config.agents[name], asdict(config.settings.agent)
-    own = config.per_agent.get(name, AgentSettings()).llm
-    if not where.startswith(("http://", "https://")):
-        return load_config(LLMSpec, values=shared | {"model": where} | own)
-    if shared["backend"] != "openai":
-        shared["options"] = {}  # these are options of another backend
-    return load_config(LLMSpec, values=shared | {"backend": "openai", "url": where} | own)
-
-
-def _searched(spec: SearchSpec) -> str:
-    """The index or corpus that is searched."""
-    return spec.corpus if spec.backend == "bm25" else spec.index
-
-
-def _search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec:
-    search, reranker = config.retrievers[name]
-    where, shared = _of_benchmark(config.searches[search], benchmark), config.settings.search
-    if reranker:
-        shared = replace(shared, rerank=replace(shared.rerank, model=config.rerankers[reranker]))
-    if isinstance(where, str):
-        where = located(where)
-        if where.get("backend") != "hybrid":
-            return replace(shared, **where)
-    values = to_dict(shared) | ({"options": {}} if where.get("backend", shared.backend) != shared.backend else {})
-    spec = load_config(SearchSpec, values=values | where)
-    parts = [_named_part(config, name, part, benchmark) for part in spec.options.get("parts", ())]
-    return replace(spec, options=spec.options | {"parts": parts}) if parts else spec
-
-
-def located(where: str) -> dict[str, Any]:
-    """Settings of a search that is given by its location (`EvaluateConfig.searches`)."""
-    if where.startswith(("http://", "https://")):
-        return {"backend": "service", "url": where}
-    if where.startswith("bm25:"):
-        return {"backend": "bm25", "corpus": where.removeprefix("bm25:")}
-    if where.startswith("hybrid:"):
-        return {"backend": "hybrid", "options": {"parts": where.removeprefix("hybrid:").split("+")}}
-    return {"index": where}
-
-
-def _named_part(config: EvaluateConfig, name: str, part: Any, benchmark: str) -> Any:
-    """A part of the hybrid `name`: settings, or the name of another search."""
-    if not isinstance(part, str):
-        return part
-    if part not in config.searches or part == name:
-        others = ", ".join(other for other in config.searches if other != name)
-        raise ConfigError(f"searches.{name}: expected parts among the other searches ({others}), found {part!r}")
-    found = config.searches[part]
-    if (located(found) if isinstance(found, str) else found).get("backend") == "hybrid":
-        raise ConfigError(f"searches.{name}: its part {part!r} is a hybrid itself; name that one's parts")
-    return to_dict(_search_spec(config, part, benchmark))
-
-
-def _of_benchmark(value: Any, benchmark: str) -> Any:
-    """A search's location or settings, with the benchmark's name filled in."""
-    if isinstance(value, Mapping):
-        return {key: _of_benchmark(item, benchmark) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_of_benchmark(item, benchmark) for item in value]
-    return value.replace("{benchmark}", benchmark) if isinstance(value, str) else value
 
 
 def _one_line(result: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config, section_of
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
@@ -68,6 +68,31 @@ class AgenticRSettings:
     def sampling(self) -> Sampling:
         """Sampling parameters of the agent."""
         return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+    """What one agent of several needs for itself."""
+
+    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
+    protocol_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "options of that protocol", **LATER}
+    )
+    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
+    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
+    llm: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "what differs from `settings.agent`", **section_of(LLMSpec)}
+    )
+
+    def over(self, settings: AgenticRSettings) -> AgenticRSettings:
+        """`settings` with these values in place of its own; the language model is not included."""
+        return replace(
+            settings,
+            protocol=self.protocol or settings.protocol,
+            protocol_options=({} if self.protocol else settings.protocol_options) | self.protocol_options,
+            topk=self.topk or settings.topk,
+            limits=self.limits.over(settings.limits),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

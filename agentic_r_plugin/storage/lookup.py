@@ -214,7 +214,23 @@ class KeyedRecords(Generic[RecordType]):
 
     def _refuse_twice(self, hashed: int) -> None:
         assert self._index is not None
-        keys = sorted(self.key(self._read(value)) for value in self._index.find(hashed))
-        for one, other in pairwise(keys):
+        found = sorted((self.key(self._read(value)), value) for value in self._index.find(hashed))
+        for (one, first), (other, second) in pairwise(found):
             if one == other:
-                raise RecordError(f"{one!r} occurs twice; expected one {self.cls.__name__} for each", path=self.path)
+                path, line = self._place(second)
+                raise RecordError(
+                    f"{one!r} occurs twice; expected one {self.cls.__name__} for each, "
+                    f"the first is at {':'.join(map(str, self._place(first)))}",
+                    path=path,
+                    line=line,
+                )
+
+    def _place(self, value: int) -> tuple[Path, int]:
+        """File and line of a record."""
+        path, stream = self._files[value >> 44]
+        stream.seek(0)
+        left, line = value & ((1 << 44) - 1), 1
+        while left:
+            block = stream.read(min(left, 1 << 20))
+            left, line = left - len(block), line + block.count(b"\n")
+        return path, line

@@ -63,6 +63,7 @@ def test_small_rewards_may_fall_without_saying_anything() -> None:
         ("actor/kl_loss", [0.0, 0.1, 0.2, 2.0, 3.0, 4.0], "kl 1.1, above 1"),
         ("actor/entropy", [1.0, 1.0, 1.0, 9.0, 9.0, 9.0], "entropy 9, above 5"),
         ("actor/entropy", [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], "entropy 0, below 0.02"),
+        ("actor/entropy_loss", [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], "entropy 0, below 0.02"),  # of the update: bypass mode
         ("response_length/mean", [100, 100, 100, 500, 500, 500], "response_length 500, above 300"),
         ("agentic_r/search_turns", [1, 1, 1, 4, 4, 4], "searches 4, above 3"),
         ("agentic_r/malformed_share", [0.1, 0.1, 0.9, 1.0, 1.0, 1.0], "malformed 0.95, above 0.5"),

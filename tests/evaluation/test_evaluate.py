@@ -29,6 +29,7 @@ from agentic_r_plugin.errors import (
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
+from agentic_r_plugin.evaluation.cells import cells_of, llm_spec, search_spec
 from agentic_r_plugin.evaluation.evaluate import EvaluateConfig, run, write_matrix
 from agentic_r_plugin.evaluation.matrix import csv_table, latex_table, write_tables
 from agentic_r_plugin.evaluation.settings import AgenticRSettings, AnswerJudgeSettings
@@ -198,7 +199,7 @@ def test_each_agent_runs_under_its_own_settings_and_each_benchmark_has_its_own_r
     assert theirs["limits"]["max_malformed"] == ours["limits"]["max_malformed"] == 1
     assert [cells["tiny", name]["num_questions"] for name in ("toy", "toy2")] == [6, 2]
     evaluated = config(tmp_path, tiny_agent, **values)
-    assert evaluate._search_spec(evaluated, "bm25", "toy2").corpus == f"{tmp_path}/toy2/corpus.jsonl"
+    assert search_spec(evaluated, "bm25", "toy2").corpus == f"{tmp_path}/toy2/corpus.jsonl"
 
 
 def test_csv_holds_every_metric_and_latex_the_papers_table() -> None:
@@ -337,7 +338,7 @@ def test_a_cell_goes_on_with_the_same_servers_at_other_addresses(
         return config(tmp_path, f"http://127.0.0.1:{agent}/v1", **settings)
 
     def cell(port: int, agent: int) -> Cell:
-        (only,) = evaluate._cells(asked(port, agent))
+        (only,) = cells_of(asked(port, agent))
         return only
 
     with service({"status": "ok", "fingerprint": "first"}) as port, service({"fingerprint": "first"}) as other:
@@ -354,7 +355,7 @@ def test_a_cell_goes_on_with_the_same_servers_at_other_addresses(
             assert held.finished is None
             with pytest.raises(ManifestMismatchError, match='search_fingerprint was "first", now "second"'):
                 held.begin({"agent_fingerprint": "agent", "search_fingerprint": "second"})
-    (local,) = evaluate._cells(asked(0, 1, searches={"served": f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"}))
+    (local,) = cells_of(asked(0, 1, searches={"served": f"bm25:{tmp_path / 'toy' / 'corpus.jsonl'}"}))
     with pytest.raises(ManifestMismatchError, match=r"retriever was .*; search_backend was \"service\", now \"bm25\""):
         local.output(tmp_path / "out").finished()
 
@@ -384,7 +385,7 @@ def test_a_server_takes_no_options_of_another_engine() -> None:
         "settings": {"agent": {"backend": "vllm", "options": {"gpu_memory_utilization": 0.6}}},
     }
     asked = load_config(EvaluateConfig, values=values)
-    served, local = (evaluate._llm_spec(asked, name) for name in ("served", "local"))
+    served, local = (llm_spec(asked, name) for name in ("served", "local"))
     assert (served.backend, served.model, served.options) == ("openai", "agent", {"requests_per_minute": 60})
     assert (local.backend, local.model, local.options) == ("vllm", "folder", {"gpu_memory_utilization": 0.6})
 

@@ -12,8 +12,9 @@ import pytest
 
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.evaluation import evaluate
-from agentic_r_plugin.evaluation.evaluate import AgentSettings, EvaluateConfig
+from agentic_r_plugin.evaluation.cells import llm_spec
+from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
+from agentic_r_plugin.evaluation.settings import AgentSettings
 from agentic_r_plugin.report.paper import BENCHMARKS
 from agentic_r_plugin.search.indexing.index import IndexConfig
 from tests.evaluation.evaluation_toy import write_benchmark
@@ -60,7 +61,7 @@ def test_the_released_agents_run_under_their_own_protocols_and_limits() -> None:
         "simple_deep_searcher": "simple_deep_searcher",
     }
     assert [settings.limits.max_searches for settings in found.values()] == [5, 5, 10]
-    models = [evaluate._llm_spec(config, name) for name in config.agents]
+    models = [llm_spec(config, name) for name in config.agents]
     assert all(re.fullmatch(r"[\w-]+/[\w.-]+", spec.model) and spec.backend == "vllm" for spec in models)
     assert models[2].options["max_model_len"] > found["simple_deep_searcher"].limits.max_tokens
     index = load_config(IndexConfig, RECIPE / "released_index.yaml")

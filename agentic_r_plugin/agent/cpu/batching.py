@@ -15,7 +15,7 @@ from agentic_r_plugin.llm.hf_generate import Generated, HFGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class RequestSampling:
     """Sampling parameters of one request; only requests that differ in `max_tokens` and `seed` alone share a batch."""
 
     max_tokens: int
@@ -41,7 +41,7 @@ _TEXT_ONLY = {"include_stop_str_in_output", "skip_special_tokens", "spaces_betwe
 
 def parse_sampling(
     params: dict[str, Any], *, num_prompt_tokens: int, max_length: int, response_length: int, total_length: int
-) -> Sampling:
+) -> RequestSampling:
     """Parse vLLM-style sampling parameters, with the same length limits as verl's vLLM server.
 
     Args:
@@ -65,7 +65,7 @@ def parse_sampling(
         limit = min(response_length, total_length - num_prompt_tokens)
     stop = params.pop("stop", None) or ()
     logprobs, seed = params.pop("logprobs", None), params.pop("seed", None)
-    sampling = Sampling(
+    sampling = RequestSampling(
         max_tokens=max(1, min(int(limit), room)),
         seed=None if seed is None else int(seed),
         temperature=float(params.pop("temperature", 1.0)),
@@ -88,7 +88,7 @@ def parse_sampling(
 @dataclass(eq=False)
 class _Request:
     prompt: list[int]
-    sampling: Sampling
+    sampling: RequestSampling
     seed: int
     answer: asyncio.Future[Generated]
 
@@ -116,7 +116,7 @@ class RequestBatcher:
         self._version = version
         self._asked.clear()
 
-    async def submit(self, prompt: list[int], sampling: Sampling) -> Generated:
+    async def submit(self, prompt: list[int], sampling: RequestSampling) -> Generated:
         """Generate the answer to one request; raises the error of its batch."""
         # Started with the first request, not in the constructor, because the task needs a running event loop.
         if self._loop_task is None:

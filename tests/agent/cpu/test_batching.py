@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentic_r_plugin.agent.cpu.batching import RequestBatcher, Sampling, parse_sampling
+from agentic_r_plugin.agent.cpu.batching import RequestBatcher, RequestSampling, parse_sampling
 from agentic_r_plugin.errors import BackendError
 from agentic_r_plugin.llm.hf_generate import Generated
 
@@ -30,11 +30,11 @@ class RecordingGenerator:
         ]
 
 
-def request(**params: Any) -> Sampling:
+def request(**params: Any) -> RequestSampling:
     return parse_sampling({"temperature": 1.0, **params}, **LIMITS)
 
 
-def serve(*requests: tuple[list[int], Sampling]) -> tuple[list[Any], RecordingGenerator]:
+def serve(*requests: tuple[list[int], RequestSampling]) -> tuple[list[Any], RecordingGenerator]:
     generator = RecordingGenerator()
 
     async def run() -> list[Any]:
