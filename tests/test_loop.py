@@ -289,11 +289,13 @@ def test_seconds_of_another_phase_are_not_taken_over(tmp_path):
 
 def test_the_forecast_knows_the_later_training_of_the_quick_start(tmp_path):
     printed = forecast(composed(tmp_path, "plan={train_questions: 600, corpus_passages: 5400000}"))
-    assert re.search(r"train-agent +8 steps +256 ", printed)
-    assert "From iteration 2 on: train-agent 4 steps, 128 rollouts" in printed
-    # 12 steps of 300 s on 8 accelerators are 8 GPU hours, three indexes of an hour each 3
+    recipe = load_config(IterateConfig, RECIPE)
+    first, later = recipe.train_agent["steps"], recipe.train_agent_later["steps"]
+    assert re.search(rf"train-agent +{first} steps +{32 * first} ", printed)
+    assert f"From iteration 2 on: train-agent {later} steps, {32 * later} rollouts" in printed
+    # steps of 300 s on 8 accelerators, and three indexes of an hour each
     (hours,) = re.findall(r"All 2, with the index before them: ([\d.]+) GPU hours", printed)
-    assert 11 < float(hours) < 11.5
+    assert 0 < float(hours) - (first + later) * 300 * 8 / 3600 - 3 < 0.5
 
 
 def test_a_loop_without_ppo_takes_the_given_agent_in_every_iteration(tmp_path):

@@ -173,8 +173,8 @@ def test_a_resume_may_change_what_decides_no_result_and_keeps_what_is_used_now(t
 
 REFUSED = (
     "correctness.threshold=70", "relevance.llm.model=other", "llm.dtype=float16", "serve.options.nprobe=3",
-    "candidates.search.backend=bm25", "train_retriever.epochs=3", "train_agent.steps=3", "index.kind=SQ8",
-    "llm.options.quantization=fp8", "train_agent_later.steps=3", "limits.max_searches=2", "seed=4", "iterations=5",
+    "candidates.search.backend=bm25", "train_retriever.epochs=99", "train_agent.steps=99", "index.kind=SQ8",
+    "llm.options.quantization=fp8", "train_agent_later.steps=99", "limits.max_searches=2", "seed=4", "iterations=5",
     "train_agent.verl=[critic.cliprange_value=0.2]", "evaluate.settings.temperature=0.5", "groups.num_negatives=3",
 )  # fmt: skip
 

@@ -153,7 +153,7 @@ def test_the_forecast_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     )  # fmt: skip
     (part,) = parts(config)
     # 710 s of the loop; two times training and index, 60 s and 60 / 0.045 s of rollouts; three cells of 110 s
-    assert re.search(r"\| all +\| 11 min +\| 27 min +\| 6 min +\|", forecast([part]))
+    assert re.search(r"\| all +\| 12 min +\| 27 min +\| 6 min +\|", forecast([part]))
     took = {"train-agent": 100.0, "correctness": 9.0, "train-retriever": 50.0, "index": 20.0, "evaluate": 50.0}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "costs.jsonl").write_bytes(
