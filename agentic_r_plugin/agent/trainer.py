@@ -355,4 +355,5 @@ class LocalTaskRunner:
 
     @property
     def run(self) -> SimpleNamespace:
+        """Its `remote(config)` runs verl's task to the end."""
         return SimpleNamespace(remote=lambda config: ray.put(_TaskRunner().run(config)))

@@ -85,7 +85,7 @@ class AgentSettings:
     )
 
     def over(self, settings: AgenticRSettings) -> AgenticRSettings:
-        """`settings` with these values in place of its own; the language model is not included."""
+        """Apply these values to `settings`, except those of the language model."""
         return replace(
             settings,
             protocol=self.protocol or settings.protocol,
