@@ -84,7 +84,7 @@ def packed_causal(
 
 
 @dataclass(frozen=True)
-class _Row:
+class _PackedRow:
     lengths: Sequence[int]
     ends: torch.Tensor
     """(N + 1,) int32 cumulative lengths, on the row's device."""
@@ -93,13 +93,13 @@ class _Row:
 _rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _row(position_ids_1T: torch.Tensor) -> _Row:
+def _row(position_ids_1T: torch.Tensor) -> _PackedRow:
     """Boundaries of the row, computed once per forward pass instead of in every layer: on CUDA it synchronises."""
     found = _rows.get(position_ids_1T)
     if found is None:
         lengths = trajectory_lengths(position_ids_1T[0])
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=position_ids_1T.device)
-        found = _rows[position_ids_1T] = _Row(lengths, ends)
+        found = _rows[position_ids_1T] = _PackedRow(lengths, ends)
     return found
 
 

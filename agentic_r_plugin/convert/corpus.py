@@ -28,7 +28,7 @@ from agentic_r_plugin.forms import contents_of, context_documents, passage_field
 from agentic_r_plugin.records import CorpusLine, Passage
 from agentic_r_plugin.search.corpus_forms import corpus_rows
 from agentic_r_plugin.storage.lookup import HashSet, key_hash
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 from agentic_r_plugin.store import read_lines, sampled_fingerprint, shards
 
 PLAIN = (".md", ".markdown", ".txt")
@@ -193,21 +193,23 @@ class CutWorker(StageWorker):
         super().__init__()
         self.config, self.folder = config, Path(folder)
 
-    def work(self, batch: Sequence[str | Document]) -> list[Outcome]:
+    def work(self, batch: Sequence[str | Document]) -> list[UnitResult]:
         """The passages of every document, or why it cannot be read."""
         return [self._cut(item) for item in batch]
 
-    def _cut(self, item: str | Document) -> Outcome:
+    def _cut(self, item: str | Document) -> UnitResult:
         try:
             document = item if isinstance(item, Document) else read_document(Path(item), self.folder)
             if document.whole:
                 contents = contents_of(document.title, document.text)
-                return Outcome(records=(CutPassage(id=document.source, contents=contents, metadata={}),))
+                return UnitResult(records=(CutPassage(id=document.source, contents=contents, metadata={}),))
             passages = tuple(cut(document, self.config.words, self._chunker))
         except Exception as error:  # parsers of broken files raise errors of every type
-            return Outcome.refused(f"{type(error).__name__}: {error}")
+            return UnitResult.refused(f"{type(error).__name__}: {error}")
         return (
-            Outcome(records=passages) if passages else Outcome.refused("no text in it (scanned pages need OCR first)")
+            UnitResult(records=passages)
+            if passages
+            else UnitResult.refused("no text in it (scanned pages need OCR first)")
         )
 
     @cached_property

@@ -18,7 +18,7 @@ from agentic_r_plugin.errors import RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class CandidatesWorker(StageWorker):
         """Fingerprint of the retriever."""
         return {"retriever": self._search.fingerprint()}
 
-    def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
+    def work(self, batch: Sequence[Trajectory]) -> list[UnitResult]:
         """Per trajectory, its queries with candidates, or the refusal of one of them."""
         config = self.config
         found = find_candidates(
@@ -155,9 +155,9 @@ class CandidatesWorker(StageWorker):
             cost=self.cost,
         )
         return [
-            Outcome.refused(queries)
+            UnitResult.refused(queries)
             if isinstance(queries, SearchRefusedError)
-            else Outcome(records=tuple(queries), dropped=None if queries else "no_search")
+            else UnitResult(records=tuple(queries), dropped=None if queries else "no_search")
             for queries in found
         ]
 

@@ -44,7 +44,7 @@ from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedErro
 from agentic_r_plugin.protocol import Limits, load_protocol
 from agentic_r_plugin.records import Candidates, Correctness, Passage
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 NO_GOLD_ANSWER = "no_gold_answer"
 
@@ -236,7 +236,7 @@ class CorrectnessWorker(StageWorker):
         """Fingerprints of agent and retriever."""
         return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
 
-    def work(self, batch: Sequence[CorrectnessTask]) -> list[Outcome]:
+    def work(self, batch: Sequence[CorrectnessTask]) -> list[UnitResult]:
         """Correctness of the candidates that were needed."""
         # Tasks carry their passages, so a worker (perhaps on another machine) does not open the corpus.
         self._continuations.passages = _Shown(
@@ -250,12 +250,12 @@ class CorrectnessWorker(StageWorker):
         outcomes = []
         for task, records in zip(batch, found(plans, self._continuations), strict=True):
             if isinstance(records, RequestRefusedError):
-                outcomes.append(Outcome.refused(records))
+                outcomes.append(UnitResult.refused(records))
                 continue
             self.cost.candidates += len(task.query.passages)
             self.cost.pruned += len(task.query.passages) - len(records)
             reason = task.steps if isinstance(task.steps, str) else None
-            outcomes.append(Outcome(records=tuple(records), dropped=reason))
+            outcomes.append(UnitResult(records=tuple(records), dropped=reason))
         return outcomes
 
 

@@ -22,7 +22,7 @@ from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Group
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 from agentic_r_plugin.store import file_fingerprint, read_json
 
 
@@ -78,10 +78,10 @@ class GroupsWorker(StageWorker):
         super().__init__()
         self.pick, self.rule = selection_named(preset).pick, rule
 
-    def work(self, batch: Sequence[SelectionTask]) -> list[Outcome]:
+    def work(self, batch: Sequence[SelectionTask]) -> list[UnitResult]:
         """The groups of each query, or the reason why it has none."""
         picked = [self.pick(task, self.rule) for task in batch]
-        return [Outcome(dropped=one) if isinstance(one, str) else Outcome(records=tuple(one)) for one in picked]
+        return [UnitResult(dropped=one) if isinstance(one, str) else UnitResult(records=tuple(one)) for one in picked]
 
 
 def check_pruned(rule: SelectionRule, pruned_for: SelectionRule) -> None:

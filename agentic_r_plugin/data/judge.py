@@ -14,7 +14,7 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, JudgeRefusedError, 
 from agentic_r_plugin.llm.base import ChatBackend, Usage
 from agentic_r_plugin.llm.reply import Reply, after_thoughts
 from agentic_r_plugin.storage.json_text import parse_json
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 Parsed = TypeVar("Parsed")
 
@@ -118,9 +118,9 @@ def ask(
     return results
 
 
-def outcome_of(error: JudgeError) -> Outcome:
-    """Outcome of a unit without a judgement; a refused unit does not count as a judge error."""
-    return Outcome.refused(error) if isinstance(error, JudgeRefusedError) else Outcome(error=str(error))
+def unit_result(error: JudgeError) -> UnitResult:
+    """Result of a unit without a judgement; a refused unit does not count as a judge error."""
+    return UnitResult.refused(error) if isinstance(error, JudgeRefusedError) else UnitResult(error=str(error))
 
 
 def parse_list(reply: str, length: int) -> list[Any]:

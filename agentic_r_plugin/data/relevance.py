@@ -12,7 +12,7 @@ from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
-from agentic_r_plugin.data.judge import outcome_of
+from agentic_r_plugin.data.judge import unit_result
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, run_stage
@@ -20,7 +20,7 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.questions import FORMAT
 from agentic_r_plugin.records import Candidates, Question, Relevance
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,10 @@ class RelevanceWorker(StageWorker):
         """Fingerprint of the scorer."""
         return {"scorer": self._scorer.fingerprint()}
 
-    def work(self, batch: Sequence[ScoringTask]) -> list[Outcome]:
+    def work(self, batch: Sequence[ScoringTask]) -> list[UnitResult]:
         """Relevance of each query's candidates, or the judge's error."""
         return [
-            outcome_of(scored) if isinstance(scored, JudgeError) else Outcome(records=(scored,))
+            unit_result(scored) if isinstance(scored, JudgeError) else UnitResult(records=(scored,))
             for scored in score_candidates(batch, self._scorer)
         ]
 

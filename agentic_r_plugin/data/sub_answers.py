@@ -14,13 +14,13 @@ from pathlib import Path
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
 from agentic_r_plugin.cost import Cost
-from agentic_r_plugin.data.judge import ask, fill, load_prompt, outcome_of, parse_list
+from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list, unit_result
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import JudgeError
 from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 _PROMPT = "sub_answers"
 
@@ -132,7 +132,7 @@ class SubAnswersWorker(StageWorker):
         """Fingerprints of judge and prompt."""
         return {"judge": self._judge.fingerprint(), "prompt": fingerprint(self._prompt)}
 
-    def work(self, batch: Sequence[Trajectory]) -> list[Outcome]:
+    def work(self, batch: Sequence[Trajectory]) -> list[UnitResult]:
         """Sub-answers of each trajectory, or the judge's error."""
         named = name_sub_answers(
             batch,
@@ -143,9 +143,9 @@ class SubAnswersWorker(StageWorker):
             cost=self.cost,
         )
         return [
-            outcome_of(result)
+            unit_result(result)
             if isinstance(result, JudgeError)
-            else Outcome(records=tuple(result), dropped=None if result else "no_search")
+            else UnitResult(records=tuple(result), dropped=None if result else "no_search")
             for result in named
         ]
 

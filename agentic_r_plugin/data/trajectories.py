@@ -23,7 +23,7 @@ from agentic_r_plugin.records import Question, Trajectory
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.session import Session
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class TrajectoriesWorker(StageWorker):
         """Fingerprints of agent and retriever."""
         return {"agent": self._llm.fingerprint(), "retriever": self._search.fingerprint()}
 
-    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+    def work(self, batch: Sequence[Question]) -> list[UnitResult]:
         """Per question, its trajectory or the reason why it is refused."""
         config = self.config
         sampling = Sampling(temperature=config.temperature, seed=config.seed)
@@ -111,7 +111,8 @@ class TrajectoriesWorker(StageWorker):
             sampling=sampling, cost=self.cost,
         )  # fmt: skip
         return [
-            Outcome.refused(one) if isinstance(one, RequestRefusedError) else Outcome(records=(one,)) for one in found
+            UnitResult.refused(one) if isinstance(one, RequestRefusedError) else UnitResult(records=(one,))
+            for one in found
         ]
 
 

@@ -40,7 +40,7 @@ from agentic_r_plugin.records import Record, Trajectory
 from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.json_text import parse_json
-from agentic_r_plugin.storage.table import Outcome, WorkTable
+from agentic_r_plugin.storage.table import UnitResult, WorkTable
 from agentic_r_plugin.store import write_json, write_records
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable, jud
         now, clock = asdict(pipeline.cost), time.monotonic()
         spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
         answered = [_Answered(id=str(item.id), output=item.output) for item in items]
-        table.add([(position[item.id], item.id, Outcome(records=(item,))) for item in answered], spent)
+        table.add([(position[item.id], item.id, UnitResult(records=(item,))) for item in answered], spent)
         before, since = now, clock
 
     def judged(items: Any) -> Any:

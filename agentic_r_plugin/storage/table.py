@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS spent (name TEXT PRIMARY KEY, amount);
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class UnitResult:
     """The result of one unit."""
 
     records: tuple[Record, ...] = ()
@@ -43,8 +43,8 @@ class Outcome:
     of too many errors. If `dropped` is also set, the unit was refused, which is not an error of the judge."""
 
     @classmethod
-    def refused(cls, error: object) -> Outcome:
-        """Outcome of a unit that a model, a retriever or the limits refuse; other units may be accepted."""
+    def refused(cls, error: object) -> UnitResult:
+        """Result of a unit that a model, a retriever or the limits refuse; other units may be accepted."""
         return cls(dropped=REFUSED, error=str(error))
 
 
@@ -107,7 +107,7 @@ class WorkTable:
                 done[position] = 0
         return done
 
-    def add(self, units: Sequence[tuple[int, str, Outcome]], spent: Mapping[str, Any]) -> None:
+    def add(self, units: Sequence[tuple[int, str, UnitResult]], spent: Mapping[str, Any]) -> None:
         """Store a batch of units (position, key, outcome) and its cost."""
         rows = []
         for position, key, outcome in units:

@@ -17,12 +17,12 @@ import pytest
 
 from agentic_r_plugin.config import FREE
 from agentic_r_plugin.cost import Cost
-from agentic_r_plugin.data.stages.runner import Batch, RunnerSpec, flow
+from agentic_r_plugin.data.stages.runner import RunnerSpec, WorkBatch, flow
 from agentic_r_plugin.data.stages.stage import Stage, record_units, run_stage
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.storage.claim import Claim
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 from agentic_r_plugin.store import read_json, read_records, write_records
 
 
@@ -45,7 +45,7 @@ class Echo:
             stream.write(".")
         return {"echo": "1"}
 
-    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+    def work(self, batch: Sequence[Question]) -> list[UnitResult]:
         behaviour = json.loads((self.folder / "behaviour.json").read_text())
         with (self.folder / "asked.txt").open("a") as stream:
             stream.write("".join(f"{question.id}\n" for question in batch))
@@ -56,9 +56,9 @@ class Echo:
             raise BackendError("the server is down")
         self.cost.searches += len(batch)
         return [
-            Outcome(error="no reply")
+            UnitResult(error="no reply")
             if question.id in behaviour.get("errors", [])
-            else Outcome(
+            else UnitResult(
                 records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer="é"),) * (len(question.id) % 3)
             )
             for question in batch
@@ -221,12 +221,12 @@ def test_no_more_batches_are_taken_than_may_be_under_way():
     taken: list[int] = []
     running: list[int] = []
 
-    def batches() -> Iterator[Batch[int]]:
+    def batches() -> Iterator[WorkBatch[int]]:
         for number in range(20):
             taken.append(number)
-            yield Batch((number,), (str(number),), (number,))
+            yield WorkBatch((number,), (str(number),), (number,))
 
-    def submit(batch: Batch[int]) -> int:
+    def submit(batch: WorkBatch[int]) -> int:
         running.append(batch.tasks[0])
         return batch.tasks[0]
 
@@ -246,7 +246,7 @@ def test_after_an_error_those_under_way_are_finished_and_the_first_error_is_rais
             raise BackendError(f"batch {handle}")
         return [], {}
 
-    batches = iter([Batch((number,), (str(number),), (number,)) for number in range(20)])
+    batches = iter([WorkBatch((number,), (str(number),), (number,)) for number in range(20)])
     done: list[int] = []
     with pytest.raises(BackendError, match="batch 3"):
         for batch, _ in flow(batches, 4, lambda batch: batch.tasks[0], min, result):
@@ -255,8 +255,8 @@ def test_after_an_error_those_under_way_are_finished_and_the_first_error_is_rais
 
 
 def test_an_error_while_a_batch_is_prepared_leaves_those_under_way_their_end():
-    def batches() -> Iterator[Batch[int]]:
-        yield from (Batch((number,), (str(number),), (number,)) for number in range(3))
+    def batches() -> Iterator[WorkBatch[int]]:
+        yield from (WorkBatch((number,), (str(number),), (number,)) for number in range(3))
         raise RecordError("the corpus does not hold a candidate")
 
     done: list[int] = []

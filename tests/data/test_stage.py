@@ -27,7 +27,7 @@ from agentic_r_plugin.data.trajectories import TrajectoriesConfig
 from agentic_r_plugin.errors import JudgeError, ManifestMismatchError, OutputExistsError, RecordError
 from agentic_r_plugin.records import Question, SubAnswer
 from agentic_r_plugin.storage.claim import locked
-from agentic_r_plugin.storage.table import Outcome, WorkTable
+from agentic_r_plugin.storage.table import UnitResult, WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_records
 
 OPTIONS = {"max_model_len": 512, "tensor_parallel_size": 1}
@@ -55,7 +55,7 @@ class Shouter:
     opens: int = 0
     cost: Cost = field(default_factory=Cost)
 
-    def work(self, batch: Sequence[Question]) -> list[Outcome]:
+    def work(self, batch: Sequence[Question]) -> list[UnitResult]:
         outcomes = []
         for question in batch:
             if self.stop_after is not None and len(self.seen) >= self.stop_after:
@@ -63,12 +63,12 @@ class Shouter:
             self.seen.append(question.id)
             self.cost.searches += 1
             if "d" in question.id:
-                outcomes.append(Outcome(dropped="has_d"))
+                outcomes.append(UnitResult(dropped="has_d"))
             elif "e" in question.id and self.fail:
-                outcomes.append(Outcome(error="cannot spell e"))
+                outcomes.append(UnitResult(error="cannot spell e"))
             else:
                 text = question.id.upper() + self.config.suffix
-                outcomes.append(Outcome(records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer=text),)))
+                outcomes.append(UnitResult(records=(SubAnswer(id=question.id, turn=1, query="q", sub_answer=text),)))
         return outcomes
 
     def fingerprints(self) -> dict[str, str]:

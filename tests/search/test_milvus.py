@@ -1,4 +1,4 @@
-"""An index in Milvus: milvus-lite in this process, with the tiny retriever."""
+"""An index in Milvus, with the tiny retriever: milvus-lite in this process, and a Milvus server in another one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 from agentic_r_plugin import cli
 from agentic_r_plugin.backends import SearchSpec, open_search
+from agentic_r_plugin.config import fingerprint
 from agentic_r_plugin.errors import (
     ConfigError,
     IndexMismatchError,
@@ -42,11 +44,35 @@ FLOAT32 = {"precision": "float32"}
 SECRET = "root:5ecretMilvus"
 
 
+def prefix_of(out):
+    """Tests build the same index in one server: each in a collection of its own."""
+    return f"p{fingerprint(str(out))}"
+
+
 def config_for(out, corpus, retriever, *, kind="Flat", adopt=(), **settings):
     return IndexConfig(
         corpus=str(corpus), retriever=str(retriever), out=str(out), precision="float32", shard_size=16, kind=kind,
-        adopt=list(map(str, adopt)), milvus=MilvusSettings(**{"uri": "lite"} | settings),
+        adopt=list(map(str, adopt)), milvus=MilvusSettings(**{"uri": "lite", "prefix": prefix_of(out)} | settings),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Milvus 2.3.5, standalone: the package `milvus` holds its binary."""
+    package = pytest.importorskip("milvus", reason="needs a Milvus server (pip install milvus; Linux on x86_64)")
+    server = package.MilvusServer()
+    server.set_base_dir(str(tmp_path_factory.mktemp("server")))
+    server.start()
+    server.config.resolve = lambda: None  # if it starts again, then at the same ports
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module", params=["lite", "server"])
+def uri(request):
+    if request.param == "lite":
+        return "lite"
+    return f"http://127.0.0.1:{request.getfixturevalue('server').listen_port}"
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +87,21 @@ def corpus(tmp_path_factory, corpus_file):
 
 
 @pytest.fixture(scope="module")
-def flat(tmp_path_factory, corpus, model_folder):
+def flat(tmp_path_factory, corpus, model_folder, uri):
     out = tmp_path_factory.mktemp("milvus") / "flat"
-    build_index(config_for(out, corpus, model_folder, fields=["id", "title", "metadata"]))
+    build_index(config_for(out, corpus, model_folder, uri=uri, fields=["id", "title", "metadata"]))
     return out
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory, corpus, model_folder, index_folder):
+def graph(tmp_path_factory, corpus, model_folder, index_folder, uri):
+    return build_graph(tmp_path_factory.mktemp("milvus") / "graph", corpus, model_folder, index_folder, uri)
+
+
+def build_graph(out, corpus, retriever, faiss_index, uri):
     """HNSW, from the vectors of the faiss index."""
-    out, adopted = tmp_path_factory.mktemp("milvus") / "graph", [index_folder / "agentic_r_Flat.index"]
-    params = {"M": 8, "efConstruction": 64}
-    build_index(config_for(out, corpus, model_folder, kind="hnsw", adopt=adopted, params=params))
+    adopted, params = [faiss_index / "agentic_r_Flat.index"], {"M": 8, "efConstruction": 64}
+    build_index(config_for(out, corpus, retriever, kind="hnsw", adopt=adopted, params=params, uri=uri))
     return out
 
 
@@ -116,7 +145,7 @@ def test_a_filter_leaves_only_passages_that_satisfy_it(flat):
     whole, part = (SearchSpec(index=str(flat), options=FLOAT32 | given) for given in ({}, {"filter": "row < 9"}))
     with open_search(whole) as backend, open_search(part) as filtered:
         assert backend.fingerprint() == read_manifest(flat).fingerprint() != filtered.fingerprint()
-    with pytest.raises(SearchError, match=r"Milvus at .*milvus.db, collection agentic_r_.*nonsense"):
+    with pytest.raises(SearchError, match=r"Milvus at (/|http).*, collection p\w+: .*nonsense"):
         found(flat, filter="nonsense == 1")
 
 
@@ -138,10 +167,10 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_load_that_was_killed_goes_on_and_stores_no_row_twice(tmp_path, corpus, model_folder, flat, monkeypatch):
+def test_a_load_that_was_killed_goes_on_and_stores_no_row_twice(tmp_path, corpus, model_folder, flat, uri, monkeypatch):
     out = tmp_path / "index"
     given = ["index", "--corpus", corpus, "--retriever", model_folder, "--out", out, "--precision", "float32"]
-    given += ["--shard-size", "16", "milvus.uri=lite", "milvus.fields=[title]"]
+    given += ["--shard-size", "16", f"milvus.uri={uri}", "milvus.fields=[title]", f"milvus.prefix={prefix_of(out)}"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, given)], capture_output=True, check=False)
     assert killed.returncode == -9, killed.stderr.decode()
     note = read_json(out / ".manifest.json")["milvus"]
@@ -152,27 +181,27 @@ def test_a_load_that_was_killed_goes_on_and_stores_no_row_twice(tmp_path, corpus
         "write",
         lambda self, rows, again: (written.append((len(rows), again)), write(self, rows, again=again)),
     )
-    build_index(config_for(out, corpus, model_folder, fields=["title"]), resume=True)
+    build_index(config_for(out, corpus, model_folder, uri=uri, fields=["title"]), resume=True)
     assert written == [(16, True), (8, True)]
     manifest = read_manifest(out)
     with Collection(manifest, out) as collection:
         assert collection.count() == 40
     assert ids(found(out)) == ids(found(flat)) and manifest.index_sample == read_manifest(flat).index_sample
-    build_index(config_for(out, corpus, model_folder, fields=["title"]), resume=True)  # nothing is left to do
+    build_index(config_for(out, corpus, model_folder, uri=uri, fields=["title"]), resume=True)  # nothing is left to do
     assert len(written) == 2
 
 
-def test_rows_that_a_server_lost_are_an_error_and_written_again(tmp_path, corpus, model_folder, monkeypatch):
+def test_rows_that_a_server_lost_are_an_error_and_written_again(tmp_path, corpus, model_folder, uri, monkeypatch):
     out, write = tmp_path / "index", Collection.write
     monkeypatch.setattr(Collection, "write", lambda self, rows, again: write(self, rows[1:], again=again))
     with pytest.raises(SearchError, match="holds 37 rows, expected 40; --resume writes all of them again"):
-        build_index(config_for(out, corpus, model_folder))
+        build_index(config_for(out, corpus, model_folder, uri=uri))
     monkeypatch.setattr(Collection, "write", write)
-    build_index(config_for(out, corpus, model_folder), resume=True)
+    build_index(config_for(out, corpus, model_folder, uri=uri), resume=True)
     assert read_manifest(out).milvus["recall"] == 1.0
 
 
-def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, corpus, model_folder, monkeypatch):
+def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, corpus, model_folder, uri, monkeypatch):
     write = Collection.write
 
     def turned(self, rows, again):
@@ -180,7 +209,7 @@ def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, co
 
     monkeypatch.setattr(Collection, "write", turned)
     with pytest.raises(UpstreamError, match=r"kind FLAT finds .* of what exact search finds"):
-        build_index(config_for(tmp_path / "index", corpus, model_folder))
+        build_index(config_for(tmp_path / "index", corpus, model_folder, uri=uri))
 
 
 @pytest.mark.parametrize(
@@ -195,15 +224,14 @@ def test_an_exact_kind_that_does_not_find_the_exact_top_is_an_error(tmp_path, co
 def test_a_collection_that_is_not_the_indexs_own_is_refused(flat, changes, expected):
     with (
         Collection(replace(read_manifest(flat), **changes), flat) as collection,
-        pytest.raises(IndexMismatchError, match=f"collection agentic_r_.*: {expected}: it was changed or replaced"),
+        pytest.raises(IndexMismatchError, match=f"collection p.*: {expected}: it was changed or replaced"),
     ):
         collection.check()
 
 
-def test_a_collection_with_another_metric_or_none_at_all_is_refused(tmp_path, corpus, model_folder, graph):
-    copy = tmp_path / "copy"
-    shutil.copytree(graph, copy)
-    with Collection(read_manifest(copy), copy) as collection:
+def test_a_collection_with_another_metric_or_none_at_all_is_refused(tmp_path, corpus, model_folder, index_folder, uri):
+    out = build_graph(tmp_path / "index", corpus, model_folder, index_folder, uri)
+    with Collection(read_manifest(out), out) as collection:
         client = collection._client
         client.release_collection(collection.name)
         client.drop_index(collection.name, "vector")
@@ -214,13 +242,14 @@ def test_a_collection_with_another_metric_or_none_at_all_is_refused(tmp_path, co
             collection.check()
         client.drop_collection(collection.name)
     with pytest.raises(IndexMismatchError, match="no such collection; build the index again"):
-        found(copy)
+        found(out)
 
 
-def test_a_collection_of_somebody_else_is_not_written_to(tmp_path, corpus, model_folder, flat):
+def test_a_collection_of_somebody_else_is_not_written_to(tmp_path, corpus, model_folder, uri, flat):
     out = tmp_path / "index"
     out.mkdir()
-    shutil.copytree(flat / "milvus.db", out / "milvus.db")
+    if uri == "lite":
+        shutil.copytree(flat / "milvus.db", out / "milvus.db")
     (out / ".manifest.json").write_text((flat / ".manifest.json").read_text())
     note = read_json(out / ".manifest.json")
     del note["milvus"]
@@ -229,16 +258,29 @@ def test_a_collection_of_somebody_else_is_not_written_to(tmp_path, corpus, model
     with pytest.raises(
         ManifestMismatchError, match=r"exists, and .* did not begin it; drop it, or choose another milvus.prefix"
     ):
-        build_index(config_for(out, corpus, model_folder, fields=["id", "title", "metadata"]), resume=True)
+        build_index(
+            config_for(out, corpus, model_folder, uri=uri, prefix=prefix_of(flat), fields=["id", "title", "metadata"]),
+            resume=True,
+        )
 
 
-def test_a_kind_that_the_server_does_not_know_is_refused_before_anything_is_encoded(tmp_path, corpus, model_folder):
+def test_a_kind_that_the_server_does_not_know_is_refused_before_anything_is_encoded(
+    tmp_path, corpus, model_folder, uri
+):
     out = tmp_path / "index"
-    with pytest.raises(ConfigError, match="index kind DISKANN: milvus-lite has FLAT, HNSW"):
-        build_index(config_for(out, corpus, model_folder, kind="DISKANN"))
+    expected = ": milvus-lite has FLAT, HNSW" if uri == "lite" else r", \{\}: Milvus at http.*invalid index type"
+    with pytest.raises(ConfigError, match=f"index kind IVF_NONE{expected}"):
+        build_index(config_for(out, corpus, model_folder, kind="IVF_NONE", uri=uri))
     assert not out.exists()
 
 
+def test_a_collection_that_somebody_released_is_loaded_again(flat, index_folder):
+    with closing(MilvusBackend(flat, **FLOAT32)) as backend:
+        backend._collection._client.release_collection(backend._collection.name)
+        assert ids(backend.search(REQUESTS, 7)) == ids(found(index_folder))
+
+
+@pytest.mark.parametrize("uri", ["lite"], indirect=True)
 def test_one_process_at_a_time_opens_milvus_lite(flat):
     with (flat / "milvus.db" / "LOCK").open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -328,9 +370,12 @@ def test_a_server_that_is_down_is_said_to_be(flat):
         found(flat, uri="http://127.0.0.1:9", timeout_s=1.0)
 
 
-def test_the_service_serves_it_and_switches_to_another_and_to_faiss(flat, graph, index_folder, model_folder):
+def test_the_service_serves_it_and_switches_to_another_and_to_faiss(flat, graph, index_folder, uri):
     exact = ids(found(index_folder))
-    with running_service(ServeConfig(index=str(flat), port=0, allow_reload=True, options=FLOAT32)) as url:
+    workers = 1 if uri == "lite" else 2  # of a server, every worker has its own connection
+    with running_service(
+        ServeConfig(index=str(flat), port=0, allow_reload=True, options=FLOAT32, workers=workers)
+    ) as url:
         client = RetrievalClient(url)
         assert (
             ids(client.search(REQUESTS, 7)) == exact
@@ -360,3 +405,17 @@ def test_candidates_and_coverage_take_the_index_folder(flat, index_folder, tmp_p
     assert [item.id for item in ours.passages] == [item.id for item in theirs.passages] and len(ours.passages) == 9
     same = [(tmp_path / f"{name}-coverage.jsonl").read_text() for name in ("milvus", "faiss")]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("uri", ["server"], indirect=True)
+def test_a_server_that_died_is_an_error_and_is_used_again_when_it_is_back(server, flat, index_folder):
+    exact = ids(found(index_folder))
+    with open_search(SearchSpec(index=str(flat), device="cpu", options=FLOAT32 | {"timeout_s": 30.0})) as backend:
+        assert ids(backend.search(REQUESTS, 7)) == exact
+        server.server_proc.kill()
+        server.stop()
+        with pytest.raises(SearchUnavailableError, match=r"collection p\w+: no answer within 30 s"):
+            backend.search(REQUESTS, 7)
+        server.start()
+        assert ids(backend.search(REQUESTS, 7)) == exact
+    assert ids(found(flat)) == exact

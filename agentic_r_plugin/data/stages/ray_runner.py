@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from typing import Any
 
-from agentic_r_plugin.data.stages.runner import Batch, Result, RunnerSpec, Worker, do_batch, flow
+from agentic_r_plugin.data.stages.runner import Result, RunnerSpec, WorkBatch, Worker, do_batch, flow
 from agentic_r_plugin.ray_cluster import Pool
 
 
@@ -50,7 +50,7 @@ class RayExecutor:
         """
         return dict(self._pool.same(methodcaller("fingerprints"), "runner: the workers' models"))
 
-    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[WorkBatch[Any]]) -> Iterator[tuple[WorkBatch[Any], Result]]:
         """See `Executor.run`."""
         capacity = self._spec.workers * self._spec.in_flight
         yield from flow(batches, capacity, self._submit, self._first_done, self._pool.get)
@@ -59,7 +59,7 @@ class RayExecutor:
         """Let the workers free their models, stop the actors, and stop the cluster if it was started here."""
         self._pool.close()
 
-    def _submit(self, batch: Batch[Any]) -> Any:
+    def _submit(self, batch: WorkBatch[Any]) -> Any:
         least = self._load.index(min(self._load))
         reference = self._pool.call(least, do_batch, batch.tasks)
         self._place_of[reference] = least

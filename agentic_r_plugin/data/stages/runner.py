@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import BackendError, ConfigError
-from agentic_r_plugin.storage.table import Outcome
+from agentic_r_plugin.storage.table import UnitResult
 
 Task = TypeVar("Task")
 Given = TypeVar("Given", contravariant=True)
@@ -63,7 +63,7 @@ class Worker(Protocol[Given]):
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the models used, by role."""
 
-    def work(self, batch: Sequence[Given]) -> Sequence[Outcome]:
+    def work(self, batch: Sequence[Given]) -> Sequence[UnitResult]:
         """One outcome per task, in order."""
 
     def close(self) -> None:
@@ -86,7 +86,7 @@ class StageWorker:
 
 
 @dataclass(frozen=True)
-class Batch(Generic[Task]):
+class WorkBatch(Generic[Task]):
     """Tasks with their positions in the input and their keys."""
 
     positions: tuple[int, ...]
@@ -94,7 +94,7 @@ class Batch(Generic[Task]):
     tasks: tuple[Task, ...]
 
 
-Result = tuple[list[Outcome], dict[str, float]]
+Result = tuple[list[UnitResult], dict[str, float]]
 """Outcomes of a batch, and their cost."""
 
 
@@ -114,7 +114,7 @@ class Executor(Protocol):
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the workers' models, by role."""
 
-    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[WorkBatch[Any]]) -> Iterator[tuple[WorkBatch[Any], Result]]:
         """Finished batches, in any order.
 
         After a batch fails, no further batch is started; its error is raised once all batches in flight have ended.
@@ -143,7 +143,7 @@ class LocalExecutor:
         """See `Executor.fingerprints`."""
         return self._worker.fingerprints()
 
-    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[WorkBatch[Any]]) -> Iterator[tuple[WorkBatch[Any], Result]]:
         """See `Executor.run`."""
         for batch in batches:
             yield batch, do_batch(self._worker, batch.tasks)
@@ -167,10 +167,10 @@ class ThreadExecutor:
         """See `Executor.fingerprints`."""
         return self._workers[0].fingerprints()
 
-    def run(self, batches: Iterator[Batch[Any]]) -> Iterator[tuple[Batch[Any], Result]]:
+    def run(self, batches: Iterator[WorkBatch[Any]]) -> Iterator[tuple[WorkBatch[Any], Result]]:
         """See `Executor.run`."""
 
-        def work(batch: Batch[Any]) -> Result:
+        def work(batch: WorkBatch[Any]) -> Result:
             worker = self._free.get()
             try:
                 return do_batch(worker, batch.tasks)
@@ -192,12 +192,12 @@ class ThreadExecutor:
 
 
 def flow(
-    batches: Iterator[Batch[Any]],
+    batches: Iterator[WorkBatch[Any]],
     capacity: int,
-    submit: Callable[[Batch[Any]], Any],
+    submit: Callable[[WorkBatch[Any]], Any],
     first_done: Callable[[Sequence[Any]], Any],
     result: Callable[[Any], Result],
-) -> Iterator[tuple[Batch[Any], Result]]:
+) -> Iterator[tuple[WorkBatch[Any], Result]]:
     """Keep up to `capacity` batches in flight; take a batch from the iterator only when there is room for it.
 
     After an error no further batch is taken; batches in flight are awaited, then the first error is raised.
@@ -207,7 +207,7 @@ def flow(
         first_done: waits until one of the handles is done; returns it.
         result: result of a finished handle; raises the error of its batch.
     """
-    running: dict[Any, Batch[Any]] = {}
+    running: dict[Any, WorkBatch[Any]] = {}
     more, failed = True, None
     while more or running:
         while more and len(running) < capacity:

@@ -28,13 +28,13 @@ from typing import Any, Generic, TypeVar
 from agentic_r_plugin import cost
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
-from agentic_r_plugin.data.stages.runner import Batch, Executor, RunnerSpec, Worker, open_executor
+from agentic_r_plugin.data.stages.runner import Executor, RunnerSpec, WorkBatch, Worker, open_executor
 from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
-from agentic_r_plugin.storage.table import REFUSED, Outcome, Row, WorkTable
+from agentic_r_plugin.storage.table import REFUSED, Row, UnitResult, WorkTable
 from agentic_r_plugin.store import (
     PACKINGS,
     RecordType,
@@ -259,7 +259,7 @@ def _work(stage: Stage[Any], table: WorkTable, total: int, executor: Executor) -
     _check_refused(stage, table, total)
 
 
-def _batches(stage: Stage[Any], table: WorkTable, done: bytearray, shown: Any) -> Iterator[Batch[Any]]:
+def _batches(stage: Stage[Any], table: WorkTable, done: bytearray, shown: Any) -> Iterator[WorkBatch[Any]]:
     """Batches of unfinished units, in input order; units that cannot be prepared are stored as refused."""
     left = (unit for unit in enumerate(stage.units()) if not done[unit[0]])
     while units := list(islice(left, stage.batch_size)):
@@ -268,20 +268,20 @@ def _batches(stage: Stage[Any], table: WorkTable, done: bytearray, shown: Any) -
             table.add(refused, {})
             shown.update(len(refused))
         if ready:
-            yield Batch(*zip(*ready, strict=True))
+            yield WorkBatch(*zip(*ready, strict=True))
 
 
 def _prepared(
     stage: Stage[Item], units: Iterable[tuple[int, Unit[Item]]]
-) -> tuple[list[tuple[int, str, Any]], list[tuple[int, str, Outcome]]]:
+) -> tuple[list[tuple[int, str, Any]], list[tuple[int, str, UnitResult]]]:
     """Units with their tasks, and units that do not fit the other inputs, such as a candidate that the corpus lacks."""
     ready: list[tuple[int, str, Any]] = []
-    refused: list[tuple[int, str, Outcome]] = []
+    refused: list[tuple[int, str, UnitResult]] = []
     for position, unit in units:
         try:
             ready.append((position, unit.key, stage.prepare(unit.item)))
         except RecordError as error:
-            refused.append((position, unit.key, Outcome.refused(error)))
+            refused.append((position, unit.key, UnitResult.refused(error)))
     return ready, refused
 
 
@@ -323,7 +323,7 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
         raise RequestRefusedError(f"{stage.name}: all units of the sample were refused; first, {refused[0][2].error}")
     # At least 8 batches if possible, since the standard error is estimated between batches.
     size = max(1, min(stage.batch_size, len(ready) // 8))
-    batches = [Batch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
+    batches = [WorkBatch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
     spent = [(len(batch.tasks), paid) for batch, (_, paid) in executor.run(iter(batches))]
     forecast = {"stage": stage.name, **cost.forecast(spent, total)}
     write_json(stage.companion(".forecast.json"), forecast)

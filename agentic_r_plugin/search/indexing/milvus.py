@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,14 @@ _SAMPLE, _CHECKED_TOPK = 32, 20
 
 _TIE = 1e-5
 """Scores that differ by less are equal: sums of floats depend on their order."""
+
+
+_NOT_FOUND, _NOT_LOADED = 100, 101
+"""Milvus' codes of a collection that does not exist, and of one that is not in the memory of the server."""
+
+
+class _NotLoadedError(SearchError):
+    """The server has started again, or somebody released the collection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +217,9 @@ class Collection:
                 "search.options.uri=http://127.0.0.1:19530"
             )
         where = f"Milvus at {self._file or self.uri}, collection {self.name}"
-        if getattr(error, "code", None) == 100:
+        if getattr(error, "code", None) == _NOT_LOADED:
+            return _NotLoadedError(f"{where}: {text}")
+        if getattr(error, "code", None) == _NOT_FOUND:
             return IndexMismatchError(f"{where}: no such collection; build the index again with agentic-r index")
         if re.search(r"unauthenticated|auth check|permission|privilege", text, re.IGNORECASE):
             given = "the token" if self._token else "requests without a token (token_env is not set)"
@@ -290,18 +301,26 @@ class Collection:
     ) -> tuple[Vectors, NDArray[np.int64]]:
         """(scores, rows), both (Q, K), best first; row -1 where fewer were found.
 
+        A collection that the server does not have in memory is loaded first.
+
         Raises:
             SearchError: the server cannot answer, or refuses the filter, the parameters or the depth.
+            SearchUnavailableError: no answer within `timeout_s`, or not loaded within it.
         """
         scores = np.full((len(vectors_QD), topk), -np.inf, np.float32)
         rows = np.full((len(vectors_QD), topk), -1, np.int64)
         settings: dict[str, Any] = {"consistency_level": consistency} if consistency else {}
         search = {"metric_type": "IP", "params": self._depth(params or {}, topk)}
         for start in range(0, len(vectors_QD), _BATCH):
-            found = self._call(
-                self._client.search, self.name, vectors_QD[start : start + _BATCH], filter, topk, ["row"], search,
-                anns_field="vector", **settings,
+            ask = partial(
+                self._call, self._client.search, self.name, vectors_QD[start : start + _BATCH], filter, topk, ["row"],
+                search, anns_field="vector", **settings,
             )  # fmt: skip
+            try:
+                found = ask()
+            except _NotLoadedError:
+                self._call(self._client.load_collection, self.name)
+                found = ask()
             for number, hits in enumerate(found, start):
                 scores[number, : len(hits)] = [hit["distance"] for hit in hits]
                 rows[number, : len(hits)] = [hit["row"] for hit in hits]
