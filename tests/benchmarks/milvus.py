@@ -1,23 +1,29 @@
 """Milvus (milvus-lite, or a server) against faiss: same top 20, queries per second, memory.
 
-    python tests/benchmarks/milvus.py --rows 13337 [--dim 384] [--vectors FILE.npy] [--queries 512] [--uri lite]
+    python tests/benchmarks/milvus.py --rows 13337 [--dim 384] [--vectors FILE.npy] [--queries 512] [--uri server]
+
+`--uri` is `lite`, `server` (one of the package `milvus`, started for each row of the table) or an address.
 
 Vectors are clustered at random (unit length, 1 cluster per 100 rows), or those of a `.npy` file; queries are noisy
 copies of rows. Every engine is a process that builds its index and answers batches of 64. Prints a Markdown table:
 seconds of the build, the share of faiss Flat's top 20 that is found, queries per second in batches and one by one, and
-the process' private and resident memory (with a server, the client's) while it answers.
+the private and resident memory, while it answers, of the process that searches (`server`: the server; an address: the
+client). faiss is given `--threads` threads; a server takes what it finds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +54,7 @@ def make_queries(vectors: np.ndarray, count: int) -> np.ndarray:
     return np.ascontiguousarray(found / np.linalg.norm(found, axis=1, keepdims=True), np.float32)
 
 
-def faiss_search(vectors: np.ndarray, kind: str, folder: Path) -> Search:
+def faiss_search(vectors: np.ndarray, kind: str, folder: Path, threads: int) -> Search:
     import faiss
 
     from agentic_r_plugin.search.indexing.faiss_files import Matrix, open_index, set_search_depth, write_index
@@ -58,7 +64,7 @@ def faiss_search(vectors: np.ndarray, kind: str, folder: Path) -> Search:
     write_index(folder / "index", [whole], kind=kind, rows=rows, dim=dim, train_rows=65_536)
     index = open_index(folder / "index", mapped=False)
     set_search_depth(index, nprobe=64, ef_search=128)
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(threads)
     return lambda queries: index.search(queries, TOPK)[1]
 
 
@@ -90,15 +96,39 @@ def milvus_search(vectors: np.ndarray, kind: str, folder: Path, uri: str) -> Sea
 
 def measure(args: argparse.Namespace) -> None:
     """In a child: build, search, print figures, save the rows found."""
-    import os
-
     vectors = np.load(args.vectors, mmap_mode="r")
     queries = np.load(f"{args.vectors}.queries.npy")
     engine, _, kind = args.engine.partition(" ")
     folder = Path(args.folder)
+    with running_server(folder) if engine == "milvus" and args.uri == "server" else nullcontext() as server:
+        measure_search(args, vectors, queries, engine, kind, server)
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Any]:
+    """The Milvus of the package `milvus` (a `MilvusServer`), with its files in the folder."""
+    import milvus
+
+    server = milvus.MilvusServer()
+    server.set_base_dir(str(folder / "server"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def measure_search(
+    args: argparse.Namespace, vectors: np.ndarray, queries: np.ndarray, engine: str, kind: str, server: Any
+) -> None:
+    """Of one engine; `server`: that of `running_server`, or None."""
+    folder = Path(args.folder)
+    uri = f"http://127.0.0.1:{server.listen_port}" if server else args.uri
     started = time.perf_counter()
     opened = (
-        faiss_search(vectors, kind, folder) if engine == "faiss" else milvus_search(vectors, kind, folder, args.uri)
+        faiss_search(vectors, kind, folder, args.threads)
+        if engine == "faiss"
+        else milvus_search(vectors, kind, folder, uri)
     )
     build_s = time.perf_counter() - started
     opened(queries[:BATCH])
@@ -109,7 +139,7 @@ def measure(args: argparse.Namespace) -> None:
     for number in range(args.single):
         opened(queries[number : number + 1])
     single_s = time.perf_counter() - started
-    now = memory(os.getpid())
+    now = memory(server.server_proc.pid if server else os.getpid())
     np.save(folder / "found.npy", np.concatenate(found))
     print(
         json.dumps(
@@ -133,6 +163,7 @@ def main() -> None:
     parser.add_argument("--single", type=int, default=32, help="queries that are also asked one by one")
     parser.add_argument("--engines", nargs="+", default=["faiss Flat", "faiss HNSW32", "milvus FLAT", "milvus HNSW"])
     parser.add_argument("--uri", default="lite")
+    parser.add_argument("--threads", type=int, default=1, help="of faiss")
     parser.add_argument("--folder", help="where vectors and indexes go; default: a temporary folder")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -163,7 +194,7 @@ def main() -> None:
                 "--folder",
             ]
             ended = subprocess.run(
-                [*command, str(own), "--uri", args.uri, "--single", str(args.single)],
+                [*command, str(own), "--uri", args.uri, "--single", str(args.single), "--threads", str(args.threads)],
                 stdout=subprocess.PIPE,
                 check=True,
             )
