@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from agentic_r_plugin import components
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, setting
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
@@ -26,29 +26,20 @@ from agentic_r_plugin.store import absolute
 class LLMSpec:
     """Which language model, and how to reach it."""
 
-    backend: str = field(default="hf", metadata={"help": "registered llm_backend"})
-    model: str = field(default="", metadata={"help": "model directory, or the name a server knows", **BY_CONTENTS})
-    tokenizer: str = field(
-        default="", metadata={"help": "tokenizer directory where it is not the model's", **BY_CONTENTS}
-    )
-    url: str = field(default="", metadata={"help": "base URL of an OpenAI-compatible server, with /v1", **FREE})
-    api_key_env: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "environment variable that holds the key", **FREE}
-    )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, auto (as saved), fast"})
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
-    max_batch_tokens: int = field(default=32_768, metadata={"help": "rows times longest length of one batch", **FREE})
-    prefix_cache_tokens: int = field(default=65_536, metadata={"help": "tokens whose keys and values are kept", **FREE})
-    concurrency: int = field(default=16, metadata={"help": "requests to a server at the same time, per worker", **FREE})
-    timeout_s: float = field(default=120.0, metadata={"help": "for one request to a server", **FREE})
-    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
-    replicas: int = field(
-        default=1,
-        metadata={"help": "engines, each a Ray actor with its own accelerators; they share a batch", **FREE},
-    )
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("llm_backend")}
-    )
+    backend: str = setting("registered llm_backend", default="hf")
+    model: str = setting("model directory, or the name a server knows", BY_CONTENTS, default="")
+    tokenizer: str = setting("tokenizer directory where it is not the model's", BY_CONTENTS, default="")
+    url: str = setting("base URL of an OpenAI-compatible server, with /v1", FREE, default="")
+    api_key_env: str = setting("environment variable that holds the key", FREE, default="OPENAI_API_KEY")
+    dtype: str = setting("float32, bfloat16, float16, auto (as saved), fast", default="auto")
+    device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
+    max_batch_tokens: int = setting("rows times longest length of one batch", FREE, default=32_768)
+    prefix_cache_tokens: int = setting("tokens whose keys and values are kept", FREE, default=65_536)
+    concurrency: int = setting("requests to a server at the same time, per worker", FREE, default=16)
+    timeout_s: float = setting("for one request to a server", FREE, default=120.0)
+    max_retries: int = setting("further attempts after a request fails in passing", FREE, default=5)
+    replicas: int = setting("engines, each a Ray actor with its own accelerators; they share a batch", FREE, default=1)
+    options: dict[str, Any] = setting("what only this backend knows", options_of("llm_backend"), default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -65,11 +56,11 @@ class LLMSpec:
 class RerankSpec:
     """Whether and how what a search finds is ranked again; on the device of the search."""
 
-    reranker: str = field(default="cross_encoder", metadata={"help": "registered reranker"})
-    model: str = field(default="", metadata={"help": "folder or hub name of the reranker; empty: none", **BY_CONTENTS})
-    depth: int = field(default=50, metadata={"help": "best passages of a search that are ranked again"})
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what only this reranker knows", **options_of("reranker", "reranker")}
+    reranker: str = setting("registered reranker", default="cross_encoder")
+    model: str = setting("folder or hub name of the reranker; empty: none", BY_CONTENTS, default="")
+    depth: int = setting("best passages of a search that are ranked again", default=50)
+    options: dict[str, Any] = setting(
+        "what only this reranker knows", options_of("reranker", "reranker"), default_factory=dict
     )
 
     def __post_init__(self) -> None:
@@ -87,31 +78,25 @@ class RerankSpec:
 class SearchSource:
     """What is searched, and with which backend: the settings that `SearchSpec` and the service have in common."""
 
-    backend: str = field(default="faiss", metadata={"help": "registered search_backend"})
-    index: str = field(
-        default="", metadata={"help": "index folder built by agentic-r index (faiss, milvus)", **BY_CONTENTS}
+    backend: str = setting("registered search_backend", default="faiss")
+    index: str = setting("index folder built by agentic-r index (faiss, milvus)", BY_CONTENTS, default="")
+    corpus: str = setting("corpus file: for bm25, or where it is not the index's own", BY_CONTENTS, default="")
+    retriever: str = setting("retriever checkpoint, where it is not the index's own", BY_CONTENTS, default="")
+    device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
+    batch_size: int = setting("queries encoded at once", FREE, default=64)
+    options: dict[str, Any] = setting(
+        "what only this backend knows", options_of("search_backend"), default_factory=dict
     )
-    corpus: str = field(
-        default="", metadata={"help": "corpus file: for bm25, or where it is not the index's own", **BY_CONTENTS}
-    )
-    retriever: str = field(
-        default="", metadata={"help": "retriever checkpoint, where it is not the index's own", **BY_CONTENTS}
-    )
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
-    batch_size: int = field(default=64, metadata={"help": "queries encoded at once", **FREE})
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what only this backend knows", **options_of("search_backend")}
-    )
-    rerank: RerankSpec = field(default_factory=RerankSpec, metadata={"help": "rank again what was found", **LATER})
+    rerank: RerankSpec = setting("rank again what was found", LATER, default_factory=RerankSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec(SearchSource):
     """Which retriever, and how to reach it."""
 
-    url: str = field(default="", metadata={"help": "base URL of a running retrieval service", **FREE})
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request to a service", **FREE})
-    max_retries: int = field(default=5, metadata={"help": "further attempts after a request fails in passing", **FREE})
+    url: str = setting("base URL of a running retrieval service", FREE, default="")
+    timeout_s: float = setting("for one request to a service", FREE, default=60.0)
+    max_retries: int = setting("further attempts after a request fails in passing", FREE, default=5)
 
     def __post_init__(self) -> None:
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"

@@ -41,6 +41,20 @@ Its default is what they did, so only other values are compared, and work that t
 """
 
 
+def setting(text: str, *flags: Mapping[str, Any], **options: Any) -> Any:
+    """A field of a settings class.
+
+    Args:
+        text: what the setting is, for `--help` and `docs/settings.md`.
+        flags: further metadata: `FREE`, `BY_CONTENTS`, `LATER`, `options_of(...)`, `section_of(...)`.
+        options: `default` or `default_factory`, as in `dataclasses.field`.
+    """
+    metadata: dict[str, Any] = {"help": text}
+    for flag in flags:
+        metadata |= flag
+    return dataclasses.field(metadata=metadata, **options)
+
+
 def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
     """Metadata of a dictionary with the options of one component; the field `field` holds the component's name.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from agentic_r_plugin.config import FREE
+from agentic_r_plugin.config import FREE, setting
 from agentic_r_plugin.credentials import read_secret, redacted
 from agentic_r_plugin.errors import BackendError
 
@@ -18,12 +18,8 @@ class HubConfig:
     """Settings of a command whose output can be uploaded."""
 
     out: str
-    push_to_hub: str = field(
-        default="", metadata={"help": "repository NAME/REPO to upload to, private if it is new; empty: none", **FREE}
-    )
-    token_env: str = field(
-        default="HF_TOKEN", metadata={"help": "variable with the hub's token; unset: that of `hf auth login`", **FREE}
-    )
+    push_to_hub: str = setting("repository NAME/REPO to upload to, private if it is new; empty: none", FREE, default="")
+    token_env: str = setting("variable with the hub's token; unset: that of `hf auth login`", FREE, default="HF_TOKEN")
 
 
 def push_folder(config: HubConfig) -> None:

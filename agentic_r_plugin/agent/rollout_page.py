@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.agent.metrics import RolloutLog
+from agentic_r_plugin.config import setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.storage.claim import require_new
 from agentic_r_plugin.store import atomic_path
@@ -36,9 +37,9 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospac
 class ShowRolloutsConfig:
     """Sampled trajectories of a training as one HTML page, masked tokens coloured."""
 
-    run: str = field(default="???", metadata={"help": "folder of a training (train-agent's out)"})
-    out: str = field(default="", metadata={"help": "the page; empty: rollouts.html in the run's folder"})
-    steps: list[int] = field(default_factory=list, metadata={"help": "which steps; none: first, last and 8 between"})
+    run: str = setting("folder of a training (train-agent's out)", default="???")
+    out: str = setting("the page; empty: rollouts.html in the run's folder", default="")
+    steps: list[int] = setting("which steps; none: first, last and 8 between", default_factory=list)
 
 
 def run(config: ShowRolloutsConfig, *, resume: bool = False) -> None:

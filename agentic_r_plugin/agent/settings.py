@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from agentic_r_plugin.agent.stability import StabilityRule
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.protocol import Limits
@@ -20,18 +20,6 @@ MODES = ("sync", "colocate_async", "separate_async")
 ENGINES = ("vllm", "sglang")
 PRECISIONS = ("auto", "float32", "bfloat16")
 VALUE_HEADS = ("random", "zero")
-
-
-def _help(text: str, **options: Any) -> Any:
-    return field(metadata={"help": text}, **options)
-
-
-def _free(text: str, **options: Any) -> Any:
-    return field(metadata={"help": text, **FREE}, **options)
-
-
-def _file(text: str, **options: Any) -> Any:
-    return field(metadata={"help": text, **BY_CONTENTS}, **options)
 
 
 _MEMORY_OF_VERL = (
@@ -58,117 +46,123 @@ class TrainAgentConfig:
     }
     """Values that replace the defaults; a file, flags and overrides take precedence."""
 
-    preset: str = _help(
+    preset: str = setting(
         "paper, or released_code: 4 searches, 800 tokens per turn and observation, 400 steps", default="paper"
     )
-    model: str = _file("folder of the agent to start from (Hugging Face format)", default=MISSING)
-    questions: str = _file("training questions", default=MISSING)
+    model: str = setting("folder of the agent to start from (Hugging Face format)", BY_CONTENTS, default=MISSING)
+    questions: str = setting("training questions", BY_CONTENTS, default=MISSING)
     format: str = field(default="", metadata=FORMAT)
-    retrieval_url: str = _free("address of the retrieval service", default=MISSING)
-    retrieval_token_env: str = _free(
-        "environment variable that holds the service's token; workers of a Ray cluster need it, too", default=""
+    retrieval_url: str = setting("address of the retrieval service", FREE, default=MISSING)
+    retrieval_token_env: str = setting(
+        "environment variable that holds the service's token; workers of a Ray cluster need it, too", FREE, default=""
     )
-    out: str = _free("folder of the run; the trained agent is written to OUT/agent", default=MISSING)
-    validation: str | None = _file("questions to validate on; none: no validation", default=None)
-    validation_questions: int = _help(
+    out: str = setting("folder of the run; the trained agent is written to OUT/agent", FREE, default=MISSING)
+    validation: str | None = setting("questions to validate on; none: no validation", BY_CONTENTS, default=None)
+    validation_questions: int = setting(
         "use only N validation questions, the same draw for every seed; 0: all", default=0
     )
-    critic: str | None = _file("folder of a critic to start from; none: the agent with a new value head", default=None)
-    value_head: str = _help(
+    critic: str | None = setting(
+        "folder of a critic to start from; none: the agent with a new value head", BY_CONTENTS, default=None
+    )
+    value_head: str = setting(
         "how a new value head starts: random (verl's), or zero: values are 0 at first", default="random"
     )
 
-    protocol: str = _help("name of a registered agent protocol", default="search_r1")
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    protocol: str = setting("name of a registered agent protocol", default="search_r1")
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol that differ from its own", LATER, default_factory=dict
     )
-    limits: Limits = field(default_factory=Limits, metadata={"help": "how far one trajectory may go"})
-    topk: int = _help("passages shown for a search", default=3)
+    limits: Limits = setting("how far one trajectory may go", default_factory=Limits)
+    topk: int = setting("passages shown for a search", default=3)
 
-    reward: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "registered reward -> weight, added up; empty: exact_match alone", **LATER},
+    reward: dict[str, float] = setting(
+        "registered reward -> weight, added up; empty: exact_match alone", LATER, default_factory=dict
     )
-    reward_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "registered reward -> its options", **LATER}
-    )
+    reward_options: dict[str, Any] = setting("registered reward -> its options", LATER, default_factory=dict)
 
-    algorithm: str = _help("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
-    mode: str = _help("verl's trainer: sync, colocate_async or separate_async", default="sync")
-    steps: int = _help("PPO steps in all", default=500)
-    seed: int = _help("of the data order, all draws, the sampling and the workers", default=0)
-    sampling_seed: int | None = _help(
+    algorithm: str = setting("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
+    mode: str = setting("verl's trainer: sync, colocate_async or separate_async", default="sync")
+    steps: int = setting("PPO steps in all", default=500)
+    seed: int = setting("of the data order, all draws, the sampling and the workers", default=0)
+    sampling_seed: int | None = setting(
         "of the rollouts; -1: as seed with mode=sync, else none (an aborted request would go on with the draws that it "
         "began with); null: none, which vLLM samples faster, and a step done again draws other tokens",
         default=-1,
     )
-    batch_size: int = _help("questions per step", default=512)
-    samples: int = _help("trajectories per question", default=1)
-    mini_batch_size: int = _help("questions per update", default=256)
-    micro_batch_size: int = _free("trajectories per forward and backward pass and device", default=8)
-    temperature: float = _help("of sampling while training; validation is greedy", default=1.0)
-    actor_lr: float = _help("learning rate of the actor", default=1e-6)
-    actor_warmup: float = _help("share of all steps over which the actor's learning rate rises", default=0.285)
-    critic_lr: float = _help("learning rate of the critic", default=1e-5)
-    critic_warmup: float = _help("share of all steps over which the critic's learning rate rises", default=0.015)
-    kl_coef: float = _help("coefficient of the KL to the starting agent", default=0.001)
-    mask_observations: bool = _help("off: ablation, passages are trained on like the model's own tokens", default=True)
-    kl_loss: bool = _help("put the KL into the loss (k3 estimate) instead of the reward", default=False)
-    critic_only_steps: int = _help("first steps in which only the critic learns", default=0)
-
-    lora_rank: int = _help("rank of LoRA adapters on the actor; 0: all weights are trained", default=0)
-    lora_alpha: int = _help("scale of the adapters, divided by their rank", default=32)
-
-    stability: StabilityRule = field(
-        default_factory=StabilityRule, metadata={"help": "when training has collapsed", **FREE}
+    batch_size: int = setting("questions per step", default=512)
+    samples: int = setting("trajectories per question", default=1)
+    mini_batch_size: int = setting("questions per update", default=256)
+    micro_batch_size: int = setting("trajectories per forward and backward pass and device", FREE, default=8)
+    temperature: float = setting("of sampling while training; validation is greedy", default=1.0)
+    actor_lr: float = setting("learning rate of the actor", default=1e-6)
+    actor_warmup: float = setting("share of all steps over which the actor's learning rate rises", default=0.285)
+    critic_lr: float = setting("learning rate of the critic", default=1e-5)
+    critic_warmup: float = setting("share of all steps over which the critic's learning rate rises", default=0.015)
+    kl_coef: float = setting("coefficient of the KL to the starting agent", default=0.001)
+    mask_observations: bool = setting(
+        "off: ablation, passages are trained on like the model's own tokens", default=True
     )
-    save_every: int = _free("steps between checkpoints; the last step is always saved", default=50)
-    keep_checkpoints: int = _free("newest checkpoints to keep; 0: all", default=3)
-    validate_every: int = _free("steps between validations; 0: only before the first and after the last", default=50)
-    rollouts_per_step: int = _free("trajectories of each step, drawn, written to rollouts/STEP.jsonl", default=4)
-    loggers: list[str] = field(
-        default_factory=lambda: ["console"], metadata={"help": "verl's loggers: wandb, …", **FREE}
-    )
+    kl_loss: bool = setting("put the KL into the loss (k3 estimate) instead of the reward", default=False)
+    critic_only_steps: int = setting("first steps in which only the critic learns", default=0)
 
-    max_failed_search_share: float = _free(
+    lora_rank: int = setting("rank of LoRA adapters on the actor; 0: all weights are trained", default=0)
+    lora_alpha: int = setting("scale of the adapters, divided by their rank", default=32)
+
+    stability: StabilityRule = setting("when training has collapsed", FREE, default_factory=StabilityRule)
+    save_every: int = setting("steps between checkpoints; the last step is always saved", FREE, default=50)
+    keep_checkpoints: int = setting("newest checkpoints to keep; 0: all", FREE, default=3)
+    validate_every: int = setting(
+        "steps between validations; 0: only before the first and after the last", FREE, default=50
+    )
+    rollouts_per_step: int = setting(
+        "trajectories of each step, drawn, written to rollouts/STEP.jsonl", FREE, default=4
+    )
+    loggers: list[str] = setting("verl's loggers: wandb, …", FREE, default_factory=lambda: ["console"])
+
+    max_failed_search_share: float = setting(
         "share of failed searches (asynchronous modes: also of agent loops that raised) above which the run stops",
+        FREE,
         default=0.1,
     )
-    max_concurrent_searches: int = _free("searches under way at once, per agent-loop worker", default=64)
-    search_timeout_s: float = _free("limit of one attempt of a search", default=60.0)
-    search_retries: int = _free("attempts after a search's first, with doubling pauses", default=5)
-    cpu: bool | None = _help("train on the CPU; none: where no accelerator is found", default=None)
-    devices: int = _help("accelerators (or CPU worker processes) on this machine", default=1)
-    nodes: int = _help(
+    max_concurrent_searches: int = setting("searches under way at once, per agent-loop worker", FREE, default=64)
+    search_timeout_s: float = setting("limit of one attempt of a search", FREE, default=60.0)
+    search_retries: int = setting("attempts after a search's first, with doubling pauses", FREE, default=5)
+    cpu: bool | None = setting("train on the CPU; none: where no accelerator is found", default=None)
+    devices: int = setting("accelerators (or CPU worker processes) on this machine", default=1)
+    nodes: int = setting(
         "machines of that many devices, in one Ray cluster; more than 1: out is on a shared disk", default=1
     )
-    rollout_nodes: int = _help("further machines for rollouts alone (separate_async)", default=0)
-    device_memory_gb: float = _free("memory of one accelerator, for the estimate of --dry-run", default=80.0)
-    tensor_parallel: int = _free("accelerators that share one rollout engine", default=1)
-    offload: bool = _free("keep weights and optimizer states in host memory while they are not used", default=True)
-    micro_batch_tokens: int = _free(
-        "pack trajectories into micro-batches of that many tokens per device; 0: micro_batch_size counts", default=0
+    rollout_nodes: int = setting("further machines for rollouts alone (separate_async)", default=0)
+    device_memory_gb: float = setting("memory of one accelerator, for the estimate of --dry-run", FREE, default=80.0)
+    tensor_parallel: int = setting("accelerators that share one rollout engine", FREE, default=1)
+    offload: bool = setting(
+        "keep weights and optimizer states in host memory while they are not used", FREE, default=True
     )
-    precision: str = _help(
+    micro_batch_tokens: int = setting(
+        "pack trajectories into micro-batches of that many tokens per device; 0: micro_batch_size counts",
+        FREE,
+        default=0,
+    )
+    precision: str = setting(
         "float32, bfloat16: type that actor, reference and critic compute in; auto: what a CPU is fast in, or verl's",
         default="auto",
     )
-    threads: int | None = _free("CPU threads per worker; none: all cores", default=None)
-    engine: str = _help(
+    threads: int | None = setting("CPU threads per worker; none: all cores", FREE, default=None)
+    engine: str = setting(
         "verl's rollout engine on accelerators: vllm, or sglang, which verl 0.9.1 cannot be installed with",
         default="vllm",
     )
-    attention: str | None = _free(
+    attention: str | None = setting(
         "attention of the models in training on accelerators, as transformers names it; none: flash_attention_2 where "
         "flash-attn is installed here, else packed_causal, which needs nothing but torch",
+        FREE,
         default=None,
     )
-    dry_run: bool = _free(
-        "print the resolved configuration and the memory estimate, check inputs, start nothing", default=False
+    dry_run: bool = setting(
+        "print the resolved configuration and the memory estimate, check inputs, start nothing", FREE, default=False
     )
-    verl: list[str] = field(
-        default_factory=list,
-        metadata={"help": "further Hydra overrides for verl, applied last", "decides": _deciding_overrides},
+    verl: list[str] = setting(
+        "further Hydra overrides for verl, applied last", {"decides": _deciding_overrides}, default_factory=list
     )
 
     def __post_init__(self) -> None:

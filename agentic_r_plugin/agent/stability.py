@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from agentic_r_plugin.config import setting
 from agentic_r_plugin.errors import ConfigError, TrainingError
 
 WATCHED = {
@@ -44,19 +45,15 @@ class CollapseError(TrainingError):
     """Training collapsed and stops; earlier checkpoints are kept."""
 
 
-def _help(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class StabilityRule:
     """When a training has collapsed. The other bounds are wide and fixed."""
 
-    window: int = _help("steps whose mean is judged", 5)
-    patience: int = _help("unstable steps in a row that make a collapse", 5)
-    max_kl: float | None = _help("mean KL to the starting agent, per token; none: not watched", 1.0)
-    on_collapse: str = _help(
-        "finish (train on to the last step) or stop; the last stable checkpoint is exported", "finish"
+    window: int = setting("steps whose mean is judged", default=5)
+    patience: int = setting("unstable steps in a row that make a collapse", default=5)
+    max_kl: float | None = setting("mean KL to the starting agent, per token; none: not watched", default=1.0)
+    on_collapse: str = setting(
+        "finish (train on to the last step) or stop; the last stable checkpoint is exported", default="finish"
     )
 
     def __post_init__(self) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import entries_of, load_config, merged, section_of
+from agentic_r_plugin.config import entries_of, load_config, merged, section_of, setting
 from agentic_r_plugin.data.correctness import CorrectnessConfig
 from agentic_r_plugin.data.groups import GroupsConfig
 from agentic_r_plugin.data.relevance import RelevanceConfig
@@ -23,39 +23,27 @@ _READY = ("of_run", "model", "bm25", "hybrid", "rerank")
 class RetrieverPlan:
     """How one retriever comes about: of the run, off the shelf, BM25, a hybrid, reranked, or else trained here."""
 
-    of_run: str = field(default="", metadata={"help": "the run's own: retriever-0, retriever-1, ..."})
-    model: str = field(default="", metadata={"help": "folder, hub name or builtin:NAME"})
-    bm25: bool = field(default=False, metadata={"help": "BM25 over the same corpus"})
-    hybrid: list[str] = field(
-        default_factory=list, metadata={"help": "names of other retrievers here, fused by reciprocal rank"}
-    )
-    rerank: str = field(
-        default="", metadata={"help": "name of a reranker here, which ranks the passages of `of` again"}
-    )
-    of: str = field(default="", metadata={"help": "name of another retriever here, for rerank"})
-    depth: int = field(default=50, metadata={"help": "best passages of a search that rerank ranks again"})
-    exhaustive: bool = field(default=False, metadata={"help": "train on the correctness of every candidate"})
-    sampled: int = field(
-        default=0,
-        metadata={"help": "train on the correctness of N candidates per query, drawn with the run's seed"},
-    )
-    relevance: dict[str, Any] = field(
+    of_run: str = setting("the run's own: retriever-0, retriever-1, ...", default="")
+    model: str = setting("folder, hub name or builtin:NAME", default="")
+    bm25: bool = setting("BM25 over the same corpus", default=False)
+    hybrid: list[str] = setting("names of other retrievers here, fused by reciprocal rank", default_factory=list)
+    rerank: str = setting("name of a reranker here, which ranks the passages of `of` again", default="")
+    of: str = setting("name of another retriever here, for rerank", default="")
+    depth: int = setting("best passages of a search that rerank ranks again", default=50)
+    exhaustive: bool = setting("train on the correctness of every candidate", default=False)
+    sampled: int = setting("train on the correctness of N candidates per query, drawn with the run's seed", default=0)
+    relevance: dict[str, Any] = setting(
+        "what differs in the scores of candidates, e.g. another scorer; rolled out again by these",
+        section_of(RelevanceConfig),
         default_factory=dict,
-        metadata={
-            "help": "what differs in the scores of candidates, e.g. another scorer; rolled out again by these",
-            **section_of(RelevanceConfig),
-        },
     )
-    correctness: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "what differs in correctness, e.g. its method", **section_of(CorrectnessConfig)},
+    correctness: dict[str, Any] = setting(
+        "what differs in correctness, e.g. its method", section_of(CorrectnessConfig), default_factory=dict
     )
-    groups: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs in the selection of groups", **section_of(GroupsConfig)}
+    groups: dict[str, Any] = setting(
+        "what differs in the selection of groups", section_of(GroupsConfig), default_factory=dict
     )
-    train: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs in training", **section_of(TrainRetrieverConfig)}
-    )
+    train: dict[str, Any] = setting("what differs in training", section_of(TrainRetrieverConfig), default_factory=dict)
 
     def __post_init__(self) -> None:
         ready = [name for name in _READY if getattr(self, name)]
@@ -98,50 +86,38 @@ class RetrieverPlan:
 class ExperimentConfig:
     """Make retrievers in several ways from one run's data, and compare them with its agents."""
 
-    run: str = field(metadata={"help": "finished run folder of iterate; only read"})
-    out: str = field(metadata={"help": "folder of the experiment"})
-    seeds: list[int] = field(
-        default_factory=list,
-        metadata={"help": "one run each, named by {seed} in run and agents; tables over the seeds"},
+    run: str = setting("finished run folder of iterate; only read")
+    out: str = setting("folder of the experiment")
+    seeds: list[int] = setting(
+        "one run each, named by {seed} in run and agents; tables over the seeds", default_factory=list
     )
-    variants: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "name -> what differs in the loop; one run each, named by {variant} in run and agents"},
+    variants: dict[str, Any] = setting(
+        "name -> what differs in the loop; one run each, named by {variant} in run and agents", default_factory=dict
     )
-    loop: str | None = field(
-        default=None, metadata={"help": "configuration of iterate, which makes the runs that are missing"}
+    loop: str | None = setting("configuration of iterate, which makes the runs that are missing", default=None)
+    loop_settings: dict[str, Any] = setting(
+        "what differs in the loop, e.g. {world: {test_questions: 300}}", default_factory=dict
     )
-    loop_settings: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs in the loop, e.g. {world: {test_questions: 300}}"}
+    dry_run: bool = setting("check, print a forecast of the time, stop", default=False)
+    iteration: int = setting("whose agent, data and first retriever are used", default=1)
+    agents: list[str] = setting("agent-K of the run, or NAME=FOLDER", default_factory=lambda: ["agent-1"])
+    retrievers: dict[str, Any] = setting("name -> RetrieverPlan", default_factory=dict)
+    rerankers: dict[str, Any] = setting(
+        "name -> what differs in train-reranker on the run's data; a retriever's rerank names it", default_factory=dict
     )
-    dry_run: bool = field(default=False, metadata={"help": "check, print a forecast of the time, stop"})
-    iteration: int = field(default=1, metadata={"help": "whose agent, data and first retriever are used"})
-    agents: list[str] = field(
-        default_factory=lambda: ["agent-1"], metadata={"help": "agent-K of the run, or NAME=FOLDER"}
+    only: list[str] = setting("names of retrievers to make and compare; empty: all", default_factory=list)
+    benchmarks: dict[str, str] = setting(
+        "name -> folder in FlashRAG layout, next to the run's own benchmark", default_factory=dict
     )
-    retrievers: dict[str, Any] = field(default_factory=dict, metadata={"help": "name -> RetrieverPlan"})
-    rerankers: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "name -> what differs in train-reranker on the run's data; a retriever's rerank names it"},
+    worlds: dict[str, Any] = setting(
+        "name -> what differs from the run's world; generated, next to the run's", default_factory=dict
     )
-    only: list[str] = field(
-        default_factory=list, metadata={"help": "names of retrievers to make and compare; empty: all"}
+    max_searches: list[int] = setting(
+        "evaluate each agent under these limits of searches; empty: its own", default_factory=list
     )
-    benchmarks: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "name -> folder in FlashRAG layout, next to the run's own benchmark"}
-    )
-    worlds: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "name -> what differs from the run's world; generated, next to the run's"},
-    )
-    max_searches: list[int] = field(
-        default_factory=list, metadata={"help": "evaluate each agent under these limits of searches; empty: its own"}
-    )
-    stop_rule: str = field(
-        default="", metadata={"help": "split on which agent-k with retriever-k decide where to stop"}
-    )
-    evaluate: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "fields of EvaluateConfig: cells, first", **section_of(EvaluateConfig)}
+    stop_rule: str = setting("split on which agent-k with retriever-k decide where to stop", default="")
+    evaluate: dict[str, Any] = setting(
+        "fields of EvaluateConfig: cells, first", section_of(EvaluateConfig), default_factory=dict
     )
 
     def __post_init__(self) -> None:

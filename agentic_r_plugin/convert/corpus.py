@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import UNSPACED
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
@@ -54,16 +54,13 @@ _HEADING = re.compile(r"^# +(.+?)[ #\r]*$", re.M)
 class CorpusConfig(HubConfig):
     """Cut articles or a folder of documents into passages, or pool questions' contexts, and write them as a corpus."""
 
-    in_: str = field(
-        metadata={
-            "help": "folder of .md, .txt, .html, .pdf, .docx; corpus of articles; questions with contexts",
-            **BY_CONTENTS,
-        }
+    in_: str = setting(
+        "folder of .md, .txt, .html, .pdf, .docx; corpus of articles; questions with contexts", BY_CONTENTS
     )
-    out: str = field(metadata={"help": "corpus file to write", **FREE})
-    words: int = field(default=100, metadata={"help": "most words of a passage; contexts stay whole"})
-    batch_size: int = field(default=16, metadata={"help": "documents of a folder read at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    out: str = setting("corpus file to write", FREE)
+    words: int = setting("most words of a passage; contexts stay whole", default=100)
+    batch_size: int = setting("documents of a folder read at once", FREE, default=16)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def __post_init__(self) -> None:
         if self.words < 1:

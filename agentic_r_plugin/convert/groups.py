@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, setting
 from agentic_r_plugin.convert.hub import CARD, HubConfig, card, push
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
@@ -41,18 +41,17 @@ DATA = "train.jsonl"
 class ConvertGroupsConfig(HubConfig):
     """Write training groups as a data set of another trainer."""
 
-    in_: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
-    out: str = field(metadata={"help": "folder of the data set to write", **FREE})
-    to: str = field(metadata={"help": "tevatron, flagembedding or sentence_transformers"})
-    corpus: str = field(metadata={"help": "corpus the groups' passages are in", **BY_CONTENTS})
-    retriever: str = field(
-        default="intfloat/e5-base-v2",
-        metadata={"help": "model that will be trained: gives formulation and prefixes", **BY_CONTENTS},
+    in_: str = setting("training groups (agentic-r groups)", BY_CONTENTS)
+    out: str = setting("folder of the data set to write", FREE)
+    to: str = setting("tevatron, flagembedding or sentence_transformers")
+    corpus: str = setting("corpus the groups' passages are in", BY_CONTENTS)
+    retriever: str = setting(
+        "model that will be trained: gives formulation and prefixes", BY_CONTENTS, default="intfloat/e5-base-v2"
     )
-    preset: str = field(default="auto", metadata={"help": "prefixes of a family, as in train-retriever"})
-    formulation: str | None = field(default=None, metadata={"help": "in place of the retriever's, or question_query"})
-    query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the retriever's"})
-    passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, likewise"})
+    preset: str = setting("prefixes of a family, as in train-retriever", default="auto")
+    formulation: str | None = setting("in place of the retriever's, or question_query", default=None)
+    query_prompt: str | None = setting("prefix of queries, in place of the retriever's", default=None)
+    passage_prompt: str | None = setting("prefix of passages, likewise", default=None)
 
     def __post_init__(self) -> None:
         if self.to not in _FORMS:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.runs import holds
 from agentic_r_plugin.errors import RecordError
@@ -28,8 +28,8 @@ from agentic_r_plugin.trec import word, write_lines
 class ConvertQrelsConfig:
     """Write gold documents or judged relevance as TREC qrels."""
 
-    in_: str = field(metadata={"help": "questions with metadata.gold_doc_ids, or relevance", **BY_CONTENTS})
-    out: str = field(metadata={"help": "file to write", **FREE})
+    in_: str = setting("questions with metadata.gold_doc_ids, or relevance", BY_CONTENTS)
+    out: str = setting("file to write", FREE)
     format: str = field(default="", metadata={**FORMAT, **LATER})
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.convert.passages import PassageFinder, context_passage
@@ -32,20 +32,16 @@ HUB = "hub:"
 class QuestionsConfig(HubConfig):
     """Write questions of any form in FlashRAG's form, with one id each."""
 
-    in_: str = field(
-        metadata={"help": "questions file or folder, folder saved by `datasets`, or hub:NAME", **BY_CONTENTS}
-    )
-    out: str = field(metadata={"help": "file to write: .jsonl, .jsonl.gz or .parquet", **FREE})
+    in_: str = setting("questions file or folder, folder saved by `datasets`, or hub:NAME", BY_CONTENTS)
+    out: str = setting("file to write: .jsonl, .jsonl.gz or .parquet", FREE)
     format: str = field(default="", metadata=FORMAT)
-    split: str = field(default="train", metadata={"help": "of a data set of the hub, a saved one, or BEIR's"})
-    subset: str = field(default="", metadata={"help": "configuration of a data set of the hub"})
-    qrels: str = field(
-        default="",
-        metadata={"help": "qrels of BEIR (.tsv) or TREC: only their questions, with gold documents", **BY_CONTENTS},
+    split: str = setting("of a data set of the hub, a saved one, or BEIR's", default="train")
+    subset: str = setting("configuration of a data set of the hub", default="")
+    qrels: str = setting(
+        "qrels of BEIR (.tsv) or TREC: only their questions, with gold documents", BY_CONTENTS, default=""
     )
-    corpus: str = field(
-        default="",
-        metadata={"help": "corpus in which the rows' own supporting paragraphs are gold documents", **BY_CONTENTS},
+    corpus: str = setting(
+        "corpus in which the rows' own supporting paragraphs are gold documents", BY_CONTENTS, default=""
     )
 
     def __post_init__(self) -> None:

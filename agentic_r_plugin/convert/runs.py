@@ -13,11 +13,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE
+from agentic_r_plugin.config import BY_CONTENTS, FREE, setting
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.records import Candidates, Record, StopReason, Trajectory
@@ -30,11 +30,11 @@ from agentic_r_plugin.trec import run_lines, word, write_lines
 class ConvertRunsConfig:
     """Write what was retrieved as a TREC run, or trajectories as BrowseComp-Plus run files."""
 
-    in_: str = field(metadata={"help": "trajectories, or candidates", **BY_CONTENTS})
-    out: str = field(metadata={"help": "file to write; for browsecomp_plus a folder", **FREE})
-    to: str = field(default="trec", metadata={"help": "trec or browsecomp_plus"})
-    tag: str = field(default="agentic-r", metadata={"help": "name of the run; for browsecomp_plus the model's"})
-    protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
+    in_: str = setting("trajectories, or candidates", BY_CONTENTS)
+    out: str = setting("file to write; for browsecomp_plus a folder", FREE)
+    to: str = setting("trec or browsecomp_plus", default="trec")
+    tag: str = setting("name of the run; for browsecomp_plus the model's", default="agentic-r")
+    protocol: str = setting("agent_protocol of the trajectories", default="search_r1")
 
     def __post_init__(self) -> None:
         if self.to not in ("trec", "browsecomp_plus"):

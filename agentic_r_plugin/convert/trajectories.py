@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match, f1
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.logs import TEXT_FIELDS, Log, Step, read_log
 from agentic_r_plugin.convert.output import convert_once
@@ -37,15 +37,14 @@ from agentic_r_plugin.tags import TagProtocol, search_r1, with_tags
 class ConvertTrajectoriesConfig(HubConfig):
     """Write other agents' logs as trajectories."""
 
-    in_: str = field(metadata={"help": "log file, or a folder of them", **BY_CONTENTS})
-    out: str = field(metadata={"help": "trajectories file to write", **FREE})
-    corpus: str = field(metadata={"help": "corpus in which the passages are found by id or text", **BY_CONTENTS})
-    questions: str = field(
-        default="",
-        metadata={"help": "questions with gold answers, joined by id or text; empty: from the log", **BY_CONTENTS},
+    in_: str = setting("log file, or a folder of them", BY_CONTENTS)
+    out: str = setting("trajectories file to write", FREE)
+    corpus: str = setting("corpus in which the passages are found by id or text", BY_CONTENTS)
+    questions: str = setting(
+        "questions with gold answers, joined by id or text; empty: from the log", BY_CONTENTS, default=""
     )
     format: str = field(default="", metadata={**FORMAT, **LATER})
-    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol to write them in"})
+    protocol: str = setting("registered agent_protocol to write them in", default="search_r1")
 
 
 def trajectory(

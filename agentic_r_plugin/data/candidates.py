@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
@@ -25,21 +25,20 @@ from agentic_r_plugin.storage.table import UnitResult
 class CandidatesConfig:
     """Retrieve the candidate passages of every query of every trajectory."""
 
-    in_: str = field(metadata={"help": "trajectories file", **BY_CONTENTS})
-    out: str = field(metadata={"help": "candidates file to write", **FREE})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the previous retriever"})
-    protocol: str = field(default="search_r1", metadata={"help": "agent_protocol of the trajectories"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    in_: str = setting("trajectories file", BY_CONTENTS)
+    out: str = setting("candidates file to write", FREE)
+    search: SearchSpec = setting("the previous retriever", default_factory=SearchSpec)
+    protocol: str = setting("agent_protocol of the trajectories", default="search_r1")
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol that differ from its own", LATER, default_factory=dict
     )
-    topk: int = field(default=20, metadata={"help": "candidates per query"})
-    reasoning: bool = field(
-        default=False,
-        metadata={"help": "keep the agent's reasoning, for formulations that read it (candidates/2)", **LATER},
+    topk: int = setting("candidates per query", default=20)
+    reasoning: bool = setting(
+        "keep the agent's reasoning, for formulations that read it (candidates/2)", LATER, default=False
     )
-    max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
-    batch_size: int = field(default=64, metadata={"help": "trajectories at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    max_turn: int = setting("leave out later turns (the released code: 4); 0: none", default=0)
+    batch_size: int = setting("trajectories at once", FREE, default=64)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:

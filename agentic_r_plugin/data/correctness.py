@@ -18,14 +18,14 @@ first correct one in that order becomes the positive. `tests/benchmarks/likeliho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.data.inputs import QueryFiles, query_units
@@ -53,41 +53,35 @@ NO_GOLD_ANSWER = "no_gold_answer"
 class CorrectnessConfig:
     """Let the agent go on from single candidates, and compare its answers with the gold ones."""
 
-    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
-    out: str = field(metadata={"help": "correctness file to write", **FREE})
-    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
-    relevance: str = field(default="", metadata={"help": "relevance file, for exact pruning", **BY_CONTENTS})
-    exhaustive: bool = field(default=False, metadata={"help": "roll out every candidate; needs no relevance"})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
-    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    candidates: str = setting("candidates file", BY_CONTENTS)
+    out: str = setting("correctness file to write", FREE)
+    corpus: str = setting("corpus of the candidates", BY_CONTENTS)
+    relevance: str = setting("relevance file, for exact pruning", BY_CONTENTS, default="")
+    exhaustive: bool = setting("roll out every candidate; needs no relevance", default=False)
+    llm: LLMSpec = setting("the agent", default_factory=LLMSpec)
+    search: SearchSpec = setting("its retriever", default_factory=SearchSpec)
+    protocol: str = setting("registered agent_protocol", default="search_r1")
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol that differ from its own", LATER, default_factory=dict
     )
-    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
-    topk: int = field(default=3, metadata={"help": "passages shown for a later search"})
-    threshold: int = field(default=60, metadata={"help": "candidates of less relevance are not rolled out"})
-    preset: str = field(
-        default="paper",
-        metadata={"help": "prune for these groups: paper, or released_code (serves both, with more rollouts)"},
+    limits: Limits = setting("how far a trajectory may go", default_factory=Limits)
+    topk: int = setting("passages shown for a later search", default=3)
+    threshold: int = setting("candidates of less relevance are not rolled out", default=60)
+    preset: str = setting(
+        "prune for these groups: paper, or released_code (serves both, with more rollouts)", default="paper"
     )
-    method: str = field(
-        default="rollout",
-        metadata={"help": "rollout, or likelihood: of the gold answer, without a rollout (ours)", **LATER},
+    method: str = setting(
+        "rollout, or likelihood: of the gold answer, without a rollout (ours)", LATER, default="rollout"
     )
-    order: str = field(
-        default="retrieval",
-        metadata={
-            "help": "of rollouts of equal relevance: retrieval, or likelihood of the gold answer (ours)",
-            **LATER,
-        },
+    order: str = setting(
+        "of rollouts of equal relevance: retrieval, or likelihood of the gold answer (ours)", LATER, default="retrieval"
     )
-    max_turn: int = field(default=0, metadata={"help": "leave out later turns (the released code: 4); 0: none"})
-    num_candidates: int = field(
-        default=0, metadata={"help": "leave out queries with another number of candidates (released code: 20); 0: none"}
+    max_turn: int = setting("leave out later turns (the released code: 4); 0: none", default=0)
+    num_candidates: int = setting(
+        "leave out queries with another number of candidates (released code: 20); 0: none", default=0
     )
-    batch_size: int = field(default=64, metadata={"help": "queries worked on at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    batch_size: int = setting("queries worked on at once", FREE, default=64)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def check(self) -> None:
         """Raise ConfigError unless exactly one of `relevance` and `exhaustive` is given."""

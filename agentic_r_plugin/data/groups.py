@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.data.inputs import QueryFiles, query_units
 from agentic_r_plugin.data.selection import (
     SelectionRule,
@@ -32,21 +32,17 @@ class GroupsConfig(SelectionSettings):
 
     REMOVED: ClassVar[Mapping[str, Any]] = {"drop_duplicate_queries": False, "drop_duplicate_passages": False}
 
-    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
-    relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
-    correctness: str = field(default="", metadata={"help": "correctness file", **BY_CONTENTS})
-    trajectories: str = field(
-        default="", metadata={"help": "trajectories file, for the preset opened", **BY_CONTENTS, **LATER}
-    )
-    out: str = field(metadata={"help": "groups file to write", **FREE})
-    preset: str = field(
+    candidates: str = setting("candidates file", BY_CONTENTS)
+    relevance: str = setting("relevance file", BY_CONTENTS, default="")
+    correctness: str = setting("correctness file", BY_CONTENTS, default="")
+    trajectories: str = setting("trajectories file, for the preset opened", BY_CONTENTS, LATER, default="")
+    out: str = setting("groups file to write", FREE)
+    preset: str = setting(
+        "registered selection: paper; released_code: up to 3 tied positives, further ties left out; "
+        "opened: passages that the agent opened are positives",
         default="paper",
-        metadata={
-            "help": "registered selection: paper; released_code: up to 3 tied positives, further ties left out; "
-            "opened: passages that the agent opened are positives"
-        },
     )
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def rule(self) -> SelectionRule:
         """The selection rule of these settings.

@@ -10,7 +10,7 @@ from typing import Any
 
 from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of
+from agentic_r_plugin.config import BY_CONTENTS, FREE, options_of, setting
 from agentic_r_plugin.data.inputs import PassageStore, QueryFiles, query_units
 from agentic_r_plugin.data.judge import unit_result
 from agentic_r_plugin.data.scorers.base import RelevanceScorer, Resources, ScoringTask, innermost
@@ -27,24 +27,20 @@ from agentic_r_plugin.storage.table import UnitResult
 class RelevanceConfig:
     """Score the candidates of every query."""
 
-    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
-    out: str = field(metadata={"help": "relevance file to write", **FREE})
-    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
-    scorer: str = field(default="gold_documents", metadata={"help": "registered relevance_scorer"})
-    questions: str = field(
-        default="", metadata={"help": "questions file, for scorers that use metadata", **BY_CONTENTS}
-    )
+    candidates: str = setting("candidates file", BY_CONTENTS)
+    out: str = setting("relevance file to write", FREE)
+    corpus: str = setting("corpus of the candidates", BY_CONTENTS)
+    scorer: str = setting("registered relevance_scorer", default="gold_documents")
+    questions: str = setting("questions file, for scorers that use metadata", BY_CONTENTS, default="")
     format: str = field(default="", metadata=FORMAT)
-    sub_answers: str = field(default="", metadata={"help": "sub-answers file, shown to a judge", **BY_CONTENTS})
-    options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "the scorer's options", **options_of("relevance_scorer", "scorer")}
+    sub_answers: str = setting("sub-answers file, shown to a judge", BY_CONTENTS, default="")
+    options: dict[str, Any] = setting(
+        "the scorer's options", options_of("relevance_scorer", "scorer"), default_factory=dict
     )
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge, where one is used"})
-    max_error_share: float = field(
-        default=0.1, metadata={"help": "largest share of queries the judge may fail on", **FREE}
-    )
-    batch_size: int = field(default=64, metadata={"help": "queries scored at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    llm: LLMSpec = setting("the judge, where one is used", default_factory=LLMSpec)
+    max_error_share: float = setting("largest share of queries the judge may fail on", FREE, default=0.1)
+    batch_size: int = setting("queries scored at once", FREE, default=64)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     @property
     def needs_questions(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin.config import setting
 from agentic_r_plugin.data.inputs import QueryFiles
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Candidates
@@ -28,10 +29,10 @@ _COUNTS = ("rollouts", "reused", "pruned", "judge_requests", "prompt_tokens", "g
 class DataReportConfig:
     """Say what an iteration's data look like and what they cost."""
 
-    data: str = field(metadata={"help": "folder with candidates, relevance, correctness and groups (.jsonl)"})
-    out: str = field(default="", metadata={"help": "JSON file; empty: DATA/data_report.json; a .md is put next to it"})
-    suffix: str = field(default=".jsonl", metadata={"help": "how the files' names end"})
-    threshold: int = field(default=60, metadata={"help": "least relevance of a positive, for the agreement"})
+    data: str = setting("folder with candidates, relevance, correctness and groups (.jsonl)")
+    out: str = setting("JSON file; empty: DATA/data_report.json; a .md is put next to it", default="")
+    suffix: str = setting("how the files' names end", default=".jsonl")
+    threshold: int = setting("least relevance of a positive, for the agreement", default=60)
 
 
 def band(score: int) -> str:

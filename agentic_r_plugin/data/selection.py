@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agentic_r_plugin import components
+from agentic_r_plugin.config import setting
 from agentic_r_plugin.errors import ConfigError, RecordError, UnknownComponentError
 from agentic_r_plugin.records import Candidates, Group, Trajectory
 
@@ -32,15 +33,15 @@ NOTHING_OPENED = "nothing_opened"
 class SelectionSettings:
     """What a user may set, whatever the preset; the defaults are the paper's."""
 
-    threshold: int = field(default=60, metadata={"help": "a positive's least relevance"})
-    num_negatives: int = field(default=15, metadata={"help": "negatives per group"})
-    use_relevance: bool = field(default=True, metadata={"help": "off: ablation without relevance"})
-    use_correctness: bool = field(default=True, metadata={"help": "off: ablation without correctness"})
-    seed: int = field(default=0, metadata={"help": "of the negatives' sampling"})
-    false_negative_relevance: int = field(
-        default=0, metadata={"help": "ours: candidates of at least this relevance are no negatives; 0: off"}
+    threshold: int = setting("a positive's least relevance", default=60)
+    num_negatives: int = setting("negatives per group", default=15)
+    use_relevance: bool = setting("off: ablation without relevance", default=True)
+    use_correctness: bool = setting("off: ablation without correctness", default=True)
+    seed: int = setting("of the negatives' sampling", default=0)
+    false_negative_relevance: int = setting(
+        "ours: candidates of at least this relevance are no negatives; 0: off", default=0
     )
-    hard_negatives: int = field(default=0, metadata={"help": "ours: N negatives are the best-ranked others"})
+    hard_negatives: int = setting("ours: N negatives are the best-ranked others", default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

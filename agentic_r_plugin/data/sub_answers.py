@@ -6,13 +6,13 @@ Only the listwise judge uses them; the embedded default does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint
+from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list, unit_result
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
@@ -29,17 +29,15 @@ _PROMPT = "sub_answers"
 class SubAnswersConfig:
     """Let a judge name what each query was after."""
 
-    in_: str = field(metadata={"help": "trajectories file", **BY_CONTENTS})
-    out: str = field(metadata={"help": "sub-answers file to write", **FREE})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge"})
-    max_retries: int = field(default=3, metadata={"help": "further attempts after a reply that is not as asked"})
-    max_tokens: int = field(default=512, metadata={"help": "longest reply"})
-    max_error_share: float = field(
-        default=0.1, metadata={"help": "largest share of trajectories the judge may fail on", **FREE}
-    )
-    prompt: str = field(default="", metadata={"help": "own prompt file in place of sub_answers.txt", **BY_CONTENTS})
-    batch_size: int = field(default=64, metadata={"help": "trajectories judged at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    in_: str = setting("trajectories file", BY_CONTENTS)
+    out: str = setting("sub-answers file to write", FREE)
+    llm: LLMSpec = setting("the judge", default_factory=LLMSpec)
+    max_retries: int = setting("further attempts after a reply that is not as asked", default=3)
+    max_tokens: int = setting("longest reply", default=512)
+    max_error_share: float = setting("largest share of trajectories the judge may fail on", FREE, default=0.1)
+    prompt: str = setting("own prompt file in place of sub_answers.txt", BY_CONTENTS, default="")
+    batch_size: int = setting("trajectories judged at once", FREE, default=64)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
 
 def name_sub_answers(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
@@ -30,23 +30,23 @@ from agentic_r_plugin.storage.table import UnitResult
 class TrajectoriesConfig:
     """Let the agent answer every question, and write what it did."""
 
-    in_: str = field(metadata={"help": "questions file", **BY_CONTENTS})
+    in_: str = setting("questions file", BY_CONTENTS)
     format: str = field(default="", metadata=FORMAT)
-    out: str = field(metadata={"help": "trajectories file to write", **FREE})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent"})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "its retriever"})
-    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    out: str = setting("trajectories file to write", FREE)
+    llm: LLMSpec = setting("the agent", default_factory=LLMSpec)
+    search: SearchSpec = setting("its retriever", default_factory=SearchSpec)
+    protocol: str = setting("registered agent_protocol", default="search_r1")
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol that differ from its own", LATER, default_factory=dict
     )
-    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
-    topk: int = field(default=3, metadata={"help": "passages shown for a search"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    seed: int = field(default=0, metadata={"help": "of random_sample, and of the draw where the temperature is not 0"})
-    num_questions: int = field(default=0, metadata={"help": "only the first N of the file; 0: all"})
-    random_sample: bool = field(default=False, metadata={"help": "draw num_questions at random, in the file's order"})
-    batch_size: int = field(default=64, metadata={"help": "questions answered at once", **FREE})
-    runner: RunnerSpec = field(default_factory=RunnerSpec, metadata={"help": "where it runs", **FREE})
+    limits: Limits = setting("how far a trajectory may go", default_factory=Limits)
+    topk: int = setting("passages shown for a search", default=3)
+    temperature: float = setting("0 is greedy", default=0.0)
+    seed: int = setting("of random_sample, and of the draw where the temperature is not 0", default=0)
+    num_questions: int = setting("only the first N of the file; 0: all", default=0)
+    random_sample: bool = setting("draw num_questions at random, in the file's order", default=False)
+    batch_size: int = setting("questions answered at once", FREE, default=64)
+    runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
 
 def answer_questions(

@@ -8,11 +8,11 @@ The intervals come from `statistics.seeds_interval`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.config import setting, to_dict
 from agentic_r_plugin.errors import ConfigError, RecordError
 from agentic_r_plugin.evaluation.evaluate import check_statistics
 from agentic_r_plugin.evaluation.matrix import (
@@ -48,11 +48,9 @@ Scores = dict[str, list[float | None]]
 class AggregateConfig:
     """Put the matrices of runs with several seeds together."""
 
-    out: str = field(metadata={"help": "folder for the matrix"})
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "run folders of iterate, experiment or evaluate, one per seed"}
-    )
-    level: float = field(default=0.95, metadata={"help": "of the intervals"})
+    out: str = setting("folder for the matrix")
+    runs: list[str] = setting("run folders of iterate, experiment or evaluate, one per seed", default_factory=list)
+    level: float = setting("of the intervals", default=0.95)
 
     def __post_init__(self) -> None:
         if len(self.runs) < 2 or len({Path(run).resolve() for run in self.runs}) < len(self.runs):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import FREE, entries_of, save_config, to_dict
+from agentic_r_plugin.config import FREE, entries_of, save_config, setting, to_dict
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
@@ -54,48 +54,39 @@ def _metrics() -> list[str]:
 class EvaluateConfig:
     """Evaluate agents with retrievers on benchmarks through FlashRAG."""
 
-    out: str = field(metadata={"help": "folder for the cells and the matrix"})
-    data_dir: str = field(metadata={"help": "folder that holds the benchmarks in FlashRAG layout"})
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "names of folders in data_dir"})
-    agents: dict[str, str] = field(
+    out: str = setting("folder for the cells and the matrix")
+    data_dir: str = setting("folder that holds the benchmarks in FlashRAG layout")
+    benchmarks: list[str] = setting("names of folders in data_dir", default_factory=list)
+    agents: dict[str, str] = setting(
+        "name -> model directory (vllm: or hub name), or URL of an OpenAI-compatible server", default_factory=dict
+    )
+    per_agent: dict[str, Any] = setting(
+        "agent -> its own protocol, limits, topk and llm (AgentSettings)", default_factory=dict
+    )
+    searches: dict[str, Any] = setting(
+        "name -> index directory, URL of a retrieval service, bm25:CORPUS, hybrid:NAME+NAME of other "
+        "searches, or what differs from `settings.search`; {benchmark} in it is the benchmark's name",
         default_factory=dict,
-        metadata={"help": "name -> model directory (vllm: or hub name), or URL of an OpenAI-compatible server"},
     )
-    per_agent: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "agent -> its own protocol, limits, topk and llm (AgentSettings)"}
-    )
-    searches: dict[str, Any] = field(
+    rerankers: dict[str, str] = setting(
+        "name -> reranker; each search is evaluated with each of them as well, as the retriever SEARCH+NAME",
         default_factory=dict,
-        metadata={
-            "help": "name -> index directory, URL of a retrieval service, bm25:CORPUS, hybrid:NAME+NAME of other "
-            "searches, or what differs from `settings.search`; {benchmark} in it is the benchmark's name"
-        },
     )
-    rerankers: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "name -> reranker; each search is evaluated with each of them as well, as the retriever SEARCH+NAME"
-        },
-    )
-    cells: list[str] = field(default_factory=list, metadata={"help": "only these, as AGENT:SEARCH; none: all pairs"})
-    processes: int = field(
-        default=1, metadata={"help": "evaluate cells in N processes at a time, for small models on a CPU", **FREE}
-    )
-    tables: bool = field(default=True, metadata={"help": "write the matrix and its tables", **FREE})
-    split: str = field(default="test", metadata={"help": "split of every benchmark"})
-    splits: dict[str, str] = field(default_factory=dict, metadata={"help": "benchmark -> split, where it differs"})
+    cells: list[str] = setting("only these, as AGENT:SEARCH; none: all pairs", default_factory=list)
+    processes: int = setting("evaluate cells in N processes at a time, for small models on a CPU", FREE, default=1)
+    tables: bool = setting("write the matrix and its tables", FREE, default=True)
+    split: str = setting("split of every benchmark", default="test")
+    splits: dict[str, str] = setting("benchmark -> split, where it differs", default_factory=dict)
     format: str = field(default="", metadata=FORMAT)
-    first: int | None = field(default=None, metadata={"help": "only the first N questions"})
-    random: int | None = field(default=None, metadata={"help": "only N questions drawn with the seed"})
-    seed: int = field(default=0, metadata={"help": "of the random sample and of the intervals"})
-    level: float = field(default=0.95, metadata={"help": "of the intervals"})
-    resamples: int = field(default=10_000, metadata={"help": "of the bootstrap and the permutation test"})
-    metrics: list[str] = field(default_factory=_metrics, metadata={"help": "FlashRAG's metrics can be added"})
-    settings: AgenticRSettings = field(
-        default_factory=AgenticRSettings, metadata={"help": "protocol, limits, backends"}
-    )
-    judge: AnswerJudgeSettings = field(
-        default_factory=AnswerJudgeSettings, metadata={"help": "judge of the answers, next to exact match"}
+    first: int | None = setting("only the first N questions", default=None)
+    random: int | None = setting("only N questions drawn with the seed", default=None)
+    seed: int = setting("of the random sample and of the intervals", default=0)
+    level: float = setting("of the intervals", default=0.95)
+    resamples: int = setting("of the bootstrap and the permutation test", default=10_000)
+    metrics: list[str] = setting("FlashRAG's metrics can be added", default_factory=_metrics)
+    settings: AgenticRSettings = setting("protocol, limits, backends", default_factory=AgenticRSettings)
+    judge: AnswerJudgeSettings = setting(
+        "judge of the answers, next to exact match", default_factory=AnswerJudgeSettings
     )
 
     def __post_init__(self) -> None:

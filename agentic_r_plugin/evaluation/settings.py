@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config, section_of
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config, section_of, setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
@@ -27,13 +27,13 @@ LimitsType = TypeVar("LimitsType", "Limits", "LimitOverrides")
 class LimitOverrides:
     """Limits of a trajectory (`protocol.Limits`), each only where it differs from the agent folder's."""
 
-    max_searches: int | None = field(default=None, metadata={"help": "searches per question"})
-    max_malformed: int | None = field(default=None, metadata={"help": "malformed turns that are corrected"})
-    max_tokens: int | None = field(default=None, metadata={"help": "prompt and response together"})
-    max_response_tokens: int | None = field(default=None, metadata={"help": "the model's tokens in one turn"})
-    max_observation_tokens: int | None = field(default=None, metadata={"help": "tokens of one information block"})
-    max_document_tokens: int | None = field(default=None, metadata={"help": "tokens of one opened document", **LATER})
-    max_opens: int | None = field(default=None, metadata={"help": "calls that open a document", **LATER})
+    max_searches: int | None = setting("searches per question", default=None)
+    max_malformed: int | None = setting("malformed turns that are corrected", default=None)
+    max_tokens: int | None = setting("prompt and response together", default=None)
+    max_response_tokens: int | None = setting("the model's tokens in one turn", default=None)
+    max_observation_tokens: int | None = setting("tokens of one information block", default=None)
+    max_document_tokens: int | None = setting("tokens of one opened document", LATER, default=None)
+    max_opens: int | None = setting("calls that open a document", LATER, default=None)
 
     def over(self, limits: LimitsType) -> LimitsType:
         """Apply the values that are set here to `limits`, or to other overrides."""
@@ -44,20 +44,19 @@ class LimitOverrides:
 class AgenticRSettings:
     """How the agent searches and how much of it is measured."""
 
-    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as the agent folder says"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "options of the protocol; those of the agent folder hold for its own", **LATER},
+    protocol: str | None = setting("agent protocol; none: as the agent folder says", default=None)
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol; those of the agent folder hold for its own", LATER, default_factory=dict
     )
-    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ from it"})
-    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as the agent folder"})
-    depth: int = field(default=20, metadata={"help": "passages looked at for recall at 20; less, such as 0: none"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    top_p: float = field(default=1.0, metadata={"help": "nucleus of the sampled tokens"})
-    seed: int | None = field(default=None, metadata={"help": "seed of sampling"})
-    batch_size: int = field(default=64, metadata={"help": "questions that are answered together", **FREE})
-    agent: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the agent's language model"})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
+    limits: LimitOverrides = setting("where they differ from it", default_factory=LimitOverrides)
+    topk: int | None = setting("passages shown for a search; none: as the agent folder", default=None)
+    depth: int = setting("passages looked at for recall at 20; less, such as 0: none", default=20)
+    temperature: float = setting("0 is greedy", default=0.0)
+    top_p: float = setting("nucleus of the sampled tokens", default=1.0)
+    seed: int | None = setting("seed of sampling", default=None)
+    batch_size: int = setting("questions that are answered together", FREE, default=64)
+    agent: LLMSpec = setting("the agent's language model", default_factory=LLMSpec)
+    search: SearchSpec = setting("the retriever", default_factory=SearchSpec)
 
     def __post_init__(self) -> None:
         for name, least in (("topk", 1), ("depth", 0), ("batch_size", 1)):
@@ -74,15 +73,11 @@ class AgenticRSettings:
 class AgentSettings:
     """What one agent of several needs for itself."""
 
-    protocol: str | None = field(default=None, metadata={"help": "agent protocol; none: as `settings` says"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of that protocol", **LATER}
-    )
-    topk: int | None = field(default=None, metadata={"help": "passages shown for a search; none: as `settings` says"})
-    limits: LimitOverrides = field(default_factory=LimitOverrides, metadata={"help": "where they differ"})
-    llm: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "what differs from `settings.agent`", **section_of(LLMSpec)}
-    )
+    protocol: str | None = setting("agent protocol; none: as `settings` says", default=None)
+    protocol_options: dict[str, Any] = setting("options of that protocol", LATER, default_factory=dict)
+    topk: int | None = setting("passages shown for a search; none: as `settings` says", default=None)
+    limits: LimitOverrides = setting("where they differ", default_factory=LimitOverrides)
+    llm: dict[str, Any] = setting("what differs from `settings.agent`", section_of(LLMSpec), default_factory=dict)
 
     def over(self, settings: AgenticRSettings) -> AgenticRSettings:
         """Apply these values to `settings`, except those of the language model."""
@@ -99,13 +94,11 @@ class AgentSettings:
 class AnswerJudgeSettings:
     """A language model that judges the answers (metric `agentic_judge`). It is asked if `llm.model` is given."""
 
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "the judge; without a model there is none"})
-    prompt: str = field(default="", metadata={"help": "prompt file in place of answer_correct.txt", **BY_CONTENTS})
-    max_tokens: int = field(default=512, metadata={"help": "tokens of a reply"})
-    max_retries: int = field(default=2, metadata={"help": "further attempts after a reply that cannot be read"})
-    max_error_share: float = field(
-        default=0.1, metadata={"help": "fail if more than this share of the judgements fail", **FREE}
-    )
+    llm: LLMSpec = setting("the judge; without a model there is none", default_factory=LLMSpec)
+    prompt: str = setting("prompt file in place of answer_correct.txt", BY_CONTENTS, default="")
+    max_tokens: int = setting("tokens of a reply", default=512)
+    max_retries: int = setting("further attempts after a reply that cannot be read", default=2)
+    max_error_share: float = setting("fail if more than this share of the judgements fail", FREE, default=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.config import FREE, LATER, section_of
+from agentic_r_plugin.config import FREE, LATER, section_of, setting
 from agentic_r_plugin.data.candidates import CandidatesConfig
 from agentic_r_plugin.data.correctness import CorrectnessConfig
 from agentic_r_plugin.data.groups import GroupsConfig
@@ -34,38 +34,38 @@ _SECTION = {"decides": "phases"}
 """Metadata of a section. On a resume, the settings of the phases composed from it are compared (`Phases.deciding`)."""
 
 
-def _section(cls: type, text: str = "the loop fills in the rest") -> dict[str, Any]:
-    return {**section_of(cls), **_SECTION, "help": text}
+def _section(cls: type, text: str = "the loop fills in the rest") -> Any:
+    return setting(text, section_of(cls), _SECTION, default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     """Assumptions of the forecast; the defaults are guesses for the paper's models on 80 GB accelerators."""
 
-    gpus: int = field(default=8, metadata={"help": "accelerators in all"})
-    train_questions: int = field(default=0, metadata={"help": "0: as many as the train split has"})
-    corpus_passages: int = field(default=0, metadata={"help": "0: as many lines as the corpus has"})
+    gpus: int = setting("accelerators in all", default=8)
+    train_questions: int = setting("0: as many as the train split has", default=0)
+    corpus_passages: int = setting("0: as many lines as the corpus has", default=0)
 
-    queries_per_question: float = field(default=2.06, metadata={"help": "searches the agent makes for a question"})
-    rollouts_per_query: float = field(default=4.0, metadata={"help": "candidates rolled out once pruned, all queries"})
-    calls_per_rollout: float = field(default=1.7, metadata={"help": "turns of the agent after the candidate"})
-    positive_share: float = field(default=0.3, metadata={"help": "queries that give a group"})
+    queries_per_question: float = setting("searches the agent makes for a question", default=2.06)
+    rollouts_per_query: float = setting("candidates rolled out once pruned, all queries", default=4.0)
+    calls_per_rollout: float = setting("turns of the agent after the candidate", default=1.7)
+    positive_share: float = setting("queries that give a group", default=0.3)
 
-    turn_prompt_tokens: int = field(default=1400, metadata={"help": "prompt of one turn of the agent"})
-    turn_cached_share: float = field(default=0.8, metadata={"help": "of it taken from the prefix cache"})
-    turn_generated_tokens: int = field(default=110, metadata={"help": "written in one turn"})
-    passage_tokens: int = field(default=150, metadata={"help": "of one passage in a prompt"})
-    judge_generated_tokens: int = field(default=90, metadata={"help": "of one reply"})
+    turn_prompt_tokens: int = setting("prompt of one turn of the agent", default=1400)
+    turn_cached_share: float = setting("of it taken from the prefix cache", default=0.8)
+    turn_generated_tokens: int = setting("written in one turn", default=110)
+    passage_tokens: int = setting("of one passage in a prompt", default=150)
+    judge_generated_tokens: int = setting("of one reply", default=90)
 
-    agent_gpus: int = field(default=1, metadata={"help": "accelerators of one engine of the agent"})
-    agent_prompt_tokens_per_s: float = field(default=20_000, metadata={"help": "one engine"})
-    agent_generated_tokens_per_s: float = field(default=3_000, metadata={"help": "one engine"})
-    judge_gpus: int = field(default=8, metadata={"help": "accelerators of one engine of the judge"})
-    judge_prompt_tokens_per_s: float = field(default=7_000, metadata={"help": "one engine"})
-    judge_generated_tokens_per_s: float = field(default=1_200, metadata={"help": "one engine"})
-    ppo_step_s: float = field(default=300, metadata={"help": "one step of PPO on all accelerators"})
-    encoded_passages_per_s: float = field(default=1_500, metadata={"help": "one accelerator"})
-    trained_groups_per_s: float = field(default=4, metadata={"help": "one accelerator"})
+    agent_gpus: int = setting("accelerators of one engine of the agent", default=1)
+    agent_prompt_tokens_per_s: float = setting("one engine", default=20_000)
+    agent_generated_tokens_per_s: float = setting("one engine", default=3_000)
+    judge_gpus: int = setting("accelerators of one engine of the judge", default=8)
+    judge_prompt_tokens_per_s: float = setting("one engine", default=7_000)
+    judge_generated_tokens_per_s: float = setting("one engine", default=1_200)
+    ppo_step_s: float = setting("one step of PPO on all accelerators", default=300)
+    encoded_passages_per_s: float = setting("one accelerator", default=1_500)
+    trained_groups_per_s: float = setting("one accelerator", default=4)
 
     def __post_init__(self) -> None:
         may_be_0 = ("train_questions", "corpus_passages", "turn_cached_share", "positive_share")
@@ -85,62 +85,52 @@ class IterateConfig:
     A section may override these field by field, except for the location of the output.
     """
 
-    out: str = field(metadata={"help": "run folder", **FREE})
-    agent: str = field(metadata={"help": "folder of the agent to start from"})
-    retriever: str = field(metadata={"help": "retriever to start from: folder, or builtin:NAME"})
-    benchmark: str = field(default="", metadata={"help": "benchmark in FlashRAG layout; empty: generate one (world)"})
-    corpus: str = field(default="", metadata={"help": "corpus, where it is not the benchmark's corpus.jsonl"})
+    out: str = setting("run folder", FREE)
+    agent: str = setting("folder of the agent to start from")
+    retriever: str = setting("retriever to start from: folder, or builtin:NAME")
+    benchmark: str = setting("benchmark in FlashRAG layout; empty: generate one (world)", default="")
+    corpus: str = setting("corpus, where it is not the benchmark's corpus.jsonl", default="")
     format: str = field(default="", metadata=FORMAT)
-    iterations: int = field(default=2, metadata={"help": "K"})
-    dry_run: bool = field(
-        default=False, metadata={"help": "compose every phase, check paths, print a forecast, stop", **FREE}
+    iterations: int = setting("K", default=2)
+    dry_run: bool = setting("compose every phase, check paths, print a forecast, stop", FREE, default=False)
+    seed: int = setting("of training, sampling and selection; the world has its own", default=0)
+    train_agents: bool = setting("off: no PPO; the given agent is that of every iteration", LATER, default=True)
+    agent_from: str = setting("PPO of iteration k starts from: previous, first", default="previous")
+    critic_from: str = setting(
+        "critic of iteration k > 1 starts from: new (as train_agent says), previous", default="new"
     )
-    seed: int = field(default=0, metadata={"help": "of training, sampling and selection; the world has its own"})
-    train_agents: bool = field(
-        default=True, metadata={"help": "off: no PPO; the given agent is that of every iteration", **LATER}
+    retriever_from: str = setting("retriever k starts from: previous, first", default="previous")
+    protocol: str = setting("registered agent_protocol", default="search_r1")
+    protocol_options: dict[str, Any] = setting(
+        "options of the protocol that differ from its own", LATER, default_factory=dict
     )
-    agent_from: str = field(default="previous", metadata={"help": "PPO of iteration k starts from: previous, first"})
-    critic_from: str = field(
-        default="new", metadata={"help": "critic of iteration k > 1 starts from: new (as train_agent says), previous"}
+    limits: Limits = setting("how far a trajectory may go", default_factory=Limits)
+    topk: int = setting("passages shown for a search", default=3)
+    train_split: str = setting("questions of PPO and of data construction", default="train")
+    dev_split: str = setting("questions PPO is validated on; empty: none", default="dev")
+    test_split: str = setting("questions of the evaluation", default="test")
+    judge: bool = setting("ask a judge for sub-answers (needs a sub_answers section)", default=False)
+    llm: LLMSpec = setting("how the agent is run outside PPO", default_factory=LLMSpec)
+    world: WorldConfig = setting("the generated benchmark", _SECTION, default_factory=WorldConfig)
+    index: dict[str, Any] = _section(IndexConfig)
+    serve: ServeConfig = setting("the retrieval service", _SECTION, default_factory=lambda: ServeConfig(port=0))
+    train_agent: dict[str, Any] = _section(TrainAgentConfig)
+    train_agent_later: dict[str, Any] = _section(
+        TrainAgentConfig, "what differs in train_agent from the second iteration on"
     )
-    retriever_from: str = field(default="previous", metadata={"help": "retriever k starts from: previous, first"})
-    protocol: str = field(default="search_r1", metadata={"help": "registered agent_protocol"})
-    protocol_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "options of the protocol that differ from its own", **LATER}
+    trajectories: dict[str, Any] = _section(TrajectoriesConfig)
+    candidates: dict[str, Any] = _section(CandidatesConfig)
+    sub_answers: dict[str, Any] = _section(SubAnswersConfig)
+    relevance: dict[str, Any] = _section(RelevanceConfig)
+    correctness: dict[str, Any] = _section(CorrectnessConfig)
+    groups: dict[str, Any] = _section(GroupsConfig)
+    train_retriever: dict[str, Any] = _section(TrainRetrieverConfig)
+    evaluate: dict[str, Any] = _section(EvaluateConfig)
+    report: dict[str, Any] = setting("the loop fills in the rest", section_of(ReportConfig), FREE, default_factory=dict)
+    expected_seconds: dict[str, Any] = setting(
+        "iteration -> phase -> seconds on some machine, for the estimate of the time left", FREE, default_factory=dict
     )
-    limits: Limits = field(default_factory=Limits, metadata={"help": "how far a trajectory may go"})
-    topk: int = field(default=3, metadata={"help": "passages shown for a search"})
-    train_split: str = field(default="train", metadata={"help": "questions of PPO and of data construction"})
-    dev_split: str = field(default="dev", metadata={"help": "questions PPO is validated on; empty: none"})
-    test_split: str = field(default="test", metadata={"help": "questions of the evaluation"})
-    judge: bool = field(default=False, metadata={"help": "ask a judge for sub-answers (needs a sub_answers section)"})
-    llm: LLMSpec = field(default_factory=LLMSpec, metadata={"help": "how the agent is run outside PPO"})
-    world: WorldConfig = field(default_factory=WorldConfig, metadata={"help": "the generated benchmark", **_SECTION})
-    index: dict[str, Any] = field(default_factory=dict, metadata=_section(IndexConfig))
-    serve: ServeConfig = field(
-        default_factory=lambda: ServeConfig(port=0), metadata={"help": "the retrieval service", **_SECTION}
-    )
-    train_agent: dict[str, Any] = field(default_factory=dict, metadata=_section(TrainAgentConfig))
-    train_agent_later: dict[str, Any] = field(
-        default_factory=dict,
-        metadata=_section(TrainAgentConfig, "what differs in train_agent from the second iteration on"),
-    )
-    trajectories: dict[str, Any] = field(default_factory=dict, metadata=_section(TrajectoriesConfig))
-    candidates: dict[str, Any] = field(default_factory=dict, metadata=_section(CandidatesConfig))
-    sub_answers: dict[str, Any] = field(default_factory=dict, metadata=_section(SubAnswersConfig))
-    relevance: dict[str, Any] = field(default_factory=dict, metadata=_section(RelevanceConfig))
-    correctness: dict[str, Any] = field(default_factory=dict, metadata=_section(CorrectnessConfig))
-    groups: dict[str, Any] = field(default_factory=dict, metadata=_section(GroupsConfig))
-    train_retriever: dict[str, Any] = field(default_factory=dict, metadata=_section(TrainRetrieverConfig))
-    evaluate: dict[str, Any] = field(default_factory=dict, metadata=_section(EvaluateConfig))
-    report: dict[str, Any] = field(
-        default_factory=dict, metadata={**section_of(ReportConfig), **FREE, "help": "the loop fills in the rest"}
-    )
-    expected_seconds: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "iteration -> phase -> seconds on some machine, for the estimate of the time left", **FREE},
-    )
-    plan: PlanConfig = field(default_factory=PlanConfig, metadata={"help": "assumptions of the forecast", **FREE})
+    plan: PlanConfig = setting("assumptions of the forecast", FREE, default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

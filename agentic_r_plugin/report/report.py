@@ -10,7 +10,7 @@ import math
 import shlex
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from itertools import groupby
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import __version__
+from agentic_r_plugin.config import setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.matrix import cell_name, markdown_table
 from agentic_r_plugin.report import curves, results
@@ -31,11 +32,11 @@ from agentic_r_plugin.store import atomic_path
 class ReportConfig:
     """Make report.html and report.md of a run."""
 
-    run: str = field(metadata={"help": "run folder of iterate, or output folder of evaluate"})
-    out: str = field(default="", metadata={"help": "folder for the report; empty: the run folder"})
-    title: str = field(default="", metadata={"help": "heading; empty: the run folder's name"})
-    num_trajectories: int = field(
-        default=2000, metadata={"help": "most trajectories the page carries, of questions that flip; 1-2 KB each"}
+    run: str = setting("run folder of iterate, or output folder of evaluate")
+    out: str = setting("folder for the report; empty: the run folder", default="")
+    title: str = setting("heading; empty: the run folder's name", default="")
+    num_trajectories: int = setting(
+        "most trajectories the page carries, of questions that flip; 1-2 KB each", default=2000
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config, to_dict
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config, setting, to_dict
 from agentic_r_plugin.data.selection import check_scored
 from agentic_r_plugin.errors import ConfigError, RecordError, TrainingError
 from agentic_r_plugin.hub import CARD, push_folder
@@ -62,30 +62,27 @@ _PAIRS = 32
 class TrainRerankerConfig(TrainedModelConfig):
     """Settings of `agentic-r train-reranker`."""
 
-    candidates: str = field(metadata={"help": "candidates file", **BY_CONTENTS})
-    corpus: str = field(metadata={"help": "corpus of the candidates", **BY_CONTENTS})
-    out: str = field(metadata={"help": "checkpoint folder to write", **FREE})
-    relevance: str = field(default="", metadata={"help": "relevance file", **BY_CONTENTS})
-    correctness: str = field(
-        default="", metadata={"help": "correctness file; correct candidates rank above all others", **BY_CONTENTS}
-    )
-    model: str = field(
+    candidates: str = setting("candidates file", BY_CONTENTS)
+    corpus: str = setting("corpus of the candidates", BY_CONTENTS)
+    out: str = setting("checkpoint folder to write", FREE)
+    relevance: str = setting("relevance file", BY_CONTENTS, default="")
+    correctness: str = setting("correctness file; correct candidates rank above all others", BY_CONTENTS, default="")
+    model: str = setting(
+        "cross-encoder or encoder to start from: folder, hub name, builtin:minilm",
+        BY_CONTENTS,
         default="cross-encoder/ms-marco-MiniLM-L12-v2",
-        metadata={"help": "cross-encoder or encoder to start from: folder, hub name, builtin:minilm", **BY_CONTENTS},
     )
-    formulation: str = field(
-        default="",
-        metadata={"help": f"registered query_formulation; empty: the checkpoint's record, else {DEFAULT_FORMULATION}"},
+    formulation: str = setting(
+        f"registered query_formulation; empty: the checkpoint's record, else {DEFAULT_FORMULATION}", default=""
     )
-    epochs: int = field(default=1, metadata={"help": "passes over the queries"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW; a tenth of the steps warms up"})
-    batch_size: int = field(default=8, metadata={"help": "queries per step"})
-    num_candidates: int = field(
-        default=0,
-        metadata={"help": "candidates per query: one with the highest label, others drawn; 0: all", **LATER},
+    epochs: int = setting("passes over the queries", default=1)
+    learning_rate: float = setting("peak, of AdamW; a tenth of the steps warms up", default=2e-5)
+    batch_size: int = setting("queries per step", default=8)
+    num_candidates: int = setting(
+        "candidates per query: one with the highest label, others drawn; 0: all", LATER, default=0
     )
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
-    seed: int = field(default=0, metadata={"help": "of the held-out questions, a new head, order and dropout"})
+    device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
+    seed: int = setting("of the held-out questions, a new head, order and dropout", default=0)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "learning_rate", "batch_size"):

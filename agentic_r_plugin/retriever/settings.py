@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.hub import HubConfig
 from agentic_r_plugin.query import DEFAULT_FORMULATION
@@ -22,12 +22,11 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 class TrainedModelConfig(HubConfig):
     """Settings of a command that trains a model for others to use."""
 
-    loggers: list[str] = field(
-        default_factory=list, metadata={"help": "also log to wandb, tensorboard (OUT/runs), trackio, mlflow, …", **FREE}
+    loggers: list[str] = setting(
+        "also log to wandb, tensorboard (OUT/runs), trackio, mlflow, …", FREE, default_factory=list
     )
-    datasets: list[str] = field(
-        default_factory=list,
-        metadata={"help": "names on the hub of the data behind the training, for the card", **FREE},
+    datasets: list[str] = setting(
+        "names on the hub of the data behind the training, for the card", FREE, default_factory=list
     )
 
 
@@ -43,119 +42,82 @@ class TrainRetrieverConfig(TrainedModelConfig):
         "schedule": "linear", "weight_decay": 0.0, "order": "shuffled", "gradient_caching": True
     }  # fmt: skip
 
-    groups: str = field(metadata={"help": "training groups (agentic-r groups)", **BY_CONTENTS})
-    corpus: str = field(metadata={"help": "corpus the groups' passages are in", **BY_CONTENTS})
-    out: str = field(metadata={"help": "checkpoint folder to write", **FREE})
-    retriever: str = field(
-        default="intfloat/e5-base-v2", metadata={"help": "model to start from, or builtin:minilm", **BY_CONTENTS}
-    )
-    preset: str = field(
+    groups: str = setting("training groups (agentic-r groups)", BY_CONTENTS)
+    corpus: str = setting("corpus the groups' passages are in", BY_CONTENTS)
+    out: str = setting("checkpoint folder to write", FREE)
+    retriever: str = setting("model to start from, or builtin:minilm", BY_CONTENTS, default="intfloat/e5-base-v2")
+    preset: str = setting(
+        "prefixes and pooling of a family: auto, plain, e5, bge, minilm, decoder, instruct, bge_zh, "
+        "bge_m3, contriever, nomic",
         default="auto",
-        metadata={
-            "help": "prefixes and pooling of a family: auto, plain, e5, bge, minilm, decoder, instruct, bge_zh, "
-            "bge_m3, contriever, nomic"
-        },
     )
-    pooling: str = field(default="auto", metadata={"help": "mean, cls, lasttoken; auto: the model's or the preset's"})
-    query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the preset's"})
-    passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, in place of the preset's"})
-    trainer: str = field(
-        default="contrastive", metadata={"help": "registered retriever_trainer: contrastive, replug, llm_embedder"}
+    pooling: str = setting("mean, cls, lasttoken; auto: the model's or the preset's", default="auto")
+    query_prompt: str | None = setting("prefix of queries, in place of the preset's", default=None)
+    passage_prompt: str | None = setting("prefix of passages, in place of the preset's", default=None)
+    trainer: str = setting("registered retriever_trainer: contrastive, replug, llm_embedder", default="contrastive")
+    formulation: str | None = setting(
+        f"registered query_formulation; none: the checkpoint's record, else {DEFAULT_FORMULATION}", default=None
     )
-    formulation: str | None = field(
+    epochs: int = setting("passes over the groups", default=2)
+    learning_rate: float = setting("peak, of AdamW; it then falls linearly to 0", default=2e-5)
+    warmup_ratio: float = setting("share of the steps that warm up", default=0.1)
+    max_grad_norm: float = setting("gradients are clipped to this norm", default=1.0)
+    batch_size: int = setting("queries per device and step", default=32)
+    group_size: int = setting("passages of a group that are used, positive included", default=16)
+    temperature: float = setting("of the softmax over cosines", default=0.01)
+    cross_device: bool = setting("other devices' passages are negatives too", default=True)
+    mask_false_negatives: bool = setting(
+        "a query's known positives, by id or text, are none of its negatives; off as in the paper", default=False
+    )
+    relevance: str | None = setting(
+        "relevance file; replug and llm_embedder learn from its scores", BY_CONTENTS, default=None
+    )
+    correctness: str | None = setting(
+        "correctness file (--exhaustive), added to the scores of replug, llm_embedder", BY_CONTENTS, default=None
+    )
+    teacher_temperature: float = setting("of the softmax over the scores", default=0.1)
+    query_max_length: int | None = setting(
+        f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}", default=None
+    )
+    passage_max_length: int | None = setting(
+        f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}", default=None
+    )
+    mini_batch_tokens: int | None = setting(
+        "tokens of one forward pass (gradient caching); 2048 on the CPU, else 8192", default=None
+    )
+    kept_tokens: int | None = setting("tokens of a step encoded once, the others twice; 4 mini-batches", default=None)
+    packing: bool = setting("texts of a mini-batch without padding, where it is exact", default=True)
+    attention_dropout: float | None = setting(
+        "of attention, in training; none: the model's own, but 0 for texts packed on CUDA: its kernel has "
+        "no dropout (done.json says what was used)",
         default=None,
-        metadata={"help": f"registered query_formulation; none: the checkpoint's record, else {DEFAULT_FORMULATION}"},
     )
-    epochs: int = field(default=2, metadata={"help": "passes over the groups"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak, of AdamW; it then falls linearly to 0"})
-    warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps that warm up"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
-    batch_size: int = field(default=32, metadata={"help": "queries per device and step"})
-    group_size: int = field(default=16, metadata={"help": "passages of a group that are used, positive included"})
-    temperature: float = field(default=0.01, metadata={"help": "of the softmax over cosines"})
-    cross_device: bool = field(default=True, metadata={"help": "other devices' passages are negatives too"})
-    mask_false_negatives: bool = field(
-        default=False,
-        metadata={"help": "a query's known positives, by id or text, are none of its negatives; off as in the paper"},
+    gradient_checkpointing: bool = setting("within a mini-batch, for one that does not fit; more time", default=False)
+    precision: str = setting("float32, bfloat16, float16 (autocast), auto: bfloat16 where native", default="auto")
+    lora_rank: int = setting("train adapters of this rank (LoRA), merged at the end; 0: all", default=0)
+    lora_alpha: float = setting("adapters count alpha / rank", default=32.0)
+    interpolation: float = setting(
+        "weights written: 1 the trained ones, 0 those training started from, between: a mixture", LATER, default=1.0
     )
-    relevance: str | None = field(
-        default=None, metadata={"help": "relevance file; replug and llm_embedder learn from its scores", **BY_CONTENTS}
-    )
-    correctness: str | None = field(
+    device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
+    processes: int = setting("of this node, one per device; started by torchrun, it decides", default=1)
+    seed: int = setting("of order, drawn negatives and dropout", default=0)
+    max_steps: int | None = setting("stop after N steps", default=None)
+    checkpoint_steps: int = setting("steps between two resume points", FREE, default=100)
+    dev_groups: str | None = setting("held-out groups to measure on", BY_CONTENTS, default=None)
+    dev_steps: int | None = setting("steps between two measurements; an epoch", default=None)
+    dev_corpus: bool = setting("measure by searching the whole corpus as well", default=False)
+    dev_metric: str = setting("what early stopping watches", default="dev_ndcg_at_10")
+    patience: int | None = setting("stop after N measurements without a better one; the best is kept", default=None)
+    elsewhere_groups: str | None = setting(
+        "held-out groups of another set: training stops once dev_metric has fallen there by more than "
+        "elsewhere_loss, and keeps the weights from before",
+        BY_CONTENTS,
+        LATER,
         default=None,
-        metadata={
-            "help": "correctness file (--exhaustive), added to the scores of replug, llm_embedder",
-            **BY_CONTENTS,
-        },
     )
-    teacher_temperature: float = field(default=0.1, metadata={"help": "of the softmax over the scores"})
-    query_max_length: int | None = field(
-        default=None, metadata={"help": f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}"}
-    )
-    passage_max_length: int | None = field(
-        default=None, metadata={"help": f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}"}
-    )
-    mini_batch_tokens: int | None = field(
-        default=None, metadata={"help": "tokens of one forward pass (gradient caching); 2048 on the CPU, else 8192"}
-    )
-    kept_tokens: int | None = field(
-        default=None,
-        metadata={"help": "tokens of a step encoded once, the others twice; 4 mini-batches"},
-    )
-    packing: bool = field(default=True, metadata={"help": "texts of a mini-batch without padding, where it is exact"})
-    attention_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "of attention, in training; none: the model's own, but 0 for texts packed on CUDA: its kernel has "
-            "no dropout (done.json says what was used)"
-        },
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "within a mini-batch, for one that does not fit; more time"}
-    )
-    precision: str = field(
-        default="auto", metadata={"help": "float32, bfloat16, float16 (autocast), auto: bfloat16 where native"}
-    )
-    lora_rank: int = field(
-        default=0, metadata={"help": "train adapters of this rank (LoRA), merged at the end; 0: all"}
-    )
-    lora_alpha: float = field(default=32.0, metadata={"help": "adapters count alpha / rank"})
-    interpolation: float = field(
-        default=1.0,
-        metadata={
-            "help": "weights written: 1 the trained ones, 0 those training started from, between: a mixture",
-            **LATER,
-        },
-    )
-    device: str = field(default="auto", metadata={"help": "auto: cuda where there is one, else cpu", **FREE})
-    processes: int = field(
-        default=1, metadata={"help": "of this node, one per device; started by torchrun, it decides"}
-    )
-    seed: int = field(default=0, metadata={"help": "of order, drawn negatives and dropout"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after N steps"})
-    checkpoint_steps: int = field(default=100, metadata={"help": "steps between two resume points", **FREE})
-    dev_groups: str | None = field(default=None, metadata={"help": "held-out groups to measure on", **BY_CONTENTS})
-    dev_steps: int | None = field(default=None, metadata={"help": "steps between two measurements; an epoch"})
-    dev_corpus: bool = field(default=False, metadata={"help": "measure by searching the whole corpus as well"})
-    dev_metric: str = field(default="dev_ndcg_at_10", metadata={"help": "what early stopping watches"})
-    patience: int | None = field(
-        default=None, metadata={"help": "stop after N measurements without a better one; the best is kept"}
-    )
-    elsewhere_groups: str | None = field(
-        default=None,
-        metadata={
-            "help": "held-out groups of another set: training stops once dev_metric has fallen there by more than "
-            "elsewhere_loss, and keeps the weights from before",
-            **BY_CONTENTS,
-            **LATER,
-        },
-    )
-    elsewhere_corpus: str | None = field(
-        default=None, metadata={"help": "corpus of elsewhere_groups; none: corpus", **BY_CONTENTS, **LATER}
-    )
-    elsewhere_loss: float = field(
-        default=0.01, metadata={"help": "how far dev_metric may fall below its first value there", **LATER}
-    )
+    elsewhere_corpus: str | None = setting("corpus of elsewhere_groups; none: corpus", BY_CONTENTS, LATER, default=None)
+    elsewhere_loss: float = setting("how far dev_metric may fall below its first value there", LATER, default=0.01)
 
     def __post_init__(self) -> None:
         for name in (

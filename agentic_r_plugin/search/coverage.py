@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from agentic_r_plugin.answers import contains_answer, is_closed, normalize, tokens
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, setting
 from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import FORMAT, read_questions
@@ -49,28 +49,21 @@ _ROWS, _QUESTIONS = 200_000, 256
 class CoverageConfig:
     """Settings of `agentic-r coverage`."""
 
-    questions: str = field(metadata={"help": "questions file", **BY_CONTENTS})
+    questions: str = setting("questions file", BY_CONTENTS)
     format: str = field(default="", metadata=FORMAT)
-    out: str = field(
-        metadata={"help": "one record per question; OUT.report.json and OUT.report.md hold the shares", **FREE}
+    out: str = setting("one record per question; OUT.report.json and OUT.report.md hold the shares", FREE)
+    index: str = setting("index folder of the retriever (short for search.index=)", BY_CONTENTS, default="")
+    corpus: str = setting("corpus file, where it is not the index's own", BY_CONTENTS, default="")
+    search: SearchSpec = setting("the retriever", default_factory=SearchSpec)
+    topk: list[int] = setting("depths", default_factory=lambda: [3, 20, 100])
+    max_questions: int = setting("only the first N; 0: all", default=0)
+    qrels: dict[str, str] = setting(
+        "name -> qrels of TREC or BEIR, for metrics; none: the gold documents", BY_CONTENTS, default_factory=dict
     )
-    index: str = field(
-        default="", metadata={"help": "index folder of the retriever (short for search.index=)", **BY_CONTENTS}
-    )
-    corpus: str = field(default="", metadata={"help": "corpus file, where it is not the index's own", **BY_CONTENTS})
-    search: SearchSpec = field(default_factory=SearchSpec, metadata={"help": "the retriever"})
-    topk: list[int] = field(default_factory=lambda: [3, 20, 100], metadata={"help": "depths"})
-    max_questions: int = field(default=0, metadata={"help": "only the first N; 0: all"})
-    qrels: dict[str, str] = field(
-        default_factory=dict,
-        metadata={"help": "name -> qrels of TREC or BEIR, for metrics; none: the gold documents", **BY_CONTENTS},
-    )
-    metrics: list[str] = field(
+    metrics: list[str] = setting(
+        "retrieval metrics of ranx; with qrels recall@5, @100, @1000 and ndcg@10 unless others are named",
+        LATER,
         default_factory=list,
-        metadata={
-            "help": "retrieval metrics of ranx; with qrels recall@5, @100, @1000 and ndcg@10 unless others are named",
-            **LATER,
-        },
     )
 
     def __post_init__(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from agentic_r_plugin.config import FREE, LATER
+from agentic_r_plugin.config import FREE, LATER, setting
 from agentic_r_plugin.errors import ConfigError
 
 
@@ -16,47 +16,36 @@ class WorldConfig:
     else unchanged.
     """
 
-    out: str = field(default="", metadata={"help": "folder in which the benchmark's folder is made", **FREE})
-    name: str = field(default="fictional_world", metadata={"help": "name of the benchmark, and of its folder", **FREE})
-    seed: int = field(default=0, metadata={"help": "another seed gives another world"})
-    train_questions: int = field(default=600, metadata={"help": "questions in train.jsonl"})
-    dev_questions: int = field(default=100, metadata={"help": "questions in dev.jsonl"})
-    test_questions: int = field(default=300, metadata={"help": "questions in test.jsonl"})
-    share_one_hop: float = field(default=0.30, metadata={"help": "share of one-hop questions"})
-    share_two_hops: float = field(default=0.45, metadata={"help": "share of two-hop questions; the rest has three"})
-    people: int = field(default=170, metadata={"help": "people, over all splits"})
-    works: int = field(default=120, metadata={"help": "novels, operas, paintings and films"})
-    companies: int = field(default=36, metadata={"help": "companies"})
-    schools: int = field(default=30, metadata={"help": "schools"})
-    prizes: int = field(default=24, metadata={"help": "prizes"})
-    towns: int = field(default=50, metadata={"help": "towns"})
-    rivers: int = field(default=24, metadata={"help": "rivers"})
-    newspapers: int = field(default=80, metadata={"help": "pages that only mention things"})
-    namesake_share: float = field(
-        default=0.4, metadata={"help": "share of people and works whose name is (nearly) another's"}
+    out: str = setting("folder in which the benchmark's folder is made", FREE, default="")
+    name: str = setting("name of the benchmark, and of its folder", FREE, default="fictional_world")
+    seed: int = setting("another seed gives another world", default=0)
+    train_questions: int = setting("questions in train.jsonl", default=600)
+    dev_questions: int = setting("questions in dev.jsonl", default=100)
+    test_questions: int = setting("questions in test.jsonl", default=300)
+    share_one_hop: float = setting("share of one-hop questions", default=0.30)
+    share_two_hops: float = setting("share of two-hop questions; the rest has three", default=0.45)
+    people: int = setting("people, over all splits", default=170)
+    works: int = setting("novels, operas, paintings and films", default=120)
+    companies: int = setting("companies", default=36)
+    schools: int = setting("schools", default=30)
+    prizes: int = setting("prizes", default=24)
+    towns: int = setting("towns", default=50)
+    rivers: int = setting("rivers", default=24)
+    newspapers: int = setting("pages that only mention things", default=80)
+    namesake_share: float = setting("share of people and works whose name is (nearly) another's", default=0.4)
+    mention_share: float = setting("share of passages that mention what they do not state", default=0.6)
+    talk_passages: int = setting("passages per entity that mention much and state nothing", default=3)
+    reserved_share: float = setting("share of wordings kept for the test split, there", default=0.5)
+    homonyms: float = setting(
+        "share of people, works and towns with another one's name; the question distinguishes them", LATER, default=0.0
     )
-    mention_share: float = field(
-        default=0.6, metadata={"help": "share of passages that mention what they do not state"}
+    elliptic_queries: float = setting(
+        "share of hops whose first query leaves out what the question says", LATER, default=0.0
     )
-    talk_passages: int = field(default=3, metadata={"help": "passages per entity that mention much and state nothing"})
-    reserved_share: float = field(default=0.5, metadata={"help": "share of wordings kept for the test split, there"})
-    homonyms: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of people, works and towns with another one's name; the question distinguishes them",
-            **LATER,
-        },
+    misleading: float = setting(
+        "share of facts with a passage that states a wrong value in the words of a query", LATER, default=0.0
     )
-    elliptic_queries: float = field(
-        default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says", **LATER}
-    )
-    misleading: float = field(
-        default=0.0,
-        metadata={"help": "share of facts with a passage that states a wrong value in the words of a query", **LATER},
-    )
-    paraphrase: float = field(
-        default=0.0, metadata={"help": "share of facts stated without any word of the queries for them", **LATER}
-    )
+    paraphrase: float = setting("share of facts stated without any word of the queries for them", LATER, default=0.0)
 
     def __post_init__(self) -> None:
         if self.share_one_hop < 0 or self.share_two_hops < 0 or self.share_one_hop + self.share_two_hops > 1:

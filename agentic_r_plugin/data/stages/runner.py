@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from agentic_r_plugin.config import to_dict
+from agentic_r_plugin.config import setting, to_dict
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.storage.table import UnitResult
@@ -29,16 +29,16 @@ KINDS = ("local", "ray")
 class RunnerSpec:
     """Where a stage runs and how its output is cut."""
 
-    kind: str = field(default="local", metadata={"help": "local: in this process; ray: actors of a Ray cluster"})
-    workers: int = field(default=1, metadata={"help": "each with its own models; local ones are threads"})
-    in_flight: int = field(default=2, metadata={"help": "batches a worker of Ray has at a time, one of them waiting"})
-    cpus_per_worker: float = field(default=1.0, metadata={"help": "what Ray reserves for a worker"})
-    gpus_per_worker: float = field(default=0.0, metadata={"help": "what Ray reserves for a worker"})
-    address: str = field(default="", metadata={"help": "of a Ray cluster ('auto': this node's); empty: start one here"})
-    max_restarts: int = field(default=3, metadata={"help": "how often Ray starts a worker again whose process died"})
-    part_size: int = field(default=8192, metadata={"help": "units per file of an output that is sharded"})
-    sharded: bool = field(default=False, metadata={"help": "write the output as a folder of files"})
-    forecast: int = field(default=0, metadata={"help": "work on N units only, write nothing, estimate the cost of all"})
+    kind: str = setting("local: in this process; ray: actors of a Ray cluster", default="local")
+    workers: int = setting("each with its own models; local ones are threads", default=1)
+    in_flight: int = setting("batches a worker of Ray has at a time, one of them waiting", default=2)
+    cpus_per_worker: float = setting("what Ray reserves for a worker", default=1.0)
+    gpus_per_worker: float = setting("what Ray reserves for a worker", default=0.0)
+    address: str = setting("of a Ray cluster ('auto': this node's); empty: start one here", default="")
+    max_restarts: int = setting("how often Ray starts a worker again whose process died", default=3)
+    part_size: int = setting("units per file of an output that is sharded", default=8192)
+    sharded: bool = setting("write the output as a folder of files", default=False)
+    forecast: int = setting("work on N units only, write nothing, estimate the cost of all", default=0)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

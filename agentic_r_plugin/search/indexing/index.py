@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import faiss
 
 from agentic_r_plugin import compute
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, fingerprint, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, fingerprint, save_config, setting
 from agentic_r_plugin.errors import AgenticRError, ConfigError, IndexMismatchError, located
 from agentic_r_plugin.records import Record, since
 from agentic_r_plugin.search.corpus import Corpus
@@ -46,57 +46,40 @@ MANIFEST = "manifest.json"
 class IndexConfig:
     """Settings of `agentic-r index`."""
 
-    corpus: str = field(
-        metadata={"help": "corpus file: jsonl, jsonl.gz or parquet with id and contents", **BY_CONTENTS}
+    corpus: str = setting("corpus file: jsonl, jsonl.gz or parquet with id and contents", BY_CONTENTS)
+    retriever: str = setting("retriever checkpoint folder, hub name, or builtin:minilm", BY_CONTENTS)
+    out: str = setting("index folder to write", FREE)
+    kind: str = setting("faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …", default="Flat")
+    method: str = setting("FlashRAG's retrieval_method; names the index file", default="agentic_r")
+    preset: str = setting(f"prefixes and pooling of a family: auto, {', '.join(FAMILIES)}", default="auto")
+    pooling: str = setting(f"{', '.join(POOLINGS)}; auto: the checkpoint's or the preset's", default="auto")
+    query_prompt: str | None = setting("prefix of queries, in place of the model's", default=None)
+    passage_prompt: str | None = setting("prefix of passages, in place of the model's", default=None)
+    formulation: str | None = setting("query formulation in place of the recorded one", default=None)
+    max_length: int | None = setting("tokens of query and passage, in place of recorded", default=None)
+    title_form: str = setting(
+        f"how passages are encoded: {', '.join(TITLE_FORMS)} (title, then text)", default="contents"
     )
-    retriever: str = field(metadata={"help": "retriever checkpoint folder, hub name, or builtin:minilm", **BY_CONTENTS})
-    out: str = field(metadata={"help": "index folder to write", **FREE})
-    kind: str = field(default="Flat", metadata={"help": "faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …"})
-    method: str = field(default="agentic_r", metadata={"help": "FlashRAG's retrieval_method; names the index file"})
-    preset: str = field(
-        default="auto", metadata={"help": f"prefixes and pooling of a family: auto, {', '.join(FAMILIES)}"}
-    )
-    pooling: str = field(
-        default="auto", metadata={"help": f"{', '.join(POOLINGS)}; auto: the checkpoint's or the preset's"}
-    )
-    query_prompt: str | None = field(default=None, metadata={"help": "prefix of queries, in place of the model's"})
-    passage_prompt: str | None = field(default=None, metadata={"help": "prefix of passages, in place of the model's"})
-    formulation: str | None = field(default=None, metadata={"help": "query formulation in place of the recorded one"})
-    max_length: int | None = field(default=None, metadata={"help": "tokens of query and passage, in place of recorded"})
-    title_form: str = field(
-        default="contents", metadata={"help": f"how passages are encoded: {', '.join(TITLE_FORMS)} (title, then text)"}
-    )
-    adopt: list[str] = field(
+    adopt: list[str] = setting(
+        "faiss file, .npy or .safetensors to take over; parts: a pattern, or several times",
+        BY_CONTENTS,
+        {"flag": "--adopt"},
         default_factory=list,
-        metadata={
-            "help": "faiss file, .npy or .safetensors to take over; parts: a pattern, or several times",
-            "flag": "--adopt",
-            **BY_CONTENTS,
-        },
     )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "adopt Tevatron's pickles, which can run any code", **FREE}
-    )
-    seed: int = field(default=0, metadata={"help": "draws the passages that adopt compares", **FREE})
-    device: str = field(
-        default="auto", metadata={"help": "auto: all GPUs of this node, else cpu; or cuda:0,cuda:1", **FREE}
-    )
-    precision: str = field(default="auto", metadata={"help": "float32, bfloat16, float16; auto: bfloat16 where native"})
-    batch_size: int = field(default=1024, metadata={"help": "passages of one forward pass at most", **FREE})
-    max_batch_tokens: int = field(
-        default=0, metadata={"help": "tokens of one forward pass at most; 0: by the device", **FREE}
-    )
-    shard_size: int = field(default=2048, metadata={"help": "passages between two resume points"})
-    train_rows: int = field(default=262_144, metadata={"help": "vectors that SQ8, IVF and PQ are trained on at most"})
-    ray_workers: int = field(default=0, metadata={"help": "Ray actors that encode; 0: without Ray", **FREE})
-    ray_address: str = field(
-        default="", metadata={"help": "Ray cluster (auto, ray://…); empty: one on this machine", **FREE}
-    )
-    ray_gpus: float = field(default=0.0, metadata={"help": "GPUs of one Ray actor", **FREE})
+    allow_pickle: bool = setting("adopt Tevatron's pickles, which can run any code", FREE, default=False)
+    seed: int = setting("draws the passages that adopt compares", FREE, default=0)
+    device: str = setting("auto: all GPUs of this node, else cpu; or cuda:0,cuda:1", FREE, default="auto")
+    precision: str = setting("float32, bfloat16, float16; auto: bfloat16 where native", default="auto")
+    batch_size: int = setting("passages of one forward pass at most", FREE, default=1024)
+    max_batch_tokens: int = setting("tokens of one forward pass at most; 0: by the device", FREE, default=0)
+    shard_size: int = setting("passages between two resume points", default=2048)
+    train_rows: int = setting("vectors that SQ8, IVF and PQ are trained on at most", default=262_144)
+    ray_workers: int = setting("Ray actors that encode; 0: without Ray", FREE, default=0)
+    ray_address: str = setting("Ray cluster (auto, ray://…); empty: one on this machine", FREE, default="")
+    ray_gpus: float = setting("GPUs of one Ray actor", FREE, default=0.0)
 
-    milvus: milvus.MilvusSettings = field(
-        default_factory=milvus.MilvusSettings,
-        metadata={"help": "a Milvus collection in place of a faiss file", **LATER},
+    milvus: milvus.MilvusSettings = setting(
+        "a Milvus collection in place of a faiss file", LATER, default_factory=milvus.MilvusSettings
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from agentic_r_plugin.config import FREE, fingerprint
+from agentic_r_plugin.config import FREE, fingerprint, setting
 from agentic_r_plugin.credentials import read_secret, redacted, refuse_secrets
 from agentic_r_plugin.errors import (
     AgenticRError,
@@ -89,26 +89,18 @@ class _NotLoadedError(SearchError):
 class MilvusSettings:
     """Where `agentic-r index` puts the vectors."""
 
-    uri: str = field(
+    uri: str = setting(
+        "server (http://HOST:19530/DATABASE), or lite: embedded in the index folder; empty: a faiss file",
+        {"decides": bool},
         default="",
-        metadata={
-            "help": "server (http://HOST:19530/DATABASE), or lite: embedded in the index folder; empty: a faiss file",
-            "decides": bool,
-        },
     )
-    token_env: str = field(
-        default="", metadata={"help": "environment variable that holds its token or user:password", **FREE}
+    token_env: str = setting("environment variable that holds its token or user:password", FREE, default="")
+    prefix: str = setting("of the collection's name; a fingerprint follows", FREE, default="agentic_r")
+    params: dict[str, Any] = setting(
+        "parameters of the kind, such as {M: 32, efConstruction: 200}", default_factory=dict
     )
-    prefix: str = field(
-        default="agentic_r", metadata={"help": "of the collection's name; a fingerprint follows", **FREE}
-    )
-    params: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "parameters of the kind, such as {M: 32, efConstruction: 200}"}
-    )
-    fields: list[str] = field(
-        default_factory=list, metadata={"help": f"of passages, stored for filters: {', '.join(FIELDS)}"}
-    )
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request", **FREE})
+    fields: list[str] = setting(f"of passages, stored for filters: {', '.join(FIELDS)}", default_factory=list)
+    timeout_s: float = setting("for one request", FREE, default=60.0)
 
     def __post_init__(self) -> None:
         if self.uri and self.uri != LITE and "://" not in self.uri:

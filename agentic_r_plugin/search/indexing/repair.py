@@ -17,7 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import faiss
 import numpy as np
 
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding
+from agentic_r_plugin.config import BY_CONTENTS, FREE, deciding, setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.forms import context_documents, passage_fields
 from agentic_r_plugin.questions import read_rows
@@ -51,10 +51,9 @@ _SHARD = 2048
 class RepairConfig(CoverageConfig):
     """Settings of `agentic-r repair`."""
 
-    out: str = field(metadata={"help": "folder of the repaired index and its corpus", **FREE})
-    source: str = field(
-        default="",
-        metadata={"help": "corpus that holds missing documents; empty: only the questions' own", **BY_CONTENTS},
+    out: str = setting("folder of the repaired index and its corpus", FREE)
+    source: str = setting(
+        "corpus that holds missing documents; empty: only the questions' own", BY_CONTENTS, default=""
     )
 
     def __post_init__(self) -> None:

@@ -18,14 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSource, SearchSpec, build_search, resolved
 from agentic_r_plugin.child import die_with, end
 from agentic_r_plugin.compute import threads_of_each
-from agentic_r_plugin.config import FREE, save_config, to_dict
+from agentic_r_plugin.config import FREE, save_config, setting, to_dict
 from agentic_r_plugin.credentials import read_secret, refuse_secrets
 from agentic_r_plugin.errors import AgenticRError, ConfigError, SearchUnavailableError
 from agentic_r_plugin.net import is_loopback
@@ -53,37 +53,22 @@ _STARTUP_S = 1800.0
 class ServeConfig(SearchSource):
     """Settings of `agentic-r serve`."""
 
-    host: str = field(
-        default="127.0.0.1",
-        metadata={"help": "address, 0.0.0.0: all; one that is not loopback needs token_env", **FREE},
-    )
-    port: int = field(default=8000, metadata={"help": "0: a free one", **FREE})
-    token_env: str = field(
-        default="", metadata={"help": "environment variable that holds the token clients must send", **FREE}
-    )
-    workers: int = field(
-        default=1, metadata={"help": "processes, each with a retriever; one that dies is replaced", **FREE}
-    )
-    allow_reload: bool = field(default=False, metadata={"help": "take POST /reload (from whoever may search)", **FREE})
-    ready_file: str = field(
-        default="", metadata={"help": "gets JSON {url, pid, fingerprint} when the service answers", **FREE}
-    )
-    exit_with_parent: bool = field(
-        default=False, metadata={"help": "end when the process that started it ends", **FREE}
-    )
-    default_topk: int = field(default=3, metadata={"help": "passages for requests that do not say", **FREE})
-    max_queries: int = field(default=4096, metadata={"help": "queries of one request", **FREE})
-    max_passages: int = field(default=MAX_PASSAGES, metadata={"help": "queries times topk of one request", **FREE})
-    max_body_bytes: int = field(default=16_000_000, metadata={"help": "bytes of one request", **FREE})
-    max_waiting: int = field(
-        default=8192, metadata={"help": "queries waiting before new ones are refused (503)", **FREE}
-    )
-    timeout_s: float = field(default=60.0, metadata={"help": "for one request", **FREE})
-    header_timeout_s: float = field(default=15.0, metadata={"help": "for a client to send a request's head", **FREE})
-    window_ms: float = field(default=4.0, metadata={"help": "how long a batch waits for company", **FREE})
-    cache_size: int = field(
-        default=10_000, metadata={"help": "results kept, 32 passages each on average; 0: none", **FREE}
-    )
+    host: str = setting("address, 0.0.0.0: all; one that is not loopback needs token_env", FREE, default="127.0.0.1")
+    port: int = setting("0: a free one", FREE, default=8000)
+    token_env: str = setting("environment variable that holds the token clients must send", FREE, default="")
+    workers: int = setting("processes, each with a retriever; one that dies is replaced", FREE, default=1)
+    allow_reload: bool = setting("take POST /reload (from whoever may search)", FREE, default=False)
+    ready_file: str = setting("gets JSON {url, pid, fingerprint} when the service answers", FREE, default="")
+    exit_with_parent: bool = setting("end when the process that started it ends", FREE, default=False)
+    default_topk: int = setting("passages for requests that do not say", FREE, default=3)
+    max_queries: int = setting("queries of one request", FREE, default=4096)
+    max_passages: int = setting("queries times topk of one request", FREE, default=MAX_PASSAGES)
+    max_body_bytes: int = setting("bytes of one request", FREE, default=16_000_000)
+    max_waiting: int = setting("queries waiting before new ones are refused (503)", FREE, default=8192)
+    timeout_s: float = setting("for one request", FREE, default=60.0)
+    header_timeout_s: float = setting("for a client to send a request's head", FREE, default=15.0)
+    window_ms: float = setting("how long a batch waits for company", FREE, default=4.0)
+    cache_size: int = setting("results kept, 32 passages each on average; 0: none", FREE, default=10_000)
 
     def __post_init__(self) -> None:
         way_out = "give the name of an environment variable that holds it"
