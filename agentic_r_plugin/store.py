@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -194,6 +194,44 @@ def drop_torn_end(path: str | Path) -> None:
     if Path(path).is_file():
         with Path(path).open("rb+") as stream:
             stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
+class StepLog:
+    """A JSON Lines file that grows while work runs; each line has a `step`, in ascending order.
+
+    A last line that a kill truncated is ignored.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append records in a single write."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as stream:
+            stream.write(b"".join(map(dump_line, records)))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; none if there is no file.
+
+        Raises:
+            RecordError: a whole line is not JSON.
+        """
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        lines = enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1)
+        return [parse_line(line, self.path, number) for number, line in lines if line.strip()]
+
+    def has(self, step: int) -> bool:
+        """Whether the step has a record."""
+        return any(record["step"] == step for record in self.read())
+
+    def keep_until(self, step: int) -> None:
+        """Remove the records of later steps (all records for step 0) and a truncated last line."""
+        if not self.path.is_file():
+            return
+        kept = [record for record in self.read() if step > 0 and record["step"] <= step]
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(b"".join(map(dump_line, kept)))
 
 
 def dump_line(data: Any) -> bytes:

@@ -25,7 +25,6 @@ from omegaconf import OmegaConf
 from agentic_r_plugin.agent import dataset, verl_config
 from agentic_r_plugin.agent.checkpoints import latest_step, name_latest
 from agentic_r_plugin.agent.critic import write_critic
-from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.prepare import Prepared, precision, prepare, run_output
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.agent.worker import FAULT, STABILITY
@@ -34,7 +33,7 @@ from agentic_r_plugin.config import save_config
 from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.progress import duration
 from agentic_r_plugin.storage.claim import Claim, require_new
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import StepLog, read_json, write_json
 
 __all__ = ["TrainAgentConfig", "run"]
 

@@ -6,7 +6,6 @@ because those steps are repeated. No step is therefore recorded twice.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,39 +69,6 @@ def plain(metrics: Mapping[str, Any]) -> dict[str, float | int | None]:
             continue
         result[name] = number if math.isfinite(number) else None
     return result
-
-
-class StepLog:
-    """A JSON Lines file of records with a `step`, in ascending order; each append is a single write."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append records."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as stream:
-            stream.write(b"".join(dump_line(record) for record in records))
-
-    def read(self) -> list[dict[str, Any]]:
-        """Read all records, skipping a last line that a kill truncated."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_bytes()
-        whole = lines[: lines.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
-
-    def has(self, step: int) -> bool:
-        """Whether the step has a record."""
-        return any(record["step"] == step for record in self.read())
-
-    def keep_until(self, step: int) -> None:
-        """Remove the records of later steps (all records for step 0) and a truncated last line."""
-        if not self.path.is_file():
-            return
-        kept = [record for record in self.read() if step > 0 and record["step"] <= step]
-        with atomic_path(self.path) as temporary:
-            temporary.write_bytes(b"".join(dump_line(record) for record in kept))
 
 
 def rollout_line(item: Mapping[str, Any], step: int) -> dict[str, Any]:

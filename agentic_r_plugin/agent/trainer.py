@@ -37,7 +37,6 @@ from agentic_r_plugin.agent.checkpoints import checkpoint_steps
 from agentic_r_plugin.agent.export import shard_files
 from agentic_r_plugin.agent.metrics import (
     RolloutLog,
-    StepLog,
     not_finite,
     plain,
     rollout_line,
@@ -54,7 +53,7 @@ from agentic_r_plugin.agent.step_batch import (
     trainable,
 )
 from agentic_r_plugin.errors import TrainingError
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import StepLog, read_json, write_json
 
 _Base = PPOTrainer if TYPE_CHECKING else object
 

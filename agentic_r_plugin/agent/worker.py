@@ -15,11 +15,10 @@ from omegaconf import OmegaConf
 
 from agentic_r_plugin.agent.checkpoints import checkpoint_steps, latest_step
 from agentic_r_plugin.agent.export import export_model
-from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, last_stable
 from agentic_r_plugin.child import die_with
 from agentic_r_plugin.ray_cluster import our_fault
-from agentic_r_plugin.store import write_json
+from agentic_r_plugin.store import StepLog, write_json
 
 FAULT = "fault.json"
 STABILITY = "stability.json"

@@ -13,7 +13,7 @@ from typing import Any
 from agentic_r_plugin.memory import give_back_memory
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.storage.claim import Claim
-from agentic_r_plugin.store import drop_torn_end, dump_line, read_lines
+from agentic_r_plugin.store import StepLog, drop_torn_end
 
 FILE = "costs.jsonl"
 _KEEP_S = 10.0
@@ -22,9 +22,7 @@ _KEEP_S = 10.0
 
 def read_costs(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
     """(iteration, phase) -> line, for the finished phases of a run."""
-    file = folder / FILE
-    lines = [line for _, line in read_lines(file)] if file.is_file() else []
-    return {(line["iteration"], line["phase"]): line for line in lines}
+    return {(line["iteration"], line["phase"]): line for line in StepLog(folder / FILE).read()}
 
 
 class Costs:
@@ -37,8 +35,8 @@ class Costs:
 
     def __init__(self, held: Claim, expected: Mapping[tuple[int, str], float]) -> None:
         self._held, self._expected = held, expected
-        self._file = held.out / FILE
-        drop_torn_end(self._file)
+        self._log = StepLog(held.out / FILE)
+        drop_torn_end(self._log.path)
         self.done = read_costs(held.out)
 
     def phase(
@@ -53,8 +51,7 @@ class Costs:
             give_back_memory()
         spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
         line = {"iteration": iteration, "phase": name, **spent, "seconds": round(seconds(), 1)}
-        with self._file.open("ab") as stream:
-            stream.write(dump_line(line))
+        self._log.append([line])
         self.done[iteration, name] = line
 
     def estimate(self, iteration: int, name: str) -> str:

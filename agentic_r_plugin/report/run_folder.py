@@ -15,7 +15,7 @@ from agentic_r_plugin.data.report import STAGES
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.matrix import cell_name, matrix_folder
 from agentic_r_plugin.records import Correctness, Relevance, Trajectory
-from agentic_r_plugin.store import parse_line, read_json, read_records
+from agentic_r_plugin.store import StepLog, read_json, read_records
 
 BANDS = ((81, 100), (61, 80), (41, 60), (21, 40), (0, 20))
 """The judge's five bands of relevance (method section 4, step 4)."""
@@ -89,7 +89,7 @@ def read_run(path: Path) -> RunFolder:
         run.notes.append("No evaluation yet (evaluation/matrix.json): no results, no comparison, no trajectories.")
     config = path / "config.yaml"
     run.config = config.read_text(encoding="utf-8") if config.is_file() else None
-    run.costs = list(_steps(path / "costs.jsonl"))
+    run.costs = StepLog(path / "costs.jsonl").read()
     numbered = [
         (int(match[1]), folder) for folder in path.glob("iteration-*") if (match := re.search(r"-(\d+)$", folder.name))
     ]
@@ -129,8 +129,8 @@ def _iteration(number: int, folder: Path) -> Iteration | None:
             stages[name] = read_json(file)
     iteration = Iteration(
         number=number,
-        agent_steps=list(_steps(folder / "agent" / "metrics.jsonl")),
-        retriever_steps=list(_steps(folder / "retriever" / "metrics.jsonl")),
+        agent_steps=StepLog(folder / "agent" / "metrics.jsonl").read(),
+        retriever_steps=StepLog(folder / "retriever" / "metrics.jsonl").read(),
         stages=stages,
         positives_by_turn=_positives_by_turn(folder / "data" / "data_report.json"),
         agreement=_agreement(folder / "data"),
@@ -141,20 +141,6 @@ def _iteration(number: int, folder: Path) -> Iteration | None:
 def _positives_by_turn(file: Path) -> dict[int, float]:
     shares = read_json(file)["share_with_positive_by_turn"] if file.is_file() else {}
     return {int(turn): share for turn, share in shares.items()}
-
-
-def _steps(file: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a log that may still be growing. An incomplete last line is ignored.
-
-    Raises:
-        RecordError: any other line is damaged.
-    """
-    if not file.is_file():
-        return
-    content = file.read_bytes()
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
-        if line.strip():
-            yield parse_line(line, file, number)
 
 
 def _agreement(folder: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from agentic_r_plugin.retriever.settings import TrainRetrieverConfig, rate_share
 from agentic_r_plugin.retriever.trackers import Trackers
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
-from agentic_r_plugin.store import atomic_path, drop_torn_end, dump_line, read_lines
+from agentic_r_plugin.store import StepLog, atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Run:
         self.step, self.last_loss = 0, math.nan
         self.best: dict[str, Any] = {"step": 0, "value": -math.inf, "misses": 0}
         self.out = Path(config.out)
+        self.metrics_log = StepLog(self.out / METRICS)
         self.adapters = Adapters(self.model, config) if config.lora_rank else None
         self.encoder = TextEncoder(
             self.model,
@@ -86,11 +87,7 @@ class Run:
             self.step, self.last_loss, self.best = state["step"], state["loss"], state["best"]
             log.info("going on from step %d", self.step)
         if self.rank == 0:
-            drop_torn_end(self.out / METRICS)
-            lines = [data for _, data in read_lines(self.out / METRICS)] if self.step else []
-            kept = [data for data in lines if data["step"] <= self.step]
-            with atomic_path(self.out / METRICS) as temporary:
-                temporary.write_bytes(b"".join(map(dump_line, kept)))
+            self.metrics_log.keep_until(self.step)
 
     def save_state(self) -> None:
         """Save everything that the next step depends on."""
@@ -297,8 +294,7 @@ class Run:
 
     def _log(self, line: dict[str, Any]) -> None:
         if self.rank == 0:
-            with (self.out / METRICS).open("ab") as stream:
-                stream.write(dump_line(line))
+            self.metrics_log.append([line])
             self.trackers.log(line)
 
 

@@ -21,7 +21,6 @@ from agentic_r_plugin.agent.checkpoints import checkpoint_steps, latest_step, na
 from agentic_r_plugin.agent.cpu import detect
 from agentic_r_plugin.agent.cpu.overrides import cpu_overrides
 from agentic_r_plugin.agent.launch import TrainAgentConfig, progress_line, run
-from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.agent.prepare import check_service, prepare, run_output, validation_questions
 from agentic_r_plugin.agent.step_batch import check_masks, check_trajectories
 from agentic_r_plugin.config import load_config
@@ -37,7 +36,7 @@ from agentic_r_plugin.errors import (
 )
 from agentic_r_plugin.ray_cluster import our_fault
 from agentic_r_plugin.storage.claim import Output
-from agentic_r_plugin.store import write_json
+from agentic_r_plugin.store import StepLog, write_json
 from tests.agent.tiny_world import LIMITS, Service
 from tests.search import loopback
 

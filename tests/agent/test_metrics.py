@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentic_r_plugin.agent.metrics import StepLog, not_finite, plain, trajectory_metrics
+from agentic_r_plugin.agent.metrics import not_finite, plain, trajectory_metrics
+from agentic_r_plugin.store import StepLog
 
 
 def outcome(**changes: Any) -> dict[str, Any]:

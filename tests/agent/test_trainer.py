@@ -20,13 +20,13 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from agentic_r_plugin.agent import worker
 from agentic_r_plugin.agent.checkpoints import checkpoint_steps
-from agentic_r_plugin.agent.metrics import RolloutLog, StepLog
+from agentic_r_plugin.agent.metrics import RolloutLog
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule
 from agentic_r_plugin.agent.step_batch import by_length_within
 from agentic_r_plugin.agent.trainer import AgenticPPOTrainer, LostGroups, WholeAndStable
 from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.errors import TrainingError
-from agentic_r_plugin.store import read_json, write_json
+from agentic_r_plugin.store import StepLog, read_json, write_json
 
 
 def trainer_in(folder: Path, **settings: Any) -> AgenticPPOTrainer:

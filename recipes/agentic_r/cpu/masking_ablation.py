@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.agent import launch
-from agentic_r_plugin.agent.metrics import StepLog
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import AgenticRError, TrainingError
 from agentic_r_plugin.report.charts import HEIGHT, WIDTH, Series, line_chart
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
-from agentic_r_plugin.store import atomic_path, dump_line
+from agentic_r_plugin.store import StepLog, atomic_path, dump_line
 from agentic_r_plugin.world import generate
 
 HERE = Path(__file__).resolve().parent
