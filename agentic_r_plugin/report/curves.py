@@ -41,8 +41,6 @@ _AGENT_CHARTS: tuple[tuple[str, str, tuple[str, ...], Range], ...] = (
 _RETRIEVER_CHARTS: tuple[tuple[str, str, str, Range], ...] = (
     ("Contrastive loss", "loss", "loss", (0, None)),
     ("Positive ranked first in the batch", "share", "accuracy", (0, 1)),
-    ("Training in-batch accuracy", "share", "in_batch_accuracy", (0, 1)),
-    ("Training MRR", "MRR", "mrr", (0, 1)),
 )
 
 _HELD_OUT = re.compile(r"^val-(?:core|aux)/.*/(?:em|acc|reward)/mean@\d+$")

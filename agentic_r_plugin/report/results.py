@@ -126,16 +126,13 @@ def effects(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
 
 
 def headlines(run: RunFolder, cells: Sequence[Cell]) -> list[Effect]:
-    """Effects from first to last: the retriever with the last agent, the agent with the first retriever, and both."""
-    (agents, retrievers), steps = _names(cells), []
-    first, last = (agents[0], retrievers[0]), (agents[-1], retrievers[-1])
-    if len(retrievers) > 1:
-        steps.append(("first to last", "retriever", (agents[-1], retrievers[0]), last))
-    if len(agents) > 1:
-        steps.append(("first to last", "agent", first, (agents[-1], retrievers[0])))
-    if len(agents) > 1 and len(retrievers) > 1:
-        steps.append(("first to last", "both", first, last))
-    return _effects(run, cells, steps)
+    """Effects from the first agent and retriever to the last: of the retriever, of the agent, and of both.
+
+    There are none for questions without gold answers.
+    """
+    steps = sorted(_first_to_last(*_names(cells)), key=lambda step: step[1] != "retriever")
+    found = _effects(run, cells, steps)
+    return [item for item in found if None not in (_mean(item.before, "agentic_em"), _mean(item.after, "agentic_em"))]
 
 
 Step = tuple[str, str, Pair, Pair]
@@ -177,10 +174,15 @@ def _loop_steps(agents: Mapping[int, str], retrievers: Mapping[int, str]) -> Ite
         yield group, "retriever", middle, (agents[new], retrievers[new])
         yield group, "both", (agents[old], retrievers[old]), (agents[new], retrievers[new])
     if iterations and len(agents) > 2:
-        first, end = ((agents[pick(agents)], retrievers[pick(retrievers)]) for pick in (min, max))
-        yield "first to last", "agent", first, (end[0], first[1])
-        yield "first to last", "retriever", (end[0], first[1]), end
-        yield "first to last", "both", first, end
+        yield from _first_to_last(*([names[k] for k in sorted(names)] for names in (agents, retrievers)))
+
+
+def _first_to_last(agents: Sequence[str], retrievers: Sequence[str]) -> Iterator[Step]:
+    """The agent with the first retriever, the retriever with the last agent, and both if both changed."""
+    first, middle, last = (agents[0], retrievers[0]), (agents[-1], retrievers[0]), (agents[-1], retrievers[-1])
+    for what, before, after in (("agent", first, middle), ("retriever", middle, last), ("both", first, last)):
+        if before != after and (what != "both" or middle not in (first, last)):
+            yield "first to last", what, before, after
 
 
 def _baseline_steps(agents: Sequence[str], retrievers: Sequence[str]) -> Iterator[Step]:

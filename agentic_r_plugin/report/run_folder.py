@@ -14,11 +14,8 @@ from typing import Any
 from agentic_r_plugin.data.report import STAGES
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.matrix import cell_name, matrix_folder
-from agentic_r_plugin.records import Correctness, Relevance, Trajectory
+from agentic_r_plugin.records import Trajectory
 from agentic_r_plugin.store import StepLog, read_json, read_records
-
-BANDS = ((81, 100), (61, 80), (41, 60), (21, 40), (0, 20))
-"""The judge's five bands of relevance (method section 4, step 4)."""
 
 
 @dataclass(kw_only=True)
@@ -122,42 +119,20 @@ def _note_missing(run: RunFolder) -> None:
 
 def _iteration(number: int, folder: Path) -> Iteration | None:
     """Read the folder of an iteration; None if nothing in it is shown (iteration 0 has only an index)."""
-    stages = {}
-    for name in STAGES:
-        file = folder / "data" / f"{name}.jsonl.report.json"
-        if file.is_file():
-            stages[name] = read_json(file)
+    file = folder / "data" / "data_report.json"
+    data = read_json(file) if file.is_file() else {}
+    bands = [(name.split("-"), row) for name, row in data.get("candidates", {}).items() if row["rolled_out"]]
+    reports = {name: folder / "data" / f"{name}.jsonl.report.json" for name in STAGES}
+    stages = {name: read_json(report) for name, report in reports.items() if report.is_file()}
     iteration = Iteration(
         number=number,
         agent_steps=StepLog(folder / "agent" / "metrics.jsonl").read(),
         retriever_steps=StepLog(folder / "retriever" / "metrics.jsonl").read(),
         stages=stages,
-        positives_by_turn=_positives_by_turn(folder / "data" / "data_report.json"),
-        agreement=_agreement(folder / "data"),
+        positives_by_turn={int(turn): share for turn, share in data.get("share_with_positive_by_turn", {}).items()},
+        agreement=[
+            {"low": low, "high": high, "rollouts": row["rolled_out"], "correct": row["correct"]}
+            for (low, high), row in reversed(bands)
+        ],
     )
     return iteration if iteration.agent_steps or iteration.retriever_steps or stages else None
-
-
-def _positives_by_turn(file: Path) -> dict[int, float]:
-    shares = read_json(file)["share_with_positive_by_turn"] if file.is_file() else {}
-    return {int(turn): share for turn, share in shares.items()}
-
-
-def _agreement(folder: Path) -> list[dict[str, Any]]:
-    """How often candidates of each band of relevance led to the right answer, over the candidates rolled out."""
-    relevance, correctness = folder / "relevance.jsonl", folder / "correctness.jsonl"
-    if not (relevance.is_file() and correctness.is_file()):
-        return []
-    scores = {(record.id, record.turn): record.scores for record in read_records(relevance, Relevance)}
-    counts = {band: [0, 0] for band in BANDS}
-    for record in read_records(correctness, Correctness):
-        score = scores.get((record.id, record.turn), {}).get(record.passage_id)
-        band = next((band for band in BANDS if score is not None and band[0] <= score <= band[1]), None)
-        if band is not None:
-            counts[band][0] += 1
-            counts[band][1] += record.em
-    return [
-        {"low": low, "high": high, "rollouts": total, "correct": right}
-        for (low, high), (total, right) in counts.items()
-        if total
-    ]

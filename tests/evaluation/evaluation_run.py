@@ -10,10 +10,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin.data.report import BANDS, band
 from agentic_r_plugin.evaluation.matrix import cell_name, compare
 from agentic_r_plugin.evaluation.provenance import hardware, versions
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval
-from agentic_r_plugin.records import Correctness, Relevance, ScoredPassage, StopReason, Trajectory, Turn
+from agentic_r_plugin.records import ScoredPassage, StopReason, Trajectory, Turn
 from agentic_r_plugin.store import dump_line, write_json, write_records
 
 QUESTION = "Which river runs through the town where the painter <b>Ada & Lom</b> no. {} was born?"
@@ -197,19 +198,12 @@ def _stages(folder: Path, number: int, rng: random.Random) -> None:
         report = {"stage": name, "read": read, "kept": kept, "records": kept, "dropped": dropped, "errors": 0}
         write_json(folder / f"{name}.jsonl.report.json", report | {"seconds": 12.5, "rollouts": 1200, "searches": 900})
     shares = {str(turn): 0.6 - 0.05 * turn - 0.05 * (2 - number) for turn in (1, 2, 3)}
-    write_json(folder / "data_report.json", {"share_with_positive_by_turn": shares})
-    relevance, correctness = [], []
-    for i in range(100):
-        scores = {f"p{k}": rng.randrange(101) for k in range(5)}
-        relevance.append(Relevance(id=f"q{i}", turn=1, scores=scores))
-        correctness += [
-            Correctness(
-                id=f"q{i}", turn=1, passage_id=name, em=int(rng.random() < score / 120), answer=None, searches=1
-            )
-            for name, score in scores.items()
-        ]
-    write_records(folder / "relevance.jsonl", relevance)
-    write_records(folder / "correctness.jsonl", correctness)
+    candidates = {name: {"rolled_out": 0, "correct": 0} for name in BANDS}
+    for _ in range(100):
+        for score in [rng.randrange(101) for _ in range(5)]:
+            candidates[band(score)]["rolled_out"] += 1
+            candidates[band(score)]["correct"] += rng.random() < score / 120
+    write_json(folder / "data_report.json", {"share_with_positive_by_turn": shares, "candidates": candidates})
 
 
 def _costs(file: Path) -> None:

@@ -318,7 +318,7 @@ def test_a_report_is_replaced_only_when_asked_for(finished: Path) -> None:
         ("costs.jsonl", "No costs.jsonl"),
         ("iteration-1/agent", "Iteration 1: no agent/metrics.jsonl."),
         ("iteration-2/data", "Iteration 2: no data/*.report.json."),
-        ("iteration-1/data/correctness.jsonl", None),
+        ("iteration-1/data/data_report.json", None),
         ("evaluation/agent-2-retriever-0-fictional_world/per_question.jsonl", None),
         ("config.yaml", None),
     ],
@@ -336,6 +336,19 @@ def test_a_missing_part_is_left_out_with_a_note(finished: Path, tmp_path: Path, 
 def test_the_folder_of_evaluate_alone_is_enough(finished: Path, tmp_path: Path) -> None:
     run(ReportConfig(run=str(finished / "evaluation"), out=str(tmp_path)))
     assert "training curves and data construction are left out" in page(tmp_path).text
+
+
+def test_questions_without_gold_answers_have_a_report(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_questions=10, agents=["a"], retrievers=["x", "y"])
+    file = folder / "evaluation" / "matrix.json"
+    matrix = read_json(file)
+    for cell in matrix["cells"]:
+        cell["metrics"]["agentic_em"] = {"mean": None}
+    for item in matrix["comparisons"]:
+        del item["metrics"]["agentic_em"]
+    write_json(file, matrix)
+    run(ReportConfig(run=str(folder)))
+    assert "All 1 comparisons" in page(folder).text and page(folder).open == []
 
 
 def test_one_cell_alone_shows_its_answers(tmp_path: Path) -> None:
