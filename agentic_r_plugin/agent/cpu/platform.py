@@ -55,19 +55,8 @@ class CPUPlatform:
     and resource check count only GPUs and NPUs.
     """
 
-    _module = _cpu_device_module()
-
-    @property
-    def device_name(self) -> str:
-        return "cpu"
-
-    @property
-    def vendor_name(self) -> str:
-        return "cpu"
-
-    @property
-    def device_module(self) -> ModuleType:
-        return self._module
+    device_name = vendor_name = "cpu"
+    device_module = _cpu_device_module()
 
     def is_available(self) -> bool:
         return True
@@ -78,23 +67,15 @@ class CPUPlatform:
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device_index: int) -> None:
-        return None
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        return None
-
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
-    def set_allocator_settings(self, settings: str) -> None:
-        return None
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        """An operation that only accelerators need."""
 
-    def empty_cache(self) -> None:
-        return None
+    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _nothing
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -109,12 +90,6 @@ class CPUPlatform:
     def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
-    def profiler_start(self) -> None:
-        return None
-
-    def profiler_stop(self) -> None:
-        return None
-
     def ray_resource_name(self) -> str:
         return "GPU"
 
@@ -123,9 +98,6 @@ class CPUPlatform:
 
     def is_ipc_supported(self) -> bool:
         return False
-
-    def cudart(self) -> Any:
-        return None
 
 
 def register() -> None:

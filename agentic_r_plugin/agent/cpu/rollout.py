@@ -23,8 +23,7 @@ class HFServer:
     """The Ray actor: holds one model and processes one batch of requests at a time.
 
     Args:
-        config: verl's rollout configuration; `engine_kwargs.hf` may hold `num_threads`, `max_batch_tokens`,
-            `prefix_cache_tokens`, `quiet_s` and `max_wait_s` (see `RequestBatcher`).
+        config: verl's rollout configuration.
         model_config: verl's model configuration, as given to the trainer.
     """
 
@@ -36,9 +35,6 @@ class HFServer:
 
         self.config, self.replica_rank = config, replica_rank
         self.global_steps: int | None = None
-        options = dict((config.engine_kwargs or {}).get("hf") or {})
-        if options.get("num_threads"):
-            torch.set_num_threads(int(options["num_threads"]))
         model_config = omega_conf_to_dataclass(model_config)
         self.model = AutoModelForCausalLM.from_pretrained(
             model_config.local_path,
@@ -51,19 +47,9 @@ class HFServer:
             config.max_model_len or config.prompt_length + config.response_length,
             getattr(self.model.config, "max_position_embeddings", None) or 2**31,
         )
-        self.generator = HFGenerator(
-            self.model,
-            model_config.tokenizer,
-            max_batch_tokens=int(options.get("max_batch_tokens", 32_768)),
-            prefix_cache_tokens=int(options.get("prefix_cache_tokens", 16_384)),
-        )
+        self.generator = HFGenerator(self.model, model_config.tokenizer, prefix_cache_tokens=16_384)
         self.generator.attention.require(self.max_length)
-        self.batcher = RequestBatcher(
-            self.generator,
-            seed=config.seed + replica_rank,
-            quiet_s=float(options.get("quiet_s", 0.01)),
-            max_wait_s=float(options.get("max_wait_s", 0.1)),
-        )
+        self.batcher = RequestBatcher(self.generator, seed=config.seed + replica_rank, quiet_s=0.01, max_wait_s=0.1)
 
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **kwargs: Any
@@ -118,21 +104,16 @@ class HFServer:
             own = self.model.state_dict()
             return weight_sums((name, own[name]) for name in state)
 
-    async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Do nothing: `sleep` releases nothing."""
+    async def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: there is no device memory to release, no cache to restore and no profiler."""
 
-    async def sleep(self) -> None:
-        """Do nothing: there is no device memory to release to the trainer."""
+    wake_up = sleep = resume_kv_cache = start_profile = stop_profile = _nothing
 
     async def clear_kv_cache(self) -> None:
         async with self.batcher.idle():
             self.generator.weights_changed()
 
-    async def release_kv_cache(self) -> None:
-        await self.clear_kv_cache()
-
-    async def resume_kv_cache(self) -> None:
-        """Do nothing: the cache grows again with the next requests."""
+    release_kv_cache = clear_kv_cache
 
     async def set_global_steps(self, global_steps: int) -> None:
         self.global_steps = global_steps
@@ -140,12 +121,6 @@ class HFServer:
     async def wait_for_requests_to_drain(self) -> None:
         async with self.batcher.idle():
             pass
-
-    async def start_profile(self, **kwargs: Any) -> None:
-        """Do nothing: this engine has no profiler."""
-
-    async def stop_profile(self) -> None:
-        """Do nothing: this engine has no profiler."""
 
 
 class HFReplica(RolloutReplica):
