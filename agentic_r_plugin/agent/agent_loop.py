@@ -47,18 +47,6 @@ from agentic_r_plugin.session import Session
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """An engine's names for the sampling parameters that verl passes through unchanged."""
-
-    keep_stop: str
-    seed: str
-
-
-_VLLM = _Names(keep_stop="include_stop_str_in_output", seed="seed")  # our CPU engine uses vLLM's names
-_SGLANG = _Names(keep_stop="no_stop_trim", seed="sampling_seed")
-
-
 class SearchAgentLoop(AgentLoopBase):
     """Think, search, read, answer. verl creates one instance per trajectory.
 
@@ -155,18 +143,16 @@ class SearchAgentLoop(AgentLoopBase):
 
     def _turn_params(self, shared: Mapping[str, Any], session: Session, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling parameters of the next turn: verl's, with stop strings, the turn's budget and its seed."""
-        names = _SGLANG if self.rollout_config.get("name") == "sglang" else _VLLM
-        params = {
-            **shared,
-            "stop": list(self.protocol.stop),
-            names.keep_stop: True,
-            "max_tokens": session.budget,
-        }
-        if names is _VLLM:
-            params["skip_special_tokens"] = False  # stop strings may consist of special tokens
+        sglang = self.rollout_config.get("name") == "sglang"  # our CPU engine uses vLLM's names
+        params = {**shared, "stop": list(self.protocol.stop), "max_tokens": session.budget}
+        if sglang:
+            params["no_stop_trim"] = True
+        else:  # stop strings may consist of special tokens
+            params |= {"include_stop_str_in_output": True, "skip_special_tokens": False}
         if self.seed is not None and "global_steps" in fields:
             # Step, row, sample and number of segments name one request of the run.
-            params[names.seed] = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
+            seed = request_seed(self.seed, fields["global_steps"], *_place(fields), len(session.segments))
+            params["sampling_seed" if sglang else "seed"] = seed
         return params
 
     async def _carry_out(self, session: Session, action: Search | Open) -> Search | Open | Finished | None:
@@ -297,8 +283,8 @@ class _EngineLog:
     search_s: float = 0.0
     num_preempted: int = -1
     """-1: not reported by the engine."""
-    min_global_steps: int | None = None
-    max_global_steps: int | None = None
+    global_steps: list[int] = field(default_factory=list)
+    """Versions of the weights that the turns were generated with."""
 
     def took(self, output: Any, seconds: float) -> None:
         """Add one model turn."""
@@ -315,11 +301,8 @@ class _EngineLog:
         self.generate_s += seconds
         if output.num_preempted is not None and output.num_preempted >= 0:
             self.num_preempted = max(self.num_preempted, 0) + output.num_preempted
-        first, last = output.extra_fields.get("min_global_steps"), output.extra_fields.get("max_global_steps")
-        if first is not None:
-            self.min_global_steps = first if self.min_global_steps is None else min(self.min_global_steps, first)
-        if last is not None:
-            self.max_global_steps = last if self.max_global_steps is None else max(self.max_global_steps, last)
+        versions = (output.extra_fields.get(name) for name in ("min_global_steps", "max_global_steps"))
+        self.global_steps += [version for version in versions if version is not None]
 
     def pad(self, length: int) -> None:
         """Add 0.0 for each id that the environment has written since, up to `length` ids."""
@@ -347,8 +330,8 @@ def _output(
     trained = [0] * len(by_model) if failed else by_model if mask_observations else [1] * len(by_model)
     trajectory = to_trajectory(session, question).to_dict()
     extra_fields = {
-        "min_global_steps": log.min_global_steps,
-        "max_global_steps": log.max_global_steps,
+        "min_global_steps": min(log.global_steps, default=None),
+        "max_global_steps": max(log.global_steps, default=None),
         "turn_scores": [],
         "tool_rewards": [],
         "place": list(place),

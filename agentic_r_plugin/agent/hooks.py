@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from agentic_r_plugin.agent import packed_attention
@@ -10,7 +11,8 @@ from agentic_r_plugin.upstream import Hook, apply
 
 _log = logging.getLogger(__name__)
 
-VERL = ("0.9.1",)
+VerlHook = partial(Hook, distribution="verl", versions=("0.9.1",))
+"""A hook for the pinned release of verl."""
 
 
 def configured_attention(owner: Any, attribute: str, original: Any) -> None:
@@ -39,10 +41,8 @@ def configured_attention(owner: Any, attribute: str, original: Any) -> None:
 
 
 HOOKS = (
-    Hook(
+    VerlHook(
         name="configured_attention",
-        distribution="verl",
-        versions=VERL,
         symbol="verl.utils.model:load_valuehead_model",
         patch="patches/verl-0.9.1-valuehead-attention.patch",
         install=configured_attention,

@@ -88,9 +88,10 @@ def judge(records: Sequence[Mapping[str, Any]], rule: StabilityRule) -> Verdict:
     Args:
         records: lines of `metrics.jsonl`, in order of steps; non-finite numbers are stored as None.
     """
-    steps = [record for record in records if _has(record, "reward")]
+    watched = [(int(record["step"]), found) for record in records if "reward" in (found := _watched(record))]
+    steps = [found for _, found in watched]
     # Each step is judged on the steps up to it only, so that the verdict on a step never changes later.
-    reasons = {int(steps[end]["step"]): _broken(steps[: end + 1], rule) for end in range(len(steps))}
+    reasons = {step: _broken(steps[: end + 1], rule) for end, (step, _) in enumerate(watched)}
     collapse = None
     in_a_row: list[int] = []
     for step, broken in reasons.items():
@@ -131,9 +132,18 @@ def to_keep(checkpoints: Sequence[int], verdict: Verdict, newest: int) -> set[in
 # --- One step ---------------------------------------------------------------------------------------------------------
 
 
-def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[str, ...]:
+Watched = Mapping[str, float | None]
+"""The watched quantities of one step; None if a value is not finite."""
+
+
+def _watched(record: Mapping[str, Any]) -> Watched:
+    keys = {name: next((key for key in keys if key in record), None) for name, keys in WATCHED.items()}
+    return {name: record[key] for name, key in keys.items() if key is not None}
+
+
+def _broken(steps: Sequence[Watched], rule: StabilityRule) -> tuple[str, ...]:
     """Describe each bound that is broken at the last of these steps."""
-    lost = [name for name in WATCHED if _has(steps[-1], name) and _value(steps[-1], name) is None]
+    lost = [name for name, value in steps[-1].items() if value is None]
     if lost:
         return tuple(f"{name} is not finite" for name in lost)
     found = []
@@ -158,32 +168,19 @@ def _broken(steps: Sequence[Mapping[str, Any]], rule: StabilityRule) -> tuple[st
     return tuple(found)
 
 
-def _of_windows(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str) -> Iterator[float]:
+def _of_windows(steps: Sequence[Watched], rule: StabilityRule, name: str) -> Iterator[float]:
     """Means over all full windows; a shorter window is noisier and would set a best mean by luck."""
     for end in range(rule.window, len(steps) + 1):
         yield _mean(steps[end - rule.window : end], name) or 0.0
 
 
-def _above(steps: Sequence[Mapping[str, Any]], rule: StabilityRule, name: str, bound: float | None) -> list[str]:
+def _above(steps: Sequence[Watched], rule: StabilityRule, name: str, bound: float | None) -> list[str]:
     value = _mean(steps[-rule.window :], name)
     if bound is None or value is None or value <= bound:
         return []
     return [f"{name} {value:.3g}, above {bound:.3g}"]
 
 
-def _key(record: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in WATCHED[name] if key in record), None)
-
-
-def _has(record: Mapping[str, Any], name: str) -> bool:
-    return _key(record, name) is not None
-
-
-def _value(record: Mapping[str, Any], name: str) -> float | None:
-    key = _key(record, name)
-    return None if key is None else record[key]
-
-
-def _mean(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = [value for value in (_value(step, name) for step in steps) if value is not None]
+def _mean(steps: Sequence[Watched], name: str) -> float | None:
+    values = [value for step in steps if (value := step.get(name)) is not None]
     return statistics.fmean(values) if values else None

@@ -10,7 +10,7 @@ import copy
 import importlib.util
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 
 from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.settings import TrainAgentConfig
+from agentic_r_plugin.config import flat
 from agentic_r_plugin.errors import ConfigError, UpstreamError
 
 _PPO_YAML = Path(__file__).parent / "config" / "ppo.yaml"
@@ -265,21 +266,13 @@ def _critic_start(config: TrainAgentConfig) -> Path:
     return Path(config.critic or config.model)
 
 
-def to_overrides(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def to_overrides(tree: Mapping[str, Any]) -> list[str]:
     """Convert a nested mapping to Hydra overrides that set or add each leaf.
 
     >>> to_overrides({"a": {"b": 1, "c": [True, None]}, "d": "x y"})
     ['++a.b=1', '++a.c=[true,null]', "++d='x y'"]
     """
-    return list(_leaves(tree, prefix))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"++{prefix}{key}={_literal(value)}"
+    return [f"++{name}={_literal(value)}" for name, value in flat(tree)]
 
 
 def _literal(value: Any) -> str:

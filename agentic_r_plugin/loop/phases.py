@@ -5,7 +5,7 @@ Nothing is run here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.config import deciding, load_config, merged, to_dict
+from agentic_r_plugin.config import deciding, flat, load_config, merged, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, relevance, sub_answers, trajectories
 from agentic_r_plugin.data.selection import selection_named
 from agentic_r_plugin.errors import ConfigError
@@ -242,7 +242,7 @@ class Phases:
         For a section these are the settings of the phases composed from it. Each command's fields declare which count.
         """
         of_phases = {name: deciding(phase, names=True) for name, phase in self.planned.items()}
-        return dict(_flat(deciding(self.config) | of_phases))
+        return dict(flat(deciding(self.config) | of_phases))
 
 
 def _section(stage: str) -> str:
@@ -252,11 +252,3 @@ def _section(stage: str) -> str:
 def _reads_scores(train_retriever: Mapping[str, Any]) -> bool:
     """Whether the trainer learns from scores in addition to groups."""
     return bool(train_retriever.get("trainer", "contrastive") != "contrastive")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

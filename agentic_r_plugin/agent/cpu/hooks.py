@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from agentic_r_plugin.agent.hooks import VERL
-from agentic_r_plugin.upstream import Hook, apply
+from agentic_r_plugin.agent.hooks import VerlHook
+from agentic_r_plugin.upstream import apply
 
 ROLLOUT_NAME = "hf"
 ROLLOUT_CLASS = "agentic_r_plugin.agent.cpu.rollout.HFServerAdapter"
@@ -37,26 +37,20 @@ def rollout_entry(owner: Any, attribute: str, original: Any) -> None:
 
 
 HOOKS = (
-    Hook(
+    VerlHook(
         name="gloo_process_group",
-        distribution="verl",
-        versions=VERL,
         symbol="verl.utils.distributed:initialize_global_process_group_ray",
         patch="patches/verl-0.9.1-gloo-process-group.patch",
         install=gloo_process_group,
     ),
-    Hook(
+    VerlHook(
         name="rollout_entry",
-        distribution="verl",
-        versions=VERL,
         symbol="verl.workers.rollout.base:_ROLLOUT_REGISTRY",
         patch="patches/verl-0.9.1-rollout-registry.patch",
         install=rollout_entry,
     ),
-    Hook(
+    VerlHook(
         name="pageable_offload",
-        distribution="verl",
-        versions=VERL,
         symbol="verl.workers.engine.fsdp.transformer_impl:CPUOffloadPolicy",
         patch="patches/verl-0.9.1-pageable-offload.patch",
         install=pageable_offload,
