@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.errors import ConfigError, RecordError, located
+from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.records import Correctness, Group, Relevance
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
-from agentic_r_plugin.store import read_lines, read_records, shards
+from agentic_r_plugin.store import placed_records, read_records
 
 Key = tuple[str, int]
 """(question id, turn)."""
@@ -61,10 +62,8 @@ def read_examples(
     read: list[Example] = []
     positives: dict[Key, set[int]] = defaultdict(set)
     rows = _Rows(corpus)
-    lines = ((shard, number, data) for shard in shards(groups) for number, data in read_lines(shard))
-    for shard, number, data in lines:
-        try:
-            group = Group.from_dict(data)
+    for shard, number, group in placed_records(groups, Group):
+        with located(shard, number):
             if not group.negatives or group.positive in group.negatives:
                 raise RecordError("expected negatives, and the positive not among them")
             if not 0 < group.weight < math.inf:
@@ -72,8 +71,6 @@ def read_examples(
             key, passages = (group.id, group.turn), (group.positive, *group.negatives)
             positive, *negatives = [rows[passage] for passage in passages]
             found = None if scores is None else tuple(_score(scores, key, passage) for passage in passages)
-        except RecordError as error:
-            raise RecordError(str(error), path=shard, line=number) from error
         positives[key].add(positive)
         read.append(
             Example(
@@ -117,24 +114,37 @@ def read_scores(relevance: str | None, correctness: str | None) -> dict[Key, dic
     """
     if not relevance and not correctness:
         raise ConfigError("this trainer learns from scores: give relevance=FILE, correctness=FILE, or both")
-    parts: list[dict[Key, dict[str, float]]] = []
-    if relevance:
-        judged = read_records(relevance, Relevance)
-        parts.append({(r.id, r.turn): {p: score / 100 for p, score in r.scores.items()} for r in judged})
-    if correctness:
-        rolled_out: dict[Key, dict[str, float]] = defaultdict(dict)
-        for record in read_records(correctness, Correctness):
-            rolled_out[record.id, record.turn][record.passage_id] = float(record.em)
-        parts.append(dict(rolled_out))
-    if len(parts) == 1:
-        return parts[0]
+    judged: dict[Key, dict[str, float]] = {}
+    for scored in read_records(relevance, Relevance) if relevance else ():
+        judged[scored.id, scored.turn] = {passage: score / 100 for passage, score in scored.scores.items()}
+    rolled_out: dict[Key, dict[str, float]] = defaultdict(dict)
+    for outcome in read_records(correctness, Correctness) if correctness else ():
+        rolled_out[outcome.id, outcome.turn][outcome.passage_id] = float(outcome.em)
+    if not relevance or not correctness:
+        return judged if relevance else dict(rolled_out)
     # The sum needs both scores, so a passage that only one of the files covers gets no score at all.
-    first, second = parts
     return {
-        key: {passage: score + second[key][passage] for passage, score in found.items() if passage in second[key]}
-        for key, found in first.items()
-        if key in second
+        key: {passage: score + correct[passage] for passage, score in judged[key].items() if passage in correct}
+        for key, correct in rolled_out.items()
+        if key in judged
     }
+
+
+def require_reasoning(formulation: str, requests: Iterable[SearchRequest], what: str, path: str) -> None:
+    """Check that some records hold the agent's reasoning, if the formulation reads it.
+
+    Args:
+        what: name of one record, for the message.
+
+    Raises:
+        RecordError: the formulation reads the reasoning, and no request holds any.
+    """
+    if needs_reasoning(formulation) and not any(request.reasoning for request in requests):
+        raise RecordError(
+            f"no {what} holds the agent's reasoning, which the formulation {formulation!r} reads; construct the data "
+            "again from candidates with reasoning=true",
+            path=path,
+        )
 
 
 def _score(scores: Mapping[Key, Mapping[str, float]], key: Key, passage: str) -> float:

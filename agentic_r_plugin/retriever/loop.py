@@ -159,12 +159,11 @@ class Run:
     @property
     def kept_step(self) -> int:
         """The step whose weights the model has after `fit`."""
-        step: int = self.best["step"] if self._keeps_best else self.step
-        return step
+        return int(self.best["step"]) if self._keeps_best else self.step
 
     def _is_over(self) -> bool:
-        lost: bool = self.best.get("lost", False)
-        return lost or (self.config.patience is not None and self.best["misses"] >= self.config.patience)
+        patience = self.config.patience
+        return bool(self.best.get("lost") or (patience is not None and self.best["misses"] >= patience))
 
     def _remaining(self, examples: list[Example], per_epoch: int, last: int) -> Iterator[tuple[int, Batch]]:
         for epoch in range(self.step // per_epoch, self.config.epochs):

@@ -15,7 +15,7 @@ known positives of query i and 1 for its own positive. A group's weight multipli
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +41,12 @@ class Targets:
 
     def to(self, like: Tensor) -> Targets:
         """Move to the device and floating-point type of `like`."""
-        return Targets(
-            weights_BP=self.weights_BP.to(like),
-            own_BG=self.own_BG.to(like.device),
-            present_BG=self.present_BG.to(like.device),
-            teacher_BG=None if self.teacher_BG is None else self.teacher_BG.to(like),
-            factor_B=None if self.factor_B is None else self.factor_B.to(like),
-        )
+        moved = {
+            name: item.to(like if item.is_floating_point() else like.device)
+            for name, item in vars(self).items()
+            if item is not None
+        }
+        return replace(self, **moved)
 
 
 _NOTHING = -1e30

@@ -36,7 +36,7 @@ from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.query import DEFAULT_FORMULATION
 from agentic_r_plugin.records import Candidates
-from agentic_r_plugin.retriever.batches import Key, read_scores
+from agentic_r_plugin.retriever.batches import Key, read_scores, require_reasoning
 from agentic_r_plugin.retriever.card import header, table
 from agentic_r_plugin.retriever.dev import ranking_metrics
 from agentic_r_plugin.retriever.settings import TrainedModelConfig
@@ -201,7 +201,7 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
             device=config.device,
             new_head=True,
         )
-        _require_reasoning(config, queries, reranker)
+        require_reasoning(reranker.record.formulation, (q.request for q in queries), "query", config.candidates)
         output = Output(out=out, made_from=_made_from(config, corpus, reranker), done=DONE, folder=True)
         with output.claim(resume=resume) as held:
             if held.finished is None:
@@ -334,17 +334,6 @@ def _columns(queries: Sequence[Labelled], corpus: Corpus, reranker: CrossEncoder
         "passages": [[reranker.passage_text(corpus.by_id(passage)) for passage in q.passages] for q in queries],
         "labels": [list(query.labels) for query in queries],
     }
-
-
-def _require_reasoning(
-    config: TrainRerankerConfig, queries: Sequence[Labelled], reranker: CrossEncoderReranker
-) -> None:
-    if reranker.reads_reasoning and not any(query.request.reasoning for query in queries):
-        raise RecordError(
-            f"no query holds the agent's reasoning, which the formulation {reranker.record.formulation!r} reads; make "
-            "the candidates with reasoning=true",
-            path=config.candidates,
-        )
 
 
 def _made_from(config: TrainRerankerConfig, corpus: Corpus, reranker: CrossEncoderReranker) -> dict[str, Any]:

@@ -11,7 +11,6 @@ train-retriever ...`. Several nodes need torchrun's rendezvous and an output fol
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,11 @@ from typing import Any
 
 from agentic_r_plugin import child, components, compute
 from agentic_r_plugin.config import deciding, save_config, to_dict
-from agentic_r_plugin.errors import RecordError, TrainingError
+from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.hub import push_folder
 from agentic_r_plugin.memory import bound_caches
-from agentic_r_plugin.query import needs_reasoning
 from agentic_r_plugin.retriever import loss as losses
-from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores
+from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores, require_reasoning
 from agentic_r_plugin.retriever.card import write_card
 from agentic_r_plugin.retriever.distributed import barrier, from_first, process_group
 from agentic_r_plugin.retriever.interpolation import interpolate
@@ -97,7 +95,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         there = other or corpus
         elsewhere = (there, read_examples(config.elsewhere_groups, there)) if config.elsewhere_groups else None
         retriever = initial_retriever(config)
-        _require_reasoning(config.groups, examples, retriever)
+        require_reasoning(retriever.record.formulation, (item.request for item in examples), "group", config.groups)
         output = Output(
             out=Path(config.out),
             made_from=_made_from(config, corpus, retriever, world),
@@ -140,16 +138,6 @@ def _finish(config: TrainRetrieverConfig, training: Run, examples: list[Example]
     held.finish(done)
     for name in (STATE, BEST):
         (held.out / name).unlink(missing_ok=True)
-
-
-def _require_reasoning(groups: str, examples: Sequence[Example], retriever: Retriever) -> None:
-    """Raise RecordError if the retriever's formulation reads the agent's reasoning and no group holds any."""
-    if needs_reasoning(retriever.record.formulation) and not any(item.request.reasoning for item in examples):
-        raise RecordError(
-            f"no group holds the agent's reasoning, which the formulation {retriever.record.formulation!r} reads; make "
-            "the candidates with reasoning=true, and the groups from them",
-            path=groups,
-        )
 
 
 def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:
