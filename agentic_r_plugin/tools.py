@@ -33,35 +33,23 @@ from agentic_r_plugin.protocol import (
 from agentic_r_plugin.records import Passage, StopReason, Trajectory
 from agentic_r_plugin.tags import TagProtocol
 
-SEARCH: Mapping[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Search the corpus; returns the most relevant passages.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "What to search for."}},
-            "required": ["query"],
-        },
-    },
-}
-"""Schema of the tool `search`."""
 
-OPEN: Mapping[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "open",
-        "description": "Open a document that a search has shown, to read more of it.",
-        "parameters": {
-            "type": "object",
-            "properties": {"id": {"type": "string", "description": "Its id, or its rank in the last search."}},
-            "required": ["id"],
-        },
-    },
-}
-"""Schema of the tool `open`."""
+def _tool(name: str, description: str, argument: str, meaning: str) -> dict[str, Any]:
+    """Schema of a tool with one text argument."""
+    properties = {argument: {"type": "string", "description": meaning}}
+    parameters = {"type": "object", "properties": properties, "required": [argument]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
+
+SEARCH = _tool("search", "Search the corpus; returns the most relevant passages.", "query", "What to search for.")
+OPEN = _tool(
+    "open",
+    "Open a document that a search has shown, to read more of it.",
+    "id",
+    "Its id, or its rank in the last search.",
+)
 TOOLS = {"search": SEARCH, "open": OPEN}
+"""Schemas of the tools, by name."""
 
 _WROTE = "(the turn of the model)"
 """Placeholder for what the model wrote."""

@@ -86,8 +86,14 @@ class Evaluation:
         return load_config(evaluate.EvaluateConfig, values=values | given | {"out": str(self.out / folder)})
 
     def stop_settings(self, searches: Mapping[str, Any]) -> evaluate.EvaluateConfig:
-        """Each iteration's own agent and retriever on the split of the stop rule."""
+        """Each iteration's own agent and retriever on the split of the stop rule.
+
+        Raises:
+            ConfigError: none of the agents is one of the run's own, agent-1, agent-2, ...
+        """
         cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
+        if not cells:  # `evaluate` would take an empty list as all pairs
+            raise ConfigError(f"stop_rule: expected agent-1, agent-2, ... among the agents {', '.join(self.agents)}")
         given = {"benchmarks": [self.benchmarks.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
         return self.settings(searches, "stop_rule", **given)
 

@@ -12,6 +12,7 @@ from agentic_r_plugin.loop.costs import read_costs
 from agentic_r_plugin.loop.settings import IterateConfig
 from agentic_r_plugin.progress import duration, scaled
 from agentic_r_plugin.retriever import reranker, training
+from agentic_r_plugin.search.indexing import index
 
 _RERANKER, _RERANKED = 2.0, 10.0
 """Times that training a reranker takes of a retriever's, and a cell with reranking of one without."""
@@ -64,8 +65,9 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
     """Training, indexes and rollouts of retrievers that are not done."""
     out, seconds, exhaustive = Path(part.experiment.out), 0.0, False
     for name, plan in part.experiment.retrievers.items():
-        home = out / "retrievers" / name
-        if plan.bm25 or plan.of_run or plan.hybrid or plan.rerank or (home / "retriever" / training.DONE).is_file():
+        trained = (out / "retrievers" / name / "retriever" / training.DONE).is_file()
+        indexed = plan.model and any((out / "index" / name).glob(f"*/{index.MANIFEST}"))
+        if plan.bm25 or plan.of_run or plan.hybrid or plan.rerank or trained or indexed:
             continue
         seconds += known.get("index", 0.0) + (0.0 if plan.model else known.get("train-retriever", 0.0))
         exhaustive |= plan.exhaustive

@@ -42,15 +42,11 @@ class TrainedRetriever:
 
     def file(self, name: str) -> Path:
         """Candidates, relevance, correctness or groups: its own, the run's, or correctness that retrievers share."""
-        match name:
-            case "relevance":
-                own = bool(self.plan.sampled or self.plan.relevance)
-            case "correctness":
-                own = self.rolls_out
-            case "groups":
-                own = self.plan.regroups
-            case _:
-                own = False
+        own = (
+            (name == "relevance" and (self.plan.sampled or self.plan.relevance))
+            or (name == "correctness" and self.rolls_out)
+            or (name == "groups" and self.plan.regroups)
+        )
         if not own:
             return self.run.data(name)
         shared = name == "correctness" and self.plan.exhaustive

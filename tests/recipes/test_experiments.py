@@ -543,6 +543,7 @@ def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path)
         ({"evaluate": {"cells": ["agent-1:c"]}}, "'agent-1:c' is not AGENT:SEARCH"),
         ({"worlds": {"far": {"namesake_share": 2}}}, "namesake_share"),
         ({"stop_rule": "dev"}, "'agent-1:retriever-1' is not AGENT:SEARCH"),
+        ({"stop_rule": "dev", "agents": ["mine=x"]}, "stop_rule: expected agent-1, agent-2, .* agents mine"),
         ({"stop_rule": "dev", "max_searches": [1]}, "at most one of the two"),
         ({"variants": {"a": {}}}, "need loop, the configuration that they change"),
         ({"retrievers": {"x": {"exhaustive": True, "correctness": {"method": "likelihood"}}}}, "give one of the two"),
