@@ -109,7 +109,7 @@ def _bare_json_calls(text: str) -> Iterator[_Call]:
 
 
 def _after(pattern: str, text: str, at: int) -> int:
-    """Where a pattern that matches anywhere ends, if it begins at `at`."""
+    """End of the match of `pattern` at position `at`; `at` if it does not match there."""
     match = re.compile(pattern).match(text, at)
     return match.end() if match else at
 
@@ -430,7 +430,7 @@ class ToolProtocol(AgentProtocol):
 
 
 def _reasoning(before: str) -> str:
-    """The thought before a turn's calls, or what it says before them if the model does not think.
+    """The thought before a turn's calls, or the text before them if the turn has no thought.
 
     >>> _reasoning("<think>Who?</think> I search."), _reasoning("I search. ")
     ('Who?', 'I search.')

@@ -378,7 +378,7 @@ def test_a_wrong_setting_is_found_before_anything_runs(tmp_path, override, messa
 def test_what_a_phase_and_the_rest_take_here_is_estimated_from_the_pace_of_the_phases_before(tmp_path):
     expected = {"0": {"world": 1, "index": 20}, "1": {"train-agent": 60, "evaluate": 30}}
     with opened(Phases(replace(composed(tmp_path).config, expected_seconds=expected)), resume=False) as loop:
-        assert loop.costs.estimate(0, "index") == ": about 20 s; 1 min 51 s left in all"
+        assert loop.costs.estimate(0, "index") == ": about 20 s; 1 min 51 s left in total"
         loop.costs.done = {(0, "world"): {"seconds": 2.0}, (0, "index"): {"seconds": 40.0}}
-        assert loop.costs.estimate(1, "train-agent") == ": about 2 min; 3 min left in all"
+        assert loop.costs.estimate(1, "train-agent") == ": about 2 min; 3 min left in total"
         assert loop.costs.estimate(2, "groups") == ""

@@ -73,7 +73,7 @@ def _check_engine(config: TrainAgentConfig) -> None:
     if config.engine == "sglang" and importlib.util.find_spec("sglang") is None:
         raise ConfigError(
             "engine=sglang: the package sglang is not installed here, and verl 0.9.1 cannot be installed with it: "
-            "verl[sglang] asks for sglang 0.5.12, which asks for transformers 5.6.0, which verl excludes. Use "
+            "verl[sglang] requires sglang 0.5.12, which requires transformers 5.6.0, which verl excludes. Use "
             "engine=vllm, or install sglang against that exclusion (uv pip install --override) and try again"
         )
 

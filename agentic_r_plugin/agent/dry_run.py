@@ -99,7 +99,7 @@ def _model(config: TrainAgentConfig) -> str:
 
 def _lengths(config: TrainAgentConfig, questions: Any, validation: Any) -> list[int]:
     if questions is None:
-        raise ConfigError("not looked at, because the questions could not be read")
+        raise ConfigError("not checked, because the questions could not be read")
     prepare.check_model(Path(config.model))
     return prepare.fitting_questions(config, questions, validation).prompt_tokens
 
@@ -122,11 +122,11 @@ def _output_folder(config: TrainAgentConfig) -> str:
     if folder.exists():
         prepare.run_output(config).finished()
         step = latest_step(folder)
-        return f"{folder} exists, its newest checkpoint is of step {step}: go on with --resume"
+        return f"{folder} exists, its newest checkpoint is step {step}: continue with --resume"
     parent = next(item for item in folder.parents if item.exists())
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"out: {parent} cannot be written to")
-    return f"{folder} will be made"
+    return f"{folder} will be created"
 
 
 def _engine(config: TrainAgentConfig) -> str:
@@ -148,7 +148,7 @@ def _engine(config: TrainAgentConfig) -> str:
         missing.insert(0, "torch with CUDA")
     if not missing:
         return config.engine
-    absent = f"{', '.join(missing)}: not installed here; must be on the machines that train (verl[{config.engine}])"
+    absent = f"{', '.join(missing)}: not installed here, required on machines that train (verl[{config.engine}])"
     if found:
         raise ConfigError(f"{absent}, and this machine has an accelerator ({found}); install that, or set cpu=true")
     return absent

@@ -68,8 +68,8 @@ def shard_files(checkpoint: Path) -> list[Path]:
     for file in (record, *files):
         if not file.is_file():
             raise TrainingError(
-                f"{checkpoint}: {file.name} is missing; the checkpoint is not whole. Where several machines train, out "
-                "must be on a disk that all of them share"
+                f"{checkpoint}: {file.name} is missing, so the checkpoint is incomplete. With several machines, out "
+                "must be on a shared disk"
             )
     return files
 
@@ -97,7 +97,7 @@ def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str,
         return weights
     record = checkpoint / "lora_train_meta.json"
     if not record.is_file():
-        raise TrainingError(f"{checkpoint}: holds LoRA adapters, and no {record.name}, which holds their scale")
+        raise TrainingError(f"{checkpoint}: has LoRA adapters but no {record.name}, which gives their scale")
     meta = read_json(record)
     scale = meta["lora_alpha"] / meta["r"]
     merged = {

@@ -88,7 +88,8 @@ def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared) -
 def _train(held: Claim, config: TrainAgentConfig, environment: dict[str, str | None]) -> None:
     """Run the training process and report each step; add the elapsed seconds to the manifest.
 
-    The process inherits the lock of the run folder: should it outlive this one, no other starts.
+    The process inherits the lock of the run folder. While it lives, no other process can start on the folder, even if
+    this one has ended.
     """
     run_dir = held.out
     name_latest(run_dir)
@@ -190,5 +191,5 @@ def _finish(held: Claim, config: TrainAgentConfig) -> None:
     }
     held.finish(done)
     if chosen["collapse"] is not None:
-        print(f"train-agent: {chosen['verdict']}; step {chosen['checkpoint']} was taken", file=sys.stderr)
+        print(f"train-agent: {chosen['verdict']}; step {chosen['checkpoint']} was exported", file=sys.stderr)
     print(f"train-agent: {json.dumps(done)}", file=sys.stderr)

@@ -132,7 +132,7 @@ def estimate(composed: Any, actor: ModelSize, critic: ModelSize | None, *, devic
 
 
 def _reference(composed: Any, actor: ModelSize, world: int) -> float:
-    """GiB of the reference policy on one device, where it is not offloaded."""
+    """GiB of the reference policy on one device, if it is not offloaded."""
     policy = composed.actor_rollout_ref
     used = composed.algorithm.use_kl_in_reward or policy.actor.use_kl_loss
     # With LoRA the reference policy is the actor with its adapters disabled: no second copy of the weights.

@@ -114,7 +114,7 @@ def trajectory_lengths(position_ids_T: torch.Tensor) -> list[int]:
     """
     starts = (position_ids_T == 0).nonzero().flatten().tolist()
     if not starts or starts[0] != 0:
-        raise ValueError(f"{NAME} attention: the row begins in the midst of a trajectory")
+        raise ValueError(f"{NAME} attention: the row starts inside a trajectory")
     return [end - start for start, end in pairwise([*starts, len(position_ids_T)])]
 
 

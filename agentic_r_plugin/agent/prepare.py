@@ -175,9 +175,9 @@ def check_service(config: TrainAgentConfig, *, probe: str) -> str:
     except SearchRefusedError as error:
         if error.status != 401:
             raise
-        given = f"the one in {config.retrieval_token_env} is another" if token else "none is given"
+        given = f"the one in {config.retrieval_token_env} is wrong" if token else "none was sent"
         raise SearchError(
-            f"{error}: the service wants its token, {given}; set retrieval_token_env to the variable that holds it"
+            f"{error}: the service requires a token, and {given}; set retrieval_token_env to the variable that holds it"
         ) from error
     finally:
         client.close()

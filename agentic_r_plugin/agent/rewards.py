@@ -39,7 +39,7 @@ class Outcome:
     stop_reason: StopReason
     shown: tuple[str, ...]
     """Title and text of the passages and documents that the agent read, in order and as they were cut. What else the
-    environment writes is left out: an error message repeats words of the agent."""
+    environment writes is left out, because error messages repeat the agent's words."""
     searches: int
     turns: int
     """Turns of the model; one may hold several searches, or open documents."""
@@ -82,7 +82,7 @@ class RewardSum:
         """Value of each reward, before its weight, with the further numbers that it records.
 
         Raises:
-            TrainingError: a reward is not a finite number, which would spoil the weights of the agent.
+            TrainingError: a reward is not a finite number; training on it would destroy the agent's weights.
         """
         found: dict[str, float] = {}
         for name, reward in self.rewards.items():
@@ -126,13 +126,13 @@ def search_penalty(outcome: Outcome, *, free: int = 0, none: float = 0.0) -> flo
 def judge(
     outcome: Outcome, *, llm: Mapping[str, Any], prompt: str = "", max_tokens: int = 16, max_retries: int = 2
 ) -> Value:
-    """Share of the answer that a judge finds correct, 0 to 1; exact match where its reply cannot be read (`failed`).
+    """Correctness of the answer by a judge, from 0 to 1; exact match if its reply cannot be parsed (`failed`).
 
     Args:
         llm: the judge (`backends.LLMSpec`).
         prompt: a prompt file in place of `answer_judge.txt`.
         max_tokens: maximum length of a reply.
-        max_retries: further attempts after a reply that is no number from 0 to 100.
+        max_retries: retries after a reply that is not a number from 0 to 100.
 
     Raises:
         BackendError: the judge's server failed after all retries.
@@ -155,12 +155,12 @@ def judge(
 
 
 _OPEN = ExitStack()
-"""The judges, open as long as the process lives."""
+"""The open judges; they are closed when the process exits."""
 atexit.register(_OPEN.close)
 
 
 @cache
 def _opened(spec: str) -> tuple[Any, AbstractContextManager[Any]]:
-    """The judge and its lock; a server is asked from many threads at once."""
+    """The judge and its lock. A server needs no lock: it accepts requests from many threads."""
     settings = load_config(LLMSpec, values=json.loads(spec))
     return _OPEN.enter_context(open_llm(settings)), nullcontext() if settings.backend == "openai" else Lock()

@@ -82,25 +82,25 @@ class TrainAgentConfig:
 
     algorithm: str = setting("ppo (GAE with a critic) or grpo (no critic; needs several samples)", default="ppo")
     mode: str = setting("verl's trainer: sync, colocate_async or separate_async", default="sync")
-    steps: int = setting("PPO steps in all", default=500)
-    seed: int = setting("of the data order, all draws, the sampling and the workers", default=0)
+    steps: int = setting("total PPO steps", default=500)
+    seed: int = setting("seed of data order, random draws, sampling and workers", default=0)
     sampling_seed: int | None = setting(
-        "of the rollouts; -1: as seed with mode=sync, else none (an aborted request would go on with the draws that it "
-        "began with); null: none, which vLLM samples faster, and a step done again draws other tokens",
+        "seed of the rollouts; -1: `seed` with mode=sync, else none, because an aborted request would reuse its first "
+        "random numbers; null: none: vLLM samples faster, but a repeated step draws other tokens",
         default=-1,
     )
     batch_size: int = setting("questions per step", default=512)
     samples: int = setting("trajectories per question", default=1)
     mini_batch_size: int = setting("questions per update", default=256)
     micro_batch_size: int = setting("trajectories per forward and backward pass and device", FREE, default=8)
-    temperature: float = setting("of sampling while training; validation is greedy", default=1.0)
+    temperature: float = setting("sampling temperature in training; validation is greedy", default=1.0)
     actor_lr: float = setting("learning rate of the actor", default=1e-6)
     actor_warmup: float = setting("share of all steps over which the actor's learning rate rises", default=0.285)
     critic_lr: float = setting("learning rate of the critic", default=1e-5)
     critic_warmup: float = setting("share of all steps over which the critic's learning rate rises", default=0.015)
     kl_coef: float = setting("coefficient of the KL to the starting agent", default=0.001)
     mask_observations: bool = setting(
-        "off: ablation, passages are trained on like the model's own tokens", default=True
+        "exclude the environment's tokens from the loss; off (ablation): train on them too", default=True
     )
     kl_loss: bool = setting("put the KL into the loss (k3 estimate) instead of the reward", default=False)
     critic_only_steps: int = setting("first steps in which only the critic learns", default=0)
@@ -115,22 +115,21 @@ class TrainAgentConfig:
         "steps between validations; 0: only before the first and after the last", FREE, default=50
     )
     rollouts_per_step: int = setting(
-        "trajectories of each step, drawn, written to rollouts/STEP.jsonl", FREE, default=4
+        "random trajectories of each step to write to rollouts/STEP.jsonl", FREE, default=4
     )
     loggers: list[str] = setting("verl's loggers: wandb, …", FREE, default_factory=lambda: ["console"])
 
     max_failed_search_share: float = setting(
-        "share of failed searches (asynchronous modes: also of agent loops that raised) above which the run stops",
-        FREE,
-        default=0.1,
+        "the run stops if a larger share of searches (asynchronous modes: or of agent loops) fails", FREE, default=0.1
     )
-    max_concurrent_searches: int = setting("searches under way at once, per agent-loop worker", FREE, default=64)
-    search_timeout_s: float = setting("limit of one attempt of a search", FREE, default=60.0)
-    search_retries: int = setting("attempts after a search's first, with doubling pauses", FREE, default=5)
-    cpu: bool | None = setting("train on the CPU; none: where no accelerator is found", default=None)
+    max_concurrent_searches: int = setting("maximum concurrent searches per agent-loop worker", FREE, default=64)
+    search_timeout_s: float = setting("timeout of one search attempt", FREE, default=60.0)
+    search_retries: int = setting("retries of a failed search, with exponential backoff", FREE, default=5)
+    cpu: bool | None = setting("train on the CPU; none: only if no accelerator is found", default=None)
     devices: int = setting("accelerators (or CPU worker processes) on this machine", default=1)
     nodes: int = setting(
-        "machines of that many devices, in one Ray cluster; more than 1: out is on a shared disk", default=1
+        "machines in one Ray cluster, each with that many devices; for more than 1, out must be on a shared disk",
+        default=1,
     )
     rollout_nodes: int = setting("further machines for rollouts alone (separate_async)", default=0)
     device_memory_gb: float = setting("memory of one accelerator, for the estimate of --dry-run", FREE, default=80.0)
@@ -139,12 +138,10 @@ class TrainAgentConfig:
         "keep weights and optimizer states in host memory while they are not used", FREE, default=True
     )
     micro_batch_tokens: int = setting(
-        "pack trajectories into micro-batches of that many tokens per device; 0: micro_batch_size counts",
-        FREE,
-        default=0,
+        "pack trajectories into micro-batches of that many tokens per device; 0: use micro_batch_size", FREE, default=0
     )
     precision: str = setting(
-        "float32, bfloat16: type that actor, reference and critic compute in; auto: what a CPU is fast in, or verl's",
+        "compute type of actor, reference and critic: float32, bfloat16; auto: the CPU's fast type, or verl's default",
         default="auto",
     )
     threads: int | None = setting("CPU threads per worker; none: all cores", FREE, default=None)

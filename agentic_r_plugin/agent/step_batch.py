@@ -88,8 +88,8 @@ def check_masks(trajectories: Sequence[dict[str, Any]], trained: Sequence[int], 
         chosen = item["trained_tokens"]
         if found != chosen:
             raise TrainingError(
-                f"step {step}: {chosen} tokens of trajectory {item['trajectory']['id']!r} are to be trained on, and "
-                f"verl would train on {found}; the response mask was changed on the way"
+                f"step {step}: trajectory {item['trajectory']['id']!r}: the agent loop selected {chosen} tokens for "
+                f"training, but verl's batch has {found}; the response mask was changed in between"
             )
 
 
@@ -97,5 +97,5 @@ def too_many_failed(where: str, share: float, max_share: float) -> TrainingError
     """The error that ends a run in which too large a share of the searches failed."""
     return TrainingError(
         f"{where}: the search of {share:.0%} of the trajectories failed, more than the {max_share:.0%} allowed "
-        "(max_failed_search_share). Look at the retrieval service, then go on with --resume"
+        "(max_failed_search_share). Check the retrieval service, then continue with --resume"
     )

@@ -47,7 +47,7 @@ def compute_score(
         raise TrainingError("a question without gold answers cannot be rewarded; leave it out of the training data")
     em = float(extra_info["em"])
     scores = {"score": float(extra_info["reward"]), "acc": em, "em": em, "f1": float(extra_info["f1"])}
-    # verl wants the same names for all trajectories, so numbers that only some of them have are left out.
+    # verl requires the same names for all trajectories, so numbers that only some of them have are left out.
     parts = {name: extra_info["reward_parts"][name] for name in extra_info.get("reward_weights", ())}
     scores |= {f"reward_{name}": float(part) for name, part in parts.items()}
     return scores | {name: float(extra_info[name]) for name in NUMBERS}

@@ -70,9 +70,11 @@ def link(path: Path, target: Path) -> None:
         ManifestMismatchError: the link exists and points to another target.
     """
     if not target.exists():
-        raise ConfigError(f"{target}: not there; it belongs to the run or to a benchmark")
+        raise ConfigError(f"{target} does not exist, but the run or a benchmark needs it")
     if path.exists() and path.resolve() != target.resolve():
-        raise ManifestMismatchError(f"{path}: leads to {path.resolve()}, now {target.resolve()}; choose another out")
+        raise ManifestMismatchError(
+            f"{path}: links to {path.resolve()}, expected {target.resolve()}; choose another out"
+        )
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from agentic_r_plugin.retriever import reranker, training
 from agentic_r_plugin.search.indexing import index
 
 _RERANKER, _RERANKED = 2.0, 10.0
-"""Times that training a reranker takes of a retriever's, and a cell with reranking of one without."""
+"""Time of training a reranker relative to a retriever, and of a cell with reranking relative to one without."""
 _PRUNED = 0.045
 """Share of the exhaustive rollouts that pruned correctness makes (recipes/experiments/README.md)."""
 

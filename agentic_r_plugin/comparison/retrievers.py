@@ -111,7 +111,9 @@ class Retrievers:
                 link(out, built)
                 return out
         if out.is_symlink():
-            raise ManifestMismatchError(f"{out}: leads to {out.resolve()}, made otherwise; choose another out")
+            raise ManifestMismatchError(
+                f"{out}: links to {out.resolve()}, but this retriever needs its own index; choose another out"
+            )
         own = self.run.config.index
         if not of_run:
             own = {key: value for key, value in own.items() if key not in _OF_A_RETRIEVER}

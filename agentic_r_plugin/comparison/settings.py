@@ -21,19 +21,19 @@ _READY = ("of_run", "model", "bm25", "hybrid", "rerank")
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieverPlan:
-    """How one retriever comes about: of the run, off the shelf, BM25, a hybrid, reranked, or else trained here."""
+    """How one retriever is made: taken from the run, off the shelf, BM25, a hybrid, reranked, or trained here."""
 
     of_run: str = setting("the run's own: retriever-0, retriever-1, ...", default="")
     model: str = setting("folder, hub name or builtin:NAME", default="")
     bm25: bool = setting("BM25 over the same corpus", default=False)
     hybrid: list[str] = setting("names of other retrievers here, fused by reciprocal rank", default_factory=list)
-    rerank: str = setting("name of a reranker here, which ranks the passages of `of` again", default="")
+    rerank: str = setting("name of a reranker here, which reorders the passages of `of`", default="")
     of: str = setting("name of another retriever here, for rerank", default="")
-    depth: int = setting("best passages of a search that rerank ranks again", default=50)
+    depth: int = setting("passages of a search that rerank reorders", default=50)
     exhaustive: bool = setting("train on the correctness of every candidate", default=False)
     sampled: int = setting("train on the correctness of N candidates per query, drawn with the run's seed", default=0)
     relevance: dict[str, Any] = setting(
-        "what differs in the scores of candidates, e.g. another scorer; rolled out again by these",
+        "what differs in the scores of candidates, e.g. another scorer; correctness is rolled out again",
         section_of(RelevanceConfig),
         default_factory=dict,
     )
@@ -62,8 +62,8 @@ class RetrieverPlan:
         trained = [name for name in changes if getattr(self, name)]
         if ready and trained:
             raise ConfigError(
-                f"{ready[0]}: is taken as it is, so {', '.join(trained)} would change nothing; to train from a "
-                "retriever of your choice give train: {retriever: FOLDER_OR_NAME} alone"
+                f"{ready[0]}: is used unchanged, so {', '.join(trained)} would have no effect; to train from another "
+                "retriever, give only train: {retriever: FOLDER_OR_NAME}"
             )
 
     @property
@@ -94,12 +94,12 @@ class ExperimentConfig:
     variants: dict[str, Any] = setting(
         "name -> what differs in the loop; one run each, named by {variant} in run and agents", default_factory=dict
     )
-    loop: str | None = setting("configuration of iterate, which makes the runs that are missing", default=None)
+    loop: str | None = setting("configuration of iterate, to make missing runs", default=None)
     loop_settings: dict[str, Any] = setting(
         "what differs in the loop, e.g. {world: {test_questions: 300}}", default_factory=dict
     )
     dry_run: bool = setting("check, print a forecast of the time, stop", default=False)
-    iteration: int = setting("whose agent, data and first retriever are used", default=1)
+    iteration: int = setting("iteration whose agent, data and starting retriever are used", default=1)
     agents: list[str] = setting("agent-K of the run, or NAME=FOLDER", default_factory=lambda: ["agent-1"])
     retrievers: dict[str, Any] = setting("name -> RetrieverPlan", default_factory=dict)
     rerankers: dict[str, Any] = setting(
@@ -115,7 +115,7 @@ class ExperimentConfig:
     max_searches: list[int] = setting(
         "evaluate each agent under these limits of searches; empty: its own", default_factory=list
     )
-    stop_rule: str = setting("split on which agent-k with retriever-k decide where to stop", default="")
+    stop_rule: str = setting("split on which agent-k with retriever-k show where to stop", default="")
     evaluate: dict[str, Any] = setting(
         "fields of EvaluateConfig: cells, first", section_of(EvaluateConfig), default_factory=dict
     )
@@ -135,7 +135,7 @@ class ExperimentConfig:
             for part in plan.hybrid:
                 if part not in self.retrievers or self.retrievers[part].hybrid:
                     raise ConfigError(
-                        f"retrievers.{name}: hybrid of {part!r}, which is no other retriever here, or a hybrid"
+                        f"retrievers.{name}: hybrid of {part!r}: expected another retriever here, not a hybrid"
                     )
             if plan.rerank and plan.rerank not in self.rerankers:
                 raise ConfigError(
@@ -143,7 +143,7 @@ class ExperimentConfig:
                 )
             if plan.of and (plan.of not in self.retrievers or self.retrievers[plan.of].rerank):
                 raise ConfigError(
-                    f"retrievers.{name}: reranks {plan.of!r}, which is no other retriever here, or reranked itself"
+                    f"retrievers.{name}: reranks {plan.of!r}: expected another retriever here, not a reranked one"
                 )
 
 

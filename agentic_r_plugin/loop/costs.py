@@ -17,7 +17,7 @@ from agentic_r_plugin.store import StepLog, drop_torn_end
 
 FILE = "costs.jsonl"
 _KEEP_S = 10.0
-"""Seconds between two notes in the manifest of how long the unfinished phase has taken, over all attempts."""
+"""Seconds between two updates in the manifest of the time that the unfinished phase has taken, over all attempts."""
 
 
 def read_costs(folder: Path) -> dict[tuple[int, str], dict[str, Any]]:
@@ -60,7 +60,7 @@ class Costs:
         left = scaled(self._expected, took)  # finished phases show how fast this machine is
         if (iteration, name) not in left:
             return ""
-        return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in all"
+        return f": about {duration(left[iteration, name])}; {duration(sum(left.values()))} left in total"
 
     @contextmanager
     def _timed(self, iteration: int, name: str) -> Iterator[Callable[[], float]]:

@@ -163,7 +163,7 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
         "Forecast of iteration 1, from assumptions, not measured:",
         f"{'phase':16}{'units':>12} {'':10}{'rollouts':>12}{'prompt M':>12}{'written M':>12}{'GPU hours':>11}",
         *rows,
-        f"Iteration 1: {hours[0]:,.1f} GPU hours, {hours[0] / plan.gpus:,.1f} hours on {plan.gpus} GPUs where all are "
+        f"Iteration 1: {hours[0]:,.1f} GPU hours, {hours[0] / plan.gpus:,.1f} hours on {plan.gpus} GPUs if all are "
         f"busy; data construction {data:,.1f} of them.",
         *_later(scales, hours),
         f"All {len(scales)}, with the index before them: {in_all:,.1f} GPU hours, without evaluation.",

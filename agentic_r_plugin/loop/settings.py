@@ -42,20 +42,20 @@ def _section(cls: type, text: str = "the loop fills in the rest") -> Any:
 class PlanConfig:
     """Assumptions of the forecast; the defaults are guesses for the paper's models on 80 GB accelerators."""
 
-    gpus: int = setting("accelerators in all", default=8)
+    gpus: int = setting("total accelerators", default=8)
     train_questions: int = setting("0: as many as the train split has", default=0)
     corpus_passages: int = setting("0: as many lines as the corpus has", default=0)
 
     queries_per_question: float = setting("searches the agent makes for a question", default=2.06)
-    rollouts_per_query: float = setting("candidates rolled out once pruned, all queries", default=4.0)
+    rollouts_per_query: float = setting("candidates rolled out per query, after pruning", default=4.0)
     calls_per_rollout: float = setting("turns of the agent after the candidate", default=1.7)
-    positive_share: float = setting("queries that give a group", default=0.3)
+    positive_share: float = setting("share of queries that give a group", default=0.3)
 
-    turn_prompt_tokens: int = setting("prompt of one turn of the agent", default=1400)
-    turn_cached_share: float = setting("of it taken from the prefix cache", default=0.8)
-    turn_generated_tokens: int = setting("written in one turn", default=110)
-    passage_tokens: int = setting("of one passage in a prompt", default=150)
-    judge_generated_tokens: int = setting("of one reply", default=90)
+    turn_prompt_tokens: int = setting("prompt tokens of one turn of the agent", default=1400)
+    turn_cached_share: float = setting("share of them read from the prefix cache", default=0.8)
+    turn_generated_tokens: int = setting("tokens written in one turn", default=110)
+    passage_tokens: int = setting("tokens of one passage in a prompt", default=150)
+    judge_generated_tokens: int = setting("tokens of one reply", default=90)
 
     agent_gpus: int = setting("accelerators of one engine of the agent", default=1)
     agent_prompt_tokens_per_s: float = setting("one engine", default=20_000)
@@ -89,12 +89,12 @@ class IterateConfig:
     agent: str = setting("folder of the agent to start from")
     retriever: str = setting("retriever to start from: folder, or builtin:NAME")
     benchmark: str = setting("benchmark in FlashRAG layout; empty: generate one (world)", default="")
-    corpus: str = setting("corpus, where it is not the benchmark's corpus.jsonl", default="")
+    corpus: str = setting("corpus, if it is not the benchmark's corpus.jsonl", default="")
     format: str = field(default="", metadata=FORMAT)
     iterations: int = setting("K", default=2)
     dry_run: bool = setting("compose every phase, check paths, print a forecast, stop", FREE, default=False)
-    seed: int = setting("of training, sampling and selection; the world has its own", default=0)
-    train_agents: bool = setting("off: no PPO; the given agent is that of every iteration", LATER, default=True)
+    seed: int = setting("seed of training, sampling and selection; world.seed is separate", default=0)
+    train_agents: bool = setting("train with PPO; off: every iteration uses the given agent", LATER, default=True)
     agent_from: str = setting("PPO of iteration k starts from: previous, first", default="previous")
     critic_from: str = setting(
         "critic of iteration k > 1 starts from: new (as train_agent says), previous", default="new"

@@ -36,7 +36,7 @@ class ReportConfig:
     out: str = setting("folder for the report; empty: the run folder", default="")
     title: str = setting("heading; empty: the run folder's name", default="")
     num_trajectories: int = setting(
-        "most trajectories the page carries, of questions that flip; 1-2 KB each", default=2000
+        "maximum trajectories in the page, of questions that flip; 1-2 KB each", default=2000
     )
 
     def __post_init__(self) -> None:

@@ -94,7 +94,7 @@ def _card_data(base: str) -> dict[str, Any]:
     path = load_file_path(resolve(base), CARD)
     try:
         return (metadata_load(path) if path else None) or {}
-    except (ValueError, YAMLError):  # a card that others broke must not stop a training at its end
+    except (ValueError, YAMLError):  # a broken card of the base model must not fail a finished training
         return {}
 
 

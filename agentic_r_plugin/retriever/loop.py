@@ -1,8 +1,8 @@
 """The training loop shared by all trainers: steps, checkpoints, training log, early stopping.
 
-transformers' `Trainer` around the same step gives the same weights at the same speed, but no less code: batches,
-backward pass, schedule, measurements and stops stay ours. It writes checkpoints in place, so that a kill can leave half
-of one, takes longer for them, and refuses float16 on a CPU.
+It does not use transformers' `Trainer`, which gives the same weights at the same speed but saves no code: batches,
+backward pass, schedule, measurements and stopping rules would still be ours. `Trainer` also writes checkpoints in place
+(a kill can leave half of one), takes longer to write them, and refuses float16 on a CPU.
 
 Legend: B queries and p passages of this process, P distinct passages of the batch, D dimensions.
 """
@@ -81,11 +81,11 @@ class Run:
             state = torch.load(self.out / STATE, map_location="cpu", weights_only=True)
             self._load_weights(state["weights"])
             if len(state["optimizer"]["param_groups"]) > 1:
-                raise TrainingError(f"{self.out} was begun by an earlier version; remove it or choose another out")
+                raise TrainingError(f"{self.out} was started by an earlier version; remove it or choose another out")
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.last_loss, self.best = state["step"], state["loss"], state["best"]
-            log.info("going on from step %d", self.step)
+            log.info("resuming from step %d", self.step)
         if self.rank == 0:
             self.metrics_log.keep_until(self.step)
 
@@ -109,7 +109,7 @@ class Run:
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
         trained = self._weights()
         if trained.keys() != weights.keys():
-            raise TrainingError(f"{self.out} holds a checkpoint of other parameters; remove it or choose another out")
+            raise TrainingError(f"{self.out} holds a checkpoint with other parameters; remove it or choose another out")
         for name, item in trained.items():
             item.copy_(weights[name])
 
@@ -270,7 +270,7 @@ class Run:
             self._keep(found)
 
     def _keep(self, found: Mapping[str, float]) -> None:
-        """Save the weights if they are the best so far; note that training is over once it lost too much elsewhere."""
+        """Save the weights if they are the best so far; note if the loss on the other set ends training."""
         config = self.config
         there = f"elsewhere_{config.dev_metric.partition('_')[2]}"
         needed = [*([config.dev_metric] if config.patience else []), *([there] if config.elsewhere_groups else [])]

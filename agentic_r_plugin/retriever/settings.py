@@ -64,10 +64,10 @@ class TrainRetrieverConfig(TrainedModelConfig):
     max_grad_norm: float = setting("gradients are clipped to this norm", default=1.0)
     batch_size: int = setting("queries per device and step", default=32)
     group_size: int = setting("passages of a group that are used, positive included", default=16)
-    temperature: float = setting("of the softmax over cosines", default=0.01)
-    cross_device: bool = setting("other devices' passages are negatives too", default=True)
+    temperature: float = setting("temperature of the softmax over cosines", default=0.01)
+    cross_device: bool = setting("use the passages of other devices as negatives, too", default=True)
     mask_false_negatives: bool = setting(
-        "a query's known positives, by id or text, are none of its negatives; off as in the paper", default=False
+        "never use a query's known positives (same id or text) as negatives; off as in the paper", default=False
     )
     relevance: str | None = setting(
         "relevance file; replug and llm_embedder learn from its scores", BY_CONTENTS, default=None
@@ -75,49 +75,49 @@ class TrainRetrieverConfig(TrainedModelConfig):
     correctness: str | None = setting(
         "correctness file (--exhaustive), added to the scores of replug, llm_embedder", BY_CONTENTS, default=None
     )
-    teacher_temperature: float = setting("of the softmax over the scores", default=0.1)
+    teacher_temperature: float = setting("temperature of the softmax over the scores", default=0.1)
     query_max_length: int | None = setting(
-        f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}", default=None
+        f"maximum tokens of a query; none: as the checkpoint records, else {MAX_LENGTH}", default=None
     )
     passage_max_length: int | None = setting(
-        f"tokens, recorded; none: the checkpoint's record, else {MAX_LENGTH}", default=None
+        f"maximum tokens of a passage; none: as the checkpoint records, else {MAX_LENGTH}", default=None
     )
     mini_batch_tokens: int | None = setting(
-        "tokens of one forward pass (gradient caching); 2048 on the CPU, else 8192", default=None
+        "tokens of one forward pass (gradient caching); none: 2048 on the CPU, else 8192", default=None
     )
-    kept_tokens: int | None = setting("tokens of a step encoded once, the others twice; 4 mini-batches", default=None)
-    packing: bool = setting("texts of a mini-batch without padding, where it is exact", default=True)
+    kept_tokens: int | None = setting("tokens of a step encoded only once; none: 4 mini-batches", default=None)
+    packing: bool = setting("concatenate texts instead of padding them, if the model supports it", default=True)
     attention_dropout: float | None = setting(
-        "of attention, in training; none: the model's own, but 0 for texts packed on CUDA: its kernel has "
-        "no dropout (done.json says what was used)",
+        "attention dropout in training; none: the model's own, but 0 for texts packed on CUDA, whose kernel has no "
+        "dropout (done.json records the value in use)",
         default=None,
     )
-    gradient_checkpointing: bool = setting("within a mini-batch, for one that does not fit; more time", default=False)
+    gradient_checkpointing: bool = setting("recompute activations: less memory, more time", default=False)
     precision: str = setting("float32, bfloat16, float16 (autocast), auto: bfloat16 where native", default="auto")
     lora_rank: int = setting("train adapters of this rank (LoRA), merged at the end; 0: all", default=0)
-    lora_alpha: float = setting("adapters count alpha / rank", default=32.0)
+    lora_alpha: float = setting("adapters are scaled by alpha / rank", default=32.0)
     interpolation: float = setting(
-        "weights written: 1 the trained ones, 0 those training started from, between: a mixture", LATER, default=1.0
+        "weights to write: 1: the trained ones, 0: the initial ones, between: a mixture", LATER, default=1.0
     )
     device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
-    processes: int = setting("of this node, one per device; started by torchrun, it decides", default=1)
-    seed: int = setting("of order, drawn negatives and dropout", default=0)
+    processes: int = setting("processes on this node, one per device; ignored under torchrun", default=1)
+    seed: int = setting("seed of order, drawn negatives and dropout", default=0)
     max_steps: int | None = setting("stop after N steps", default=None)
     checkpoint_steps: int = setting("steps between two resume points", FREE, default=100)
     dev_groups: str | None = setting("held-out groups to measure on", BY_CONTENTS, default=None)
-    dev_steps: int | None = setting("steps between two measurements; an epoch", default=None)
-    dev_corpus: bool = setting("measure by searching the whole corpus as well", default=False)
-    dev_metric: str = setting("what early stopping watches", default="dev_ndcg_at_10")
+    dev_steps: int | None = setting("steps between two measurements; none: an epoch", default=None)
+    dev_corpus: bool = setting("also search the whole corpus when measuring", default=False)
+    dev_metric: str = setting("metric for early stopping", default="dev_ndcg_at_10")
     patience: int | None = setting("stop after N measurements without a better one; the best is kept", default=None)
     elsewhere_groups: str | None = setting(
-        "held-out groups of another set: training stops once dev_metric has fallen there by more than "
-        "elsewhere_loss, and keeps the weights from before",
+        "held-out groups of another set: stop when dev_metric on it has fallen by more than elsewhere_loss, and keep "
+        "the weights from before",
         BY_CONTENTS,
         LATER,
         default=None,
     )
     elsewhere_corpus: str | None = setting("corpus of elsewhere_groups; none: corpus", BY_CONTENTS, LATER, default=None)
-    elsewhere_loss: float = setting("how far dev_metric may fall below its first value there", LATER, default=0.01)
+    elsewhere_loss: float = setting("how far dev_metric may fall on elsewhere_groups", LATER, default=0.01)
 
     def __post_init__(self) -> None:
         for name in (

@@ -68,7 +68,7 @@ def train(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
 
 
 def train_replug(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
-    """REPLUG: the retriever's distribution over a group is drawn to that of its passages' scores (KL divergence).
+    """REPLUG: fit the retriever's distribution over a group to that of the passages' scores (KL divergence).
 
     Reads `relevance`, `correctness` or both in addition to the groups; returns and raises as `train`.
     """
@@ -77,7 +77,7 @@ def train_replug(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
 
 
 def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) -> Path:
-    """LLM-Embedder: every passage is a positive, weighted by its score, against lower ones and the batch.
+    """LLM-Embedder: each passage is a positive, weighted by its score, against lower-scored ones and the batch.
 
     Reads `relevance`, `correctness` or both in addition to the groups; returns and raises as `train`.
     """
@@ -123,9 +123,9 @@ def _begin(config: TrainRetrieverConfig, output: Output, held: Claim | None, ran
     if held:
         held.begin()
         save_config(config, output.out / "config.yaml")
-    barrier()  # the folder is begun
+    barrier()  # process 0 has written the manifest
     if not output.path(MANIFEST).is_file():
-        raise TrainingError(f"process {rank} does not see {output.out}, begun by process 0; all nodes must share it")
+        raise TrainingError(f"process {rank} cannot see {output.out}, which process 0 created; use a shared disk")
 
 
 def _finish(config: TrainRetrieverConfig, training: Run, examples: list[Example], held: Claim) -> None:

@@ -115,8 +115,8 @@ def test_a_service_that_wants_a_token_is_searched_with_it_before_anything_starts
     with loopback.serving(loopback.EchoBackend(), token="s3cret") as url:
         prepared = prepare(replace(config, retrieval_url=url, retrieval_token_env="TOWN_TOKEN"))
         for variable, error, message in (
-            ("", SearchError, r"/retrieve: .*HTTP 401.* none is given; set retrieval_token_env to the variable"),
-            ("OTHER_TOKEN", SearchError, "HTTP 401.* the one in OTHER_TOKEN is another"),
+            ("", SearchError, r"/retrieve: .*HTTP 401.* none was sent; set retrieval_token_env to the variable"),
+            ("OTHER_TOKEN", SearchError, "HTTP 401.* the one in OTHER_TOKEN is wrong"),
             ("NO_TOKEN", ConfigError, "environment variable NO_TOKEN is not set"),
         ):
             with pytest.raises(error, match=message):
@@ -416,7 +416,7 @@ def test_missing_trajectories_and_too_many_failed_searches_stop_the_run() -> Non
 
 def test_a_mask_that_is_not_the_models_tokens_stops_the_run() -> None:
     check_masks([outcome(), outcome(failed=1)], [5, 0], step=1)
-    with pytest.raises(TrainingError, match=r"5 tokens of trajectory 'q' are to be .* and verl would train on 6"):
+    with pytest.raises(TrainingError, match=r"trajectory 'q': the agent loop selected 5 tokens for .* batch has 6"):
         check_masks([outcome()], [6], step=1)
 
 

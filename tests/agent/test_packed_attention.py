@@ -102,8 +102,8 @@ def test_trajectories_are_found_once_for_all_layers_and_again_for_other_rows(
     assert found == [list(LENGTHS), [5, 5]]
 
 
-def test_a_row_that_begins_in_the_midst_of_a_trajectory_is_refused() -> None:
-    with pytest.raises(ValueError, match="in the midst of a trajectory"):
+def test_a_row_that_begins_inside_a_trajectory_is_refused() -> None:
+    with pytest.raises(ValueError, match="starts inside a trajectory"):
         packed_attention.trajectory_lengths(torch.tensor([3, 4, 0, 1]))
 
 

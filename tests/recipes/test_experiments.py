@@ -424,7 +424,7 @@ def test_a_link_to_another_run_is_refused_and_one_that_leads_nowhere_is_made_ane
         link.unlink()
         link.symlink_to(target)
         if found is None:
-            with pytest.raises(ManifestMismatchError, match=r"test\.jsonl: leads to .*, now .*another out"):
+            with pytest.raises(ManifestMismatchError, match=r"test\.jsonl: links to .*, expected .*another out"):
                 benchmarks.gather()
         else:
             benchmarks.gather()
@@ -519,11 +519,14 @@ def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path)
         ({"retrievers": {}}, "expected at least one of each"),
         ({"retrievers": {"x": {"modell": "y"}}}, r"retrievers\.x: .*modell"),
         ({"retrievers": {"x": {"bm25": True, "model": "y"}}}, "a retriever is one of"),
-        ({"retrievers": {"x": {"hybrid": ["bm25", "x"]}}}, r"retrievers\.x: hybrid of 'bm25', which is no other"),
+        (
+            {"retrievers": {"x": {"hybrid": ["bm25", "x"]}}},
+            r"retrievers\.x: hybrid of 'bm25': expected another retriever",
+        ),
         ({"retrievers": {"x": {"rerank": "r"}}, "rerankers": {"r": {}}}, "expected a reranker, another retriever"),
         (
             {"retrievers": {"x": {"rerank": "r", "of": "x"}}, "rerankers": {"r": {}}},
-            r"retrievers\.x: reranks 'x', which",
+            r"retrievers\.x: reranks 'x': expected another retriever",
         ),
         (
             {"retrievers": {"x": {"rerank": "r", "of": "b"}, "b": {"bm25": True}}},
@@ -533,8 +536,8 @@ def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path)
             {"retrievers": {"x": {"rerank": "r", "of": "b"}, "b": {"bm25": True}}, "rerankers": {"r": {"epoch": 1}}},
             r"rerankers\.r: .*epoch",
         ),
-        ({"retrievers": {"x": {"model": "y", "train": {"epochs": 1}}}}, r"model: is taken as it is, so train would"),
-        ({"retrievers": {"x": {"of_run": "retriever-1", "groups": {"seed": 1}}}}, "so groups would change nothing"),
+        ({"retrievers": {"x": {"model": "y", "train": {"epochs": 1}}}}, r"model: is used unchanged, so train would"),
+        ({"retrievers": {"x": {"of_run": "retriever-1", "groups": {"seed": 1}}}}, "so groups would have no effect"),
         ({"agents": ["agent-7"]}, r"agent-7: the run has no .*iteration-7"),
         ({"agents": ["retriever-1"]}, "expected agent-K"),
         ({"retrievers": {"x": {"of_run": "retriever-2"}}}, r"retriever-2: the run has no"),

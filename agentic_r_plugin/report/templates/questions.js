@@ -79,8 +79,8 @@ function questionByQuestion({ benchmarks, lines }) {
       return button;
     }));
     at("note").textContent = total === 0 ? "No such question."
-      : carried.length < total ? `This page carries the trajectories of ${carried.length} of these ${total} questions; `
-        + "agentic-r report with a larger num_trajectories carries more." : "";
+      : carried.length < total ? `This page holds the trajectories of ${carried.length} of these ${total} questions; `
+        + "agentic-r report with a larger num_trajectories holds more." : "";
     const more = () => {
       const shown = at("list").childElementCount, next = carried.slice(shown, shown + step);
       at("list").append(...next.map((question, i) => row(question, shown + i === 0, all[kind], now)));
