@@ -34,7 +34,7 @@ def read_sourced_questions(path: str | Path, format: str = "") -> list[SourcedQu
         RecordError: as `questions.read_rows`.
         ConfigError: an unknown format, or the file holds no question.
     """
-    folder = data_source_name(path)
+    folder = Path(path).resolve().parent.name or "questions"
     found = [
         SourcedQuestion(record=question, source=str(row.get("data_source") or folder))
         for question, row in read_rows(path, labelled=True, format=format)
@@ -107,12 +107,3 @@ def fitting(
             raise ConfigError(f"{problem}; raise the limit")
         print(f"train-agent: {problem}; they are left out", file=sys.stderr)
     return [questions[place] for place in kept], [lengths[place] for place in kept]
-
-
-def data_source_name(path: str | Path) -> str:
-    """Benchmark of a question file: the name of its folder, as in FlashRAG's layout.
-
-    >>> data_source_name("data/hotpotqa/dev.jsonl")
-    'hotpotqa'
-    """
-    return Path(path).resolve().parent.name or "questions"

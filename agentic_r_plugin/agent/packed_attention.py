@@ -34,13 +34,8 @@ def overrides(attention: str | None) -> list[str]:
         attention: an attention name of transformers; None: `flash_attention_2` if flash-attn is installed here, else
             `packed_causal`.
     """
-    name = attention or chosen()
+    name = attention or (FLASH if importlib.util.find_spec("flash_attn") is not None else NAME)
     return [] if name == FLASH else [f"+{model}.override_config.attn_implementation={name}" for model in _MODELS]
-
-
-def chosen() -> str:
-    """The default attention for training on accelerators."""
-    return FLASH if importlib.util.find_spec("flash_attn") is not None else NAME
 
 
 def packed_causal(
