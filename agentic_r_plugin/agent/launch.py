@@ -120,13 +120,16 @@ def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[b
     log = StepLog(run_dir / "metrics.jsonl")
     shown = max((record["step"] for record in log.read()), default=-1)
     took: list[float] = []
+    read_bytes = -1
     while True:
         ended = process.poll() is not None  # polled before reading: lines written just before the exit are still shown
-        for record in log.read():
+        size = log.path.stat().st_size if log.path.is_file() else -1
+        for record in log.read() if size != read_bytes else ():  # a long log takes a tenth of a second to parse
             if record["step"] > shown:
                 shown = record["step"]
                 took += [record["timing_s/step"]] if record.get("timing_s/step") else []
                 print(progress_line(record, config.steps, took), file=sys.stderr, flush=True)
+        read_bytes = size
         if ended:
             return
         time.sleep(0.5)
