@@ -75,7 +75,7 @@ def _as_list(golden_answers: str | Iterable[str]) -> list[str]:
 
 
 def is_closed(golden_answers: str | Iterable[str]) -> bool:
-    """Whether finding a gold answer in a passage means nothing: all are yes, no or an article, or there is none.
+    """Whether answer recall does not apply: all gold answers are yes, no or an article, or there are none.
 
     >>> is_closed(["Yes."]), is_closed(["no", "Norway"]), is_closed([])
     (True, False, True)

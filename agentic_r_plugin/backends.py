@@ -27,15 +27,15 @@ class LLMSpec:
     """Which language model, and how to reach it."""
 
     backend: str = setting("registered llm_backend", default="hf")
-    model: str = setting("model directory, or the name a server knows", BY_CONTENTS, default="")
-    tokenizer: str = setting("tokenizer directory where it is not the model's", BY_CONTENTS, default="")
+    model: str = setting("model directory, or the model's name on the server", BY_CONTENTS, default="")
+    tokenizer: str = setting("tokenizer directory, if different from the model's", BY_CONTENTS, default="")
     url: str = setting("base URL of an OpenAI-compatible server, with /v1", FREE, default="")
     api_key_env: str = setting("environment variable that holds the key", FREE, default="OPENAI_API_KEY")
     dtype: str = setting("float32, bfloat16, float16, auto (as saved), fast", default="auto")
     device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
     max_batch_tokens: int = setting("rows times longest length of one batch", FREE, default=32_768)
     prefix_cache_tokens: int = setting("tokens whose keys and values are kept", FREE, default=65_536)
-    concurrency: int = setting("requests to a server at the same time, per worker", FREE, default=16)
+    concurrency: int = setting("concurrent requests to a server, per worker", FREE, default=16)
     timeout_s: float = setting("for one request to a server", FREE, default=120.0)
     max_retries: int = setting("further attempts after a request fails in passing", FREE, default=5)
     replicas: int = setting("engines, each a Ray actor with its own accelerators; they share a batch", FREE, default=1)
@@ -46,7 +46,7 @@ class LLMSpec:
             raise ConfigError(f"llm.replicas: expected at least 1, found {self.replicas}")
         if self.replicas > 1 and self.backend == "openai":
             raise ConfigError(
-                "llm.replicas: a server is no engine; start it with --data-parallel-size, and leave this at 1"
+                "llm.replicas: only for local engines; start the server with --data-parallel-size and leave this at 1"
             )
         way_out = "put it into an environment variable and give that variable's name as llm.api_key_env"
         refuse_secrets("llm", {"url": self.url, "api_key_env": self.api_key_env, "options": self.options}, way_out)
@@ -54,13 +54,13 @@ class LLMSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RerankSpec:
-    """Whether and how what a search finds is ranked again; on the device of the search."""
+    """Whether and how search results are reranked, on the search's device."""
 
     reranker: str = setting("registered reranker", default="cross_encoder")
     model: str = setting("folder or hub name of the reranker; empty: none", BY_CONTENTS, default="")
-    depth: int = setting("best passages of a search that are ranked again", default=50)
+    depth: int = setting("passages of a search that are reranked", default=50)
     options: dict[str, Any] = setting(
-        "what only this reranker knows", options_of("reranker", "reranker"), default_factory=dict
+        "options of this reranker", options_of("reranker", "reranker"), default_factory=dict
     )
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class RerankSpec:
 
     @property
     def on(self) -> bool:
-        """Whether anything is ranked again: a model is given, or a reranker of another package."""
+        """Whether results are reranked: a model is given, or the reranker is not the default one."""
         return bool(self.model) or self.reranker != "cross_encoder"
 
 
@@ -80,14 +80,14 @@ class SearchSource:
 
     backend: str = setting("registered search_backend", default="faiss")
     index: str = setting("index folder built by agentic-r index (faiss, milvus)", BY_CONTENTS, default="")
-    corpus: str = setting("corpus file: for bm25, or where it is not the index's own", BY_CONTENTS, default="")
-    retriever: str = setting("retriever checkpoint, where it is not the index's own", BY_CONTENTS, default="")
+    corpus: str = setting("corpus file: for bm25, or if it is not the one named in the index", BY_CONTENTS, default="")
+    retriever: str = setting("retriever checkpoint, if it is not the one named in the index", BY_CONTENTS, default="")
     device: str = setting("auto: cuda where there is one, else cpu", FREE, default="auto")
     batch_size: int = setting("queries encoded at once", FREE, default=64)
     options: dict[str, Any] = setting(
         "what only this backend knows", options_of("search_backend"), default_factory=dict
     )
-    rerank: RerankSpec = setting("rank again what was found", LATER, default_factory=RerankSpec)
+    rerank: RerankSpec = setting("rerank the results", LATER, default_factory=RerankSpec)
 
 
 @dataclass(frozen=True, kw_only=True)

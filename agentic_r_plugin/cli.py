@@ -41,36 +41,36 @@ class Command:
 COMMANDS = {
     "world": Command("write the generated benchmark in FlashRAG layout", "world.generate:WorldConfig"),
     "index": Command("encode a corpus and build the search index", "search.indexing.index:IndexConfig"),
-    "convert questions": Command("any form of questions to FlashRAG's", "convert.questions:QuestionsConfig"),
-    "convert corpus": Command("documents and whole articles as passages", "convert.corpus:CorpusConfig"),
+    "convert questions": Command("convert questions of any format to FlashRAG's", "convert.questions:QuestionsConfig"),
+    "convert corpus": Command("cut documents and articles into passages", "convert.corpus:CorpusConfig"),
     "convert trajectories": Command(
-        "other agents' logs to trajectories", "convert.trajectories:ConvertTrajectoriesConfig"
+        "convert logs of other agents to trajectories", "convert.trajectories:ConvertTrajectoriesConfig"
     ),
-    "convert groups": Command("training groups as other trainers' data sets", "convert.groups:ConvertGroupsConfig"),
-    "convert runs": Command("what was retrieved, as TREC or BrowseComp-Plus runs", "convert.runs:ConvertRunsConfig"),
-    "convert qrels": Command("gold documents or judged relevance as TREC qrels", "convert.qrels:ConvertQrelsConfig"),
-    "coverage": Command("what a corpus and a retriever hold of the answers", "search.coverage:CoverageConfig"),
-    "repair": Command("add the gold documents that a corpus lacks", "search.indexing.repair:RepairConfig"),
+    "convert groups": Command("export training groups for other trainers", "convert.groups:ConvertGroupsConfig"),
+    "convert runs": Command("export TREC or BrowseComp-Plus runs", "convert.runs:ConvertRunsConfig"),
+    "convert qrels": Command("export gold documents or relevance as TREC qrels", "convert.qrels:ConvertQrelsConfig"),
+    "coverage": Command("measure which answers a corpus holds and a retriever finds", "search.coverage:CoverageConfig"),
+    "repair": Command("add missing gold documents to a corpus and its index", "search.indexing.repair:RepairConfig"),
     "serve": Command("run the retrieval service", "search.service.server:ServeConfig"),
     "train-agent": Command("PPO in verl; further overrides go to verl", "agent.launch:TrainAgentConfig"),
-    "show-rollouts": Command("a training's sampled trajectories as a page", "agent.rollout_page:ShowRolloutsConfig"),
-    "trajectories": Command("the agent answers every question", "data.trajectories:TrajectoriesConfig"),
-    "candidates": Command("top-20 passages of every query", "data.candidates:CandidatesConfig"),
-    "sub-answers": Command("the judge names what each query was after", "data.sub_answers:SubAnswersConfig"),
-    "relevance": Command("score the candidates against the query", "data.relevance:RelevanceConfig"),
-    "correctness": Command("go on from single candidates; exact match", "data.correctness:CorrectnessConfig"),
+    "show-rollouts": Command("show a training's trajectories as an HTML page", "agent.rollout_page:ShowRolloutsConfig"),
+    "trajectories": Command("let the agent answer every question", "data.trajectories:TrajectoriesConfig"),
+    "candidates": Command("retrieve 20 passages for every query", "data.candidates:CandidatesConfig"),
+    "sub-answers": Command("let a judge name the fact that each query looked for", "data.sub_answers:SubAnswersConfig"),
+    "relevance": Command("score the relevance of the candidates", "data.relevance:RelevanceConfig"),
+    "correctness": Command("continue from single candidates; check the answer", "data.correctness:CorrectnessConfig"),
     "groups": Command("select positives and negatives", "data.groups:GroupsConfig"),
-    "data-report": Command("what the data look like and cost", "data.report:DataReportConfig"),
-    "train-retriever": Command("contrastive training on the groups", "retriever.training:TrainRetrieverConfig"),
-    "train-reranker": Command("a cross-encoder ranks candidates as scored", "retriever.reranker:TrainRerankerConfig"),
+    "data-report": Command("summarise the data and their cost", "data.report:DataReportConfig"),
+    "train-retriever": Command("train the retriever on the groups", "retriever.training:TrainRetrieverConfig"),
+    "train-reranker": Command("train a cross-encoder on scored candidates", "retriever.reranker:TrainRerankerConfig"),
     "evaluate": Command("agent x retriever x benchmark through FlashRAG", "evaluation.evaluate:EvaluateConfig"),
-    "experiment": Command("retrievers made in several ways from one run's data", "experiment:ExperimentConfig"),
-    "aggregate": Command("the matrices of several seeds as one", "evaluation.aggregate:AggregateConfig"),
-    "iterate": Command("the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
-    "report": Command("report.html and report.md of a run", "report.report:ReportConfig"),
+    "experiment": Command("compare retrievers made in several ways from one run's data", "experiment:ExperimentConfig"),
+    "aggregate": Command("merge the matrices of several seeds", "evaluation.aggregate:AggregateConfig"),
+    "iterate": Command("run the whole loop, K times (Algorithm 1)", "iterate:IterateConfig"),
+    "report": Command("write report.html and report.md of a run", "report.report:ReportConfig"),
 }
 
-GROUPS = {"convert": "others' data in, training sets and runs out"}
+GROUPS = {"convert": "import other data; export training sets and runs"}
 """Commands of two words: first word -> help."""
 
 
@@ -98,11 +98,11 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         return 0
     except SystemExit as error:
         if isinstance(error.code, int) and error.code > 128:
-            print(f"agentic-r {name}: terminated; finished work is kept, go on with --resume", file=sys.stderr)
+            print(f"agentic-r {name}: terminated; finished work is kept, continue with --resume", file=sys.stderr)
             return error.code
         raise
     except KeyboardInterrupt:
-        print(f"agentic-r {name}: interrupted; finished work is kept, go on with --resume", file=sys.stderr)
+        print(f"agentic-r {name}: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -152,7 +152,7 @@ def parse_command(name: str, config_class: type, arguments: Sequence[str]) -> tu
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with these fields")
-    parser.add_argument("--resume", action="store_true", help="go on with an output that is already there")
+    parser.add_argument("--resume", action="store_true", help="continue an existing output")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for field in dataclasses.fields(config_class):
         _add_flag(parser, config_class, field)

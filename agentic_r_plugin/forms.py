@@ -118,8 +118,8 @@ def place(row: Row) -> str:
         parts.append(identifier)
     else:
         raise RecordError(
-            f"missing field 'id', found only {field_names(row)}; give each question its own id, by "
-            "which outputs and resumed work know it, or name its column (format=question=COLUMN,id=COLUMN)"
+            f"missing field 'id', found only {field_names(row)}; give each question an id, which "
+            "outputs and resumed work refer to, or name its column (format=question=COLUMN,id=COLUMN)"
         )
     return "/".join(part for part in parts if part is not None)
 
@@ -413,7 +413,7 @@ def passage_fields(row: Any) -> tuple[str, str]:
 
 
 def passage_metadata(row: Row) -> dict[str, Any]:
-    """What else a corpus says of a passage: its object `metadata` (also as JSON text), and `url` if the row has one.
+    """Metadata of a passage in its corpus row: the object `metadata` (also as JSON text), and `url` if present.
 
     >>> passage_metadata({"id": 1, "text": "x", "url": "https://u", "metadata": {"page": 2}})
     {'page': 2, 'url': 'https://u'}

@@ -63,6 +63,6 @@ def push(config: HubConfig, files: Mapping[str, Path | bytes], *, repo_type: str
     except (OSError, ValueError, httpx.HTTPError) as error:  # the hub's own errors derive from these
         raise BackendError(
             f"push_to_hub={config.push_to_hub}: {redacted(f'{type(error).__name__}: {error}', token)}; {config.out} is "
-            "written and whole: the same command with --resume only uploads it"
+            "complete on disk: the same command with --resume only uploads it"
         ) from None
     print(made)

@@ -8,7 +8,7 @@ import random
 import time
 
 _LONGEST_ASKED_S = 60.0
-"""A server that asks for a longer pause is asked again after this one."""
+"""Longest pause that a server's `Retry-After` may ask for."""
 
 
 def is_loopback(host: str) -> bool:

@@ -71,7 +71,7 @@ class Search:
     query: str
     reasoning: str
     end: int | None = None
-    """Characters of the turn through this call; None where the text of a trajectory shows it."""
+    """Number of characters of the turn up to the end of this call; None if tags in the text mark it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Open:
     """The model asks for a document that it was shown; the driver calls `found` with it, or `search_failed`."""
 
     document: str
-    """Its id. In what a protocol reads, the id of a passage shown before, or else a rank in the last search, from 1."""
+    """Its id. In what the model writes, the id of a passage shown before, or else a rank in the last search, from 1."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Malformed:
     problem: str
     """What the environment writes to the model."""
     of_call: bool = False
-    """Whether a call was attempted, which the problem answers."""
+    """Whether the turn attempted a call; the problem is then the reply to it."""
 
 
 @dataclass(frozen=True)

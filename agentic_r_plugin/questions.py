@@ -25,7 +25,7 @@ from agentic_r_plugin.trec import read_grades
 log = logging.getLogger(__name__)
 
 FORMAT: Mapping[str, Any] = {
-    "help": "form of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: found by their fields"
+    "help": "format of the questions, or their columns: question=NAME,answers=NAME,id=NAME; empty: detected by fields"
 }
 """Metadata of the setting `format` of every command that reads questions."""
 

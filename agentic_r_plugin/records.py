@@ -269,7 +269,7 @@ class Passage:
     """FlashRAG's form, `"Title"\\ntext`, as in the corpus: the string that is encoded. If it is not given, it is made
     from title and text; a one-line text without a title is used unchanged."""
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What else the corpus says of it, such as the place of its text."""
+    """Further metadata of the corpus line, such as the source of the text."""
 
     def __post_init__(self) -> None:
         if not self.contents:
@@ -326,15 +326,15 @@ class Turn(Record):
     passages: tuple[ScoredPassage, ...]
     """What the agent was shown, in order."""
     end: int = field(default=0, metadata=since(2))
-    """Characters of the trajectory's text through this search, for agents that call tools; in a text with tags they
-    show it."""
+    """Number of characters of the trajectory's text up to the end of this search, for agents that call tools; 0 if tags
+    mark the end."""
     opened: tuple[str, ...] = field(default=(), metadata=since(2))
     """Ids of the passages that the agent opened as documents before another search showed them, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory(Record):
-    """One answered (or given up) question."""
+    """The agent's work on one question, answered or not."""
 
     schema: ClassVar[str | None] = "trajectory/2"
 
@@ -387,7 +387,7 @@ class Candidates(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SubAnswer(Record):
-    """What a query was after, as the judge sees it; None means "Not Sure"."""
+    """The fact that a query looked for, according to the judge; None if the judge is "Not Sure"."""
 
     schema: ClassVar[str | None] = "sub_answer/1"
 
@@ -416,7 +416,7 @@ class Relevance(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Correctness(Record):
-    """Outcome of going on from a query with one candidate alone (GAC). A pruned candidate has no record."""
+    """Outcome of continuing from a query with one candidate alone (GAC). A pruned candidate has no record."""
 
     schema: ClassVar[str | None] = "correctness/2"
 
@@ -461,7 +461,7 @@ class Group(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement(Record):
-    """What a judge says of the answer to one question (`evaluate`)."""
+    """A judge's verdict on the answer to one question (`evaluate`)."""
 
     schema: ClassVar[str | None] = "judgement/1"
 

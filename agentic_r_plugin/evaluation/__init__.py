@@ -1,1 +1,1 @@
-"""Evaluation in FlashRAG: adapters, metrics, statistics, report."""
+"""Evaluation in FlashRAG: adapters, metrics, statistics and the matrix of results."""

@@ -58,7 +58,7 @@ class AnswerJudge:
             raise JudgeError(
                 f"{len(failed)} of {len(dataset)} judgements failed, more than judge.max_error_share="
                 f"{self.settings.max_error_share:g}; first, {failed[0]['id']}: {failed[0]['error']}. Correct the "
-                "judge's settings and resume: only these are asked again"
+                "judge's settings and resume: only these answers are judged again"
             )
         return dataset
 
@@ -91,7 +91,7 @@ class AnswerJudge:
         return [Judgement.from_dict(item.output["judgement"]) for item in dataset]
 
     def report(self, dataset: Any) -> dict[str, Any]:
-        """What a cell's result says of its judge."""
+        """Entries of a cell's result about the judge."""
         failed = [item.error for item in self.judgements(dataset) if item.error is not None]
         counts = {"failed": len(failed), "first_error": failed[0] if failed else None}
         return {"judge": counts, "judge_fingerprint": self.backend.fingerprint()}

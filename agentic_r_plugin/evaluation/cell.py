@@ -54,7 +54,7 @@ OPENED = ("agent_fingerprint", "search_fingerprint", "judge_fingerprint")
 """Entries of `made_from` that are known only once agent, retriever and judge are open."""
 
 ADDRESSES = ("agent_url", "retriever")
-"""Entries of `made_from` that earlier versions wrote for servers. Only a service's retriever is left out today."""
+"""Entries of `made_from` that earlier versions wrote for servers; `retriever` is now left out for a service."""
 
 BREAKDOWNS = ("hops", "type", "level")
 """Keys of question metadata by which exact match is broken down, if the benchmark has them."""
@@ -63,7 +63,7 @@ _YES_OR_NO = frozenset({"agentic_em", "agentic_sub_em", "agentic_judge"})
 """Metrics with a score of 0 or 1 per question."""
 
 _RATIOS = frozenset({"malformed_share"})
-"""Metrics that are a ratio of sums. A bootstrap over per-question scores would estimate a different quantity."""
+"""Metrics that are a ratio of sums. A bootstrap over per-question scores would estimate something else."""
 
 
 @dataclass(frozen=True, kw_only=True)

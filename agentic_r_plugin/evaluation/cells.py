@@ -1,4 +1,4 @@
-"""The cells of an evaluation: which there are, their settings, and what their figures depend on."""
+"""The cells of an evaluation: their names, their settings, and the inputs that determine their figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cells_of(config: EvaluateConfig) -> Iterator[Cell]:
     """Every cell of an evaluation.
 
     Raises:
-        ConfigError: a part of a search that is not one, or two cells of one name.
+        ConfigError: a part of a hybrid does not exist, or two cells have the same name.
     """
     from agentic_r_plugin.evaluation.cell import Cell
 
@@ -71,7 +71,7 @@ def _made_from(
     split: str,
     identities: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything known before the start that can change a cell's figures. Paths, addresses and batch sizes cannot.
+    """Everything that can change a cell's figures and is known before the start; not paths, addresses or batch sizes.
 
     A retrieval service is identified by its `search_fingerprint`, which is its address only if it reports no other.
     """

@@ -72,7 +72,7 @@ class EvaluateConfig:
         "name -> reranker; each search is evaluated with each of them as well, as the retriever SEARCH+NAME",
         default_factory=dict,
     )
-    cells: list[str] = setting("only these, as AGENT:SEARCH; none: all pairs", default_factory=list)
+    cells: list[str] = setting("evaluate only these pairs, AGENT:SEARCH; empty: all", default_factory=list)
     processes: int = setting("evaluate cells in N processes at a time, for small models on a CPU", FREE, default=1)
     tables: bool = setting("write the matrix and its tables", FREE, default=True)
     split: str = setting("split of every benchmark", default="test")
@@ -84,9 +84,9 @@ class EvaluateConfig:
     level: float = setting("of the intervals", default=0.95)
     resamples: int = setting("of the bootstrap and the permutation test", default=10_000)
     metrics: list[str] = setting("FlashRAG's metrics can be added", default_factory=_metrics)
-    settings: AgenticRSettings = setting("protocol, limits, backends", default_factory=AgenticRSettings)
+    settings: AgenticRSettings = setting("protocol, limits and backends of all agents", default_factory=AgenticRSettings)
     judge: AnswerJudgeSettings = setting(
-        "judge of the answers, next to exact match", default_factory=AnswerJudgeSettings
+        "judge of the answers, in addition to exact match", default_factory=AnswerJudgeSettings
     )
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class EvaluateConfig:
         if self.processes < 1:
             raise ConfigError(f"processes: expected at least 1, found {self.processes}")
         if self.settings.search.rerank.on:
-            raise ConfigError("settings.search.rerank: name the reranker, for the tables: rerankers={NAME: MODEL}")
+            raise ConfigError("settings.search.rerank: name the reranker: rerankers={NAME: MODEL}")
         self._check_metrics()
         self._check_names()
 

@@ -179,7 +179,7 @@ def matrix_folder(run: Path) -> Path | None:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """The cells as a Markdown table: EM with its interval, F1, search turns, answer recall at 3; the judge if asked."""
+    """The cells as a Markdown table with the metrics of `_COLUMNS`; the judge's column only if a cell has it."""
     columns = [item for item in _COLUMNS if item[0] != "agentic_judge" or any(item[0] in r["metrics"] for r in results)]
     rows = [["benchmark", "agent", "retriever", "questions", *(title for _, title, _ in columns)]]
     for result in results:

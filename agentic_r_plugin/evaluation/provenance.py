@@ -1,4 +1,4 @@
-"""What made a result: sources, versions, machine and command of the process."""
+"""Provenance of a result: sources, package versions, machine and command of the process."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class AgenticRetriever:
         """
         queries = [query] if isinstance(query, str) else list(query)
         if questions is not None and len(questions) != len(queries):
-            raise ConfigError(f"expected one question a query, found {len(questions)} for {len(queries)}")
+            raise ConfigError(f"expected one question per query, found {len(questions)} for {len(queries)}")
         requests = [
             SearchRequest(query=text, question=questions[i] if questions is not None else None)
             for i, text in enumerate(queries)

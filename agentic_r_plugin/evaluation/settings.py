@@ -44,13 +44,13 @@ class LimitOverrides:
 class AgenticRSettings:
     """How the agent searches and how much of it is measured."""
 
-    protocol: str | None = setting("agent protocol; none: as the agent folder says", default=None)
+    protocol: str | None = setting("agent protocol; none: the one in the agent's folder", default=None)
     protocol_options: dict[str, Any] = setting(
-        "options of the protocol; those of the agent folder hold for its own", LATER, default_factory=dict
+        "options of the protocol, added to the agent folder's if it is the same protocol", LATER, default_factory=dict
     )
-    limits: LimitOverrides = setting("where they differ from it", default_factory=LimitOverrides)
-    topk: int | None = setting("passages shown for a search; none: as the agent folder", default=None)
-    depth: int = setting("passages looked at for recall at 20; less, such as 0: none", default=20)
+    limits: LimitOverrides = setting("limits that differ from the agent's folder", default_factory=LimitOverrides)
+    topk: int | None = setting("passages shown per search; none: as in the agent's folder", default=None)
+    depth: int = setting("passages per search for the recalls at 20; below 20 they are empty", default=20)
     temperature: float = setting("0 is greedy", default=0.0)
     top_p: float = setting("nucleus of the sampled tokens", default=1.0)
     seed: int | None = setting("seed of sampling", default=None)
@@ -71,7 +71,7 @@ class AgenticRSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """What one agent of several needs for itself."""
+    """Settings of one agent that differ from the shared `settings`."""
 
     protocol: str | None = setting("agent protocol; none: as `settings` says", default=None)
     protocol_options: dict[str, Any] = setting("options of that protocol", LATER, default_factory=dict)
@@ -94,10 +94,10 @@ class AgentSettings:
 class AnswerJudgeSettings:
     """A language model that judges the answers (metric `agentic_judge`). It is asked if `llm.model` is given."""
 
-    llm: LLMSpec = setting("the judge; without a model there is none", default_factory=LLMSpec)
+    llm: LLMSpec = setting("the judge; without a model, answers are not judged", default_factory=LLMSpec)
     prompt: str = setting("prompt file in place of answer_correct.txt", BY_CONTENTS, default="")
     max_tokens: int = setting("tokens of a reply", default=512)
-    max_retries: int = setting("further attempts after a reply that cannot be read", default=2)
+    max_retries: int = setting("retries after a reply that cannot be parsed", default=2)
     max_error_share: float = setting("fail if more than this share of the judgements fail", FREE, default=0.1)
 
 

@@ -178,7 +178,7 @@ def answered(
     refusal: Callable[[Item], RequestRefusedError | None],
     answer: Callable[[Sequence[Item]], Sequence[Answer]],
 ) -> list[Answer | RequestRefusedError]:
-    """The answer to each item, or its refusal. Refused items are left out of the batch that is answered."""
+    """The answer to each item, or its refusal. Refused items are not in the batch passed to `answer`."""
     refusals = [refusal(item) for item in items]
     accepted = [item for item, refused in zip(items, refusals, strict=True) if refused is None]
     answers = iter(answer(accepted) if accepted else [])

@@ -415,12 +415,12 @@ def _rows(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int
     seeds = [seed * 1_000_003 + index for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if not len(prompts) == len(max_tokens) == len(seeds):
         raise BackendError(
-            f"{len(prompts)} prompts, {len(max_tokens)} token limits, {len(seeds)} seeds: must be equally many"
+            f"{len(prompts)} prompts, {len(max_tokens)} token limits, {len(seeds)} seeds: expected equal numbers"
         )
     rows = []
     for index, (prompt, limit, row_seed) in enumerate(zip(prompts, max_tokens, seeds, strict=True)):
         if not len(prompt):
-            raise BackendError(f"prompt {index} is empty; a model needs at least one token to go on from")
+            raise BackendError(f"prompt {index} is empty; a model needs at least one token to continue")
         # All draws of a row are made up front from its own seed, so they do not depend on the batch it runs in.
         uniform = torch.rand(max(limit, 0), generator=torch.Generator().manual_seed(row_seed % 2**63))
         rows.append(_Row(index=index, prompt=tuple(prompt), max_tokens=limit, uniform=uniform))

@@ -79,7 +79,7 @@ def inspect(config: Any) -> Attention:
         )
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         raise BackendError(
-            f"models of type {text.model_type} place tokens by ALiBi, made from another mask: {_WAY_OUT}"
+            f"models of type {text.model_type} place tokens by ALiBi, which needs transformers' own mask: {_WAY_OUT}"
         )
     window = None
     if SLIDING in kinds or not kinds:
@@ -110,5 +110,5 @@ def _longest(text: Any) -> tuple[int, str]:
         if kind in ("dynamic", "longrope") and original:
             # Beyond the original length these types rotate all keys differently, but cached keys keep their rotation.
             length = min(length, int(original))
-            bound = f"rope_type {kind!r} turns all keys again beyond {length} tokens"
+            bound = f"rope_type {kind!r} rotates all keys differently beyond {length} tokens"
     return length, bound

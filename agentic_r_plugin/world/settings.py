@@ -31,13 +31,13 @@ class WorldConfig:
     prizes: int = setting("prizes", default=24)
     towns: int = setting("towns", default=50)
     rivers: int = setting("rivers", default=24)
-    newspapers: int = setting("pages that only mention things", default=80)
-    namesake_share: float = setting("share of people and works whose name is (nearly) another's", default=0.4)
-    mention_share: float = setting("share of passages that mention what they do not state", default=0.6)
-    talk_passages: int = setting("passages per entity that mention much and state nothing", default=3)
-    reserved_share: float = setting("share of wordings kept for the test split, there", default=0.5)
+    newspapers: int = setting("newspaper pages, which mention facts but state none", default=80)
+    namesake_share: float = setting("share of people and works with the same or nearly the same name as another", default=0.4)
+    mention_share: float = setting("share of passages that also mention a fact that they do not state", default=0.6)
+    talk_passages: int = setting("passages per entity that mention facts but state none", default=3)
+    reserved_share: float = setting("in the test split, share of wordings that no other split uses", default=0.5)
     homonyms: float = setting(
-        "share of people, works and towns with another one's name; the question distinguishes them", LATER, default=0.0
+        "share of people, works and towns that share a name; the question tells them apart", LATER, default=0.0
     )
     elliptic_queries: float = setting(
         "share of hops whose first query leaves out what the question says", LATER, default=0.0

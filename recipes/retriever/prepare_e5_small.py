@@ -63,7 +63,7 @@ class Reader:
         return found
 
     def text(self, size: int) -> bytes:
-        """So many bytes."""
+        """The next `size` bytes."""
         self.place += size
         return self.data[self.place - size : self.place]
 

@@ -3,8 +3,8 @@
     .venv/bin/python recipes/agentic_r/cpu/masking_ablation.py --out runs/masking [--seeds 0,1,2] [key=value ...]
 
 Every run starts from the quick start's agent and searches with MiniLM; `key=value` changes a field of `ppo.yaml`
-(steps=2 tries the whole in small). Runs that are finished are not done again. Written to OUT: `curves.jsonl` (a line a
-run and step), `table.md`, `curves.svg`, and a folder for each run.
+(steps=2 tries the whole in small). Runs that are finished are not done again. Written to OUT: `curves.jsonl` (one line
+per run and step), `table.md`, `curves.svg`, and a folder for each run.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def write(out: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A row a run: mean of the first and of the last quarter of its steps, validation before and after."""
+    """One row per run: means over the first and the last quarter of its steps, validation before and after."""
     head = ["arm", "seed", "steps", *(f"{SHOWN[name]}: first quarter -> last" for name in SHOWN if "/" in name)]
     rows = [[*head, "validation EM: before -> after"], ["---"] * (len(head) + 1)]
     for arm, seed in dict.fromkeys((line["arm"], line["seed"]) for line in lines):
@@ -147,7 +147,7 @@ def _change(values: Sequence[float]) -> str:
 
 
 def chart(lines: Sequence[dict[str, Any]]) -> str:
-    """One self-contained SVG: a panel a metric; a curve a run, coloured by arm."""
+    """One self-contained SVG: one panel per metric, one curve per run, coloured by arm."""
     panels = []
     for number, (metric, name) in enumerate(SHOWN.items()):
         svg = line_chart(name, list(_series(lines, metric)), x_label="step", y_label=name)

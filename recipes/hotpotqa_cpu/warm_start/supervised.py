@@ -46,7 +46,7 @@ class FineTuneSettings:
     """Optimisation: AdamW, linear warm-up, cosine decay to zero."""
 
     epochs: int = field(default=1, metadata={"help": "passes over the demonstrations"})
-    batch_size: int = field(default=6, metadata={"help": "trajectories an optimiser step"})
+    batch_size: int = field(default=6, metadata={"help": "trajectories per optimiser step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate"})
     warmup_share: float = field(default=0.1, metadata={"help": "share of the steps with a rising learning rate"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay"})

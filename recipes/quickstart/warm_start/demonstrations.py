@@ -9,7 +9,7 @@ so a policy trained on them is mostly hasty in greedy decoding and often careful
 Where a search shows only snippets, the demonstrators open passages and read the facts there: first the passage whose
 snippet gives the fact, then those with the entity's title, by rank. So they sometimes open a wrong one first.
 
-Every trajectory is played through `protocol.Session`, so its ids are those that the runtime would produce.
+Every trajectory is played through `session.Session`, so its ids are those that the runtime would produce.
 """
 
 from __future__ import annotations

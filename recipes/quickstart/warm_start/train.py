@@ -79,12 +79,12 @@ class WarmStartConfig:
     stop_at_other: float = field(default=Haste.stop_at_other, metadata={"help": "see demonstrations.Haste"})
     guess: float = field(default=Haste.guess, metadata={"help": "see demonstrations.Haste"})
     repeat: float = field(default=Haste.repeat, metadata={"help": "see demonstrations.Haste"})
-    gold: float = field(default=Shown.gold, metadata={"help": "how often a search shows the passage it is after"})
+    gold: float = field(default=Shown.gold, metadata={"help": "share of searches that show the gold passage"})
     elliptic_queries: float = field(
         default=0.0, metadata={"help": "share of hops whose first query leaves out what the question says"}
     )
     layers: int = field(default=LAYERS, metadata={"help": "of the model, without init; another size of agent"})
-    one_passage_first: float = field(default=0.1, metadata={"help": "share of the worlds with one passage a search"})
+    one_passage_first: float = field(default=0.1, metadata={"help": "share of the worlds with one passage per search"})
 
     def __post_init__(self) -> None:
         for name in ("worlds", "per_world", "batch_tokens", "tokenizer_worlds"):
