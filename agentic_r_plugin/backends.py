@@ -8,7 +8,7 @@ class (`config.options_of`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -142,11 +142,8 @@ def open_llm(spec: LLMSpec) -> Iterator[LLMBackend]:
         UnknownComponentError: no such backend.
         ConfigError: the backend cannot be built from these settings.
     """
-    backend: LLMBackend = _replicated(spec) if spec.replicas > 1 else _build("llm_backend", spec.backend, spec)
-    try:
+    with closing(_replicated(spec) if spec.replicas > 1 else _build("llm_backend", spec.backend, spec)) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def _replicated(spec: LLMSpec) -> LLMBackend:
@@ -167,11 +164,8 @@ def open_search(spec: SearchSpec) -> Iterator[SearchBackend]:
         ConfigError: the backend cannot be built from these settings.
         IndexMismatchError: the index does not belong to its corpus or retriever.
     """
-    backend = build_search(spec)
-    try:
+    with closing(build_search(spec)) as backend:
         yield backend
-    finally:
-        backend.close()
 
 
 def build_search(spec: SearchSpec) -> SearchBackend:

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     words = [item for item in arguments if not item.startswith("-")]
     name = next((item for item in (" ".join(words[:2]), *words[:1]) if item in commands), None)
-    debug = "--debug" in arguments
+    debug, called = "--debug" in arguments, f"agentic-r {name or 'components'}"
     _prepare_upstream()
     try:
         if name is None:
@@ -98,20 +98,20 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
         return 0
     except SystemExit as error:
         if isinstance(error.code, int) and error.code > 128:
-            print(f"agentic-r {name}: terminated; finished work is kept, continue with --resume", file=sys.stderr)
+            print(f"{called}: terminated; finished work is kept, continue with --resume", file=sys.stderr)
             return error.code
         raise
     except KeyboardInterrupt:
-        print(f"agentic-r {name}: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
+        print(f"{called}: interrupted; finished work is kept, continue with --resume", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
         elif isinstance(error, AgenticRError):
-            print(f"agentic-r {name}: {redacted(str(error))}", file=sys.stderr)
+            print(f"{called}: {redacted(str(error))}", file=sys.stderr)
         else:
             said = f"unexpected {type(error).__name__}: {redacted(str(error))} (--debug shows where)"
-            print(f"agentic-r {name}: {said}", file=sys.stderr)
+            print(f"{called}: {said}", file=sys.stderr)
         return 1
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +41,12 @@ Its default is what they did, so only other values are compared, and work that t
 """
 
 
+@overload
+def setting(text: str, *flags: Mapping[str, Any], default: T) -> T: ...
+@overload
+def setting(text: str, *flags: Mapping[str, Any], default_factory: Callable[[], T]) -> T: ...
+@overload
+def setting(text: str, *flags: Mapping[str, Any]) -> Any: ...
 def setting(text: str, *flags: Mapping[str, Any], **options: Any) -> Any:
     """A field of a settings class.
 

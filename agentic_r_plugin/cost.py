@@ -74,17 +74,13 @@ def forecast(batches: Sequence[tuple[int, Mapping[str, float]]], total: int) -> 
     >>> forecast([(2, {"rollouts": 4}), (2, {"rollouts": 6})], 100)["expected"]
     {'rollouts': 250.0}
     """
-    units = sum(count for count, _ in batches)
+    units, clusters = sum(count for count, _ in batches), len(batches)
     names = sorted({name for _, spent in batches for name in spent})
     expected, low, high = {}, {}, {}
     for name in names:
         mean = sum(spent.get(name, 0.0) for _, spent in batches) / units
-        deviations = [spent.get(name, 0.0) - mean * count for count, spent in batches]
-        clusters = len(batches)
-        correction = clusters / (clusters - 1) if clusters > 1 else math.nan
-        error = 1.96 * math.sqrt(correction * sum(d * d for d in deviations)) / units
-        if clusters < 2:
-            error = mean
+        squares = sum((spent.get(name, 0.0) - mean * count) ** 2 for count, spent in batches)
+        error = 1.96 * math.sqrt(clusters / (clusters - 1) * squares) / units if clusters > 1 else mean
         expected[name] = round(mean * total, 1)
         low[name], high[name] = round(max(0.0, mean - error) * total, 1), round((mean + error) * total, 1)
     return {"sample": units, "total": total, "expected": expected, "low": low, "high": high}

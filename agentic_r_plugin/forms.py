@@ -280,36 +280,18 @@ def context_documents(row: Row) -> list[dict[str, Any]]:
     items = map(plain, context if isinstance(context, list) else ())
     pairs = [item for item in items if isinstance(item, list | tuple) and len(item) == 2]
     supporting = _named_gold(row).get("supporting_titles", ()) if pairs else ()
-    found: list[dict[str, Any]] = [
-        {
-            "id": "",
-            "title": str(title),
-            "text": " ".join(str(part).strip() for part in (parts if isinstance(parts, list | tuple) else [parts])),
-            "gold": str(title) in supporting,
-        }
-        for title, parts in ((title, plain(parts)) for title, parts in pairs)
-    ]
-    found += [
-        {
-            "id": "",
-            "title": item.get("title"),
-            "text": item["paragraph_text"],
-            "gold": bool(item.get("is_supporting")),
-        }
-        for item in mappings(row.get("paragraphs"))
-        if "paragraph_text" in item
-    ]
-    return found + [
-        {
-            "id": name_of(item["docid"], "docid"),
-            "title": item.get("title"),
-            "text": item.get("text"),
-            "gold": kind == "gold",
-        }
-        for kind in ("gold", "evidence", "negative")
-        for item in mappings(row.get(f"{kind}_docs"))
-        if item.get("docid") is not None and "text" in item
-    ]
+    found: list[tuple[Any, ...]] = []
+    for title, parts in ((str(title), plain(parts)) for title, parts in pairs):
+        sentences = parts if isinstance(parts, list | tuple) else [parts]
+        found.append(("", title, " ".join(str(part).strip() for part in sentences), title in supporting))
+    for item in mappings(row.get("paragraphs")):
+        if "paragraph_text" in item:
+            found.append(("", item.get("title"), item["paragraph_text"], bool(item.get("is_supporting"))))
+    for kind in ("gold", "evidence", "negative"):
+        for item in mappings(row.get(f"{kind}_docs")):
+            if item.get("docid") is not None and "text" in item:
+                found.append((name_of(item["docid"], "docid"), item.get("title"), item.get("text"), kind == "gold"))
+    return [dict(zip(("id", "title", "text", "gold"), values, strict=True)) for values in found]
 
 
 def golden_answers(row: Row) -> list[str]:

@@ -31,7 +31,8 @@ def push_folder(config: HubConfig) -> None:
     if config.push_to_hub:
         out = Path(config.out)
         names = [path.relative_to(out) for path in sorted(out.rglob("*")) if path.is_file()]
-        push(config, {str(name): out / name for name in names if not str(name).startswith(".")}, repo_type="model")
+        shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        push(config, {str(name): out / name for name in shown}, repo_type="model")
 
 
 def push(config: HubConfig, files: Mapping[str, Path | bytes], *, repo_type: str) -> None:

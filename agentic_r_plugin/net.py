@@ -1,10 +1,11 @@
-"""Rules that the HTTP clients of this package share: which addresses are local, how long to wait between attempts."""
+"""Rules for the HTTP clients of this package: local addresses, pauses between attempts, and a rate limit."""
 
 from __future__ import annotations
 
 import email.utils
 import ipaddress
 import random
+import threading
 import time
 
 _LONGEST_ASKED_S = 60.0
@@ -43,3 +44,25 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
+
+
+class Pace:
+    """Spaces requests evenly in time, across threads.
+
+    Args:
+        per_s: requests per second; 0: no limit.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        self._gap_s = 1 / per_s if per_s > 0 else 0.0
+        self._lock, self._next = threading.Lock(), 0.0
+
+    def wait(self) -> None:
+        """Wait until the next request may start."""
+        if not self._gap_s:
+            return
+        with self._lock:
+            turn = max(self._next, time.monotonic())
+            self._next = turn + self._gap_s
+        # Sleeping outside the lock lets other threads reserve their turns meanwhile.
+        time.sleep(max(0.0, turn - time.monotonic()))

@@ -40,19 +40,13 @@ class Codec(Protocol):
 class Limits:
     """How far one trajectory may go. All token counts are exact."""
 
-    max_searches: int = 5
-    max_malformed: int = 2
-    """Malformed turns that get a correction; one more ends the trajectory."""
-    max_tokens: int = 4096
-    """Prompt and response together, in tokens."""
-    max_response_tokens: int = 500
-    """Tokens the model may write in one turn."""
-    max_observation_tokens: int = 500
-    """Tokens of one information block."""
-    max_document_tokens: int = field(default=1000, metadata={"later": True})
-    """Tokens of one opened document."""
-    max_opens: int = field(default=5, metadata={"later": True})
-    """Calls that open a document."""
+    max_searches: int = field(default=5, metadata={"help": "searches per question"})
+    max_malformed: int = field(default=2, metadata={"help": "malformed turns that are corrected; the next one ends it"})
+    max_tokens: int = field(default=4096, metadata={"help": "tokens of prompt and response together"})
+    max_response_tokens: int = field(default=500, metadata={"help": "tokens that the model may write in one turn"})
+    max_observation_tokens: int = field(default=500, metadata={"help": "tokens of one information block"})
+    max_document_tokens: int = field(default=1000, metadata={"help": "tokens of one opened document", "later": True})
+    max_opens: int = field(default=5, metadata={"help": "calls that open a document", "later": True})
 
     def __post_init__(self) -> None:
         for item in fields(self):

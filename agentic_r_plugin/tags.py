@@ -282,7 +282,7 @@ def with_tags(name: str) -> TagProtocol:
 
 search_r1 = TagProtocol(
     name="search_r1",
-    description="Search-R1's tags; the instruction of released agents is read from FlashRAG (evaluation.prompts).",
+    description="Search-R1's tags; the instruction of released agents is read from FlashRAG (agent.protocols).",
     instruction=(
         "Answer the question below. Think inside <think> and </think> whenever you learn something new. When you miss "
         "a fact, write <search> query </search>; the passages found are shown between <information> and "

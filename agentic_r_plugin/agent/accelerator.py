@@ -7,7 +7,7 @@ import importlib.util
 from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.cpu.detect import SWITCH
 from agentic_r_plugin.agent.settings import TrainAgentConfig
-from agentic_r_plugin.agent.verl_config import ENGINES, critic_tokens
+from agentic_r_plugin.agent.verl_config import FSDP_SETTINGS, critic_tokens
 from agentic_r_plugin.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
         # The reference policy sees each batch only once, so it never has to stay on the device.
         "actor_rollout_ref.ref.fsdp_config.param_offload=true",
     ]
-    for engine, fsdp in ENGINES.items():
+    for engine, fsdp in FSDP_SETTINGS.items():
         overrides += [f"{engine}.strategy=fsdp2", f"{fsdp}.strategy=fsdp2"]
         if config.precision != "auto":
             overrides.append(f"+{fsdp}.mixed_precision.param_dtype={config.precision}")

@@ -1,7 +1,8 @@
-"""Protocols of other released agents, which run unchanged; their prompts are read from the installed FlashRAG.
+"""Protocols of released agents, which run unchanged; their prompts are read from the installed FlashRAG.
 
 | protocol | searches | reads | answers | special settings |
 |---|---|---|---|---|
+| `search_r1_released` | `<search>` | `<information>` | `<answer>` | none |
 | `r1_searcher` | `<|begin_of_query|>` | `<|begin_of_documents|>` | `<answer>` | prompt without chat template |
 | `simple_deep_searcher` | `<|begin_search_query|>` | `<|begin_search_result|>` | `\\boxed{}` | at most 10 searches |
 
@@ -33,6 +34,12 @@ def _prompt(pipeline: str) -> str:
         )
     return str(found)
 
+
+search_r1_released = TagProtocol(
+    name="search_r1_released",
+    description="Search-R1's tags with the instruction of the released agents, read from FlashRAG.",
+    instruction=_prompt("SearchR1Pipeline"),
+)
 
 r1_searcher = TagProtocol(
     name="r1_searcher",

@@ -27,7 +27,7 @@ LOOP_NAME = "agentic_r"
 """Name of our agent loop in verl."""
 ZERO_CRITIC = "critic-start"
 """Folder inside the run folder of the critic with a value head of zeros."""
-ENGINES = {
+FSDP_SETTINGS = {
     "actor_rollout_ref.actor": "actor_rollout_ref.actor.fsdp_config",
     "actor_rollout_ref.ref": "actor_rollout_ref.ref.fsdp_config",
     "critic": "critic.fsdp",
@@ -112,7 +112,7 @@ def attention_of(composed: Any) -> str:
     used = str(composed.actor_rollout_ref.model.override_config.get("attn_implementation", packed_attention.FLASH))
     if used != packed_attention.NAME:
         return used
-    for engine, fsdp in ENGINES.items():
+    for engine, fsdp in FSDP_SETTINGS.items():
         settings = (OmegaConf.select(composed, engine), OmegaConf.select(composed, fsdp))
         size = max(of.get("ulysses_sequence_parallel_size", 1) for of in settings)
         if size > 1:

@@ -167,8 +167,8 @@ def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
 
 def _retriever_record(config: ConvertGroupsConfig) -> RetrieverRecord:
     """Formulation and prefixes with which `train-retriever` would train the same model."""
-    from agentic_r_plugin.retriever.presets import initial_retriever
     from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+    from agentic_r_plugin.retriever.start import initial_retriever
 
     names = ("corpus", "out", "retriever", "preset", "formulation", "query_prompt", "passage_prompt")
     given = {name: getattr(config, name) for name in names}

@@ -22,7 +22,7 @@ from agentic_r_plugin.search.base import (
     open_documents,
     reads_reasoning,
 )
-from agentic_r_plugin.store import dump_line, parse_line
+from agentic_r_plugin.store import drop_torn_end, dump_line, parse_line
 
 SCHEMA = "retrieval_cache/1"
 FILE = "retrieval_cache.jsonl"
@@ -49,7 +49,9 @@ class CachedSearch:
         self.depth_changes_order = depth_changes_order(backend)
         self.reads_reasoning = reads_reasoning(backend)
         self._kept: dict[SearchRequest, dict[int, list[Hit]]] = {}
-        if path.is_file():
+        if save:
+            drop_torn_end(path)
+        if path.is_file() and path.stat().st_size:
             self._read()
         elif save:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +59,7 @@ class CachedSearch:
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if self.save and len(whole) < len(content):
-            with self.path.open("r+b") as stream:
-                stream.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
             data = parse_line(line, self.path, number)
             try:
                 if number == 1:

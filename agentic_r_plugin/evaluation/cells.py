@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agentic_r_plugin import components
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import deciding, fingerprint, load_config, to_dict
 from agentic_r_plugin.errors import ConfigError
@@ -147,11 +148,20 @@ def search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec
     if isinstance(where, str):
         where = located(where)
         if where.get("backend") != "hybrid":
-            return replace(shared, **where)
+            return _of_backend(replace(shared, **where), shared.backend)
     values = to_dict(shared) | ({"options": {}} if where.get("backend", shared.backend) != shared.backend else {})
     spec = load_config(SearchSpec, values=values | where)
     parts = [_named_part(config, name, part, benchmark) for part in spec.options.get("parts", ())]
     return replace(spec, options=spec.options | {"parts": parts}) if parts else spec
+
+
+def _of_backend(spec: SearchSpec, shared: str) -> SearchSpec:
+    """`spec` without the shared options that its backend does not have, if it is not the shared backend."""
+    if spec.backend == shared or not spec.options:
+        return spec
+    declared = getattr(components.load("search_backend", spec.backend), "Options", None)
+    names = {item.name for item in fields(declared)} if declared else set(spec.options)
+    return replace(spec, options={name: value for name, value in spec.options.items() if name in names})
 
 
 def located(where: str) -> dict[str, Any]:

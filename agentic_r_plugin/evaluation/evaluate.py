@@ -34,20 +34,10 @@ if TYPE_CHECKING:
 
 _WAYS_OUT = "evaluate into another --out, or remove that folder"
 
-
-def _metrics() -> list[str]:
-    return [
-        "agentic_em",
-        "agentic_f1",
-        "agentic_sub_em",
-        "search_turns",
-        "answer_recall_at_3",
-        "answer_recall_at_20",
-        "gold_document_recall",
-        "gold_document_recall_at_20",
-        "malformed_share",
-        "generated_tokens",
-    ]
+_METRICS = (
+    "agentic_em", "agentic_f1", "agentic_sub_em", "search_turns", "answer_recall_at_3", "answer_recall_at_20",
+    "gold_document_recall", "gold_document_recall_at_20", "malformed_share", "generated_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +73,10 @@ class EvaluateConfig:
     seed: int = setting("of the random sample and of the intervals", default=0)
     level: float = setting("of the intervals", default=0.95)
     resamples: int = setting("of the bootstrap and the permutation test", default=10_000)
-    metrics: list[str] = setting("FlashRAG's metrics can be added", default_factory=_metrics)
-    settings: AgenticRSettings = setting("protocol, limits and backends of all agents", default_factory=AgenticRSettings)
+    metrics: list[str] = setting("FlashRAG's metrics can be added", default_factory=lambda: list(_METRICS))
+    settings: AgenticRSettings = setting(
+        "protocol, limits and backends of all agents", default_factory=AgenticRSettings
+    )
     judge: AnswerJudgeSettings = setting(
         "judge of the answers, in addition to exact match", default_factory=AnswerJudgeSettings
     )
@@ -250,11 +242,10 @@ def _open_judge(config: EvaluateConfig) -> Iterator[AnswerJudge | None]:
 
 def write_matrix(config: EvaluateConfig, results: list[Mapping[str, Any]], out: Path) -> None:
     """Write `matrix.json` and its tables from the cells' results, and print the Markdown table."""
-    from agentic_r_plugin.evaluation.matrix import cell_name, compare, write_tables
+    from agentic_r_plugin.evaluation.matrix import compare, write_tables
     from agentic_r_plugin.evaluation.provenance import shared_provenance
 
-    folders = {cell_name(result): out / cell_name(result) for result in results}
-    comparisons = compare(results, folders, level=config.level, resamples=config.resamples, seed=config.seed)
+    comparisons = compare(results, out, level=config.level, resamples=config.resamples, seed=config.seed)
     matrix = {
         "schema": "evaluation_matrix/1",
         "cells": results,

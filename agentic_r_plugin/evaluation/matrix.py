@@ -23,29 +23,18 @@ COMPARED = ("agentic_em", "agentic_judge", "agentic_f1", "search_turns", "answer
 Result = Mapping[str, Any]
 
 
-def compare(
-    results: Sequence[Result], folders: Mapping[str, Path], *, level: float, resamples: int, seed: int
-) -> list[dict[str, Any]]:
-    """Paired comparisons of cells, metric by metric (`compared_pairs`).
-
-    Args:
-        results: the cells.
-        folders: each cell's folder, by `cell_name`.
-    """
+def compare(results: Sequence[Result], out: Path, *, level: float, resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Paired comparisons of cells, metric by metric (`compared_pairs`); `out` holds the cells' folders."""
     comparisons = []
-    for first, second in compared_pairs(results):
-        before, after = (read_json(folders[cell_name(result)] / "scores.json") for result in (first, second))
-        metrics = {
+    for pair in compared_pairs(results):
+        before, after = (read_json(out / cell_name(result) / "scores.json") for result in pair)
+        found = {
             name: _difference(before, after, name, level=level, resamples=resamples, seed=seed)
             for name in COMPARED
             if name in before and name in after
         }
-        comparisons.append(
-            {
-                **pair_names(first, second),
-                "metrics": {name: found for name, found in metrics.items() if found is not None},
-            }
-        )
+        metrics = {name: difference for name, difference in found.items() if difference is not None}
+        comparisons.append({**pair_names(*pair), "metrics": metrics})
     return comparisons
 
 

@@ -278,28 +278,23 @@ def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
         `gold_document_recall` of that search alone, and `answer_recall_so_far` of all searches up to it, over all
         questions. None if the metric applies to no question; answer recall does not apply to yes/no questions.
     """
-    rows: list[tuple[list[bool] | None, list[float | None]]] = []
+    rows: list[tuple[list[float] | None, list[float | None]]] = []
     for item in items:
-        turns = trajectory(item)["turns"]
-        gold = set(listed(item.metadata, "gold_doc_ids"))
-        shown = [{passage["id"] for passage in turn["passages"]} for turn in turns]
-        docs = [row["docs"] for row in item.output["retrieval_results"].values()]
-        golden = gold_of(item)
-        found = [rank is not None for rank in answer_ranks(docs, golden)]
-        closed = is_closed(golden)
-        rows.append((None if closed else found, [len(gold & ids) / len(gold) if gold else None for ids in shown]))
+        gold, golden = set(listed(item.metadata, "gold_doc_ids")), gold_of(item)
+        shown = [{passage["id"] for passage in turn["passages"]} for turn in trajectory(item)["turns"]]
+        ranks = answer_ranks((row["docs"] for row in item.output["retrieval_results"].values()), golden)
+        answers = None if is_closed(golden) else [float(rank is not None) for rank in ranks]
+        rows.append((answers, [len(gold & ids) / len(gold) if gold else None for ids in shown]))
     table: list[dict[str, float | int | None]] = []
     for turn in range(max((len(documents) for _, documents in rows), default=0)):
-        made = [(answers, documents) for answers, documents in rows if len(documents) > turn]
+        made = [row for row in rows if len(row[1]) > turn]
         table.append(
             {
                 "turn": turn + 1,
                 "num_questions": len(made),
-                "answer_recall": mean(None if answers is None else float(answers[turn]) for answers, _ in made),
+                "answer_recall": mean(None if a is None else a[turn] for a, _ in made),
                 "gold_document_recall": mean(documents[turn] for _, documents in made),
-                "answer_recall_so_far": mean(
-                    None if answers is None else float(any(answers[: turn + 1])) for answers, _ in rows
-                ),
+                "answer_recall_so_far": mean(None if a is None else max(a[: turn + 1], default=0.0) for a, _ in rows),
             }
         )
     return table

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flashrag.dataset import Dataset
@@ -27,7 +28,6 @@ from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks, gold_of
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
 from agentic_r_plugin.evaluation.settings import protocol_options, read_agent_card, read_settings, resolve_agent
-from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
@@ -62,17 +62,6 @@ class StrictEvaluator(Evaluator):
         if self.save_data_flag:
             self.save_data(data)
         return self.result
-
-
-class ProtocolPrompt:
-    """The protocol's instruction with the interface of a FlashRAG prompt template."""
-
-    def __init__(self, protocol: AgentProtocol) -> None:
-        self.protocol = protocol
-
-    def get_string(self, question: str, **_: Any) -> str:
-        """Text of the prompt, before any chat template."""
-        return self.protocol.prompt(question)
 
 
 class AgenticSearchPipeline(SearchR1Pipeline):
@@ -114,7 +103,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
                 retriever = AgenticRetriever(opening.enter_context(open_search(self.settings.search)), topk=self.topk)
             super().__init__(
                 config,
-                prompt_template=ProtocolPrompt(self.protocol),
+                prompt_template=SimpleNamespace(get_string=lambda question, **_: self.protocol.prompt(question)),
                 max_retrieval_num=self.limits.max_searches,
                 retriever=retriever,
                 generator=generator,

@@ -85,7 +85,7 @@ class AgentSettings:
             settings,
             protocol=self.protocol or settings.protocol,
             protocol_options=({} if self.protocol else settings.protocol_options) | self.protocol_options,
-            topk=self.topk or settings.topk,
+            topk=settings.topk if self.topk is None else self.topk,
             limits=self.limits.over(settings.limits),
         )
 

@@ -57,13 +57,12 @@ class HFBackend:
         from agentic_r_plugin.llm.hf_generate import HFGenerator
 
         self.path, tokenizer_path = Path(model), Path(tokenizer or model)
-        for path in (self.path, tokenizer_path):
+        for name, path in (("model", self.path), ("tokenizer", tokenizer_path)):
             if not (str(model) and path.is_dir()):
-                raise ConfigError(f"llm.model={str(path)!r}: expected the directory of a Hugging Face checkpoint")
+                raise ConfigError(f"llm.{name}={str(path)!r}: expected the directory of a Hugging Face checkpoint")
         if dtype not in _DTYPES:
             raise ConfigError(f"llm.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = compute.device_name(device)
         asked = compute.fast_type(device) if dtype == "fast" else dtype
         try:
             loaded: Any = AutoTokenizer.from_pretrained(tokenizer_path)

@@ -23,10 +23,9 @@ from agentic_r_plugin.errors import BackendConfigError, BackendError, ConfigErro
 from agentic_r_plugin.llm import openai_answers as answers
 from agentic_r_plugin.llm.base import Completion, Continuation, Likelihood, Request, Sampling, Usage, row_seed
 from agentic_r_plugin.llm.codec import TokenizerCodec
-from agentic_r_plugin.llm.rate import Pace
 from agentic_r_plugin.llm.refusals import Refusal, named_fields, refusal
 from agentic_r_plugin.llm.reply import Reply
-from agentic_r_plugin.net import is_loopback, pause_s
+from agentic_r_plugin.net import Pace, is_loopback, pause_s
 
 if TYPE_CHECKING:
     from agentic_r_plugin.backends import LLMSpec
@@ -508,9 +507,7 @@ _WAYS_OUT = {
     "seed": "llm.options.seed=null sends no seed",
     "max_tokens": "llm.options.max_completion_tokens=true sends max_completion_tokens in place of max_tokens",
 }
-_HINT = (
-    "check llm.model, llm.url and llm.options; fields in llm.options are sent unchanged, and null omits one of ours"
-)
+_HINT = "check llm.model, llm.url and llm.options; fields in llm.options are sent unchanged, and null omits one of ours"
 
 
 class _TransientError(Exception):

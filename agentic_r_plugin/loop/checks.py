@@ -69,6 +69,8 @@ def _check_sections(config: IterateConfig) -> None:
             raise ConfigError(
                 f"{item.name}.out: not a setting of the loop, whose run folder holds every output; set out"
             )
+    if config.evaluate.get("tables") is False:
+        raise ConfigError("evaluate.tables: the loop reads the tables; leave it on")
     for name in ("train_agent", "train_agent_later"):
         preset = getattr(config, name).get("preset", "paper")
         held = dict(TrainAgentConfig.PRESETS.get(preset, {}))

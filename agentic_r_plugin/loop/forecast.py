@@ -79,7 +79,7 @@ def forecast(phases: Phases) -> str:
     return table(scales, config.plan)
 
 
-def costs(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
+def phases_of(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     """The phases of one iteration, in order."""
     return (phase for phase in _all_phases(scale, plan) if phase.name not in scale.left_out)
 
@@ -149,15 +149,15 @@ def table(scales: Sequence[Scale], plan: PlanConfig) -> str:
         scales: one per iteration, in order.
     """
     first, *_ = scales
-    found = list(costs(first, plan))
+    found = list(phases_of(first, plan))
     rows = [
         f"{phase.name:16}{phase.units:>12,} {phase.what:10}{phase.rollouts:>12,}{_millions(phase.prompt_tokens)}"
         f"{_millions(phase.generated_tokens)}{phase.gpu_hours:>11,.1f}"
         for phase in found
     ]
-    hours = [sum(phase.gpu_hours for phase in costs(scale, plan)) for scale in scales]
+    hours = [sum(phase.gpu_hours for phase in phases_of(scale, plan)) for scale in scales]
     in_all = sum(hours) + _index(first, plan).gpu_hours  # plus the index of the first retriever, before iteration 1
-    exhaustive = [phase for phase in costs(replace(first, exhaustive=True), plan) if phase.name == "correctness"]
+    exhaustive = [phase for phase in phases_of(replace(first, exhaustive=True), plan) if phase.name == "correctness"]
     data = sum(phase.gpu_hours for phase in found if phase.name not in ("train-agent", "train-retriever", "index"))
     lines = [
         "Forecast of iteration 1, from assumptions, not measured:",

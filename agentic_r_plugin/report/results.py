@@ -202,12 +202,11 @@ def _differences(run: RunFolder, before: Cell, after: Cell) -> Mapping[str, Any]
         if item["benchmark"] == before["benchmark"] and sides == (pair(before), pair(after)):
             found: Mapping[str, Any] = item["metrics"]
             return found
-    folders = {cell_name(cell): run.matrix_dir / cell_name(cell) for cell in (before, after)}
-    if not all((folder / "scores.json").is_file() for folder in folders.values()):
+    if not all((run.matrix_dir / cell_name(cell) / "scores.json").is_file() for cell in (before, after)):
         return {}
     options: dict[str, Any] = {"level": 0.95, "resamples": 10_000, "seed": 0}
     options |= {name: run.matrix["config"][name] for name in options if name in run.matrix["config"]}
-    [compared] = compare([before, after], folders, **options)
+    [compared] = compare([before, after], run.matrix_dir, **options)
     metrics: Mapping[str, Any] = compared["metrics"]
     return metrics
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 STATE, BEST, METRICS = "checkpoint.pt", "best.pt", "metrics.jsonl"
 
 
-class Run:
+class Training:
     """Model, optimizer and current step of one training run.
 
     Args:

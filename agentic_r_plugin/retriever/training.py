@@ -26,9 +26,9 @@ from agentic_r_plugin.retriever.batches import Example, read_examples, read_scor
 from agentic_r_plugin.retriever.card import write_card
 from agentic_r_plugin.retriever.distributed import barrier, from_first, process_group
 from agentic_r_plugin.retriever.interpolation import interpolate
-from agentic_r_plugin.retriever.loop import BEST, STATE, Run, peak_memory_bytes
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.loop import BEST, STATE, Training, peak_memory_bytes
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.storage.claim import MANIFEST, Claim, Output, require_new
@@ -106,7 +106,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         # Only process 0 claims and writes the folder. The others learn from it whether the work is done already.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
             if not from_first(held.finished is not None if held else None):
-                training = Run(config, corpus, retriever, loss, rank, world)
+                training = Training(config, corpus, retriever, loss, rank, world)
                 _begin(config, output, held, rank)
                 with training.trackers.running(output.out, to_dict(config)) if held else nullcontext():
                     training.restore()
@@ -128,7 +128,7 @@ def _begin(config: TrainRetrieverConfig, output: Output, held: Claim | None, ran
         raise TrainingError(f"process {rank} cannot see {output.out}, which process 0 created; use a shared disk")
 
 
-def _finish(config: TrainRetrieverConfig, training: Run, examples: list[Example], held: Claim) -> None:
+def _finish(config: TrainRetrieverConfig, training: Training, examples: list[Example], held: Claim) -> None:
     """Write the retriever, its card and the done file; then remove the checkpoints."""
     if config.interpolation < 1:
         interpolate(training.model, initial_retriever(config).model, config.interpolation)
@@ -140,7 +140,7 @@ def _finish(config: TrainRetrieverConfig, training: Run, examples: list[Example]
         (held.out / name).unlink(missing_ok=True)
 
 
-def _summary(config: TrainRetrieverConfig, training: Run, examples: list[Any]) -> dict[str, Any]:
+def _summary(config: TrainRetrieverConfig, training: Training, examples: list[Any]) -> dict[str, Any]:
     return {
         **({"interpolation": config.interpolation} if config.interpolation < 1 else {}),
         "steps": training.step,

@@ -32,7 +32,9 @@ class WorldConfig:
     towns: int = setting("towns", default=50)
     rivers: int = setting("rivers", default=24)
     newspapers: int = setting("newspaper pages, which mention facts but state none", default=80)
-    namesake_share: float = setting("share of people and works with the same or nearly the same name as another", default=0.4)
+    namesake_share: float = setting(
+        "share of people and works with the same or nearly the same name as another", default=0.4
+    )
     mention_share: float = setting("share of passages that also mention a fact that they do not state", default=0.6)
     talk_passages: int = setting("passages per entity that mention facts but state none", default=3)
     reserved_share: float = setting("in the test split, share of wordings that no other split uses", default=0.5)

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hotpotqa import HERE, in_pool
+from hotpotqa import in_pool, prepare
 
 from agentic_r_plugin.retriever.batches import Example, read_examples
 from agentic_r_plugin.retriever.interpolation import interpolate
@@ -30,18 +29,6 @@ from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.store import dump_line, read_lines
 
 DEPTHS = (3, 20)
-
-
-def prepare(args: argparse.Namespace, name: str, data: Path) -> None:
-    """Groups and pool of a set; files that are there were made whole."""
-    out, pool = args.out / f"{name}.jsonl", args.out / f"pool_{name}.jsonl"
-    if out.is_file() and pool.is_file():
-        return
-    for path in (out, pool):
-        path.unlink(missing_ok=True)
-    command = [sys.executable, HERE / "make_groups.py", "--data", data, "--split", args.split, "--out", out]
-    limit = ["--questions", args.questions] if args.questions else []
-    subprocess.run([str(part) for part in (*command, *limit, "--pool", pool)], check=True)
 
 
 def recalls(retriever: Retriever, corpus: Corpus, examples: list[Example]) -> list[list[float]]:
@@ -121,7 +108,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         sets = {name: Path(folder) for name, _, folder in (item.partition("=") for item in args.set)}
         for name, data in sets.items():
-            prepare(args, name, data)
+            prepare(args.out, name, data, args.split, args.questions)
         done = {(x["trained"], x["weight"], x["set"]) for _, x in read_lines(results)} if results.is_file() else set()
         for weight in args.weights:
             for trained in args.trained:

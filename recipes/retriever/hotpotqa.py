@@ -30,7 +30,7 @@ from agentic_r_plugin.config import fingerprint, load_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, RecordError
 from agentic_r_plugin.retriever.batches import Example, read_examples
 from agentic_r_plugin.retriever.dev import measure
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run_apart
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever
@@ -54,17 +54,16 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield name, formulation, seed
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Groups of both splits and the pool; a file that is there was made whole."""
-    for split, questions in (("train", args.train_questions), ("test", args.test_questions)):
-        out, pool = args.out / f"{split}.jsonl", args.out / f"pool_{split}.jsonl"
-        if out.is_file() and pool.is_file():
-            continue
-        for path in (out, pool):
-            path.unlink(missing_ok=True)
-        command = [sys.executable, HERE / "make_groups.py", "--data", args.data, "--split", split, "--out", out]
-        limit = [] if questions is None else ["--questions", str(questions)]
-        subprocess.run([str(part) for part in (*command, *limit, "--pool", pool)], check=True)
+def prepare(folder: Path, name: str, data: Path, split: str, questions: int | None) -> None:
+    """Write the groups of a split and the pool of its passages, unless both files exist."""
+    out, pool = folder / f"{name}.jsonl", folder / f"pool_{name}.jsonl"
+    if out.is_file() and pool.is_file():
+        return
+    for path in (out, pool):
+        path.unlink(missing_ok=True)
+    command = [sys.executable, HERE / "make_groups.py", "--data", data, "--split", split, "--out", out, "--pool", pool]
+    limit = [] if questions is None else ["--questions", questions]
+    subprocess.run([str(part) for part in (*command, *limit)], check=True)
 
 
 def run_cell(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -176,7 +175,8 @@ def main() -> None:
             parser.error("give --data, or set AGENTIC_R_DATA")
         args.out.mkdir(parents=True, exist_ok=True)
         begin(args)
-        prepare(args)
+        for split, questions in (("train", args.train_questions), ("test", args.test_questions)):
+            prepare(args.out, split, args.data, split, questions)
         there = (
             {(x["model"], x["formulation"], x["seed"]) for _, x in read_lines(results)} if results.is_file() else set()
         )

@@ -34,8 +34,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Batch, epoch_batches, read_examples
 from agentic_r_plugin.retriever.loop import Run
-from agentic_r_plugin.retriever.presets import initial_retriever
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import Retriever, autocast
 

@@ -54,8 +54,7 @@ def _evaluation(
         skill = 0.35 + 0.08 * a + 0.11 * r
         rows = [_trajectory(i, difficulty[i] + rng.gauss(0, 0.08) < skill, a, r, rng) for i in range(num_questions)]
         results.append(_cell(folder, agent, retriever, benchmark, rows))
-    folders = {cell_name(result): folder / cell_name(result) for result in results}
-    comparisons = compare(results, folders, level=0.95, resamples=500, seed=0)
+    comparisons = compare(results, folder, level=0.95, resamples=500, seed=0)
     write_json(
         folder / "matrix.json",
         {

@@ -14,8 +14,8 @@ from flashrag.evaluator.metrics import BaseMetric
 from flashrag.pipeline import BasicPipeline, SearchR1Pipeline
 
 from agentic_r_plugin import components
+from agentic_r_plugin.agent.protocols import search_r1_released
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline
-from agentic_r_plugin.evaluation.prompts import search_r1_released
 from tests.evaluation.evaluation_toy import flashrag_config, write_benchmark
 
 

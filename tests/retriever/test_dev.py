@@ -107,18 +107,18 @@ def test_training_stops_when_the_metric_stops_rising_and_keeps_the_best_weights(
 
 
 def test_early_stopping_is_exact_over_an_interruption(config, tmp_path, monkeypatch):
-    from agentic_r_plugin.retriever.loop import Run
+    from agentic_r_plugin.retriever.loop import Training
 
     config = replace(config, patience=3, learning_rate=3e-2, checkpoint_steps=3, epochs=4, max_steps=30)
     whole = train(replace(config, out=str(tmp_path / "whole")))
-    step = Run._train_step
+    step = Training._train_step
 
     def dies_once(self, *arguments):
         if self.step == 7:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(Run, "_train_step", dies_once)
+    monkeypatch.setattr(Training, "_train_step", dies_once)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

@@ -13,9 +13,9 @@ import torch
 from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Batch, Example, epoch_batches, read_examples
-from agentic_r_plugin.retriever.loop import Run
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.loop import Training
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 
@@ -207,7 +207,7 @@ def test_every_speed_up_leaves_loss_and_parameter_gradients_as_in_the_formula(st
     config = replace(config, **settings)
     retriever = initial_retriever(config)
     retriever.model.double()
-    run = Run(config, corpus, retriever, losses.contrastive, rank=0, world=1)
+    run = Training(config, corpus, retriever, losses.contrastive, rank=0, world=1)
     assert run.encoder.packs == config.packing
     retriever.model.eval() if not config.gradient_checkpointing else without_dropout(retriever.model)
     loss, _, _ = run.accumulate(batch)
@@ -233,7 +233,7 @@ def test_caching_draws_the_same_dropout_in_both_passes(step):
         changed = replace(config, mini_batch_tokens=40, kept_tokens=kept if kept == 0 else 10**6)
         retriever = initial_retriever(changed)
         retriever.model.double().train()
-        run = Run(changed, corpus, retriever, losses.contrastive, rank=0, world=1)
+        run = Training(changed, corpus, retriever, losses.contrastive, rank=0, world=1)
         loss, _, _ = run.accumulate(batch)
         gradients.append((loss, {n: p.grad for n, p in retriever.model.named_parameters() if p.grad is not None}))
     (loss, found), (other_loss, expected) = gradients

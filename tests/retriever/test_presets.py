@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.encoder import Retriever

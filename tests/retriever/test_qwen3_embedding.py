@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from agentic_r_plugin.backends import SearchSpec, open_search
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.retriever.encoding import TextEncoder, tokenize
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient

@@ -113,13 +113,13 @@ def test_missing_scores_are_said_with_file_and_line(config, scores, tmp_path):
 
 
 def test_adapters_train_few_weights_resume_exactly_and_end_in_an_ordinary_model(config, base, tmp_path, monkeypatch):
-    from agentic_r_plugin.retriever.loop import Run
+    from agentic_r_plugin.retriever.loop import Training
 
     config = replace(
         config, lora_rank=4, lora_alpha=16.0, max_steps=12, learning_rate=5e-3, checkpoint_steps=3, dev_steps=12
     )
     whole = train(replace(config, out=str(tmp_path / "whole")))
-    step = Run._train_step
+    step = Training._train_step
 
     def dies_once(self, *arguments):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -128,7 +128,7 @@ def test_adapters_train_few_weights_resume_exactly_and_end_in_an_ordinary_model(
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(Run, "_train_step", dies_once)
+    monkeypatch.setattr(Training, "_train_step", dies_once)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()

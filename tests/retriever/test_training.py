@@ -15,7 +15,7 @@ from agentic_r_plugin.config import deciding, load_config, to_dict
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.retriever.interpolation import interpolate
-from agentic_r_plugin.retriever.loop import Run
+from agentic_r_plugin.retriever.loop import Training
 from agentic_r_plugin.retriever.training import TrainRetrieverConfig, run, train
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.encoder import Retriever
@@ -77,14 +77,14 @@ def test_the_result_records_its_use_and_loads_in_plain_sentence_transformers(con
 def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(config, tmp_path, monkeypatch):
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole)
-    step = Run._train_step
+    step = Training._train_step
 
     def dies_at_the_seventh(self, *arguments):
         if self.step == 6:
             raise KeyboardInterrupt
         return step(self, *arguments)
 
-    monkeypatch.setattr(Run, "_train_step", dies_at_the_seventh)
+    monkeypatch.setattr(Training, "_train_step", dies_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     with pytest.raises(ConfigError, match="cannot be loaded"):

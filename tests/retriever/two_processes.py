@@ -12,9 +12,9 @@ from agentic_r_plugin.cli import main
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import epoch_batches, read_examples
 from agentic_r_plugin.retriever.distributed import average_gradients, process_group
-from agentic_r_plugin.retriever.loop import Run
-from agentic_r_plugin.retriever.presets import initial_retriever
+from agentic_r_plugin.retriever.loop import Training
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
+from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.search.corpus import Corpus
 
 
@@ -42,7 +42,7 @@ def gradients(settings: dict[str, Any], rank: int, world: int, *, cross_device: 
         )
         retriever = initial_retriever(config)
         retriever.model.eval()
-        run = Run(config, corpus, retriever, losses.contrastive, rank, world)
+        run = Training(config, corpus, retriever, losses.contrastive, rank, world)
         loss, _, _ = run.accumulate(next(batches))
     average_gradients(retriever.model.parameters(), world)
     return loss, {name: p.grad for name, p in retriever.model.named_parameters() if p.grad is not None}

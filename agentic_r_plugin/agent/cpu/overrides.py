@@ -5,7 +5,7 @@ from __future__ import annotations
 from agentic_r_plugin import compute, memory
 from agentic_r_plugin.agent import packed_attention
 from agentic_r_plugin.agent.cpu.detect import SWITCH
-from agentic_r_plugin.agent.verl_config import ENGINES, critic_tokens
+from agentic_r_plugin.agent.verl_config import FSDP_SETTINGS, critic_tokens
 
 _MICRO_BATCH_TOKENS = 1024
 """Least limit of a micro-batch: activation memory grows with it, and small ones stay in the CPU's caches."""
@@ -43,7 +43,7 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_tr
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "data.dataloader_num_workers=0",
     ]
-    for engine, fsdp in ENGINES.items():
+    for engine, fsdp in FSDP_SETTINGS.items():
         overrides += [
             f"{engine}.strategy=fsdp2",  # FSDP1 needs an accelerator to synchronise module states
             f"{fsdp}.strategy=fsdp2",

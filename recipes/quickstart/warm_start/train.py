@@ -17,7 +17,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,7 @@ class WarmStartConfig:
     @property
     def haste(self) -> Haste:
         """How hasty the demonstrators are."""
-        return Haste(
-            stop_at_person=self.stop_at_person,
-            stop_at_other=self.stop_at_other,
-            guess=self.guess,
-            repeat=self.repeat,
-        )
+        return Haste(**{item.name: getattr(self, item.name) for item in fields(Haste)})
 
 
 def run(config: WarmStartConfig, *, resume: bool = False) -> None:
