@@ -45,7 +45,7 @@ from agentic_r_plugin.report import report
 from agentic_r_plugin.retriever import training
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
-from agentic_r_plugin.storage.claim import Claim, Output
+from agentic_r_plugin.storage.claim import Claim, Output, companion
 from agentic_r_plugin.store import read_json, read_lines
 from agentic_r_plugin.world import generate
 
@@ -143,12 +143,10 @@ class Loop:
                 k,
                 name,
                 partial(module.run, self.phases.stage(k, name, agent, url), resume=True),
-                partial(read_json, out.with_name(out.name + ".report.json")),
+                partial(read_json, companion(out, ".report.json")),
             )
-        groups = self.phases.data(k, "groups")
-        data_report.write_report(
-            data_report.DataReportConfig(data=str(groups.parent)), groups.with_name("data_report.json")
-        )
+        groups, threshold = self.phases.data(k, "groups"), self.phases.planned["groups"].threshold
+        data_report.write_report(data_report.DataReportConfig(data=str(groups.parent), threshold=threshold))
         return str(groups)
 
     def train_retriever(self, k: int, start: str, training_groups: str) -> str:

@@ -235,9 +235,9 @@ def test_ids_that_begin_again_in_every_data_set_are_distinguished(tmp_path):
     file = write_form(tmp_path / "t.parquet", rows)
     assert [question.id for question in read_questions(file)] == ["nq/train/0", "hotpotqa/train/0"]
     by_id = KeyedRecords(file, Question, lambda question: question.id, reader=read_questions)
-    found = by_id.get("hotpotqa/train/0")
+    (found,) = by_id.find("hotpotqa/train/0")
     by_id.close()
-    assert found is not None and found.question == "hotpotqa"
+    assert found.question == "hotpotqa"
     file = write_form(tmp_path / "t.parquet", [rows[0], rows[1] | {"id": "train_1"}])
     assert [question.id for question in read_questions(file)] == ["train_0", "train_1"]
 

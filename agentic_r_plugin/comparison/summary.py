@@ -11,6 +11,7 @@ from agentic_r_plugin.config import to_dict
 from agentic_r_plugin.evaluation.matrix import figure, markdown
 from agentic_r_plugin.records import Group
 from agentic_r_plugin.retriever import reranker
+from agentic_r_plugin.storage.claim import companion
 from agentic_r_plugin.store import atomic_path, read_json, read_records
 
 
@@ -45,7 +46,7 @@ def groups_of(retrievers: Retrievers, name: str) -> dict[str, Any]:
     rollouts = 0
     if "correctness" in made.reads:
         correctness = made.file("correctness")
-        rollouts = read_json(correctness.with_name(correctness.name + ".report.json"))["rollouts"]
+        rollouts = read_json(companion(correctness, ".report.json"))["rollouts"]
     return {
         "groups": sum(map(len, positives.values())),
         "same_positive": sum(positives.get(key) == wanted.get(key) for key in queries) / max(len(queries), 1),

@@ -203,11 +203,8 @@ class CutWorker(StageWorker):
             passages = tuple(cut(document, self.config.words, self._chunker))
         except Exception as error:  # parsers of broken files raise errors of every type
             return UnitResult.refused(f"{type(error).__name__}: {error}")
-        return (
-            UnitResult(records=passages)
-            if passages
-            else UnitResult.refused("no text in it (scanned pages need OCR first)")
-        )
+        no_text = UnitResult.refused("no text in it (scanned pages need OCR first)")
+        return UnitResult(records=passages) if passages else no_text
 
     @cached_property
     def _chunker(self) -> Any:

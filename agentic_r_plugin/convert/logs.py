@@ -102,7 +102,7 @@ class _Steps:
     def answer(self, text: str) -> None:
         """The final text: an answer in the protocol's tags, after "Exact Answer:", or the whole of it.
 
-        A search in tags was not carried out, and an answer that is cut off is none.
+        A search in tags was never carried out, and a cut answer is incomplete: neither gives an answer.
         """
         thought, closed, rest = text.rpartition("</think>")
         action = self._protocol.parse(rest)

@@ -33,7 +33,6 @@ def convert_once(
         config: settings of the command; those that decide the result are compared on resume.
         inputs: input files by role; empty names are left out.
         made_from: what else is compared on resume.
-        folder: whether the output is a folder.
 
     Raises:
         OutputExistsError: the output exists and `resume` is off.

@@ -27,10 +27,6 @@ class PassageFinder:
 
     The index of texts is on disk (two hashes per passage) and is built when the first passage is looked up by text.
 
-    Args:
-        corpus: the corpus of the retriever.
-        folder: for the index.
-
     Attributes:
         counts: passages found `by_id`, `by_text`, and `not_found`.
     """

@@ -57,6 +57,8 @@ def _write_trec(config: ConvertRunsConfig, out: Path) -> dict[str, int]:
             counts["rankings"] += 1
             counts["passages"] += len(ranking)
             yield from run_lines(name, ranking, config.tag)
+        if not counts["rankings"]:
+            raise RecordError("no trajectories or candidates", path=config.in_)
 
     write_lines(out, lines())
     return dict(counts)

@@ -1,6 +1,6 @@
 """`agentic-r convert trajectories`: other agents' logs as trajectories, so that data construction works on them.
 
-The forms of logs are those of `logs`. `trajectory` does the same for anything else, from Python.
+The forms of logs are those of `logs`. From Python, `trajectory` makes the record from any other source.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from agentic_r_plugin.records import Passage, Question, ScoredPassage, StopReaso
 from agentic_r_plugin.search.base import Hit
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.wire import decode_hit
+from agentic_r_plugin.storage.claim import companion
 from agentic_r_plugin.storage.lookup import HashSet, KeyedRecords, key_hash
 from agentic_r_plugin.store import atomic_path, dump_line, read_lines, shards, write_records
 from agentic_r_plugin.tags import TagProtocol, search_r1, with_tags
@@ -139,9 +140,7 @@ def _found(passages: Iterable[Any], finder: PassageFinder | None) -> list[Hit]:
         hit = item if isinstance(item, Hit) else _hit(item, f"passage {rank + 1}")
         passage = finder.find(hit.passage) if finder is not None else hit.passage
         if passage is None or not passage.id:
-            passage = Passage(
-                id=text_id(hit.passage.contents), title=hit.passage.title, text=hit.passage.text
-            )  # fmt: skip
+            passage = Passage(id=text_id(hit.passage.contents), title=hit.passage.title, text=hit.passage.text)
         hits.append(Hit(passage=passage, score=hit.score))
     return hits
 
@@ -231,7 +230,7 @@ def run(config: ConvertTrajectoriesConfig, *, resume: bool = False) -> None:
 def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
     counts = Counter(dict.fromkeys(("read", "trajectories", "errors", "repeated", "searches", "calls_left_out"), 0))
     first_error: str | None = None
-    errors_file = out.with_name(out.name + ".errors.jsonl")
+    errors_file = companion(out, ".errors.jsonl")
     protocol = with_tags(config.protocol)
     with ExitStack() as stack:
         corpus = stack.enter_context(Corpus(config.corpus))

@@ -74,7 +74,7 @@ def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidat
 
 
 def _last_shown(trajectory: Trajectory, turn_start: int | None) -> tuple[str, ...]:
-    """Ids of the passages of the last search before a turn that holds several calls; empty for another one."""
+    """Ids of the passages of the last search before a turn that holds several calls; empty for a turn with one."""
     before = [turn.passages for turn in trajectory.turns if turn_start is not None and turn.end <= turn_start]
     return tuple(passage.id for passage in before[-1]) if before else ()
 
@@ -94,10 +94,8 @@ def find_candidates(
     Yields for each trajectory its queries with their candidates, or the refusal of one of its queries.
 
     Args:
-        trajectories: one batch.
         search: the previous retriever; each request also carries the question, the earlier queries and the reasoning.
         protocol: the protocol that the trajectories were written with.
-        topk: candidates per query.
         max_turn: later turns are left out; 0 keeps all.
         keep_reasoning: whether the candidates hold the agent's reasoning.
         cost: updated in place, if given.

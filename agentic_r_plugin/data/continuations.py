@@ -1,4 +1,4 @@
-"""Where the agent ends when it goes on from one candidate alone (method section 4, step 5)."""
+"""Continues a trajectory from one candidate alone, and returns how it ends (method section 4, step 5)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agentic_r_plugin.session import PREFIX_SEARCH, Session
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How the agent ended when it went on from one candidate."""
+    """End of a trajectory that was continued from one candidate."""
 
     answer: str | None
     searches: int
@@ -32,13 +32,9 @@ class Continuations:
     """Continues from (query, candidate) pairs, greedily and in batches; equal prompts are run once and cached.
 
     Args:
-        llm: the agent.
         search: the agent's retriever, for searches after the candidate.
-        passages: the corpus.
-        protocol: the agent's tags and wording.
         limits: limits of a trajectory, including its prefix.
         topk: passages shown per later search.
-        cost: updated in place.
         max_kept: outcomes in the cache. Equal prompts belong to one question, whose queries are adjacent in the input.
     """
 

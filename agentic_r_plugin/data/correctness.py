@@ -51,7 +51,7 @@ NO_GOLD_ANSWER = "no_gold_answer"
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectnessConfig:
-    """Let the agent go on from single candidates, and compare its answers with the gold ones."""
+    """Let the agent continue from each candidate alone, and compare its answers with the gold answers."""
 
     candidates: str = setting("candidates file", BY_CONTENTS)
     out: str = setting("correctness file to write", FREE)
@@ -124,7 +124,6 @@ def by_rollout(
 
     Args:
         queries: each query with its steps, lists of candidates (passage ids); it is done after a step with a success.
-        continuations: runs the agent.
 
     Raises:
         BackendError, SearchError, RecordError: as `Continuations.run`.
@@ -166,8 +165,6 @@ def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, 
     """The candidates of a query to roll out, step by step, or the reason why there are none.
 
     Args:
-        query: the query with its candidates.
-        config: settings of the stage.
         scores: relevance of the candidates; None when the query has none.
 
     Raises:

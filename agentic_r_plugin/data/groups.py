@@ -22,6 +22,7 @@ from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, run_stage
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Group
+from agentic_r_plugin.storage.claim import companion
 from agentic_r_plugin.storage.table import UnitResult
 from agentic_r_plugin.store import file_fingerprint, read_json
 
@@ -118,7 +119,7 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRu
         ManifestMismatchError: it was pruned with another relevance file, so queries would lack rollouts.
     """
     path = Path(config.correctness)
-    manifest = path.with_name(path.name + ".manifest.json")
+    manifest = companion(path, ".manifest.json")
     if not manifest.is_file():
         return rule
     of_correctness = read_json(manifest)
@@ -143,7 +144,7 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRu
     if (pruned_by := made_from["input relevance"]) != (given := file_fingerprint(config.relevance)):
         raise ManifestMismatchError(
             f"{path} was made with the relevance file {of_correctness['config']['relevance']} ({pruned_by}), which "
-            f"said what to roll out, and {config.relevance} ({given}) is another; make the correctness with it"
+            f"decided what was rolled out; {config.relevance} ({given}) differs, so run correctness again with it"
         )
     return rule
 

@@ -1,4 +1,4 @@
-"""What the stages on queries read: the candidates in order, and by key what other files hold about each query."""
+"""Inputs of the stages that work on queries: the candidates in order, and records of other files by key."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class QueryFiles:
         return next(iter(self._find("trajectories", query.id)), None)
 
     def sub_answer(self, query: Candidates) -> str | None:
-        """What the query was after, if the judge is sure."""
+        """The sub-answer of the query; None if the judge was not sure or no file was given."""
         return next((found.sub_answer for found in self._find("sub-answers", query_key(query))), None)
 
     def relevance(self, query: Candidates) -> dict[str, int] | None:

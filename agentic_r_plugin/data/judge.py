@@ -48,12 +48,7 @@ def fill(prompt: str, **values: object) -> str:
     >>> fill("{a} and {b}", a="{b}", b=1)
     '{b} and 1'
     """
-    parts = prompt.split("{")
-    filled = parts[0]
-    for part in parts[1:]:
-        name, brace, rest = part.partition("}")
-        filled += f"{values[name]}{rest}" if brace and name in values else "{" + part
-    return filled
+    return _PLACEHOLDER.sub(lambda found: str(values.get(found[0][1:-1], found[0])), prompt)
 
 
 def ask(
@@ -70,10 +65,7 @@ def ask(
     A prompt that the judge refuses is not retried, since it would be refused again.
 
     Args:
-        judge: the model.
-        prompts: messages.
         parsers: one per prompt; raises JudgeError if the reply does not hold what was asked for.
-        max_tokens: maximum length of a reply.
         max_retries: attempts after the first; these are sampled.
         cost: updated in place.
 
@@ -88,6 +80,8 @@ def ask(
     results: list[Parsed | JudgeError] = [JudgeError("not asked")] * len(prompts)
     waiting = list(range(len(prompts)))
     for attempt in range(max_retries + 1):
+        if not waiting:
+            break
         cost.judge_requests += len(waiting)
         replies = judge.chat(
             [prompts[index] for index in waiting],
@@ -107,8 +101,6 @@ def ask(
             except JudgeError as error:
                 results[index] = error
                 waiting.append(index)
-        if not waiting:
-            break
     cost.judge_prompt_tokens += usage.prompt_tokens - before.prompt_tokens
     cost.judge_cached_tokens += usage.cached_tokens - before.cached_tokens
     cost.judge_cache_unknown_tokens += usage.cache_unknown_tokens - before.cache_unknown_tokens

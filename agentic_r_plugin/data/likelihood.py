@@ -28,8 +28,6 @@ def answer_likelihoods(sessions: Sequence[tuple[Session, str]], llm: LLMBackend,
 
     Args:
         sessions: a session that has just been shown its passages, and the answer.
-        llm: the agent.
-        cost: updated in place.
 
     Raises:
         ConfigError: the backend does not know the probability of a given text.
@@ -63,7 +61,6 @@ def by_likelihood(
 
     Args:
         queries: each query with its candidates in steps; all are scored.
-        continuations: holds the agent.
 
     Raises:
         ConfigError, BackendError, RecordError: as `Continuations.likelihoods`.

@@ -74,20 +74,12 @@ def task_of(
     return ScoringTask(query=query, passages=found, question=question, sub_answer=sub_answer)
 
 
-def _no_question(query: Candidates) -> RecordError:
-    return RecordError(f"query {query.key}: question {query.id!r} is not in the questions file")
-
-
 def score_candidates(tasks: Sequence[ScoringTask], scorer: RelevanceScorer) -> list[Relevance | JudgeError]:
     """Relevance of each query's candidates, or the judge's error; all queries are scored in one call.
 
     Raises:
-        RecordError: the scorer needs a question that is missing.
         BackendError: the judge's backend failed.
     """
-    for task in tasks:
-        if scorer.needs_questions and task.question is None:
-            raise _no_question(task.query)
     return [
         scores
         if isinstance(scores, JudgeError)
@@ -136,7 +128,7 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
         def prepare(query: Candidates) -> ScoringTask:
             question = files.question(query)
             if needs_question and question is None:
-                raise _no_question(query)
+                raise RecordError(f"query {query.key}: question {query.id!r} is not in the questions file")
             return task_of(query, corpus, question=question, sub_answer=files.sub_answer(query))
 
         stage = Stage(

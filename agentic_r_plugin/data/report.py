@@ -17,7 +17,7 @@ from agentic_r_plugin.config import setting
 from agentic_r_plugin.data.inputs import QueryFiles
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.records import Candidates
-from agentic_r_plugin.storage.claim import require_new
+from agentic_r_plugin.storage.claim import companion, require_new
 from agentic_r_plugin.store import read_json, read_records, write_json
 
 BANDS = ("0-20", "21-40", "41-60", "61-80", "81-100")
@@ -27,11 +27,10 @@ _COUNTS = ("rollouts", "reused", "pruned", "judge_requests", "prompt_tokens", "g
 
 @dataclass(frozen=True, kw_only=True)
 class DataReportConfig:
-    """Say what an iteration's data look like and what they cost."""
+    """Report the quality and the cost of an iteration's data."""
 
     data: str = setting("folder with candidates, relevance, correctness and groups (.jsonl)")
     out: str = setting("JSON file; empty: DATA/data_report.json; a .md is put next to it", default="")
-    suffix: str = setting("how the files' names end", default=".jsonl")
     threshold: int = setting("least relevance of a positive, for the agreement", default=60)
 
 
@@ -144,24 +143,27 @@ def run(config: DataReportConfig, *, resume: bool = False) -> None:
         OutputExistsError: the report exists and `resume` is off.
         RecordError: a broken record.
     """
-    out = Path(config.out or Path(config.data) / "data_report.json")
     if not resume:
-        require_new(out)
-    print(write_report(config, out))
+        require_new(_out(config))
+    print(write_report(config))
 
 
-def write_report(config: DataReportConfig, out: Path) -> str:
+def _out(config: DataReportConfig) -> Path:
+    return Path(config.out or Path(config.data) / "data_report.json")
+
+
+def write_report(config: DataReportConfig) -> str:
     """Write the report as JSON and Markdown; returns the Markdown."""
-    report = make_report(Path(config.data), config.suffix, config.threshold)
+    out, report = _out(config), make_report(Path(config.data), config.threshold)
     write_json(out, report)
     text = markdown(report)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
 
 
-def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> dict[str, Any]:
+def make_report(folder: Path, threshold: int) -> dict[str, Any]:
     """Read an iteration's data files; missing ones are skipped."""
-    files = {name: folder / f"{name}{suffix}" for name in STAGES}
+    files = {name: folder / f"{name}.jsonl" for name in STAGES}
     if not files["candidates"].exists():
         raise ConfigError(f"data-report: {files['candidates']} does not exist")
     tally = Tally()
@@ -172,11 +174,9 @@ def make_report(folder: Path, suffix: str = ".jsonl", threshold: int = 60) -> di
             groups = len(found.groups(query))
             tally.add(query.turn, found.relevance(query), found.correctness(query), groups, threshold)
     stages = {
-        name: read_json(report)
-        for name, file in files.items()
-        if (report := file.with_name(file.name + ".report.json")).exists()
+        name: read_json(report) for name, file in files.items() if (report := companion(file, ".report.json")).exists()
     }
-    dropped = {name: made["dropped"] for name, made in stages.items() if made["dropped"]}
+    dropped = {name: made["dropped"] for name, made in stages.items() if made.get("dropped")}
     return tally.result() | {"dropped": dropped, "stages": stages, "cost": _total(stages, tally.queries)}
 
 

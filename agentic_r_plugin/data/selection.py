@@ -74,13 +74,6 @@ class SelectionRule(SelectionSettings):
         return self.max_positives > 1 or not self.further_ties_are_negatives
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"max_positives": 1},
-    "released_code": {"max_positives": 3, "further_ties_are_negatives": False},
-}
-"""Settings of each preset (method section 4, step 6)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectionTask:
     """One query with all that is known about its candidates."""
@@ -106,10 +99,6 @@ class Selection:
     """The groups of one query, or the reason why it has none. RecordError: scores that it needs are missing."""
     rule: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `SelectionRule` that it sets."""
-
-
-def _best(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
-    return select(task.query, task.relevance, task.correctness, rule)
 
 
 def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
@@ -148,20 +137,6 @@ def _opened(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
 
 _HALF_WORDS = 50
 """Words of reasoning after opening at which a group has half of the largest weight."""
-
-_SCORES = frozenset({"relevance", "correctness"})
-paper = Selection(
-    description="The first of the correct candidates of highest relevance, and sampled negatives.",
-    needs=_SCORES, pick=_best, rule=PRESETS["paper"],
-)  # fmt: skip
-released_code = Selection(
-    description="As the paper, with up to 3 tied positives; further ties are left out.",
-    needs=_SCORES, pick=_best, rule=PRESETS["released_code"],
-)  # fmt: skip
-opened = Selection(
-    description="Opened passages are positives, those shown and not opened negatives, weighted by the reasoning after.",
-    needs=frozenset({"relevance", "trajectories"}), pick=_opened,
-)  # fmt: skip
 
 
 def selection_named(preset: str) -> Selection:
@@ -225,23 +200,13 @@ def rollout_order(passages: Sequence[str], relevance: Mapping[str, int], rule: S
     return levels if rule.whole_levels else [[passage] for level in levels for passage in level]
 
 
-def select(
-    candidates: Candidates,
-    relevance: Mapping[str, int] | None,
-    correctness: Mapping[str, int] | None,
-    rule: SelectionRule,
-) -> list[Group] | str:
-    """The training groups of one query, or the reason why it has none.
-
-    Args:
-        candidates: in retrieval order.
-        relevance: passage id -> 0..100; None when the query has none.
-        correctness: passage id -> 0 or 1 for the candidates rolled out; None when the query has none.
-        rule: the selection rule.
+def select(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
+    """The paper's groups of one query, or those of the released code; or the reason why it has none.
 
     Raises:
         RecordError: the decision needs scores that are missing.
     """
+    candidates, relevance, correctness = task.query, task.relevance, task.correctness
     passages = [passage.id for passage in candidates.passages]
     if len(set(passages)) != len(passages):
         raise RecordError(f"query {candidates.key}: a passage occurs twice among its candidates")
@@ -322,3 +287,18 @@ def _winners(
         if winners:
             return winners
     return []
+
+
+_SCORES = frozenset({"relevance", "correctness"})
+paper = Selection(
+    description="The first of the correct candidates of highest relevance, and sampled negatives.",
+    needs=_SCORES, pick=select,
+)  # fmt: skip
+released_code = Selection(
+    description="As the paper, with up to 3 tied positives; further ties are left out.",
+    needs=_SCORES, pick=select, rule={"max_positives": 3, "further_ties_are_negatives": False},
+)  # fmt: skip
+opened = Selection(
+    description="Opened passages are positives, those shown and not opened negatives, weighted by the reasoning after.",
+    needs=frozenset({"relevance", "trajectories"}), pick=_opened,
+)  # fmt: skip

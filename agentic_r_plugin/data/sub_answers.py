@@ -5,7 +5,7 @@ Only the listwise judge uses them; the embedded default does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -13,12 +13,10 @@ from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
-from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list, unit_result
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import JudgeError
-from agentic_r_plugin.llm.base import ChatBackend
 from agentic_r_plugin.records import SubAnswer, Trajectory
 from agentic_r_plugin.storage.table import UnitResult
 
@@ -27,7 +25,7 @@ _PROMPT = "sub_answers"
 
 @dataclass(frozen=True, kw_only=True)
 class SubAnswersConfig:
-    """Let a judge name what each query was after."""
+    """Let a judge name the information that each query looked for."""
 
     in_: str = setting("trajectories file", BY_CONTENTS)
     out: str = setting("sub-answers file to write", FREE)
@@ -38,55 +36,6 @@ class SubAnswersConfig:
     prompt: str = setting("own prompt file in place of sub_answers.txt", BY_CONTENTS, default="")
     batch_size: int = setting("trajectories judged at once", FREE, default=64)
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
-
-
-def name_sub_answers(
-    trajectories: Iterable[Trajectory],
-    judge: ChatBackend,
-    *,
-    max_retries: int = 3,
-    max_tokens: int = 512,
-    prompt: str | None = None,
-    cost: Cost | None = None,
-) -> Iterator[list[SubAnswer] | JudgeError]:
-    """Sub-answers of each trajectory's queries, or the judge's error; all trajectories are judged in one call.
-
-    Args:
-        trajectories: one batch.
-        judge: the model; its prompt holds the question, the gold answers and the whole trajectory.
-        max_retries: further attempts after a reply without exactly one sub-answer per query.
-        max_tokens: maximum length of a reply.
-        prompt: text with placeholders; None uses the package's prompt.
-        cost: updated in place, if given.
-
-    Raises:
-        BackendError: the judge's backend failed.
-    """
-    trajectories = list(trajectories)
-    searching = [trajectory for trajectory in trajectories if trajectory.turns]
-    prompt = prompt if prompt is not None else load_prompt(_PROMPT)
-    replies = iter(
-        ask(
-            judge,
-            [render(trajectory, prompt) for trajectory in searching],
-            [partial(parse_sub_answers, num_queries=len(trajectory.turns)) for trajectory in searching],
-            max_tokens=max_tokens,
-            max_retries=max_retries,
-            cost=cost if cost is not None else Cost(),
-        )
-        if searching
-        else []
-    )
-    for trajectory in trajectories:
-        reply = next(replies) if trajectory.turns else []
-        yield reply if isinstance(reply, JudgeError) else _records(trajectory, reply)
-
-
-def _records(trajectory: Trajectory, sub_answers: Sequence[str | None]) -> list[SubAnswer]:
-    return [
-        SubAnswer(id=trajectory.id, turn=turn.turn, query=turn.query, sub_answer=sub_answer)
-        for turn, sub_answer in zip(trajectory.turns, sub_answers, strict=True)
-    ]
 
 
 def render(trajectory: Trajectory, prompt: str) -> str:
@@ -131,21 +80,29 @@ class SubAnswersWorker(StageWorker):
         return {"judge": self._judge.fingerprint(), "prompt": fingerprint(self._prompt)}
 
     def work(self, batch: Sequence[Trajectory]) -> list[UnitResult]:
-        """Sub-answers of each trajectory, or the judge's error."""
-        named = name_sub_answers(
-            batch,
-            self._judge,  # type: ignore[arg-type]
-            max_retries=self.config.max_retries,
-            max_tokens=self.config.max_tokens,
-            prompt=self._prompt,
-            cost=self.cost,
+        """Sub-answers of each trajectory, or the judge's error; the judge gets all trajectories in one call."""
+        searching = [trajectory for trajectory in batch if trajectory.turns]
+        replies = iter(
+            ask(
+                self._judge,  # type: ignore[arg-type]
+                [render(trajectory, self._prompt) for trajectory in searching],
+                [partial(parse_sub_answers, num_queries=len(trajectory.turns)) for trajectory in searching],
+                max_tokens=self.config.max_tokens,
+                max_retries=self.config.max_retries,
+                cost=self.cost,
+            )
         )
-        return [
-            unit_result(result)
-            if isinstance(result, JudgeError)
-            else UnitResult(records=tuple(result), dropped=None if result else "no_search")
-            for result in named
-        ]
+        return [_result(trajectory, next(replies) if trajectory.turns else []) for trajectory in batch]
+
+
+def _result(trajectory: Trajectory, reply: Sequence[str | None] | JudgeError) -> UnitResult:
+    if isinstance(reply, JudgeError):
+        return unit_result(reply)
+    records = tuple(
+        SubAnswer(id=trajectory.id, turn=turn.turn, query=turn.query, sub_answer=sub_answer)
+        for turn, sub_answer in zip(trajectory.turns, reply, strict=True)
+    )
+    return UnitResult(records=records, dropped=None if records else "no_search")
 
 
 def run(config: SubAnswersConfig, *, resume: bool = False) -> None:

@@ -15,7 +15,7 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
-from agentic_r_plugin.errors import RequestRefusedError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
@@ -48,6 +48,10 @@ class TrajectoriesConfig:
     batch_size: int = setting("questions answered at once", FREE, default=64)
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
+    def __post_init__(self) -> None:
+        if self.num_questions < 0:
+            raise ConfigError(f"num_questions: expected at least 0, found {self.num_questions}")
+
 
 def answer_questions(
     questions: Iterable[Question],
@@ -66,11 +70,6 @@ def answer_questions(
     the limits, the model or the retriever.
 
     Args:
-        questions: one batch.
-        llm: the agent.
-        search: the agent's retriever.
-        protocol: the agent's tags and wording.
-        limits: limits of a trajectory.
         topk: passages shown per search.
         sampling: sampling parameters; None decodes greedily.
         cost: updated in place, if given.

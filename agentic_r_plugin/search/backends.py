@@ -73,7 +73,6 @@ class BM25Backend:
     at least two letters or digits; in scripts without spaces, pairs of characters (`cut_runs`).
 
     Args:
-        corpus: the corpus file.
         k1, b: BM25's parameters; the defaults are Anserini's.
         folder: where the index is stored, and mapped from once it exists; empty builds it every time and holds it in
             memory. (Building holds the words of the corpus in memory either way.)

@@ -297,7 +297,7 @@ def _explained(batch: Sequence[SearchRequest]) -> Iterator[None]:
         if len(batch) == 1 or error.status not in OF_ONE_REQUEST:
             raise
         raise SearchRefusedError(
-            f"{error} (it was asked {len(batch)} queries in one request; where it takes fewer, set "
+            f"{error} (the request held {len(batch)} queries; if the service accepts fewer, set "
             "search.options.max_batch)",
             status=error.status,
         ) from error

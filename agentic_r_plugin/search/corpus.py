@@ -89,7 +89,8 @@ class Corpus:
         digest, position, count = hashlib.sha256(), 0, 0
         block = array("q")
         found = tempfile.TemporaryFile()  # noqa: SIM115 (must live as long as its mapping)
-        for path, number, line in _numbered(self._paths, streams):
+        of_file = zip(self._paths, streams, strict=True)
+        for path, number, line in ((path, *item) for path, stream in of_file for item in enumerate(stream, start=1)):
             start, position = position, position + len(line)
             if not line.strip():
                 continue
@@ -107,7 +108,7 @@ class Corpus:
                 # Lengths go into the digest too, so that an id and its contents cannot be split differently.
                 digest.update(len(encoded).to_bytes(8, "little") + encoded)
         if not count:
-            raise RecordError("the corpus is empty; expected one passage a line", path=self.path)
+            raise RecordError("the corpus is empty; expected one passage per line", path=self.path)
         block.tofile(found)
         found.flush()
         # The table is stored by column, which needs the number of passages; only the hashes are sorted in memory.
@@ -252,14 +253,6 @@ class _Files:
             os.close(self._fds.pop())
 
     __del__ = close
-
-
-def _numbered(paths: Sequence[Path], streams: Sequence[IO[bytes]]) -> Iterator[tuple[Path, int, bytes]]:
-    """(file, line number from 1, line) of all lines."""
-    for path, stream in zip(paths, streams, strict=True):
-        stream.seek(0)
-        for number, line in enumerate(stream, start=1):
-            yield path, number, line
 
 
 def corpus_file(folder: Path) -> Path:

@@ -42,21 +42,18 @@ def _is_list(path: Path) -> bool:
 
 
 def plain_lines(path: Path) -> IO[bytes]:
-    """The corpus as an open JSON Lines file."""
+    """The corpus as a JSON Lines file, open at its beginning."""
     if not is_packed(path):
         return path.open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
     try:
-        if path.is_dir():
+        if path.is_dir() or path.suffix == ".parquet" or ".tsv" in path.suffixes or _is_list(path):
             for shard in shards(path):
                 stream.writelines(_passage_lines(shard))
-        elif ".tsv" in path.suffixes:
-            stream.writelines(_tsv_lines(path))
-        elif path.suffix == ".parquet" or _is_list(path):
-            stream.writelines(_passage_lines(path))
         else:
             stream.writelines(blocks(path))
         stream.flush()
+        stream.seek(0)
     except BaseException:
         stream.close()
         raise
@@ -64,15 +61,17 @@ def plain_lines(path: Path) -> IO[bytes]:
 
 
 def _passage_lines(path: Path) -> Iterator[bytes]:
-    """JSON lines from the rows of a Parquet file, a JSON list or a shard, checked here, where file and line are known.
+    """The passages of a file as JSON lines, each on the line on which it is in the file (or later).
 
     Raises:
         RecordError: a row that is no passage; names file and line (Parquet: row).
     """
+    written = 0
     for number, row in corpus_rows(path):
         with located(path, number):
             identifier, contents = passage_fields(row)
-        yield passage_line(identifier, contents, passage_metadata(row))
+        yield b"\n" * (number - written - 1) + passage_line(identifier, contents, passage_metadata(row))
+        written = max(number, written + 1)
 
 
 def passage_line(identifier: str, contents: str, metadata: Mapping[str, Any]) -> bytes:
@@ -91,14 +90,6 @@ def corpus_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if ".tsv" in path.suffixes:
         return _tsv_rows(path)
     return read_lines(path)
-
-
-def _tsv_lines(path: Path) -> Iterator[bytes]:
-    """JSON lines of a `.tsv` corpus on the lines of the file."""
-    written = 0
-    for number, row in _tsv_rows(path):
-        yield b"\n" * (number - written - 1) + dump_line(row)
-        written = number
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -330,16 +330,9 @@ def find_ranks(
 
 
 def _ranks(question: Question, hits: Sequence[Hit]) -> tuple[int | None, list[int]]:
-    passages = [hit.passage for hit in hits]
-    closed = is_closed(question.golden_answers)
-    answer = next(
-        (
-            rank
-            for rank, passage in enumerate(passages, start=1)
-            if not closed and contains_answer(passage.contents, question.golden_answers)
-        ),
-        None,
-    )
+    passages, golden = [hit.passage for hit in hits], question.golden_answers
+    ranks = (rank for rank, passage in enumerate(passages, start=1) if contains_answer(passage.contents, golden))
+    answer = None if is_closed(golden) else next(ranks, None)
     ids, titles, found = gold_ids(question), gold_titles(question), []
     left = set(ids or titles)
     for rank, passage in enumerate(passages, start=1):
@@ -381,26 +374,18 @@ def summarize(records: Sequence[Coverage], topk: Sequence[int]) -> dict[str, Any
     open_ = [item for item in records if item.answer_in_corpus is not None]
     with_gold = [item for item in records if item.gold]
 
-    def found(item: Coverage, depth: int) -> float:
-        return sum(rank <= depth for rank in item.gold_ranks) / item.gold
+    def mean(values: Sequence[float]) -> float | None:
+        return sum(values) / len(values) if values else None
 
-    def share(values: Iterable[float]) -> float | None:
-        listed = list(values)
-        return sum(listed) / len(listed) if listed else None
+    def row(answered: Sequence[bool], gold: Sequence[int]) -> dict[str, float | None]:
+        parts = [found / item.gold for found, item in zip(gold, with_gold, strict=True)]
+        return {"answer": mean(answered), "gold": mean(parts), "all_gold": mean([part == 1 for part in parts])}
 
-    shares = {
-        "corpus": {
-            "answer": share(float(bool(item.answer_in_corpus)) for item in open_),
-            "gold": share(item.gold_in_corpus / item.gold for item in with_gold),
-            "all_gold": share(float(item.gold_in_corpus == item.gold) for item in with_gold),
-        }
-    }
+    answered = [bool(item.answer_in_corpus) for item in open_]
+    shares = {"corpus": row(answered, [item.gold_in_corpus for item in with_gold])}
     for depth in sorted(topk):
-        shares[f"top {depth}"] = {
-            "answer": share(float(item.answer_rank is not None and item.answer_rank <= depth) for item in open_),
-            "gold": share(found(item, depth) for item in with_gold),
-            "all_gold": share(float(found(item, depth) == 1) for item in with_gold),
-        }
+        answered = [item.answer_rank is not None and item.answer_rank <= depth for item in open_]
+        shares[f"top {depth}"] = row(answered, [sum(rank <= depth for rank in item.gold_ranks) for item in with_gold])
     counts = {"questions": len(records), "answer": len(open_), "gold": len(with_gold)}
     return {"questions": counts, "shares": shares}
 

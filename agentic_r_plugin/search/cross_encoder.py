@@ -75,7 +75,7 @@ def load_cross_encoder(
 
 
 def _require_cross_encoder(name: str, who: str) -> None:
-    """Raise `ConfigError` for another kind of model: its head would be new, and its scores without meaning."""
+    """Raise `ConfigError` for another kind of model: its head would be random, and its scores meaningless."""
     kind = families.read_json_file(name, "config_sentence_transformers.json", "model_type")
     architectures = families.read_json_file(name, "config.json", "architectures") or []
     scores = any(item.endswith(("ForSequenceClassification", "ForCausalLM")) for item in architectures)
@@ -129,8 +129,6 @@ class CrossEncoderReranker:
     """A cross-encoder (sentence-transformers); the scores are its logits.
 
     Args:
-        model: the cross-encoder.
-        record: formulation and length.
         source: where the model came from.
         precision: `float32`, `bfloat16` or `float16` (autocast), or `auto` (`compute.fast_type`).
         batch_size: pairs per forward pass, sorted by length.

@@ -34,7 +34,6 @@ class DenseBackend(ABC):
     """Encodes the requests, finds the nearest rows, and reads their passages.
 
     Args:
-        index: the index folder.
         retriever: a loaded retriever or its location; None uses the one named by the index.
         corpus: the corpus file; None uses the one named by the index.
         device: for the retriever.
@@ -180,7 +179,7 @@ class FaissBackend(_SearchedByFaiss):
 
 
 class FaissGPUBackend(_SearchedByFaiss):
-    """Dense retrieval with faiss on all GPUs of this node, the index sharded over them. Untested: no GPU here.
+    """Dense retrieval with faiss on all GPUs of this node; the index is sharded over them. Not yet run on a GPU.
 
     Raises:
         ConfigError: this faiss has no GPU support, finds no GPU, or cannot put this kind of index on a GPU.
@@ -276,33 +275,25 @@ Read = Callable[[int, int], NDArray[Any]]
 """(first row, end) -> (rows, D) vectors in float32."""
 
 
+@dataclass
 class _Part:
-    """Rows `begin` to `end` of an index, searched on one device.
+    """Rows `begin` to `end` of an index, searched on one device; either `read` or `kept` is given."""
 
-    Args:
-        block_rows: rows scored at once.
-        read: reads a block of rows; alternatively,
-        kept: all rows of the part, on the device.
-    """
-
-    def __init__(
-        self,
-        begin: int,
-        end: int,
-        device: torch.device,
-        block_rows: int,
-        *,
-        read: Read | None = None,
-        kept: torch.Tensor | None = None,
-    ) -> None:
-        self.begin, self.end, self.device, self.block_rows = begin, end, device, block_rows
-        self._read, self._kept = read, kept
+    begin: int
+    end: int
+    device: torch.device
+    block_rows: int
+    """Rows scored at once."""
+    read: Read | None = None
+    """Reads a block of rows."""
+    kept: torch.Tensor | None = None
+    """All rows of the part, on the device."""
 
     @torch.inference_mode()
     def nearest(self, queries_QD: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores, rows) on the device, each (Q, min(K, rows of this part))."""
         queries = queries_QD.to(self.device)
-        rough = self._kept is not None and self._kept.dtype != torch.float32
+        rough = self.kept is not None and self.kept.dtype != torch.float32
         wanted = 2 * topk + 32 if rough else topk
         scores = torch.empty((len(queries), 0), device=self.device)
         rows = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
@@ -314,17 +305,17 @@ class _Part:
         return _best([self._exact_scores(queries, rows)], [rows], topk) if rough else (scores, rows)
 
     def _block(self, start: int, stop: int) -> torch.Tensor:
-        if self._kept is not None:
-            return self._kept[start - self.begin : stop - self.begin]
-        assert self._read is not None
-        return torch.from_numpy(self._read(start, stop))
+        if self.kept is not None:
+            return self.kept[start - self.begin : stop - self.begin]
+        assert self.read is not None
+        return torch.from_numpy(self.read(start, stop))
 
     def _exact_scores(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(Q, W) inner products in float32, computed for a few queries at a time."""
-        assert self._kept is not None
+        assert self.kept is not None
         step = max(1, self.block_rows // max(rows.shape[1], 1))
         found = [
-            torch.einsum("qwd,qd->qw", self._kept[some - self.begin].float(), query)
+            torch.einsum("qwd,qd->qw", self.kept[some - self.begin].float(), query)
             for query, some in zip(queries.split(step), rows.split(step), strict=True)
         ]
         return torch.cat(found)

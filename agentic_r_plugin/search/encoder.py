@@ -120,7 +120,6 @@ class Retriever:
             preset: `auto`, or a family (`families.FAMILIES`) that gives prefixes and pooling.
             pooling: `auto`, or one of `families.POOLINGS`.
             device: `auto` uses CUDA if available.
-            precision: see the class.
             untrained: for a model without our record: the whole record, as an earlier load derived it, or values of
                 fields (`max_length`: both lengths) that override the defaults of such models.
             overrides: fields of `RetrieverRecord` that replace the recorded ones. Lengths beyond the model's positions

@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     "contriever": Family(normalize=False),
     "nomic": Family(query_prompt="search_query: ", passage_prompt="search_document: "),
 }
-"""Values of `preset`. `instruct`: E5 models that take a task in the query; this one is that of web search."""
+"""Values of `preset`. `instruct`: E5 models that read a task before the query; this task is web search."""
 
 _SIZES = "(?:tiny|mini|small|base|large)"
 _NAMES = {

@@ -2,7 +2,7 @@
 
 Request `{"queries": [str], "topk": int, "return_scores": bool, "questions"?: [str | null], "histories"?: [[str]],
 "reasonings"?: [str]}`, answer `{"result": [[{"document": {"id", "title", "text", "contents"}, "score": float}]]}`;
-without scores each inner list holds the documents themselves. A document has `metadata` if the corpus says more of it.
+without scores each inner list holds the documents themselves. A document has `metadata` if its corpus line has some.
 Further fields are ignored in both; a `topk` of 0 or null means the service's default.
 
 A service with a reranker also takes the request of Search-R1's `retrieval_rerank_server.py`: `topk_retrieval` passages

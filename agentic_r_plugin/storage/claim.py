@@ -35,10 +35,8 @@ class Output:
     """An output and what it is made from.
 
     Args:
-        out: the output.
         made_from: everything that determines its content, as JSON values; a resume compares each entry.
         done: name of the done file: inside a folder, or the suffix of a file's name (`.report.json`).
-        folder: whether the output is a folder.
         late: prefixes of entries that are known only after models are loaded (`Claim.begin`).
         at_end: entries that only affect a finished output; they may change while it is unfinished.
     """
@@ -197,22 +195,19 @@ def companion(out: Path, suffix: str, *, folder: bool = False) -> Path:
     return out / suffix if folder else out.with_name(out.name + suffix)
 
 
-def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass --resume to go on") -> None:
-    """Refuse to overwrite; for commands that cannot resume, or before the inputs of the output are known.
-
-    Args:
-        or_else: what else the user can do, for the message.
+def require_new(out: str | Path, *, folder: bool = False) -> None:
+    """Refuse to overwrite an output; for use before its inputs are known.
 
     Raises:
         OutputExistsError: the output exists, or was started.
     """
     out = Path(out)
     if _is_there(out):
-        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or {or_else}")
+        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or pass --resume to go on")
     begun = [path for path in (companion(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
     if begun:
         raise OutputExistsError(
-            f"{out}: work on it was begun; pass --resume to go on, or remove {' and '.join(map(str, begun))}"
+            f"{out}: unfinished work exists; pass --resume to go on, or remove {' and '.join(map(str, begun))}"
         )
 
 

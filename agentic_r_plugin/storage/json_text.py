@@ -78,7 +78,7 @@ def read_list(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _ListText:
-    """The text of a JSON list, of which a part is in memory; `line` is that of the position, from 1."""
+    """The text of a JSON list, read in blocks; `line` is the line of the current position, from 1."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.line = 1
@@ -91,7 +91,7 @@ class _ListText:
         return self._text.startswith(character, self._at)
 
     def skip(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Go on behind what the pattern matches here, if only nothing."""
+        """Move past the match of a pattern at the current position, which may be empty."""
         while True:
             found = pattern.match(self._text, self._at)
             if (found is None or found.end() == len(self._text)) and self._more():
@@ -117,7 +117,7 @@ class _ListText:
             return found
 
     def require_end(self) -> None:
-        """Nothing but white space may follow the bracket that is next."""
+        """Move past the closing bracket; raise ValueError unless only white space follows."""
         self._advance(self._at + 1)
         while not self._text[self._at :].strip():
             self._advance(len(self._text))
@@ -130,7 +130,7 @@ class _ListText:
         self._at = end
 
     def _more(self) -> bool:
-        """Read on, as much again as is in memory; False at the end of the file."""
+        """Read another block, at least as long as the text in memory; False at the end of the file."""
         if self._ended:
             return False
         kept = self._text[self._at :]

@@ -63,11 +63,7 @@ class HashSet:
 
 
 class HashIndex:
-    """A multimap from 64-bit hashes to numbers, in a temporary SQLite file; values of a hash keep their order.
-
-    Args:
-        folder: folder of the unnamed temporary file.
-    """
+    """A multimap from 64-bit hashes to numbers, in a temporary SQLite file; values of a hash keep their order."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,10 +75,6 @@ class HashIndex:
                 "CREATE TABLE entry (hash INTEGER, value INTEGER); BEGIN;"
             )
         self._waiting: list[tuple[int, int]] = []
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
 
     def add(self, hashed: int, value: int) -> None:
         """Add an entry; only before `finish`."""
@@ -110,7 +102,6 @@ class HashIndex:
 
     def _flush(self) -> None:
         self._db.executemany("INSERT INTO entry VALUES (?, ?)", self._waiting)
-        self._size += len(self._waiting)
         self._waiting.clear()
 
 
@@ -119,8 +110,6 @@ class KeyedRecords(Generic[RecordType]):
 
     Args:
         path: a record file or a folder of shards; gzipped and Parquet files are unpacked into a temporary file.
-        cls: type of the records.
-        key: returns a record's key.
         many: whether a key may have several records.
         folder: for temporary files; None uses the file's own folder.
         reader: reads the records if `read_records` cannot; they are copied into a temporary file.
@@ -167,10 +156,6 @@ class KeyedRecords(Generic[RecordType]):
         assert self._index is not None
         found = [self._read(value) for value in self._index.find(key_hash(key))]
         return [record for record in found if self.key(record) == key]
-
-    def get(self, key: str) -> RecordType | None:
-        """The record of a key, or None if there is none."""
-        return next(iter(self.find(key)), None)
 
     def close(self) -> None:
         """Close files; safe to call twice."""

@@ -45,11 +45,7 @@ class UnitResult:
     @classmethod
     def refused(cls, error: object) -> UnitResult:
         """Result of a unit that a model, a retriever or the limits refuse; other units may be accepted."""
-        return cls(dropped=REFUSED, error=str(error))
-
-
-REFUSED = "refused"
-"""Reason of refused units."""
+        return cls(dropped="refused", error=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)

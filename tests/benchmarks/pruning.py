@@ -22,7 +22,6 @@ from typing import Any
 
 from agentic_r_plugin.cli import main as agentic_r
 from agentic_r_plugin.config import load_config
-from agentic_r_plugin.data.selection import PRESETS
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.store import read_json
 
@@ -107,7 +106,7 @@ def compare(args: argparse.Namespace, out: Path) -> None:
         command("correctness", *scored, *pruned_by, *agent, "--out", correctness)
         spent[name] = round(time.process_time() - cpu_s, 1)
         made_of = ["--candidates", file["candidates"], "--relevance", file["relevance"], "--correctness", correctness]
-        for preset in PRESETS if name != "pruned" else ("paper",):
+        for preset in ("paper", "released_code") if name != "pruned" else ("paper",):
             groups = str(out / f"groups-{name}-{preset}.jsonl")
             command("groups", *made_of, "--out", groups, f"num_negatives={args.negatives}", "--preset", preset)
         reports[name] = read_json(correctness + ".report.json")

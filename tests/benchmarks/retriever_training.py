@@ -33,7 +33,7 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Batch, epoch_batches, read_examples
-from agentic_r_plugin.retriever.loop import Run
+from agentic_r_plugin.retriever.loop import Training
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.retriever.start import initial_retriever
 from agentic_r_plugin.search.corpus import Corpus
@@ -67,7 +67,7 @@ def settings(args: argparse.Namespace, **changes: object) -> TrainRetrieverConfi
 def our_step(args: argparse.Namespace, corpus: Corpus, kept_tokens: int | None) -> Callable[[Batch], float]:
     """The step of the trainer itself."""
     config = settings(args, kept_tokens=kept_tokens)
-    run = Run(config, corpus, initial_retriever(config), losses.contrastive, rank=0, world=1)
+    run = Training(config, corpus, initial_retriever(config), losses.contrastive, rank=0, world=1)
     without_dropout(run.model)
     return lambda batch: run._train_step(batch, total=10**6)["loss"]
 

@@ -5,10 +5,12 @@ Used where a test needs to decide what the agent says; the stages drive them thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from agentic_r_plugin.data import selection
+from agentic_r_plugin.data.selection import SelectionRule, SelectionTask
 from agentic_r_plugin.llm.base import Completion, Request, Sampling
-from agentic_r_plugin.records import Passage
+from agentic_r_plugin.records import Candidates, Group, Passage
 from agentic_r_plugin.search.base import Hit, SearchRequest
 
 
@@ -87,3 +89,10 @@ class Passages(dict[str, Passage]):
 
 def passage(identifier: str, text: str = "") -> Passage:
     return Passage(id=identifier, title=f"T {identifier}", text=text or f"text of {identifier}")
+
+
+def select(
+    query: Candidates, relevance: Mapping[str, int] | None, correctness: Mapping[str, int] | None, rule: SelectionRule
+) -> list[Group] | str:
+    """The groups of one query, as `selection.select`."""
+    return selection.select(SelectionTask(query=query, relevance=relevance, correctness=correctness), rule)

@@ -17,7 +17,7 @@ from agentic_r_plugin.data.correctness import (
     steps_of,
 )
 from agentic_r_plugin.data.likelihood import answer_likelihoods, by_likelihood, in_order_of_likelihood
-from agentic_r_plugin.data.selection import preset_rule, select
+from agentic_r_plugin.data.selection import preset_rule
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.llm.base import Likelihood
 from agentic_r_plugin.protocol import Finished, Limits, Prefix
@@ -26,7 +26,7 @@ from agentic_r_plugin.session import Session
 from agentic_r_plugin.store import write_records
 from agentic_r_plugin.tags import compact
 from tests.chat_templates import PROTOCOLS, codec
-from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
+from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage, select
 
 PREFIX = "<think>x</think><search> first </search>\n\n<information>old</information>\n\n<search> second </search>"
 PASSAGES = Passages({letter: passage(letter) for letter in "abcdefgh"})

@@ -19,13 +19,12 @@ from agentic_r_plugin.data.selection import (
     NO_RELEVANCE,
     NO_TRAJECTORY,
     NOTHING_OPENED,
-    PRESETS,
     TOO_FEW_NEGATIVES,
     SelectionRule,
     SelectionTask,
     preset_rule,
+    released_code,
     rollout_order,
-    select,
     selection_named,
 )
 from agentic_r_plugin.errors import ConfigError, RecordError
@@ -33,7 +32,7 @@ from agentic_r_plugin.protocol import Limits
 from agentic_r_plugin.records import Candidates, Group, ScoredPassage
 from agentic_r_plugin.store import dump_line
 from agentic_r_plugin.tags import compact
-from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage
+from tests.data.scripted import ListedSearch, Passages, ScriptedAgent, passage, select
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -74,7 +73,7 @@ def test_of_tied_candidates_the_earlier_in_retrieval_order_is_the_positive():
 
 
 def test_the_released_code_takes_up_to_three_ties_which_share_their_negatives_and_leaves_out_further_ties():
-    rule = replace(RULE, **PRESETS["released_code"], num_negatives=5)
+    rule = replace(RULE, **released_code.rule, num_negatives=5)
     picked = select(query(9), scores(a=80, b=80, c=80, d=80, e=79), dict.fromkeys("abcd", 1), rule)
     assert positives(picked) == ["a", "b", "c"]
     assert isinstance(picked, list) and len({group.negatives for group in picked}) == 1
@@ -90,7 +89,7 @@ def test_the_papers_rule_needs_no_correctness_behind_the_first_success_and_the_r
     ties = scores(a=80, b=80, c=80)
     assert positives(select(query(8), ties, {"a": 0, "b": 1}, RULE)) == ["b"]
     with pytest.raises(RecordError, match=r"passage 'c' is needed and unknown.*another preset"):
-        select(query(8), ties, {"a": 0, "b": 1}, replace(RULE, **PRESETS["released_code"]))
+        select(query(8), ties, {"a": 0, "b": 1}, replace(RULE, **released_code.rule))
 
 
 def test_negatives_are_all_other_candidates_sampled_without_replacement():
@@ -238,7 +237,7 @@ query_scores = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.lists(query_scores, min_size=1, max_size=4), st.sampled_from(sorted(PRESETS)), st.integers(0, 5))
+@given(st.lists(query_scores, min_size=1, max_size=4), st.sampled_from(["paper", "released_code"]), st.integers(0, 5))
 def test_pruned_and_exhaustive_correctness_give_the_same_groups_byte_for_byte(drawn, preset: str, num_negatives: int):
     rule = preset_rule(preset, num_negatives=num_negatives, seed=3)
     queries = [

@@ -297,14 +297,6 @@ def test_work_of_unknown_origin_is_not_resumed(config: UpperConfig):
         Shouter(config).run(resume=True)
 
 
-@pytest.mark.parametrize("suffix", [".journal", ".parts"])
-def test_unfinished_work_of_an_earlier_version_is_not_done_again_unnoticed(config: UpperConfig, suffix: str):
-    Path(config.out).parent.mkdir()
-    Path(config.out + suffix).touch()
-    with pytest.raises(OutputExistsError, match="unfinished work of an earlier version"):
-        Shouter(config).run(resume=True)
-
-
 def test_too_many_judge_errors_end_the_stage_and_only_they_are_tried_again(config: UpperConfig):
     write_questions(Path(config.in_), ["a", "e1", "b", "e2"])
     with pytest.raises(JudgeError, match=r"failed on 2 of 4 units.*first, e1: cannot spell e.*--resume"):

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from agentic_r_plugin.cost import Cost
-from agentic_r_plugin.data.sub_answers import name_sub_answers, parse_sub_answers
+from agentic_r_plugin.backends import LLMSpec
+from agentic_r_plugin.data.sub_answers import SubAnswersConfig, SubAnswersWorker, parse_sub_answers
 from agentic_r_plugin.errors import JudgeError
-from agentic_r_plugin.llm.openai import OpenAIBackend
 from agentic_r_plugin.records import StopReason, Trajectory, Turn
 from tests.llm.loopback import chat, serve
 
@@ -30,20 +29,22 @@ TRAJECTORY = Trajectory(
 
 
 def ask(reply, *trajectories: Trajectory, **options):
-    cost = Cost()
     with serve(lambda path, body: chat(reply(body))) as server:
-        named = list(name_sub_answers(trajectories, OpenAIBackend(server.url, "judge"), cost=cost, **options))
-    return named, [body["messages"][0]["content"] for _, body, _ in server.requests], cost
+        llm = LLMSpec(backend="openai", url=server.url, model="judge")
+        worker = SubAnswersWorker(SubAnswersConfig(in_="", out="", llm=llm, **options))
+        named = worker.work(trajectories)
+        worker.close()
+    return named, [body["messages"][0]["content"] for _, body, _ in server.requests], worker.cost
 
 
 def test_every_query_gets_its_sub_answer_and_not_sure_is_none():
     silent = replace(TRAJECTORY, id="silent", turns=())
     named, prompts, cost = ask(lambda body: '["Mara Velin", "not sure."]', TRAJECTORY, silent)
-    assert [(item.turn, item.query, item.sub_answer) for item in named[0]] == [
+    assert [(item.turn, item.query, item.sub_answer) for item in named[0].records] == [
         (1, "Tides author", "Mara Velin"),
         (3, "Velin", None),
     ]
-    assert named[1] == [] and cost.judge_requests == 1
+    assert (named[1].records, named[1].dropped, cost.judge_requests) == ((), "no_search", 1)
     (prompt,) = prompts
     assert "Correct answers: Oslo; Kristiania\n" in prompt
     assert "1. Tides author\n2. Velin\n" in prompt
@@ -53,7 +54,7 @@ def test_every_query_gets_its_sub_answer_and_not_sure_is_none():
 
 def test_another_number_of_sub_answers_is_asked_for_again_then_kept_apart():
     named, prompts, cost = ask(lambda body: '["Mara Velin"]', TRAJECTORY, max_retries=2)
-    assert isinstance(named[0], JudgeError) and "expected exactly 2 items, found 1" in str(named[0])
+    assert "expected exactly 2 items, found 1" in str(named[0].error)
     assert len(prompts) == cost.judge_requests == 3
 
 

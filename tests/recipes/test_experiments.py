@@ -24,7 +24,7 @@ from agentic_r_plugin.comparison.summary import groups_of
 from agentic_r_plugin.comparison.trained import TrainedRetriever
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data import correctness
-from agentic_r_plugin.data.selection import SelectionRule, select
+from agentic_r_plugin.data.selection import SelectionRule
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError
 from agentic_r_plugin.evaluation import aggregate
 from agentic_r_plugin.experiment import ExperimentConfig, run
@@ -50,6 +50,7 @@ from agentic_r_plugin.search.service import server
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
 from agentic_r_plugin.store import dump_line, read_json, read_lines, read_records, write_records
 from recipes.quickstart.warm_start.train import WarmStartConfig
+from tests.data.scripted import select
 from tests.evaluation.evaluation_toy import write_benchmark
 from tests.search.tiny_retriever import make_model, make_reranker
 

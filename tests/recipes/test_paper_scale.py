@@ -16,7 +16,7 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.iterate import IterateConfig
 from agentic_r_plugin.loop.checks import check_settings
-from agentic_r_plugin.loop.forecast import Scale, costs, table
+from agentic_r_plugin.loop.forecast import Scale, phases_of, table
 from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.loop.settings import PlanConfig
 
@@ -106,7 +106,7 @@ def test_the_forecast_is_what_its_assumptions_say():
         judge_generated_tokens_per_s=100, passage_tokens=100, judge_generated_tokens=50,
     )  # fmt: skip
     scale = Scale(questions=100, passages=3600, ppo_steps=1, ppo_batch=4, candidates=20, window=10)
-    found = {phase.name: phase for phase in costs(scale, plan)}
+    found = {phase.name: phase for phase in phases_of(scale, plan)}
     correctness, relevance = found["correctness"], found["relevance"]
     assert (correctness.units, correctness.rollouts) == (200, 600)
     assert (correctness.prompt_tokens, correctness.generated_tokens) == (600 * 2 * 500, 600 * 2 * 100)

@@ -187,7 +187,7 @@ def test_a_redirect_is_an_error_that_names_where_it_leads():
 def test_a_service_that_refuses_many_queries_is_asked_fewer_at_once():
     requests = [SearchRequest(query=str(number)) for number in range(20)]
     with serving(EchoBackend()) as url:
-        with pytest.raises(SearchRefusedError, match=r"asked 20 queries in one request; .* search\.options\.max_batch"):
+        with pytest.raises(SearchRefusedError, match=r"held 20 queries; .* search\.options\.max_batch"):
             RetrievalClient(url).search(requests, 1)
         spec = SearchSpec(backend="service", url=url, options={"max_batch": 8})
         with open_search(spec) as backend:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -32,13 +31,11 @@ from tests.search.tiny_retriever import make_model, passage_numbers, write_corpu
 
 def test_two_packages_of_faiss_in_one_folder_are_named_with_the_way_out(monkeypatch):
     def installed(*names: str):
-        monkeypatch.setattr(
-            faiss_files, "distributions", lambda: [SimpleNamespace(metadata={"Name": name}) for name in names]
-        )
+        monkeypatch.setattr(faiss_files, "distributions", lambda name: [found for found in names if found == name])
 
-    installed("faiss_gpu_cu12", "numpy")
+    installed("faiss-gpu-cu12", "numpy")
     faiss_files.require_one_faiss()
-    installed("faiss-cpu", "numpy", "faiss_gpu_cu12")
+    installed("faiss-cpu", "numpy", "faiss-gpu-cu12")
     with pytest.raises(ConfigError, match=r"faiss-cpu and faiss-gpu-cu12 .* pip uninstall faiss-cpu faiss-gpu-cu12"):
         faiss_files.require_one_faiss()
 

@@ -78,7 +78,7 @@ def test_an_address_without_a_cluster_is_an_error(tmp_path, corpus_file, model_f
 
 def test_a_worker_that_dies_is_an_error(tmp_path, corpus_file, model_folder, monkeypatch):
     monkeypatch.setattr(shards, "_begin", os._exit)
-    with pytest.raises(SearchError, match=r"an encoding worker \(devices cpu, cpu\) ended without a word"):
+    with pytest.raises(SearchError, match=r"an encoding worker \(devices cpu, cpu\) ended without an error message"):
         build_index(config_for(tmp_path / "index", corpus_file, model_folder, device="cpu,cpu"))
     assert not (tmp_path / "index" / "manifest.json").exists()
 

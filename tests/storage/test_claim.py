@@ -69,8 +69,6 @@ def test_an_existing_output_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty" / "file").touch()
     with pytest.raises(OutputExistsError, match="--resume"):
         require_new(tmp_path / "empty", folder=True)
-    with pytest.raises(OutputExistsError, match=r"remove it, or pass --overwrite$"):
-        require_new(tmp_path / "empty", or_else="pass --overwrite")
 
 
 def test_a_file_is_not_taken_for_the_folder_of_an_output(tmp_path: Path) -> None:

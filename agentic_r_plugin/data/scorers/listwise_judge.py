@@ -22,15 +22,13 @@ class ListwiseJudge:
     """An LLM scores the candidates of a query together, in five bands of 0..100 (the paper's scorer).
 
     Args:
-        judge: the model.
         window: passages scored per prompt: 20 in the paper, 10 in the released code.
         max_retries: further attempts after a reply that does not hold exactly the requested scores.
-        max_tokens: maximum length of a reply.
         prompt: custom prompt file; empty uses the package's `prompts/listwise_relevance.txt`.
-        cost: updated in place.
     """
 
     name, prompt_name = "listwise_judge", "listwise_relevance"
+    known_options = ("max_retries", "max_tokens", "preset", "prompt", "window")
     needs_questions = False
 
     @staticmethod
@@ -71,7 +69,10 @@ class ListwiseJudge:
         Raises:
             ConfigError: an unknown option or preset.
         """
-        check_options(cls.name, options, "max_retries", "max_tokens", "preset", "prompt", "window")
+        check_options(cls.name, options, *cls.known_options)
+        for name in ("max_retries", "max_tokens", "window"):
+            if not isinstance(value := options.get(name, 1), int):
+                raise ConfigError(f"{cls.name}: {name}: expected a whole number, found {value!r}")
         window = cls.passages_per_prompt(options)
         given = {key: value for key, value in options.items() if key not in ("preset", "window")}
         return cls(resources.open_judge(), cost=resources.cost, window=window, **given)
@@ -115,6 +116,7 @@ class ListwiseJudge:
                 f"[{rank}] {passage.title}: {passage.text}" for rank, passage in enumerate(passages, start=1)
             ),
             num_passages=len(passages),
+            passage=f"{passages[0].title}: {passages[0].text}",
         )
 
     def fingerprint(self) -> str:

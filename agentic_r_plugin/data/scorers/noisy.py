@@ -47,9 +47,6 @@ class Noisy:
 
     Each candidate is hit with probability `rate`, by one of the `ways` with equal probability. The draws depend on the
     seed, the question's id and the turn alone, so a query is always judged the same; a higher rate adds errors.
-
-    Args:
-        inner: the scorer whose scores are changed.
     """
 
     @dataclass(frozen=True, kw_only=True)

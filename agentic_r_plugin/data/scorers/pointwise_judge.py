@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from agentic_r_plugin.config import fingerprint
-from agentic_r_plugin.data.judge import fill, parse_score
-from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options, reference
+from agentic_r_plugin.data.judge import parse_score
 from agentic_r_plugin.data.scorers.listwise_judge import ListwiseJudge
 from agentic_r_plugin.llm.base import ChatBackend
-from agentic_r_plugin.records import Passage
 
 
 class PointwiseJudge(ListwiseJudge):
@@ -20,6 +18,7 @@ class PointwiseJudge(ListwiseJudge):
     """
 
     name, prompt_name = "pointwise_judge", "pointwise_relevance"
+    known_options = ("max_retries", "max_tokens", "prompt")
 
     @staticmethod
     def passages_per_prompt(options: Mapping[str, Any]) -> int:
@@ -27,32 +26,11 @@ class PointwiseJudge(ListwiseJudge):
         return 1
 
     def __init__(self, judge: ChatBackend, *, max_tokens: int = 16, **options: Any) -> None:
-        super().__init__(judge, window=1, max_tokens=max_tokens, **options)
-
-    @classmethod
-    def build(cls, options: Mapping[str, Any], resources: Resources) -> PointwiseJudge:
-        """Build from `max_retries`, `max_tokens` and `prompt`.
-
-        Raises:
-            ConfigError: an unknown option.
-        """
-        check_options(cls.name, options, "max_retries", "max_tokens", "prompt")
-        return cls(resources.open_judge(), cost=resources.cost, **options)
+        super().__init__(judge, max_tokens=max_tokens, **options | {"window": 1})
 
     def parse(self, reply: str, length: int) -> list[int]:
         """The one score of a reply."""
         return [parse_score(reply)]
-
-    def render(self, task: ScoringTask, passages: Sequence[Passage]) -> str:
-        """The prompt for one passage."""
-        (passage,) = passages
-        return fill(
-            self.prompt,
-            question=task.query.question,
-            query=task.query.query,
-            reference=reference(task),
-            passage=f"{passage.title}: {passage.text}",
-        )
 
     def fingerprint(self) -> str:
         """Hash of the judge model, the prompt and the options."""

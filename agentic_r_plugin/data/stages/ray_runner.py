@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from typing import Any
 
-from agentic_r_plugin.data.stages.runner import Result, RunnerSpec, WorkBatch, Worker, do_batch, flow
+from agentic_r_plugin.data.stages.runner import Result, RunnerSpec, StageWorker, WorkBatch, do_batch, flow
 from agentic_r_plugin.ray_cluster import Pool
 
 
@@ -26,7 +26,7 @@ class RayExecutor:
         ConfigError: no cluster at the address, or too few processors or accelerators in it.
     """
 
-    def __init__(self, factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> None:
+    def __init__(self, factory: Callable[[], StageWorker], spec: RunnerSpec) -> None:
         self._spec = spec
         self._pool = Pool(
             factory,

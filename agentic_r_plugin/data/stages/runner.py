@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -20,7 +21,6 @@ from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.storage.table import UnitResult
 
 Task = TypeVar("Task")
-Given = TypeVar("Given", contravariant=True)
 
 KINDS = ("local", "ray")
 
@@ -38,7 +38,7 @@ class RunnerSpec:
     max_restarts: int = setting("how often Ray starts a worker again whose process died", default=3)
     part_size: int = setting("units per file of an output that is sharded", default=8192)
     sharded: bool = setting("write the output as a folder of files", default=False)
-    forecast: int = setting("work on N units only, write nothing, estimate the cost of all", default=0)
+    forecast: int = setting("process N units only and forecast the cost of all", default=0)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -53,32 +53,19 @@ class RunnerSpec:
         return self.kind == "ray" and self.address not in ("", "local")
 
 
-class Worker(Protocol[Given]):
-    """Does the work of a stage and holds its models."""
-
-    @property
-    def cost(self) -> Cost:
-        """Updated by `work`."""
-
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the models used, by role."""
-
-    def work(self, batch: Sequence[Given]) -> Sequence[UnitResult]:
-        """One outcome per task, in order."""
-
-    def close(self) -> None:
-        """Free the models."""
-
-
-class StageWorker:
-    """Base of workers: counts the cost of a stage, and closes the models that were entered into `models`."""
+class StageWorker(ABC):
+    """Does the work of a stage, counts its cost, and closes the models that were entered into `models`."""
 
     def __init__(self, cost: Cost | None = None) -> None:
         self.cost, self.models = cost or Cost(), ExitStack()
 
     def fingerprints(self) -> dict[str, str]:
-        """None: no model is used."""
+        """Fingerprints of the models used, by role."""
         return {}
+
+    @abstractmethod
+    def work(self, batch: Sequence[Any]) -> Sequence[UnitResult]:
+        """One result per task, in order; adds to `cost`."""
 
     def close(self) -> None:
         """Close the models."""
@@ -98,7 +85,7 @@ Result = tuple[list[UnitResult], dict[str, float]]
 """Outcomes of a batch, and their cost."""
 
 
-def do_batch(worker: Worker[Any], tasks: Sequence[Any]) -> Result:
+def do_batch(worker: StageWorker, tasks: Sequence[Any]) -> Result:
     """Process one batch and measure its cost."""
     before, start = to_dict(worker.cost), time.monotonic()
     outcomes = list(worker.work(tasks))
@@ -124,7 +111,7 @@ class Executor(Protocol):
         """Stop the workers."""
 
 
-def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Executor:
+def open_executor(factory: Callable[[], StageWorker], spec: RunnerSpec) -> Executor:
     """The executor that `spec` asks for; each worker calls `factory` once, in its own process or thread."""
     if spec.kind == "ray":
         from agentic_r_plugin.data.stages.ray_runner import RayExecutor
@@ -136,7 +123,7 @@ def open_executor(factory: Callable[[], Worker[Any]], spec: RunnerSpec) -> Execu
 class LocalExecutor:
     """One worker in this thread."""
 
-    def __init__(self, factory: Callable[[], Worker[Any]]) -> None:
+    def __init__(self, factory: Callable[[], StageWorker]) -> None:
         self._worker = factory()
 
     def fingerprints(self) -> dict[str, str]:
@@ -156,9 +143,9 @@ class LocalExecutor:
 class ThreadExecutor:
     """Several workers, each used by one thread at a time; keeps a server busy while a batch finishes its last units."""
 
-    def __init__(self, factory: Callable[[], Worker[Any]], workers: int) -> None:
+    def __init__(self, factory: Callable[[], StageWorker], workers: int) -> None:
         self._workers = [factory() for _ in range(workers)]
-        self._free: queue.SimpleQueue[Worker[Any]] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[StageWorker] = queue.SimpleQueue()
         for worker in self._workers:
             self._free.put(worker)
         self._pool = ThreadPoolExecutor(workers)

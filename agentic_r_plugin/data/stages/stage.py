@@ -28,13 +28,13 @@ from typing import Any, Generic, TypeVar
 from agentic_r_plugin import cost
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, with_absolute_paths
 from agentic_r_plugin.config import deciding, to_dict
-from agentic_r_plugin.data.stages.runner import Executor, RunnerSpec, WorkBatch, Worker, open_executor
-from agentic_r_plugin.errors import JudgeError, OutputExistsError, RecordError, RequestRefusedError
+from agentic_r_plugin.data.stages.runner import Executor, RunnerSpec, StageWorker, WorkBatch, open_executor
+from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError, RequestRefusedError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.records import Record
-from agentic_r_plugin.storage.claim import Output
+from agentic_r_plugin.storage.claim import Output, companion
 from agentic_r_plugin.storage.lookup import HashIndex, KeyedRecords, key_hash
-from agentic_r_plugin.storage.table import REFUSED, Row, UnitResult, WorkTable
+from agentic_r_plugin.storage.table import Row, UnitResult, WorkTable
 from agentic_r_plugin.store import (
     PACKINGS,
     RecordType,
@@ -96,7 +96,7 @@ class Stage(Generic[Item]):
     config: Any
     inputs: dict[str, Path]
     units: Callable[[], Iterable[Unit[Item]]]
-    worker: Callable[[], Worker[Any]]
+    worker: Callable[[], StageWorker]
     batch_size: int
     record: type[Record]
     prepare: Callable[[Item], Any] = lambda item: item
@@ -118,10 +118,6 @@ class Stage(Generic[Item]):
     def max_error_share(self) -> float:
         """The stage fails if the judge fails on more than this share of the units."""
         return float(getattr(self.config, "max_error_share", 0.1))
-
-    def companion(self, suffix: str) -> Path:
-        """Path of a file next to OUT, with OUT's name and a suffix."""
-        return self.out.with_name(self.out.name + suffix)
 
 
 def for_workers(config: Config) -> Config:
@@ -145,14 +141,16 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         JudgeError: too large a share of the units failed; a resume retries them.
         RequestRefusedError: every unit was refused; a resume retries them.
         BackendError, SearchError: a model or a retriever failed after its retries; finished units are kept.
+        ConfigError: a batch of no unit, which would give an empty output.
     """
+    if stage.batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, found {stage.batch_size}")
     with ExitStack() as stack:
         for side in stage.sides:
             stack.callback(side.close)
         if stage.runner.forecast:
             total = _check_input(stage)
             return _forecast(stage, total, _opened(stage, stack))
-        _refuse_earlier_form(stage)
         output = Output(out=stage.out, made_from=_made_from(stage), done=".report.json", late=(_MODEL,))
         held = stack.enter_context(output.claim(resume=resume))
         total = 0 if held.finished else _check_input(stage)
@@ -200,16 +198,6 @@ def _recorded(config: Any) -> dict[str, Any]:
     return found
 
 
-def _refuse_earlier_form(stage: Stage[Any]) -> None:
-    """Refuse unfinished work of earlier versions, which used another format: it would silently be repeated."""
-    for path in (stage.companion(".journal"), stage.companion(".parts")):
-        if path.exists():
-            raise OutputExistsError(
-                f"{path}: unfinished work of an earlier version; finish it with that version, or remove it to begin "
-                "again"
-            )
-
-
 # --- Work -------------------------------------------------------------------------------------------------------------
 
 
@@ -218,14 +206,14 @@ def _check_input(stage: Stage[Any]) -> int:
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     for side in stage.sides:
         side.open()
-    index = HashIndex(stage.out.parent)
+    index, total = HashIndex(stage.out.parent), 0
     try:
-        for position, unit in enumerate(stage.units()):
-            index.add(key_hash(unit.key), position)
+        for total, unit in enumerate(stage.units(), start=1):
+            index.add(key_hash(unit.key), total)
         # Hashes are stored on disk, not keys in memory. They can collide, so the keys of repeated ones are compared.
         if repeated := set(index.finish()):
             _refuse_twice(stage, repeated)
-        return len(index)
+        return total
     finally:
         index.close()
 
@@ -326,7 +314,7 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
     batches = [WorkBatch(*zip(*ready[start : start + size], strict=True)) for start in range(0, len(ready), size)]
     spent = [(len(batch.tasks), paid) for batch, (_, paid) in executor.run(iter(batches))]
     forecast = {"stage": stage.name, **cost.forecast(spent, total)}
-    write_json(stage.companion(".forecast.json"), forecast)
+    write_json(companion(stage.out, ".forecast.json"), forecast)
     print(cost.forecast_table(forecast))
     return forecast
 
@@ -336,22 +324,20 @@ def _forecast(stage: Stage[Any], total: int, executor: Executor) -> dict[str, An
 
 def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
     """Write OUT from the table; returns the report."""
-    kept = records = num_errors = 0
+    kept = records = 0
     dropped: Counter[str] = Counter()
-    first_apart: str | None = None
+    errors_file = companion(stage.out, ".errors.jsonl")
     _remove_leftovers(stage.out)
-    with atomic_path(stage.companion(".errors.jsonl")) as temporary, temporary.open("wb") as errors:
+    with atomic_path(errors_file) as temporary, temporary.open("wb") as errors:
         # Counts and errors are collected while the records are written, so the table is read once.
         def counted(first: int, last: int) -> Iterator[Row]:
-            nonlocal kept, records, num_errors, first_apart
+            nonlocal kept, records
             for row in table.rows(first, last):
                 kept += row.count > 0
                 records += row.count
                 if row.dropped is not None:
                     dropped[row.dropped] += 1
                 if row.error is not None:
-                    num_errors += row.dropped is None
-                    first_apart = first_apart or f"{row.key}: {row.error}"
                     errors.write(dump_line({"unit": row.key, "error": row.error}))
                 yield row
 
@@ -359,28 +345,21 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
             _write_shards(stage, counted, total)
         else:
             _write(stage.out, stage.record, counted(0, total))
-    if first_apart is None:
-        stage.companion(".errors.jsonl").unlink()
+    if (first := table.first_error()) is None:
+        errors_file.unlink()
     else:
-        _say_kept_apart(stage, total, num_errors, dropped[REFUSED], first_apart)
+        kinds = ((table.num_refused, "refused"), (table.num_errors, "judge errors"))
+        counts = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
+        print(f"{stage.name}: of {total} units {counts}, kept apart in {errors_file}; first, {first}", file=sys.stderr)
     return {
         "stage": stage.name,
         "read": total,
         "kept": kept,
         "records": records,
         "dropped": dict(sorted(dropped.items())),
-        "errors": num_errors,
+        "errors": table.num_errors,
         **cost.summary(table.cost, total),
     }
-
-
-def _say_kept_apart(stage: Stage[Any], total: int, errors: int, refused: int, first: str) -> None:
-    counts = [f"{count} {what}" for count, what in ((refused, "refused"), (errors, "judge errors")) if count]
-    print(
-        f"{stage.name}: of {total} units {' and '.join(counts)}, kept apart in {stage.companion('.errors.jsonl')}; "
-        f"first, {first}",
-        file=sys.stderr,
-    )
 
 
 def _write(path: Path, record: type[Record], rows: Iterable[Row]) -> None:
@@ -412,5 +391,5 @@ def _shards(out: Path) -> Path:
 def _remove_leftovers(out: Path) -> None:
     """Remove temporary files of a process that was killed while it wrote OUT or a file next to it."""
     for suffix in ("", ".errors.jsonl", ".manifest.json", ".report.json"):
-        remove_temporaries(out.with_name(out.name + suffix))
+        remove_temporaries(companion(out, suffix))
     shutil.rmtree(_shards(out), ignore_errors=True)

@@ -20,7 +20,6 @@ import logging
 import pickle
 import re
 import shutil
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,7 +58,7 @@ SAMPLE = 64
 """Passages that are encoded and compared."""
 
 _AGREE = 0.1
-"""Radians (a cosine of 0.995) that a stored vector may be farther from the passage's own than its code is."""
+"""Largest `_Sample.excess` of a vector that agrees, in radians (a cosine of 0.995)."""
 
 _LENGTHS = (64, 128, 156, 180, 200, 256, 300, 350, 384, 512, 1024, 2048, 4096, 8192)
 """Lengths that others cut passages to, tried when vectors do not agree."""
@@ -71,45 +70,15 @@ _MATRICES, _PICKLES = (".npy", ".safetensors"), (".pkl", ".pickle")
 _METRICS = {faiss.METRIC_INNER_PRODUCT: "inner_product", faiss.METRIC_L2: "l2"}
 
 
-class Source(ABC):
-    """Stored vectors, one per line of the corpus, in the form in which they were found."""
-
-    name: str
-    kind: str
-    rows: int
-    dim: int
-    metric: str
-    """Metric of the stored index."""
-    written_metric: str
-    """Metric of the index file that `write` makes."""
-
-    @abstractmethod
-    def stored(self, rows: Sequence[int]) -> Vectors:
-        """(N, D) vectors of these rows."""
-
-    def coded(self, vectors_ND: Vectors) -> Vectors:
-        """(N, D) vectors as the index would store them."""
-        return vectors_ND
-
-    @abstractmethod
-    def nearest(self, vectors_ND: Vectors) -> list[int]:
-        """The nearest row of each vector."""
-
-    @abstractmethod
-    def write(self, path: Path, train_rows: int) -> None:
-        """Make the index file."""
-
-    @abstractmethod
-    def matrices(self) -> list[Matrix]:
-        """The vectors of all rows, as stored."""
-
-
-class FaissSource(Source):
+class FaissSource:
     """A faiss index.
 
     Args:
         index: the index of `path`, or one made from several files, which is written.
         copy: whether `path` is a copy of ours, which is moved; else it is linked to.
+
+    Attributes:
+        metric, written_metric: of the stored index, and of the index file that `write` makes.
     """
 
     def __init__(self, index: faiss.Index, path: Path | None, *, name: str, copy: bool = False) -> None:
@@ -120,7 +89,7 @@ class FaissSource(Source):
         self.metric = self.written_metric = _METRICS[metric]
 
     def stored(self, rows: Sequence[int]) -> Vectors:
-        """See `Source`."""
+        """(N, D) vectors of these rows."""
         try:
             if ivf := faiss.try_extract_index_ivf(self.index):
                 ivf.make_direct_map()
@@ -130,7 +99,7 @@ class FaissSource(Source):
             raise IndexMismatchError(f"{found}: {reason_of(error)}") from error
 
     def coded(self, vectors_ND: Vectors) -> Vectors:
-        """See `Source`."""
+        """(N, D) vectors as the index would store them."""
         index = faiss.downcast_index(self.index.storage) if isinstance(self.index, faiss.IndexHNSW) else self.index
         try:
             return index.sa_decode(index.sa_encode(vectors_ND))
@@ -139,11 +108,11 @@ class FaissSource(Source):
             raise IndexMismatchError(f"{found}: {reason_of(error)}") from error
 
     def nearest(self, vectors_ND: Vectors) -> list[int]:
-        """See `Source`."""
+        """The nearest row of each vector."""
         return self.index.search(vectors_ND, 1)[1][:, 0].tolist()
 
     def write(self, path: Path, train_rows: int) -> None:
-        """See `Source`."""
+        """Make the index file."""
         if self.path is not None and path.exists() and path.samefile(self.path):
             return
         path.unlink(missing_ok=True)  # left by a process that was killed
@@ -156,12 +125,12 @@ class FaissSource(Source):
             path.symlink_to(self.path.resolve())
 
     def matrices(self) -> list[Matrix]:
-        """See `Source`."""
+        """The vectors of all rows, as stored."""
         return [stored_vectors(self.index)]
 
 
-class MatrixSource(Source):
-    """Vectors in files of matrices, from which an index of `kind` is built."""
+class MatrixSource:
+    """Vectors in files of matrices, from which an index of `kind` is built; methods as of `FaissSource`."""
 
     def __init__(self, parts: Sequence[Matrix], kind: str, *, name: str, metric: str = "inner_product") -> None:
         self.parts, self.kind, self.name, self.metric = list(parts), ALIASES.get(kind, kind), name, metric
@@ -171,24 +140,32 @@ class MatrixSource(Source):
         empty_index(self.kind, self.dim)
 
     def stored(self, rows: Sequence[int]) -> Vectors:
-        """See `Source`."""
+        """See `FaissSource`."""
         starts = list(accumulate((part.rows for part in self.parts), initial=0))
         places = [(row, bisect_right(starts, row) - 1) for row in rows]
         found = [self.parts[part].read(row - starts[part], row - starts[part] + 1)[0] for row, part in places]
         return np.stack(found).astype(np.float32)
 
+    def coded(self, vectors_ND: Vectors) -> Vectors:
+        """See `FaissSource`."""
+        return vectors_ND
+
     def nearest(self, vectors_ND: Vectors) -> list[int]:
-        """See `Source`."""
+        """See `FaissSource`."""
         blocks = VectorBlocks(self.parts, self.rows, self.dim)
         return knn_ground_truth(vectors_ND, blocks, 1, faiss.METRIC_INNER_PRODUCT)[1][:, 0].tolist()
 
     def write(self, path: Path, train_rows: int) -> None:
-        """See `Source`."""
+        """See `FaissSource`."""
         write_index(path, self.parts, kind=self.kind, rows=self.rows, dim=self.dim, train_rows=train_rows)
 
     def matrices(self) -> list[Matrix]:
-        """See `Source`."""
+        """See `FaissSource`."""
         return self.parts
+
+
+Source = FaissSource | MatrixSource
+"""Stored vectors, one per line of the corpus, in the form in which they were found."""
 
 
 def files_of(names: Sequence[str]) -> list[Path]:
@@ -401,9 +378,9 @@ class _Sample:
         self.source, self.rows, self.passages, self.stored = source, rows, passages, source.stored(rows)
 
     def excess(self, own_ND: Vectors, places: Sequence[int] | None = None) -> NDArray[np.float64]:
-        """(N,) radians by which the stored vectors are farther from the passages' own than these vectors' codes are.
+        """(N,) angle in radians between stored vector and passage vector, minus that between the latter and its code.
 
-        A code of few bits lies far from its vector, but the right vector's own code lies as far.
+        A code of few bits differs from its vector; the right vector's code differs as much, so its excess is near 0.
         """
         stored = self.stored if places is None else self.stored[places]
         return np.arccos(_cosines(stored, own_ND)) - np.arccos(_cosines(self.source.coded(own_ND), own_ND))

@@ -50,8 +50,7 @@ def require_one_faiss() -> None:
     Raises:
         ConfigError: more than one is installed.
     """
-    installed = {str(found.metadata["Name"]).lower().replace("_", "-") for found in distributions()}
-    if len(several := [name for name in _DISTRIBUTIONS if name in installed]) > 1:
+    if len(several := [name for name in _DISTRIBUTIONS if any(distributions(name=name))]) > 1:
         raise ConfigError(
             f"{' and '.join(several)} are installed into one folder and mixed there; keep one: pip uninstall "
             f"{' '.join(several)}, then pip install {several[-1]} (with CUDA) or {several[0]}"

@@ -26,12 +26,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.encoder import TITLE_FORMS, Retriever, RetrieverRecord
 from agentic_r_plugin.search.families import FAMILIES, POOLINGS
 from agentic_r_plugin.search.indexing import adopt, milvus
-from agentic_r_plugin.search.indexing.faiss_files import (
-    ALIASES,
-    bytes_per_row,
-    empty_index,
-    write_index,
-)
+from agentic_r_plugin.search.indexing.faiss_files import ALIASES, bytes_per_row, empty_index, write_index
 from agentic_r_plugin.search.indexing.shards import RayWorkers, ShardJob, encode_shards, resolve_devices
 from agentic_r_plugin.storage.claim import MANIFEST as BEGUN
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
@@ -180,10 +175,18 @@ def run(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
 def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
     devices = resolve_devices(config.device)
     with Corpus(config.corpus, table=out) as corpus:
-        load = _overrides(config.formulation, config.max_length, config.query_prompt, config.passage_prompt)
         # Ray workers may have other devices than this process, so they resolve `auto` themselves.
         precision = config.precision if config.ray_workers else compute.resolve(config.precision, devices[0])
-        load |= {"preset": config.preset, "pooling": config.pooling, "precision": precision}
+        load: dict[str, Any] = {
+            "preset": config.preset,
+            "pooling": config.pooling,
+            "precision": precision,
+            "formulation": config.formulation,
+            "query_max_length": config.max_length,
+            "passage_max_length": config.max_length,
+            "query_prompt": config.query_prompt,
+            "passage_prompt": config.passage_prompt,
+        }
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
         load["untrained"] = retriever.record
         manifest = replace(_manifest(config, corpus, retriever), precision=None if config.adopt else precision)
@@ -278,7 +281,7 @@ def _adopt(config: IndexConfig, manifest: IndexManifest, held: Claim, corpus: Co
             adopt.files_of(config.adopt), kind, corpus, held.work, allow_pickle=config.allow_pickle
         )
         adopt.require_agreement(source, corpus, retriever, config.title_form, config.seed)
-    except AgenticRError:  # nothing is left of what was refused: the same folder serves for another try
+    except AgenticRError:  # remove everything, so that the folder can be used again
         shutil.rmtree(held.work)
         held.manifest.unlink()
         raise
@@ -296,26 +299,16 @@ def _require_room(held: Claim, manifest: IndexManifest) -> None:
     """Raise `ConfigError` if the shards of vectors and the index cannot both fit on the disk."""
     vectors = manifest.rows * manifest.dim * 4
     there = sum(path.stat().st_size for path in held.work.glob("*.npy"))
-    kind = "Flat" if manifest.milvus is not None else manifest.kind  # milvus-lite stores the vectors in the same folder
-    index = manifest.rows * bytes_per_row(kind, manifest.dim)
+    if manifest.milvus is None:
+        index = manifest.rows * bytes_per_row(manifest.kind, manifest.dim)
+    else:  # milvus-lite stores the vectors in the index folder, a server elsewhere
+        index = vectors if manifest.milvus["uri"] == milvus.LITE else 0
     needed, free = vectors + index - there, shutil.disk_usage(held.out).free
     if needed > free:
         raise ConfigError(
             f"{held.out}: building needs up to {needed / 1e9:.1f} GB of disk (vectors as shards, then the index), "
             f"found {free / 1e9:.1f} GB free; choose another folder or make room"
         )
-
-
-def _overrides(
-    formulation: str | None, max_length: int | None, query_prompt: str | None, passage_prompt: str | None
-) -> dict[str, Any]:
-    return {
-        "formulation": formulation,
-        "query_max_length": max_length,
-        "passage_max_length": max_length,
-        "query_prompt": query_prompt,
-        "passage_prompt": passage_prompt,
-    }
 
 
 def _manifest(config: IndexConfig, corpus: Corpus, retriever: Retriever) -> IndexManifest:
@@ -372,12 +365,6 @@ def index_retriever(
     Raises:
         IndexMismatchError: the retriever found there is a different one.
     """
-    overrides = _overrides(
-        manifest.formulation_override,
-        manifest.max_length_override,
-        manifest.query_prompt_override,
-        manifest.passage_prompt_override,
-    )
     retriever = Retriever.load(
         name or manifest.retriever,
         preset=manifest.preset,
@@ -385,7 +372,11 @@ def index_retriever(
         device=device,
         precision=precision,
         untrained=RetrieverRecord.from_dict(manifest.retriever_record),
-        **overrides,
+        formulation=manifest.formulation_override,
+        query_max_length=manifest.max_length_override,
+        passage_max_length=manifest.max_length_override,
+        query_prompt=manifest.query_prompt_override,
+        passage_prompt=manifest.passage_prompt_override,
     )
     check_retriever(manifest, retriever)
     return retriever

@@ -59,10 +59,10 @@ LITE = "lite"
 """The address of milvus-lite, embedded in this process, with its files in the index folder."""
 
 LITE_KINDS = ("FLAT", "HNSW", "HNSW_SQ", "IVF_FLAT", "IVF_SQ8", "AUTOINDEX")
-"""It accepts other kinds, and fails when they are loaded."""
+"""Kinds that milvus-lite can load; it accepts others and fails later."""
 
 FIELDS = ("id", "title", "metadata")
-"""What can be stored of a passage for filters."""
+"""Fields of a passage that can be stored for filters."""
 
 _TEXT_BYTES = 65_535
 """Milvus' limit for a text and for the JSON of one row."""
@@ -82,7 +82,7 @@ _NOT_FOUND, _NOT_LOADED = 100, 101
 
 
 class _NotLoadedError(SearchError):
-    """The server has started again, or somebody released the collection."""
+    """The collection is not in the memory of the server, which was restarted or released it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def placed(settings: MilvusSettings, manifest: IndexManifest) -> IndexManifest:
 def in_milvus(index: str | Path) -> bool:
     """Whether the vectors of a finished index are in Milvus."""
     manifest = Path(index) / "manifest.json"
-    return manifest.is_file() and read_json(manifest).get("milvus") is not None
+    return bool(index) and manifest.is_file() and read_json(manifest).get("milvus") is not None
 
 
 _open_files: Counter[str] = Counter()
@@ -143,8 +143,6 @@ class Collection:
     """The collection of an index.
 
     Args:
-        manifest: of the index.
-        folder: the index folder.
         uri, token_env: in place of those that the index was built with.
         timeout_s: for one request.
 
@@ -387,11 +385,11 @@ class Collection:
 
 
 def prepare(manifest: IndexManifest, held: Claim, *, timeout_s: float) -> None:
-    """Create the collection, before the work of hours, or find that of an interrupted run; notes it for `load`.
+    """Create the collection before the vectors are encoded, or find that of an interrupted run; notes it for `load`.
 
     Raises:
         ManifestMismatchError: the collection exists, and this folder did not begin it.
-        ConfigError, SearchError: see `Collection`. Where no work was begun before, nothing is left of the folder.
+        ConfigError, SearchError: see `Collection`. What this run has written so far is removed.
     """
     begun = held.noted("milvus", {})
     try:

@@ -270,17 +270,7 @@ def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path,
 
 def _measure(config: RepairConfig, out: Path, name: str, index: str, corpus: str) -> None:
     print(f"{name}:")
-    settings = CoverageConfig(
-        questions=config.questions,
-        format=config.format,
-        out=str(out / f"{name}.jsonl"),
-        search=replace(config.search, index=index, corpus=corpus),
-        topk=config.topk,
-        max_questions=config.max_questions,
-        qrels=config.qrels,
-        metrics=config.metrics,
-    )
-    coverage.run(settings, resume=True)
+    coverage.run(replace(config, out=str(out / f"{name}.jsonl"), index=index, corpus=corpus), resume=True)
 
 
 def _report(config: RepairConfig, out: Path) -> None:

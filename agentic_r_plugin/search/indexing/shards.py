@@ -188,8 +188,8 @@ def _on_devices(job: ShardJob, missing: list[int], devices: list[str]) -> Iterat
                 yield future.result()
         except BrokenProcessPool as error:
             raise SearchError(
-                f"an encoding worker (devices {', '.join(devices)}) ended without a word, perhaps for want of memory; "
-                "finished shards are kept, go on with --resume"
+                f"an encoding worker (devices {', '.join(devices)}) ended without an error message, perhaps because "
+                "memory ran out; finished shards are kept, go on with --resume"
             ) from error
         finally:
             for future in futures:
@@ -234,8 +234,8 @@ def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[
             for start in ActorPool(pool.members).map_unordered(_encode_at, missing):
                 if not job.path(start).is_file():
                     raise ConfigError(
-                        f"{job.path(start)}: an actor of the Ray cluster has written it, and it is not to be seen "
-                        "here; expected the index folder (--out) on a disk that all machines share"
+                        f"{job.path(start)}: an actor of the Ray cluster wrote this file, but it is not visible here; "
+                        "put the index folder (--out) on a disk that all machines share"
                     )
                 yield start
     except BackendError as error:

@@ -138,14 +138,9 @@ def parse_retrieve(
         lists[name] = [default] * size if values is None else values
     requests = [
         SearchRequest(
-            query=query,
-            question=question,
-            history=tuple(history),
-            reasoning=reasoning if with_reasoning else "",
+            query=query, question=question, history=tuple(history), reasoning=reasoning if with_reasoning else ""
         )
-        for query, question, history, reasoning in zip(
-            asked.queries, lists["questions"], lists["histories"], lists["reasonings"], strict=True
-        )
+        for query, question, history, reasoning in zip(asked.queries, *lists.values(), strict=True)
     ]
     topk, depth = asked.topk or limits.default_topk, 0
     if asked.topk_retrieval is not None or asked.topk_rerank is not None:  # Search-R1's form

@@ -3,8 +3,8 @@
 All workers map one file and count in their own row of it. So any worker can report the totals, and a restarted worker
 continues from its predecessor's counts.
 
-Not on `prometheus_client`: its multi-process mode labels bounds `le="1.0"` where users scrape `le="1"`, and is turned
-on for every library of a process. With a collector over this file instead, the code gets no shorter.
+`prometheus_client` is not used: its multi-process mode labels bounds `le="1.0"` where users scrape `le="1"`, and is
+turned on for every library of a process. A collector over this file would not make the code shorter.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Metrics:
         self._own[_PLACE[name]] = value
 
     def answered(self, status: int, seconds: float) -> None:
-        """Record one answer to `/retrieve`."""
+        """Record one answer to `/retrieve` or `/documents`."""
         self.add(f"status_{status if status in STATUSES else 500}", 1)
         self.add(f"seconds_{bisect_left(SECONDS, seconds)}", 1)
         self.add("seconds_sum", seconds)

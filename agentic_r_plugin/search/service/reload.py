@@ -75,11 +75,10 @@ class WorkerReloader:
         """Reloads requested by this worker; the supervisor answers them in order."""
 
     def listen(self, loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
-        """Follow the supervisor in a thread, from the message that has waited longest.
+        """Handle the messages of the supervisor in a thread, in order.
 
         Args:
-            loop: the event loop that the service runs on.
-            stop: called when the pipe closes or the thread fails: no reload ends without an answer of every worker.
+            stop: called when the pipe closes or the thread fails, since a reload needs an answer from every worker.
         """
         self._loop = loop
         threading.Thread(target=self._listen, args=(stop,), name="reload", daemon=True).start()

@@ -21,7 +21,7 @@ from agentic_r_plugin.records import Passage
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, open_documents
 from agentic_r_plugin.search.service.metrics import Metrics
 
-_HITS_A_RESULT = 32
+_HITS_PER_RESULT = 32
 """Average passages per cached result: deep searches must not fill the memory."""
 
 
@@ -50,7 +50,6 @@ class SearchService:
         window_ms: how long a batch waits for more queries after its first.
         cache_size: results in the cache (least recently used), with 32 passages each on average; 0 disables it.
         max_waiting: maximum number of waiting queries; further searches are refused.
-        metrics: counters to update.
     """
 
     def __init__(
@@ -249,7 +248,7 @@ class SearchService:
         self._cache[key] = (topk, hits)
         self._cache.move_to_end(key)
         self._cached_hits += len(hits) - len(known)
-        while len(self._cache) > self._cache_size or self._cached_hits > _HITS_A_RESULT * self._cache_size:
+        while len(self._cache) > self._cache_size or self._cached_hits > _HITS_PER_RESULT * self._cache_size:
             _, (_, dropped) = self._cache.popitem(last=False)
             self._cached_hits -= len(dropped)
 

@@ -57,17 +57,17 @@ class ServeConfig(SearchSource):
     port: int = setting("0: a free one", FREE, default=8000)
     token_env: str = setting("environment variable that holds the token clients must send", FREE, default="")
     workers: int = setting("processes, each with a retriever; one that dies is replaced", FREE, default=1)
-    allow_reload: bool = setting("take POST /reload (from whoever may search)", FREE, default=False)
+    allow_reload: bool = setting("accept POST /reload from all search clients", FREE, default=False)
     ready_file: str = setting("gets JSON {url, pid, fingerprint} when the service answers", FREE, default="")
     exit_with_parent: bool = setting("end when the process that started it ends", FREE, default=False)
-    default_topk: int = setting("passages for requests that do not say", FREE, default=3)
+    default_topk: int = setting("passages for requests without topk", FREE, default=3)
     max_queries: int = setting("queries of one request", FREE, default=4096)
     max_passages: int = setting("queries times topk of one request", FREE, default=MAX_PASSAGES)
     max_body_bytes: int = setting("bytes of one request", FREE, default=16_000_000)
     max_waiting: int = setting("queries waiting before new ones are refused (503)", FREE, default=8192)
     timeout_s: float = setting("for one request", FREE, default=60.0)
     header_timeout_s: float = setting("for a client to send a request's head", FREE, default=15.0)
-    window_ms: float = setting("how long a batch waits for company", FREE, default=4.0)
+    window_ms: float = setting("time that a batch waits for further queries", FREE, default=4.0)
     cache_size: int = setting("results kept, 32 passages each on average; 0: none", FREE, default=10_000)
 
     def __post_init__(self) -> None:
@@ -107,14 +107,12 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
             address = {"url": _url(config.host, listener), "pid": os.getpid(), "fingerprint": fingerprint}
             return _announced(address, config.ready_file)
 
-        if config.workers > 1:
-            listener.listen(1024)
-            if config.exit_with_parent:
-                die_with(os.getppid(), politely=True, family=True)
-            Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
-            return
         if config.exit_with_parent:
             die_with(os.getppid(), politely=True, family=True)
+        if config.workers > 1:
+            listener.listen(1024)
+            Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
+            return
         backend = build_search(spec)
         listener.listen(1024)
         with ready(backend.fingerprint()):

@@ -3,9 +3,9 @@
 All workers accept connections from one listening socket, which the supervisor holds open. A worker that dies loses only
 its current requests; the others continue, and a new worker replaces it with the index that is served at that time.
 
-Not on `uvicorn.supervisors.Multiprocess`: its reload replaces one worker after another, so that two indexes answer at
-once (for good, if a later worker cannot open the new one), and a stopped worker closes idle connections, on which a
-request may just arrive. It has no channel for the outcome of a reload, and restarts dying workers without end.
+`uvicorn.supervisors.Multiprocess` is not used. Its reload replaces one worker after another, so two indexes answer at
+the same time, and stay so if a later worker cannot open the new one. A stopped worker closes idle connections, on which
+a request may just arrive. It does not report the outcome of a reload, and restarts dying workers without end.
 """
 
 from __future__ import annotations
@@ -49,10 +49,6 @@ class Supervisor:
     """Starts, watches, reloads and stops the workers of a service.
 
     Args:
-        spec: settings of the backend to serve.
-        count: number of workers.
-        listener: the listening socket.
-        settings: the `server.ServeConfig`.
         stop_s: seconds that a worker may take to finish its requests when the service stops.
     """
 
