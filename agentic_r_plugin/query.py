@@ -82,11 +82,7 @@ def _labelled(**parts: str | None) -> str:
 
 
 def retriever_input(
-    request: SearchRequest,
-    formulation: str,
-    *,
-    count_tokens: Callable[[str], int] | None = None,
-    max_tokens: int = 0,
+    request: SearchRequest, formulation: str, *, count_tokens: Callable[[str], int] | None = None, max_tokens: int = 0
 ) -> str:
     """The text that a retriever with this formulation encodes, before its prefix.
 

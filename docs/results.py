@@ -32,10 +32,7 @@ FIGURES: dict[str, tuple[str, str, dict[str, list[Point]]]] = {
         "Exact match by errors of the judge",
         "passages with an error, per cent",
         {
-            f"{world}: {label}": [
-                (0.0, experiment, "", "agent-1", perfect),
-                (80.0, experiment, "", "agent-1", noisy),
-            ]
+            f"{world}: {label}": [(0.0, experiment, "", "agent-1", perfect), (80.0, experiment, "", "agent-1", noisy)]
             for world, experiment in (("without causes", "no_causes"), ("with causes", "causes_seed_0"))
             for label, perfect, noisy in (
                 ("with correctness", "full", "errors-8"),

@@ -8,15 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from agentic_r_plugin.answers import (
-    contains_answer,
-    exact_match,
-    f1,
-    is_closed,
-    normalize,
-    sub_exact_match,
-    tokens,
-)
+from agentic_r_plugin.answers import contains_answer, exact_match, f1, is_closed, normalize, sub_exact_match, tokens
 
 NOTHING_LEFT = ["The The", "!!!", "A"]
 

@@ -14,13 +14,7 @@ from hypothesis import strategies as st
 from agentic_r_plugin import components
 from agentic_r_plugin.answers import contains_answer, exact_match, f1, normalize
 from agentic_r_plugin.config import fingerprint, load_config, save_config
-from agentic_r_plugin.errors import (
-    ConfigError,
-    RecordError,
-    SearchRefusedError,
-    UnknownComponentError,
-    UpstreamError,
-)
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError, UnknownComponentError, UpstreamError
 from agentic_r_plugin.query import MAX_REASONING, SearchRequest, needs_reasoning, retrieval_query, retriever_input
 from agentic_r_plugin.records import (
     Candidates,

@@ -12,13 +12,7 @@ from agentic_r_plugin.net import pause_s
 
 @pytest.mark.parametrize(
     ("retry_after", "least", "most"),
-    [
-        ("7", 7, 7),
-        ("600", 60, 60),
-        ("Sat, 01 Jan 2000 00:00:00 GMT", 0, 0),
-        ("soon", 1.5, 2.5),
-        (None, 1.5, 2.5),
-    ],
+    [("7", 7, 7), ("600", 60, 60), ("Sat, 01 Jan 2000 00:00:00 GMT", 0, 0), ("soon", 1.5, 2.5), (None, 1.5, 2.5)],
 )
 def test_a_pause_follows_the_server_within_bounds_and_else_doubles(retry_after, least, most):
     assert least <= pause_s(3, retry_after, first_s=0.5, longest_s=30) <= most

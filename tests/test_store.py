@@ -180,10 +180,7 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
         (b'{"id": "b", "question": "\xff"}', "expected UTF-8"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"question": "Q", "golden_answers": ["x"]}', "missing field 'id'"),
-        (
-            b'{"id": "b", "question": "Q", "gold_answers": ["x"]}',
-            "unknown field 'gold_answers' and no 'golden_",
-        ),
+        (b'{"id": "b", "question": "Q", "gold_answers": ["x"]}', "unknown field 'gold_answers' and no 'golden_"),
         (b'{"id": 7.5, "question": "Q", "golden_answers": ["x"]}', "field 'id': expected text or a whole number"),
         (b"[" * 100_000, "expected one JSON object per line"),
         (b'{"id": "b", "question": "Q", "golden_answers": ["caf\\ud83d"]}', "half a surrogate pair"),

@@ -65,12 +65,7 @@ def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict
         "prompt": [{"role": "user", "content": protocol.prompt(record.question)}],
         "ability": "search",
         "reward_model": {"style": "rule", "ground_truth": answers},
-        "extra_info": {
-            "index": index,
-            "id": record.id,
-            "question": record.question,
-            "golden_answers": answers,
-        },
+        "extra_info": {"index": index, "id": record.id, "question": record.question, "golden_answers": answers},
     }
 
 

@@ -35,13 +35,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from agentic_r_plugin.agent import culprit
 from agentic_r_plugin.agent.checkpoints import checkpoint_steps
 from agentic_r_plugin.agent.export import shard_files
-from agentic_r_plugin.agent.metrics import (
-    RolloutLog,
-    not_finite,
-    plain,
-    rollout_line,
-    trajectory_metrics,
-)
+from agentic_r_plugin.agent.metrics import RolloutLog, not_finite, plain, rollout_line, trajectory_metrics
 from agentic_r_plugin.agent.stability import CollapseError, StabilityRule, judge, to_keep
 from agentic_r_plugin.agent.step_batch import (
     BatchRow,

@@ -58,12 +58,7 @@ def agent_loop_yaml(config: TrainAgentConfig) -> str:
 
 
 def compose(
-    config: TrainAgentConfig,
-    *,
-    machine: Sequence[str],
-    num_questions: int,
-    prompt_lengths: Sequence[int],
-    fresh: bool,
+    config: TrainAgentConfig, *, machine: Sequence[str], num_questions: int, prompt_lengths: Sequence[int], fresh: bool
 ) -> Any:
     """Compose verl's configuration of a run.
 

@@ -17,11 +17,7 @@ NUMBERS = ("searches", "malformed_turns", "search_failed", "masked_token_share",
 
 
 def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: Mapping[str, Any],
-    **kwargs: Any,
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any], **kwargs: Any
 ) -> dict[str, float]:
     """Score one trajectory.
 

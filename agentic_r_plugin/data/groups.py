@@ -166,10 +166,7 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
         if relevance is not None:
             check_scored([passage.id for passage in query.passages], relevance)
         return SelectionTask(
-            query=query,
-            relevance=relevance,
-            correctness=files.correctness(query),
-            trajectory=files.trajectory(query),
+            query=query, relevance=relevance, correctness=files.correctness(query), trajectory=files.trajectory(query)
         )
 
     stage = Stage(

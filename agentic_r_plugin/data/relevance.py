@@ -117,10 +117,7 @@ def run(config: RelevanceConfig, *, resume: bool = False) -> None:
     """Run the command `relevance`."""
     config.check()
     files = QueryFiles(
-        Path(config.out).parent,
-        questions=config.questions,
-        format=config.format,
-        sub_answers=config.sub_answers,
+        Path(config.out).parent, questions=config.questions, format=config.format, sub_answers=config.sub_answers
     )
     with Corpus(config.corpus) as corpus:
         needs_question = config.needs_questions

@@ -65,12 +65,7 @@ class AnswerJudge:
     def _judge(self, items: Sequence[Any], cost: Cost) -> None:
         asked = [item for item in items if gold_of(item) and (prediction(item) or "").strip()]
         prompts = [
-            fill(
-                self.prompt,
-                question=item.question,
-                golden_answers="; ".join(gold_of(item)),
-                answer=prediction(item),
-            )
+            fill(self.prompt, question=item.question, golden_answers="; ".join(gold_of(item)), answer=prediction(item))
             for item in asked
         ]
         limits = {"max_tokens": self.settings.max_tokens, "max_retries": self.settings.max_retries}

@@ -66,11 +66,7 @@ def pairs_of(config: EvaluateConfig) -> list[tuple[str, str]]:
 
 
 def _made_from(
-    config: EvaluateConfig,
-    settings: AgenticRSettings,
-    benchmark: str,
-    split: str,
-    identities: Mapping[str, str],
+    config: EvaluateConfig, settings: AgenticRSettings, benchmark: str, split: str, identities: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything that can change a cell's figures and is known before the start; not paths, addresses or batch sizes.
 

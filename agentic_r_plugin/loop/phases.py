@@ -177,12 +177,7 @@ class Phases:
         values = {"seed": self._seed(k)} | self.config.train_retriever | dict(changes)
         if _reads_scores(values):
             values = {"relevance": str(self.data(k, "relevance"))} | values
-        paths = {
-            "groups": training_groups,
-            "corpus": str(self.corpus),
-            "retriever": start,
-            "out": self.retriever(k),
-        }
+        paths = {"groups": training_groups, "corpus": str(self.corpus), "retriever": start, "out": self.retriever(k)}
         return load_config(TrainRetrieverConfig, values=values | paths)
 
     def evaluate(self, agents: Iterable[str], indexes: Iterable[str]) -> EvaluateConfig:

@@ -60,10 +60,7 @@ class Training:
         self.metrics_log = StepLog(self.out / METRICS)
         self.adapters = Adapters(self.model, config) if config.lora_rank else None
         self.encoder = TextEncoder(
-            self.model,
-            precision=config.precision,
-            packing=config.packing,
-            attention_dropout=config.attention_dropout,
+            self.model, precision=config.precision, packing=config.packing, attention_dropout=config.attention_dropout
         )
         on_cpu = self.model.device.type == "cpu"
         self.mini_batch_tokens = config.mini_batch_tokens or (2048 if on_cpu else 8192)

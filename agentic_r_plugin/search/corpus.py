@@ -279,11 +279,7 @@ def _identity(path: Path) -> dict[str, Any]:
     """Values that change when a file is written to, even if its size and date are preserved."""
     if path.is_dir():
         # Tables of folders that were unpacked have no entry "packed".
-        return {
-            "name": path.name,
-            "shards": [_identity(shard) for shard in shards(path)],
-            "packed": is_packed(path),
-        }
+        return {"name": path.name, "shards": [_identity(shard) for shard in shards(path)], "packed": is_packed(path)}
     if not path.exists():
         raise RecordError("no such corpus file; a link to a file that was moved or deleted", path=path)
     status = path.stat()

@@ -329,12 +329,7 @@ def _best(scores: list[torch.Tensor], rows: list[torch.Tensor], topk: int) -> tu
 
 
 def _on_device(
-    read: Read,
-    begin: int,
-    end: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    block_rows: int,
+    read: Read, begin: int, end: int, device: torch.device, dtype: torch.dtype, block_rows: int
 ) -> torch.Tensor:
     """Copy rows to the device block by block, so that the host holds at most one block."""
     kept: torch.Tensor | None = None

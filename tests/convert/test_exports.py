@@ -10,15 +10,7 @@ import pytest
 
 from agentic_r_plugin import cli
 from agentic_r_plugin.convert.trajectories import trajectory
-from agentic_r_plugin.records import (
-    Candidates,
-    Group,
-    Passage,
-    Question,
-    Relevance,
-    ScoredPassage,
-    Trajectory,
-)
+from agentic_r_plugin.records import Candidates, Group, Passage, Question, Relevance, ScoredPassage, Trajectory
 from agentic_r_plugin.store import read_records, write_records
 from tests.search.tiny_retriever import make_model
 

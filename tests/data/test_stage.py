@@ -158,10 +158,7 @@ def test_interrupted_work_goes_on_and_repeats_at_most_one_batch(config: UpperCon
         ({"models": {"agent": "other"}}, 'fingerprint of agent was absent, now "other"'),
         ({"input": True}, "input questions was"),
         ({"config": {"llm": LLMSpec(backend="vllm", options=OPTIONS)}}, r'llm\.dtype was "bfloat16", now "auto"'),
-        (
-            {"config": {"llm": LLMSpec(dtype="bfloat16", options=OPTIONS)}},
-            'backend was "vllm", now "hf"',
-        ),
+        ({"config": {"llm": LLMSpec(dtype="bfloat16", options=OPTIONS)}}, 'backend was "vllm", now "hf"'),
         (
             {"config": {"llm": LLMSpec(backend="vllm", dtype="bfloat16", options={"quantization": "fp8"})}},
             r"llm\.options was .*512",

@@ -10,12 +10,7 @@ import torch
 from agentic_r_plugin.records import Passage
 from agentic_r_plugin.tags import compact
 
-TOWNS = {
-    "Ada Brook": "Harrow",
-    "Ben Cole": "Linden",
-    "Cara Dunn": "Marsh",
-    "Dov Ellis": "Norwick",
-}
+TOWNS = {"Ada Brook": "Harrow", "Ben Cole": "Linden", "Cara Dunn": "Marsh", "Dov Ellis": "Norwick"}
 PASSAGES = [
     *(
         Passage(id=f"born-{name.split()[0]}", title=name, text=f"{name} was born in {town} long ago.")

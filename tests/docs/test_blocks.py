@@ -40,7 +40,7 @@ PAGES = sorted({path.relative_to(ROOT).as_posix() for place in PLACES for path i
 
 NOT_RUN = {
     ("README.md", "from flashrag.config import Config"): "needs HotpotQA, an agent and an index; "
-    "tests/evaluation/test_pipeline.py makes the same calls on a toy benchmark",
+    "tests/evaluation/test_pipeline.py makes the same calls on a toy benchmark"
 }
 """(page, first line) -> why the block is only compiled."""
 
@@ -50,9 +50,7 @@ OTHER_PROGRAMS = {
     "unzip": "unpacks what was downloaded",
 }
 
-REST = {
-    "evaluate": ["out=x", "data_dir=x", "benchmarks=[b]", "agents.a=x", "searches.s=x"],
-}
+REST = {"evaluate": ["out=x", "data_dir=x", "benchmarks=[b]", "agents.a=x", "searches.s=x"]}
 """Command -> what replaces `...`, where required settings alone are not enough."""
 
 

@@ -156,10 +156,7 @@ def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_shows_where_cells_diffe
     assert all(matrix[part] == cell["provenance"][part] for part in ("versions", "hardware", "command"))
     elsewhere = {"hardware": cell["provenance"]["hardware"] | {"cpu": "Another"}, "source_fingerprint": "f" * 16}
     write_json(file, cell | {"provenance": cell["provenance"] | elsewhere})
-    run(
-        config(tmp_path, tiny_agent, searches=dict.fromkeys(("bm25", "again"), first.searches["bm25"])),
-        resume=True,
-    )
+    run(config(tmp_path, tiny_agent, searches=dict.fromkeys(("bm25", "again"), first.searches["bm25"])), resume=True)
     matrix = read_json(tmp_path / "out" / "matrix.json")
     assert matrix["provenance_differs"] == ["hardware", "source_fingerprint"]
     assert matrix["hardware"] is None is matrix["source_fingerprint"]
@@ -442,13 +439,7 @@ def rule_cell(tmp_path: Path, name: str, **settings: Any) -> Cell:
         out="", data_dir=str(tmp_path), benchmarks=["toy"], agents={"rule": "x"}, searches={name: "x"},
         resamples=500, metrics=list(METRIC_NAMES),
     )  # fmt: skip
-    return Cell(
-        agent="rule",
-        retriever=name,
-        benchmark="toy",
-        config=config,
-        settings=AgenticRSettings(**settings),
-    )
+    return Cell(agent="rule", retriever=name, benchmark="toy", config=config, settings=AgenticRSettings(**settings))
 
 
 def run_rule(tmp_path: Path, cell: Cell, agent: RuleAgent) -> dict[str, Any]:

@@ -114,16 +114,8 @@ def rows() -> list[dict[str, Any]]:
     ("name", "result", "scores"),
     [
         ("search_turns", {"search_turns": 1.0}, [2.0, 1.0, 0.0]),
-        (
-            "answer_recall_at_3",
-            {"answer_recall_at_3": 0.5, "answer_recall_at_3_per_turn": 1 / 3},
-            [1.0, 0.0, None],
-        ),
-        (
-            "gold_document_recall",
-            {"gold_document_recall": 0.75, "gold_documents_complete": 0.5},
-            [1.0, 0.5, None],
-        ),
+        ("answer_recall_at_3", {"answer_recall_at_3": 0.5, "answer_recall_at_3_per_turn": 1 / 3}, [1.0, 0.0, None]),
+        ("gold_document_recall", {"gold_document_recall": 0.75, "gold_documents_complete": 0.5}, [1.0, 0.5, None]),
         (
             "gold_document_recall_at_20",
             {"gold_document_recall_at_20": 1.0, "gold_documents_complete_at_20": 1.0},

@@ -657,10 +657,7 @@ KEY = "sk-secret-1234"
 def test_a_key_in_an_answer_with_status_200_is_not_shown_nor_a_part_of_it(content):
     with serve(lambda path, body: (200, content)) as server:
         made = backend(server.url, max_retries=0, api_key=KEY)
-        for ask in (
-            lambda: made.chat(["hello"], max_tokens=5),
-            lambda: made.generate([request("a")], Sampling()),
-        ):
+        for ask in (lambda: made.chat(["hello"], max_tokens=5), lambda: made.generate([request("a")], Sampling())):
             try:
                 (found,) = ask()
             except BackendError as raised:

@@ -21,12 +21,7 @@ from agentic_r_plugin.search.corpus import Corpus
 def gradients(settings: dict[str, Any], rank: int, world: int, *, cross_device: bool = True):
     """Loss and gradients of the first batch, 14 queries in all, with caching and packing."""
     config = TrainRetrieverConfig(
-        **settings,
-        out="unused",
-        precision="float32",
-        mini_batch_tokens=48,
-        kept_tokens=48,
-        cross_device=cross_device,
+        **settings, out="unused", precision="float32", mini_batch_tokens=48, kept_tokens=48, cross_device=cross_device
     )
     with Corpus(config.corpus) as corpus:
         examples = read_examples(config.groups, corpus)

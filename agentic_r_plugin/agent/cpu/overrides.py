@@ -59,10 +59,7 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_tr
     ]
     overrides += ["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.ref.use_torch_compile=False"]
     for model in ("actor_rollout_ref.model", "critic.model"):
-        overrides += [
-            f"{model}.use_remove_padding=True",
-            f"{model}.enable_gradient_checkpointing=False",
-        ]
+        overrides += [f"{model}.use_remove_padding=True", f"{model}.enable_gradient_checkpointing=False"]
     return overrides + packed_attention.overrides(packed_attention.NAME)
 
 

@@ -43,13 +43,7 @@ class CrossEncoderScorer:
     needs_questions = False
 
     def __init__(
-        self,
-        model: str,
-        *,
-        text: str = "query",
-        batch_size: int = 64,
-        max_length: int = 0,
-        device: str = "auto",
+        self, model: str, *, text: str = "query", batch_size: int = 64, max_length: int = 0, device: str = "auto"
     ) -> None:
         from agentic_r_plugin.search.cross_encoder import load_cross_encoder
 

@@ -412,10 +412,7 @@ def _way_out(sample: _Sample, retriever: Retriever, title_form: str, own: Vector
         if use["pooling"] != families.pooling_of(model, retriever.source):
             families.set_pooling(model, use["pooling"], retriever.source, asked=True)
         changed = replace(
-            record,
-            passage_prompt=use["passage_prompt"],
-            pooling=use["pooling"],
-            passage_max_length=use["max_length"],
+            record, passage_prompt=use["passage_prompt"], pooling=use["pooling"], passage_max_length=use["max_length"]
         )
         try:
             encoder = Retriever(model, changed, precision=retriever.precision, source=retriever.source)

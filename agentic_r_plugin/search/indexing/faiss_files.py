@@ -349,7 +349,5 @@ def set_search_depth(index: faiss.Index, *, nprobe: int, ef_search: int) -> None
 def stored_vectors(index: faiss.Index) -> Matrix:
     """The vectors of all rows, decoded from their codes; those of a mapped index are read from disk."""
     return Matrix(
-        rows=int(index.ntotal),
-        dim=int(index.d),
-        read=lambda start, stop: index.reconstruct_n(start, stop - start),
+        rows=int(index.ntotal), dim=int(index.d), read=lambda start, stop: index.reconstruct_n(start, stop - start)
     )

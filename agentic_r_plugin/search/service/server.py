@@ -276,12 +276,7 @@ def running_service(config: ServeConfig) -> Iterator[str]:
         save_config(replace(config, ready_file=str(ready), exit_with_parent=True), folder / "config.yaml")
         command = [sys.executable, "-m", "agentic_r_plugin.cli", "serve", "--config", str(folder / "config.yaml")]
         with (folder / "log.txt").open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield _wait_ready(process, ready, folder / "log.txt")
         finally:

@@ -226,13 +226,7 @@ def _tell(worker: _Worker, message: tuple[Any, ...]) -> None:
 
 
 def _work(
-    slot: int,
-    count: int,
-    listener: socket.socket,
-    spec: SearchSpec,
-    settings: Any,
-    metrics: Path,
-    pipe: Connection,
+    slot: int, count: int, listener: socket.socket, spec: SearchSpec, settings: Any, metrics: Path, pipe: Connection
 ) -> None:
     """Main function of a worker process: open the backend, report it, serve until asked to stop."""
     from agentic_r_plugin.search.service.server import serve_here, share_of_machine
