@@ -28,7 +28,7 @@ class ListwiseJudge:
     """
 
     name, prompt_name = "listwise_judge", "listwise_relevance"
-    known_options = ("max_retries", "max_tokens", "preset", "prompt", "window")
+    known_options: tuple[str, ...] = ("max_retries", "max_tokens", "preset", "prompt", "window")
     needs_questions = False
 
     @staticmethod
