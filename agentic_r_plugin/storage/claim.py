@@ -195,19 +195,19 @@ def companion(out: Path, suffix: str, *, folder: bool = False) -> Path:
     return out / suffix if folder else out.with_name(out.name + suffix)
 
 
-def require_new(out: str | Path, *, folder: bool = False) -> None:
-    """Refuse to overwrite an output; for use before its inputs are known.
+def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass --resume to go on") -> None:
+    """Refuse to overwrite an output; for use before its inputs are known. `or_else` is a further way out.
 
     Raises:
         OutputExistsError: the output exists, or was started.
     """
     out = Path(out)
     if _is_there(out):
-        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or pass --resume to go on")
+        raise OutputExistsError(f"{out} already exists; choose another path, remove it, or {or_else}")
     begun = [path for path in (companion(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
     if begun:
         raise OutputExistsError(
-            f"{out}: unfinished work exists; pass --resume to go on, or remove {' and '.join(map(str, begun))}"
+            f"{out}: unfinished work exists; {or_else}, or remove {' and '.join(map(str, begun))}"
         )
 
 

@@ -5,7 +5,8 @@
 The query is what an agent searches first: the content words of the question. Every supporting passage gives a group,
 all under turn 1 of the question, so a query has as many known positives; its negatives are drawn from the best BM25
 hits that are not supporting. With `--pool FILE` the passages of the split's own questions (supporting and distractors)
-are written as a separate corpus.
+are written as a separate corpus. With `--scored FOLDER` the hits of each whole question, and their relevance (100:
+supporting, else 0), are written as `candidates.jsonl` and `relevance.jsonl` for `train-reranker`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from keywords import keywords
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import read_questions
-from agentic_r_plugin.records import CorpusLine, Group, Question
+from agentic_r_plugin.records import Candidates, CorpusLine, Group, Question, Relevance, ScoredPassage
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.storage.claim import require_new
@@ -59,6 +60,25 @@ def make_groups(
             )
 
 
+def write_scored(questions: Sequence[Question], search: BM25Backend, folder: Path, *, candidates: int) -> int:
+    """Write the candidates of each question, the question being the query, and their relevance; returns how many."""
+    found = search.search([SearchRequest(query=question.question) for question in questions], candidates)
+    records, scores = [], []
+    for item, hits in zip(questions, found, strict=True):
+        supporting = listed(item.metadata, "gold_doc_ids")
+        records.append(
+            Candidates(
+                id=item.id, turn=1, question=item.question, golden_answers=item.golden_answers, query=item.question,
+                history=(), prefix="",
+                passages=tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits),
+            )
+        )  # fmt: skip
+        relevant = {hit.passage.id: 100 * (hit.passage.id in supporting) for hit in hits}
+        scores.append(Relevance(id=item.id, turn=1, scores=relevant))
+    write_records(folder / "relevance.jsonl", scores)
+    return write_records(folder / "candidates.jsonl", records)
+
+
 def write_pool(questions: Sequence[Question], search: BM25Backend, path: Path) -> int:
     """Write the passages of the questions' own contexts as a corpus; returns how many."""
     wanted = dict.fromkeys(id for item in questions for id in listed(item.metadata, "context_doc_ids"))
@@ -67,7 +87,7 @@ def write_pool(questions: Sequence[Question], search: BM25Backend, path: Path) -
 
 
 def main() -> None:
-    """Write groups and, where asked for, the pool."""
+    """Write groups and, if requested, the pool and the scored candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with corpus.jsonl and SPLIT.jsonl")
     parser.add_argument("--split", default="train")
@@ -77,8 +97,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=Path, help="groups file to write")
     parser.add_argument("--pool", type=Path, help="corpus file to write")
+    parser.add_argument("--scored", type=Path, help="folder for candidates and relevance to write")
     args = parser.parse_args()
-    for path in filter(None, (args.out, args.pool)):
+    for path in filter(None, (args.out, args.pool, args.scored)):
         require_new(path, or_else="move it away")
     questions = list(islice(read_questions(split_file(args.data, args.split)), args.questions))
     search = BM25Backend(args.data / "corpus.jsonl")
@@ -88,6 +109,9 @@ def main() -> None:
     print(f"{write_records(args.out, groups)} groups of {len(questions)} questions", file=sys.stderr)
     if args.pool:
         print(f"{write_pool(questions, search, args.pool)} passages in the pool", file=sys.stderr)
+    if args.scored:
+        written = write_scored(questions, search, args.scored, candidates=args.candidates)
+        print(f"{written} questions with scored candidates", file=sys.stderr)
 
 
 if __name__ == "__main__":

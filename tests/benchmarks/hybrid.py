@@ -1,6 +1,6 @@
 """Hybrid search against its parts: recall@3 and @20 of the gold passages, with paired differences.
 
-    python tests/benchmarks/hybrid.py --out DIR [--seeds 0 1 2] [--questions 500] [--reranker MODEL]
+    python tests/benchmarks/hybrid.py --out DIR [--seeds 0 1 2] [--questions 500] [--reranker MODEL [--depth 50]]
 
 Searches with BM25, MiniLM and their fusion by reciprocal rank, each also with the reranker where one is given, on
 
@@ -42,18 +42,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the worlds and indexes")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="worlds to generate")
     parser.add_argument("--questions", type=int, default=None, help="only the first N questions of each")
-    parser.add_argument("--reranker", default="", help="cross-encoder that ranks the best 50 passages again")
+    parser.add_argument("--reranker", default="", help="cross-encoder that reranks the best passages")
+    parser.add_argument("--depth", type=int, default=50, help="passages that it reranks; at least 20")
     args = parser.parse_args()
+    rerank = RerankSpec(model=args.reranker, depth=args.depth)
     worlds = []
     for seed in args.seeds:
-        worlds.append(measured(*world(args.out / f"world-{seed}", seed, args.questions), args.reranker))
+        worlds.append(measured(*world(args.out / f"world-{seed}", seed, args.questions), rerank))
         report(f"Generated world, seed {seed}", worlds[-1])
     if len(worlds) > 1:
         pooled = {name: {k: [x for found in worlds for x in found[name][k]] for k in DEPTHS} for name in worlds[0]}
         report(f"Generated worlds, seeds {', '.join(map(str, args.seeds))} together", pooled)
     if data := os.environ.get("AGENTIC_R_DATA"):
         asked = hotpotqa(Path(data) / "hotpotqa", args.questions)
-        report("HotpotQA", measured(*asked, args.out / "hotpotqa", args.reranker))
+        report("HotpotQA", measured(*asked, args.out / "hotpotqa", rerank))
 
 
 def world(out: Path, seed: int, number: int | None) -> tuple[Path, Requests, Path]:
@@ -85,19 +87,17 @@ Recalls = Mapping[str, Mapping[int, Sequence[float]]]
 """Search -> depth -> recall of each request."""
 
 
-def measured(corpus: Path, requests: Requests, out: Path, reranker: str) -> dict[str, dict[int, list[float]]]:
+def measured(corpus: Path, requests: Requests, out: Path, rerank: RerankSpec) -> dict[str, dict[int, list[float]]]:
     """Recalls of each search."""
     command("index", "--corpus", str(corpus), "--retriever", "builtin:minilm", "--out", str(out / "index"))
     found: dict[str, dict[int, list[float]]] = {}
-    for model in dict.fromkeys(["", reranker]):
+    for used in [RerankSpec(), rerank] if rerank.on else [rerank]:
         for name, backend in SEARCHES.items():
-            spec = SearchSpec(
-                backend=backend, corpus=str(corpus), index=str(out / "index"), rerank=RerankSpec(model=model)
-            )
+            spec = SearchSpec(backend=backend, corpus=str(corpus), index=str(out / "index"), rerank=used)
             with open_search(spec) as search:
                 hits = search.search([request for request, _ in requests], max(DEPTHS))
             ids = [[hit.passage.id for hit in row] for row in hits]
-            found[f"{name}, reranked" if model else name] = {
+            found[f"{name}, reranked" if used.on else name] = {
                 depth: [len(gold & set(row[:depth])) / len(gold) for row, (_, gold) in zip(ids, requests, strict=True)]
                 for depth in DEPTHS
             }

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from agentic_r_plugin import components
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ManifestMismatchError
-from agentic_r_plugin.records import Group
+from agentic_r_plugin.records import Candidates, Group, Relevance
 from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.reranker import TrainRerankerConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
@@ -74,7 +75,7 @@ def made(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [
         sys.executable, RECIPE / "make_groups.py", "--data", folder, "--out", folder / "groups.jsonl",
-        "--pool", folder / "pool.jsonl", "--candidates", "6", "--negatives", "3",
+        "--pool", folder / "pool.jsonl", "--scored", folder / "scored", "--candidates", "6", "--negatives", "3",
     ]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=120)
     return folder
@@ -91,6 +92,21 @@ def test_every_supporting_passage_gives_a_group_with_the_questions_words_as_quer
         assert not {first.positive, second.positive} & set(first.negatives)
     pool = [json.loads(line)["id"] for line in (made / "pool.jsonl").read_text().splitlines()]
     assert pool == ["0", "1", "9", "2", "10", "3", "11"]
+
+
+def test_the_best_passages_of_a_question_are_candidates_of_which_the_supporting_ones_are_relevant(made):
+    candidates = list(read_records(made / "scored" / "candidates.jsonl", Candidates))
+    relevance = list(read_records(made / "scored" / "relevance.jsonl", Relevance))
+    assert [(item.id, item.query) for item in candidates] == [
+        (f"q{i}", f"Who built the {one} and the {other}?")
+        for i, (one, other) in enumerate(pairwise(["river", "bridge", "tower", "castle"]))
+    ]
+    for number, (item, scored) in enumerate(zip(candidates, relevance, strict=True)):
+        assert (item.id, item.turn) == (scored.id, scored.turn) and list(scored.scores) == [
+            passage.id for passage in item.passages
+        ]
+        assert {name for name, score in scored.scores.items() if score} <= {str(number), str(number + 1)}
+    assert sum(sum(scored.scores.values()) for scored in relevance) > 0
 
 
 def test_the_table_has_every_model_input_and_seed_once_however_often_the_command_is_run(
