@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -207,26 +207,26 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
-    """Evaluate the missing cells. Each agent is loaded once; a retriever stays open while the next cell uses it too."""
+    """Evaluate the missing cells. Judge and agents are loaded once; a retriever stays open for its next cell."""
     from agentic_r_plugin.evaluation.cell import run_cell
 
-    for agent in dict.fromkeys(cell.agent for cell in missing):
-        mine = sorted(
-            (cell for cell in missing if cell.agent == agent), key=lambda c: list(config.retrievers).index(c.retriever)
-        )
-        with ExitStack() as agent_stack:
-            llm = agent_stack.enter_context(open_llm(mine[0].settings.agent))
-            judge = agent_stack.enter_context(_open_judge(config))
-            for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):
-                with open_search(searching) as search:
-                    opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
-                    opened |= {"judge_fingerprint": judge.backend.fingerprint()} if judge is not None else {}
-                    for cell in cells:
-                        with cell.output(out).claim(resume=True) as held:
-                            held.begin(opened)
-                            # another process may have finished it while the models were loaded
-                            done[cell.name] = held.finished or run_cell(cell, llm, search, held, judge)
-                        print(_one_line(done[cell.name]), flush=True)
+    if not missing:
+        return
+    with _open_judge(config) as judge:
+        for agent in dict.fromkeys(cell.agent for cell in missing):
+            of_agent = (cell for cell in missing if cell.agent == agent)
+            mine = sorted(of_agent, key=lambda cell: list(config.retrievers).index(cell.retriever))
+            with open_llm(mine[0].settings.agent) as llm:
+                for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):
+                    with open_search(searching) as search:
+                        opened = {"agent_fingerprint": llm.fingerprint(), "search_fingerprint": search.fingerprint()}
+                        opened |= {"judge_fingerprint": judge.backend.fingerprint()} if judge is not None else {}
+                        for cell in cells:
+                            with cell.output(out).claim(resume=True) as held:
+                                held.begin(opened)
+                                # another process may have finished it while the models were loaded
+                                done[cell.name] = held.finished or run_cell(cell, llm, search, held, judge)
+                            print(_one_line(done[cell.name]), flush=True)
 
 
 @contextmanager

@@ -206,9 +206,7 @@ def require_new(out: str | Path, *, folder: bool = False, or_else: str = "pass -
         raise OutputExistsError(f"{out} already exists; choose another path, remove it, or {or_else}")
     begun = [path for path in (companion(out, suffix, folder=folder) for suffix in (MANIFEST, WORK)) if path.exists()]
     if begun:
-        raise OutputExistsError(
-            f"{out}: unfinished work exists; {or_else}, or remove {' and '.join(map(str, begun))}"
-        )
+        raise OutputExistsError(f"{out}: unfinished work exists; {or_else}, or remove {' and '.join(map(str, begun))}")
 
 
 def _is_there(path: Path) -> bool:
