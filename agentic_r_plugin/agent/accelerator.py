@@ -33,6 +33,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             overrides.append(f"+{fsdp}.mixed_precision.param_dtype={config.precision}")
         if engine != "actor_rollout_ref.ref":
             overrides += [f"{fsdp}.param_offload={offload}", f"{fsdp}.optimizer_offload={offload}"]
+    # Hydra refuses to add (`+`) a key twice, so the user's value replaces ours.
     if not any("attn_implementation" in item for item in config.verl):
         overrides += packed_attention.overrides(config.attention)
     if config.engine == "sglang":
@@ -64,6 +65,7 @@ def accelerator_overrides(config: TrainAgentConfig) -> list[str]:
             f"actor_rollout_ref.rollout.nnodes={config.rollout_nodes}",
             f"actor_rollout_ref.rollout.n_gpus_per_node={config.devices}",
             "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+            # verl requires batch_size = parameter_sync_step x mini_batch_size: one update per sampled mini-batch.
             f"trainer.v1.separate_async.parameter_sync_step={config.batch_size // config.mini_batch_size}",
         ]
     return overrides

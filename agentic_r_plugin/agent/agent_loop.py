@@ -121,6 +121,7 @@ class SearchAgentLoop(AgentLoopBase):
         if session.refusal is not None:
             raise ConfigError(session.refusal)
         log = _EngineLog()
+        # One id for all turns: verl sends them to one server, which has the earlier turns in its prefix cache.
         request_id = uuid4().hex
         while session.finished is None:
             params = self._turn_params(sampling_params, session, kwargs)
@@ -128,6 +129,7 @@ class SearchAgentLoop(AgentLoopBase):
             turn = await self.server_manager.generate(
                 request_id=request_id, prompt_ids=session.ids, sampling_params=params
             )
+            # Cut first: log and session must get the same tokens.
             cut_at_stop(turn, self.protocol.stop, self.codec)
             log.took(turn, perf_counter() - started)
             action: Action | None = session.model_wrote(turn.token_ids)
@@ -158,6 +160,7 @@ class SearchAgentLoop(AgentLoopBase):
     async def _carry_out(self, session: Session, action: Search | Open) -> Search | Open | Finished | None:
         """Search or open a document, and give the session the result; returns what `Session.found` returns."""
         try:
+            # Trajectories wait here, not for a connection: the client's timeout would count that wait.
             async with self.searching:
                 if isinstance(action, Open):
                     document = await self._open(action.document)
@@ -219,6 +222,7 @@ def cut_at_stop(output: Any, stop: Sequence[str], codec: Codec) -> None:
         text = codec.decode(ids[:count])
         return any(item in text for item in stop)
 
+    # The usual case: the last token completed a stop string, or there is none.
     if not stopped(len(ids) - 1):
         return
     # Once a prefix holds a stop string, every longer prefix does too, so the shortest one is found by bisection.
@@ -237,6 +241,7 @@ def request_seed(*parts: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+# Connections and semaphores belong to one event loop; the weak key frees them with it.
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[Any, ...], tuple[RetrievalClient, Any]]] = (
     WeakKeyDictionary()
 )
@@ -266,6 +271,7 @@ def _shared_client(
 
 def _place(fields: Mapping[str, Any]) -> tuple[int, int]:
     """(data set row, sample number): identifies a trajectory within a step."""
+    # `session_id`: verl's name for the number of a question's sample.
     return int(fields["extra_info"]["index"]), int(fields.get("session_id", 0))
 
 
@@ -332,6 +338,7 @@ def _output(
     extra_fields = {
         "min_global_steps": min(log.global_steps, default=None),
         "max_global_steps": max(log.global_steps, default=None),
+        # As verl's single-turn loop sets them: there are no scores of single turns or tools.
         "turn_scores": [],
         "tool_rewards": [],
         "place": list(place),
@@ -342,7 +349,7 @@ def _output(
         "malformed_turns": session.malformed,
         "search_failed": int(failed),
         "stop_reason": session.finished.stop_reason.value,
-        "masked_token_share": 1 - sum(by_model) / len(by_model),
+        "masked_token_share": 1 - sum(by_model) / len(by_model),  # not empty: there was a turn
         "generated_tokens": session.generated_tokens,
         "trained_tokens": sum(trained),
         "trajectory": trajectory,
@@ -357,7 +364,7 @@ def _output(
         response_ids=session.response_ids,
         response_mask=trained,
         response_logprobs=log.logprobs,
-        num_turns=1 + len(session.segments),
+        num_turns=1 + len(session.segments),  # verl counts the prompt as a turn
         metrics=AgentLoopMetrics(
             generate_sequences=log.generate_s, tool_calls=log.search_s, num_preempted=log.num_preempted
         ),

@@ -17,13 +17,14 @@ def write_critic(agent: Path, folder: Path) -> None:
 
     policy = AutoModelForCausalLM.from_pretrained(agent)
     policy.config.num_labels = 1
+    # Not with from_pretrained, which would report the weights of the value head as missing.
     critic = AutoModelForTokenClassification.from_config(policy.config, dtype=policy.dtype)
     critic.base_model.load_state_dict(policy.base_model.state_dict())
     with torch.no_grad():
         for parameter in critic.score.parameters():
             parameter.zero_()
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     critic.save_pretrained(partial)
     AutoTokenizer.from_pretrained(agent).save_pretrained(partial)
     partial.rename(folder)

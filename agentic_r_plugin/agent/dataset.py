@@ -65,6 +65,7 @@ def verl_row(item: SourcedQuestion, index: int, protocol: AgentProtocol) -> dict
         "prompt": [{"role": "user", "content": protocol.prompt(record.question)}],
         "ability": "search",
         "reward_model": {"style": "rule", "ground_truth": answers},
+        # `index` identifies the row in sampling seeds and in the order of a batch (`agent_loop._place`).
         "extra_info": {"index": index, "id": record.id, "question": record.question, "golden_answers": answers},
     }
 
@@ -90,6 +91,7 @@ def fitting(
         ConfigError: no question fits.
     """
     lengths = [len(protocol.prompt_ids(item.record.question, codec)) for item in questions]
+    # A prompt must leave room for at least one token of the model.
     kept = [place for place, length in enumerate(lengths) if length < limits.max_tokens]
     if len(kept) < len(lengths):
         longest = max(range(len(lengths)), key=lengths.__getitem__)

@@ -120,7 +120,7 @@ def _spread(lengths: list[int]) -> str:
 def _output_folder(config: TrainAgentConfig) -> str:
     folder = Path(config.out).resolve()
     if folder.exists():
-        prepare.run_output(config).finished()
+        prepare.run_output(config).finished()  # raises if the folder belongs to another run
         step = latest_step(folder)
         return f"{folder} exists, its newest checkpoint is step {step}: continue with --resume"
     parent = next(item for item in folder.parents if item.exists())
@@ -141,6 +141,7 @@ def _engine(config: TrainAgentConfig) -> str:
         return "hf, on the CPU"
     from agentic_r_plugin.agent.cpu import detect
 
+    # cupy: verl's transfer of weights to separate rollout devices (NCCL) needs it.
     needed = [config.engine, *(["cupy"] if config.mode == "separate_async" else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     found = detect.accelerator()

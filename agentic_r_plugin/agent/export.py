@@ -40,6 +40,7 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     model_config.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):  # allocates nothing; the loaded tensors are assigned below
         model = auto.from_config(model_config)
+    # Not strict: tied weights may be absent. `tie_weights` fills them; what stays on the meta device is missing.
     outcome = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     unfilled = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -52,7 +53,7 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     model.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier export, if the run was extended
     partial.rename(folder)
 
 
@@ -100,6 +101,7 @@ def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str,
         raise TrainingError(f"{checkpoint}: has LoRA adapters but no {record.name}, which gives their scale")
     meta = read_json(record)
     scale = meta["lora_alpha"] / meta["r"]
+    # In PEFT's names a trained LAYER has LAYER.base_layer, LAYER.lora_A.NAME and LAYER.lora_B.NAME.
     merged = {
         name.removeprefix(_PEFT).replace(".base_layer.", "."): tensor
         for name, tensor in weights.items()
@@ -107,7 +109,7 @@ def with_adapters_merged(checkpoint: Path, weights: dict[str, Any]) -> dict[str,
     }
     for name in adapters:
         layer = name.removeprefix(_PEFT).partition(".lora_A.")[0]
-        down, up = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]
+        down, up = weights[name], weights[name.replace(".lora_A.", ".lora_B.")]  # (rank, in), (out, rank)
         base = merged[f"{layer}.weight"]
         # The product is computed in float64 so that it is rounded only once, to the precision of the base weight.
         merged[f"{layer}.weight"] = base + (scale * (up.double() @ down.double())).to(base.dtype)

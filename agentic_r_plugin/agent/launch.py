@@ -54,13 +54,16 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
         from agentic_r_plugin.agent import dry_run
 
         return dry_run.run(config)
+    # Before `run_output`, which reads all inputs for their fingerprints.
     if not resume:
         require_new(config.out, folder=True)
     with run_output(config).claim(resume=resume) as held:
+        # A finished run goes on if `steps` was raised, unless the stability rule stopped it.
         if (done := held.finished) is not None and (latest_step(held.out) >= config.steps or done["stopped"]):
             print(f"train-agent: {held.out} is done", file=sys.stderr)
             return
         prepared = prepare(config)
+        # done.json means done (`storage.claim`); the others describe an earlier attempt.
         for stale in (FAULT, STABILITY, "done.json"):
             (held.out / stale).unlink(missing_ok=True)
         held.begin()
@@ -71,12 +74,14 @@ def run(config: TrainAgentConfig, *, resume: bool = False) -> None:
 
 def _write_inputs(run_dir: Path, config: TrainAgentConfig, prepared: Prepared) -> None:
     data = run_dir / "data"
+    # Files that exist are kept: a resume has the same questions and the same model (`run_output`).
     for name, questions in (("train", prepared.questions.training), ("validation", prepared.questions.validation)):
         if questions is not None and not (data / f"{name}.parquet").is_file():
             dataset.write_parquet(data / f"{name}.parquet", questions, prepared.protocol)
     zero_critic = run_dir / verl_config.ZERO_CRITIC
     if verl_config.starts_from_zero_critic(config) and not zero_critic.is_dir():
         write_critic(Path(config.model), zero_critic)
+    # Written at every start: settings that do not change the result may differ.
     (run_dir / "agent_loop.yaml").write_text(prepared.loop, encoding="utf-8")
     OmegaConf.save(prepared.verl, run_dir / "verl.yaml")
     save_config(config, run_dir / "config.yaml")
@@ -103,7 +108,7 @@ def _train(held: Claim, config: TrainAgentConfig, environment: dict[str, str | N
             stdout=None if debug else log,
             stderr=subprocess.STDOUT if not debug else None,
             env={name: value for name, value in {**os.environ, **environment}.items() if value is not None},
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the other
             pass_fds=[held.lock.fileno()],
         )
         try:

@@ -37,6 +37,7 @@ class ModelSize:
     @property
     def per_layer(self) -> int:
         """Approximate number of weights per block, the unit that FSDP gathers."""
+        # Without the embedding and the output matrix.
         return (self.parameters - 2 * self.vocabulary * self.hidden) // max(1, self.layers)
 
 
@@ -151,6 +152,7 @@ def _lora(composed: Any, size: ModelSize) -> int | None:
     if not rank:
         return None
     # Adapters of an (in, out) layer have rank * (in + out) weights; this is summed over the linear layers of a block.
+    # Grouped-query attention has narrower keys and values, so this is an upper bound.
     return int(size.layers * rank * (_LINEAR_SHAPES * size.hidden + 3 * size.intermediate + 4 * size.hidden))
 
 
@@ -185,7 +187,7 @@ def _role(size: ModelSize, fsdp: Any, world: int, adapters: int | None) -> _Role
     return _Role(
         size=size,
         fsdp=fsdp,
-        weights=(_bytes(fsdp) * size.parameters + 4 * (adapters or 0)) / world / GIB,
+        weights=(_bytes(fsdp) * size.parameters + 4 * (adapters or 0)) / world / GIB,  # adapters are float32
         gradients=4 * learning / world / GIB,
         optimizer=_ADAM_BYTES * learning / world / GIB,
     )
@@ -198,6 +200,7 @@ def _activations(composed: Any, size: ModelSize, role: str) -> dict[str, float]:
     longest = composed.data.max_prompt_length + composed.data.max_response_length
     longest = min(longest, composed.actor_rollout_ref.rollout.max_model_len or longest)
     if role == "critic":
+        # The key from which verl reads the size of all critic passes (`verl_config.critic_tokens`).
         tokens = composed.critic.ppo_infer_max_token_len_per_gpu
     else:
         packed = actor.use_dynamic_bsz
@@ -207,6 +210,7 @@ def _activations(composed: Any, size: ModelSize, role: str) -> dict[str, float]:
     inside = 2 * (8 * size.hidden + 3 * size.intermediate)
     kept = 2 * size.hidden * size.layers if model.enable_gradient_checkpointing else inside * size.layers
     return {
+        # bfloat16, 2 bytes; FSDP gathers the next block while it computes this one
         "gathered block, twice": 2 * 2 * size.per_layer / GIB,
         "activations": tokens * (kept + inside) / GIB,
         # bfloat16 logits and their gradient, plus a float32 copy for log-probabilities and entropy

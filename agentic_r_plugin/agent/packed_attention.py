@@ -85,6 +85,7 @@ class _PackedRow:
     """(N + 1,) int32 cumulative lengths, on the row's device."""
 
 
+# By identity: all layers of a pass get the same tensor. Weak: a later tensor may get the id of a freed one.
 _rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 

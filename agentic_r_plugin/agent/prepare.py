@@ -60,7 +60,7 @@ def prepare(config: TrainAgentConfig) -> Prepared:
         SearchError: the retrieval service does not answer or refuses to search.
     """
     protocol = load_protocol(config.protocol, config.protocol_options)
-    RewardSum(config.reward, config.reward_options)
+    RewardSum(config.reward, config.reward_options)  # only a check; the agent loop makes its own
     training, validation = training_questions(config), validation_questions(config)
     check_model(Path(config.model))
     check_service(config, probe=training[0].record.question)
@@ -241,6 +241,7 @@ def run_output(config: TrainAgentConfig) -> Output:
     Raises:
         ConfigError: a model or a file does not exist.
     """
+    # `auto` means different types on different machines, so the resolved type is compared.
     made_from = deciding(config) | {"precision": precision(config)}
     del made_from["steps"]
     for name in ("model", "critic", "questions", "validation"):

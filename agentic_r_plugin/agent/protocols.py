@@ -66,7 +66,7 @@ simple_deep_searcher = TagProtocol(
     instruction=(
         _prompt("SimpleDeepSearcherPipeline")
         .replace("{MAX_SEARCH_LIMIT}", str(SIMPLE_DEEP_SEARCHER_SEARCHES))
-        .replace("{{", "{")
+        .replace("{{", "{")  # FlashRAG fills its prompts with str.format, ours replaces {question} alone
         .replace("}}", "}")
     ),
     search_tag="search_query",

@@ -145,6 +145,7 @@ def judge(
         golden_answers="; ".join(outcome.golden_answers),
         answer=outcome.answer,
     )
+    # As text, because the cache needs a hashable key; rewards with equal settings share one judge.
     backend, lock = _opened(json.dumps(dict(llm), sort_keys=True, default=dict))
     with lock:
         cost = Cost()

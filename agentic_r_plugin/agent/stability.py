@@ -111,6 +111,7 @@ def last_stable(checkpoints: Sequence[int], verdict: Verdict) -> int:
     Raises:
         TrainingError: there is no checkpoint, or training collapsed before the first one.
     """
+    # The collapse is dated to its first unstable step, so a checkpoint of that very step is not stable.
     stable = [step for step in checkpoints if verdict.collapse is None or step < verdict.collapse]
     if not stable and verdict.collapse is not None:
         first = f" (step {min(checkpoints)})" if checkpoints else ""
@@ -153,13 +154,14 @@ def _broken(steps: Sequence[Watched], rule: StabilityRule) -> tuple[str, ...]:
     if reward is not None and reward < least:
         found.append(f"reward {reward:.3f}, best {best:.3f}")
     found += _above(steps, rule, "kl", rule.max_kl)
+    # An agent that has yet to learn the form starts with a high share, so only a rise counts.
     lowest = min(_of_windows(steps, rule, "malformed"), default=None)
     found += _above(steps, rule, "malformed", None if lowest is None else lowest + _MAX_MALFORMED_RISE)
     # The first window is the reference for these metrics, so they are compared from the step after it.
     if len(steps) > rule.window:
         for name, factor in _MAX_FACTOR.items():
             start = _mean(steps[: rule.window], name)
-            if start:
+            if start:  # no bound from a mean of 0, such as no searches in the first steps
                 found += _above(steps, rule, name, factor * start)
         start, entropy = _mean(steps[: rule.window], "entropy"), _mean(steps[-rule.window :], "entropy")
         least = _MIN_ENTROPY * (start or 0.0)

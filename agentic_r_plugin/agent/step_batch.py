@@ -33,6 +33,7 @@ def trainable(rows: Sequence[BatchRow], *, compared: bool) -> list[BatchRow]:
     """
     kept = [row for row in rows if not row.extra["search_failed"]]
     left = Counter(row.place[0] for row in kept)
+    # For a trajectory without others verl takes 0 as the baseline: its reward would be its advantage.
     return [row for row in kept if left[row.place[0]] > 1] if compared else kept
 
 
@@ -71,7 +72,7 @@ def check_trajectories(trajectories: Sequence[dict[str, Any]], expected: int, ma
             "agent loop raised an error; the training log shows it ('Error in _run_prompt')"
         )
     share = sum(item["search_failed"] for item in trajectories) / len(trajectories)
-    if share > max_share or share == 1:
+    if share > max_share or share == 1:  # with none left, nothing can be trained on
         raise too_many_failed(f"step {step}", share, max_share)
 
 

@@ -92,9 +92,11 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
             TrainingError: a loss or gradient norm is not finite (the batch is saved, the step is not), or too many
                 trajectories are missing.
         """
+        # With separate_async a step samples several batches; both collect over all of them.
         self.trajectories = []
         self.lost.count = 0
         batch: KVBatchMeta = super().step(metrics, timing_raw)
+        # Checked here, because verl saves the checkpoint after this method.
         bad = not_finite(metrics)
         if bad:
             folder = Path(self.settings.run_dir) / "culprits" / f"step_{self.global_steps}"
@@ -107,7 +109,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 "(actor_lr, critic_lr), from this run's agent or from one of its checkpoints"
             )
         self.step_metrics = plain(metrics) | trajectory_metrics(self.trajectories)
-        shown = self.trajectories[: self.settings.rollouts_per_step]
+        shown = self.trajectories[: self.settings.rollouts_per_step]  # a random sample: `_arrived` shuffled them
         self.rollout_log.write(self.global_steps, [rollout_line(item, self.global_steps) for item in shown])
         # Before the checkpoint: a kill between checkpoint and metrics line must not lose the line.
         write_json(Path(self.settings.run_dir) / LAST_STEP, {"step": self.global_steps, **self.step_metrics})
@@ -126,6 +128,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         logging_prefix: str = "global_seqlen",
         keep_minibatch: bool = False,
     ) -> KVBatchMeta:
+        # Before verl's own method, which pads the batch to full mini-batches and divides it over the workers.
         return super()._balance_batch(self._valid_in_order(batch), metrics, logging_prefix, keep_minibatch)
 
     def _valid_in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
@@ -142,8 +145,10 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         self.trajectories += [row.extra for row in arrived]
         rows = trainable(arrived, compared=self.config.algorithm.adv_estimator == "grpo")
         kept = {row.key for row in rows}
+        # At the end of a step verl clears only the keys that it trained on; these would stay in its store.
         if removed := [key for key in batch.keys if key not in kept]:
             tq.kv_clear(keys=removed, partition_id=batch.partition_id)
+        # In trajectories: `ppo_mini_batch_size` counts questions.
         size = self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         rows = by_length_within(rows, size, length=lambda row: row.tag["seq_len"])
         return KVBatchMeta(
@@ -178,6 +183,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         # The step is judged before it is logged, so that its own line can say whether training is stable.
         verdict = judge([*self.metrics_log.read(), {"step": global_steps, **plain(metrics)}], self.rule)
         metrics["agentic_r/stable"] = float(verdict.doubtful_from is None)
+        # Before a collapse is raised: `worker.choose` judges the run by these lines.
         self.metrics_log.append([{"step": global_steps, **plain(metrics)}])
         if global_steps in verdict.reasons:
             print(f"step {global_steps} is unstable: {'; '.join(verdict.reasons[global_steps])}", flush=True)
@@ -215,6 +221,7 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
                 shutil.rmtree(root / f"global_step_{step}")
         self.metrics_log.keep_until(self.global_steps)
         self.rollout_log.keep_until(self.global_steps)
+        # Only these modes restore trajectories from a checkpoint.
         if self.mode != "sync":
             self.lost.ignore_present()
         if self.global_steps and not self.metrics_log.has(self.global_steps):
@@ -228,8 +235,10 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         `val_before_train`; after the last step, `val_only` makes verl validate without training.
         """
         trainer = self.config.trainer
+        # The file is of this step, because no later step starts before this one's line is written.
         line = read_json(Path(self.settings.run_dir) / LAST_STEP)
         last = self.global_steps >= self.total_training_steps
+        # verl's own condition for a validation.
         if trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
             self.unlogged = line
             with open_dict(self.config):
@@ -265,6 +274,7 @@ class WholeAndStable(CheckpointCallback):
             shard_files(folder / model)
         keep = trainer.settings.keep_checkpoints
         if keep > 0:
+            # verl saves before it logs, so this step's line is not in the log yet.
             verdict = judge([*trainer.metrics_log.read(), {"step": global_step, **trainer.step_metrics}], trainer.rule)
             steps = checkpoint_steps(folder.parent)
             for step in set(steps) - to_keep(steps, verdict, keep):
@@ -315,7 +325,7 @@ class LostGroups:
         self.ignored = frozenset(key for key, tag in tags.items() if tag.get("status") == "failure")
 
     def _evict_and_count(self, global_steps: int, partition_id: str, eviction_reasons: tuple[Any, ...]) -> Any:
-        self.count += len(eviction_reasons[2] - self.ignored)
+        self.count += len(eviction_reasons[2] - self.ignored)  # verl's order: stale, filtered, failed groups
         if self.count > self.most:
             raise TrainingError(
                 f"step {global_steps}: the agent loops of {self.count} questions raised an error, more than the "
@@ -325,6 +335,7 @@ class LostGroups:
         return self._evict(global_steps, partition_id, eviction_reasons)
 
 
+# The plain class behind verl's Ray actor: Ray allows no subclass of an actor class.
 _TaskRunner: Any = TaskRunnerV1.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
 
@@ -349,4 +360,5 @@ class LocalTaskRunner:
     @property
     def run(self) -> SimpleNamespace:
         """Its `remote(config)` runs verl's task to the end."""
+        # `run_ppo` calls `ray.get` on the result, so it must be an object reference.
         return SimpleNamespace(remote=lambda config: ray.put(_TaskRunner().run(config)))

@@ -85,6 +85,7 @@ def compose(
         *to_overrides(settings),
         *config.verl,
     ]
+    # Hydra refuses a second initialisation; the calling program may have made one.
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(_verl_config_dir()), version_base=None):
@@ -104,6 +105,7 @@ def attention_of(composed: Any) -> str:
         ConfigError: it is `packed_causal`, but the configuration asks for sequence parallelism or padded rows, which
             need flash attention in verl.
     """
+    # Without an override, verl trains with flash attention.
     used = str(composed.actor_rollout_ref.model.override_config.get("attn_implementation", packed_attention.FLASH))
     if used != packed_attention.NAME:
         return used
@@ -138,9 +140,9 @@ def validate(composed: Any) -> str:
     )
     checked = copy.deepcopy(composed)
     if unseen:
-        checked.actor_rollout_ref.rollout.name = "sglang"
+        checked.actor_rollout_ref.rollout.name = "sglang"  # verl checks the rank for vLLM alone
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr):  # verl prints; stdout is for --dry-run
             omega_conf_to_dataclass(checked.actor_rollout_ref.rollout)
             validate_config(
                 checked, use_reference_policy=need_reference_policy(checked), use_critic=need_critic(checked)
@@ -170,6 +172,7 @@ def _settings(
     return {
         "data": {
             "train_files": str(data / "train.parquet"),
+            # verl always builds a validation set; without questions for it, test_freq=-1 leaves it unused.
             "val_files": str(data / ("validation.parquet" if validated else "train.parquet")),
             "train_batch_size": config.batch_size,
             "max_prompt_length": max(prompt_lengths),
@@ -196,6 +199,7 @@ def _settings(
             "experiment_name": run_dir.name,
             "default_local_dir": str(run_dir / "checkpoints"),
             "total_training_steps": config.steps,
+            # More epochs than needed: total_training_steps ends the training.
             "total_epochs": math.ceil(config.steps / max(1, num_questions // config.batch_size)) + 1,
             "save_freq": config.save_every,
             "test_freq": (config.validate_every or config.steps) if validated else -1,

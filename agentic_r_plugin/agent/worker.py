@@ -59,6 +59,7 @@ def _trained_to_the_end(config: Any) -> bool:
     try:
         _run_verl(config)
     except Exception as error:
+        # on_collapse=stop ends the run by an error, but its last stable checkpoint is still exported.
         if not isinstance(our_fault(error), CollapseError):
             raise
         print(our_fault(error), flush=True)

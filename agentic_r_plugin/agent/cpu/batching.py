@@ -123,6 +123,7 @@ class RequestBatcher:
             self._loop_task = asyncio.create_task(self._serve())
         seed = sampling.seed
         if seed is None:
+            # The hash of integers, unlike that of text or None, is the same in every process.
             prompt_hash = hash(tuple(prompt))
             seed = hash((self.seed, self._version or 0, prompt_hash, self._asked[prompt_hash]))
             self._asked[prompt_hash] += 1

@@ -22,7 +22,7 @@ def cpu_wanted() -> bool:
         return choice == "1"
     if choice != "auto":
         raise ConfigError(f"{SWITCH}={choice}: expected 1 (use the CPU), 0 (never), auto (where nothing else is found)")
-    named = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    named = os.environ.get("VERL_PLATFORM", "").strip().lower()  # verl's own choice of a platform
     if named:
         return named == "cpu"
     found = accelerator()

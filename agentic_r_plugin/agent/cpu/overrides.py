@@ -38,6 +38,7 @@ def cpu_overrides(*, num_workers: int = 1, train_dtype: str = "auto", longest_tr
         "actor_rollout_ref.rollout.dtype=float32",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
         "actor_rollout_ref.rollout.free_cache_engine=False",
+        # verl's default is 8 processes of each kind, which would only share the same cores.
         "actor_rollout_ref.rollout.agent.num_workers=1",
         "reward.num_workers=1",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",

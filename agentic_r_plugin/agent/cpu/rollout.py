@@ -89,6 +89,7 @@ class HFServer:
             UpstreamError: parameter names do not match this model.
         """
         async with self.batcher.idle():
+            # Not strict: the trainer may leave out tied weights, which `tie_weights` sets below.
             outcome = self.model.load_state_dict(state, strict=False)
             tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
             missing = set(outcome.missing_keys) - tied
@@ -101,6 +102,7 @@ class HFServer:
             self.generator.weights_changed()
             self.batcher.new_weights(global_steps)
             self.global_steps = global_steps if global_steps is not None else self.global_steps
+            # Summed from the model, not from `state`, to show that the weights are in place.
             own = self.model.state_dict()
             return weight_sums((name, own[name]) for name in state)
 
@@ -183,12 +185,13 @@ class HFServerAdapter(BaseRollout):
         state = {}
         async for name, tensor in ensure_async_iterator(weights):  # gathering is collective, so every rank iterates
             if self.has_server:
-                state[name] = tensor.detach().to(dtype)
+                state[name] = tensor.detach().to(dtype)  # the engine's type, so that both sides sum the same numbers
         if not self.has_server:
             return
         server = ray.get_actor(server_name(self.replica_rank))
         arrived = await server.load_weights.remote(ray.put(state), global_steps)
         sent = weight_sums(state.items())
+        # Exactly equal, because both sides add the same numbers in the same order.
         if arrived != sent:
             raise UpstreamError(f"weights of step {global_steps}: trainer sent {sent}, rollout engine holds {arrived}")
         print(f"hf rollout {self.replica_rank}: weights of step {global_steps} in place, {sent}", flush=True)
