@@ -27,11 +27,13 @@ class Adapters:
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works; the annotation says int
             target_modules="all-linear",
-            exclude_modules=r".*pooler.*",
+            exclude_modules=r".*pooler.*",  # no vector depends on it: pooling reads the tokens
         )
         self._transformer = cast(Any, model[0])
+        # peft freezes the transformer alone; a dense layer after it would still be trained.
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        # Adapters start at random values, which must be the same in every process.
         torch.manual_seed(config.seed)
         self._wrapped: Any = get_peft_model(self._transformer.model, lora)  # changes the layers of the model in place
 

@@ -78,7 +78,7 @@ def read_examples(
                 request=SearchRequest.of(group),
                 positive=positive,
                 negatives=tuple(negatives),
-                known_positives=frozenset(),
+                known_positives=frozenset(),  # known once all groups are read
                 scores=found,
                 weight=group.weight,
             )
@@ -175,8 +175,10 @@ def epoch_batches(
             each epoch draws a new sample.
         cross_device: whether rows and counts cover all processes or only this one.
     """
+    # `Random` hashes a text itself, so every process draws the same order.
     places = random.Random(f"order {seed} {epoch}").sample(range(len(examples)), len(examples))
-    # Every process must run the same number of steps, or the collective operations would wait forever.
+    # Every process must run the same number of steps, or the collective operations would wait forever: a remainder is
+    # left out (another one in each epoch), and fewer examples than processes are repeated.
     places = places[: len(places) - len(places) % world] if len(places) >= world else places * world
     for start in range(0, len(places), batch_size * world):
         chosen = places[start : start + batch_size * world]
@@ -184,6 +186,7 @@ def epoch_batches(
         picked = [_with_drawn_negatives(examples[i], i, epoch, seed, group_size - 1) for i in chosen]
         mine = picked[rank::world]
         slots = (row for item in (picked if cross_device else mine) for row in (item.positive, *item.negatives))
+        # Keys are in order of first use, so columns are numbered alike in every process.
         counts = Counter(slots)
         yield Batch(examples=tuple(mine), rows=tuple(counts), counts=tuple(counts.values()))
 

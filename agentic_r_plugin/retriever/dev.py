@@ -44,6 +44,7 @@ def ranking_metrics(found: Sequence[Sequence[int]], relevant: Sequence[frozenset
             sums[f"recall_at_{k}"] += sum(place < k for place in places) / len(wanted)
         if places and places[0] < 10:
             sums["mrr_at_10"] += 1 / (1 + places[0])
+        # nDCG with a gain of 1 per relevant item: the ideal ranking begins with all of them.
         ideal = sum(1 / math.log2(2 + place) for place in range(min(10, len(wanted))))
         sums["ndcg_at_10"] += sum(1 / math.log2(2 + place) for place in places if place < 10) / ideal
     return {name: total / len(found) for name, total in sums.items()}

@@ -110,7 +110,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter], world: int) -> N
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None:  # frozen (LoRA) or unused
             continue
         if bucket and (size >= _BUCKET_BYTES or parameter.grad.dtype != bucket[0].dtype):
             _average(bucket, world)

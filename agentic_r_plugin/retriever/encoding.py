@@ -68,6 +68,7 @@ class TextEncoder:
         self._transformer = cast(Any, model[0])
         self.packs = packing and _packs(model)
         if self.packs and model.device.type != "cpu":
+            # Padded without the kernel: `attend` would make one call per run of texts of equal length.
             self.packs = not attention_dropout and has_kernel(model.device, self._computed_dtype())
             attention_dropout = 0.0 if self.packs else attention_dropout
         self.attention_dropout = set_attention_dropout(model, attention_dropout)
@@ -90,6 +91,7 @@ class TextEncoder:
         room, skipped = 0, 0
         for place in sorted(range(len(texts)), key=lambda i: (texts[i].prompt_length, len(texts[i]), i)):
             length = len(texts[place])
+            # This text is the longest so far: with padding, each text of the mini-batch takes as much room.
             needed = length if self.packs else length * (len(batches[-1]) + 1) if batches else length
             if not batches or needed > room or texts[place].prompt_length != skipped:
                 batches.append([])

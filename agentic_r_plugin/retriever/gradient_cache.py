@@ -50,10 +50,11 @@ def backward(
             room -= size
     # `order` maps plan order to text order; its argsort maps back to the order that `loss` expects.
     order = torch.tensor([place for places in plan for place in places], device=vectors[0].device)
+    # Detached: the loss gives gradients of the vectors, which go through the encoder below.
     value, gradient_ND = loss(torch.cat([part.detach() for part in vectors])[order.argsort()])
     for number in sorted(range(len(plan)), key=lambda i: i not in kept):  # frees the kept graphs first
         part = vectors[number] if number in kept else _encode(encoder, texts, plan[number], seed, number)
-        vectors[number] = torch.empty(0)
+        vectors[number] = torch.empty(0)  # so that the graph is freed with `part`
         part.backward(gradient_ND[torch.tensor(plan[number], device=part.device)])
     return value
 

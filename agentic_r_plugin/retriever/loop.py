@@ -77,6 +77,7 @@ class Training:
         if (self.out / STATE).is_file():
             state = torch.load(self.out / STATE, map_location="cpu", weights_only=True)
             self._load_weights(state["weights"])
+            # Earlier versions had a second group of parameters, with weight decay.
             if len(state["optimizer"]["param_groups"]) > 1:
                 raise TrainingError(f"{self.out} was started by an earlier version; remove it or choose another out")
             self.optimizer.load_state_dict(state["optimizer"])
@@ -132,12 +133,14 @@ class Training:
             if self.step == 0:
                 self._measure(dev, elsewhere)
             for epoch, batch in self._remaining(examples, per_epoch, last):
+                # Before the step: a resumed training may have been over when its checkpoint was saved.
                 if self._is_over():
                     break
                 line = self._train_step(batch, total) | {"epoch": epoch + 1}
                 self._log(line)
                 shown.update()
                 shown.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                # Before the checkpoint, which must hold the result (`best`): a resume does not measure this step again.
                 if self.step % every == 0 or self.step == last:
                     self._measure(dev, elsewhere)
                 if self.step % self.config.checkpoint_steps == 0 and self.step < last:
@@ -145,6 +148,7 @@ class Training:
         if self._keeps_best:
             self._load_weights(torch.load(self.out / BEST, map_location="cpu", weights_only=True))
         self.encoder.close()
+        # After the best weights are loaded, because these are weights of the adapters.
         if self.adapters is not None:
             self.adapters.merge()
         self.model.eval()
@@ -183,6 +187,7 @@ class Training:
 
     def _train_step(self, batch: Batch, total: int) -> dict[str, Any]:
         started = time.perf_counter()
+        # `total` is of all epochs: `max_steps` ends the training early, but does not shorten the schedule.
         rate = self.config.learning_rate * rate_share(self.config, self.step, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -192,7 +197,8 @@ class Training:
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss}; lower learning_rate, or use precision=float32"
             )
-        # Average before unscaling and clipping: every process then clips by the same norm and takes the same step.
+        # Average before unscaling and clipping: every process then clips by the same norm and takes the same step, or
+        # skips it after an overflow (float16) in any of them.
         average_gradients(self.model.parameters(), self.world)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
@@ -216,6 +222,7 @@ class Training:
 
         Returns the loss, the share of queries whose positive scores highest, and the number of tokens of its texts.
         """
+        # Without cross_device each process encodes all passages of its examples.
         world, rank = (self.world, self.rank) if self.config.cross_device else (1, 0)
         columns = share(len(batch.rows), rank, world)
         retriever = self.retriever
@@ -234,6 +241,7 @@ class Training:
             here = known.to(scores_BP)
             loss = self.loss(scores_BP, here)
             found["accuracy"] = accuracy(scores_BP.detach(), here)
+            # Scaled before the encoder's backward pass, where small float16 gradients would become 0.
             of_queries_BD, of_passages_PD = torch.autograd.grad(self.scaler.scale(loss), (queries_BD, passages_PD))
             return loss.detach(), torch.cat((of_queries_BD, sum_columns(of_passages_PD, rank, world)))
 
@@ -241,7 +249,7 @@ class Training:
             self.encoder,
             [*queries, *passages],
             vector_loss,
-            seed=f"{self.config.seed} {self.step} {self.rank}",
+            seed=f"{self.config.seed} {self.step} {self.rank}",  # by step: a resumed run draws the same dropout
             mini_batch_tokens=self.mini_batch_tokens,
             kept_tokens=4 * self.mini_batch_tokens if self.config.kept_tokens is None else self.config.kept_tokens,
         )
@@ -274,11 +282,13 @@ class Training:
         if not found.keys() >= set(needed):
             raise ConfigError(f"dev_metric {config.dev_metric!r}: expected one of {', '.join(dev_set.METRICS)}")
         if config.elsewhere_groups:
+            # The first measurement, before any training, is the reference.
             self.best.setdefault("elsewhere", found[there])
             if found[there] < self.best["elsewhere"] - config.elsewhere_loss:
                 self.best["lost"] = True
                 log.info("%s fell to %.4f; keeping the weights of step %d", there, found[there], self.best["step"])
                 return
+        # Without patience no metric has to rise: the latest weights before the loss are kept.
         value = found[config.dev_metric] if config.patience else float(self.step)
         if value > self.best["value"]:
             self.best |= {"step": self.step, "value": value, "misses": 0}

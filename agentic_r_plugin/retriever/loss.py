@@ -90,6 +90,7 @@ def contrastive(scores_BP: Tensor, batch: Targets) -> Tensor:
     """InfoNCE over all slots of the batch (the paper's loss)."""
     positive_B = scores_BP.gather(1, batch.own_BG[:, :1]).squeeze(1)
     # log(w exp(s)) = s + log w, so the multiplicity of a passage is an offset of its logit; log 0 drops masked ones.
+    # No softmax is empty: the weight of a query's own positive is at least 1.
     return _mean(torch.logsumexp(scores_BP + batch.weights_BP.log(), dim=1) - positive_B, batch)
 
 
@@ -121,9 +122,12 @@ def reward_weighted(scores_BP: Tensor, batch: Targets, *, teacher_temperature: f
     others_BP = (batch.weights_BP - slots_BP).clamp(min=0).log().clamp(min=_NOTHING)
     others_B = torch.logsumexp(scores_BP + others_BP, dim=1)
     # [i, g, h]: passage h is a negative of passage g. Padding (-inf) is masked in `own_BG`, so it adds nothing.
+    # Passages with equal scores are no negatives of each other.
     lower_BGG = teacher_BG[:, None, :] < teacher_BG[:, :, None]
     rivals_BGG = own_BG[:, None, :].expand_as(lower_BGG).masked_fill(~lower_BGG, -torch.inf)
+    # (B, G, 1 + G + 1): the passage itself, its negatives in the group, all slots of other groups.
     parts = torch.cat((own_BG[:, :, None], rivals_BGG, others_B[:, None, None].expand(*own_BG.shape, 1)), dim=2)
+    # Padding is dropped before the product with the shares, where infinity times 0 would be NaN.
     gap_BG = (torch.logsumexp(parts, dim=2) - own_BG)[batch.present_BG]
     share_BG = F.softmax(teacher_BG, dim=1)
     share_BG = share_BG if batch.factor_B is None else share_BG * batch.factor_B[:, None]

@@ -143,6 +143,7 @@ def read_labelled(config: TrainRerankerConfig) -> tuple[list[Labelled], dict[str
 
 def held_out(queries: Sequence[Labelled], seed: int) -> tuple[list[Labelled], list[Labelled]]:
     """(queries to train on, queries held out): all queries of a question are on one side."""
+    # Sorted, because the order of a set differs between processes.
     questions = sorted({query.key[0] for query in queries})
     count = max(1, round(_HELD_OUT * len(questions))) if len(questions) > 1 else 0
     drawn = set(random.Random(f"reranker {seed}").sample(questions, count))
@@ -207,6 +208,7 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
             if held.finished is None:
                 held.begin()
                 save_config(config, out / "config.yaml")
+                # Measured once: a resume finds the figures in the manifest.
                 if dev and not held.noted("before"):
                     held.note(before={"retriever": measure(dev, corpus), "before": measure(dev, corpus, reranker)})
                 chosen = [drawn(query, config.num_candidates, config.seed) for query in training]
@@ -229,6 +231,7 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 done = {"queries": len(training), "held_out": len(dev), **left_out, **log[-1], "measured": measured}
                 _write_card(out, config, reranker, done)
                 held.finish(done)
+            # Also for a finished run, which may have been killed before this line.
             shutil.rmtree(held.work, ignore_errors=True)
             push_folder(config)
 

@@ -156,5 +156,5 @@ def rate_share(config: TrainRetrieverConfig, step: int, total: int) -> float:
     """Fraction of the peak learning rate at `step`, counted from 0: a linear rise, then a linear fall to 0."""
     warmup = math.ceil(total * config.warmup_ratio)
     if step < warmup:
-        return (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)  # above 0 in the first step
     return 1 - (step - warmup) / max(1, total - warmup)

@@ -106,6 +106,7 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
         # Only process 0 claims and writes the folder. The others learn from it whether the work is done already.
         with output.claim(resume=resume) if rank == 0 else nullcontext() as held:
             if not from_first(held.finished is not None if held else None):
+                # Made before anything is written: it may refuse the settings (LoRA without peft).
                 training = Training(config, corpus, retriever, loss, rank, world)
                 _begin(config, output, held, rank)
                 with training.trackers.running(output.out, to_dict(config)) if held else nullcontext():
@@ -161,6 +162,7 @@ def _summary(config: TrainRetrieverConfig, training: Training, examples: list[An
 def _made_from(config: TrainRetrieverConfig, corpus: Corpus, retriever: Retriever, world: int) -> dict[str, Any]:
     """Everything that the weights depend on."""
     files = {name: getattr(config, name) for name in ("groups", "relevance", "correctness", "dev_groups")}
+    # Manifests of earlier versions do not have these entries, so they are left out where unset.
     later = {name: getattr(config, name) for name in ("elsewhere_groups", "elsewhere_corpus")}
     files |= {name: path for name, path in later.items() if path}
     return deciding(config) | {
