@@ -44,6 +44,7 @@ class Benchmarks:
         for name, folder in ({self.main: self.run.phases.benchmark} | self._evaluated_by_run() | given).items():
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             own = corpus_file(folder)
+            # The run may name a corpus outside its benchmark; benchmarks without a corpus are searched in the run's.
             link(self.corpus(name), own if name != self.main and own.is_file() else self.run.phases.corpus)
             for file in sorted(folder.iterdir()):
                 if file.name.endswith(QUESTION_SUFFIXES) and not file.name.startswith(("corpus.", ".")):

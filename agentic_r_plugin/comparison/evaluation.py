@@ -94,6 +94,7 @@ class Evaluation:
         cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
         if not cells:  # `evaluate` would take an empty list as all pairs
             raise ConfigError(f"stop_rule: expected agent-1, agent-2, ... among the agents {', '.join(self.agents)}")
+        # `splits` of the run would take precedence over `split`.
         given = {"benchmarks": [self.benchmarks.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
         return self.settings(searches, "stop_rule", **given)
 

@@ -76,6 +76,7 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
     for name in dict.fromkeys(plan.rerank for plan in part.experiment.retrievers.values() if plan.rerank):
         if not (out / "rerankers" / name / reranker.DONE).is_file():
             seconds += _RERANKER * known.get("train-retriever", 0.0)
+    # Made once, for all retrievers that are trained on it.
     if exhaustive and not (out / "correctness.jsonl").is_file():
         seconds += known.get("correctness", 0.0) / _PRUNED
     return seconds

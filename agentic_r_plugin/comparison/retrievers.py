@@ -56,6 +56,7 @@ class Retrievers:
         plans = self.config.retrievers
         for name in self.rerankers:
             child.run_command("train-reranker", self._reranker(name))
+        # Those that rerank come last: they reorder the passages of another retriever here.
         found: dict[str, Any] = {name: self.make_one(name) for name, plan in plans.items() if not plan.rerank}
         for name, plan in plans.items():
             if plan.rerank:
@@ -72,6 +73,7 @@ class Retrievers:
             return f"bm25:{self.benchmarks.corpus('{benchmark}')}"
         of_run = self.run.model(plan.of_run, "retriever") if plan.of_run else ""
         model = of_run or plan.model or self.train(self.trained(name))
+        # The run's benchmark first: others with the same corpus get a link to its index.
         for benchmark in dict.fromkeys([self.benchmarks.main, *self.benchmarks.compared()]):
             self.index(name, model, benchmark, of_run=plan.of_run)
         return str(self.out / "index" / name / "{benchmark}")
@@ -107,6 +109,7 @@ class Retrievers:
             return out
         if of_run and benchmark == main:
             built = self.run.phases.index_folder(int(of_run.rpartition("-")[2]))
+            # A link of an earlier start goes through `link` again, which repairs it or refuses another target.
             if out.is_symlink() or (not out.exists() and _usable(built, model)):
                 link(out, built)
                 return out
@@ -150,6 +153,7 @@ class Retrievers:
 
         def drawn() -> Iterator[Relevance]:
             for record in read_records(whole, Relevance):
+                # Seeded by query, from sorted ids: the order of records does not change what is drawn.
                 draw = random.Random(f"{seed}/{record.id}/{record.turn}")
                 kept = set(draw.sample(sorted(record.scores), min(count, len(record.scores))))
                 scores = {name: score if name in kept else 0 for name, score in record.scores.items()}

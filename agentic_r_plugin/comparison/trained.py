@@ -83,7 +83,7 @@ class TrainedRetriever:
         """Scores of the run's candidates."""
         own = to_dict(self.run.stage("relevance"))
         if self.plan.relevance.get("scorer", own["scorer"]) != own["scorer"]:
-            own["options"] = {}
+            own["options"] = {}  # they belong to the run's scorer
         files = {"candidates": str(self.file("candidates")), "out": str(self.file("relevance"))}
         return load_config(RelevanceConfig, values=merged(own, self.plan.relevance) | files)
 
@@ -94,7 +94,7 @@ class TrainedRetriever:
             "candidates": str(self.file("candidates")),
             "relevance": "" if self.plan.exhaustive else str(self.file("relevance")),
             "exhaustive": self.plan.exhaustive,
-            "preset": self._groups().preset,
+            "preset": self._groups().preset,  # the pruning must match the rule of the groups
             "corpus": self.corpus,
             "out": str(self.file("correctness")),
         }
@@ -111,6 +111,7 @@ class TrainedRetriever:
 
     def train(self) -> TrainRetrieverConfig:
         """The loop's training of the iteration's retriever."""
+        # The weights from which the loop trained its retriever, so that only the plan's changes differ.
         first = "retriever-0" if self.run.config.retriever_from == "first" else self.run.first_retriever
         start = self.plan.train.get("retriever") or self.run.model(first, "retriever")
         made = self.run.phases.train_retriever(self.run.iteration, start, str(self.file("groups")), self.plan.train)
