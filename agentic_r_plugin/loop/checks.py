@@ -50,6 +50,7 @@ def check_files(phases: Phases) -> None:
         missing.append(f"agent: {config.agent} is not a folder")
     for name in ("sub_answers", "relevance"):
         judge = phases.planned[name].llm.model if name in phases.planned else ""
+        # Only names that look like a path: others may be models on the hub.
         if judge.startswith(("/", "./", "models/")) and not Path(judge).exists():
             missing.append(f"{name}.llm.model: {judge} does not exist")
     try:
@@ -65,7 +66,7 @@ def _check_sections(config: IterateConfig) -> None:
     for item in fields(config):
         section = getattr(config, item.name)
         out = section.get("out") if isinstance(section, dict) else getattr(section, "out", "")
-        if out and item.name != "report":
+        if out and item.name != "report":  # the report may be written elsewhere
             raise ConfigError(
                 f"{item.name}.out: not a setting of the loop, whose run folder holds every output; set out"
             )
@@ -87,6 +88,7 @@ def _check_stages(planned: Mapping[str, Any]) -> None:
     """Check each data stage, that judges have a model, and that every candidate that the groups need is rolled out."""
     for name in planned.keys() & {"relevance", "correctness", "groups"}:
         planned[name].check()
+    # No passages per prompt: the scorer asks no language model.
     judged = ["relevance"] if "relevance" in planned and planned["relevance"].passages_per_prompt() else []
     for name in [*judged, *(planned.keys() & {"sub_answers"})]:
         if not planned[name].llm.model:
@@ -105,7 +107,7 @@ def _check_reach(planned: Mapping[str, Any]) -> None:
     far = [
         f"{name}.runner.address={planned[name].runner.address}"
         for name in searching
-        if planned[name].search.url == URL and planned[name].runner.elsewhere
+        if planned[name].search.url == URL and planned[name].runner.elsewhere  # the loop's own service
     ]
     ppo = (planned["train_agent"], planned["train_agent_later"])
     if any(settings.nodes + settings.rollout_nodes > 1 for settings in ppo):

@@ -36,7 +36,7 @@ class Costs:
     def __init__(self, held: Claim, expected: Mapping[tuple[int, str], float]) -> None:
         self._held, self._expected = held, expected
         self._log = StepLog(held.out / FILE)
-        drop_torn_end(self._log.path)
+        drop_torn_end(self._log.path)  # else the next line would be appended to the torn one
         self.done = read_costs(held.out)
 
     def phase(
@@ -49,6 +49,7 @@ class Costs:
         with self._timed(iteration, name) as seconds:
             work()
             give_back_memory()
+        # A stage reports the added seconds of its workers; `seconds` of the line is the time of the phase.
         spent = {"worker_seconds" if key == "seconds" else key: value for key, value in cost().items()}
         line = {"iteration": iteration, "phase": name, **spent, "seconds": round(seconds(), 1)}
         self._log.append([line])
@@ -67,7 +68,7 @@ class Costs:
         """Clock of a phase that includes its earlier attempts. A kill loses at most the last `_KEEP_S` seconds."""
         phase = {"iteration": iteration, "phase": name}
         before = self._held.noted("attempt", {})
-        earlier = before["seconds"] if phase.items() <= before.items() else 0.0
+        earlier = before["seconds"] if phase.items() <= before.items() else 0.0  # the note may be of another phase
         started, ended = time.monotonic(), threading.Event()
 
         def seconds() -> float:

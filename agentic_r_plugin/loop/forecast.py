@@ -86,7 +86,7 @@ def phases_of(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
 
 def _all_phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     queries = round(scale.questions * plan.queries_per_question)
-    turns = plan.queries_per_question + 1
+    turns = plan.queries_per_question + 1  # the last turn gives the answer
     yield Phase(
         name="train-agent",
         units=scale.ppo_steps,
@@ -97,11 +97,12 @@ def _all_phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     yield _rollouts("trajectories", scale.questions, "questions", scale.questions, turns, plan)
     yield Phase(name="candidates", units=queries, what="queries")
     if scale.sub_answers:
+        # The judge reads the whole trajectory, with 3 passages per turn; 300 tokens for the rest of the prompt.
         prompt = round(turns * (plan.turn_generated_tokens + 3 * plan.passage_tokens)) + 300
         yield _judge("sub-answers", scale.questions, "questions", scale.questions, prompt, plan)
     if scale.window:
         calls = queries * math.ceil(scale.candidates / scale.window)
-        prompt = 350 + min(scale.candidates, scale.window) * plan.passage_tokens
+        prompt = 350 + min(scale.candidates, scale.window) * plan.passage_tokens  # 350: without the passages
         yield _judge("relevance", queries, "queries", calls, prompt, plan)
     else:
         yield Phase(name="relevance", units=queries, what="queries")

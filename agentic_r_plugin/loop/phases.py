@@ -82,6 +82,7 @@ class Phases:
         """Data stage -> module; of relevance and correctness, those that the selection or the trainer reads."""
         trainer = self.config.train_retriever
         read = {"relevance"} if _reads_scores(trainer) else set()
+        # A section of the trainer that names `relevance` or `correctness` reads that file, too.
         read |= trainer.keys() | selection_named(self.config.groups.get("preset", "paper")).needs
         judge = {"sub-answers": sub_answers} if self.config.judge else {}
         scores = {"relevance": relevance, "correctness": correctness}
@@ -138,6 +139,7 @@ class Phases:
         """A data stage with agent k and the retrieval service at `url`."""
         config, cls = self.config, _STAGE_CONFIG[_section(name)]
         section = getattr(config, _section(name))
+        # What any stage may need; each stage gets the fields that it has (`own` below).
         known: dict[str, Any] = {
             "in_": self.questions(config.train_split) if name == "trajectories" else str(self.data(k, "trajectories")),
             "out": str(self.data(k, name)),
