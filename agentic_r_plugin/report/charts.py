@@ -72,8 +72,11 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     raw = (high - low) / max(count - 1, 1)
     scale = 10.0 ** math.floor(math.log10(raw))
+    # 0.8: rather a few more ticks than the next larger step, which may be twice as large.
     step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= raw * 0.8)
+    # A quotient such as 2.9999999996 counts as 3.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # `i * step` has rounding errors, such as 0.30000000000000004.
     digits = 10 - math.floor(math.log10(step))
     return [round(i * step, digits) for i in range(first, last + 1)]
 
@@ -88,6 +91,7 @@ def running_mean(points: Points, window: int) -> list[Smoothed]:
     """
     ys = [y for _, y in points]
     steps = [after - before for before, after in pairwise(ys)]
+    # The difference of two neighbours has twice the variance of one point.
     scatter = math.sqrt(sum(step * step for step in steps) / (2 * len(steps))) if steps else 0.0
     half, smooth = window // 2, []
     for i, (x, _) in enumerate(points):
@@ -121,6 +125,7 @@ def line_chart(
         min(ys) if y_range[0] is None else min(y_range[0], *ys), max(ys) if y_range[1] is None else max(y_range[1], *ys)
     )
     x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, max(xs) + 1)
+    # x counts steps, turns or iterations, so only whole numbers are labelled.
     x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high and tick == int(tick)]
 
     left = 30 + _CHARACTER * max(len(number(tick)) for tick in y_ticks)
@@ -168,6 +173,7 @@ def _curve(
     at = [place(x + item.shift, y) for x, y in points]
     parts = [f'<g class="c{item.color % 6}">']
     if smooth:
+        # `| 1`: an odd window is centred on its point.
         means = running_mean(points, max(5, len(points) // 8) | 1)
         line = [place(s.x + item.shift, s.mean) for s in means]
         above = [place(s.x + item.shift, min(s.mean + s.error, y_ticks[-1])) for s in means]

@@ -101,6 +101,7 @@ def _chart(
     for i, (iteration, steps) in enumerate(zip(iterations, logs, strict=True)):
         points = _points(steps, key)
         series.append(Series(name=f"iteration {iteration.number}", points=points, color=i, marked=marked, shift=shift))
+        # The length of the whole log, not of this curve: all charts get the same x axis.
         shift += max((float(step["step"]) for step in steps if "step" in step), default=0.0)
     return {"title": title, "svg": line_chart(title, series, x_label="step", y_label=unit, y_range=y_range)}
 

@@ -57,6 +57,7 @@ def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
     groups, lines, benchmarks = by_benchmark(run.cells), UniqueLines(), []
     for name, cells in groups.items():
         outcomes = [run.outcomes(cell) for cell in cells]
+        # Each benchmark gets an equal share of the budget, and a question takes one trajectory per cell.
         chosen = _spread(_split(outcomes), num_trajectories // len(groups) // len(cells))
         questions: dict[str, dict[str, Any]] = {}
         for place, cell in enumerate(cells):

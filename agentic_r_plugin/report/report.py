@@ -121,6 +121,7 @@ def context(run: RunFolder, config: ReportConfig) -> dict[str, Any]:
         "table": markdown_table(run.cells),
         "css": _asset("report.css"),
         "js": script,
+        # The page's content security policy allows only the script with this hash.
         "js_hash": b64encode(sha256(script.encode()).digest()).decode(),
     }
     content |= _results(run, config.num_trajectories) | _costs(run)

@@ -173,6 +173,7 @@ def _loop_steps(agents: Mapping[int, str], retrievers: Mapping[int, str]) -> Ite
         yield group, "agent", (agents[old], retrievers[old]), middle
         yield group, "retriever", middle, (agents[new], retrievers[new])
         yield group, "both", (agents[old], retrievers[old]), (agents[new], retrievers[new])
+    # With two agents there is one iteration, whose effects these would repeat.
     if iterations and len(agents) > 2:
         yield from _first_to_last(*([names[k] for k in sorted(names)] for names in (agents, retrievers)))
 
