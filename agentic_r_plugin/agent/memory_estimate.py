@@ -33,12 +33,14 @@ class ModelSize:
     hidden: int
     intermediate: int
     vocabulary: int
+    embeddings: int
+    """Matrices of vocabulary x hidden weights: embedding and output, or one for both."""
 
     @property
     def per_layer(self) -> int:
         """Approximate number of weights per block, the unit that FSDP gathers."""
-        # Without the embedding and the output matrix.
-        return (self.parameters - 2 * self.vocabulary * self.hidden) // max(1, self.layers)
+        blocks = self.parameters - self.embeddings * self.vocabulary * self.hidden
+        return blocks // max(1, self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def model_size(folder: str | Path) -> ModelSize:
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
+        embeddings=1 if config.tie_word_embeddings else 2,
     )
 
 

@@ -1,7 +1,7 @@
-"""Metrics of each training step, and the files that store them: `metrics.jsonl` and `rollouts/`.
+"""Metrics of each training step, and the rollouts of each step in `rollouts/`, one file per step.
 
-There is one line or file per step. Before a run resumes from a checkpoint, the entries of later steps are removed,
-because those steps are repeated. No step is therefore recorded twice.
+Before a run resumes from a checkpoint, the files of later steps are removed, because those steps are repeated. No step
+is therefore recorded twice.
 """
 
 from __future__ import annotations

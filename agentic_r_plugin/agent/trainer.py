@@ -54,6 +54,9 @@ _Base = PPOTrainer if TYPE_CHECKING else object
 POLL_INTERVAL_S = 0.05
 """Seconds between two looks for finished trajectories; verl waits 2, which is longer than a step of a small agent."""
 
+_EACH_ALONE = ("gae", "remax", "reinforce_plus_plus")
+"""verl's advantage estimators that do not compare the trajectories of one question."""
+
 LAST_STEP = "last_step.json"
 """File of the run folder with the metrics of the last trained step."""
 
@@ -143,7 +146,8 @@ class AgenticTrainer(_Base):  # type: ignore[misc, valid-type]
         arrived = self._arrived(batch)
         # Metrics and logs cover failed trajectories too, so all are recorded before any is removed.
         self.trajectories += [row.extra for row in arrived]
-        rows = trainable(arrived, compared=self.config.algorithm.adv_estimator == "grpo")
+        several = self.config.actor_rollout_ref.rollout.n > 1
+        rows = trainable(arrived, compared=several and self.config.algorithm.adv_estimator not in _EACH_ALONE)
         kept = {row.key for row in rows}
         # At the end of a step verl clears only the keys that it trained on; these would stay in its store.
         if removed := [key for key in batch.keys if key not in kept]:
@@ -325,7 +329,8 @@ class LostGroups:
         self.ignored = frozenset(key for key, tag in tags.items() if tag.get("status") == "failure")
 
     def _evict_and_count(self, global_steps: int, partition_id: str, eviction_reasons: tuple[Any, ...]) -> Any:
-        self.count += len(eviction_reasons[2] - self.ignored)  # verl's order: stale, filtered, failed groups
+        if partition_id == "train":  # a failed validation is judged by `_validate`
+            self.count += len(eviction_reasons[2] - self.ignored)  # verl's order: stale, filtered, failed groups
         if self.count > self.most:
             raise TrainingError(
                 f"step {global_steps}: the agent loops of {self.count} questions raised an error, more than the "

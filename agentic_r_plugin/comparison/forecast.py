@@ -46,8 +46,14 @@ def _known_seconds(part: Part) -> dict[str, float]:
     loop = _settings(part)
     of_all = loop.expected() | _took(part)
     known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
-    asked = int(loop.evaluate.get("first") or loop.world.test_questions) * max(len(loop.evaluate.get("cells", [])), 1)
+    cells = len(loop.evaluate.get("cells", [])) or (loop.iterations + 1) ** 2  # without a list, all pairs
+    asked = int(loop.evaluate.get("first") or loop.world.test_questions) * cells * len(_of_run(loop))
     return known | {"question": known.get("evaluate", 0.0) / asked}
+
+
+def _of_run(loop: IterateConfig) -> list[str]:
+    """The benchmarks of the run's own evaluation; the run's own one is named by its place alone."""
+    return loop.evaluate.get("benchmarks") or ["main"]
 
 
 def _num_questions(part: Part) -> int:
@@ -84,7 +90,7 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
 
 def _cells_left(part: Part, known: Mapping[str, float]) -> float:
     config = part.experiment
-    benchmarks = 1 + len(config.benchmarks) + len(config.worlds)
+    benchmarks = len({*_of_run(_settings(part)), *config.benchmarks, *config.worlds})
     agents = len(config.agents) * max(len(config.max_searches), 1)
     of_each = sum(_RERANKED if plan.rerank else 1 for plan in config.retrievers.values())
     cells = len(config.evaluate.get("cells", ())) or agents * of_each

@@ -27,6 +27,7 @@ class Scale:
     passages: int
     ppo_steps: int
     ppo_batch: int
+    topk: int = 3
     candidates: int = 20
     window: int = 20
     """Passages per judge prompt; 0 if no language model judges."""
@@ -64,6 +65,7 @@ def forecast(phases: Phases) -> str:
         passages=config.plan.corpus_passages or count_lines(phases.corpus),
         ppo_steps=0,
         ppo_batch=0,
+        topk=config.topk,
         candidates=planned["candidates"].topk,
         window=relevance.passages_per_prompt() if relevance is not None else 0,
         sub_answers=config.judge,
@@ -97,8 +99,8 @@ def _all_phases(scale: Scale, plan: PlanConfig) -> Iterator[Phase]:
     yield _rollouts("trajectories", scale.questions, "questions", scale.questions, turns, plan)
     yield Phase(name="candidates", units=queries, what="queries")
     if scale.sub_answers:
-        # The judge reads the whole trajectory, with 3 passages per turn; 300 tokens for the rest of the prompt.
-        prompt = round(turns * (plan.turn_generated_tokens + 3 * plan.passage_tokens)) + 300
+        # The judge reads the whole trajectory, with the passages of every turn; 300 tokens for the rest of the prompt.
+        prompt = round(turns * (plan.turn_generated_tokens + scale.topk * plan.passage_tokens)) + 300
         yield _judge("sub-answers", scale.questions, "questions", scale.questions, prompt, plan)
     if scale.window:
         calls = queries * math.ceil(scale.candidates / scale.window)
