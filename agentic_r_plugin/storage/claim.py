@@ -59,9 +59,12 @@ class Output:
             ManifestMismatchError: it was made from other inputs, or its inputs are unknown.
         """
         done = self.path(self.done)
+        # A report whose output was removed does not count as done.
         result = read_json(done) if self.out.exists() and done.is_file() else None
         if (before := self.before()) is not None:
+            # Compared in the form that the manifest has: JSON turns tuples into lists.
             now = json.loads(json.dumps(self.made_from))
+            # The first comparison comes before models are loaded: their entries may be absent; `begin` compares them.
             left_out = {key for key in before.keys() - now.keys() if key.startswith(self.late)} if self.late else set()
             if result is None:
                 left_out |= self.at_end
@@ -161,6 +164,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
     path = companion(out, LOCK, folder=folder)
     if folder and out.exists() and not out.is_dir():
         raise OutputExistsError(f"{out} is a file, expected a folder; choose another path")
+    # A command that is refused leaves no folder that only its lock needed.
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -185,6 +189,7 @@ def locked(out: str | Path, *, folder: bool = False) -> Iterator[IO[bytes]]:
         try:
             yield stream
         finally:
+            # Before the lock is released: afterwards this name could be the lock file of another process.
             path.unlink(missing_ok=True)
             if made and folder and not any(out.iterdir()):
                 out.rmdir()

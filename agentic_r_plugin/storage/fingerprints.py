@@ -23,5 +23,6 @@ def path_fingerprint(where: str) -> str:
         return file_fingerprint(path)
     digest = hashlib.sha256()
     for file in sorted(item for item in path.rglob("*") if item.is_file() and LITE_FOLDER not in item.parts):
+        # Relative names: a folder that was moved keeps its fingerprint.
         digest.update(f"{file.relative_to(path)}:{sampled_fingerprint(file)}:".encode())
     return digest.hexdigest()[:16]

@@ -21,6 +21,7 @@ def parse_json(text: bytes | str) -> Any:
     """
     value = json.loads(text)
     data = text.encode() if isinstance(text, str) else text
+    # Escapes can make half a surrogate pair, which encoding refuses. Text without them skips this second pass.
     if rb"\ud" in data or rb"\uD" in data:
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -45,11 +46,12 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
 
 def begins_list(stream: IO[bytes]) -> bool:
     """Whether an unpacked stream, which has not been read from, begins with a JSON list."""
+    # `peek` leaves the bytes in the stream for whoever reads it next.
     head: bytes = cast(Any, stream).peek(4096)
     return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-_LIST_BLOCK = 1 << 20
+_LIST_BLOCK = 1 << 20  # bytes
 _LIST_START, _LIST_SEPARATOR = re.compile(r"\s*\[[ \t\r\n]*"), re.compile(r"[ \t\r\n]*(,?)[ \t\r\n]*")
 _AFTER_ITEM = re.compile(r"[,\]\s]")
 
@@ -63,10 +65,13 @@ def read_list(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Any]]:
     text, comma, line = _ListText(stream), None, 1
     try:
         text.skip(_LIST_START)
+        # After a comma the loop goes on even before "]": `item` then fails, since JSON has no trailing commas.
         while not text.ahead("]") or comma:
             line = text.line
+            # `comma` is None before the first item and "" where none was found.
             if comma == "":
                 raise ValueError("expected a comma between two items")
+            # Parsed a second time, with the checks and errors of a line.
             yield line, parse_line(text.item().encode(), path, line)
             comma = text.skip(_LIST_SEPARATOR)[1]
         text.require_end()
@@ -94,6 +99,7 @@ class _ListText:
         """Move past the match of a pattern at the current position, which may be empty."""
         while True:
             found = pattern.match(self._text, self._at)
+            # A match that ends with the block may continue in the next one.
             if (found is None or found.end() == len(self._text)) and self._more():
                 continue
             if found is None:
@@ -133,6 +139,8 @@ class _ListText:
         """Read another block, at least as long as the text in memory; False at the end of the file."""
         if self._ended:
             return False
+        # Blocks double while one item is incomplete. Each attempt decodes the item from its start, so blocks of a fixed
+        # size would take quadratic time.
         kept = self._text[self._at :]
         block = self._stream.read(max(_LIST_BLOCK, len(kept)))
         self._ended = not block

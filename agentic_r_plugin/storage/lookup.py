@@ -17,12 +17,13 @@ from typing import IO, Generic
 from agentic_r_plugin.errors import RecordError, located
 from agentic_r_plugin.store import RecordType, dump_line, parse_line, read_lines, shards
 
-_ADDED_AT_ONCE = 4096
+_ADDED_AT_ONCE = 4096  # entries per insert
 
 
 def key_hash(key: str) -> int:
     """A signed 64-bit hash of a key."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    # Signed, as SQLite's integers and `array("q")` are.
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -45,6 +46,7 @@ class HashSet:
             return False
         self._slots[place] = hashed or 1
         self._size += 1
+        # At most half of the slots are taken, so that a probe soon meets the hash or an empty slot.
         if 2 * self._size > len(self._slots):
             kept = self._slots
             self._slots = array("q", bytes(2 * kept.itemsize * len(kept)))
@@ -55,6 +57,7 @@ class HashSet:
 
     def _place(self, hashed: int) -> int:
         """The slot of a hash, or an empty one for it."""
+        # The number of slots is a power of two, so `last` is a mask. 0 means empty, so hash 0 becomes 1.
         slots, last, hashed = self._slots, len(self._slots) - 1, hashed or 1
         place = hashed & last
         while slots[place] not in (0, hashed):
@@ -67,6 +70,7 @@ class HashIndex:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        # The block removes the file's name; the open connection keeps the file until it is closed or the process ends.
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             self._db = sqlite3.connect(file.name, isolation_level=None, check_same_thread=False)
             # The file is private and is gone after a crash, so it needs no locks, no journal and no syncing.
@@ -143,6 +147,7 @@ class KeyedRecords(Generic[RecordType]):
         for number, shard in enumerate(shards(self.path) if self.reader is None else [self.path]):
             for offset, line, data in self._lines(shard):
                 record = self._record(data, shard, line)
+                # One integer per record: the shard's number, then 44 bits of byte offset (files up to 16 TiB).
                 index.add(key_hash(self.key(record)), number << 44 | offset)
         repeated = index.finish()
         self._index = index
@@ -155,6 +160,7 @@ class KeyedRecords(Generic[RecordType]):
         self.open()
         assert self._index is not None
         found = [self._read(value) for value in self._index.find(key_hash(key))]
+        # Different keys can have the same hash.
         return [record for record in found if self.key(record) == key]
 
     def close(self) -> None:
@@ -199,6 +205,7 @@ class KeyedRecords(Generic[RecordType]):
 
     def _refuse_twice(self, hashed: int) -> None:
         assert self._index is not None
+        # A hash may belong to several keys: after sorting, only neighbours with equal keys are duplicates.
         found = sorted((self.key(self._read(value)), value) for value in self._index.find(hashed))
         for (one, first), (other, second) in pairwise(found):
             if one == other:

@@ -37,6 +37,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Any]
                 if column not in names:
                     found = ", ".join(map(repr, names))
                     raise RecordError(f"expected a column {column!r}, found only {found}", path=path)
+            # Decided once per file: most files need no conversion, which visits every value.
             convert = any(_NOT_JSON.search(str(kind)) for kind in table.schema_arrow.types)
             for batch in table.iter_batches(_BATCH, columns=list(columns) or None):
                 try:

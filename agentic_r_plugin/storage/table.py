@@ -82,6 +82,7 @@ class WorkTable:
             # is cheaper than deleting it in each transaction.
             self._db.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = TRUNCATE;" + _SCHEMA)
             self.cost: dict[str, Any] = dict(self._db.execute("SELECT name, amount FROM spent"))
+            # The table of costs also stores the round, under the empty name.
             self.round = int(self.cost.pop("", 0))
             self.num_errors = self._count("dropped IS NULL")
             self.num_refused = self._count("dropped IS NOT NULL")
@@ -109,9 +110,11 @@ class WorkTable:
         for position, key, outcome in units:
             records = b"".join(dump_line(record.to_dict()) for record in outcome.records)
             kept = (records, len(outcome.records), outcome.dropped, outcome.error)
+            # SQLite notices a broken page structure, but not changed bytes within a value: hence the checksum.
             rows.append((position, key, *kept, self.round, zlib.crc32(records)))
         amounts = "INSERT INTO spent VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET amount = amount + excluded.amount"
         with self._transaction():
+            # Replace: a unit that failed in an earlier round has a row already.
             self._db.executemany("INSERT OR REPLACE INTO unit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
             self._db.executemany(amounts, spent.items())
         for name, amount in spent.items():
