@@ -111,18 +111,20 @@ def find_candidates(
     requests = [SearchRequest.of(query) for of_trajectory in queries for query in of_trajectory]
     if cost is not None:
         cost.searches += len(requests)
+    # One call for all trajectories of the batch; they take their results from it in turn.
     found = iter(search_each(search, requests, topk))
     for of_trajectory in queries:
         results = [next(found) for _ in of_trajectory]
         refused = next((result for result in results if isinstance(result, SearchRefusedError)), None)
+        # The unit is a trajectory, and its candidates are complete or absent: one refused query refuses all of them.
         yield refused or [
             replace(
                 query,
                 passages=tuple(ScoredPassage(id=hit.passage.id, score=hit.score) for hit in hits),
-                reasoning=query.reasoning if keep_reasoning else "",
+                reasoning=query.reasoning if keep_reasoning else "",  # without it, records stay candidates/1
             )
             for query, hits in zip(of_trajectory, results, strict=True)
-            if not isinstance(hits, SearchRefusedError)
+            if not isinstance(hits, SearchRefusedError)  # always true here; for the type checker
         ]
 
 

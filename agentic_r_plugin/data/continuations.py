@@ -95,13 +95,14 @@ class Continuations:
             text=query.prefix,
             turn_start=query.turn_start,
             opens=query.opens,
-            searches=query.turn,
+            searches=query.turn,  # turns count searches from 1, so this one is included
             history=query.history,
             last_shown=query.last_shown,
         )
         session = Session(self.protocol, self.llm.codec, self.limits, query.question, prefix)
         while (action := session.pending) is not None and action != PREFIX_SEARCH:
             # An earlier call of the prefix's last turn, which has the same result for all candidates of the query.
+            # The cost is discarded: `_Remembered` counts the searches that are really carried out.
             answer_calls([(session, action)], self._earlier, self.topk, 0, Cost(), None)
         if session.finished is None:
             session.found([] if passage is None else [self.passages.by_id(passage)])

@@ -158,6 +158,7 @@ def by_rollout(
         ended = correct | refused.keys()
         active = [index for index in active if index not in ended and len(queries[index][1]) > depth]
     for index, ((query, _), records) in enumerate(zip(queries, found, strict=True)):
+        # In retrieval order, whatever the order of the rollouts was.
         yield refused.get(index) or [records[passage.id] for passage in query.passages if passage.id in records]
 
 
@@ -182,6 +183,7 @@ def steps_of(query: Candidates, config: CorrectnessConfig, scores: Mapping[str, 
         return [passages]
     if scores is None:
         return NO_RELEVANCE
+    # All candidates at or above the threshold: their likelihoods are compared before any of them is rolled out.
     if "likelihood" in (config.method, config.order):
         return tie_levels(passages, scores, config.threshold) or BELOW_THRESHOLD
     return rollout_order(passages, scores, config.rule()) or BELOW_THRESHOLD
@@ -261,6 +263,7 @@ def _labelled_units(path: str) -> Iterator[Unit[Candidates]]:
         labelled = labelled or bool(unit.item.golden_answers)
         yield unit
     if unit is not None and not labelled:
+        # The input is read to its end before any model is loaded, so this costs no rollout.
         raise RecordError("no question has golden answers, which correctness compares with", path=path)
 
 
@@ -268,6 +271,7 @@ def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """Run the command `correctness`."""
     config.check()
     files = QueryFiles(Path(config.out).parent, relevance=config.relevance)
+    # The index folder of the agent's retriever may hold a table of this corpus, which saves a full scan.
     with Corpus(config.corpus, table=config.search.index) as corpus:
 
         def prepare(query: Candidates) -> CorrectnessTask:

@@ -136,6 +136,7 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRu
                 "correct candidate of any relevance; set groups.use_relevance=false, or make it with a relevance file"
             )
         rule = replace(rule, any_of_ties=True)
+    # Not pruned by relevance, so threshold and preset need no check.
     if made_from["exhaustive"]:
         return rule
     # Files without a preset come from a version that always rolled out whole levels.
@@ -164,6 +165,7 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
     def prepare(query: Candidates) -> SelectionTask:
         relevance = files.relevance(query)
         if relevance is not None:
+            # Checked here: a RecordError of `prepare` refuses this query alone, one of a worker ends the stage.
             check_scored([passage.id for passage in query.passages], relevance)
         return SelectionTask(
             query=query, relevance=relevance, correctness=files.correctness(query), trajectory=files.trajectory(query)
@@ -178,6 +180,6 @@ def run(config: GroupsConfig, *, resume: bool = False) -> None:
         prepare=prepare,
         sides=files.opened,
         worker=partial(GroupsWorker, config.preset, rule),
-        batch_size=1024,
+        batch_size=1024,  # each batch waits for the disk once, and selection itself is fast
     )
     run_stage(stage, resume=resume)

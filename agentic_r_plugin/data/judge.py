@@ -76,6 +76,7 @@ def ask(
         BackendError: the judge's backend failed.
     """
     usage = getattr(judge, "usage", None) or Usage()
+    # The backend's counts grow with every call; the differences below belong to this one.
     before = replace(usage)
     results: list[Parsed | JudgeError] = [JudgeError("not asked")] * len(prompts)
     waiting = list(range(len(prompts)))
@@ -95,6 +96,7 @@ def ask(
                 results[index] = JudgeRefusedError(str(reply))
                 continue
             try:
+                # Not parsed: what precedes the cut may be a draft.
                 if isinstance(reply, Reply) and reply.cut:
                     raise _cut(reply, max_tokens)
                 results[index] = parsers[index](reply)
@@ -131,9 +133,11 @@ def parse_list(reply: str, length: int) -> list[Any]:
     """
     reply = _spoken(reply)
     start, end = reply.find("["), reply.rfind("]")
+    # `[2]` in front of another list is a reference to a passage. If one item is asked for, it may be the list itself.
     while length != 1 and (reference := _REFERENCE.match(reply, start)) and "[" in reply[reference.end() :]:
         start = reply.find("[", reference.end())
     try:
+        # Up to the last bracket: a reply with two lists is not JSON, so neither of them is taken by guess.
         found = parse_json(reply[start : end + 1]) if 0 <= start < end else None
     except (ValueError, RecursionError):
         found = None
@@ -161,6 +165,7 @@ def _score(item: Any, reply: str) -> int:
         item = int(match.group(1))
     if isinstance(item, float) and item.is_integer():
         item = int(item)
+    # To Python, `true` is an int.
     if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= 100:
         raise JudgeError(f"expected whole numbers in 0..100, found {item!r}: {reply[:200]!r}")
     return item

@@ -41,6 +41,7 @@ def answer_likelihoods(sessions: Sequence[tuple[Session, str]], llm: LLMBackend,
     for place, (session, answer) in enumerate(sessions):
         before, rest = session.protocol.answered(answer)
         before = thought_end(session.segments[-1].text) + before
+        # Encoded apart: only the answer and its end are scored, not the tags before it.
         prompt, ids = (*session.ids, *session.codec.encode(before)), tuple(session.codec.encode(rest))
         if session.finished is None and len(prompt) + len(ids) <= session.limits.max_tokens:
             asked[place] = Continuation(prompt_ids=prompt, token_ids=ids)
@@ -68,6 +69,7 @@ def by_likelihood(
     for (query, steps), scores in zip(queries, _scores(queries, continuations, baseline=True), strict=True):
         known = {passage: score for passage, score in scores.items() if score is not None}
         best = max((passage for passage in known if passage is not None), key=lambda one: known[one], default=None)
+        # Without a baseline (no room for it, or the model refused it) the best candidate counts as correct.
         if best is not None and None in known and known[best] <= known[None]:
             best = None
         wanted = {passage for step in steps for passage in step}
@@ -91,6 +93,7 @@ def in_order_of_likelihood(
     """
     ordered = []
     for (query, levels), scores in zip(queries, _scores(queries, continuations, baseline=False), strict=True):
+        # A candidate without a score is tried last. The sort is stable, so equal scores keep the retrieval order.
         rank = {passage: -math.inf if score is None else score for passage, score in scores.items()}
         tried = [one for level in levels for one in sorted(level, key=rank.__getitem__, reverse=True)]
         ordered.append((query, [[one] for one in tried]))

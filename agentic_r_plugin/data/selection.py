@@ -208,6 +208,7 @@ def select(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     """
     candidates, relevance, correctness = task.query, task.relevance, task.correctness
     passages = [passage.id for passage in candidates.passages]
+    # Otherwise one passage could be drawn twice as a negative.
     if len(set(passages)) != len(passages):
         raise RecordError(f"query {candidates.key}: a passage occurs twice among its candidates")
     # Without relevance every candidate is equally good: a single level in retrieval order.
@@ -218,6 +219,7 @@ def select(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
         levels = tie_levels(passages, relevance, rule.threshold)
         if not levels:
             return BELOW_THRESHOLD
+    # The correctness stage left the query out: no gold answer, a refused rollout, max_turn or num_candidates.
     if rule.use_correctness and not correctness:
         return NOT_ROLLED_OUT
     winners = _winners(candidates, levels, correctness if rule.use_correctness else None, rule)
@@ -226,6 +228,7 @@ def select(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
         return NO_CORRECT
     # In the released code, further ties are dropped: they score as high as the positives, so they make bad negatives.
     taken = positives if rule.further_ties_are_negatives else winners
+    # In retrieval order, not by score: the sample must not depend on correctness that was pruned (section 4a).
     others = [passage for passage in passages if passage not in taken]
     if rule.false_negative_relevance and relevance is not None:
         others = [passage for passage in others if relevance[passage] < rule.false_negative_relevance]

@@ -121,6 +121,7 @@ def chosen_questions(config: TrajectoriesConfig) -> Iterator[Question]:
     if not config.num_questions or not config.random_sample:
         yield from islice(read(), config.num_questions or None)
         return
+    # Two passes over the file, so that its questions need not fit into memory.
     total = sum(1 for _ in read())
     drawn = frozenset(random.Random(config.seed).sample(range(total), min(config.num_questions, total)))
     yield from (question for place, question in enumerate(read()) if place in drawn)

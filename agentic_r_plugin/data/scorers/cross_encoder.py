@@ -85,6 +85,7 @@ class CrossEncoderScorer:
             pairs, batch_size=self.batch_size, activation_fn=torch.nn.Sigmoid(), show_progress_bar=False
         )
         values = [float(value) for value in found]
+        # NaN fails this comparison, too.
         if not all(0 <= value <= 1 for value in values):
             raise BackendError(
                 f"cross_encoder {self.model}: expected scores in 0..1, found {min(values)}..{max(values)}"

@@ -15,7 +15,7 @@ from agentic_r_plugin.errors import ConfigError, JudgeError, RecordError
 from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.records import Passage
 
-_QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$")
+_QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$")  # as in "Emma (novel)", which queries leave out
 _FUNCTION_WORDS = """
     about after also and are as at be been before but by can did do does during for from had has have he her his how in
     into is it its me name of on or over she than that their them they this to under was were what when where which
@@ -84,6 +84,7 @@ def score_passages(task: ScoringTask) -> dict[str, int]:
     query = content_words(task.query.query)
     scores: dict[str, int] = {}
     for passage, passage_words in zip(task.passages, words, strict=True):
+        # A word in no candidate weighs as if half a candidate held it, which is more than any other word.
         overlap = _share(query, passage_words, weight, unseen=math.log(1 + 2 * len(words)))
         named = _names_title(query, passage)
         if passage.id in gold_ids or (not gold_ids and normalize(passage.title) in gold_titles):

@@ -79,6 +79,7 @@ class ListwiseJudge:
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:
         """Scores of every task; if one window of a query fails, the query gets that window's JudgeError."""
+        # The windows of all queries go to the judge in one call, as one large batch.
         windows = [
             (index, task.passages[start : start + self.window])
             for index, task in enumerate(tasks)
@@ -97,6 +98,7 @@ class ListwiseJudge:
             result = results[index]
             if isinstance(scores, JudgeError):
                 results[index] = scores
+            # After a failed window, the query keeps that error, and scores of its later windows are not used.
             elif isinstance(result, dict):
                 result.update(zip((passage.id for passage in passages), scores, strict=True))
         return results
@@ -116,6 +118,7 @@ class ListwiseJudge:
                 f"[{rank}] {passage.title}: {passage.text}" for rank, passage in enumerate(passages, start=1)
             ),
             num_passages=len(passages),
+            # For prompts with one passage (the pointwise judge).
             passage=f"{passages[0].title}: {passages[0].text}",
         )
 

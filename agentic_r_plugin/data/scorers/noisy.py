@@ -113,6 +113,7 @@ class Noisy:
     def _with_errors(self, scores: Scores, task: ScoringTask) -> Scores:
         draw = random.Random(f"noisy {self.options.seed} {task.query.id} {task.query.turn}")
         for passage in task.passages:
+            # Every candidate takes three draws, hit or not: a higher rate adds hits and changes no other draw.
             hit, way, own = draw.random() < self.options.rate, draw.random(), random.Random(draw.random())
             if hit and len(task.passages) > 1:
                 name = self.options.ways[int(way * len(self.options.ways))]

@@ -39,7 +39,7 @@ class RayExecutor:
             gpus=spec.gpus_per_worker,
             restarts=spec.max_restarts,
         )
-        self._load = [0] * spec.workers
+        self._load = [0] * spec.workers  # batches in flight at each actor
         self._place_of: dict[Any, int] = {}
 
     def fingerprints(self) -> dict[str, str]:
@@ -60,6 +60,7 @@ class RayExecutor:
         self._pool.close()
 
     def _submit(self, batch: WorkBatch[Any]) -> Any:
+        # To the least busy actor, so that each has its next batch waiting (`in_flight`).
         least = self._load.index(min(self._load))
         reference = self._pool.call(least, do_batch, batch.tasks)
         self._place_of[reference] = least

@@ -87,6 +87,7 @@ Result = tuple[list[UnitResult], dict[str, float]]
 
 def do_batch(worker: StageWorker, tasks: Sequence[Any]) -> Result:
     """Process one batch and measure its cost."""
+    # A worker adds up its cost over its whole life; the difference is the cost of this batch.
     before, start = to_dict(worker.cost), time.monotonic()
     outcomes = list(worker.work(tasks))
     if len(outcomes) != len(tasks):
@@ -158,6 +159,7 @@ class ThreadExecutor:
         """See `Executor.run`."""
 
         def work(batch: WorkBatch[Any]) -> Result:
+            # There are as many workers as threads, so this never waits.
             worker = self._free.get()
             try:
                 return do_batch(worker, batch.tasks)
@@ -212,6 +214,7 @@ def flow(
             try:
                 found = result(handle)
             except Exception as error:
+                # The first error is the one to report. Batches in flight still yield their results, which are kept.
                 more, failed = False, failed or error
                 continue
             yield batch, found

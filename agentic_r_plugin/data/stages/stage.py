@@ -148,6 +148,7 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         for side in stage.sides:
             stack.callback(side.close)
+        # A forecast stores no units, so it claims no output.
         if stage.runner.forecast:
             total = _check_input(stage)
             return _forecast(stage, total, _opened(stage, stack))
@@ -156,11 +157,13 @@ def run_stage(stage: Stage[Item], *, resume: bool) -> dict[str, Any]:
         total = 0 if held.finished else _check_input(stage)
         # Loading models is slow, so everything that can be refused without them has been checked by now.
         executor = _opened(stage, stack)
+        # For a finished output, too: its models are compared.
         held.begin(_models(executor.fingerprints()), stage=stage.name, config=to_dict(stage.config))
         if held.finished is None:
             with WorkTable(held.work) as table:
                 _work(stage, table, total, executor)
                 held.finish(_finish(stage, table, total))
+        # After the report: if a kill comes in between, the next resume removes the table.
         WorkTable.remove(held.work)
         _remove_leftovers(held.out)
         assert held.finished is not None
@@ -221,6 +224,7 @@ def _check_input(stage: Stage[Any]) -> int:
 def _refuse_twice(stage: Stage[Any], repeated: Set[int]) -> None:
     """Raise RecordError if a key occurs twice, and not only its hash."""
     seen: dict[str, Unit[Any]] = {}
+    # A second pass over the input, in which only units with a repeated hash are held.
     for unit in stage.units():
         if (first := seen.get(unit.key)) is not None:
             at = f", first at {first.file}:{first.line}" if first.file is not None else ""
@@ -345,6 +349,7 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
             _write_shards(stage, counted, total)
         else:
             _write(stage.out, stage.record, counted(0, total))
+    # The file was written in any case, since errors are known only after the table was read.
     if (first := table.first_error()) is None:
         errors_file.unlink()
     else:
@@ -367,6 +372,7 @@ def _write(path: Path, record: type[Record], rows: Iterable[Row]) -> None:
         lines = (line for row in rows for line in row.records.splitlines())
         write_records(path, (record.from_dict(parse_line(line, path, 0)) for line in lines))
         return
+    # Stored records are JSON lines already and need no parsing.
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         for row in rows:
             stream.write(row.records)
@@ -376,6 +382,7 @@ def _write_shards(stage: Stage[Any], rows: Callable[[int, int], Iterator[Row]], 
     """Write a folder of files of `part_size` units each; the folder is renamed to OUT when it is complete."""
     folder, size = _shards(stage.out), stage.runner.part_size
     folder.mkdir()
+    # Without units there is still one empty shard: a folder without shards is not read as records.
     for number in range(max(1, -(-total // size))):
         _write(folder / f"{number:05d}.jsonl", stage.record, rows(number * size, min(total, (number + 1) * size)))
     if stage.out.exists():  # complete, but the process was killed before the report
