@@ -88,6 +88,7 @@ def search_each(
             raise
         if len(requests) == 1:
             return [error]
+    # A refusal does not say which request caused it, so each is sent alone.
     return [found for request in requests for found in search_each(search, [request], topk)]
 
 

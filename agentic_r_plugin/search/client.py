@@ -189,6 +189,7 @@ class RetrievalClient:
 
     def close(self) -> None:
         """Close the blocking connections; those of event loops are closed by `aclose` or with their loop."""
+        # After a fork the connections belong to the parent process.
         if self._sync is not None and self._pid == os.getpid():
             self._sync.close()
         self._sync = None
@@ -206,6 +207,7 @@ class RetrievalClient:
         while True:
             pause: float | None
             try:
+                # httpx limits each read, not the whole answer: a server that trickles bytes would hold the call.
                 response = await asyncio.wait_for(self._afetch(method, path, body), self.timeout_s)
             except (httpx.RequestError, asyncio.TimeoutError, TimeoutError) as error:
                 pause = attempts.fault(error, self.timeout_s)
@@ -238,6 +240,7 @@ class RetrievalClient:
         return response.status_code, response.headers, bytes(content)
 
     def _fetch(self, method: str, path: str, body: Any) -> tuple[int, httpx.Headers, bytes]:
+        # A deadline for the whole answer; httpx only limits each read.
         content, deadline = bytearray(), time.monotonic() + self.timeout_s
         with self._sync_client().stream(method, self.url + path, json=body) as response:
             for chunk in response.iter_bytes():
@@ -252,6 +255,7 @@ class RetrievalClient:
     def _batches(self, requests: Sequence[SearchRequest], topk: int) -> list[Sequence[SearchRequest]]:
         if topk < 1:
             raise SearchError(f"expected topk of at least 1, found {topk}")
+        # Deep searches go out in smaller requests: a service limits queries times topk.
         size = min(self.max_batch, max(1, MAX_PASSAGES // topk))
         return [requests[start : start + size] for start in range(0, len(requests), size)]
 
@@ -269,6 +273,7 @@ class RetrievalClient:
         headers = {"Accept-Encoding": "identity"}
         headers |= authorization(self.token)
         limits = httpx.Limits(max_connections=self.max_connections, max_keepalive_connections=self.max_connections)
+        # Proxies of the environment (`trust_env`) are not for services on this machine.
         local = is_loopback(httpx.URL(self.url).host)
         return {"headers": headers, "limits": limits, "timeout": self.timeout_s, "trust_env": not local}
 

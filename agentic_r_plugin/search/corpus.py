@@ -66,6 +66,7 @@ class Corpus:
         self.packed = is_packed(named)
         saved = _read_table(Path(table), identity) if table else None
         self._paths = shards(self.path) if self.path.is_dir() and not self.packed else [self.path]
+        # A packed corpus cannot be read in place; its unpacked copy is saved with the table.
         sources = [Path(table or "") / PASSAGES] if self.packed else self._paths
         if saved is not None and sources[0].is_file():
             self._files = _Files([os.open(source, os.O_RDONLY) for source in sources])
@@ -75,6 +76,7 @@ class Corpus:
                 streams = [
                     opened.enter_context(plain_lines(named if path == self.path else path)) for path in self._paths
                 ]
+                # The streams close at the end of this block; the duplicates stay open for reads.
                 self._files = _Files([os.dup(stream.fileno()) for stream in streams])
                 try:
                     self._table, self._digest = self._scan(streams)
@@ -98,6 +100,7 @@ class Corpus:
                 identifier, contents = passage_fields(parse_line(line, path, number))
             except RecordError as error:
                 raise error if error.path else RecordError(str(error), path=path, line=number) from error
+            # Three numbers per passage: byte position (through all files), line number, hash of the id.
             block.extend((start, number, key_hash(identifier)))
             count += 1
             if len(block) >= _BLOCK:
@@ -169,6 +172,7 @@ class Corpus:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path}: row {row} of a corpus of {len(self)} passages")
         start = int(self._table[_STARTS, row])
+        # Up to the next passage. Blank lines in between are white space to JSON, and a read ends with its file.
         end = int(self._table[_STARTS, row + 1]) if row + 1 < len(self) else self._files.size
         try:
             found = json.loads(self._files.read(end - start, start))
@@ -188,6 +192,7 @@ class Corpus:
         place = int(np.searchsorted(hashes, wanted))
         while place < len(self) and hashes[place] == wanted:
             row = int(self._table[_ORDER, place])
+            # Different ids can have the same hash.
             if self[row].id == identifier:
                 return row
             place += 1
@@ -245,6 +250,7 @@ class _Files:
 
     def read(self, count: int, start: int) -> bytes:
         """Up to `count` bytes, within one file."""
+        # `pread` has no shared position, so threads and forked processes can read at the same time.
         number = self.number(start)
         return os.pread(self._fds[number], count, start - (self._ends[number - 1] if number else 0))
 

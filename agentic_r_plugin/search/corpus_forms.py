@@ -70,6 +70,7 @@ def _passage_lines(path: Path) -> Iterator[bytes]:
     for number, row in corpus_rows(path):
         with located(path, number):
             identifier, contents = passage_fields(row)
+        # Blank lines keep each passage on the line of its source, which errors then name.
         yield b"\n" * (number - written - 1) + passage_line(identifier, contents, passage_metadata(row))
         written = max(number, written + 1)
 
@@ -108,6 +109,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 documents = len(names) > 3 and names[1].startswith(("http://", "https://"))
                 fields = ("id", "url", "title", "text") if documents else ("id", "text")
                 for number, line in enumerate(chain([first], text), start=1):
+                    # The text is the last field and may hold tabs.
                     values = line.rstrip("\r\n").split("\t", len(fields) - 1)
                     if line.strip() and len(values) < len(fields):
                         expected = "an id, an address, a title and a text" if documents else "an id, a tab and a text"
@@ -115,13 +117,14 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     if line.strip():
                         yield number, dict(zip(fields, values, strict=True))
                 return
+            # The default limit of a cell, 131,072 characters, is less than a long document has.
             csv.field_size_limit(1 << 30)
             rows = csv.reader(text, delimiter="\t", strict=True)
             for row in rows:
                 # An unquoted cell that begins with a quotation mark would swallow the lines up to the next mark.
                 if any("\n" in cell for cell in row):
                     raise csv.Error("a cell holds a line break")
-                number = rows.line_num + 1
+                number = rows.line_num + 1  # the header was read before
                 if row and len(row) != len(names):
                     raise RecordError(f"expected {len(names)} fields, found {len(row)}", path=path, line=number)
                 if row:

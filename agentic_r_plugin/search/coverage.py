@@ -121,6 +121,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     if not questions:
         raise RecordError("no question", path=config.questions)
     judged = _judged(config, questions) if config.measured() else {}
+    # Work is compared by the largest depth alone: the shares at smaller depths come from the same ranks.
     made_from = deciding(config) | {"questions": file_fingerprint(config.questions), "topk": config.depth()}
     made_from |= {f"qrels {name}": file_fingerprint(path) for name, path in config.qrels.items()}
     output = Output(out=out, made_from=made_from, done=".report.json", late=("fingerprint of ",))
@@ -152,6 +153,7 @@ def _measure(
     ranks = find_ranks(backend, questions, config.depth(), kept, bool(judged))
     refused = {question.id: found[2] for question, found in zip(questions, ranks, strict=True) if found[2]}
     if len(refused) == len(questions):
+        # A resume would otherwise read the refusals again instead of asking again.
         for path in held.work.glob(f"{_SEARCH}*.json"):
             path.unlink()
         raise SearchRefusedError(f"the retriever refused all {len(questions)} questions; first, {_first(refused)}")
@@ -197,6 +199,7 @@ def _retrieval(
 
     def run_file() -> Iterator[str]:
         for start in range(0, len(questions), _QUESTIONS):
+            # Rankings are read back piece by piece, so memory holds scores only.
             rows = read_json(held.work / f"{_SEARCH}{start}.json")
             part = zip(questions[start : start + _QUESTIONS], rows, strict=True)
             rankings = {question.id: [(str(name), float(score)) for name, score in row[3]] for question, row in part}
@@ -210,6 +213,7 @@ def _retrieval(
     write_lines(held.output.path(".run.trec"), run_file())
     means: dict[str, dict[str, float]] = {}
     for name, qrels in judged.items():
+        # None is the score of a question without judgements, which the number of questions below leaves out, too.
         sums = {metric: sum(score or 0.0 for score in table[f"{name} {metric}"]) for metric in config.measured()}
         means[name] = {"questions": len(qrels)} | {metric: total / len(qrels) for metric, total in sums.items()}
     return table, means
@@ -233,6 +237,7 @@ def _kept(folder: Path, name: str, work: Callable[[], Any]) -> Any:
     path = folder / f"{name}.json"
     if not path.is_file():
         write_json(path, work())
+    # Read back even if it was just written, so that new and old results have the same types (JSON has no tuples).
     return read_json(path)
 
 
@@ -252,6 +257,7 @@ class AnswerFinder:
         self._without_words: list[tuple[str, int]] = []
         for number, golden_answers in enumerate(answers):
             for answer in golden_answers:
+                # By first word: a text is only compared with answers that begin with one of its words.
                 if words := tokens(answer):
                     self._by_first_word[words[0]].append((words, number))
                 else:
@@ -337,6 +343,7 @@ def _ranks(question: Question, hits: Sequence[Hit]) -> tuple[int | None, list[in
     left = set(ids or titles)
     for rank, passage in enumerate(passages, start=1):
         if (name := passage.id if ids else normalize(passage.title)) in left:
+            # Several passages can have a supporting title; the first one found counts.
             left.discard(name)
             found.append(rank)
     return answer, found

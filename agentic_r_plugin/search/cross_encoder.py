@@ -63,6 +63,7 @@ def load_cross_encoder(
     if model.num_labels != 1:
         raise ConfigError(f"{who}: {name!r} has {model.num_labels} labels; expected one, a score of relevance")
     longest = families.positions(model.model, model.model.config)
+    # A model without a limit of tokens counts as one whose limit is too large.
     if longest is not None and (model.max_seq_length or longest + 1) > longest:
         if max_length > longest:
             print(
@@ -89,6 +90,7 @@ def _require_cross_encoder(name: str, who: str) -> None:
 def clipped(text: str, model: CrossEncoder) -> str:
     """Text without the part that the model cannot read: the tokenizer would process all of it before truncating."""
     most = model.max_seq_length
+    # A tokenizer without a limit reports a huge number.
     return text[: _CHARACTERS_PER_TOKEN * most] if most and most < 1_000_000 else text
 
 

@@ -119,6 +119,7 @@ class DenseBackend(ABC):
         if not requests:
             return []
         with self._lock:
+            # A retriever may only be used from one thread at a time.
             vectors = self.retriever.encode_queries(requests, batch_size=self.batch_size)
             scores, rows = self.nearest(vectors, topk)
         # faiss finds nothing for a vector of NaN, which would look like an empty result
@@ -207,6 +208,7 @@ class FaissGPUBackend(_SearchedByFaiss):
         super()._check()
 
     def _open(self) -> None:
+        # Mapped, because the GPUs hold the vectors: the host needs no copy in memory.
         host = open_index(self.index_path, mapped=True)
         set_search_depth(host, nprobe=self.options.nprobe, ef_search=0)
         options = faiss.GpuMultipleClonerOptions()
@@ -258,6 +260,7 @@ class TorchBackend(DenseBackend):
             return
         share, dtype = -(-rows // len(devices)), getattr(torch, self.options.dtype)
         self._parts = []
+        # Not strict: a small index fills fewer parts than there are devices.
         for begin, device in zip(range(0, rows, share), devices, strict=False):
             end = min(begin + share, rows)
             kept = _on_device(read, begin, end, device, dtype, block_rows)
@@ -294,6 +297,7 @@ class _Part:
         """(scores, rows) on the device, each (Q, min(K, rows of this part))."""
         queries = queries_QD.to(self.device)
         rough = self.kept is not None and self.kept.dtype != torch.float32
+        # Rounding to half precision can swap close scores, so more rows than K are kept and scored again.
         wanted = 2 * topk + 32 if rough else topk
         scores = torch.empty((len(queries), 0), device=self.device)
         rows = torch.empty((len(queries), 0), dtype=torch.int64, device=self.device)
@@ -313,6 +317,7 @@ class _Part:
     def _exact_scores(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """(Q, W) inner products in float32, computed for a few queries at a time."""
         assert self.kept is not None
+        # Gathers (step, W, D) vectors, W kept rows per query: about `block_rows` vectors at a time.
         step = max(1, self.block_rows // max(rows.shape[1], 1))
         found = [
             torch.einsum("qwd,qd->qw", self.kept[some - self.begin].float(), query)

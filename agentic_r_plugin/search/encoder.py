@@ -85,8 +85,10 @@ class Retriever:
     ) -> None:
         if precision not in ("auto", *compute.TYPES):
             raise ConfigError(f"precision {precision!r}: expected auto, {', '.join(compute.TYPES)}")
+        # An unknown formulation fails here, not in the first search.
         components.load("query_formulation", record.formulation)
         _require_room(model, record, source)
+        # Our indexes compare by inner products, which are cosines only between vectors of length 1.
         if record.normalize and not isinstance(model[-1], Normalize):
             model.append(Normalize())
         model.prompts = {
@@ -95,6 +97,7 @@ class Retriever:
             "passage": record.passage_prompt,
         }
         if not isinstance(model[0], StaticEmbedding):
+            # `features` cuts each kind of text at its own length; the model's limit must not cut the longer kind.
             model.max_seq_length = max(record.query_max_length, record.passage_max_length)
         self.model, self.record, self.precision, self.source = model, record, precision, source
 
@@ -131,7 +134,7 @@ class Retriever:
             RecordError: a broken `agentic_r.json`.
         """
         source, folder = str(name), resolve(str(name))
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given = {key: value for key, value in overrides.items() if value is not None}  # None: as recorded
         try:
             families.require_one_vector(folder, source)
             model = _load(folder, compute.device_name(device))
@@ -166,6 +169,7 @@ class Retriever:
     def query_text(self, request: SearchRequest) -> str:
         """The text encoded for a request, before the prefix; a reasoning that is too long loses its beginning."""
         record = self.record
+        # Counting takes a call of the tokenizer; only a long reasoning can push the query out of the length.
         counted = needs_reasoning(record.formulation) and isinstance(self.model[0], Transformer)
         return retriever_input(
             request,
@@ -224,6 +228,7 @@ class Retriever:
             return self._encode_static(texts, getattr(self.record, f"{kind}_prompt"))
         budget = max_batch_tokens or _DEFAULT_BATCH_TOKENS[device.type == "cpu"]
         self.model.eval()
+        # (N, D), on the device until the end: one copy to the host instead of a wait after every batch.
         vectors = torch.zeros((len(texts), self.dim), dtype=torch.float32, device=device)
         left = getattr(self.model.tokenizer, "padding_side", "right") == "left"
         with autocast(device, self.precision):
@@ -234,6 +239,7 @@ class Retriever:
                     rows = [row for row in rows if lengths[row]]
                     if not rows:
                         continue
+                    # `features` pads to the longest of all these texts; each batch drops what it does not need.
                     longest = int(lengths[rows].max())
                     kept = slice(-longest, None) if left else slice(longest)
                     batch = {
@@ -248,6 +254,7 @@ class Retriever:
         """Mean word vectors, without padding or truncation."""
         if not texts:
             return np.zeros((0, self.dim), np.float32)
+        # `truncated` cuts the vectors below, and gives them unit length again where the model normalises.
         with self.model.truncate_embeddings(None):
             vectors = self.model.encode(
                 texts, prompt=prompt, batch_size=1024, show_progress_bar=False, convert_to_tensor=True
@@ -266,6 +273,7 @@ class Retriever:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            # float32 holds every value of the half-precision types exactly; NumPy has no bfloat16.
             digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
@@ -299,6 +307,7 @@ def token_batches(lengths: Sequence[int], batch_size: int, max_batch_tokens: int
     """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        # The first row of a batch is its longest, so it gives the padded length.
         if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > max_batch_tokens):
             yield batch
             batch = []

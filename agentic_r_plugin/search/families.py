@@ -114,6 +114,7 @@ def require_one_vector(name: str, source: str) -> None:
     elif (
         any("pylate" in module or "multi_vector" in module for module in modules)
         or any("colbert" in architecture.lower() for architecture in architectures)
+        # Checkpoints of the ColBERT project have this file.
         or load_file_path(name, "artifact.metadata") is not None
         or (not modules and any(word.startswith("colbert") for word in names))
     ):
@@ -167,6 +168,7 @@ def family_of(names: list[str]) -> tuple[str, str] | None:
         for pattern, family in _NAMES.items():
             if re.fullmatch(pattern, name):
                 return name, family
+        # The next name may be that of its base model, whose prefixes an instruct model does not use.
         if "instruct" in name:
             return None
     return None
@@ -220,6 +222,7 @@ def _prompts_not_given(
     unclear = [
         setting
         for setting, texts, value in (("query_prompt", query, fixed[0]), ("passage_prompt", passage, fixed[1]))
+        # Several texts for this role, or none although prompts of unknown use exist.
         if value is None and (len(texts) > 1 or (not texts and rest))
     ]
     if unclear:
@@ -228,6 +231,7 @@ def _prompts_not_given(
             f"retriever {source!r} has prompts whose use for retrieval is not clear ({listed}); give "
             f"{' and '.join(unclear)} (an empty text for none)"
         )
+    # The model's own prompts come before those of its name.
     if named is not None and not query and not passage:
         return FAMILIES[named[1]].prompts, f"by its name {named[0]} (preset {named[1]})"
     why = "from the model's own prompts" if own else "because it has no prompts and is no model known by name"
@@ -329,9 +333,11 @@ def end_texts(model: SentenceTransformer, source: str) -> None:
         raise ConfigError(f"retriever {source!r}: pooling lasttoken needs a tokenizer with an end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # If "x" does not end with its own tokens, the tokenizer ends texts with a special token already.
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     if tokenizer("x")["input_ids"][-len(bare) :] != bare:
         return
+    # The new template replaces the tokenizer's own, so a BOS token that this one adds is kept.
     start = [tokenizer.bos_token] if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id else []
     special = [*start, tokenizer.eos_token]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -103,6 +103,7 @@ class HybridBackend:
         """Build from the settings shared by all commands; options: `parts`, `k`, `depth`, `weights`."""
         options = typed_options(spec, cls.Options)
         options.pop("parts")
+        # If a later part cannot be opened, those opened before are closed.
         with ExitStack() as opened:
             parts = []
             for part in parts_of(spec):
@@ -118,6 +119,7 @@ class HybridBackend:
         Raises:
             SearchError: a part failed, or two parts hold different passages of the same id.
         """
+        # `bounded_topk` only refuses a topk below 1 here: each part limits it to its own corpus.
         depth = max(self.depth, bounded_topk(topk, topk))
         found = [part.search(requests, depth) for part in self.parts]
         return [self._fused(lists)[:topk] for lists in zip(*found, strict=True)]
@@ -126,6 +128,7 @@ class HybridBackend:
         passages: dict[str, Passage] = {}
         gains: dict[str, list[float]] = {}
         for weight, hits in zip(self.weights, lists, strict=True):
+            # A passage that a part returns twice counts once, at its first rank.
             distinct = {hit.passage.id: hit.passage for hit in hits}
             for rank, passage in enumerate(distinct.values(), start=1):
                 known = passages.setdefault(passage.id, passage)
@@ -136,6 +139,7 @@ class HybridBackend:
                     )
                 gains.setdefault(passage.id, []).append(weight / (self.k + rank))
         scores = {name: math.fsum(gain) for name, gain in gains.items()}  # exact, so equal ranks give equal scores
+        # The sort is stable, so ties keep the order of insertion: earlier parts first.
         return [Hit(passage=passages[name], score=scores[name]) for name in sorted(scores, key=lambda n: -scores[n])]
 
     def documents(self, ids: Sequence[str]) -> list[Passage | None]:
@@ -152,6 +156,7 @@ class HybridBackend:
 
     def close(self) -> None:
         """Close the parts."""
+        # Every part is closed, even if closing another one fails.
         with ExitStack() as stack:
             for part in self.parts:
                 stack.callback(part.close)

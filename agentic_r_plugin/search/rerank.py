@@ -81,6 +81,7 @@ class RerankedSearch:
             SearchError: the search failed, or the reranker did not give one finite score per passage.
         """
         topk, depth = bounded_topk(topk, topk), depth or self.rerank_depth
+        # The same `depth` passages are scored for every topk, so a shallow search is the beginning of a deep one.
         found = self.backend.search(requests, max(topk, depth))
         best = [hits[:depth] for hits in found]
         scores = self.reranker.score(requests, [[hit.passage for hit in hits] for hits in best])

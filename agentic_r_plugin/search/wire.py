@@ -92,6 +92,7 @@ def decode_hits(body: Any, *, num_requests: int, topk: int) -> list[list[Hit]]:
             empty result.
     """
     result = body.get("result") if isinstance(body, Mapping) else None
+    # Some services report an error in an answer of status 200; it is not an empty result.
     if isinstance(body, Mapping) and body.get("error"):
         raise SearchError(f"the service answered with an error: {body['error']!r}")
     if not isinstance(result, list):
@@ -113,6 +114,7 @@ def _decode_one(hits: Any, index: int, topk: int) -> list[Hit]:
         if len(found) == topk:  # some services always return the same number
             break
         decoded = decode_hit(hit, f"{where}[{rank}]")
+        # Some services return a passage twice; it counts once, at its first rank.
         first = found.setdefault(decoded.passage.id, decoded)
         if first.passage.contents != decoded.passage.contents:
             raise SearchError(f"{where}: passage id {first.passage.id!r} occurs twice with different contents")
@@ -168,6 +170,7 @@ def _decode_document(document: Mapping[str, Any], identifier: str, where: str) -
     except RecordError as error:
         found = document["title"]
         raise SearchError(f"{where}: field 'title': expected text or a whole number, found {found!r}") from error
+    # Without a title, `contents` is preferred to `text`: its first line may hold the title.
     if isinstance(text, str) and (title is not None or not isinstance(contents, str)):
         contents = contents if isinstance(contents, str) else ""
         passage = Passage(id=identifier, title=title or "", text=text, contents=contents)

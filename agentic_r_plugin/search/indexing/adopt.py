@@ -91,6 +91,7 @@ class FaissSource:
     def stored(self, rows: Sequence[int]) -> Vectors:
         """(N, D) vectors of these rows."""
         try:
+            # An IVF can look up a row by its number only with a direct map.
             if ivf := faiss.try_extract_index_ivf(self.index):
                 ivf.make_direct_map()
             return np.stack([self.index.reconstruct(row) for row in rows])
@@ -100,6 +101,7 @@ class FaissSource:
 
     def coded(self, vectors_ND: Vectors) -> Vectors:
         """(N, D) vectors as the index would store them."""
+        # A graph holds its vectors in another index.
         index = faiss.downcast_index(self.index.storage) if isinstance(self.index, faiss.IndexHNSW) else self.index
         try:
             return index.sa_decode(index.sa_encode(vectors_ND))
@@ -113,6 +115,7 @@ class FaissSource:
 
     def write(self, path: Path, train_rows: int) -> None:
         """Make the index file."""
+        # If this is the adopted file itself, `unlink` below would delete the original.
         if self.path is not None and path.exists() and path.samefile(self.path):
             return
         path.unlink(missing_ok=True)  # left by a process that was killed
@@ -221,6 +224,7 @@ def _faiss_source(paths: Sequence[Path], name: str, work: Path) -> Source:
     except IndexMismatchError:
         if len(paths) == 1:
             raise
+        # Parts of one file are not indexes by themselves, so they are joined.
         joined = work / "joined.index"
         with joined.open("wb") as stream:
             for path in paths:
@@ -237,6 +241,7 @@ def _faiss_source(paths: Sequence[Path], name: str, work: Path) -> Source:
     if len(set(kinds)) > 1:
         raise IndexMismatchError(f"{name}: expected parts of one kind and metric, found {sorted(set(kinds))}")
     if kinds[0][0] in ("Flat", "SQfp16"):
+        # These kinds are decoded and encoded again without loss, so the parts are copied block by block.
         parts = [stored_vectors(index) for index in indexes]
         return MatrixSource(parts, kinds[0][0], name=name, metric=_METRICS.get(kinds[0][1], "other"))
     if not all(map(faiss.try_extract_index_ivf, indexes)):
@@ -252,6 +257,7 @@ def _merged(indexes: list[faiss.Index], name: str) -> faiss.Index:
         raise IndexMismatchError(f"{name}: the parts were trained apart: their lists have different centroids")
     first = indexes[0]
     for other in indexes[1:]:
+        # The rows of this part are numbered after those before it.
         first.merge_from(other, first.ntotal)
     return first
 
@@ -353,6 +359,7 @@ def require_agreement(source: Source, corpus: Corpus, retriever: Retriever, titl
             f"{_cosines(sample.stored, own)[worst]:.3f}, expected {_cosines(source.coded(own), own)[worst]:.3f}); "
             f"{_way_out(sample, retriever, title_form, own)}"
         )
+    # The angles above do not depend on the vectors' lengths, but inner products do.
     lengths = np.linalg.norm(sample.stored, axis=1) / np.linalg.norm(source.coded(own), axis=1).clip(1e-9)
     if np.abs(lengths - 1).max() > 0.05:
         raise IndexMismatchError(
@@ -360,6 +367,7 @@ def require_agreement(source: Source, corpus: Corpus, retriever: Retriever, titl
             f"length that retriever {retriever.source} gives (normalize={retriever.record.normalize}), so inner "
             "products would rank differently"
         )
+    # L2 distances and inner products give the same ranking only among vectors of equal length.
     if source.metric != "inner_product" and np.abs(np.linalg.norm(own, axis=1) - 1).max() > 0.01:
         raise IndexMismatchError(
             f"{source.name} compares by metric {source.metric}, and retriever {retriever.source} by inner products of "
@@ -443,6 +451,7 @@ def _way_out(sample: _Sample, retriever: Retriever, title_form: str, own: Vector
         if worst(best, np.arange(len(order))) <= _AGREE:
             changes = " ".join(f"{name}={value!r}" for name, value in best.items() if value != given[name])
             return f"all of them agree with {changes}"
+    # Only a few rows are looked up: the search covers all stored vectors.
     found = zip(sample.rows, sample.source.nearest(own[:_TRIED]), strict=False)
     moved = [f"line {row} is nearest to row {other}" for row, other in found if row != other][:3]
     return (

@@ -218,6 +218,7 @@ def _train(index: faiss.Index, vectors: VectorBlocks, kind: str, train_rows: int
 
 def _header(index: faiss.Index, rows: int, end: int | None) -> bytearray:
     """The serialised empty index up to `end`, with the number of rows filled in."""
+    # Bytes 0-3: faiss' code of the class, 4-7: dimension, 8-15: number of rows (little-endian).
     header = bytearray(faiss.serialize_index(index).tobytes()[:end])
     # faiss does not document its format: refuse to patch a header whose fields are not where they are expected.
     if int.from_bytes(header[4:8], "little") != index.d or any(header[_ROWS]):

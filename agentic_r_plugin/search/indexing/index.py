@@ -137,6 +137,7 @@ class IndexManifest(Record):
 
     def fingerprint(self) -> str:
         """Changes with the corpus, the retriever, its use or the kind; not when files are moved."""
+        # Later fields are left out at their defaults: indexes that were built before keep their fingerprints.
         kind = () if self.kind == "Flat" else (self.kind,)
         place = () if self.milvus is None else ("milvus", self.milvus["params"])
         return fingerprint(*self._vectors(), *kind, *place)
@@ -174,6 +175,7 @@ def run(config: IndexConfig, *, resume: bool = False) -> IndexManifest:
 
 def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
     devices = resolve_devices(config.device)
+    # On resume the table of the interrupted run is mapped instead of scanning the corpus again.
     with Corpus(config.corpus, table=out) as corpus:
         # Ray workers may have other devices than this process, so they resolve `auto` themselves.
         precision = config.precision if config.ray_workers else compute.resolve(config.precision, devices[0])
@@ -188,6 +190,7 @@ def _build(config: IndexConfig, out: Path, *, resume: bool) -> IndexManifest:
             "passage_prompt": config.passage_prompt,
         }
         retriever = Retriever.load(config.retriever, device=devices[0], **load)
+        # Workers take this record: deriving it again would also report it again on stderr.
         load["untrained"] = retriever.record
         manifest = replace(_manifest(config, corpus, retriever), precision=None if config.adopt else precision)
         if config.milvus.uri:
@@ -230,6 +233,7 @@ def _index(
 ) -> None:
     out = held.out
     if manifest.milvus is None:
+        # Only to refuse an impossible kind before anything is encoded.
         empty_index(manifest.kind, manifest.dim)
     shard_size = held.noted("shard_size", config.shard_size)  # a resume keeps it: shards are named by row
     held.begin(shard_size=shard_size)

@@ -136,7 +136,7 @@ def in_milvus(index: str | Path) -> bool:
 _open_files: Counter[str] = Counter()
 """Clients of each embedded database of this process. The last one closes it, so that another process can open it."""
 
-_opening = threading.Lock()
+_opening = threading.Lock()  # for `_open_files`, and for opening and closing clients
 
 
 class Collection:
@@ -238,6 +238,7 @@ class Collection:
                 text = {"max_length": _TEXT_BYTES} if name != "metadata" else {}
                 schema.add_field(name, DataType.VARCHAR if text else DataType.JSON, **text)
             self._call(self._client.create_collection, self.name, schema=schema)
+        # A resume: an earlier run has created it.
         if self._index():
             return
         index = self._client.prepare_index_params()
@@ -435,6 +436,7 @@ def load(
     with Collection(manifest, held.out, timeout_s=timeout_s) as collection:
         with progress(total=manifest.rows, initial=note["rows"], desc="Milvus", unit="passage") as shown:
             for block in vectors:
+                # Also blocks that are stored already: exact search needs all vectors.
                 exact.add(block, start)
                 for first in range(0, len(block), _BATCH):
                     part = block[first : first + _BATCH]
@@ -468,6 +470,7 @@ def load(
 def _stored(passage: Passage, name: str) -> Any:
     """A field of a passage for filters, cut to Milvus' limit; metadata beyond it is left out."""
     if name != "metadata":
+        # The limit is in bytes; a character that it would split is dropped.
         return str(getattr(passage, name)).encode()[:_TEXT_BYTES].decode(errors="ignore")
     metadata = dict(passage.metadata)
     if len(json.dumps(metadata, ensure_ascii=False).encode()) <= _TEXT_BYTES:
@@ -482,6 +485,7 @@ class _ExactSearch:
 
     def __init__(self, queries_QD: Vectors, rows: int) -> None:
         self.queries_QD, self.topk = queries_QD, _CHECKED_TOPK
+        # More than K, so that rows tied with the K-th are known.
         self._best = faiss.ResultHeap(len(queries_QD), min(2 * self.topk, rows), keep_max=True)
 
     def add(self, block: Vectors, start: int) -> None:

@@ -106,6 +106,7 @@ def _repair(
     config: RepairConfig, held: Claim, manifest: IndexManifest, old_file: Path, corpus: Corpus, source: Corpus | None
 ) -> None:
     out, spec = held.out, config.spec()
+    # The report is written after the corpus: a resume that finds it has nothing more to look up.
     if not (out / REPORT).is_file():
         added, not_found = missing_documents(
             lambda: islice(read_rows(config.questions, format=config.format), config.max_questions or None),
@@ -129,7 +130,7 @@ def _repair(
     held.work.mkdir(exist_ok=True)
     job = ShardJob(
         corpus=str(added_file),
-        table="",
+        table="",  # `table` and `load` are for worker processes; here this process encodes
         retriever=retriever.source,
         retriever_fingerprint=manifest.retriever_fingerprint,
         load={},
@@ -184,6 +185,7 @@ def missing_documents(
     for title in sorted(titles):
         found = [source[row] for row in in_source.get(title, ())] if source else []
         for passage in found or own_titles.get(title, []):
+            # Added by its id already.
             if added.get(passage.id) == passage:
                 continue
             taken = not passage.id or passage.id in corpus or passage.id in added
@@ -253,6 +255,7 @@ def _extend(old: Path, new: Sequence[Path], manifest: IndexManifest, path: Path,
     """
     if manifest.kind in ("Flat", "SQfp16") and manifest.metric == "inner_product":
         kept = stored_vectors(open_index(old, mapped=True))
+        # These kinds need no training.
         write_index(path, [kept, *new], kind=manifest.kind, rows=rows, dim=manifest.dim, train_rows=1)
         return
     index = open_index(old, mapped=False)

@@ -163,6 +163,7 @@ _encoder: ShardEncoder | None = None
 def _begin(job: ShardJob, devices: Any, threads: int) -> None:
     global _task
     die_with(os.getppid())
+    # Each process takes one device from the queue.
     _task = job, devices.get()
     if torch.device(_task[1]).type == "cpu":
         torch.set_num_threads(threads)
@@ -180,6 +181,7 @@ def _on_devices(job: ShardJob, missing: list[int], devices: list[str]) -> Iterat
     waiting: Any = context.Queue()
     for device in devices:
         waiting.put(device)
+    # Several workers on the CPU share its cores.
     threads = max(1, (os.cpu_count() or 1) // len(devices))
     with ProcessPoolExecutor(len(devices), context, _begin, (job, waiting, threads)) as pool:
         futures = [pool.submit(_encode, start) for start in missing]
@@ -193,6 +195,7 @@ def _on_devices(job: ShardJob, missing: list[int], devices: list[str]) -> Iterat
             ) from error
         finally:
             for future in futures:
+                # After an error the pool would encode all remaining shards before it closes.
                 future.cancel()
 
 
@@ -219,6 +222,7 @@ def _on_ray(job: ShardJob, missing: list[int], workers: RayWorkers) -> Iterator[
     from ray.util import ActorPool
 
     pool = Pool(
+        # Ray shows an actor only the GPUs that are reserved for it.
         partial(ShardEncoder.open, job, "cuda:0" if workers.gpus else "cpu"),
         min(workers.count, len(missing)),
         address=workers.address,

@@ -65,12 +65,14 @@ def build_app(
 
     def authorize(request: Request) -> None:
         expected = authorization(token).get("Authorization", "").encode()
+        # Compared in constant time, so that the time of a refusal says nothing about the token.
         if token is not None and not hmac.compare_digest(request.headers.get("authorization", "").encode(), expected):
             raise RefusedError(401, "unauthorized", "expected the header 'Authorization: Bearer TOKEN'")
 
     async def answer(request: Request) -> Response:
         started, response = time.perf_counter(), None
         try:
+            # Before the body is read: a client without the token cannot make the service read it.
             authorize(request)
             response = await _in_time(_ANSWERS[request.url.path](request, service, limits), limits)
         except RefusedError as error:
@@ -162,6 +164,7 @@ _ANSWERS = {"/retrieve": _retrieve, "/documents": _documents}
 async def _reload(request: Request, limits: RequestLimits, reload: Reload | None) -> dict[str, Any]:
     if reload is None:
         raise RefusedError(403, "forbidden", "this service does not reload on request (allow_reload)")
+    # Browsers send this header with every POST; clients of the service do not.
     if "origin" in request.headers:
         raise RefusedError(403, "forbidden", "a page in a browser may not ask for a reload")
     try:

@@ -148,6 +148,7 @@ def parse_retrieve(
             raise invalid("topk_retrieval, topk_rerank: this service has no reranker (rerank.model); send 'topk'")
         depth = asked.topk_retrieval or rerank_depth
         topk = min(asked.topk_rerank or limits.default_topk, depth)
+    # Passages that are ranked again are fetched, too, and count against the limit.
     for number in (topk, depth or rerank_depth):
         if size * number > limits.max_passages:
             message = f"{size} queries of {number} passages; at most {limits.max_passages} passages are allowed"

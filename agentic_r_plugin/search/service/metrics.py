@@ -59,6 +59,7 @@ class Metrics:
             else np.memmap(file, np.float64, "r+", shape=(workers, len(_NAMES)))
         )
         self._own = self._all[worker]
+        # Counters continue from a worker that died in this row; its queue and its cache are gone.
         for name in GAUGES:
             self.set(name, 0)
 
@@ -115,6 +116,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, prefix: str, bounds: tuple[float, ...]) -> list[str]:
         lines, count = [f"# HELP {PREFIX}_{name} {text}", f"# TYPE {PREFIX}_{name} histogram"], 0.0
         for place, bound in enumerate((*map("{:g}".format, bounds), "+Inf")):
+            # Prometheus' buckets are cumulative, ours are not.
             count += self.total(f"{prefix}_{place}")
             lines.append(f'{PREFIX}_{name}_bucket{{le="{bound}"}} {count:.12g}')
         return [

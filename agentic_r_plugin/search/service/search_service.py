@@ -72,6 +72,7 @@ class SearchService:
         self._cached_hits = 0
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
+        # One thread: a backend is called with one batch at a time, and jobs run in the order they were submitted.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
         self._worker: asyncio.Task[None] | None = None
 
@@ -136,6 +137,7 @@ class SearchService:
         """
         self._admit(len(ids))
         try:
+            # On the thread of the searches, so that a swap closes this backend only afterwards.
             work = asyncio.get_running_loop().run_in_executor(self._thread, open_documents, self.backend, ids)
         except RuntimeError as error:  # the thread was shut down
             raise OverloadedError("the service is shutting down") from error
@@ -190,6 +192,7 @@ class SearchService:
                 await asyncio.wait_for(self._arrived.wait(), left_s)
         groups: dict[tuple[int, int], list[_Waiting]] = defaultdict(list)
         taken = 0
+        # The first is taken whatever its size: one request may hold more queries than a batch.
         while self._queue and (not taken or taken + len(self._queue[0].requests) <= self._max_batch):
             item = self._queue.popleft()
             taken += len(item.requests)
@@ -243,6 +246,7 @@ class SearchService:
         if not self._cache_size:
             return
         known_topk, known = self._cache.get(key := _key(request, depth), (0, []))
+        # A deeper result that is cached serves this depth, too.
         if known_topk > topk:
             return
         self._cache[key] = (topk, hits)

@@ -101,6 +101,7 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
 
     read_secret(config.token_env, "token_env")
     spec = SearchSpec(**{item.name: getattr(config, item.name) for item in fields(SearchSource)})
+    # Bound first: a port in use is found before an index is loaded.
     with _bound_socket(config) as listener:
 
         def ready(fingerprint: str) -> contextlib.AbstractContextManager[None]:
@@ -111,6 +112,7 @@ def run(config: ServeConfig, *, resume: bool = False) -> None:
             die_with(os.getppid(), politely=True, family=True)
         if config.workers > 1:
             listener.listen(1024)
+            # The supervisor waits longer than the workers give their requests.
             Supervisor(spec, config.workers, listener, config, stop_s=_STOP_S + 2).run(ready)
             return
         backend = build_search(spec)
@@ -151,6 +153,7 @@ def serve_here(
             loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(_reload_again(reloader))))
         await server.serve(sockets=[listener])
 
+    # The event loop holds only weak references to tasks; this set keeps reloads alive.
     tasks: set[asyncio.Task[None]] = set()
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again after it has shut down; by then there is nothing left to stop
@@ -208,6 +211,7 @@ def share_of_machine(spec: SearchSpec, slot: int, count: int) -> SearchSpec:
         return replace(spec, options={"mapped": True} | spec.options)
     if spec.backend == "hybrid":
         parts = [to_dict(share_of_machine(part, slot, count)) for part in parts_of(spec)]
+        # Each part names its index now; `parts_of` would refuse the one of the hybrid as unused.
         return replace(spec, index="", options=spec.options | {"parts": parts})
     return spec
 

@@ -71,6 +71,7 @@ class Supervisor:
             ConfigError: the backend cannot be opened.
             SearchUnavailableError: workers die repeatedly.
         """
+        # Handlers only set flags, which the loop reads between two steps.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(self, "_stopping", True))
         signal.signal(signal.SIGHUP, lambda *_: setattr(self, "_hangup", True))
@@ -98,6 +99,7 @@ class Supervisor:
             name=f"retrieval-{slot}",
         )
         process.start()
+        # Only the worker then holds this end, so its death ends the pipe here (EOFError).
         theirs.close()
         self._workers[slot] = _Worker(process, ours)
 
@@ -201,6 +203,7 @@ class Supervisor:
         for worker in self._workers.values():
             if worker.process.is_alive():
                 worker.process.terminate()
+        # One deadline for all workers, which stop at the same time.
         deadline = time.monotonic() + self.stop_s
         for worker in self._workers.values():
             worker.process.join(max(0.1, deadline - time.monotonic()))
