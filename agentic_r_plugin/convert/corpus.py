@@ -153,6 +153,7 @@ def find_documents(folder: Path) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
+    # Word names its lock files `~$...`.
     return any(part.startswith((".", "~$")) for part in path.parts)
 
 
@@ -262,6 +263,7 @@ def cut(document: Document, words: int, chunker: Any) -> Iterator[CutPassage]:
 
     A sentence that is longer is cut between words.
     """
+    # The converter of PDF files separates pages by form feeds.
     pages = "\f" in document.text and document.source.lower().endswith(".pdf")
     number = 0
     for chunk in chunker.chunk(document.text) if document.text.strip() else ():
@@ -270,6 +272,7 @@ def cut(document: Document, words: int, chunker: Any) -> Iterator[CutPassage]:
             start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
             if start >= end:
                 continue
+            # Only the passage is cleaned: positions count the characters of the document as it is.
             text = document.text[start:end].replace("\r\n", "\n").replace("\f", "\n")
             place: dict[str, Any] = {"source": document.source, "start": start, "end": end}
             if pages:

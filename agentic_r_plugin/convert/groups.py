@@ -129,6 +129,7 @@ def _write(config: ConvertGroupsConfig, out: Path) -> dict[str, Any]:
     row_of, use = _FORMS[config.to]
     weight_field, read_by = _WEIGHTS.get(config.to, _UNREAD)
     sizes, weighted = [], 0
+    # A first pass for the number of negatives, so that memory does not hold the groups.
     for group in read_records(config.in_, Group):
         sizes.append(len(group.negatives))
         weighted += group.weight != 1

@@ -32,6 +32,7 @@ TEXT_FIELDS = ("text", "contents", "snippet", "content", "page_content")
 _EXACT_ANSWER = re.compile(r"(?:\*\*)?Exact Answer:(?:\*\*)?\s*(.+?)\s*$", re.MULTILINE)
 """How BrowseComp-Plus asks for the answer in the final text."""
 
+# Special tokens at the end of a dump, such as <|im_end|>; those of DeepSeek have full-width bars.
 _END_TOKENS = re.compile(r"(\s*<[|｜][^<>]+[|｜]>)+\s*$")
 
 
@@ -92,11 +93,13 @@ class _Steps:
         if results is None:
             self.log.left_out += 1
             return
+        # With one query the results are its passages, unless they are a list per query already.
         if len(queries) == 1 and not (results and isinstance(results[0], list)):
             results = [results]
         if len(results) != len(queries):
             raise RecordError(f"expected {len(queries)} results, one per query, found {len(results)}")
         for query, passages in zip(queries, results, strict=True):
+            # The reasoning goes to the first query of a call; `_reasoning` is empty for the others.
             self.log.steps.append((self._reasoning(), query, passages))
 
     def answer(self, text: str) -> None:
@@ -142,6 +145,7 @@ def _chat(row: Row, protocol: TagProtocol) -> Log:
             continue
         steps.think(message.get("reasoning_content") or message.get("reasoning"))
         content, calls = _part(message.get("content")), message.get("tool_calls") or ()
+        # Only the last message answers: text before a later search is reasoning.
         if not calls and place == last:
             steps.answer(content)
             continue
@@ -276,6 +280,7 @@ def _results(content: Any, protocol: TagProtocol) -> list[Any] | None:
 
 def _decoded(value: Any) -> Any:
     """JSON that is written as text, decoded; other text as it is."""
+    # Other text that is valid JSON, such as a number, stays text.
     if isinstance(value, str) and value.lstrip().startswith(("{", "[", '"')):
         try:
             return parse_json(value)

@@ -57,6 +57,7 @@ class PassageFinder:
     def _by_text(self, shown: Passage) -> Passage | None:
         for text in filter(None, _texts(shown)):
             for row in self._opened().find(key_hash(text)):
+                # Different texts can have the same hash.
                 if text in _texts(passage := self._corpus[row]):
                     return passage
         return None
@@ -65,7 +66,7 @@ class PassageFinder:
         if self._index is None:
             self._index = HashIndex(self._folder)
             for row, passage in enumerate(self._corpus):
-                for text in set(_texts(passage)):
+                for text in set(_texts(passage)):  # equal without a title
                     self._index.add(key_hash(text), row)
             self._index.finish()
         return self._index
@@ -77,6 +78,7 @@ def _texts(passage: Passage) -> tuple[str, str]:
 
 
 def _words(text: str) -> str:
+    # The agent saw passages with their tags disarmed (`protocol.disarm`), so both sides are compared in that form.
     return " ".join(disarm(text).split())
 
 

@@ -79,6 +79,7 @@ def trajectory(
     if answer is not None:
         text += protocol.write(reasoning, protocol.answer_tag, answer.strip())
     record = _record(question, text, protocol, lambda number, _: found[number])
+    # The stages will read the text, not the log: words that look like tags would change queries or answer.
     read = ([turn.query for turn in record.turns], record.answer)
     if read != (queries, answer.strip() if answer is not None else None):
         raise RecordError(
@@ -111,6 +112,7 @@ def _record(question: Question, text: str, protocol: TagProtocol, shown: Callabl
     *exchanges, (rest, _) = protocol.exchanges(text)
     turns = []
     for number, (written, block) in enumerate(exchanges):
+        # Malformed attempts before a correction are not part of the turn that searched.
         action = protocol.parse(written.rpartition(protocol.correction)[2])
         if not isinstance(action, Search):
             raise RecordError(f"search {number + 1}: expected a query, found {written[-80:]!r}")
@@ -180,6 +182,7 @@ class _Questions:
         if log.asked:
             _, marker, marked = whole.rpartition("Question:")
             question_text = marked if marker else log.asked[-1]
+            # The whole text, the part after `Question:` (Search-R1's prompt), and that part up to a line or token end.
             asked = [whole, question_text, re.split(r"\n|<[|｜]", question_text.strip())[0]]
         if not self._path:
             own: dict[str, Any] = {"question": asked[-1] if asked else None} | {
@@ -265,6 +268,7 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
                     first_error = first_error or f"{place}: {error}"
                     errors.write(dump_line({"unit": place, "error": str(error)}))
                     continue
+                # Only after success: a later log of the same question may take the place of one that could not be read.
                 seen.add(hashed)
                 counts["trajectories"] += 1
                 counts["searches"] += len(record.turns)
