@@ -39,6 +39,7 @@ def normalize(text: str) -> str:
     >>> normalize("The  Beatles!")
     'beatles'
     """
+    # SQuAD's order: with articles removed first, "U.S.A." would lose its last letter.
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
@@ -112,6 +113,7 @@ def sub_exact_match(prediction: str | None, golden_answers: str | Iterable[str])
 
 def _f1_one(prediction: str, gold: str) -> float:
     found, wanted = normalize(prediction), normalize(gold)
+    # If one side normalises to nothing, both are compared with their articles or punctuation.
     if not found or not wanted:
         found, wanted = _compared(prediction), _compared(gold)
         found_tokens, wanted_tokens = found.split(), wanted.split()

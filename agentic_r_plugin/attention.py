@@ -45,6 +45,7 @@ def attend(
         return _varlen(query_1HTK, key_1GTK, value_1GTK, ends, longest, scale, causal)
     parts = []
     for start, count, length in _runs(ends.diff().tolist() if lengths is None else lengths):
+        # (H, count * length, K) -> (count, H, length, K): texts of equal length form a batch without padding.
         query, key, value = (
             item[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
             for item in (query_1HTK, key_1GTK, value_1GTK)
@@ -102,6 +103,7 @@ def _varlen(
     if groups > 1:  # torch 2.11's function has no enable_gqa
         key_1GTK, value_1GTK = (item.repeat_interleave(groups, dim=1) for item in (key_1GTK, value_1GTK))
     query, key, value = (item[0].transpose(0, 1).contiguous() for item in (query_1HTK, key_1GTK, value_1GTK))
+    # Number of keys that a query sees to its left and right; -1: all.
     window = (-1, 0) if causal else (-1, -1)
     seen = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=window)
     assert isinstance(seen, Tensor), "no auxiliary output was asked for"

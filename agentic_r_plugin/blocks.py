@@ -71,6 +71,7 @@ class BlockWriter:
             # With fewer passages the block often begins with the same text that was already too long.
             if not encoded or not text.startswith(encoded):
                 ids, encoded = self._encode_start(text, most)
+            # A result without passages has nothing that could be cut.
             if encoded == text and (len(ids) <= most or not shown):
                 return Block(content=content, text=text, ids=ids, shown=shown)
             if len(shown) > 1:
@@ -87,6 +88,7 @@ class BlockWriter:
         Tokens per word vary, so the cut is an estimate; the caller repeats it until the block fits.
         """
         if passage.text:
+            # `tokens` were counted for the first `characters` of the block, so text beyond them is dropped first.
             text = shortened(passage.text[:characters], most, tokens)
             return Passage(id=passage.id, title=passage.title, text=text)
         if passage.title:

@@ -82,10 +82,12 @@ def _started(
         save_config(config, settings)
         arguments = [str(os.getpid()), str(processes), name, str(settings), str(fault)]
         command = [sys.executable, "-m", __name__, *arguments]
+        # In a separate session, Ctrl-C of the terminal reaches only this process, which ends the child in order.
         child = subprocess.Popen(command, start_new_session=True, env={**os.environ, **variables})
 
         def wait() -> None:
             code = child.wait()
+            # The child writes down its own error, so that the same class is raised here.
             if fault.is_file():
                 said = read_json(fault)
                 raise _fault_of(said["type"])(said["message"])
@@ -106,6 +108,7 @@ def _fault_of(name: str) -> type[AgenticRError]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process and its descendants: SIGTERM to the process, then SIGKILL to all."""
+    # Listed before the end: descendants of a process that has ended can no longer be found through it.
     below = _descendants(process.pid)
     try:
         if process.poll() is None:
@@ -129,6 +132,7 @@ def die_with(parent: int, *, politely: bool = False, family: bool = False) -> No
         _adopt_orphans(True)
 
     def watch() -> None:
+        # Polled: the signal of PR_SET_PDEATHSIG is also sent when only the parent's thread ends.
         while os.getppid() == parent:
             time.sleep(0.5)
         if politely:
@@ -136,6 +140,7 @@ def die_with(parent: int, *, politely: bool = False, family: bool = False) -> No
             time.sleep(_TERMINATE_S)
         if family:
             _kill(_descendants(os.getpid()))
+        # `sys.exit` would end only this thread.
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
@@ -148,6 +153,7 @@ def family() -> Iterator[None]:
     The signal becomes an exception (KeyboardInterrupt or SystemExit), so that files are closed and workers stopped in
     order; whatever is left after `_CLEANUP_S` seconds is killed. Ignored signals, as under `nohup`, stay ignored.
     """
+    # Children that exist before the command belong to its caller.
     earlier = {item.pid for item in psutil.Process().children()}
     handlers: dict[int, Any] = {}
     _adopt_orphans(True)
@@ -162,10 +168,12 @@ def family() -> Iterator[None]:
         os._exit(code)
 
     def stop(number: int, frame: object) -> None:
+        # Exit code of a process that a signal ended, as in a shell.
         code = 128 + number
         threading.Thread(target=hurry, args=(code,), name="cleanup-limit", daemon=True).start()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
+    # Python allows signal handlers only in the main thread.
     if threading.current_thread() is threading.main_thread():
         for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(caught) in (signal.SIG_DFL, signal.default_int_handler):

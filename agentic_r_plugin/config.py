@@ -115,6 +115,7 @@ def load_config(
         ConfigError: no such file, broken YAML, unknown key, wrong type, or a value that the dataclass rejects.
     """
     merged: Any = _writable(OmegaConf.structured(cls))
+    # Found before merging: the file, a value or an override may choose it, and all of them override it.
     preset = _preset(cls, file, overrides, values or {})
     if preset:
         merged = _merge(merged, preset, f"preset of {cls.__name__}")
@@ -130,6 +131,7 @@ def load_config(
         merged[name] = [*merged[name], *items]
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
         if "section" in item.metadata:
+            # Merged only to check names and types: the caller fills in the other settings later.
             section = _writable(OmegaConf.structured(item.metadata["section"]))
             _merge(section, merged[item.name], f"{file or cls.__name__}: {item.name}")
     try:
@@ -311,6 +313,7 @@ def _left_out(decides: Any, names: bool) -> bool:
 
 
 def _deciding_options(kind: str, name: str, options: Mapping[str, Any], names: bool) -> dict[str, Any]:
+    # A component is imported only if it has options to classify.
     declared = getattr(components.load(kind, name), "Options", None) if options else None
     fields = dataclasses.fields(declared) if declared else ()
     known = {item.name: item.metadata.get("decides", True) for item in fields}

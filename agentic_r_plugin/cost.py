@@ -79,7 +79,9 @@ def forecast(batches: Sequence[tuple[int, Mapping[str, float]]], total: int) -> 
     expected, low, high = {}, {}, {}
     for name in names:
         mean = sum(spent.get(name, 0.0) for _, spent in batches) / units
+        # Batches are the clusters of a ratio estimate: units of one batch share work, so they are not independent.
         squares = sum((spent.get(name, 0.0) - mean * count) ** 2 for count, spent in batches)
+        # One batch shows no spread; the interval is then 0 to twice the mean.
         error = 1.96 * math.sqrt(clusters / (clusters - 1) * squares) / units if clusters > 1 else mean
         expected[name] = round(mean * total, 1)
         low[name], high[name] = round(max(0.0, mean - error) * total, 1), round((mean + error) * total, 1)

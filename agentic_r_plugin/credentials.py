@@ -12,6 +12,7 @@ from agentic_r_plugin.errors import ConfigError
 HIDDEN = "***"
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Anchored, because `prompt_cache_key` and `max_tokens` are ordinary options.
 _SECRET_NAME = re.compile(
     r"(?:^|[_.-])(?:api[_-]?key|secret[_-]?key|secret|password|passwd|authorization|credentials?)$"
     r"|^(?:key|(?:access|auth|bearer|hf|api)?[_-]?token)$",

@@ -120,6 +120,7 @@ def decoded_text(value: Any, field: str) -> list[Any] | dict[str, Any] | None:
     if not isinstance(found, list | dict):
         return None
     try:
+        # Fails for half a surrogate pair, and for Python values that JSON does not have (bytes, sets).
         json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise RecordError(f"field {field!r}: expected JSON, found {value[:80]!r}: {error}") from error
@@ -141,6 +142,7 @@ def _joins_strings(text: str, found: Any) -> bool:
         return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Adjacent strings are several tokens, but one constant in the tree.
         nodes = ast.walk(ast.parse(text, mode="eval"))
     values = sum(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes)
     tokens = tokenize.generate_tokens(StringIO(text).readline)

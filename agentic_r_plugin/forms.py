@@ -78,6 +78,7 @@ def question_fields(row: Row, form: QuestionForm | None = None) -> dict[str, Any
     """
     if form is not None and (missing := sorted(form.has - row.keys())):
         raise RecordError(f"expected a field {missing[0]!r}, as format={form.name} says, found only {field_names(row)}")
+    # Dropped before the form is chosen: `golden_answers: null` next to `answer` must not hide the answer.
     row = {name: value for name, value in row.items() if not absent(value)}
     form = form or next((f for f in QUESTION_FORMS if f.has <= row.keys() and not f.lacks & row.keys()), None)
     if form is not None:
@@ -247,6 +248,7 @@ def question_form(text: str) -> QuestionForm | None:
 
     def parse(row: Row) -> dict[str, Any]:
         values = {name: column_value(row, path) for name, path in columns.items()}
+        # All other fields become absent, so that only the named columns count.
         return dict.fromkeys(row) | {
             "id": values.get("id") if "id" in values else _question_id(row),
             "question": values["question"],
@@ -391,6 +393,7 @@ def passage_fields(row: Any) -> tuple[str, str]:
     title, text = name_of(row.get("title"), "title") or "", _text(row, "text")
     if not title and (found := _FRONT_TITLE.match(text)):
         title = found[1].strip("\"'")
+    # The title must be one line, because the first line of the contents is the title.
     return identifier, contents_of(_LINE_BREAKS.sub(" ", title), text)
 
 

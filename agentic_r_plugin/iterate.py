@@ -62,6 +62,7 @@ def run(config: IterateConfig, *, resume: bool = False) -> None:
         AgenticRError: a phase failed; finished phases are kept.
     """
     phases = Phases(config)
+    # First settings, then the plan, then files: a dry run prints the plan before it names missing paths.
     check_settings(phases)
     if config.dry_run:
         print(forecast(phases))
@@ -73,6 +74,7 @@ def run(config: IterateConfig, *, resume: bool = False) -> None:
         agent, retriever = config.agent, config.retriever
         loop.build_index(0, retriever)
         for k in range(1, config.iterations + 1):
+            # Retriever k-1 stays frozen while agent k is trained and its data are constructed (method, section 4).
             with loop.search_service(k) as url:
                 agent = loop.train_agent(k, agent if config.agent_from == "previous" else config.agent, url)
                 training_groups = loop.construct(k, agent, url)
@@ -95,6 +97,7 @@ def opened(phases: Phases, *, resume: bool) -> Iterator[Loop]:
     with output.claim(resume=resume) as held:
         held.begin()
         saved = phases.folder / "config.yaml"
+        # A resume may change settings that decide no result; the file holds those in use now.
         if not saved.exists() or load_config(IterateConfig, saved) != phases.config:
             save_config(phases.config, saved)
         yield Loop(phases, held)

@@ -50,6 +50,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            # 0 is allowed here: no search, no open, or the end at the first malformed turn, as in the released agents.
             least = 0 if item.name in ("max_malformed", "max_searches", "max_opens") else 1
             if getattr(self, item.name) < least:
                 raise ConfigError(f"limits.{item.name}: expected at least {least}, found {getattr(self, item.name)}")
@@ -227,6 +228,7 @@ def load_protocol(name: str, options: Mapping[str, Any]) -> AgentProtocol:
     protocol: AgentProtocol = components.load("agent_protocol", name)
     if not options:
         return protocol
+    # `name` and `description` identify the registered protocol; they are not options.
     known = sorted(item.name for item in fields(protocol) if item.name not in ("name", "description"))  # type: ignore[arg-type]
     if unknown := sorted(set(options) - set(known)):
         raise ConfigError(f"agent protocol {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")

@@ -110,6 +110,7 @@ def retriever_input(
     text = formulate(request)
     if count_tokens is None or not request.reasoning or (tokens := count_tokens(text)) <= max_tokens:
         return text
+    # Tokens of question and query, which are never cut.
     others = count_tokens(formulate(replace(request, reasoning="")))
     while request.reasoning and tokens > max_tokens:
         # Tokens per character vary, so the cut is an estimate; the loop repeats until the text fits.

@@ -160,6 +160,7 @@ def _ids_begin_again(rows: Rows) -> bool:
         if source is None:
             continue
         is_new, other_source = ids.add(key_hash(name)), sourced.add(key_hash(f"{source}/{name}"))
+        # The same id from another source: data sets were joined. From the same source it is a duplicate.
         if other_source and not is_new:
             return True
     return False

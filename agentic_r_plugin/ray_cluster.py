@@ -187,6 +187,7 @@ class Pool:
 
 def our_fault(error: BaseException | None) -> AgenticRError | None:
     """The exception of this package behind an error that may have passed through Ray."""
+    # Causes may form a circle.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, AgenticRError):

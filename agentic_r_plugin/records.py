@@ -181,6 +181,7 @@ def _check(hint: Any) -> Callable[[Any], Any]:
         return lambda value: (
             float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _refuse(hint, value)
         )
+    # The exact type, because in Python `True` is an int.
     return lambda value: value if type(value) is hint else _refuse(hint, value)
 
 
@@ -286,6 +287,7 @@ class Passage:
         if not newline:
             return cls(id=id, title="", text=contents, contents=contents, metadata=metadata or {})
         title = first.strip()
+        # One pair of quotes only: the title itself may be quoted.
         if len(title) > 1 and title[0] == title[-1] == '"':
             title = title[1:-1]
         return cls(id=id, title=title, text=text, contents=contents, metadata=metadata or {})

@@ -109,7 +109,9 @@ def _admitted(waiting: deque[Session], active: Sequence[Session], llm: LLMBacken
     More sessions would evict each other's prefixes from the cache, and every turn would be computed from its start.
     """
     kept_tokens: int | None = getattr(llm, "kept_tokens", None)
+    # What each session holds after its next turn; a prefix that sessions share counts for each of them.
     held = sum(len(session.ids) + session.budget for session in active)
+    # One session always runs, even if it alone exceeds the cache.
     first = not active
     while waiting:
         held += len(waiting[0].ids) + waiting[0].budget
@@ -150,6 +152,7 @@ def answer_calls(
     on_search: OnSearch | None,
 ) -> list[tuple[Session, Search | Open]]:
     """Carry out one call of each session; return the sessions whose turn holds another one, with that call."""
+    # One call of each session per round: a call may depend on the one before it (a rank in its passages).
     opening = [(session, action.document) for session, action in waiting if isinstance(action, Open)]
     documents = open_documents(search, [identifier for _, identifier in opening])
     answered = [
@@ -178,6 +181,7 @@ def _find(
     if depth <= topk:
         return [hits if isinstance(hits, SearchRefusedError) else (hits, hits[:depth]) for hits in found]
     pairs: list[tuple[list[Hit], list[Hit]] | SearchRefusedError] = []
+    # A second search, to the agent's depth: where the order depends on the depth, or the depth may be what was refused.
     again = [isinstance(hits, SearchRefusedError) or depth_changes_order(search) for hits in found]
     shown = iter(search_each(search, [request for request, ask in zip(requests, again, strict=True) if ask], topk))
     for hits, ask in zip(found, again, strict=True):

@@ -103,6 +103,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.prompt_ids = self.protocol.prompt_ids(self.question, self.codec)
+        # The smallest blocks: a limit below them is refused now, not after the first search.
         empty = Passage(id="", title="", text="")
         self._check_room("max_observation_tokens", self.protocol.render([empty]))
         self._check_room("max_document_tokens", self.protocol.render_document(empty))
@@ -127,6 +128,7 @@ class Session:
         # The prefix's numbers include these calls, and `_next_call` counts them again as they are carried out.
         self.searches = prefix.searches - _count(Search, self._pending)
         self.opens = prefix.opens - _count(Open, self._pending)
+        # Before `_next_call`, which resolves the ranks of the documents that the turn opens.
         self._last_shown = prefix.last_shown
         self._next_call()
         if self._room < 1:
@@ -182,6 +184,7 @@ class Session:
     def earlier_queries(self) -> tuple[str, ...]:
         """The queries before the pending search."""
         of_prefix = (*self.prefix.history, self.prefix.query) if self.prefix is not None else ()
+        # The pending search is not an earlier one. In the last turn of a prefix, others may wait behind it.
         waiting = _count(Search, self._pending) if self._in_prefix else 0
         return (*of_prefix[: len(of_prefix) - waiting], *(turn.query for turn in self.turns))
 
@@ -202,6 +205,7 @@ class Session:
             raise ValueError(f"expected 1..{self.budget} ids from the model, found {len(ids)}")
         text = self.codec.decode(ids)
         self._append(list(ids), text, by_model=True)
+        # The model wrote this turn after reading the results of all earlier ones (`_finish_unread`).
         self._read = tuple(self.turns)
         asked = self.protocol.read(text, self.codec)
         # The order matters: an answer counts even after the last allowed search, a further search does not.
@@ -209,6 +213,7 @@ class Session:
             return self._finish(asked)
         if isinstance(asked, Malformed):
             return self._malformed(asked)
+        # A turn that would exceed a limit is not carried out in part: the trajectory ends with the model's own tokens.
         searches, opens = self.searches + _count(Search, asked), self.opens + _count(Open, asked)
         if searches > self.limits.max_searches or opens > self.limits.max_opens:
             return self._finish(Finished(StopReason.MAX_TURNS))
@@ -235,7 +240,9 @@ class Session:
         else:
             block = self._search_block(passages)
             self._results.append(block)
+            # Ranks name what the model reads, so passages that did not fit do not count.
             self._last_shown = tuple(passage.id for passage in block.shown)
+            # The searches of a prefix are turns of the trajectory that it was cut from.
             if not self._in_prefix:
                 self._record(call, block.shown, scores if scores is not None else [0.0] * len(block.shown))
         return self._next_call()
@@ -266,6 +273,7 @@ class Session:
     @property
     def _in_prefix(self) -> bool:
         """Whether pending calls belong to the prefix: they are not turns of the session itself."""
+        # Results are appended after the last call of a turn, so the model's turn is last while one of its calls waits.
         return bool(self.segments) and not self.segments[-1].by_model
 
     @property
@@ -293,6 +301,7 @@ class Session:
             if isinstance(call, Search):
                 self.searches += 1
                 return call
+            # An unknown document counts against `max_opens` as well.
             self.opens += 1
             if (document := self._known_document(call.document)) is not None:
                 self._pending[0] = Open(document)
@@ -308,8 +317,10 @@ class Session:
         """
         if any(name == passage.id for passages in self.shown for passage in passages) or name in self._last_shown:
             return name
+        # Nine digits are enough for a rank; Python refuses to convert texts of thousands of digits.
         if name.isdecimal() and 1 <= int(name[:9]) <= len(self._last_shown):
             return self._last_shown[int(name[:9]) - 1]
+        # The model may write any text as an id; a long one is not sent to the retriever.
         return name if self.prefix is not None and len(name) <= _LONGEST_ID else None
 
     def _harmless(self, passage: Passage) -> Passage:
@@ -335,7 +346,7 @@ class Session:
     def _record(self, search: Search, shown: Sequence[Passage], scores: Sequence[float]) -> None:
         """Record a search of this session with the passages shown to the model."""
         read = tuple(ScoredPassage(id=p.id, score=score) for p, score in zip(shown, scores, strict=False))
-        # The results of a turn are appended after its last search, so the model's turn is the last segment.
+        # The results of a turn are appended after its last call, so the model's turn is the last segment.
         before = sum(len(segment.text) for segment in self.segments[:-1])
         end = 0 if search.end is None else before + search.end
         self.shown.append(tuple(shown))
@@ -347,6 +358,7 @@ class Session:
         """Append the results of the turn's calls."""
         results, self._results = self._results, []
         text, ids = results[0].text, results[0].ids
+        # A single result was already rendered as a whole reply; several share one reply of the protocol.
         if len(results) > 1:
             text = self.protocol.reply([result.content for result in results], self._last_ids, self.codec)
             ids = self.codec.encode(text)
@@ -373,6 +385,7 @@ class Session:
         """End before the model reads the results of its last turn: they do not count as shown."""
         unread = self.turns[len(self._read) :]
         self.turns = [*self._read, *(replace(turn, passages=(), opened=()) for turn in unread)]
+        # `shown` stays parallel to `turns`.
         self.shown[len(self._read) :] = [()] * len(unread)
         return self._finish(Finished(reason))
 

@@ -58,6 +58,7 @@ def shards(path: str | Path) -> list[Path]:
         _check_readable(item)
     if not found:
         raise RecordError(f"expected a record file or a folder of {_SHARDS} shards", path=path)
+    # As shards of one folder, its queries would be read as passages, and its passages as questions.
     if {"corpus.jsonl", _QUERIES} <= {item.name for item in found}:
         splits = ", ".join(str(file) for file in sorted(path.glob("qrels/*.tsv"))) or path / _QUERIES
         raise RecordError(
@@ -127,6 +128,7 @@ def read_lines(
                 yield from read_list(stream, path)
                 return
             for number, line in enumerate(stream, start=1):
+                # One object over several lines: a line of JSON Lines is never a lone brace.
                 if not started and line.strip() == b"{":
                     line += stream.read()
                 if line.strip():
@@ -249,9 +251,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # `mkstemp` makes files that only the owner can read. The umask can only be read by setting it.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        # Before the rename: even after a power failure, the target never holds a partial file.
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)

@@ -23,6 +23,7 @@ from agentic_r_plugin.protocol import (
 )
 from agentic_r_plugin.records import Passage, StopReason, Trajectory
 
+# A regular expression cannot match braces of any depth; `\boxed{\text{Emma}}` needs one level.
 _BALANCED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"
 """Text whose braces are balanced, two levels deep."""
 
@@ -104,6 +105,7 @@ class TagProtocol(AgentProtocol):
 
     def _pattern(self, tag: str) -> str:
         opening, closing = re.escape(self.opening(tag)), re.escape(self.closing(tag))
+        # Lazy: a block ends at its first closing tag. `}` may also close a brace within the answer.
         body = _BALANCED if self.closing(tag) == "}" else ".*?"
         return f"{opening}({body}){closing}"
 
@@ -130,10 +132,12 @@ class TagProtocol(AgentProtocol):
 
     def _inner(self, tag: str, body: str) -> str:
         """Content of a block: the text after its last opening, without LaTeX text commands if it is closed by `}`."""
+        # The match begins at the first opening tag; another one in the body restarts the block.
         body = body.rpartition(self.opening(tag))[2].strip()
         return _LATEX_TEXT.sub(r"\1", body).strip() if self.closing(tag) == "}" else body
 
     def _reasoning(self, text: str) -> str:
+        # The opening tag may be missing, because a chat template may have written it into the prompt.
         inner = text.rpartition(self.opening(self.think_tag))[2]
         return inner.partition(self.closing(self.think_tag))[0].strip()
 
@@ -146,7 +150,9 @@ class TagProtocol(AgentProtocol):
         opening, closing = self.opening(self.search_tag), re.escape(self.stop[0])
         before = self.block_form.partition("{opening}")[0]
         block, correction = re.escape(before + self.opening(self.information_tag)), re.escape(self.correction)
+        # The token that completes the stop string may hold further characters; `[^<]` never skips another tag.
         spill = f"[^<]{{0,{SPILL}}}?"
+        # A short correction fits into the spill. It is excluded, because the model may write a false block after it.
         ends = re.finditer(f"{closing}(?!{spill}{correction})(?={spill}(?:{block}|\\Z))", text)
         return [(text[: end.start()].rpartition(opening)[2].strip(), text[: end.end()]) for end in ends]
 
@@ -187,6 +193,7 @@ class TagProtocol(AgentProtocol):
         title = r'(?:"([^\n]*?)"|([^\n]*?))'
         head = re.escape(self.passage_form.partition("{text}")[0]).replace(r"\{rank\}", r"\d+")
         head = re.sub(r'"?\\{title\\}"?', lambda _: title, head).replace(r"\(", r"\s*\(").replace(r"\ ", r"\s*")
+        # White space must follow: an unquoted title such as `Ulm (city)` would end at its own bracket otherwise.
         head = head.removesuffix(r"\s*") + r"(?=\s|\Z)\s*"
         found = list(re.finditer(f"^{head}", block, re.MULTILINE))
         ends = [match.start() for match in found[1:]] + [len(block)]
@@ -208,6 +215,7 @@ class TagProtocol(AgentProtocol):
 
     def prefixes(self, trajectory: Trajectory) -> list[Prefix]:
         """See `AgentProtocol.prefixes`; found in the text."""
+        # The text may end with a search that was not carried out (over the limit, or failed), which is not a turn.
         return [Prefix(*found) for found in self.searches(trajectory.text)][: len(trajectory.turns)]
 
     def write_search(self, thought: str, query: str, codec: Codec, *, gap: str = "\n") -> str:
@@ -255,6 +263,7 @@ class TagProtocol(AgentProtocol):
                 position = at + len(correction)
             else:
                 match = candidates[0]
+                # The groups alternate: the whole block of a kind, then its content.
                 inner = next(text for text in match.groups()[1::2] if text is not None)
                 found.append(Piece(kind=str(match.lastgroup), text=inner.strip()))
                 position = match.end()

@@ -101,6 +101,7 @@ def _xml_calls(text: str) -> Iterator[_Call]:
 
 
 def _bare_json_calls(text: str) -> Iterator[_Call]:
+    # The JSON must begin the message: an object after other text is not a call.
     decoder, at = json.JSONDecoder(), _after(r"\s*(?:<\|python_tag\|>)?\s*", text, 0)
     while text[at : at + 1] == "{":
         data, end = _loaded(partial(decoder.raw_decode, idx=at), text)
@@ -116,6 +117,7 @@ def _after(pattern: str, text: str, at: int) -> int:
 
 def _loaded(load: Callable[[str], Any], text: str) -> Any:
     try:
+        # The model may write any text, also brackets nested too deeply for the parser.
         return load(text)
     except (ValueError, RecursionError) as error:
         raise _BrokenCallError(f"the call is not valid JSON: {str(error) or 'too deep'}") from error
@@ -149,6 +151,7 @@ the whole message (Llama 3.1)."""
 
 # --- The answer -------------------------------------------------------------------------------------------------------
 
+# A search tag that no model writes: these protocols find answers only.
 _NEVER = "\0"
 ANSWER_RULES: Mapping[str, tuple[str, TagProtocol | None]] = {
     "tag": (
@@ -237,6 +240,8 @@ class ToolProtocol(AgentProtocol):
             ConfigError: the template refuses the messages, or shows no tools or no tool messages.
         """
         text = self._chat(codec, self._messages(question))
+        # Some templates silently drop tools or tool messages. A schema shows as JSON or XML; if the template drops it,
+        # the system message must name the tool.
         shown = self.reply(["result"], (), codec)
         if ('"search"' not in text and ">search<" not in text and "search" not in self.system) or "result" not in shown:
             raise ConfigError(
@@ -274,6 +279,7 @@ class ToolProtocol(AgentProtocol):
                 return found
         except _BrokenCallError as error:
             return Malformed(f"Error: {disarm(str(error))}. No call of this turn was carried out.", of_call=True)
+        # If the template opens the thought in the prompt, the turn begins inside it.
         opened = "<think>" if opens_thought(self._chat(codec, self._messages("?"))) else ""
         answer = self._answer(*after_thoughts(opened + text), codec)
         if answer is None:
@@ -293,6 +299,7 @@ class ToolProtocol(AgentProtocol):
         for call in CALL_FORMS[self.call_form].calls(message):
             if call.name not in self.tools:
                 raise _BrokenCallError(f"there is no tool {call.name[:60]!r}; there is {' and '.join(self.tools)}")
+            # All calls of a turn share the reasoning before the first one.
             reasoning = reasoning if found else _reasoning(text[: thoughts + call.start])
             if call.name == "open":
                 found.append(Open(_argument(call, "id")))
@@ -303,10 +310,12 @@ class ToolProtocol(AgentProtocol):
     def _answer(self, message: str, within_thought: bool, codec: Codec) -> str | None:
         tags = ANSWER_RULES[self.answer][1]
         if tags is not None:
+            # Only the text before the answer decides whether the answer is in a thought.
             _, in_thought = after_thoughts(message.partition(tags.opening(tags.answer_tag))[0])
             action = None if in_thought else tags.parse(message)
             return action.answer if isinstance(action, Finished) else None
         special, text = tuple(getattr(codec, "special_tokens", ())), message.strip()
+        # The decoded turn may end with special tokens, such as the end of the turn; they are not part of the answer.
         while (mark := next((mark for mark in special if text.endswith(mark)), None)) is not None:
             text = text.removesuffix(mark).strip()
         return text if text and not within_thought else None
@@ -333,7 +342,9 @@ class ToolProtocol(AgentProtocol):
         role = "tool" if of_call else "user"
         contents = [without_tokens(content, codec) for content in contents]
         turn = [{"role": "assistant", "content": _WROTE}, *({"role": role, "content": content} for content in contents)]
+        # Any question will do, because only the text after the placeholder is kept.
         text = self._after(self._chat(codec, [*self._messages("?"), *turn]))
+        # Compared by id: the end-of-turn token is left out only if the model wrote exactly this token.
         mark = codec.encode(text[:_MARK_LENGTH])[:1]
         return text.removeprefix(codec.decode(mark)) if mark == list(wrote[-1:]) else text
 
@@ -349,6 +360,7 @@ class ToolProtocol(AgentProtocol):
         """See `AgentProtocol.prefixes`; the record says where each call ends."""
         runs, found = _runs_of_model(trajectory.runs), []
         for turn in trajectory.turns:
+            # The model's turns up to this search, the last one cut after it: later calls of that turn do not count.
             begun = [(start, min(end, turn.end)) for start, end in runs if start < turn.end]
             made = [self._made(trajectory.text[start:end]) for start, end in begun]
             # No call at the end: it has another form, or is of a tool that these options do not have.
@@ -371,6 +383,7 @@ class ToolProtocol(AgentProtocol):
         for place, length in enumerate(trajectory.runs):
             text, at = trajectory.text[at : at + length], at + length
             answers = trajectory.answer is not None and place == len(trajectory.runs) - 1
+            # Runs alternate; the first is the model's.
             found += (
                 self._turn_pieces(text, answers) if place % 2 == 0 else [Piece(kind="information", text=text.strip())]
             )
@@ -420,6 +433,7 @@ class ToolProtocol(AgentProtocol):
         asked = self._messages("?")
         prompt = self._chat(codec, asked)
         whole = self._chat(codec, [*asked, {"role": "assistant", "content": content, **calls}], reply=False)
+        # What the template writes after a turn; only its first token, the end of the turn, is the model's.
         end = self._after(self._chat(codec, [*asked, {"role": "assistant", "content": _WROTE}], reply=False))
         if not whole.startswith(prompt) or not whole.endswith(end):
             raise ConfigError(
