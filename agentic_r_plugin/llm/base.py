@@ -150,6 +150,7 @@ class ChatBackend(Protocol):
 
 def row_seed(seed: int, prompt_ids: Sequence[int]) -> int:
     """31-bit sampling seed of one prompt; it depends only on `seed` and the prompt, not on the rest of the batch."""
+    # Not Python's `hash`, which differs between processes.
     digest = hashlib.blake2b(f"{seed} {list(prompt_ids)}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -81,6 +81,7 @@ class TokenizerCodec:
         special = set(self.tokenizer.all_special_tokens)
         known = special | set(getattr(self.tokenizer, "get_added_vocab", dict)())
         kept = [token for token in known if token in special or not all(c.isalnum() or c.isspace() for c in token)]
+        # A token of one character cannot be broken by a space.
         marks = sorted(re.escape(token) for token in kept if len(token) > 1 and disarm(token) == token)
         return re.compile(f"(?={'|'.join(marks)}).", re.DOTALL) if marks else None
 
@@ -108,6 +109,7 @@ class TokenizerCodec:
         if text == marked and not within_thought:
             text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         elif not within_thought:
+            # The thought was cut off the text, not off the ids, so special tokens are removed as text.
             for token in self.tokenizer.all_special_tokens:
                 text = text.replace(token, "")
         return Reply(text, cut=cut or within_thought)

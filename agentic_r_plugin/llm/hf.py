@@ -69,6 +69,7 @@ class HFBackend:
             weights: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=asked)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: not a checkpoint that transformers can load: {error}") from error
+        # The type of the saved weights is known only after loading.
         if asked == "auto":
             asked = compute.type_for(str(weights.dtype).removeprefix("torch."), device)
         self.dtype = asked
@@ -82,6 +83,7 @@ class HFBackend:
         self.max_length = self._generator.attention.max_length
         self._fingerprint = checkpoint_fingerprint(self.path, tokenizer_path)
         self.usage = Usage()
+        # Without a cache nothing is evicted, so callers need not limit their conversations.
         self.kept_tokens = prefix_cache_tokens or None
 
     @classmethod

@@ -97,7 +97,7 @@ class HFGenerator:
         self.eos_ids = _eos_ids(model, tokenizer)
         if model.config.get_text_config().model_type not in masks.TESTED:
             self._compare()
-            self.weights_changed()
+            self.weights_changed()  # the random prompts must not stay in the store
 
     def weights_changed(self) -> None:
         """Discard everything computed with the old weights."""
@@ -119,6 +119,7 @@ class HFGenerator:
                 logits = self.model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
                 own = logits.float().log_softmax(-1).gather(1, whole[0, len(prompt) :, None])[:, 0].cpu()
                 error = (own - torch.tensor(row.logprobs)).abs().max().item()
+                # `not <` also refuses NaN. Half precision gets a wider bound: its values depend on the order of sums.
                 if not error < (1e-3 if logits.dtype == torch.float32 else 0.2):
                     raise BackendError(f"log-probabilities differ by {error:.3g}")
         except Exception as error:
@@ -168,6 +169,7 @@ class HFGenerator:
             Generated(
                 token_ids=tuple(row.token_ids),
                 logprobs=tuple(row.logprobs) if with_logprobs else None,
+                # A row with max_tokens=0 never ran.
                 finish_reason=row.finish_reason or "length",
                 stop_string=row.stop_string,
                 cached_tokens=row.cached_tokens,
@@ -191,6 +193,7 @@ class HFGenerator:
             for index, (text, last) in enumerate(zip(texts, scored, strict=True))
         ]
         self.attention.require(max((len(row.prompt) for row in rows), default=0))
+        # Scored tokens are predicted at the positions before them, which must be computed, not recalled.
         self._prefill_shared([row.prompt[: -1 - row.scored] for row in rows])
         self._prefill_and_keep(rows)
         return [(tuple(row.logprobs), row.cached_tokens) for row in rows]
@@ -205,6 +208,7 @@ class HFGenerator:
         longest = 0
         for row in sorted(rows, key=lambda row: (work[row.index], len(row.prompt), row.index)):
             length = max(longest, len(row.prompt) + row.max_tokens)
+            # Rows are padded to the longest one, so the budget is rows times its length.
             if batch and length * (len(batch) + 1) > self.max_batch_tokens:
                 yield batch
                 batch, length = [], len(row.prompt) + row.max_tokens
@@ -228,7 +232,8 @@ class HFGenerator:
             kept, level = self.prefixes.length(prompt) // self.prefixes.block_size, 0
             for depth, key in enumerate(keys, start=1):
                 ways_on = count[keys[depth]] if depth < len(keys) else 0
-                if count[key] > max(ways_on, 1) and depth - kept >= 2:  # the prompts branch here
+                # The prompts branch here: fewer share the next block. One new block alone is not worth a separate pass.
+                if count[key] > max(ways_on, 1) and depth - kept >= 2:
                     levels[level][key] = tuple(prompt[: depth * self.prefixes.block_size])
                     kept, level = depth, level + 1
         for _, shared in sorted(levels.items()):
@@ -253,6 +258,7 @@ class HFGenerator:
         active, end = list(rows), padded
         while True:
             step, begin = end - padded, int(start_B.min())  # attention starts at the longest remaining row
+            # All rows of a batch start together, so each has written `step` tokens.
             uniform_B = torch.stack([row.uniform[step] for row in active]).to(device)
             token_B, logprob_B = sample(
                 logits_BV, uniform_B, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
@@ -296,6 +302,7 @@ class HFGenerator:
         new = [count[row.index] for row in rows]
         logits = []
         for first, last in _passes(new, PREFILL_TOKENS if self.model.device.type == "cpu" else 8 * PREFILL_TOKENS):
+            # Rows with fewer new tokens compute some stored ones again, so that the pass is rectangular.
             num_new = max(new[first:last])
             for slot in range(first, last):
                 self._recall(slot, rows[slot], kept[rows[slot].index], padded, num_new)
@@ -345,6 +352,7 @@ class HFGenerator:
         """Build the mask for the model's attention: boolean for SDPA, else additive; a dict if there are two kinds of
         layers."""
         masks = self.attention.masks(allowed, first_query, first_key)
+        # Eager attention, used for capped logits (`masks.cap_logits`), adds its mask to the logits.
         if self.model.config._attn_implementation != "sdpa":
             lowest = torch.finfo(self.model.dtype).min
             masks = {
@@ -412,6 +420,7 @@ def _append(row: _Row, token_id: int, logprob: float, sampling: _Sampling) -> No
 def _rows(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int], seed: int | Sequence[int] | None) -> list[_Row]:
     if seed is None:
         seed = int(torch.randint(2**31, ()))
+    # The large factor keeps the rows of neighbouring seeds apart: row 1 of seed 0 differs from row 0 of seed 1.
     seeds = [seed * 1_000_003 + index for index in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if not len(prompts) == len(max_tokens) == len(seeds):
         raise BackendError(

@@ -196,12 +196,15 @@ class PrefixStore:
 
     def copy_in(self, cache: BatchCache, row: int, start: int, slots: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of the blocks at `slots` (from `find`) to position `start` of a row."""
+        # Rounded up, because only the first tokens of the last block may be needed.
         used = torch.tensor(slots[: -(-length // self.block_size)], device=self._pools[0].device)
         for pool, target in zip(self._pools, cache.read(row, start, start + length), strict=True):
+            # [slots, H, block, D] -> [H, length, D]
             target.copy_(pool[used].transpose(0, 1).flatten(1, 2)[:, :length])
 
     def add(self, tokens: Sequence[int], cache: BatchCache, row: int, start: int) -> None:
         """Store the full blocks of a row that starts at position `start` of the cache, except those already stored."""
+        # A row that is longer than the store would evict its own beginning.
         if len(tokens) > self.max_tokens:
             return
         known = len(self.find(tokens))
@@ -210,6 +213,7 @@ class PrefixStore:
         new = list(takewhile(lambda block: block[0] not in self._blocks, islice(self._walk(tokens), known, None)))
         if not new:
             return
+        # `find` has just marked the known prefix as used, so room is made by evicting other blocks.
         used = torch.tensor([self._take() for _ in new], device=next(cache.read(row, 0, 0)).device)
         # Inserted last block first, then the known prefix is marked as used: eviction order is from the end.
         for (key, parent, chunk), slot in zip(reversed(new), reversed(used.tolist()), strict=True):
@@ -217,6 +221,7 @@ class PrefixStore:
         self.find(tokens[: known * self.block_size])
         begin, end = start + known * self.block_size, start + (known + len(new)) * self.block_size
         for number, source in enumerate(cache.read(row, begin, end)):
+            # [H, tokens, D] -> [blocks, H, block, D]
             blocks = source.unflatten(1, (len(new), self.block_size)).transpose(0, 1)
             self._pool(number, blocks)[used] = blocks
 

@@ -83,8 +83,10 @@ def inspect(config: Any) -> Attention:
         )
     window = None
     if SLIDING in kinds or not kinds:
+        # Some configurations name a window but switch it off (Qwen2).
         uses = getattr(text, "use_sliding_window", True) is not False
         window = getattr(text, "sliding_window", None) if uses else None
+    # Without `layer_types`, all layers count as one kind.
     if not kinds:
         kinds = [FULL] if window is None else [SLIDING]
     length, bound = _longest(text)
@@ -104,6 +106,7 @@ def _longest(text: Any) -> tuple[int, str]:
     if isinstance(positions, int) and positions > 0:
         length, bound = positions, f"max_position_embeddings={positions}"
     rope = getattr(text, "rope_parameters", None) or {}
+    # One set of parameters, or one for each kind of layer (Gemma 3).
     for parameters in [value for value in rope.values() if isinstance(value, dict)] or [rope]:
         kind = parameters.get("rope_type")
         original = parameters.get("original_max_position_embeddings") or positions

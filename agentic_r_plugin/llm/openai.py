@@ -41,6 +41,7 @@ _REFUSALS = (400, 401, 403, 404, 405, 413, 415, 422)
 _UNCLEAR = 8
 """If none was accepted, this many refusals without a clear reason are blamed on the form of the requests."""
 
+# Timeout of the request for the model list (`_served_by`).
 _DETECT_S = 5.0
 
 _BODY = frozenset(
@@ -270,6 +271,7 @@ class OpenAIBackend:
             try:
                 results = [future.result() for future in futures]
             finally:
+                # Cancels what has not started; the end of the `with` block waits for the requests under way.
                 pool.shutdown(wait=False, cancel_futures=True)
         if results and not self._accepted and self._unclear >= _UNCLEAR:
             raise BackendConfigError(
@@ -293,6 +295,7 @@ class OpenAIBackend:
                 except httpx.HTTPError:
                     return ""
                 except (ValueError, KeyError, IndexError, TypeError):
+                    # Not a model list of this form: asking again would not help.
                     self._owner = ""
             return self._owner
 
@@ -313,6 +316,7 @@ class OpenAIBackend:
             "top_p": sampling.top_p,
             **_NEUTRAL,
             "stop": list(sampling.stop),
+            # Stop strings end a search or an answer and may be special tokens: both must stay in the output.
             "include_stop_str_in_output": True,
             "no_stop_trim": True,
             "skip_special_tokens": False,
@@ -326,10 +330,12 @@ class OpenAIBackend:
         ids = choice.get("token_ids")
         if not ids:
             ids = codec.encode(self._with_stop(choice, text, sampling.stop))
+        # An empty text is an end of sequence only if the model stopped by itself.
         if not ids and answers.is_cut(choice):
             raise RequestRefusedError(f"no continuation: finish_reason {str(choice['finish_reason'])[:80]}")
         ids = ids or self._end_of_sequence(codec)
         return Completion(
+            # Text that was tokenised again may have more ids than the model generated.
             token_ids=tuple(ids[: request.max_tokens]),
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=cached,
@@ -342,6 +348,7 @@ class OpenAIBackend:
         choice, _, cached = self._post("completions", self._with_options(body, chat=False), answers.text_choice)
         logprobs = choice.get("logprobs")
         given = (logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None) or []
+        # The echo also holds the one generated token, which is not scored.
         found = given[len(continuation.prompt_ids) : len(ids)]
         if len(found) < len(continuation.token_ids) or not all(isinstance(value, int | float) for value in found):
             raise BackendError(
@@ -400,6 +407,7 @@ class OpenAIBackend:
             if attempt < self._max_retries:
                 retry_after = problem.retry_after
                 time.sleep(pause_s(attempt + 1, retry_after, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S))
+        # Some servers report a prompt that is too long as a failure of the server (500).
         failure = RequestRefusedError if problem.of_prompt else BackendError
         raise failure(f"{self._where(path)}: {problem} (tried {self._max_retries + 1} times)")
 
@@ -439,6 +447,7 @@ class OpenAIBackend:
         of_prompt = kind is Refusal.PROMPT
         if status == 429 and of_prompt:  # larger than the limit of a whole minute
             return RequestRefusedError(f"{self._where(path)}: {problem}")
+        # 501 and 505 are permanent, unlike other 5xx.
         if status in (501, 505) or not (status in (404, 408, 429) or status >= 500):
             return BackendError(f"{self._where(path)}: {problem}")
         return _TransientError(problem, of_prompt=of_prompt, retry_after=response.headers.get("Retry-After"))

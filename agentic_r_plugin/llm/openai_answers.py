@@ -35,6 +35,7 @@ def status_of(answer: dict[str, Any]) -> int:
     code = str(error.get("code")) if isinstance(error, dict) else ""
     if code.isdigit() and 400 <= int(code) < 600:
         return int(code)
+    # Without a usable code: an error that gives no reason counts as the server's (500), which is retried.
     return 500 if refusal(400, json.dumps(answer)) is Refusal.UNCLEAR else 400
 
 
@@ -88,6 +89,7 @@ def message_of(answer: dict[str, Any]) -> Reply:
     """
     choice = _choice(answer)
     message = choice.get("message")
+    # A message may lack `content` if it holds a thought or a refusal, or was cut.
     if not isinstance(message, dict) or not (
         "content" in message or any(message.get(name) for name in (*_THOUGHTS, "refusal")) or is_cut(choice)
     ):

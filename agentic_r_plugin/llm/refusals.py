@@ -108,6 +108,7 @@ def _said(content: str) -> dict[str, Any]:
     error = body.get("error", body) if isinstance(body, dict) else {}
     error = error if isinstance(error, dict) else {"message": str(error)}
     detail = body.get("detail") if isinstance(body, dict) else None
+    # FastAPI lists faults in `detail`, each with its place in the body (`loc`).
     first = detail[0] if isinstance(detail, list) and detail and isinstance(detail[0], dict) else {}
     inner = error.get("innererror")
     place = [str(part) for part in first.get("loc", ()) if part != "body"] if isinstance(first.get("loc"), list) else []
@@ -115,6 +116,7 @@ def _said(content: str) -> dict[str, Any]:
         "code": error.get("code") or first.get("type"),
         "type": error.get("type"),
         "inner": str(inner.get("code")).lower() if isinstance(inner, dict) else "",
+        # `messages[0].content` is a fault of the field `messages`.
         "param": str(error.get("param") or (place[0] if place else "")).partition("[")[0].partition(".")[0],
         "message": str(error.get("message") or first.get("msg") or content[:2000]),
     }

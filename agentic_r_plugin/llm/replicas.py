@@ -59,6 +59,7 @@ class ReplicatedBackend:
         )
         self.replicas, self.usage = replicas, Usage()
         try:
+            # The first call opens an engine. All calls start before the first is waited for, so engines load together.
             opened = [self._pool.call(place, attrgetter("codec")) for place in range(replicas)]
             self.codec: Codec
             self.codec, *_ = [self._pool.get(reference) for reference in opened]

@@ -31,6 +31,7 @@ _ENDS = re.compile(
     r"|<channel\|>",  # Gemma
     re.IGNORECASE,
 )
+# `analysis` before a capital letter: gpt-oss without its special tokens (`analysisThe user asks ...`).
 _BEGINS = re.compile(
     rf"<\s*{_TAG}\s*>|\[THINK(?:ING)?\]|◁think▷|<\|START_THINKING\|>|<\|begin_of_thought\|>"
     r"|<\|channel\|>(?:analysis|commentary)|<\|channel>|\Aanalysis(?-i:(?=[A-Z]))",

@@ -44,6 +44,7 @@ def sample(
     total_B1 = cumulative_BV[:, -1:]
     # Capping at the largest float below the total keeps a number that rounds to 1 from selecting past the last token.
     point_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    # right=True: a token of probability 0 has the cumulative value of the token before it and is never drawn.
     token_B = torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(1)
     return token_B, _logprob_of(logits_BV, token_B) if with_logprobs else None
 
@@ -51,6 +52,7 @@ def sample(
 def _keep_top_p(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:
     ordered_BV, index_BV = logits_BV.sort(dim=-1, descending=True)
     probability_BV = ordered_BV.softmax(dim=-1)
+    # Summed without the token itself: the one that crosses `top_p` is kept, so there is always at least one.
     before_BV = probability_BV.cumsum(dim=-1) - probability_BV
     dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter_(1, index_BV, before_BV >= top_p)
     return logits_BV.masked_fill(dropped_BV, -torch.inf)

@@ -73,6 +73,7 @@ class VLLMBackend:
             ) from error
         self.model, self._tokenizer, self._vllm = model, tokenizer or model, vllm
         try:
+            # Prefix caching, because the candidates of a query share a prefix (method, section 4a).
             self._engine = vllm.LLM(
                 model=model, tokenizer=self._tokenizer, dtype=dtype, enable_prefix_caching=True, **options
             )
@@ -111,6 +112,7 @@ class VLLMBackend:
         return answered(continuations, lambda one: self._refusal(one.ids), self._likelihoods)
 
     def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
+        # 0: log-probabilities of the prompt's own tokens, without alternatives.
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         outputs = self._run([one.ids for one in continuations], [params] * len(continuations))
         results = [self._likelihood(one, output) for one, output in zip(continuations, outputs, strict=True)]
