@@ -122,6 +122,7 @@ def _check_same(runs: Sequence[_Run]) -> None:
             if differing := differing or sorted(key for key in shared if before[key] != now[key]):
                 raise RecordError(f"{name}: another {', '.join(differing)} than in {first.folder}", path=other.folder)
         prints = ("agent_fingerprint", "search_fingerprint")
+        # The same models in two folders would count as two seeds and narrow the intervals.
         of_run = tuple(other.cells[name][key] for name in first.cells for key in prints)
         if (same := made_by.setdefault(of_run, other.folder)) is not other.folder:
             raise RecordError(f"the agents and retrievers are those of {same}: not another seed", path=other.folder)
@@ -139,6 +140,7 @@ def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
         if any(metric not in each.cells[name]["metrics"] for each in runs):
             continue
         means = [each.cells[name]["metrics"][metric]["mean"] for each in runs]
+        # A metric without an interval is not a mean over questions; it gets the seeds' values and their mean.
         found = _interval([each[metric] for each in scores], level) if "low" in entry else None
         if found is not None:
             metrics[metric] = {key: value for key, value in found.items() if key != "p_value"}

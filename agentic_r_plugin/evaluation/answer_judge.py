@@ -46,6 +46,7 @@ class AnswerJudge:
             JudgeError: more than `max_error_share` of the judgements failed; a resume asks for them again.
             BackendError: the judge's backend failed; batches passed to `on_batch` are complete.
         """
+        # A missing judgement counts as failed: the error "" in its place is not None.
         waiting = [item for item in dataset if item.output.get("judgement", {"error": ""})["error"] is not None]
         with progress(total=len(dataset), initial=len(dataset) - len(waiting), desc="judge", unit="answer") as shown:
             for start in range(0, len(waiting), batch_size):

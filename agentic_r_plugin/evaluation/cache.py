@@ -51,6 +51,7 @@ class CachedSearch:
         self._kept: dict[SearchRequest, dict[int, list[Hit]]] = {}
         if save:
             drop_torn_end(path)
+        # A kill while the header was written leaves an empty file; its header is written again.
         if path.is_file() and path.stat().st_size:
             self._read()
         elif save:

@@ -144,6 +144,7 @@ def run_cell(
         JudgeError: too many judgements failed; a resume asks for these again.
     """
     made_by()  # cached now, because source files may be edited while the questions are answered
+    # FlashRAG prints to stdout, which is for the results.
     with redirect_stdout(sys.stderr):
         config = cell.flashrag_config()
         pipeline = AgenticSearchPipeline(config, retriever=AgenticRetriever(search), generator=AgenticGenerator(llm))
@@ -166,6 +167,7 @@ def run_cell(
             **(judge.report(dataset) if judge is not None else {}),
         }
         held.finish(result)
+        # After the result: a kill before it must not lose the answers.
         WorkTable.remove(held.work)
     return result
 
@@ -178,8 +180,10 @@ def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable, jud
     def keep(items: Sequence[Any]) -> None:
         nonlocal before, since
         now, clock = asdict(pipeline.cost), time.monotonic()
+        # The pipeline's cost is a running total; a batch is stored with what it added.
         spent = {name: now[name] - before[name] for name in now} | {"seconds": clock - since}
         answered = [_Answered(id=str(item.id), output=item.output) for item in items]
+        # A judged item replaces its row from before the judgement.
         table.add([(position[item.id], item.id, UnitResult(records=(item,))) for item in answered], spent)
         before, since = now, clock
 
@@ -204,6 +208,7 @@ def _check_refused(cell: Cell, dataset: Any, table: WorkTable) -> None:
         return
     first = f"first, {refused[0].id}: {refused[0].output['refusal']}"
     if len(refused) == len(dataset):
+        # Refused questions are stored like answered ones; without this, a resume would not ask them again.
         table.clear()
         raise RequestRefusedError(f"{cell.name}: all of the {len(dataset)} questions were refused; {first}")
     print(f"{cell.name}: {len(refused)} of {len(dataset)} questions were refused and count as unanswered; {first}")

@@ -41,6 +41,7 @@ def cells_of(config: EvaluateConfig) -> Iterator[Cell]:
             parts = parts_of(spec)
             searched = [w for part in parts for w in (searched_path(part), part.retriever, part.rerank.model)]
             for where in (settings.agent.model, settings.agent.tokenizer, spec.rerank.model, *searched):
+                # Cells share models and indexes, so each is hashed only once.
                 if where not in identities:
                     identities[where] = path_fingerprint(where)
             cell = Cell(
@@ -73,6 +74,7 @@ def _made_from(
     A retrieval service is identified by its `search_fingerprint`, which is its address only if it reports no other.
     """
     own, llm, rerank = deciding(settings), settings.agent, settings.search.rerank
+    # In the manifest, `seed` is that of the sample and the intervals, so the agent's has another name.
     agent, searching, sampling_seed = own.pop("agent"), own.pop("search"), own.pop("seed")
     parts = parts_of(settings.search)
     ranked = [part.rerank.model and identities[part.rerank.model] for part in parts]
@@ -145,6 +147,7 @@ def search_spec(config: EvaluateConfig, name: str, benchmark: str) -> SearchSpec
         where = located(where)
         if where.get("backend") != "hybrid":
             return _of_backend(replace(shared, **where), shared.backend)
+    # The shared options belong to the shared backend.
     values = to_dict(shared) | ({"options": {}} if where.get("backend", shared.backend) != shared.backend else {})
     spec = load_config(SearchSpec, values=values | where)
     parts = [_named_part(config, name, part, benchmark) for part in spec.options.get("parts", ())]

@@ -215,6 +215,7 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
     with _open_judge(config) as judge:
         for agent in dict.fromkeys(cell.agent for cell in missing):
             of_agent = (cell for cell in missing if cell.agent == agent)
+            # Cells of one retriever become neighbours, so that it is opened once.
             mine = sorted(of_agent, key=lambda cell: list(config.retrievers).index(cell.retriever))
             with open_llm(mine[0].settings.agent) as llm:
                 for searching, cells in groupby(mine, key=lambda cell: cell.settings.search):

@@ -140,6 +140,7 @@ class AnswerRecall(QuestionMetric):
         )
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float | None:
+        # Only refuses items that another pipeline answered.
         trajectory(item)
         if is_closed(golden_answers):
             return None
@@ -241,6 +242,7 @@ class MalformedShare(QuestionMetric):
 
     def calculate_metric(self, data: Any) -> Scores:
         _, scores = super().calculate_metric(data)
+        # A ratio of sums: in a mean of shares, a turn of a short trajectory would have more weight.
         counts = [self._counts(item) for item in data]
         turns = sum(all_turns for _, all_turns in counts)
         return {self.metric_name: sum(bad for bad, _ in counts) / max(turns, 1)}, scores
@@ -294,6 +296,7 @@ def recall_by_turn(items: Iterable[Any]) -> list[dict[str, float | int | None]]:
                 "num_questions": len(made),
                 "answer_recall": mean(None if a is None else a[turn] for a, _ in made),
                 "gold_document_recall": mean(documents[turn] for _, documents in made),
+                # Questions with fewer searches keep what these have found.
                 "answer_recall_so_far": mean(None if a is None else max(a[: turn + 1], default=0.0) for a, _ in rows),
             }
         )

@@ -96,6 +96,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         _refuse(config, prompt_template, generator)
         evaluator = StrictEvaluator(config)
         self._opened = ExitStack()
+        # If a later step fails, the block closes what was opened; on success `pop_all` keeps it open.
         with ExitStack() as opening:
             if generator is None:
                 generator = AgenticGenerator(opening.enter_context(open_llm(self.settings.agent)))
@@ -103,6 +104,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
                 retriever = AgenticRetriever(opening.enter_context(open_search(self.settings.search)), topk=self.topk)
             super().__init__(
                 config,
+                # Without a template FlashRAG makes one, and loads its own generator's configuration for that.
                 prompt_template=SimpleNamespace(get_string=lambda question, **_: self.protocol.prompt(question)),
                 max_retrieval_num=self.limits.max_searches,
                 retriever=retriever,
@@ -144,6 +146,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
         finished = finished or {}
         waiting = []
         for item in dataset:
+            # Raises for gold answers that are not texts, before any question is answered.
             gold_of(item)
             if str(item.id) in finished:
                 item.output = dict(finished[str(item.id)])
@@ -159,6 +162,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
     def _answer(self, items: Sequence[Any]) -> None:
         codec = self.generator.llm.codec
         sessions = [Session(self.protocol, codec, self.limits, item.question) for item in items]
+        # Keyed by `id`, because sessions are mutable and have no hash.
         shown: dict[int, dict[str, Hit]] = {id(session): {} for session in sessions}
         deep: dict[int, list[list[Hit]]] = {id(session): [] for session in sessions}
 
@@ -182,6 +186,7 @@ class AgenticSearchPipeline(SearchR1Pipeline):
     def _write(self, item: Any, session: Session, seen: Mapping[str, Hit], deep: Sequence[Sequence[Hit]]) -> None:
         question = Question(id=str(item.id), question=item.question, golden_answers=tuple(gold_of(item)))
         record = to_trajectory(session, question)
+        # The record holds ids only; FlashRAG's metrics need the passages.
         shown = [[to_doc(seen[passage.id].passage) for passage in turn.passages] for turn in record.turns]
         ranks = answer_ranks([[to_doc(hit.passage) for hit in hits] for hits in deep], question.golden_answers)
         outputs = {
@@ -233,6 +238,7 @@ def load_split(config: Any, split: str, format: str = "") -> Any:
     file, sample = split_file(Path(config["dataset_path"]), split), config["test_sample_num"]
     items = [question.to_dict() for question in read_questions(file, format=format)]
     check_number(file, len(items), sample)
+    # FlashRAG draws from the global generator after the same seed, so both draw the same sample.
     random.seed(config["seed"])
     if sample is not None:
         items = random.sample(items, int(sample)) if config["random_sample"] else items[: int(sample)]

@@ -88,6 +88,7 @@ class FlashRAGBackend:
         self.formulation = formulation
         self.depth_changes_order = bool(getattr(retriever, "use_reranker", False))
         self.reads_reasoning = needs_reasoning(formulation)
+        # Scores of a reranker may be 0 or less, so they do not show which passages only fill up a result.
         self._is_bm25 = "bm25" in type(retriever).__name__.lower() and not self.depth_changes_order
 
     def search(self, requests: Sequence[SearchRequest], topk: int) -> list[list[Hit]]:

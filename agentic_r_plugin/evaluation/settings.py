@@ -84,6 +84,7 @@ class AgentSettings:
         return replace(
             settings,
             protocol=self.protocol or settings.protocol,
+            # Shared options belong to the shared protocol.
             protocol_options=({} if self.protocol else settings.protocol_options) | self.protocol_options,
             topk=settings.topk if self.topk is None else self.topk,
             limits=self.limits.over(settings.limits),
@@ -160,5 +161,6 @@ def resolve_agent(settings: AgenticRSettings, card: AgentCard | None) -> tuple[A
 
 def protocol_options(settings: AgenticRSettings, card: AgentCard | None) -> dict[str, Any]:
     """Options of the protocol of `resolve_agent`."""
+    # The card's options belong to the protocol that the agent was trained with.
     of_card = card.protocol_options if card and settings.protocol in (None, card.protocol) else {}
     return {**of_card, **settings.protocol_options}

@@ -84,6 +84,7 @@ def paired_difference(
         difference=interval.mean,
         low=interval.low,
         high=interval.high,
+        # `seed + 1`: other random numbers than those of the interval.
         p_value=_sign_flip_p_value(difference_N, resamples, seed + 1),
         num_questions=len(difference_N),
         level=level,
@@ -133,6 +134,7 @@ def seeds_interval(values: Sequence[Values], *, level: float = 0.95) -> SeedsInt
 
     # The p-value comes from inverting the interval: find the level at which it just reaches 0.
     mean, surest = float(values_SN.mean()), 1 - 1e-9
+    # Without spread the interval never reaches 0, unless the mean is 0. `surest`: at level 1 it would be infinite.
     touching = float(mean != 0)
     if abs(mean) < half_width(surest):
         touching = brentq(lambda level: half_width(level) - abs(mean), 0, surest)
@@ -161,6 +163,7 @@ def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> tuple
     share, weight = successes / total, z * z / total
     centre = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
+    # Exactly 0 and 1 at the ends, where rounding would leave a small difference.
     return (centre - half if successes else 0.0), (centre + half if successes < total else 1.0)
 
 
@@ -201,6 +204,7 @@ def _sign_flip_p_value(difference_N: NDArray[np.float64], resamples: int, seed: 
     rng, observed, extreme = np.random.default_rng(seed), abs(moved_M.sum()), 0
     for rows in _chunks(resamples, len(moved_M)):
         signs = rng.integers(0, 2, size=(rows, len(moved_M)), dtype=np.int8) * 2 - 1
+        # The tolerance: equal sums may differ by rounding.
         extreme += int((np.abs(signs @ moved_M) >= observed - 1e-9).sum())
     # Count the observed arrangement as one of the permutations, so that p is never 0.
     return (extreme + 1) / (resamples + 1)
