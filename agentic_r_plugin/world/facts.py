@@ -87,6 +87,7 @@ def build_facts(rng: random.Random, config: WorldConfig, split_shares: dict[str,
         members: list[Entity] = []
         for kind, total in _counts(config).items():
             last = position == len(SPLITS) - 1
+            # The last split gets what rounding has left.
             count = total - used[kind] if last else round(total * split_shares[split])
             count = max(count, _LEAST.get(kind, 2))
             used[kind] += count
@@ -117,6 +118,7 @@ def _entities(
     rng: random.Random, maker: names.NameMaker, kind: str, count: int, split: str, namesakes: float, facts: Facts
 ) -> list[Entity]:
     """Make `count` entities of one type, with keys that are unique in the world."""
+    # Ranges of keys per split and type, which do not overlap below 10,000 entities of a type in a split.
     start = len(facts.entities) + 1_000_000 * (1 + SPLITS.index(split)) + 10_000 * list(grammar().types).index(kind)
     if kind == "person":
         drafts = _with_namesakes(rng, maker.person, maker.near_person, list(names.JOBS), count, namesakes)
@@ -165,8 +167,10 @@ def _with_namesakes(
     while len(drafts) < count:
         kind = rng.choice(kinds)
         draw = rng.random()
+        # Half of the share has the same name as another entity; the other half, of people only, a similar one.
         if len(drafts) > _NEVER_SHARED and draw < namesakes / 2:
             name = rng.choice(drafts[_NEVER_SHARED:])[0]
+            # No question could distinguish two entities of the same name and kind.
             if kind in {other for taken, other in drafts if taken == name}:
                 continue
         elif drafts and near is not None and draw < namesakes:
@@ -187,6 +191,7 @@ def _with_homonyms(rng: random.Random, maker: names.NameMaker, made: list[Entity
         if rng.random() < share:
             taken = {(other.name, other.kind) for other in (*made, *renamed)}
             names_ = {other.name for other in made[_NEVER_SHARED:] if other.name != entity.name}
+            # Sorted, because the order of a set of strings differs between processes.
             free = sorted(name for name in names_ if not entity.kind or (name, entity.kind) not in taken)
             if free:
                 entity = replace(entity, name=rng.choice(free))
@@ -221,6 +226,7 @@ def _object(
     if kind in grammar().types:
         choices = [other for other in members if other.type == kind and other.name != entity.name]
         if relation.name == "creator":
+            # The kind of a work implies its maker's profession, so namesakes with another one cause no ambiguity.
             job = names.WORK_KINDS[entity.kind]["job"]
             choices = [other for other in choices if other.kind == job] or [o for o in choices if o.unique]
         elif kind == "person":  # The question implies the profession of makers and gives that of homonyms only.

@@ -70,6 +70,7 @@ def run(config: WorldConfig, *, resume: bool = False) -> None:
     sizes = deciding(config)
     with Output(out=folder, made_from=sizes, done=MANIFEST, folder=True).claim(resume=resume) as held:
         if held.finished is None:
+            # Before the manifest is written, so that impossible sizes leave nothing behind.
             world = build_world(config)
             held.begin()
             lines = (CorpusLine(id=passage.id, contents=passage.contents) for passage in world.passages)

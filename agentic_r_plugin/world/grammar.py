@@ -109,6 +109,7 @@ def _relation(name: str, item: dict[str, Any]) -> Relation:
         oblique=Wordings(
             common=common + other, reserved=tuple(text for text in state.reserved if not _stems(text) & asked)
         ),
+        # Misleading passages use these; a relation whose wordings are all oblique needs some as well.
         plain=tuple(text for text in state.common if text not in common) or state.common,
         mention=tuple(item["mention"]),
     )
@@ -116,6 +117,7 @@ def _relation(name: str, item: dict[str, Any]) -> Relation:
 
 def _stems(*texts: str) -> set[str]:
     """The first five letters of the content words, without template slots."""
+    # Five letters make forms of a word equal, such as `studied` and `studies`.
     return {word[:5] for text in texts for word in content_words(re.sub(r"\{\w+\}", " ", text))}
 
 

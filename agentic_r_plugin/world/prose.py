@@ -36,6 +36,7 @@ def write_passages(
     drafts = [draft for entity in facts.entities for draft in writer.entity(entity)]
     drafts += [writer.newspaper() for _ in range(config.newspapers)]
     rng.shuffle(drafts)
+    # Added after the shuffle, so that the ids of all other passages do not depend on `misleading`.
     true, misled = len(drafts), dict[tuple[int, str], str]()
     for key, fact in facts.facts.items() if config.misleading else ():
         own = writer.own("misleading", fact)
@@ -100,6 +101,7 @@ class _Writer:
             for sentence, fact in plain.items():
                 own = self.own("paraphrase", fact)
                 if own.rng.random() < self.config.paraphrase:
+                    # Replaced afterwards, so that all other random draws are those of the world without paraphrases.
                     draft.text = draft.text.replace(sentence, own._state(fact, fact.relation.oblique))
             drafts.append(draft)
         for _ in range(self.config.talk_passages):
@@ -110,6 +112,7 @@ class _Writer:
     def misleading(self, fact: Fact) -> Draft:
         """Write a passage that states a wrong value in the words of a query: of another entity, or an outdated one."""
         template, decoy = self.rng.choice(fact.relation.plain), fact.value
+        # A random year may be the true one.
         while decoy == fact.value:
             decoy = self._other(fact.relation, fact)
         if self.rng.random() < 0.5:
@@ -173,6 +176,7 @@ class _Writer:
         if entity.type == "person":
             possessive = "his" if entity.pronoun == "he" else "her"
             surname = entity.name.split()[-1]
+            # A template with `{n}` already names the person, so `{s}` is the pronoun.
             form = "pronoun" if "{n}" in template else self.rng.choice(("pronoun", "surname", "surname", "name"))
             subject = {"pronoun": entity.pronoun, "surname": surname, "name": entity.name}[form]
             template = template.replace("{s}'s", possessive if form == "pronoun" else f"{subject}'s")

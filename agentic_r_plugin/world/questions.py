@@ -58,6 +58,7 @@ def write_questions(
             continue
         text, name = _word(rng, chain, split, config.reserved_share)
         key = "/".join([str(chain[0].subject.key), *(fact.relation.name for fact in chain)])
+        # One chain has several wordings, and chains of namesakes may have the same one.
         if key in seen or text in seen:
             continue
         seen |= {key, text}
@@ -75,6 +76,7 @@ def _chain(rng: random.Random, facts: Facts, members: dict[str, list[Entity]], h
     for hop in range(1, hops + 1):
         options = [fact for fact in facts.of(entity) if fact.value not in visited]
         if hop < hops:
+            # A hop in between must lead to an entity with passages, for which the question has a noun phrase.
             options = [fact for fact in options if fact.object is not None and fact.relation.noun.common]
         if not options:
             return None
@@ -93,6 +95,7 @@ def _word(rng: random.Random, chain: list[Fact], split: str, reserved_share: flo
     for fact in chain[:-1]:
         form = choose(rng, fact.relation.noun, split, reserved_share)
         phrase = form.format(s=phrase, **kind_words(fact.subject.type, fact.subject.kind))
+        # A homonym is identified by county or kind; the kind of a work already implies its maker's profession.
         if fact.object is not None and fact.object.county:
             phrase += f" in the county of {fact.object.county}"
         elif fact.object is not None and fact.object.homonym and fact.relation.name != "creator":
