@@ -40,6 +40,7 @@ def compose(options: argparse.Namespace) -> Config:
     """
     if not Path(options.config).is_file():
         raise ConfigError(f"{options.config}: no such file")
+    # Read for our section only, so this Config must neither make a folder nor set the GPU.
     in_file = Config(options.config, {"disable_save": True, "gpu_id": None})[KEY] or {}
     chosen = OmegaConf.merge(in_file, METHODS[options.method_name])
     settings = load_config(AgenticRSettings, values=OmegaConf.to_container(chosen), overrides=options.overrides)

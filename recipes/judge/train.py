@@ -59,6 +59,7 @@ def judged_queries(args: argparse.Namespace, seed: int) -> Iterator[Judged]:
             *question.metadata["namesake_doc_ids"][hop],
             *question.metadata.get("misleading_doc_ids", [[]] * question.metadata["hops"])[hop],
         ]
+        # The gold passage comes first, so that the cut never removes it.
         ids = list(dict.fromkeys([gold, *confused, *(hit.passage.id for hit in hits)]))[: args.candidates]
         draw.shuffle(ids)
         passages = tuple(search.corpus.by_id(id) for id in ids)
@@ -110,6 +111,7 @@ def train(args: argparse.Namespace) -> None:
     unfinished = args.out / "model.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(str(unfinished))
+    # Renamed when complete, because `main` takes a folder `model` as done.
     unfinished.rename(args.out / "model")
 
 

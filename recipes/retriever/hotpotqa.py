@@ -59,6 +59,7 @@ def prepare(folder: Path, name: str, data: Path, split: str, questions: int | No
     out, pool = folder / f"{name}.jsonl", folder / f"pool_{name}.jsonl"
     if out.is_file() and pool.is_file():
         return
+    # `make_groups.py` refuses existing files, and one file without the other is unfinished.
     for path in (out, pool):
         path.unlink(missing_ok=True)
     command = [sys.executable, HERE / "make_groups.py", "--data", data, "--split", split, "--out", out, "--pool", pool]
@@ -76,7 +77,7 @@ def run_cell(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         retriever = initial_retriever(config)
         trained: dict[str, Any] = {}
     else:
-        run_apart(config)  # its memory is given back, and its peak is its own
+        run_apart(config)  # in a separate process: its memory is freed, and its peak is that of training alone
         folder = Path(config.out)
         retriever = Retriever.load(folder, precision=config.precision)
         steps = [line for _, line in read_lines(folder / "metrics.jsonl") if "seconds" in line]
@@ -192,6 +193,7 @@ def main() -> None:
 def begin(args: argparse.Namespace) -> None:
     """Note what every cell depends on, or check that it is the same as before."""
     settings = to_dict(cell_config(args, next(cells(args))))
+    # These differ from cell to cell.
     for name in ("out", "retriever", "formulation", "seed"):
         settings.pop(name)
     key = {

@@ -47,6 +47,7 @@ def make_groups(
     for question, query, hits in zip(questions, queries, found, strict=True):
         supporting = listed(question.metadata, "gold_doc_ids")
         others = [hit.passage.id for hit in hits if hit.passage.id not in supporting]
+        # Seeded per question, so that more questions do not change the groups of the first ones.
         drawn = random.Random(f"{seed}/{question.id}").sample(others, min(negatives, len(others)))
         for positive in supporting:
             yield Group(

@@ -148,6 +148,7 @@ def _show(script: Script, found: Sequence[Passage], settings: DemonstrationSetti
     wanted = script.wanted
     may_miss = len(script.queries) == 1 and script.rng.random() < settings.retry_share
     if wanted is not None and not may_miss and wanted not in _visible(session, shown):
+        # It may have been found and only not fit into the block, so it is removed before it is inserted.
         shown = [passage for passage in shown if passage != wanted][: script.num_passages - 1]
         shown.insert(script.rng.randrange(len(shown) + 1), wanted)
         while wanted not in _visible(session, shown):  # the block is full: drop other passages from the end

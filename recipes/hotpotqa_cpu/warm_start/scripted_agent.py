@@ -126,6 +126,7 @@ def _last_thought(script: Script) -> str:
     answer, question = script.question.golden_answers[0], script.question.question.strip()
     holding = [passage for passage in reversed(script.supporting) if contains_answer(passage.contents, [answer])]
     holding.sort(key=lambda passage: normalize(answer) != normalize(plain_title(passage)))
+    # Yes, no, or something that the question names answers a comparison, for which all passages count.
     compares = not holding or normalize(answer) in ("yes", "no") or contains_answer(question, [answer])
     sources = script.supporting if compares else holding[:1]
     titles = " and ".join(plain_title(passage) for passage in sources)
@@ -140,6 +141,7 @@ def _excerpt(passage: Passage, phrase: str) -> str:
     wanted = normalize(phrase).split()
     plain = [normalize(word) for word in words]
     for start in range(len(words) if wanted else 0):
+        # Articles and punctuation normalise to nothing; up to three of them may be within the phrase.
         if [word for word in plain[start : start + len(wanted) + 3] if word][: len(wanted)] == wanted:
             first, last = max(0, start - _WORDS_BEFORE), start + len(wanted) + _WORDS_AFTER
             return f"{plain_title(passage)}: {' '.join(words[first:last]).rstrip('.,;')}"

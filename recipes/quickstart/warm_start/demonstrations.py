@@ -178,6 +178,7 @@ class Demonstrator:
         same = [passage for passage in self._by_title[name] if passage.id != gold.id]
         namesakes = [self._by_id[id] for id in question.metadata["namesake_doc_ids"][hop]]
         chosen: dict[str, Passage] = {}
+        # Bounded, because a small pool gives the same passages again and again.
         for _ in range(20):
             if len(chosen) >= count:
                 break

@@ -116,6 +116,7 @@ def _copy_heads(model: Any) -> None:
         _match(layer.self_attn, 1, [(_TOKEN, _BEFORE, 16), (_BEFORE, _TWO_BEFORE, 16)], code_DT)
         for head in (0, 1):
             rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            # Each of the two heads copies one half of a token's 128 numbers.
             part = slice(head * 64, head * 64 + 64)
             layer.self_attn.v_proj.weight[rows] = 0
             layer.self_attn.v_proj.weight[rows, part] = torch.eye(64)
@@ -142,6 +143,7 @@ def _match(attention: Any, head: int, parts: list[tuple[slice, slice, int]], cod
 
     It uses only the low frequencies of RoPE, so that distance hardly matters.
     """
+    # RoPE rotates dimensions i and i + 32 together, the more slowly the larger i is.
     slow = [*range(16, 32), *range(48, 64)]
     query, key = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)
     at = 0

@@ -205,6 +205,7 @@ def loss_of(model: Any, batch: list[Example], pad: int) -> torch.Tensor:
     mask_BT = torch.tensor([mask + [0] * (length - len(mask)) for _, mask in batch], dtype=torch.bool).to(model.device)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=fast_type(model.device) == "bfloat16"):
         hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        # The state at position t predicts token t + 1; only the model's tokens need logits.
         hidden_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
         logits_NV = model.lm_head(hidden_ND)
     return torch.nn.functional.cross_entropy(logits_NV.float(), ids_BT[:, 1:][mask_BT[:, 1:]])
@@ -246,6 +247,7 @@ def _by_world(config: WarmStartConfig, tokenizer: Any) -> Iterator[list[Example]
         yield from map(write, range(config.worlds))
         return
     with multiprocessing.get_context("spawn").Pool(config.workers, die_with, (os.getpid(),)) as pool:
+        # In order, so that the batches do not depend on the number of workers.
         yield from pool.imap(write, range(config.worlds), chunksize=4)
 
 
@@ -270,6 +272,7 @@ def _write_world(index: int, *, config: WarmStartConfig, tokenizer: Any) -> list
 def _texts(config: WarmStartConfig) -> Iterator[str]:
     """Yield the tokenizer's training text: passages, questions, and the words of the protocol and demonstrations."""
     for index in range(config.tokenizer_worlds):
+        # Seeds below those of the demonstrations, so that the tokenizer is trained on other worlds.
         world = build_world(small_world(FIRST_WORLD * (1 + config.seed) - 1 - index, config.per_world))
         for passage in world.passages:
             yield passage.text
