@@ -184,6 +184,7 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
         (b'{"id": 7.5, "question": "Q", "golden_answers": ["x"]}', "field 'id': expected text or a whole number"),
         (b"[" * 100_000, "expected one JSON object per line"),
         (b'{"id": "b", "question": "Q", "golden_answers": ["caf\\ud83d"]}', "half a surrogate pair"),
+        (b'{"id": "b", "question": "Q", "golden_answers": ["caf\xed\xa0\xbd"]}', "expected UTF-8"),
     ],
 )
 def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: bytes, message: str):

@@ -3,7 +3,8 @@
 Rolling out every candidate dominates the cost of the method. With relevance scores, only candidates that can become a
 positive are rolled out: those at or above the relevance threshold, in descending order of relevance. The paper's rule
 takes one positive, so a query is done at its first correct candidate. The released code also takes ties, so each level
-of equal relevance is rolled out as a whole. The training groups are byte-identical to those of an exhaustive run.
+of equal relevance is rolled out as a whole. The training groups are byte-identical to those of an exhaustive run,
+unless a model refuses a request: pruning never sends some of them.
 
 All queries of a batch advance together: the first candidate of every query, then the second candidate of the queries
 without a success, and so on. One candidate per query and step needs the fewest rollouts, and the batch over queries

@@ -83,8 +83,9 @@ class Tally:
                 self.correct_in[band(score)] += em
                 self.table[score >= least, bool(em)] += 1
         level = [passage for passage, score in scores.items() if score == best]
-        if correct and all(passage in correct for passage in level):
-            self.first_level[any(correct[passage] for passage in level)] += 1
+        # A pruned level stops at its first success, which says enough; without one it must be complete.
+        if correct and (any(map(correct.get, level)) or correct.keys() >= set(level)):
+            self.first_level[any(map(correct.get, level))] += 1
 
     def result(self) -> dict[str, Any]:
         """The shares and distributions."""

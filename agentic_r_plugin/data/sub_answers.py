@@ -1,6 +1,6 @@
 """Sub-answers: a judge names the information that each query of a trajectory looked for (method section 4, step 3).
 
-Only the listwise judge uses them; the embedded default does not.
+Only judges (listwise, pointwise) use them; the embedded default does not.
 """
 
 from __future__ import annotations

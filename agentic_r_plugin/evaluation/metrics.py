@@ -126,9 +126,10 @@ class SearchTurns(QuestionMetric):
 
 
 class AnswerRecall(QuestionMetric):
-    """Share of questions with a gold answer among the first three passages shown for any search; also per search.
+    """Share of questions with a gold answer among the first three passages found by any search; also per search.
 
-    Questions whose answer occurs everywhere are left out (`answers.is_closed`: yes, no, an article, no answer).
+    The passages count as a whole, even if the protocol or the limits cut what the agent read of them. Questions whose
+    answer occurs everywhere are left out (`answers.is_closed`: yes, no, an article, no answer).
     """
 
     metric_name = "answer_recall_at_3"

@@ -81,7 +81,7 @@ class Usage:
 
     requests: int = 0
     retried: int = 0
-    """Number of times a request was sent again after a transient failure."""
+    """Number of times an answered request had been sent again after a transient failure."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens read from the engine's prefix cache, if the engine reports them."""

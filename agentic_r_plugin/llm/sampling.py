@@ -90,8 +90,8 @@ class StopStrings:
     def _could_end(self, token_id: int) -> bool:
         known = self._may_end.get(token_id)
         if known is None:
-            text = self._decode([token_id])
-            known = self._may_end[token_id] = any(end in text for end in self._ends)
+            text = self._decode([token_id])  # U+FFFD: a part of a character, which may end a stop string
+            known = self._may_end[token_id] = "\ufffd" in text or any(end in text for end in self._ends)
         return known
 
     def _decode(self, token_ids: Sequence[int]) -> str:

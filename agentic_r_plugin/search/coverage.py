@@ -128,14 +128,15 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     with output.claim(resume=resume) as held:
         if held.finished is not None:
             log.warning("%s is done already", out)
+            shutil.rmtree(held.work, ignore_errors=True)  # left if a run was killed right after it had finished
             return
         spec = config.spec()
         with open_search(spec) as backend, _open_corpus(spec, backend) as corpus:
             opened = {"corpus": corpus.fingerprint(), "retriever": backend.fingerprint()}
             held.begin({f"fingerprint of {role}": value for role, value in opened.items()})
             report = _measure(config, held, questions, corpus, backend, judged)
-        shutil.rmtree(held.work)
         held.finish(report)
+        shutil.rmtree(held.work)
     print(render(report))
 
 

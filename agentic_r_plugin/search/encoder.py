@@ -124,7 +124,7 @@ class Retriever:
             pooling: `auto`, or one of `families.POOLINGS`.
             device: `auto` uses CUDA if available.
             untrained: for a model without our record: the whole record, as an earlier load derived it, or values of
-                fields (`max_length`: both lengths) that override the defaults of such models.
+                fields (`max_length`: both lengths, at most 512) that override the defaults of such models.
             overrides: fields of `RetrieverRecord` that replace the recorded ones. Lengths beyond the model's positions
                 are reduced to them, with a line on stderr.
 

@@ -19,10 +19,11 @@ def parse_json(text: bytes | str) -> Any:
         ValueError: bad UTF-8, bad JSON, or a lone surrogate (`\\ud83d`), which tokenizers and files do not accept.
         RecursionError: nested too deeply.
     """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))  # strictly: `json.loads` lets half a surrogate pair pass
     value = json.loads(text)
-    data = text.encode() if isinstance(text, str) else text
     # Escapes can make half a surrogate pair, which encoding refuses. Text without them skips this second pass.
-    if rb"\ud" in data or rb"\uD" in data:
+    if r"\ud" in text or r"\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Generic
 
@@ -25,6 +25,11 @@ def key_hash(key: str) -> int:
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     # Signed, as SQLite's integers and `array("q")` are.
     return int.from_bytes(digest, "little", signed=True)
+
+
+def _is_plain(shard: Path) -> bool:
+    """Whether the records of a shard can be read from the file itself, without a copy."""
+    return shard.suffix == ".jsonl" and shard.is_file()
 
 
 class HashSet:
@@ -174,7 +179,7 @@ class KeyedRecords(Generic[RecordType]):
 
     def _lines(self, shard: Path) -> Iterator[tuple[int, int, object]]:
         """(offset, line number, parsed line) of a shard; the offset is in the file that stays open for reading."""
-        if self.reader is None and shard.suffix == ".jsonl" and shard.is_file():
+        if self.reader is None and _is_plain(shard):
             stream: IO[bytes] = shard.open("rb")
             self._files.append((shard, stream))
             offset = 0
@@ -225,4 +230,7 @@ class KeyedRecords(Generic[RecordType]):
         while left:
             block = stream.read(min(left, 1 << 20))
             left, line = left - len(block), line + block.count(b"\n")
+        # A copy has one line per record, its source perhaps blank lines between them.
+        if self.reader is None and not _is_plain(path):
+            line = next(islice(read_lines(path), line - 1, None))[0]
         return path, line

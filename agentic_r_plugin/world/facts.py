@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.world import names
 from agentic_r_plugin.world.grammar import Relation, grammar
-from agentic_r_plugin.world.settings import WorldConfig
+from agentic_r_plugin.world.settings import MOST_ENTITIES, WorldConfig
 
 SPLITS = ("train", "dev", "test")
 
@@ -118,8 +118,9 @@ def _entities(
     rng: random.Random, maker: names.NameMaker, kind: str, count: int, split: str, namesakes: float, facts: Facts
 ) -> list[Entity]:
     """Make `count` entities of one type, with keys that are unique in the world."""
-    # Ranges of keys per split and type, which do not overlap below 10,000 entities of a type in a split.
-    start = len(facts.entities) + 1_000_000 * (1 + SPLITS.index(split)) + 10_000 * list(grammar().types).index(kind)
+    # Ranges of keys per split and type, which do not overlap.
+    place = 100 * (1 + SPLITS.index(split)) + list(grammar().types).index(kind)
+    start = len(facts.entities) + MOST_ENTITIES * place
     if kind == "person":
         drafts = _with_namesakes(rng, maker.person, maker.near_person, list(names.JOBS), count, namesakes)
     elif kind == "work":

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from agentic_r_plugin.config import FREE, LATER, setting
 from agentic_r_plugin.errors import ConfigError
 
+MOST_ENTITIES = 10_000
+"""Of one type; their keys in `facts` are this far apart."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
@@ -55,6 +58,9 @@ class WorldConfig:
         for name in ("train_questions", "dev_questions", "test_questions", "newspapers", "talk_passages"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("people", "works", "companies", "schools", "prizes", "towns", "rivers"):
+            if getattr(self, name) >= MOST_ENTITIES:
+                raise ConfigError(f"{name}: expected less than {MOST_ENTITIES:,}, found {getattr(self, name):,}")
         for name in ("namesake_share", "mention_share", "reserved_share", "homonyms"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 0 or more and less than 1, found {getattr(self, name)}")

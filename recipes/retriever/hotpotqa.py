@@ -143,7 +143,9 @@ def report(results: Path) -> str:
         rows[line["model"], line["formulation"], None if line["seed"] is None else 0].append(line)
     head = ["model", "input", "trained", "seeds", *(name.removeprefix("corpus_") for name in SHOWN), "train s"]
     table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for (name, formulation, trained), lines in sorted(rows.items(), key=lambda item: (*item[0][:2], item[0][2] or -1)):
+    for (name, formulation, trained), lines in sorted(
+        rows.items(), key=lambda item: (*item[0][:2], item[0][2] is not None)
+    ):
         columns = [[line[metric] for line in lines] for metric in SHOWN]
         cells_ = [
             f"{statistics.mean(c):.3f}" + (f" ± {statistics.stdev(c):.3f}" if len(c) > 1 else "") for c in columns

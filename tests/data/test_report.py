@@ -9,6 +9,7 @@ import pytest
 
 from agentic_r_plugin import cost
 from agentic_r_plugin.cli import main
+from agentic_r_plugin.data.report import Tally
 from agentic_r_plugin.records import Candidates, Correctness, Group, Relevance, ScoredPassage
 from agentic_r_plugin.store import read_json, write_json, write_records
 
@@ -44,6 +45,14 @@ def data(tmp_path: Path) -> Path:
     )
     write_json(tmp_path / "groups.jsonl.report.json", {"dropped": {"no_correct_candidate": 1}, "seconds": 0.5})
     return tmp_path
+
+
+def test_a_level_whose_first_candidate_is_correct_counts_although_the_rest_was_pruned():
+    tally = Tally()
+    tied = {"a": 90, "b": 90, "c": 0}
+    for correct in ({"a": 1}, {"a": 0}, {"a": 0, "b": 0}, {"a": 0, "b": 1}):
+        tally.add(1, tied, correct, 0, 60)
+    assert tally.first_level == {True: 2, False: 1}
 
 
 def test_shares_distributions_agreement_and_drops_are_counted(data: Path, capsys: pytest.CaptureFixture):

@@ -316,6 +316,18 @@ def test_ready_says_whether_searches_are_answered():
     assert asyncio.run(states()) == [False, True, False]
 
 
+def test_a_stop_answers_every_search_of_the_batch_that_is_under_way():
+    async def answers():
+        service = SearchService(EchoBackend(delay_s=0.3), max_batch=8, window_ms=20, cache_size=0, max_waiting=8)
+        service.start()
+        asked = [asyncio.create_task(service.search([SearchRequest(query="a")], topk)) for topk in (1, 2, 3)]
+        await asyncio.sleep(0.15)  # the search of one depth is under way, the others are no longer in the queue
+        await service.stop()
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 2)
+
+    assert [str(answer) for answer in asyncio.run(answers())] == ["the service is shutting down"] * 3
+
+
 def test_a_slow_backend_times_out_and_a_full_queue_is_refused():
     with serving(EchoBackend(delay_s=1.0), limits=replace(LIMITS, timeout_s=0.3)) as url:
         answer = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -85,6 +86,10 @@ def test_a_key_that_occurs_twice_and_a_broken_line_are_errors_that_say_where(tmp
     twice = r"a\.jsonl:4: 'ü0' occurs twice; expected one SubAnswer for each, the first is at .*a\.jsonl:1$"
     with pytest.raises(RecordError, match=twice):
         by_id(tmp_path / "a.jsonl").open()
+    blank = (tmp_path / "a.jsonl").read_bytes().replace(b"\n", b"\n\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(blank))
+    with pytest.raises(RecordError, match=r"a\.jsonl\.gz:7: 'ü0' occurs twice; .* the first is at .*a\.jsonl\.gz:1$"):
+        by_id(tmp_path / "a.jsonl.gz").open()
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "b.jsonl").write_text("\n".join([lines[0], json.dumps({"schema": "sub_answer/1"})]))
     with pytest.raises(RecordError, match=r"b\.jsonl:2: missing field 'id'"):

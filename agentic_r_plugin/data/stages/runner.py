@@ -46,6 +46,8 @@ class RunnerSpec:
         for name in ("workers", "in_flight", "part_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"runner.{name}: expected at least 1, found {getattr(self, name)}")
+        if self.forecast < 0:
+            raise ConfigError(f"runner.forecast: expected 0 (no forecast) or more, found {self.forecast}")
 
     @property
     def elsewhere(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from agentic_r_plugin.errors import SearchError
 from agentic_r_plugin.records import Passage
@@ -175,8 +176,14 @@ class SearchService:
 
     async def _work(self) -> None:
         while True:
-            for (topk, depth), group in (await self._next_batch()).items():
-                await self._search_group(group, topk, depth)
+            groups = await self._next_batch()
+            try:
+                while groups:
+                    (topk, depth) = next(iter(groups))
+                    await self._search_group(groups.pop((topk, depth)), topk, depth)
+            finally:  # `stop` cancels between two groups, too
+                for item in chain.from_iterable(groups.values()):
+                    _fail(item, OverloadedError("the service is shutting down"))
 
     async def _next_batch(self) -> dict[tuple[int, int], list[_Waiting]]:
         """Next batch of waiting searches, by topk and depth: at once if full, else after the window of its first."""

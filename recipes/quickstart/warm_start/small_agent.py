@@ -148,7 +148,7 @@ def _match(attention: Any, head: int, parts: list[tuple[slice, slice, int]], cod
     query, key = torch.zeros(HEAD_DIM, HIDDEN), torch.zeros(HEAD_DIM, HIDDEN)
     at = 0
     for own, seen, count in parts:
-        used = slice(at, at + count) if len(parts) > 1 else slice(0, count)
+        used = slice(at, at + count)
         rows = slow[at : at + count]
         query[rows, own] = code_DT[used] if own == _TOKEN else torch.eye(64)[used]
         key[rows, seen] = torch.eye(64)[used]
