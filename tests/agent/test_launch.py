@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from agentic_r_plugin.agent import dataset, launch, packed_attention, verl_config
+from agentic_r_plugin.agent import dataset, launch, verl_config
 from agentic_r_plugin.agent.accelerator import accelerator_overrides
 from agentic_r_plugin.agent.checkpoints import checkpoint_steps, latest_step, name_latest
 from agentic_r_plugin.agent.cpu import detect
@@ -310,7 +310,8 @@ def test_without_flash_attn_actor_reference_and_critic_train_with_torchs_own_att
         f"+{model}.override_config.attn_implementation=eager" for model in ("actor_rollout_ref.model", "critic.model")
     ]
     assert used(verl=own) == {"eager"}
-    monkeypatch.setattr(packed_attention, "chosen", lambda: "flash_attention_2")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: name == "flash_attn" or find(name, *at))
     assert used() == {"flash_attention_2"}
     assert used(attention="packed_causal") == {"packed_causal"}
 

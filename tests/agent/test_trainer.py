@@ -206,7 +206,7 @@ def saved(trainer: AgenticPPOTrainer, step: int, *, ranks: tuple[int, ...], own:
 
 
 def test_shards_on_another_machines_disk_are_missed_at_the_first_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"step_7/actor: model_world_size_2_rank_1\.pt is missing.*on a disk"):
+    with pytest.raises(TrainingError, match=r"step_7/actor: model_world_size_2_rank_1\.pt is missing.*a shared disk"):
         saved(trainer_in(tmp_path), 7, ranks=(0,), own=OwnCallback())
 
 

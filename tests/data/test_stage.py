@@ -140,7 +140,7 @@ def test_interrupted_work_goes_on_and_repeats_at_most_one_batch(config: UpperCon
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert not Path(config.out).exists()
-    with pytest.raises(OutputExistsError, match=r"work on .* was begun"):
+    with pytest.raises(OutputExistsError, match=r"unfinished work exists"):
         Shouter(config).run()
     second = Shouter(config)
     report = second.run(resume=True)
