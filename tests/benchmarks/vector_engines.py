@@ -1,6 +1,6 @@
 """Milvus (milvus-lite, or a server) against faiss: same top 20, queries per second, memory.
 
-    python tests/benchmarks/milvus.py --rows 13337 [--dim 384] [--vectors FILE.npy] [--queries 512] [--uri server]
+    python tests/benchmarks/vector_engines.py --rows 13337 [--dim 384] [--vectors FILE.npy] [--uri server]
 
 `--uri` is `lite`, `server` (one of the package `milvus`, started for each row of the table) or an address.
 
@@ -70,7 +70,7 @@ def faiss_search(vectors: np.ndarray, kind: str, folder: Path, threads: int) -> 
 
 def milvus_search(vectors: np.ndarray, kind: str, folder: Path, uri: str) -> Search:
     from agentic_r_plugin.search.indexing import milvus
-    from agentic_r_plugin.search.indexing.faiss_files import Matrix, VectorBlocks
+    from agentic_r_plugin.search.indexing.faiss_files import Matrix
     from agentic_r_plugin.search.indexing.index import IndexManifest
     from agentic_r_plugin.storage.claim import Output
 
@@ -88,7 +88,7 @@ def milvus_search(vectors: np.ndarray, kind: str, folder: Path, uri: str) -> Sea
     with Output(out=folder, made_from={}, done="manifest.json", folder=True).claim(resume=True) as held:
         held.begin()
         milvus.prepare(manifest, held, timeout_s=600)
-        manifest = milvus.load(manifest, held, VectorBlocks([whole], rows, dim), None, timeout_s=600)
+        manifest = milvus.load(manifest, held, [whole], None, timeout_s=600)  # type: ignore[arg-type]  # no fields: no corpus is read
     collection = milvus.Collection(manifest, folder, timeout_s=600)
     collection.check()
     return lambda queries: collection.search(queries, TOPK)[1]
@@ -106,11 +106,11 @@ def measure(args: argparse.Namespace) -> None:
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[Any]:
-    """The Milvus of the package `milvus` (a `MilvusServer`), with its files in the folder."""
+    """The Milvus of the package `milvus` (a `MilvusServer`), with its files next to the folder."""
     import milvus
 
     server = milvus.MilvusServer()
-    server.set_base_dir(str(folder / "server"))
+    server.set_base_dir(f"{folder}-server")
     server.start()
     try:
         yield server
