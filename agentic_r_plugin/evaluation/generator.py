@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
@@ -62,9 +61,14 @@ class AgenticGenerator:
                     f"generator parameter {name}={value!r}: this generator knows {', '.join(sorted(known))}"
                 )
         stop = params.get("stop") or self.sampling.stop
-        given = {name: params[name] for name in ("temperature", "top_p", "top_k", "seed") if name in params}
-        sampling = replace(self.sampling, **given, stop=(stop,) if isinstance(stop, str) else tuple(stop))
-        return int(params.get("max_tokens") or params.get("max_new_tokens") or self.max_tokens), sampling
+        base = self.sampling
+        return int(params.get("max_tokens") or params.get("max_new_tokens") or self.max_tokens), Sampling(
+            temperature=float(params.get("temperature", base.temperature)),
+            top_p=float(params.get("top_p", base.top_p)),
+            top_k=int(params.get("top_k", base.top_k)),
+            seed=params.get("seed", base.seed),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
         """Drop trailing end-of-text tokens, as every FlashRAG generator does. Other special tokens stay."""

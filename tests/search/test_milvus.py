@@ -45,7 +45,7 @@ SECRET = "root:5ecretMilvus"
 
 
 def prefix_of(out):
-    """Tests build the same index in one server: each in a collection of its own."""
+    """Prefix of the collection of `out`: tests that build the same index on one server do not share a collection."""
     return f"p{fingerprint(str(out))}"
 
 
