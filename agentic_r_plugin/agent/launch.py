@@ -129,7 +129,7 @@ def _follow(run_dir: Path, config: TrainAgentConfig, process: subprocess.Popen[b
     while True:
         ended = process.poll() is not None  # polled before reading: lines written just before the exit are still shown
         size = log.path.stat().st_size if log.path.is_file() else -1
-        for record in log.read() if size != read_bytes else ():  # a long log takes a tenth of a second to parse
+        for record in log.read() if size != read_bytes else ():  # parsed only if it has grown
             if record["step"] > shown:
                 shown = record["step"]
                 took += [record["timing_s/step"]] if record.get("timing_s/step") else []
