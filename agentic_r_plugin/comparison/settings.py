@@ -172,11 +172,14 @@ def parts(config: ExperimentConfig) -> Iterator[Part]:
         for seed in seeds:
             named = {"{variant}": variant, "{seed}": "" if seed is None else str(seed)}
             folder = Path(config.out, variant, *([] if seed is None else [f"seed-{seed}"]))
+            # A cell whose agent and retriever do not depend on the seed is evaluated once.
+            others = [str(Path(config.out, variant, f"seed-{other}", "evaluation")) for other in seeds if other != seed]
             one = replace(
                 config,
                 run=_filled(config.run, named),
                 agents=[_filled(agent, named) for agent in config.agents],
                 out=str(folder),
+                evaluate=({"reuse": others} if others else {}) | config.evaluate,
                 seeds=[],
                 variants={},
             )

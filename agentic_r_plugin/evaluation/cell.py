@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -41,7 +43,7 @@ from agentic_r_plugin.search.base import SearchBackend
 from agentic_r_plugin.storage.claim import Claim, Output
 from agentic_r_plugin.storage.json_text import parse_json
 from agentic_r_plugin.storage.table import UnitResult, WorkTable
-from agentic_r_plugin.store import write_json, write_records
+from agentic_r_plugin.store import atomic_path, read_json, write_json, write_records
 
 if TYPE_CHECKING:
     from agentic_r_plugin.evaluation.evaluate import EvaluateConfig
@@ -170,6 +172,32 @@ def run_cell(
         # After the result: a kill before it must not lose the answers.
         WorkTable.remove(held.work)
     return result
+
+
+def copy_finished(cell: Cell, held: Claim, folders: Sequence[str]) -> dict[str, Any] | None:
+    """Copy the cell from the first of these evaluations that has finished it with the same inputs and settings.
+
+    Returns:
+        Its result, which keeps the provenance and the cost of the evaluation that made it; None if there is none.
+    """
+    for folder in folders:
+        other = cell.output(Path(folder))
+        if other.out == held.out or not other.path(RESULT).is_file():
+            continue
+        if _identity(other.before() or {}) == _identity(held.output.made_from):
+            for name in (PER_QUESTION, JUDGEMENTS, SCORES):
+                if (file := other.path(name)).is_file():
+                    with atomic_path(held.out / name) as partial:
+                        shutil.copyfile(file, partial)
+            held.finish(read_json(other.path(RESULT)))
+            WorkTable.remove(held.work)
+            return held.finished
+    return None
+
+
+def _identity(made_from: Mapping[str, Any]) -> Any:
+    # An index that was built twice differs in its files (paths, times), not in what it serves: `search_fingerprint`.
+    return json.loads(json.dumps({key: value for key, value in made_from.items() if key != "retriever"}))
 
 
 def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable, judge: AnswerJudge | None) -> None:

@@ -65,6 +65,12 @@ class EvaluateConfig:
     cells: list[str] = setting("evaluate only these pairs, AGENT:SEARCH; empty: all", default_factory=list)
     processes: int = setting("evaluate cells in N processes at a time, for small models on a CPU", FREE, default=1)
     tables: bool = setting("write the matrix and its tables", FREE, default=True)
+    reuse: list[str] = setting(
+        "folders of other evaluations; a cell that one of them has finished with the same agent, search, questions and "
+        "settings is copied",
+        FREE,
+        default_factory=list,
+    )
     split: str = setting("split of every benchmark", default="test")
     splits: dict[str, str] = setting("benchmark -> split, where it differs", default_factory=dict)
     format: str = field(default="", metadata=FORMAT)
@@ -208,7 +214,7 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:
     """Evaluate the missing cells. Judge and agents are loaded once; a retriever stays open for its next cell."""
-    from agentic_r_plugin.evaluation.cell import run_cell
+    from agentic_r_plugin.evaluation.cell import copy_finished, run_cell
 
     if not missing:
         return
@@ -226,7 +232,11 @@ def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, An
                             with cell.output(out).claim(resume=True) as held:
                                 held.begin(opened)
                                 # another process may have finished it while the models were loaded
-                                done[cell.name] = held.finished or run_cell(cell, llm, search, held, judge)
+                                done[cell.name] = (
+                                    held.finished
+                                    or copy_finished(cell, held, config.reuse)
+                                    or run_cell(cell, llm, search, held, judge)
+                                )
                             print(_one_line(done[cell.name]), flush=True)
 
 

@@ -26,6 +26,7 @@ from agentic_r_plugin.errors import (
     RecordError,
     RequestRefusedError,
 )
+from agentic_r_plugin.evaluation import cell as cell_module
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.evaluation.answer_judge import AnswerJudge
 from agentic_r_plugin.evaluation.cell import Cell, _intervals, run_cell
@@ -143,6 +144,39 @@ def test_finished_cells_are_not_run_again_and_new_ones_are_added(
     assert matrix["comparisons"][0]["metrics"]["agentic_em"]["p_value"] == 1.0
     monkeypatch.setattr(evaluate, "open_llm", None)
     run(config(tmp_path, tiny_agent, searches=searches), resume=True)
+
+
+def test_a_cell_that_another_evaluation_has_finished_is_copied_if_all_it_was_made_from_is_the_same(
+    tmp_path: Path, tiny_agent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = config(tmp_path, tiny_agent, first=4)
+    run(first)
+    for corpus in ("same", "longer"):
+        shutil.copytree(tmp_path / "toy", tmp_path / corpus)
+    with (tmp_path / "longer" / "corpus.jsonl").open("a") as stream:
+        stream.write('{"id": "new", "contents": "\\"A new title\\"\\nA new text."}\n')
+    searches = {"bm25": f"bm25:{tmp_path / 'same' / 'corpus.jsonl'}"}
+    manifest = Path(first.out, "tiny-bm25-toy", ".manifest.json")
+    made = read_json(manifest)  # an index that was built at another time has other files
+    write_json(manifest, made | {"made_from": made["made_from"] | {"retriever": "built at another time"}})
+    asked: list[str] = []
+    monkeypatch.setattr(cell_module, "run_cell", lambda *given: asked.append(given[0].name) or run_cell(*given))
+    again = config(tmp_path, tiny_agent, first=4, searches=searches, out=str(tmp_path / "again"), reuse=[first.out])
+    run(again)
+    assert asked == []
+    for name in ("result.json", "per_question.jsonl", "scores.json"):
+        own, copied = (Path(out, "tiny-bm25-toy", name).read_bytes() for out in (first.out, again.out))
+        assert own == copied
+    assert (tmp_path / "again" / "matrix.md").read_bytes() == (tmp_path / "out" / "matrix.md").read_bytes()
+    run(again, resume=True)
+    others = {
+        "passages": {"searches": {"bm25": f"bm25:{tmp_path / 'longer' / 'corpus.jsonl'}"}, "first": 4},
+        "questions": {"first": 3},
+        "settings": {"first": 4, "settings": {"agent": {"device": "cpu"}, "topk": 1}},
+    }
+    for name, changed in others.items():
+        run(config(tmp_path, tiny_agent, out=str(tmp_path / name), reuse=[first.out, "nowhere"], **changed))
+    assert asked == ["tiny-bm25-toy"] * 3
 
 
 def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_shows_where_cells_differ(
