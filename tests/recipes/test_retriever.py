@@ -12,8 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertForSequenceClassification
 
 from agentic_r_plugin import components
 from agentic_r_plugin.config import load_config
@@ -23,6 +26,7 @@ from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.reranker import TrainRerankerConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
 from agentic_r_plugin.search.corpus import Corpus
+from agentic_r_plugin.search.cross_encoder import load_cross_encoder
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import FAMILIES
 from agentic_r_plugin.store import read_records
@@ -227,3 +231,44 @@ def test_four_bit_weights_become_a_model_with_e5s_prompts(tmp_path):
         np.testing.assert_array_equal(weights[long], expected[short])
     ids = model.tokenizer("query:\triver  a")["input_ids"]
     assert model.tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁query", ":", "▁river", "▁", "a", "</s>"]
+
+
+def test_eight_bit_weights_of_an_onnx_file_become_a_cross_encoder(tmp_path):
+    """A graph with the names that the package's file has, of one layer, with weights that are known."""
+    config = BertConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=48,
+        max_position_embeddings=16, num_labels=1,
+    )  # fmt: skip
+    generator = np.random.default_rng(0)
+    expected, stored, nodes = {}, {}, []
+    for name, tensor in BertForSequenceClassification(config).state_dict().items():
+        if tensor.ndim == 1 or "LayerNorm" in name:
+            expected[name] = stored[name] = generator.normal(size=tuple(tensor.shape)).astype(np.float32)
+            continue
+        numbers = generator.integers(0, 256, size=tuple(tensor.shape), dtype=np.uint8)
+        scale, zero = np.float32(generator.uniform(0.001, 0.01)), np.uint8(generator.integers(100, 150))
+        expected[name] = (numbers.astype(np.float32) - np.float32(zero)) * scale
+        kept = name
+        if ".layer.0." in name:
+            kept = f"onnx::MatMul_{len(nodes)}"
+            path = name.removesuffix(".weight").replace("bert.encoder.layer.0.", "/bert/encoder/layer.0/")
+            first, _, rest = path.rpartition("layer.0/")
+            product = f"{first}layer.0/{rest.replace('.', '/')}/MatMul_quant"
+            nodes.append(onnx.helper.make_node("MatMulInteger", ["x", f"{kept}_quantized"], ["y"], name=product))
+        stored[f"{kept}_quantized"] = numbers if "embeddings" in name else np.ascontiguousarray(numbers.T)
+        stored |= {f"{kept}_scale": np.asarray(scale), f"{kept}_zero_point": np.asarray(zero)}
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in stored.items()]
+    graph = onnx.helper.make_graph(nodes, "bert", [], [], tensors)
+    (tmp_path / "model.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "river", "bridge", "who", "built"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    command = [sys.executable, RECIPE / "prepare_ms_marco.py", "--model", tmp_path, "--out", tmp_path / "made"]
+    subprocess.run([str(x) for x in command], check=True, capture_output=True, timeout=120)
+    model = load_cross_encoder(str(tmp_path / "made"), "test", device="cpu")
+    weights = model.model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(weights[name].numpy(), tensor)
+    assert model.max_seq_length == 16 and isinstance(model.activation_fn, torch.nn.Identity)
+    ids = model.tokenizer("who built", "Bridge")["input_ids"]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "who", "built", "[SEP]", "bridge", "[SEP]"]
