@@ -105,7 +105,9 @@ class ExperimentConfig:
     rerankers: dict[str, Any] = setting(
         "name -> what differs in train-reranker on the run's data; a retriever's rerank names it", default_factory=dict
     )
-    only: list[str] = setting("names of retrievers to make and compare; empty: all", default_factory=list)
+    only: list[str] = setting(
+        "names of retrievers to make and compare, and of variants; empty: all", default_factory=list
+    )
     benchmarks: dict[str, str] = setting(
         "name -> folder in FlashRAG layout, next to the run's own benchmark", default_factory=dict
     )
@@ -127,10 +129,8 @@ class ExperimentConfig:
             raise ConfigError("stop_rule, max_searches: give at most one of the two")
         if (self.variants or self.loop_settings) and not self.loop:
             raise ConfigError("variants, loop_settings: need loop, the configuration that they change")
-        if unknown := [name for name in self.only if name not in self.retrievers]:
-            raise ConfigError(f"only: {unknown[0]!r} is not among the retrievers {', '.join(self.retrievers)}")
-        chosen = {name: self.retrievers[name] for name in self.only} or self.retrievers
-        object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, chosen, "retrievers"))
+        self._choose()
+        object.__setattr__(self, "retrievers", entries_of(RetrieverPlan, self.retrievers, "retrievers"))
         for name, plan in self.retrievers.items():
             for part in plan.hybrid:
                 if part not in self.retrievers or self.retrievers[part].hybrid:
@@ -145,6 +145,17 @@ class ExperimentConfig:
                 raise ConfigError(
                     f"retrievers.{name}: reranks {plan.of!r}: expected another retriever here, not a reranked one"
                 )
+
+    def _choose(self) -> None:
+        """Leave the retrievers and variants that `only` names; where it names none of one kind, all of that kind."""
+        kinds = {"retrievers": self.retrievers, "variants": self.variants}
+        for name in self.only:
+            if not any(name in known for known in kinds.values()):
+                known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+                raise ConfigError(f"only: {name!r} is not among {known}")
+        for kind, known in kinds.items():
+            chosen = {name: known[name] for name in self.only if name in known}
+            object.__setattr__(self, kind, chosen or known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +193,7 @@ def parts(config: ExperimentConfig) -> Iterator[Part]:
                 evaluate=({"reuse": others} if others else {}) | config.evaluate,
                 seeds=[],
                 variants={},
+                only=[],  # the retrievers are chosen by now
             )
             yield Part(variant=variant, seed=seed, experiment=one, loop=_loop(config, variant, seed, one.run))
 

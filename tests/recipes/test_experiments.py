@@ -97,8 +97,21 @@ def test_only_some_retrievers_are_made_and_a_name_that_is_none_is_refused() -> N
     found = load_config(ExperimentConfig, recipe, ["only=[likelihood,pruned]"])
     assert list(found.retrievers) == ["likelihood", "pruned"]
     assert list(replace(found, only=[]).retrievers) == ["likelihood", "pruned"], "as saved in config.yaml"
-    with pytest.raises(ConfigError, match=r"only: 'x' is not among the retrievers exhaustive, pruned"):
+    with pytest.raises(ConfigError, match=r"only: 'x' is not among retrievers: exhaustive, pruned, "):
         load_config(ExperimentConfig, recipe, ["only=[x]"])
+
+
+def test_only_some_variants_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = RECIPES / "homonyms.yaml"
+    found = list(parts(load_config(ExperimentConfig, recipe, ["only=[homonyms-6]", "seeds=[0]"])))
+    assert [(part.variant, part.loop.world.homonyms) for part in found if part.loop] == [("homonyms-6", 0.6)]
+    assert list(found[0].experiment.retrievers) == ["retriever-0", "with_question", "without_question"]
+    both = load_config(ExperimentConfig, recipe, ["only=[homonyms-6,none,retriever-0]"])
+    assert [(part.variant, part.seed) for part in parts(both)] == [
+        (variant, seed) for variant in ("homonyms-6", "none") for seed in both.seeds
+    ]
+    assert list(both.retrievers) == ["retriever-0"]
 
 
 def test_an_agent_of_another_protocol_is_compared_by_the_command_in_the_recipe(finished: Path, tmp_path: Path) -> None:
