@@ -19,9 +19,9 @@ The object behind a name depends on its kind:
 | reward | `f(outcome: Outcome, **options) -> float` (`agent.rewards`) |
 | selection | a `data.selection.Selection` |
 
-A backend, reranker or scorer may declare its options in a dataclass `Options` in its class. An option whose field has
-the metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other option, declared or
-not, must stay the same.
+A backend, reranker, scorer or trainer may declare its options in a dataclass `Options`, an attribute of it. An option
+whose field has the metadata `config.FREE` cannot change the result and may differ when work is resumed. Every other
+option, declared or not, must stay the same.
 """
 
 from __future__ import annotations

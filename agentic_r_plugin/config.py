@@ -64,7 +64,7 @@ def setting(text: str, *flags: Mapping[str, Any], **options: Any) -> Any:
 def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
     """Metadata of a dictionary with the options of one component; the field `field` holds the component's name.
 
-    A component declares its options in a dataclass `Options` in its class, with the same flags on its fields.
+    A component declares its options in a dataclass `Options`, an attribute of it, with the same flags on its fields.
     An undeclared option counts as one that can change the result.
     """
     return {"options_of": (kind, field)}

@@ -176,7 +176,10 @@ class Loop:
 
 
 def _agent_cost(out: Path) -> dict[str, Any]:
-    """Cost of PPO, summed from its step log, whose values are means over the trajectories of a step."""
+    """Cost of PPO, summed from its step log, whose values are means over the trajectories of a step.
+
+    Trajectories whose search failed are left out of the means and counted here with the mean of the others.
+    """
     steps = [line for _, line in read_lines(out / "metrics.jsonl") if line.get("agentic_r/trajectories")]
 
     def total(name: str) -> int:

@@ -340,8 +340,13 @@ def test_a_loop_has_the_stages_whose_files_its_selection_reads(tmp_path):
         return names
 
     every = ["trajectories", "candidates", "relevance", "correctness", "groups"]
-    assert stages() == stages("groups.use_correctness=false") == every
-    assert stages("groups.preset=opened") == [name for name in every if name != "correctness"]
+    assert stages() == every
+    judged = [name for name in every if name != "correctness"]
+    assert stages("groups.use_correctness=false") == judged
+    unjudged = ("groups.use_relevance=false", "correctness.exhaustive=true")
+    assert stages(*unjudged) == [name for name in every if name != "relevance"]
+    assert stages("groups.use_relevance=false", "groups.preset=opened") == ["trajectories", "candidates", "groups"]
+    assert stages("groups.preset=opened") == judged
     scored = "train_retriever={trainer: replug, correctness: c.jsonl}"
     assert stages("groups.preset=opened", scored) == every
 

@@ -13,13 +13,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin import components
 from agentic_r_plugin.config import BY_CONTENTS, FREE, setting
 from agentic_r_plugin.convert.output import convert_once
 from agentic_r_plugin.errors import ConfigError, RecordError
+from agentic_r_plugin.protocol import AgentProtocol
 from agentic_r_plugin.records import Candidates, Record, StopReason, Trajectory
 from agentic_r_plugin.store import read_lines, read_records, shards, write_json
 from agentic_r_plugin.tags import TagProtocol, with_tags
@@ -103,8 +105,7 @@ def _browsecomp_plus(record: Trajectory, protocol: TagProtocol, model: str) -> d
         found = json.dumps([{"docid": passage.id, "score": passage.score} for passage in turn.passages])
         events.append(event("tool_call", found, "search", json.dumps({"query": turn.query}, ensure_ascii=False)))
     if record.answer is not None:
-        thought, _, _ = protocol.exchanges(record.text)[-1][0].rpartition(protocol.opening(protocol.answer_tag))
-        if reasoning := re.sub(r"</?\w+>", "", thought).strip():
+        if reasoning := _last_thought(record, protocol):
             events.append(event("reasoning", [reasoning]))
         events.append(event("output_text", record.answer))
     return {
@@ -115,6 +116,17 @@ def _browsecomp_plus(record: Trajectory, protocol: TagProtocol, model: str) -> d
         "retrieved_docids": _shown(record),
         "result": events,
     }
+
+
+def _last_thought(record: Trajectory, protocol: TagProtocol) -> str:
+    """What the agent wrote before its answer, without tags."""
+    if not record.runs:
+        thought, _, _ = protocol.exchanges(record.text)[-1][0].rpartition(protocol.opening(protocol.answer_tag))
+        return re.sub(r"</?\w+>", "", thought).strip()
+    # An agent that calls tools. Its last turn, which answers, holds no call, whatever the form of its calls.
+    tools: AgentProtocol = components.load("agent_protocol", "tool_calls")
+    pieces = tools.pieces(replace(record, text=record.text[-record.runs[-1] :], runs=record.runs[-1:]))
+    return "\n".join(piece.text for piece in pieces if piece.kind == "think")
 
 
 def holds(path: str, record: type[Record]) -> bool:

@@ -235,6 +235,8 @@ class MalformedShare(QuestionMetric):
         """(malformed turns, all turns of the agent)."""
         record = trajectory(item)
         malformed = record["malformed_turns"]
+        if runs := record.get("runs"):  # a turn may hold several calls; the runs alternate, the first is the agent's
+            return malformed, (len(runs) + 1) // 2
         return malformed, malformed + len(record["turns"]) + int(record["stop_reason"] in _LAST_TURNS)
 
     def score(self, item: Any, golden_answers: Sequence[str]) -> float:

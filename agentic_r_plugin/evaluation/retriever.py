@@ -95,7 +95,8 @@ class FlashRAGBackend:
         """Best `topk` passages of each request.
 
         Repeated passages are kept once. Passages with which FlashRAG's BM25 fills up a result (score 0, no word in
-        common) are dropped.
+        common) are dropped. FlashRAG's encoders cut the end of an input that is longer than `query_max_length`, also if
+        that is the query after a long reasoning.
 
         Raises:
             SearchError: the number of results differs from the number of queries.

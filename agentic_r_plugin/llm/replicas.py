@@ -31,6 +31,11 @@ def _call(backend: Any, method: str, *arguments: Any, **named: Any) -> tuple[lis
     return list(found), {name: value - before[name] for name, value in asdict(usage).items()}
 
 
+def _limits(backend: Any) -> dict[str, int | None]:
+    """What an engine's backend says of its limits (`rollout.run_sessions` reads both, where a backend has them)."""
+    return {name: getattr(backend, name, None) for name in ("max_length", "kept_tokens")}
+
+
 class ReplicatedBackend:
     """`replicas` engines behind the interface of one.
 
@@ -63,6 +68,10 @@ class ReplicatedBackend:
             opened = [self._pool.call(place, attrgetter("codec")) for place in range(replicas)]
             self.codec: Codec
             self.codec, *_ = [self._pool.get(reference) for reference in opened]
+            limits = self._pool.get(self._pool.call(0, _limits))
+            self.max_length: int | None = limits["max_length"]
+            kept = limits["kept_tokens"]
+            self.kept_tokens: int | None = None if kept is None else kept * replicas
             self._fingerprint = str(self._pool.same(methodcaller("fingerprint"), "llm.replicas: the engines' models"))
         except Exception:
             self.close()

@@ -16,6 +16,7 @@ from typing import Any
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.config import deciding, flat, load_config, merged, to_dict
 from agentic_r_plugin.data import candidates, correctness, groups, relevance, sub_answers, trajectories
+from agentic_r_plugin.data.groups import GroupsConfig
 from agentic_r_plugin.data.selection import selection_named
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.benchmarks import split_file
@@ -83,7 +84,10 @@ class Phases:
         trainer = self.config.train_retriever
         read = {"relevance"} if _reads_scores(trainer) else set()
         # A section of the trainer that names `relevance` or `correctness` reads that file, too.
-        read |= trainer.keys() | selection_named(self.config.groups.get("preset", "paper")).needs
+        chosen = {"candidates": NOT_YET, "out": NOT_YET} | self.config.groups
+        read |= trainer.keys() | load_config(GroupsConfig, values=chosen).files().keys()
+        if "correctness" in read and not self.config.correctness.get("exhaustive"):
+            read.add("relevance")  # it prunes
         judge = {"sub-answers": sub_answers} if self.config.judge else {}
         scores = {"relevance": relevance, "correctness": correctness}
         return {

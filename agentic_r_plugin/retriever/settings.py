@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.hub import HubConfig
 from agentic_r_plugin.query import DEFAULT_FORMULATION
@@ -55,6 +55,12 @@ class TrainRetrieverConfig(TrainedModelConfig):
     query_prompt: str | None = setting("prefix of queries, in place of the preset's", default=None)
     passage_prompt: str | None = setting("prefix of passages, in place of the preset's", default=None)
     trainer: str = setting("registered retriever_trainer: contrastive, replug, llm_embedder", default="contrastive")
+    options: dict[str, Any] = setting(
+        "options of another package's trainer; ours have none",
+        options_of("retriever_trainer", "trainer"),
+        LATER,
+        default_factory=dict,
+    )
     formulation: str | None = setting(
         f"registered query_formulation; none: the checkpoint's record, else {DEFAULT_FORMULATION}", default=None
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from agentic_r_plugin import child, components, compute
 from agentic_r_plugin.config import deciding, save_config, to_dict
-from agentic_r_plugin.errors import TrainingError
+from agentic_r_plugin.errors import ConfigError, TrainingError
 from agentic_r_plugin.hub import push_folder
 from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.retriever import loss as losses
@@ -86,6 +86,8 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 
 
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
+    if config.options:
+        raise ConfigError(f"options: the trainer {config.trainer!r} has none, found {', '.join(config.options)}")
     bound_caches()
     other_corpus = Corpus(config.elsewhere_corpus) if config.elsewhere_corpus else nullcontext()
     with Corpus(config.corpus) as corpus, other_corpus as other, process_group(config.device) as (rank, world):

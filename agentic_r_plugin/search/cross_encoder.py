@@ -205,8 +205,16 @@ class CrossEncoderReranker:
         return cls.load(spec.rerank.model, device=spec.device, **options)
 
     def query_text(self, request: SearchRequest) -> str:
-        """What the model reads of a request."""
-        return clipped(retriever_input(request, self.record.formulation), self.model)
+        """What the model reads of a request; a reasoning that is too long loses its beginning."""
+        if not self.reads_reasoning:
+            return clipped(retriever_input(request, self.record.formulation), self.model)
+        # The longer text of a pair is truncated first, so half of the tokens are safe: [CLS] A [SEP] B [SEP].
+        half = (self.record.max_length - 3) // 2
+        return retriever_input(request, self.record.formulation, count_tokens=self._tokens, max_tokens=half)
+
+    def _tokens(self, text: str) -> int:
+        """Tokens of a text without special tokens."""
+        return len(self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def passage_text(self, passage: Passage) -> str:
         """What the model reads of a passage."""

@@ -190,6 +190,19 @@ def test_run_files_of_browsecomp_plus_are_read_again_as_the_same_trajectories(gr
     assert list(read_records(out, Trajectory)) == list(read_records(searched, Trajectory))
 
 
+def test_the_last_thought_of_an_agent_that_calls_tools_is_of_its_last_turn_alone(searched, tmp_path):
+    call = '<think>First.</think><tool_call>{"name": "search", "arguments": {"query": "next"}}</tool_call>'
+    shown, last = "<tool_response>Doc 1 \u2026</tool_response>", "<think>Second.</think>So <answer>yes</answer>"
+    record = next(iter(read_records(searched, Trajectory)))
+    turn = replace(record.turns[0], reasoning="First.", end=len(call))
+    runs = tuple(map(len, (call, shown, last)))
+    write_records(tmp_path / "t.jsonl", [replace(record, turns=(turn,), text=call + shown + last, runs=runs)])
+    convert("runs", f"in={tmp_path / 't.jsonl'}", f"out={tmp_path / 'runs'}", "to=browsecomp_plus")
+    made = json.loads((tmp_path / "runs" / "run_000001.json").read_text())
+    assert [item["output"] for item in made["result"] if item["type"] == "reasoning"] == [["First."], ["Second."]]
+    assert made["result"][-1]["output"] == "yes"
+
+
 @pytest.mark.parametrize("to", ["tevatron", "flagembedding", "sentence_transformers"])
 def test_weights_of_groups_are_kept_and_it_is_said_what_the_trainer_does_with_them(groups, to, tmp_path, caplog):
     first, second = read_records(groups[0], Group)

@@ -139,6 +139,16 @@ def test_a_turn_that_asks_for_one_search_too_many_is_a_turn_of_the_agent(tmp_pat
     assert found == ({"malformed_share": 1 / 3}, [1 / 3])
 
 
+def test_a_turn_of_several_calls_and_one_that_only_opens_are_each_one_turn(tmp_path: Path) -> None:
+    # The agent's turns: three searches at once, a document opened, nothing well-formed, the answer.
+    ended = answered([["1"], ["2"], ["3"]], [["no"]] * 3, malformed_turns=1, runs=[9, 5, 9, 5, 9, 5, 9])
+    found = calculate(
+        flashrag_config(tmp_path), "malformed_share",
+        dataset(flashrag_config(tmp_path), [{"golden_answers": ["x"], "output": ended}]),
+    )  # fmt: skip
+    assert found == ({"malformed_share": 1 / 4}, [1 / 4])
+
+
 @pytest.mark.parametrize("depth", [0, 5])
 @pytest.mark.parametrize("name", ["answer_recall_at_20", "gold_document_recall_at_20"])
 def test_recall_at_20_is_none_where_nobody_looked_at_20(tmp_path: Path, name: str, depth: int) -> None:

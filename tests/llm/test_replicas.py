@@ -42,8 +42,11 @@ def test_a_batch_over_two_engines_is_answered_in_order_and_counted(monkeypatch: 
                 backend.chat(["hello", "you"], max_tokens=3),  # type: ignore[attr-defined]
                 backend.fingerprint(),
                 (usage.requests, usage.prompt_tokens, usage.generated_tokens),
+                backend.max_length,  # type: ignore[attr-defined]
+                backend.kept_tokens / replicas,  # type: ignore[attr-defined]
             )
     assert found[1] == found[2]
+    assert found[2][4] > 0 and found[2][5] > 0
     assert found[2][3][0] == len(prompts) + 1 + 2
 
 

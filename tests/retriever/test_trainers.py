@@ -106,6 +106,8 @@ def train_with(config, scores, trainer):
 def test_missing_scores_are_said_with_file_and_line(config, scores, tmp_path):
     with pytest.raises(ConfigError, match="learns from scores: give relevance=FILE"):
         run(replace(config, trainer="replug"))
+    with pytest.raises(ConfigError, match="the trainer 'contrastive' has none, found margin"):
+        run(replace(config, options={"margin": 1}))
     part = tmp_path / "part.jsonl"
     part.write_text("".join((scores / "relevance.jsonl").read_text().splitlines(keepends=True)[:3]))
     with pytest.raises(RecordError, match=r"train\.jsonl:4: no score for passage 'd3' of query \('question3', 1\)"):

@@ -153,6 +153,18 @@ def test_equal_passages_tie_exactly_and_long_texts_are_cut(reranker_folder):
     assert reranker.score([], []) == [] and reranker.score(REQUESTS[:1], [[]]) == [[]]
 
 
+def test_a_long_reasoning_costs_neither_the_query_nor_half_of_the_passage(reranker_folder):
+    reranker = CrossEncoderReranker.load(reranker_folder, formulation="reasoning_query", device="cpu")
+    text = reranker.query_text(SearchRequest(query="q1 q2", question="q3", reasoning="p1 p2 p3 " * 300))
+    passage = reranker.passage_text(Passage(id="0", title="title", text="p4 " * 300))
+    tokenizer = reranker.model.tokenizer
+    pair = tokenizer(text, passage, truncation="longest_first", max_length=64)["input_ids"]
+    words = tokenizer.convert_ids_to_tokens(pair)
+    read = words[: words.index("[SEP]")]
+    assert read[-2:] == ["q1", "q2"] and read.count("p1") + read.count("p2") + read.count("p3") > 20
+    assert 28 < words.count("p4") <= 31
+
+
 def test_a_reranker_reads_what_its_checkpoint_records_unless_options_say_otherwise(tmp_path, reranker_folder):
     def opened(model: str, **options: object) -> CrossEncoderReranker:
         values = {"device": "cpu", "rerank": {"model": model, "options": options}}
