@@ -151,8 +151,8 @@ class ExperimentConfig:
         kinds = {"retrievers": self.retrievers, "variants": self.variants}
         for name in self.only:
             if not any(name in known for known in kinds.values()):
-                known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-                raise ConfigError(f"only: {name!r} is not among {known}")
+                listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+                raise ConfigError(f"only: {name!r} is not among {listed}")
         for kind, known in kinds.items():
             chosen = {name: known[name] for name in self.only if name in known}
             object.__setattr__(self, kind, chosen or known)
