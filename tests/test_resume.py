@@ -51,7 +51,7 @@ FREE_OF = {
     "ConvertRunsConfig": "out",
     "ConvertQrelsConfig": "out",
     "AgenticRSettings": "batch_size",
-    "EvaluateConfig": "processes tables",
+    "EvaluateConfig": "processes tables reuse",
     "AnswerJudgeSettings": "max_error_share",
     "IterateConfig": "out dry_run report expected_seconds plan",
 }
