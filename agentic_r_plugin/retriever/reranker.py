@@ -231,9 +231,27 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 done = {"queries": len(training), "held_out": len(dev), **left_out, **log[-1], "measured": measured}
                 _write_card(out, config, reranker, done)
                 held.finish(done)
+            print(summary(measured), flush=True)
             # Also for a finished run, which may have been killed before this line.
             shutil.rmtree(held.work, ignore_errors=True)
             push_folder(config)
+
+
+def summary(measured: Mapping[str, Mapping[str, float]]) -> str:
+    """The held-out figures in a line, and a warning if the reranker makes the retriever's order worse.
+
+    >>> summary({"retriever": {"ndcg_at_10": 0.6}, "before": {"ndcg_at_10": 0.2}, "after": {"ndcg_at_10": 0.8}})
+    'train-reranker: nDCG@10 of held-out queries 0.600 (retriever), 0.200 (before), 0.800 (after)'
+    """
+    if not measured:
+        return "train-reranker: too few questions to hold some out, so nothing was measured"
+    found = {name: figures["ndcg_at_10"] for name, figures in measured.items()}
+    line = ", ".join(f"{value:.3f} ({name})" for name, value in found.items())
+    worse = found["after"] <= found["retriever"]
+    return f"train-reranker: nDCG@10 of held-out queries {line}" + (
+        ": it ranks no better than the retriever, so searches with it will find less; train longer, on more queries, "
+        "or from a trained cross-encoder (recipes/retriever/prepare_ms_marco.py)" if worse else ""
+    )  # fmt: skip
 
 
 def fit(

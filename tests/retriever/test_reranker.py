@@ -14,7 +14,7 @@ from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, OutputExistsError, RecordError, TrainingError
 from agentic_r_plugin.records import Candidates, Correctness, Passage, Relevance, ScoredPassage
 from agentic_r_plugin.retriever import reranker as training
-from agentic_r_plugin.retriever.reranker import TrainRerankerConfig, held_out, measure, read_labelled, run
+from agentic_r_plugin.retriever.reranker import TrainRerankerConfig, held_out, measure, read_labelled, run, summary
 from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.cross_encoder import CrossEncoderReranker
@@ -158,6 +158,16 @@ def test_training_ranks_held_out_queries_better_and_says_so(trained: Path, data,
         run(config(data, corpus, base, trained, epochs=5, batch_size=4))
     with pytest.raises(ManifestMismatchError, match="learning_rate"):
         run(config(data, corpus, base, trained, epochs=5, batch_size=4, learning_rate=1e-3), resume=True)
+
+
+def test_a_reranker_that_makes_the_order_worse_is_said_to():
+    def said(**figures: float) -> str:
+        return summary({name: {"ndcg_at_10": value} for name, value in figures.items()})
+
+    assert said(retriever=0.58, before=0.2, after=0.51).endswith("(recipes/retriever/prepare_ms_marco.py)")
+    assert "0.582 (retriever)" in said(retriever=0.5821, before=0.2, after=0.51)
+    assert said(retriever=0.5, before=0.2, after=0.6).endswith("0.600 (after)")
+    assert "nothing was measured" in said()
 
 
 def test_the_text_of_training_is_the_text_of_serving(trained: Path, corpus):
