@@ -231,7 +231,7 @@ def run(config: TrainRerankerConfig, *, resume: bool = False) -> None:
                 done = {"queries": len(training), "held_out": len(dev), **left_out, **log[-1], "measured": measured}
                 _write_card(out, config, reranker, done)
                 held.finish(done)
-            print(summary(measured), flush=True)
+                print(summary(measured), flush=True)
             # Also for a finished run, which may have been killed before this line.
             shutil.rmtree(held.work, ignore_errors=True)
             push_folder(config)
