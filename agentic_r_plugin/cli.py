@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
             traceback.print_exc()
         elif isinstance(error, AgenticRError):
             print(f"{called}: {redacted(str(error))}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.strerror:  # a full disk, a path that cannot be
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"{called}: {redacted(where + error.strerror)} (--debug shows where)", file=sys.stderr)
         else:
             said = f"unexpected {type(error).__name__}: {redacted(str(error))} (--debug shows where)"
             print(f"{called}: {said}", file=sys.stderr)

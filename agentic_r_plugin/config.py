@@ -7,6 +7,7 @@ output. A file may build on another one with `extends: FILE`, a path relative to
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from agentic_r_plugin import components
@@ -135,12 +136,28 @@ def load_config(
             section = _writable(OmegaConf.structured(item.metadata["section"]))
             _merge(section, merged[item.name], f"{file or cls.__name__}: {item.name}")
     try:
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        missing = sorted(str(key).removesuffix("_") for key in OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}" + (f" in {file}" if file else ""))
+            place = f" in {file}" if file else ""
+            given = ", ".join(f"{key}=VALUE" for key in missing)
+            raise ConfigError(f"{cls.__name__}: no value for {', '.join(missing)}{place}; give {given}")
+        _check_texts(cls, merged, str(file or cls.__name__))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error, cls.__name__)) from error
+
+
+def _check_texts(cls: type, merged: Any, source: str) -> None:
+    """Refuse a mapping within a mapping of texts, which OmegaConf lets pass: it reads `agents.qwen2.5=X` as one."""
+    for item in dataclasses.fields(cls):
+        if item.type != "dict[str, str]":
+            continue
+        for name, value in (OmegaConf.to_container(merged[item.name]) or {}).items():  # type: ignore[union-attr]
+            if not isinstance(value, str):
+                raise ConfigError(
+                    f"{source}: {item.name}.{name!s}: expected text, found {value!r}; a name with a dot is written "
+                    f"'{item.name}[NAME]=VALUE'"
+                )
 
 
 def _overridden(base: Any, override: str) -> Any:
@@ -195,6 +212,8 @@ def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: expected UTF-8: {error}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(
             f"{file}: expected a mapping of settings, found {type(OmegaConf.to_container(content)).__name__}"
@@ -232,8 +251,17 @@ def _without_removed(base: Any, update: Any, source: str) -> Any:
 
 
 def _reason(error: OmegaConfBaseException, source: str) -> str:
-    """One line with the source, the key and the reason of an error."""
+    """One line with the source, the key, the reason of an error, and where it is known the way out."""
     reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+    settings = getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(settings):
+        names = [item.name.removesuffix("_") for item in dataclasses.fields(settings)]
+        if near := difflib.get_close_matches(str(key).rpartition(".")[2], names, n=1):
+            reason += f"; did you mean {near[0]!r}?"
+    elif "is not a ListConfig" in reason:
+        reason = f"expected a list: {key}=[VALUE]"
+    elif isinstance(error, ValidationError) and "to Dict[" in reason:
+        reason = f"expected names with values: {key}.NAME=VALUE"
     return f"{source}: key {key!r}: {reason}" if key else f"{source}: {reason}"
 
 

@@ -85,7 +85,7 @@ def question_fields(row: Row, form: QuestionForm | None = None) -> dict[str, Any
         row |= form.parse(row)
     if not answers(row.get("golden_answers")):
         given = (row[name] for name in _GOLD_FIELDS if name in row and answers(row[name], name))
-        row["golden_answers"] = next(given, None)
+        row |= {"golden_answers": found} if (found := next(given, None)) is not None else {}
     info = mapping(row, "extra_info")
     golden = golden_answers(row) or answers(info.get("golden_answers"), "extra_info.golden_answers")
     if not golden:
@@ -118,8 +118,12 @@ def place(row: Row) -> str:
     elif (identifier := _question_id(row)) is not None:
         parts.append(identifier)
     else:
+        if all(isinstance(value, list | Mapping) for value in row.values()):
+            raise RecordError(f"expected a question, found an object of {field_names(row)}; give its questions alone")
+        empty = row.get("id") is not None
+        problem = "field 'id' is empty" if empty else f"missing field 'id', found only {field_names(row)}"
         raise RecordError(
-            f"missing field 'id', found only {field_names(row)}; give each question an id, which "
+            f"{problem}; give each question an id, which "
             "outputs and resumed work refer to, or name its column (format=question=COLUMN,id=COLUMN)"
         )
     return "/".join(part for part in parts if part is not None)

@@ -131,21 +131,28 @@ def questions_in(
         ConfigError: an unknown format.
     """
     form, by_place = question_form(format), _ids_begin_again(rows())
+
+    def read(shard: Path, number: int, row: Any) -> Question:
+        if by_place:
+            row = {**row, "id": place(row)}
+        elif form is not None and form.numbered and isinstance(row, Mapping) and not has_question_id(row):
+            row = {**row, "id": f"{without_suffixes(shard.name)}_{number - 1}"}
+        try:
+            return Question.from_dict(row, form)
+        except RecursionError as error:
+            raise RecordError("nested too deeply") from error
+
     seen = HashSet()
     for shard, number, row in rows():
         with located(shard, number):
-            if by_place:
-                row = {**row, "id": place(row)}
-            elif form is not None and form.numbered and isinstance(row, Mapping) and not has_question_id(row):
-                row = {**row, "id": f"{without_suffixes(shard.name)}_{number - 1}"}
-            try:
-                question = Question.from_dict(row, form)
-            except RecursionError as error:
-                raise RecordError("nested too deeply") from error
+            question = read(shard, number, row)
             if labelled:
                 question.require_label()
             if not seen.add(key_hash(question.id)):
-                raise RecordError(f"question id {question.id!r} occurs twice; every question needs its own")
+                first = next(f"{file}:{at}" for file, at, other in rows() if read(file, at, other).id == question.id)
+                raise RecordError(
+                    f"question id {question.id!r} occurs twice, the first is at {first}; every question needs its own"
+                )
         yield question, row
 
 

@@ -21,6 +21,13 @@ from agentic_r_plugin.forms import QuestionForm, contents_of, question_fields
 RecordType = TypeVar("RecordType", bound="Record")
 
 
+_WRITERS = {
+    "trajectory": "trajectories", "candidates": "candidates", "sub_answer": "sub-answers", "relevance": "relevance",
+    "correctness": "correctness", "group": "groups",
+}  # fmt: skip
+"""Schema -> the command that writes its files."""
+
+
 class StopReason(str, Enum):
     """Why a trajectory ended."""
 
@@ -72,7 +79,8 @@ class Record:
             found, (name, _, newest) = data.pop("schema", None), cls.schema.partition("/")
             known = [f"{name}/{number}" for number in range(1, int(newest) + 1)]
             if found not in known:
-                raise RecordError(f"expected schema {' or '.join(map(repr, known))}, found {found!r}")
+                writer = f" (a file of agentic-r {_WRITERS[name]})" if name in _WRITERS else ""
+                raise RecordError(f"expected schema {' or '.join(map(repr, known))}{writer}, found {found!r}")
             for key, item in _later(cls).items():
                 if data.get(key) is not None and item.metadata["since"] > 1 + known.index(found):
                     raise RecordError(f"unknown field {key!r} of {found}; it came with number {item.metadata['since']}")
@@ -381,6 +389,10 @@ class Candidates(Record):
     opens: int = field(default=0, metadata=since(2))
     """Calls before this search that open a document."""
 
+    def __post_init__(self) -> None:
+        if len({passage.id for passage in self.passages}) < len(self.passages):
+            raise RecordError(f"query {self.key}: a passage occurs twice among its candidates")
+
     @property
     def key(self) -> tuple[str, int]:
         """(question id, turn): names a query everywhere."""
@@ -459,6 +471,10 @@ class Group(Record):
     """The agent's reasoning of this turn, if the candidates hold it."""
     weight: float = field(default=1.0, metadata=since(2))
     """Factor of this group's loss."""
+
+    def __post_init__(self) -> None:
+        if self.positive in self.negatives:
+            raise RecordError(f"expected negatives without the positive, found {self.positive!r} as both")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from agentic_r_plugin.errors import RecordError, located
+from agentic_r_plugin.errors import ConfigError, RecordError, located
 from agentic_r_plugin.records import Record, RecordType
 from agentic_r_plugin.storage.json_text import begins_list, parse_line, read_list
 from agentic_r_plugin.storage.parquet import read_parquet, write_parquet
@@ -170,9 +170,21 @@ def broken_file(error: Exception, path: Path, line: int | None = None) -> Record
     return RecordError(f"{found}: {error}", path=path, line=line)
 
 
+def check_suffix(path: str | Path) -> None:
+    """Raise ConfigError if records would not be read again under this name, such as `x.csv`."""
+    name = Path(path).name
+    if _DATA.search(name) and not _READ.search(name):
+        raise ConfigError(f"{path}: records are written as {_SHARDS}; choose such a name")
+
+
 def write_records(path: str | Path, records: Iterable[Record]) -> int:
-    """Write all records atomically; returns their number. The format follows the file name, as in `read_records`."""
+    """Write all records atomically; returns their number. The format follows the file name, as in `read_records`.
+
+    Raises:
+        ConfigError: a name of another format.
+    """
     path = Path(path)
+    check_suffix(path)
     with atomic_path(path) as temporary:
         if path.suffix == ".parquet":
             return write_parquet(temporary, records)

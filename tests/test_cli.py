@@ -89,6 +89,27 @@ def test_an_error_is_one_paragraph_on_stderr_without_a_traceback(capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_the_disk_refuses_is_an_error_with_the_path(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, _, err = run(capsys, "world", "--out", str(tmp_path / "file" / "w"))
+    where = tmp_path / "file" / "w" / "fictional_world"
+    assert code == 1 and err == f"agentic-r world: {where}: Not a directory (--debug shows where)\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("benchmarks=mine", "key 'benchmarks': expected a list: benchmarks=[VALUE]"),
+        ("agents=mine", "key 'agents': expected names with values: agents.NAME=VALUE"),
+        ("agnets.a=mine", "Key 'agnets' not in 'EvaluateConfig'; did you mean 'agents'?"),
+        ("agents.qwen2.5=mine", "found {'5': 'mine'}; a name with a dot is written 'agents[NAME]=VALUE'"),
+    ],
+)
+def test_a_setting_of_the_wrong_shape_shows_the_right_one(setting, message, capsys, tmp_path):
+    code, _, err = run(capsys, "evaluate", "--out", str(tmp_path / "e"), "data_dir=d", setting)
+    assert code == 1 and message in err
+
+
 def test_debug_shows_the_traceback(capsys, tmp_path):
     code, _, err = run(capsys, "groups", "--candidates", str(tmp_path / "no"), "--out", str(tmp_path / "g"), "--debug")
     assert code == 1 and "Traceback" in err

@@ -183,7 +183,7 @@ def test_fields_of_a_record_within_a_record_may_be_unused_in_parquet(tmp_path):
 def test_a_field_newer_than_the_schema_of_its_record_is_refused():
     with pytest.raises(RecordError, match="unknown field 'reasoning' of group/1; it came with number 2"):
         Group.from_dict(GROUP.to_dict() | {"reasoning": "r"})
-    with pytest.raises(RecordError, match="expected schema 'group/1' or 'group/2', found 'group/3'"):
+    with pytest.raises(RecordError, match=r"'group/1' or 'group/2' \(a file of agentic-r groups\), found 'group/3'"):
         Group.from_dict(GROUP.to_dict() | {"schema": "group/3"})
 
 
@@ -196,7 +196,10 @@ def test_a_trajectory_round_trips_with_its_schema_first():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "trajectory/9"}, "expected schema 'trajectory/1' or 'trajectory/2', found 'trajectory/9'"),
+        (
+            {"schema": "trajectory/9"},
+            "expected schema 'trajectory/1' or 'trajectory/2' (a file of agentic-r trajectories), found 'trajectory/9'",
+        ),
         ({"em": "1"}, "field 'em': expected int, found str '1'"),
         ({"em": True}, "field 'em': expected int, found bool"),
         ({"stop_reason": "bored"}, "expected one of answered"),
@@ -268,9 +271,17 @@ def test_a_passage_made_of_title_and_text_is_found_again_in_its_contents(title, 
     assert Passage.from_contents("1", passage.contents) == passage
 
 
-def test_a_query_is_named_by_question_and_turn():
+def test_a_query_is_named_by_question_and_turn_and_holds_a_passage_once():
     fields = {"question": "Q", "golden_answers": ["a"], "query": "q", "history": [], "prefix": "", "passages": []}
-    assert Candidates.from_dict({"schema": "candidates/1", "id": "q", "turn": 2} | fields).key == ("q", 2)
+    row = {"schema": "candidates/1", "id": "q", "turn": 2} | fields
+    assert Candidates.from_dict(row).key == ("q", 2)
+    with pytest.raises(RecordError, match="a passage occurs twice among its candidates"):
+        Candidates.from_dict(row | {"passages": [{"id": "p", "score": 1.0}, {"id": "p", "score": 0.5}]})
+
+
+def test_a_positive_is_not_among_its_own_negatives():
+    with pytest.raises(RecordError, match="expected negatives without the positive, found 'p' as both"):
+        Group.from_dict(GROUP.to_dict() | {"negatives": ["n", "p"]})
 
 
 # --- components
@@ -319,10 +330,11 @@ def test_an_override_without_a_value_is_null_where_that_is_allowed_and_else_the_
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("path: a\ncuont: 4\n", [], "cuont"),
+        ("path: a\ncuont: 4\n", [], "cuont.*; did you mean 'count'"),
+        ("path: a\n", ["pth=b"], "did you mean 'path'"),
         ("path: a\ninner: {rat: 4}\n", [], "rat"),
         ("path: a\ncount: many\n", [], "count"),
-        ("count: 1\n", [], "no value for path"),
+        ("count: 1\n", [], "no value for path in .*; give path=VALUE"),
         ("path: [a\n", [], "not valid YAML"),
         ("path: a\n", ["count"], "expected key=value"),
         ("path: a\n", ["inner.x=1"], "inner.x"),

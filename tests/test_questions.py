@@ -84,7 +84,8 @@ def test_every_form_of_a_benchmark_gives_the_same_records(tmp_path, benchmark, n
 
 FAULTS = [
     ({"id": None}, "missing field 'id'"),
-    ({"id": "q0"}, "question id 'q0' occurs twice"),
+    ({"id": "q0"}, "question id 'q0' occurs twice, the first is at"),
+    ({"id": ""}, "field 'id' is empty; give each question an id"),
     ({"question": None}, "expected a text field 'question'"),
     ({"golden_answers": "[1921, 1922]"}, "a list that is written as text"),
     ({"metadata": "plain"}, "field 'metadata': expected an object, found str 'plain'"),
@@ -96,7 +97,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(
     ("form", "change", "message"),
-    [(form, *fault) for form in FORMS for fault in (FAULTS[:5] if form == "q.parquet" else FAULTS)],
+    [(form, *fault) for form in FORMS for fault in (FAULTS[:6] if form == "q.parquet" else FAULTS)],
 )
 def test_a_broken_question_is_refused_with_file_and_line_in_every_form(tmp_path, form, change, message):
     good = {"id": "q0", "question": "Q", "golden_answers": ["x"], "metadata": {"gold_doc_ids": ["1"]}}

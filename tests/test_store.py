@@ -199,7 +199,7 @@ def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path: Path, line
 
 def test_a_record_of_another_schema_is_refused(tmp_path: Path):
     write_records(tmp_path / "r.jsonl", [GROUP])
-    with pytest.raises(RecordError, match="expected schema 'relevance/1', found 'group/1'"):
+    with pytest.raises(RecordError, match=r"'relevance/1' \(a file of agentic-r relevance\), found 'group/1'"):
         list(read_records(tmp_path / "r.jsonl", Relevance))
 
 

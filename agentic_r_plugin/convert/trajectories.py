@@ -6,6 +6,7 @@ The forms of logs are those of `logs`. From Python, `trajectory` makes the recor
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -231,7 +232,11 @@ def run(config: ConvertTrajectoriesConfig, *, resume: bool = False) -> None:
 
 
 def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
-    counts = Counter(dict.fromkeys(("read", "trajectories", "errors", "repeated", "searches", "calls_left_out"), 0))
+    counts = Counter(
+        dict.fromkeys(
+            ("read", "trajectories", "without_golden_answers", "errors", "repeated", "searches", "calls_left_out"), 0
+        )
+    )
     first_error: str | None = None
     errors_file = companion(out, ".errors.jsonl")
     protocol = with_tags(config.protocol)
@@ -265,22 +270,33 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
                         )
                 except RecordError as error:
                     counts["errors"] += 1
-                    first_error = first_error or f"{place}: {error}"
+                    first_error = first_error or (str(error) if isinstance(row, RecordError) else f"{place}: {error}")
                     errors.write(dump_line({"unit": place, "error": str(error)}))
                     continue
                 # Only after success: a later log of the same question may take the place of one that could not be read.
                 seen.add(hashed)
                 counts["trajectories"] += 1
+                counts["without_golden_answers"] += not record.golden_answers
                 counts["searches"] += len(record.turns)
                 counts["calls_left_out"] += log.left_out
                 yield record
 
         write_records(out, converted())
+        if not counts["read"]:
+            out.unlink()
+            raise RecordError("no record in it", path=config.in_)
         if not counts["trajectories"]:
             out.unlink()
             raise RecordError(f"none of {counts['read']} records could be read; first, {first_error}", path=config.in_)
     if first_error is None:
         errors_file.unlink()
+    missing, shown = finder.counts["not_found"], sum(finder.counts.values())
+    if 2 * missing > shown:
+        print(
+            f"convert trajectories: the corpus lacks {missing} of {shown} passages that the agent was shown; is it "
+            "the one that was searched?",
+            file=sys.stderr,
+        )
     return {**counts, "first_error": first_error, "passages": finder.counts}
 
 

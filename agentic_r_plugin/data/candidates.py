@@ -14,7 +14,7 @@ from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
-from agentic_r_plugin.errors import RecordError, SearchRefusedError
+from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
@@ -39,6 +39,11 @@ class CandidatesConfig:
     max_turn: int = setting("leave out later turns (the released code: 4); 0: none", default=0)
     batch_size: int = setting("trajectories at once", FREE, default=64)
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
+
+    def __post_init__(self) -> None:
+        for name, least in (("topk", 1), ("max_turn", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"candidates.{name}: expected at least {least}, found {getattr(self, name)}")
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:

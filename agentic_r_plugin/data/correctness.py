@@ -85,9 +85,12 @@ class CorrectnessConfig:
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def check(self) -> None:
-        """Raise ConfigError unless exactly one of `relevance` and `exhaustive` is given."""
+        """Raise ConfigError if a value is out of range, or unless one of `relevance` and `exhaustive` is given."""
         if self.exhaustive == bool(self.relevance):
             raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
+        for name in ("max_turn", "num_candidates"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"correctness.{name}: expected at least 0, found {getattr(self, name)}")
         for name, known in (("method", ("rollout", "likelihood")), ("order", ("retrieval", "likelihood"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"correctness.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}")

@@ -124,6 +124,11 @@ def _check_correctness(config: GroupsConfig, rule: SelectionRule) -> SelectionRu
         return rule
     of_correctness = read_json(manifest)
     made_from = of_correctness["made_from"]
+    if "exhaustive" not in made_from:
+        raise ConfigError(
+            f"correctness: {path} was written by another command, as {manifest.name} says; give the output of "
+            "agentic-r correctness (were --relevance and --correctness swapped?)"
+        )
     if made_from.get("order") == "likelihood":
         if rule.whole_levels:
             raise ConfigError(

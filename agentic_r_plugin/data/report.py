@@ -177,8 +177,10 @@ def make_report(folder: Path, threshold: int) -> dict[str, Any]:
     stages = {
         name: read_json(report) for name, file in files.items() if (report := companion(file, ".report.json")).exists()
     }
+    unknown = [name for name, file in files.items() if file.exists() and name not in stages]
     dropped = {name: made["dropped"] for name, made in stages.items() if made.get("dropped")}
-    return tally.result() | {"dropped": dropped, "stages": stages, "cost": _total(stages, tally.queries)}
+    made = tally.result() | {"dropped": dropped, "stages": stages, "cost": _total(stages, tally.queries)}
+    return made | ({"without_report": unknown} if unknown else {})
 
 
 def _total(stages: Mapping[str, Mapping[str, Any]], queries: int) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         "Agreement: the most relevant candidates hold a correct one for "
         f"{_percent(agreement['most_relevant_is_correct'])} of {agreement['of_queries']:,} queries; "
-        f"phi of (relevant, correct) {agreement['phi']}"
+        f"phi of (relevant, correct) {'-' if agreement['phi'] is None else agreement['phi']}"
         + ("." if agreement["every_candidate_rolled_out"] else ", over the candidates that pruning left."),
         "",
         "| turn | share of queries with a positive |",
@@ -224,6 +226,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {name} | {report['cost'][name]:,} | {value:,} |" for name, value in report["cost"]["per_query"].items()),
     ]
+    if unknown := report.get("without_report"):
+        # Their costs count as 0 in the table above.
+        lines += ["", f"Without `.report.json`, so that costs and dropped units are unknown: {', '.join(unknown)}."]
     return "\n".join(lines) + "\n"
 
 

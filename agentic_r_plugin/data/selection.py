@@ -59,6 +59,9 @@ class SelectionRule(SelectionSettings):
     def __post_init__(self) -> None:
         if not (self.use_relevance or self.use_correctness):
             raise ConfigError("use_relevance and use_correctness are both off; a positive needs one of them")
+        for name in ("threshold", "false_negative_relevance"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected a relevance, 0 to 100")
         if self.num_negatives < 0 or self.max_positives < 1:
             raise ConfigError(
                 f"num_negatives={self.num_negatives}, max_positives={self.max_positives}: expected at least 0 and 1"
@@ -208,9 +211,6 @@ def select(task: SelectionTask, rule: SelectionRule) -> list[Group] | str:
     """
     candidates, relevance, correctness = task.query, task.relevance, task.correctness
     passages = [passage.id for passage in candidates.passages]
-    # Otherwise one passage could be drawn twice as a negative.
-    if len(set(passages)) != len(passages):
-        raise RecordError(f"query {candidates.key}: a passage occurs twice among its candidates")
     # Without relevance every candidate is equally good: a single level in retrieval order.
     levels = [passages]
     if rule.use_relevance:

@@ -94,8 +94,14 @@ class EvaluateConfig:
         for name in ("benchmarks", "agents", "searches"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: expected at least one")
+            for key, value in getattr(self, name).items() if name != "benchmarks" else ():
+                if not value:
+                    raise ConfigError(f"{name}.{key}: expected a location, found nothing")
         if self.first is not None and self.random is not None:
             raise ConfigError("first, random: give at most one of the two")
+        for name in ("first", "random"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {number}; leave it out for all questions")
         check_statistics(self.level, self.resamples)
         if self.processes < 1:
             raise ConfigError(f"processes: expected at least 1, found {self.processes}")

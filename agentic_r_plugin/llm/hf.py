@@ -56,9 +56,14 @@ class HFBackend:
 
         from agentic_r_plugin.llm.hf_generate import HFGenerator
 
+        if not str(model):
+            raise ConfigError(
+                "llm.model: expected a model, found nothing; give llm.model=FOLDER, or a server: llm.backend=openai "
+                "llm.url=http://HOST/v1 llm.model=NAME"
+            )
         self.path, tokenizer_path = Path(model), Path(tokenizer or model)
         for name, path in (("model", self.path), ("tokenizer", tokenizer_path)):
-            if not (str(model) and path.is_dir()):
+            if not path.is_dir():
                 raise ConfigError(f"llm.{name}={str(path)!r}: expected the directory of a Hugging Face checkpoint")
         if dtype not in _DTYPES:
             raise ConfigError(f"llm.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}")

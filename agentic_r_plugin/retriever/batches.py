@@ -64,8 +64,8 @@ def read_examples(
     rows = _Rows(corpus)
     for shard, number, group in placed_records(groups, Group):
         with located(shard, number):
-            if not group.negatives or group.positive in group.negatives:
-                raise RecordError("expected negatives, and the positive not among them")
+            if not group.negatives:
+                raise RecordError("expected negatives, found none")
             if not 0 < group.weight < math.inf:
                 raise RecordError(f"expected a weight above 0, found {group.weight}")
             key, passages = (group.id, group.turn), (group.positive, *group.negatives)

@@ -36,7 +36,7 @@ from agentic_r_plugin.search import ranked
 from agentic_r_plugin.search.base import Hit, SearchBackend, SearchRequest, search_each
 from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.storage.claim import Claim, Output, require_new
-from agentic_r_plugin.store import atomic_path, file_fingerprint, read_json, write_json, write_records
+from agentic_r_plugin.store import atomic_path, check_suffix, file_fingerprint, read_json, write_json, write_records
 from agentic_r_plugin.trec import run_lines, write_lines
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def run(config: CoverageConfig, *, resume: bool = False) -> None:
     out = Path(config.out)
     if not resume:
         require_new(out)
+    check_suffix(out)
     questions = list(read_questions(config.questions, format=config.format))[: config.max_questions or None]
     if not questions:
         raise RecordError("no question", path=config.questions)

@@ -129,6 +129,12 @@ def test_one_bad_record_is_kept_apart_and_none_at_all_is_an_error(tmp_path, caps
     out = tmp_path / "none.jsonl"
     assert cli.main(["convert", "trajectories", f"in={bad}", f"out={out}", f"corpus={tmp_path / 'corpus.jsonl'}"]) == 1
     assert "none of 1 records could be read" in capsys.readouterr().err and not out.exists()
+    bad.write_text("")
+    assert cli.main(["convert", "trajectories", f"in={bad}", f"out={out}", f"corpus={tmp_path / 'corpus.jsonl'}"]) == 1
+    assert "bad.jsonl: no record in it" in capsys.readouterr().err and not out.exists()
+    csv = tmp_path / "out.csv"
+    assert cli.main(["convert", "trajectories", f"in={log}", f"out={csv}", f"corpus={tmp_path / 'corpus.jsonl'}"]) == 1
+    assert "out.csv: records are written as .jsonl, .json" in capsys.readouterr().err and not csv.exists()
 
 
 def test_an_id_of_another_question_or_another_passage_is_not_trusted(tmp_path):

@@ -121,6 +121,19 @@ def test_relevance_of_other_candidates_refuses_a_query_and_of_no_query_is_an_err
         run(replace(config, relevance=str(tmp_path / "all.jsonl"), out=config.out + "2"))
 
 
+def test_a_stage_that_writes_nothing_says_why(config: GroupsConfig, capsys):
+    assert picked(replace(config, num_negatives=99)) == []
+    assert "no record was written for 6 units (1 no_correct_candidate, 1 no_relevance" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="threshold=200: expected a relevance, 0 to 100"):
+        run(replace(config, threshold=200))
+
+
+def test_a_file_of_another_command_is_not_taken_for_correctness(config: GroupsConfig):
+    write_json(config.correctness + ".manifest.json", {"made_from": {"candidates": "x", "scorer": "gold_documents"}})
+    with pytest.raises(ConfigError, match=r"was written by another command.*--relevance and --correctness swapped"):
+        run(config)
+
+
 def test_missing_files_and_unknown_presets_are_named(config: GroupsConfig):
     with pytest.raises(
         ConfigError, match="no --correctness file; give one, or switch it off with --no-use-correctness"

@@ -38,7 +38,7 @@ def data(tmp_path: Path) -> Path:
         ],
     )
     group = Group(id="q0", turn=1, question="Q", query="q", history=(), positive="a", negatives=("b",))
-    write_records(tmp_path / "groups.jsonl", [group, replace(group, id="q1", positive="b")])
+    write_records(tmp_path / "groups.jsonl", [group, replace(group, id="q1", positive="b", negatives=("c",))])
     write_json(
         tmp_path / "correctness.jsonl.report.json",
         {"dropped": {"relevance_below_threshold": 1}, "rollouts": 6, "pruned": 6, "seconds": 1.5},
@@ -72,6 +72,7 @@ def test_shares_distributions_agreement_and_drops_are_counted(data: Path, capsys
     }  # fmt: skip
     assert (report["cost"]["rollouts"], report["cost"]["seconds"], report["cost"]["per_query"]["pruned"]) == (6, 2, 1.5)
     text = (data / "data_report.md").read_text()
+    assert "costs and dropped units are unknown: candidates, relevance." in text
     assert "50.0 % of the queries have a positive" in text and "over the candidates that pruning left" in text
     assert text.strip() == capsys.readouterr().out.strip()
 

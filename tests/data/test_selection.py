@@ -126,12 +126,6 @@ def test_relevance_of_other_candidates_is_an_error():
         select(query(8), {"z": 90}, {"z": 1}, RULE)
 
 
-def test_a_passage_that_occurs_twice_is_an_error():
-    twice = replace(query(4), passages=query(4).passages + query(1).passages)
-    with pytest.raises(RecordError, match="occurs twice"):
-        select(twice, scores(a=90), {"a": 1}, RULE)
-
-
 def test_without_relevance_the_first_correct_candidate_is_the_positive():
     rule = replace(RULE, use_relevance=False)
     assert positives(select(query(5), None, dict(zip("abcde", (0, 0, 1, 1, 0), strict=True)), rule)) == ["c"]

@@ -39,6 +39,7 @@ from agentic_r_plugin.store import (
     PACKINGS,
     RecordType,
     atomic_path,
+    check_suffix,
     dump_line,
     file_fingerprint,
     parse_line,
@@ -206,6 +207,7 @@ def _recorded(config: Any) -> dict[str, Any]:
 
 def _check_input(stage: Stage[Any]) -> int:
     """Read all inputs once, so that a broken line is found before any expensive work; returns the number of units."""
+    check_suffix(stage.out)
     stage.out.parent.mkdir(parents=True, exist_ok=True)
     for side in stage.sides:
         side.open()
@@ -356,6 +358,9 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
         kinds = ((table.num_refused, "refused"), (table.num_errors, "judge errors"))
         counts = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
         print(f"{stage.name}: of {total} units {counts}, kept apart in {errors_file}; first, {first}", file=sys.stderr)
+    if not records:
+        why = ", ".join(f"{count} {name}" for name, count in sorted(dropped.items())) or "the input is empty"
+        print(f"{stage.name}: no record was written for {total} units ({why})", file=sys.stderr)
     return {
         "stage": stage.name,
         "read": total,

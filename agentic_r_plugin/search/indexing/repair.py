@@ -116,7 +116,11 @@ def _repair(
         if not added:
             raise ConfigError(
                 f"nothing to add: {corpus.path} lacks {len(not_found)} gold documents of {config.questions}"
-                + ("; neither the questions nor the source hold them" if not_found else "")
+                + (
+                    "; neither the questions nor the source hold them"
+                    if not_found
+                    else ", or no question names any (metadata: gold_doc_ids, supporting_titles)"
+                )
             )
         held.begin()
         _write_corpus(out / "corpus", corpus, Path(spec.index), added)

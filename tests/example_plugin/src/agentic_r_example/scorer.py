@@ -1,7 +1,9 @@
 """A relevance scorer: the share of a passage's title words that the query holds."""
 
+from dataclasses import dataclass
+
 from agentic_r_plugin.answers import normalize
-from agentic_r_plugin.data.scorers.base import check_options
+from agentic_r_plugin.config import load_config
 
 
 class TitleWords:
@@ -9,14 +11,19 @@ class TitleWords:
 
     needs_questions = False
 
+    @dataclass(frozen=True)
+    class Options:
+        """The scorer's options, with their types."""
+
+        full: int = 100
+
     def __init__(self, full: int) -> None:
         self.full = full
 
     @classmethod
     def build(cls, options, resources):
         """From `--scorer title_words options.full=90`."""
-        check_options("title_words", options, "full")
-        return cls(int(options.get("full", 100)))
+        return cls(load_config(cls.Options, values=options).full)
 
     def score(self, tasks):
         """Passage id -> 0..100 for each task."""
