@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from agentic_r_plugin import components
 from agentic_r_plugin.credentials import redacted, refuse_secrets
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.errors import ConfigError, not_utf8
 from agentic_r_plugin.store import atomic_path
 
 T = TypeVar("T")
@@ -213,7 +213,7 @@ def _read(file: Path, extended_by: tuple[Path, ...] = ()) -> Any:
     except YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: expected UTF-8: {error}") from error
+        raise ConfigError(f"{file}: {not_utf8(error)}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(
             f"{file}: expected a mapping of settings, found {type(OmegaConf.to_container(content)).__name__}"

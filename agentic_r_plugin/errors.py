@@ -49,6 +49,13 @@ def located(path: str | Path | None, line: int | None = None) -> Iterator[None]:
         raise RecordError(str(error), path=path, line=line) from error
 
 
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with bytes that are not UTF-8, and the way out."""
+    if error.object[:2] == b"\x1f\x8b":
+        return "expected UTF-8, found a file packed with gzip; give it a name that ends in .gz"
+    return f"expected UTF-8: {error}; convert the file (Windows: iconv -f cp1252 -t utf-8 FILE)"
+
+
 class OutputExistsError(AgenticRError):
     """The output exists; `--resume` continues it, another path starts a new one."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, not_utf8
 from agentic_r_plugin.store import atomic_path
 
 
@@ -63,7 +63,7 @@ def read_grades(path: str | Path) -> Iterator[tuple[str, str, float]]:
             try:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
+                raise RecordError(not_utf8(error), path=path, line=number) from error
             fields = line.split("\t") if "\t" in line else line.split()
             if not line.strip() or (number == 1 and fields[0] == "query-id"):
                 continue

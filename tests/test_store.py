@@ -173,11 +173,17 @@ def test_empty_lines_are_skipped_and_line_numbers_stay_right(tmp_path: Path):
     assert [number for number, _ in read_lines(path)] == [2, 4]
 
 
+def test_a_packed_file_without_its_suffix_is_recognised(tmp_path: Path):
+    (tmp_path / "q.jsonl").write_bytes(gzip.compress(b'{"id": "a", "question": "Q"}\n'))
+    with pytest.raises(RecordError, match=r"q\.jsonl:1: .*packed with gzip; give it a name that ends in \.gz"):
+        list(read_records(tmp_path / "q.jsonl", Question))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"id": "b", "question": ', "expected one JSON object per line"),
-        (b'{"id": "b", "question": "\xff"}', "expected UTF-8"),
+        (b'{"id": "b", "question": "\xff"}', "iconv -f cp1252"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"question": "Q", "golden_answers": ["x"]}', "missing field 'id'"),
         (b'{"id": "b", "question": "Q", "gold_answers": ["x"]}', "unknown field 'gold_answers' and no 'golden_"),

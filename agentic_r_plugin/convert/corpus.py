@@ -23,7 +23,7 @@ from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError, RecordError, located
+from agentic_r_plugin.errors import ConfigError, RecordError, located, not_utf8
 from agentic_r_plugin.forms import contents_of, context_documents, passage_fields, passage_metadata
 from agentic_r_plugin.records import CorpusLine, Passage
 from agentic_r_plugin.search.corpus_forms import corpus_rows
@@ -101,20 +101,21 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
         RequestRefusedError: no document could be read.
         BackendError: the upload failed; the corpus is written and whole.
     """
-    folder = Path(config.in_).absolute()  # workers may run elsewhere
-    files = find_documents(folder)
-    if not files and not folder.exists():
-        raise RecordError("no such file or folder", path=folder)
+    given = Path(config.in_).absolute()  # workers may run elsewhere
+    files = find_documents(given)
+    if not files and not given.exists():
+        raise RecordError("no such file or folder", path=given)
+    folder = given if given.is_dir() else given.parent
     if any(file.suffix.lower() in CONVERTERS for file in files) and find_spec("markitdown") is None:
         raise ConfigError("HTML, PDF and Word need markitdown: pip install 'agentic-r-plugin[documents]'")
     names = [file.relative_to(folder).as_posix() for file in files]
     stage = Stage[Any](
         name="convert corpus",
         config=config,
-        inputs={} if files else {"articles": folder},
+        inputs={} if files else {"articles": given},
         models={"documents": fingerprint([(n, sampled_fingerprint(f)) for n, f in zip(names, files, strict=True)])},
         record=CutPassage,
-        units=lambda: map(Unit, names, map(str, files)) if files else articles(folder),
+        units=lambda: map(Unit, names, map(str, files)) if files else articles(given),
         worker=partial(CutWorker, for_workers(config), str(folder)),
         batch_size=config.batch_size if files else max(_ROWS, config.batch_size),
     )
@@ -131,12 +132,12 @@ def run(config: CorpusConfig, *, resume: bool = False) -> None:
 
 
 def find_documents(folder: Path) -> list[Path]:
-    """Documents in a folder and its subfolders, sorted; none for a file, or a folder of corpus shards.
+    """Documents in a folder and its subfolders, sorted, or the given document; none for corpora and folders of shards.
 
     Prints on stderr which other files are left out. Hidden files and folders are ignored.
     """
     if not folder.is_dir():
-        return []
+        return [folder] if folder.is_file() and folder.suffix.lower() in (*PLAIN, *CONVERTERS) else []
     every = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder))]
     found = sorted(path for path in every if path.suffix.lower() in (*PLAIN, *CONVERTERS))
     if all(path.name == "README.md" for path in found):  # which describes the shards next to it, if there are any
@@ -226,7 +227,7 @@ def read_document(path: Path, folder: Path) -> Document:
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecordError(f"expected UTF-8: {error}", path=path) from error
+            raise RecordError(not_utf8(error), path=path) from error
     else:
         import markitdown
         import markitdown.converters

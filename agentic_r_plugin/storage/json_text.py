@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from agentic_r_plugin.errors import RecordError
+from agentic_r_plugin.errors import RecordError, not_utf8
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -37,7 +37,7 @@ def parse_line(line: bytes, path: str | Path, number: int) -> Any:
     try:
         return parse_json(line)
     except UnicodeDecodeError as error:
-        raise RecordError(f"expected UTF-8: {error}", path=path, line=number) from error
+        raise RecordError(not_utf8(error), path=path, line=number) from error
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise RecordError(f"expected text, found {half!r}, half a surrogate pair", path=path, line=number) from error
@@ -77,7 +77,7 @@ def read_list(stream: IO[bytes], path: Path) -> Iterator[tuple[int, Any]]:
             comma = text.skip(_LIST_SEPARATOR)[1]
         text.require_end()
     except UnicodeDecodeError as error:
-        raise RecordError(f"expected UTF-8: {error}", path=path) from error
+        raise RecordError(not_utf8(error), path=path) from error
     except (ValueError, RecursionError) as error:
         expected = "expected one JSON object per line, or a list of them"
         raise RecordError(f"{expected}: {error}", path=path, line=line) from error

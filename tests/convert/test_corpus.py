@@ -89,6 +89,13 @@ def test_a_passage_is_found_again_in_the_file_that_it_comes_from(tmp_path, monke
         assert corpus.by_id("guides/ann.md#1").metadata == found[1]["metadata"]
 
 
+def test_a_single_document_is_a_corpus_too(tmp_path):
+    (tmp_path / "notes.txt").write_text("One two.")
+    (tmp_path / "other.md").write_text("Three.")
+    assert convert("--in", tmp_path / "notes.txt", "--out", tmp_path / "corpus.jsonl") == 0
+    assert [line["contents"] for line in lines(tmp_path / "corpus.jsonl")] == ['"notes"\nOne two.']
+
+
 def test_html_pdf_and_word_are_read_and_a_broken_file_is_kept_apart(tmp_path, capfd):
     pytest.importorskip("markitdown", reason="the extra `documents` is not installed")
     folder, out = tmp_path / "docs", tmp_path / "corpus.jsonl"
