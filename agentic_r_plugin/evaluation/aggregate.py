@@ -7,7 +7,7 @@ The intervals come from `statistics.seeds_interval`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _KEPT = ("agent", "retriever", "benchmark", "split", "num_questions", "sample", 
 
 _OF_A_SEED = frozenset(
     {
-        "agent", "agent_url", "tokenizer", "retriever", "search_retriever", "sampling_seed",
+        "agent", "agent_url", "tokenizer", "retriever", "search_retriever", "part_rerankers", "sampling_seed",
         "level", "resamples", "metrics",
     }
 )  # fmt: skip
@@ -117,8 +117,8 @@ def _check_same(runs: Sequence[_Run]) -> None:
             if _questions(first, name) != _questions(other, name):
                 raise RecordError(f"{name}: other questions than in {first.folder}", path=other.folder)
             differing = [key for key in _KEPT if first.cells[name][key] != other.cells[name][key]]
-            before, now = (run.cells[name].get("made_from", {}) for run in (first, other))
-            shared = (before.keys() & now.keys()) - _OF_A_SEED
+            before, now = (_of_all_seeds(run.cells[name].get("made_from", {})) for run in (first, other))
+            shared = before.keys() & now.keys()
             if differing := differing or sorted(key for key in shared if before[key] != now[key]):
                 raise RecordError(f"{name}: another {', '.join(differing)} than in {first.folder}", path=other.folder)
         prints = ("agent_fingerprint", "search_fingerprint")
@@ -126,6 +126,14 @@ def _check_same(runs: Sequence[_Run]) -> None:
         of_run = tuple(other.cells[name][key] for name in first.cells for key in prints)
         if (same := made_by.setdefault(of_run, other.folder)) is not other.folder:
             raise RecordError(f"the agents and retrievers are those of {same}: not another seed", path=other.folder)
+
+
+def _of_all_seeds(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that must be the same for all seeds. A reranker, like a retriever, may be trained with each seed."""
+    kept = {key: value for key, value in made_from.items() if key not in _OF_A_SEED}
+    if "rerank" in kept:
+        kept["rerank"] = {key: value for key, value in kept["rerank"].items() if key != "model"}
+    return kept
 
 
 def _questions(run: _Run, name: str) -> tuple[Any, Any]:

@@ -168,3 +168,23 @@ def test_runs_that_are_not_seeds_of_one_experiment_are_refused(seeds: list[Path]
     with pytest.raises(ConfigError, match="at least two different folders"):
         aggregate([seeds[0], seeds[0]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rerankers_that_were_trained_with_each_seed_are_put_together(seeds: list[Path], tmp_path: Path) -> None:
+    def rerank(**changes: list[Any]) -> list[Path]:
+        """Copies of the runs, whose cells are reranked by models of their own; `changes` differ from run to run."""
+        runs = []
+        for number, seed in enumerate(seeds):
+            runs.append(tmp_path / f"{number}-{'-'.join(changes)}")
+            shutil.copytree(seed, runs[-1])
+            matrix = read_json(runs[-1] / "evaluation" / "matrix.json")
+            used = {"model": f"reranker {number}", "depth": 10} | {key: of[number] for key, of in changes.items()}
+            for cell in matrix["cells"]:
+                cell["made_from"] = {"rerank": used, "part_rerankers": [f"reranker {number}"]}
+            write_json(runs[-1] / "evaluation" / "matrix.json", matrix)
+        return runs
+
+    run(aggregate(rerank(), tmp_path / "out"))
+    assert read_json(tmp_path / "out" / "matrix.json")["num_seeds"] == len(seeds)
+    with pytest.raises(RecordError, match="another rerank than in"):
+        run(aggregate(rerank(depth=[10, *range(20, 20 + len(seeds))]), tmp_path / "other"))
