@@ -42,8 +42,7 @@ class LLMSpec:
     options: dict[str, Any] = setting("what only this backend knows", options_of("llm_backend"), default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigError(f"llm.replicas: expected at least 1, found {self.replicas}")
+        _check_ranges("llm", self, {"replicas": 1, "concurrency": 1, "max_retries": 0, "max_batch_tokens": 1})
         if self.replicas > 1 and self.backend == "openai":
             raise ConfigError(
                 "llm.replicas: only for local engines; start the server with --data-parallel-size and leave this at 1"
@@ -99,8 +98,18 @@ class SearchSpec(SearchSource):
     max_retries: int = setting("further attempts after a request fails in passing", FREE, default=5)
 
     def __post_init__(self) -> None:
+        _check_ranges("search", self, {"batch_size": 1, "max_retries": 0})
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"
         refuse_secrets("search", {"url": self.url, "options": self.options}, way_out)
+
+
+def _check_ranges(where: str, spec: LLMSpec | SearchSpec, least: Mapping[str, int]) -> None:
+    """Raise ConfigError if a number is below its least value, or the time for a request is not above 0."""
+    for name, lowest in least.items():
+        if getattr(spec, name) < lowest:
+            raise ConfigError(f"{where}.{name}: expected at least {lowest}, found {getattr(spec, name)}")
+    if spec.timeout_s <= 0:
+        raise ConfigError(f"{where}.timeout_s: expected a number of seconds above 0, found {spec.timeout_s}")
 
 
 _PATH_OPTIONS = frozenset({"index", "corpus", "retriever", "model", "folder", "prompt"})

@@ -11,6 +11,8 @@ import sys
 from functools import cache
 from typing import Any
 
+from agentic_r_plugin.errors import ConfigError
+
 TYPES = ("float32", "bfloat16", "float16")
 _SHOWN = "AGENTIC_R_COMPUTE_SHOWN"
 """Set after a command has printed the type, so that its child processes do not print it again."""
@@ -61,7 +63,15 @@ def device_name(device: Any) -> str:
     """The device name, with `auto` resolved; a device index is kept."""
     import torch
 
-    return str(device) if str(device) != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r}: this torch finds no CUDA device; expected auto or cpu")
+    return str(device)
 
 
 def describe(name: str) -> str:

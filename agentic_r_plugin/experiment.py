@@ -52,6 +52,10 @@ def run(config: ExperimentConfig, *, resume: bool = False) -> None:
     if config.loop or config.dry_run:
         print(forecast(found), flush=True)
     if config.dry_run:
+        for part in found:
+            # The models and data of a run that is still to be made are not there yet.
+            if part.loop is None or Path(part.experiment.run, "done.json").is_file():
+                _composed(part.experiment)
         return
     for part in found:
         if part.loop is not None:
@@ -76,11 +80,7 @@ def compare(config: ExperimentConfig, *, resume: bool = False) -> None:
         AgenticRError: a stage failed; finished stages are kept.
     """
     out = Path(config.out)
-    benchmarks = Benchmarks(config, SourceRun(config.run, config.iteration))
-    retrievers, evaluation = Retrievers(config, benchmarks), Evaluation(config, benchmarks)
-    retrievers.check()
-    evaluation.planned()
-    benchmarks.check()
+    benchmarks, retrievers, evaluation = _composed(config)
     # Retrievers, benchmarks and agents may be added later; what each was made from is recorded with it.
     output = Output(out=out, made_from={"iteration": config.iteration}, done="experiment.json", folder=True)
     with output.claim(resume=resume) as held:
@@ -90,3 +90,14 @@ def compare(config: ExperimentConfig, *, resume: bool = False) -> None:
         evaluation.check_inputs()
         evaluation.compare(retrievers.make())
         held.finish(summarize(retrievers))
+
+
+def _composed(config: ExperimentConfig) -> tuple[Benchmarks, Retrievers, Evaluation]:
+    """Compose every step of an experiment, and check that the run holds what they need."""
+    benchmarks = Benchmarks(config, SourceRun(config.run, config.iteration))
+    retrievers, evaluation = Retrievers(config, benchmarks), Evaluation(config, benchmarks)
+    retrievers.check()
+    evaluation.planned()
+    evaluation.check_agents()
+    benchmarks.check()
+    return benchmarks, retrievers, evaluation

@@ -35,6 +35,7 @@ from typing import Any
 from agentic_r_plugin.agent import launch
 from agentic_r_plugin.config import load_config, save_config
 from agentic_r_plugin.data import report as data_report
+from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.loop.checks import check_files, check_settings
 from agentic_r_plugin.loop.costs import Costs
@@ -94,6 +95,13 @@ def opened(phases: Phases, *, resume: bool) -> Iterator[Loop]:
         ManifestMismatchError: the run folder belongs to another configuration, agent, retriever or questions.
     """
     output = Output(out=phases.folder, made_from=phases.made_from(), done="done.json", folder=True)
+    begun = (output.before() or {}).get("evaluate.out") if resume else None
+    if begun and Path(begun).parent != phases.folder:
+        was = Path(begun).parent
+        raise ManifestMismatchError(
+            f"{phases.folder}: the run was begun with out={was}, and its indexes name files there; give out={was} (for "
+            f"a run that was moved, after moving it back or `ln -s {phases.folder.resolve()} {was}`)"
+        )
     with output.claim(resume=resume) as held:
         held.begin()
         saved = phases.folder / "config.yaml"

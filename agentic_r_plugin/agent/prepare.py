@@ -26,6 +26,7 @@ from agentic_r_plugin.search.base import SearchRequest
 from agentic_r_plugin.search.client import RetrievalClient
 from agentic_r_plugin.storage.claim import Output
 from agentic_r_plugin.storage.fingerprints import path_fingerprint
+from agentic_r_plugin.store import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +125,16 @@ def validation_questions(config: TrainAgentConfig) -> list[SourcedQuestion] | No
 
 
 def check_model(folder: Path) -> None:
-    """Check that the folder holds a model.
+    """Check that the folder holds a language model.
 
     Raises:
-        ConfigError: it has no config.json.
+        ConfigError: it has no config.json, or another kind of model.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model: {folder} is not a Hugging Face model folder (it has no config.json)")
+    kinds = read_json(folder / "config.json").get("architectures") or []
+    if kinds and not any(kind.endswith(("ForCausalLM", "ForConditionalGeneration")) for kind in kinds):
+        raise ConfigError(f"model: {folder} is a {', '.join(kinds)}; expected a language model")
 
 
 def codec(model: str) -> Codec:
@@ -199,6 +203,14 @@ def precision(config: TrainAgentConfig) -> str:
     return compute.resolve(config.precision, "cpu") if on_cpu(config) else config.precision
 
 
+def _check_loggers(config: TrainAgentConfig) -> None:
+    """Raise ConfigError for a logger that verl does not know; verl would fail after its models are loaded."""
+    from verl.utils.tracking import Tracking
+
+    if unknown := sorted(set(config.loggers) - {*Tracking.supported_backend, "tracking"}):
+        raise ConfigError(f"loggers: verl has no {', '.join(unknown)}; it has {', '.join(Tracking.supported_backend)}")
+
+
 def compose(
     config: TrainAgentConfig, *, num_questions: int, prompt_lengths: Sequence[int]
 ) -> tuple[Any, dict[str, str | None]]:
@@ -209,6 +221,7 @@ def compose(
     """
     from agentic_r_plugin.agent.accelerator import accelerator_overrides
 
+    _check_loggers(config)
     environment: dict[str, str | None] = {"HF_DATASETS_CACHE": str(Path(config.out).resolve() / "data" / "cache")}
     if on_cpu(config):
         from agentic_r_plugin.agent.cpu.overrides import UNSET, cpu_environment, cpu_overrides

@@ -52,6 +52,8 @@ def run(config: ShowRolloutsConfig, *, resume: bool = False) -> None:
     log = RolloutLog(Path(config.run) / "rollouts")
     known = log.steps()
     missing = sorted(set(config.steps) - set(known))
+    if not known and (trained := sorted(Path(config.run).glob("iteration-*/agent/rollouts"))):
+        raise ConfigError(f"{config.run}: a run of iterate; give run={trained[-1].parent}")
     if not known or missing:
         raise ConfigError(
             f"{log.folder}: expected rollouts of step {missing[0] if missing else 1}, found "

@@ -52,6 +52,10 @@ class RetrieverPlan:
                 "a retriever is one of: of_run, model, bm25, hybrid, rerank, trained (sampled, or exhaustive and "
                 "relevance)"
             )
+        if self.sampled < 0:
+            raise ConfigError(f"sampled: expected at least 1 candidate of each query, found {self.sampled}")
+        if len(self.hybrid) == 1:
+            raise ConfigError(f"hybrid: expected at least two retrievers, found {self.hybrid[0]!r} alone")
         if bool(self.rerank) != bool(self.of) or self.depth < 1:
             raise ConfigError("rerank, of, depth: expected a reranker, another retriever, and at least 1 passage")
         if self.exhaustive and self.correctness:
@@ -125,6 +129,8 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         if not self.retrievers or not self.agents:
             raise ConfigError("retrievers, agents: expected at least one of each")
+        if any(number < 0 for number in self.max_searches):
+            raise ConfigError(f"max_searches: expected numbers of at least 0, found {self.max_searches}")
         if self.stop_rule and self.max_searches:
             raise ConfigError("stop_rule, max_searches: give at most one of the two")
         if (self.variants or self.loop_settings) and not self.loop:
@@ -136,6 +142,7 @@ class ExperimentConfig:
                 if part not in self.retrievers or self.retrievers[part].hybrid:
                     raise ConfigError(
                         f"retrievers.{name}: hybrid of {part!r}: expected another retriever here, not a hybrid"
+                        + self._left_out(part)
                     )
             if plan.rerank and plan.rerank not in self.rerankers:
                 raise ConfigError(
@@ -144,7 +151,11 @@ class ExperimentConfig:
             if plan.of and (plan.of not in self.retrievers or self.retrievers[plan.of].rerank):
                 raise ConfigError(
                     f"retrievers.{name}: reranks {plan.of!r}: expected another retriever here, not a reranked one"
+                    + self._left_out(plan.of)
                 )
+
+    def _left_out(self, part: str) -> str:
+        return f"; only={self.only} leaves it out, add it there" if self.only and part not in self.retrievers else ""
 
     def _choose(self) -> None:
         """Leave the retrievers and variants that `only` names; where it names none of one kind, all of that kind."""
@@ -183,8 +194,9 @@ def parts(config: ExperimentConfig) -> Iterator[Part]:
         for seed in seeds:
             named = {"{variant}": variant, "{seed}": "" if seed is None else str(seed)}
             folder = Path(config.out, variant, *([] if seed is None else [f"seed-{seed}"]))
-            # A cell whose agent and retriever do not depend on the seed is evaluated once.
-            others = [str(Path(config.out, variant, f"seed-{other}", "evaluation")) for other in seeds if other != seed]
+            # A cell whose agent and retriever do not depend on the seed is evaluated once, with the first seed.
+            earlier = seeds[: seeds.index(seed)]
+            others = [str(Path(config.out, variant, f"seed-{other}", "evaluation")) for other in earlier]
             one = replace(
                 config,
                 run=_filled(config.run, named),

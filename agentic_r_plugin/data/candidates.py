@@ -18,7 +18,9 @@ from agentic_r_plugin.errors import ConfigError, RecordError, SearchRefusedError
 from agentic_r_plugin.protocol import AgentProtocol, load_protocol
 from agentic_r_plugin.records import Candidates, ScoredPassage, Trajectory
 from agentic_r_plugin.search.base import SearchBackend, SearchRequest, search_each
+from agentic_r_plugin.storage.claim import MANIFEST, companion
 from agentic_r_plugin.storage.table import UnitResult
+from agentic_r_plugin.store import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,17 @@ class CandidatesConfig:
         for name, least in (("topk", 1), ("max_turn", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"candidates.{name}: expected at least {least}, found {getattr(self, name)}")
+
+
+def check_protocol(stage: str, source: str, protocol: str) -> None:
+    """Raise ConfigError if the manifest of `source` says that its agent wrote in another protocol."""
+    manifest = companion(Path(source), MANIFEST)
+    before = read_json(manifest).get("made_from", {}).get("protocol") if manifest.is_file() else None
+    if before not in (None, protocol):
+        raise ConfigError(
+            f"{stage}.protocol={protocol}: {source} was made with protocol={before}, in which its agent writes; give "
+            f"protocol={before}"
+        )
 
 
 def queries_of(trajectory: Trajectory, protocol: AgentProtocol) -> list[Candidates]:
@@ -168,6 +181,7 @@ class CandidatesWorker(StageWorker):
 
 def run(config: CandidatesConfig, *, resume: bool = False) -> None:
     """Run the command `candidates`."""
+    check_protocol("candidates", config.in_, config.protocol)
     stage = Stage(
         name="candidates",
         config=config,

@@ -28,6 +28,7 @@ from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
 from agentic_r_plugin.cost import Cost
+from agentic_r_plugin.data.candidates import check_protocol
 from agentic_r_plugin.data.continuations import Continuations
 from agentic_r_plugin.data.inputs import QueryFiles, query_units
 from agentic_r_plugin.data.likelihood import by_likelihood, in_order_of_likelihood
@@ -274,6 +275,7 @@ def _labelled_units(path: str) -> Iterator[Unit[Candidates]]:
 def run(config: CorrectnessConfig, *, resume: bool = False) -> None:
     """Run the command `correctness`."""
     config.check()
+    check_protocol("correctness", config.candidates, config.protocol)
     files = QueryFiles(Path(config.out).parent, relevance=config.relevance)
     # The index folder of the agent's retriever may hold a table of this corpus, which saves a full scan.
     with Corpus(config.corpus, table=config.search.index) as corpus:

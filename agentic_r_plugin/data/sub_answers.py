@@ -13,7 +13,7 @@ from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
 from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
-from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list, unit_result
+from agentic_r_plugin.data.judge import ask, check_asking, fill, load_prompt, parse_list, unit_result
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import JudgeError
@@ -36,6 +36,9 @@ class SubAnswersConfig:
     prompt: str = setting("own prompt file in place of sub_answers.txt", BY_CONTENTS, default="")
     batch_size: int = setting("trajectories judged at once", FREE, default=64)
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
+
+    def __post_init__(self) -> None:
+        check_asking(self.max_tokens, self.max_retries)
 
 
 def render(trajectory: Trajectory, prompt: str) -> str:

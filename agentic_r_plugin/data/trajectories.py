@@ -16,7 +16,7 @@ from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
 from agentic_r_plugin.errors import ConfigError, RequestRefusedError
-from agentic_r_plugin.llm.base import LLMBackend, Sampling
+from agentic_r_plugin.llm.base import LLMBackend, Sampling, check_sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
 from agentic_r_plugin.records import Question, Trajectory
@@ -51,6 +51,7 @@ class TrajectoriesConfig:
     def __post_init__(self) -> None:
         if self.num_questions < 0:
             raise ConfigError(f"num_questions: expected at least 0, found {self.num_questions}")
+        check_sampling(self.temperature)
 
 
 def answer_questions(

@@ -118,6 +118,10 @@ class EvaluateConfig:
 
     def _check_names(self) -> None:
         """Settings about an agent, a search or a benchmark must name one of those that are evaluated."""
+        for kind in ("agents", "searches", "rerankers"):
+            for name in getattr(self, kind):
+                if not name or "/" in name:  # a cell's folder is named after them
+                    raise ConfigError(f"{kind}: {name!r} names a folder, so expected a name without /")
         for cell in self.cells:
             agent, _, search = cell.partition(":")
             if agent not in self.agents or search not in self.retrievers:
@@ -204,6 +208,9 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     for benchmark in config.benchmarks:
         file = split_file(Path(config.data_dir) / benchmark, config.splits.get(benchmark, config.split))
         check_questions(file, config.first if config.first is not None else config.random, config.format)
+    for folder in config.reuse:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"reuse: {folder}: no such folder; expected the output of another evaluation")
     agents, searches = (dict.fromkeys(names) for names in zip(*pairs_of(config), strict=True))
     models = {f"agents.{name}": llm_spec(config, name) for name in agents if name not in later}
     if config.judge.llm.model:

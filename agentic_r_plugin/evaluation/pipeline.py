@@ -9,6 +9,7 @@ print(pipeline.evaluator.result)
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +28,13 @@ from agentic_r_plugin.evaluation.cache import with_cache
 from agentic_r_plugin.evaluation.generator import AgenticGenerator
 from agentic_r_plugin.evaluation.metrics import answer_ranks, gold_of
 from agentic_r_plugin.evaluation.retriever import AgenticRetriever, FlashRAGBackend, to_doc
-from agentic_r_plugin.evaluation.settings import protocol_options, read_agent_card, read_settings, resolve_agent
+from agentic_r_plugin.evaluation.settings import (
+    DEFAULT_PROTOCOL,
+    protocol_options,
+    read_agent_card,
+    read_settings,
+    resolve_agent,
+)
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.records import Question
 from agentic_r_plugin.rollout import run_sessions, to_trajectory
@@ -91,6 +98,9 @@ class AgenticSearchPipeline(SearchR1Pipeline):
     def __init__(self, config: Any, prompt_template: Any = None, retriever: Any = None, generator: Any = None) -> None:
         self.settings = read_settings(config)
         card = read_agent_card(self.settings.agent.model) or read_agent_card(self.settings.agent.tokenizer)
+        if card is None and self.settings.protocol is None:
+            named = self.settings.agent.model or self.settings.agent.url
+            print(f"{named}: no agent.json and no protocol given, so {DEFAULT_PROTOCOL}", file=sys.stderr)
         self.protocol, self.limits, self.topk = resolve_agent(self.settings, card)
         self.protocol_options = protocol_options(self.settings, card)
         _refuse(config, prompt_template, generator)

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
 from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config, section_of, setting
+from agentic_r_plugin.data.judge import check_asking
 from agentic_r_plugin.errors import ConfigError
-from agentic_r_plugin.llm.base import Sampling
+from agentic_r_plugin.llm.base import Sampling, check_sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.store import read_json
 
@@ -63,6 +64,7 @@ class AgenticRSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{KEY}.{name}: expected at least {least}, found {value}")
+        check_sampling(self.temperature, self.top_p, f"{KEY}.")
 
     def sampling(self) -> Sampling:
         """Sampling parameters of the agent."""
@@ -100,6 +102,9 @@ class AnswerJudgeSettings:
     max_tokens: int = setting("tokens of a reply", default=512)
     max_retries: int = setting("retries after a reply that cannot be parsed", default=2)
     max_error_share: float = setting("fail if more than this share of the judgements fail", FREE, default=0.1)
+
+    def __post_init__(self) -> None:
+        check_asking(self.max_tokens, self.max_retries, "judge.")
 
 
 @dataclass(frozen=True, kw_only=True)

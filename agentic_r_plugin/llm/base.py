@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from agentic_r_plugin.errors import RequestRefusedError
+from agentic_r_plugin.errors import ConfigError, RequestRefusedError
 from agentic_r_plugin.llm.reply import Reply
 from agentic_r_plugin.protocol import Codec
 
@@ -27,6 +27,14 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Generation stops after any of these strings, which stays in the output."""
+
+
+def check_sampling(temperature: float, top_p: float = 1.0, where: str = "") -> None:
+    """Raise ConfigError if no token can be drawn with these settings."""
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"{where}temperature: expected 0 (greedy) or above, found {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"{where}top_p: expected a share above 0 and at most 1, found {top_p}")
 
 
 @dataclass(frozen=True, kw_only=True)

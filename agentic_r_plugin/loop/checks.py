@@ -16,6 +16,7 @@ from agentic_r_plugin.evaluation import evaluate
 from agentic_r_plugin.loop.phases import NOT_YET, URL, Phases
 from agentic_r_plugin.loop.settings import IterateConfig
 from agentic_r_plugin.net import is_loopback
+from agentic_r_plugin.protocol import load_protocol
 
 
 def check_settings(phases: Phases) -> None:
@@ -28,6 +29,8 @@ def check_settings(phases: Phases) -> None:
     _check_stages(phases.planned)
     _check_reach(phases.planned)
     components.load("retriever_trainer", phases.planned["train_retriever"].trainer)
+    load_protocol(phases.config.protocol, phases.config.protocol_options)
+    _check_world(phases.config)
 
 
 def check_files(phases: Phases) -> None:
@@ -46,6 +49,13 @@ def check_files(phases: Phases) -> None:
         missing.append(str(error))
     if (config.benchmark or config.corpus) and not phases.corpus.exists():
         missing.append(f"corpus: {phases.corpus} does not exist")
+    if config.retriever.startswith("builtin:"):
+        from agentic_r_plugin.search.encoder import resolve
+
+        try:
+            resolve(config.retriever)
+        except ConfigError as error:
+            missing.append(f"retriever: {error}")
     if not Path(config.agent).is_dir():
         missing.append(f"agent: {config.agent} is not a folder")
     for name in ("sub_answers", "relevance"):
@@ -59,6 +69,20 @@ def check_files(phases: Phases) -> None:
         missing.append(f"evaluate: {error}")
     if missing:
         raise ConfigError("; ".join(missing))
+
+
+def _check_world(config: IterateConfig) -> None:
+    """Check that the splits are those of a generated world and hold questions."""
+    if config.benchmark:
+        return
+    splits = {"train_split": config.train_split, "test_split": config.test_split}
+    if config.train_agents and config.dev_split:
+        splits["dev_split"] = config.dev_split
+    for name, split in splits.items():
+        if split not in ("train", "dev", "test"):
+            raise ConfigError(f"{name}: the generated world has the splits train, dev and test, found {split!r}")
+        if getattr(config.world, f"{split}_questions") < 1:
+            raise ConfigError(f"world.{split}_questions: expected at least 1, for {name}={split}, found 0")
 
 
 def _check_sections(config: IterateConfig) -> None:

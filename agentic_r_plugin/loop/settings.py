@@ -135,6 +135,10 @@ class IterateConfig:
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ConfigError(f"iterations: expected at least 1, found {self.iterations}")
+        try:
+            self.expected()
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"expected_seconds: expected iteration -> phase -> seconds; {error}") from None
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: expected one of {', '.join(choices)}, found {getattr(self, name)!r}")

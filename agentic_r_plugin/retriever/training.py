@@ -24,6 +24,7 @@ from agentic_r_plugin.memory import bound_caches
 from agentic_r_plugin.retriever import loss as losses
 from agentic_r_plugin.retriever.batches import Example, read_examples, read_scores, require_reasoning
 from agentic_r_plugin.retriever.card import write_card
+from agentic_r_plugin.retriever.dev import METRICS
 from agentic_r_plugin.retriever.distributed import barrier, from_first, process_group
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.retriever.loop import BEST, STATE, Training, peak_memory_bytes
@@ -88,6 +89,8 @@ def train_llm_embedder(config: TrainRetrieverConfig, *, resume: bool = False) ->
 def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, from_scores: bool) -> Path:
     if config.options:
         raise ConfigError(f"options: the trainer {config.trainer!r} has none, found {', '.join(config.options)}")
+    if config.dev_metric not in METRICS:
+        raise ConfigError(f"dev_metric {config.dev_metric!r}: expected one of {', '.join(METRICS)}")
     bound_caches()
     other_corpus = Corpus(config.elsewhere_corpus) if config.elsewhere_corpus else nullcontext()
     with Corpus(config.corpus) as corpus, other_corpus as other, process_group(config.device) as (rank, world):

@@ -174,6 +174,8 @@ def parts_of(spec: SearchSpec) -> list[SearchSpec]:
     if spec.backend != "hybrid":
         return [spec]
     parts = typed_options(spec, HybridBackend.Options)["parts"]
+    if len(parts) < 2:
+        raise ConfigError(f"search backend 'hybrid': expected at least two parts, found {len(parts)}")
     shared = {name: getattr(spec, name) for name in _SHARED}
     if spec.index:
         from agentic_r_plugin.search.indexing.index import read_manifest

@@ -175,8 +175,10 @@ def test_a_cell_that_another_evaluation_has_finished_is_copied_if_all_it_was_mad
         "settings": {"first": 4, "settings": {"agent": {"device": "cpu"}, "topk": 1}},
     }
     for name, changed in others.items():
-        run(config(tmp_path, tiny_agent, out=str(tmp_path / name), reuse=[first.out, "nowhere"], **changed))
+        run(config(tmp_path, tiny_agent, out=str(tmp_path / name), reuse=[again.out, first.out], **changed))
     assert asked == ["tiny-bm25-toy"] * 3
+    with pytest.raises(ConfigError, match="reuse: nowhere: no such folder"):
+        run(config(tmp_path, tiny_agent, first=4, out=str(tmp_path / "x"), reuse=["nowhere"]))
 
 
 def test_a_cell_keeps_what_it_was_made_by_and_the_matrix_shows_where_cells_differ(

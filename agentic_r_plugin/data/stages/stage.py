@@ -359,7 +359,9 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
         counts = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
         print(f"{stage.name}: of {total} units {counts}, kept apart in {errors_file}; first, {first}", file=sys.stderr)
     if not records:
-        why = ", ".join(f"{count} {name}" for name, count in sorted(dropped.items())) or "the input is empty"
+        failed = {"refused": table.num_refused, "judge errors": table.num_errors}
+        reasons = dict(dropped) | {name: count for name, count in failed.items() if count}
+        why = ", ".join(f"{count} {name}" for name, count in sorted(reasons.items())) or "the input is empty"
         print(f"{stage.name}: no record was written for {total} units ({why})", file=sys.stderr)
     return {
         "stage": stage.name,

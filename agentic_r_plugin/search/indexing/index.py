@@ -350,7 +350,8 @@ def read_manifest(folder: str | Path) -> IndexManifest:
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        begun = (folder / BEGUN).is_file()
+        # A retriever's folder has the same file.
+        begun = (folder / BEGUN).is_file() and not (folder / "agentic_r.json").is_file()
         state = "an unfinished index; go on with --resume" if begun else "no index there"
         raise ConfigError(f"{folder}: {state} (agentic-r index builds one)")
     with located(folder / MANIFEST):
