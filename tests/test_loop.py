@@ -370,6 +370,10 @@ def test_a_loop_has_the_stages_whose_files_its_selection_reads(tmp_path):
         ("train_retriever.trainer=none", "none"),
         ("agent_from=best", "agent_from"),
         ("agent=/no/such/folder", "agent"),
+        ("test_split=tset", "test_split: the generated world has the splits train, dev and test, found 'tset'"),
+        ("world.test_questions=0", r"world\.test_questions: expected at least 1, for test_split=test"),
+        ("protocol=compct", "compct"),
+        ("expected_seconds={'1': {trajectories: abc}}", "expected_seconds: expected iteration -> phase -> seconds"),
         ("benchmark=/no/such/benchmark", "benchmark"),
     ],
 )

@@ -56,7 +56,7 @@ class Evaluation:
         """Raise ConfigError if a folder given as an agent does not exist."""
         for name, folder in self.agents.items():
             if self.run.config.llm.backend == "hf" and not Path(folder).is_dir():
-                raise ConfigError(f"agents: {name}: no directory {folder!r}")
+                raise ConfigError(f"agents.{name}: no directory {folder!r}")
 
     def check_inputs(self) -> None:
         """Check the inputs before anything is trained. The benchmarks must have been gathered.

@@ -33,10 +33,10 @@ class SourceRun:
         if found != kind or not number.isdecimal():
             raise ConfigError(f"{name!r}: expected {kind}-K, a {kind} of the run {self.folder}")
         path = str(getattr(self.phases, kind)(int(number)))
-        if int(number) > self.config.iterations:
-            raise ConfigError(f"{name}: the run {self.folder} has {self.config.iterations} iterations")
         if path != getattr(self.config, kind) and not Path(path).is_dir():
             raise ConfigError(f"{name}: the run has no {path}")
+        if int(number) > self.config.iterations:  # without PPO, every agent-K is the given one
+            raise ConfigError(f"{name}: the run {self.folder} has {self.config.iterations} iterations")
         return path
 
     def data(self, name: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 
 from agentic_r_plugin.cli import main
 from agentic_r_plugin.config import load_config
+from agentic_r_plugin.data.candidates import check_protocol
 from agentic_r_plugin.data.groups import GroupsConfig, run
 from agentic_r_plugin.errors import ConfigError, RecordError, RequestRefusedError
 from agentic_r_plugin.records import (
@@ -126,6 +127,16 @@ def test_a_stage_that_writes_nothing_says_why(config: GroupsConfig, capsys):
     assert "no record was written for 6 units (1 no_correct_candidate, 1 no_relevance" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="threshold=200: expected a relevance, 0 to 100"):
         run(replace(config, threshold=200))
+
+
+def test_candidates_of_an_agent_with_another_protocol_are_not_continued(config: GroupsConfig):
+    write_json(config.candidates + ".manifest.json", {"made_from": {"protocol": "compact"}})
+    with pytest.raises(
+        ConfigError, match=r"protocol=search_r1: .* made with protocol=compact.* give protocol=compact"
+    ):
+        check_protocol("correctness", config.candidates, "search_r1")
+    check_protocol("correctness", config.candidates, "compact")
+    check_protocol("correctness", config.relevance, "search_r1")  # nothing says how it was made
 
 
 def test_a_file_of_another_command_is_not_taken_for_correctness(config: GroupsConfig):

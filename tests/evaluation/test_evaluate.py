@@ -450,6 +450,8 @@ def test_exact_match_of_all_or_nothing_has_an_interval_with_a_width(tmp_path: Pa
         ({"first": -1}, "first: expected at least 1, found -1"),
         ({"random": 0}, "random: expected at least 1, found 0"),
         ({"searches": {"r0": None}}, "searches.r0: expected a location, found nothing"),
+        ({"agents": {"q/5": "x"}}, "agents: 'q/5' names a folder"),
+        ({"settings": {"temperature": -1}}, r"temperature: expected 0 \(greedy\) or above, found -1"),
         ({"agents": {"tiny": ""}}, "agents.tiny: expected a location, found nothing"),
         ({"agents": {"v1": {"5": "x"}}}, r"agents.v1: expected text, found {'5': 'x'}; a name with a dot is written"),
         ({"cells": ["tiny:bm52"]}, "'tiny:bm52' is not AGENT:SEARCH"),

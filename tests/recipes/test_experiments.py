@@ -575,13 +575,16 @@ def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path)
             "expected a share from 0 to 1",
         ),
         ({"run": "nowhere"}, "nowhere/config.yaml: cannot be read"),
+        ({"max_searches": [-1]}, "max_searches: expected numbers of at least 0"),
     ],
 )
+@pytest.mark.parametrize("dry_run", [False, True])
 def test_what_cannot_work_is_an_error_that_leaves_nothing_behind(
-    finished: Path, tmp_path: Path, values: dict[str, Any], message: str
+    finished: Path, tmp_path: Path, values: dict[str, Any], message: str, dry_run: bool
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(experiment(finished, tmp_path / "out", **{"retrievers": {"b": {"bm25": True}}} | values))
+        given = {"retrievers": {"b": {"bm25": True}}, "dry_run": dry_run}
+        run(experiment(finished, tmp_path / "out", **given | values))
     assert not (tmp_path / "out").exists()
 
 
