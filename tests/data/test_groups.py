@@ -131,9 +131,7 @@ def test_a_stage_that_writes_nothing_says_why(config: GroupsConfig, capsys):
 
 def test_candidates_of_an_agent_with_another_protocol_are_not_continued(config: GroupsConfig):
     write_json(config.candidates + ".manifest.json", {"made_from": {"protocol": "compact"}})
-    with pytest.raises(
-        ConfigError, match=r"protocol=search_r1: .* made with protocol=compact.* give protocol=compact"
-    ):
+    with pytest.raises(ConfigError, match=r"protocol=search_r1: .* made with protocol=compact.* give protocol=compact"):
         check_protocol("correctness", config.candidates, "search_r1")
     check_protocol("correctness", config.candidates, "compact")
     check_protocol("correctness", config.relevance, "search_r1")  # nothing says how it was made

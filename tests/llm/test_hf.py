@@ -103,7 +103,7 @@ def test_settings_reach_the_model(checkpoint: Path):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        ("", {}, "expected the directory of a Hugging Face checkpoint"),
+        ("", {}, "expected a model, found nothing; give llm.model=FOLDER"),
         ("/nowhere", {}, r"llm.model='/nowhere'"),
         (None, {"dtype": "int4"}, r"llm\.dtype='int4': expected one of auto, float32"),
     ],

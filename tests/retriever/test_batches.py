@@ -42,7 +42,7 @@ def test_passages_become_rows_and_positives_of_one_query_know_each_other(tmp_pat
         ({"positive": "gone"}, r"g\.jsonl:2: passage 'gone' is not in the corpus .*corpus\.jsonl"),
         ({"negatives": ["d4", "gone"]}, r"g\.jsonl:2: passage 'gone'"),
         ({"negatives": []}, r"g\.jsonl:2: expected negatives"),
-        ({"negatives": ["d3"]}, r"g\.jsonl:2: expected negatives, and the positive not among them"),
+        ({"negatives": ["d3"]}, r"g\.jsonl:2: expected negatives without the positive"),
         ({"schema": "group/0"}, r"g\.jsonl:2: expected schema 'group/1'"),
     ],
 )
