@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from agentic_r_plugin import components
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, options_of, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, options_of, setting
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import LLMBackend
@@ -42,7 +42,8 @@ class LLMSpec:
     options: dict[str, Any] = setting("what only this backend knows", options_of("llm_backend"), default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_ranges("llm", self, {"replicas": 1, "concurrency": 1, "max_retries": 0, "max_batch_tokens": 1})
+        check_least(self, "llm.", replicas=1, concurrency=1, max_retries=0, max_batch_tokens=1)
+        _check_timeout(self, "llm")
         if self.replicas > 1 and self.backend == "openai":
             raise ConfigError(
                 "llm.replicas: only for local engines; start the server with --data-parallel-size and leave this at 1"
@@ -63,8 +64,7 @@ class RerankSpec:
     )
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ConfigError(f"rerank.depth: expected at least 1, found {self.depth}")
+        check_least(self, "rerank.", depth=1)
         refuse_secrets("rerank", {"model": self.model, "options": self.options}, "keep it in an environment variable")
 
     @property
@@ -98,16 +98,13 @@ class SearchSpec(SearchSource):
     max_retries: int = setting("further attempts after a request fails in passing", FREE, default=5)
 
     def __post_init__(self) -> None:
-        _check_ranges("search", self, {"batch_size": 1, "max_retries": 0})
+        check_least(self, "search.", batch_size=1, max_retries=0)
+        _check_timeout(self, "search")
         way_out = "put it into an environment variable and give that variable's name as search.options.token_env"
         refuse_secrets("search", {"url": self.url, "options": self.options}, way_out)
 
 
-def _check_ranges(where: str, spec: LLMSpec | SearchSpec, least: Mapping[str, int]) -> None:
-    """Raise ConfigError if a number is below its least value, or the time for a request is not above 0."""
-    for name, lowest in least.items():
-        if getattr(spec, name) < lowest:
-            raise ConfigError(f"{where}.{name}: expected at least {lowest}, found {getattr(spec, name)}")
+def _check_timeout(spec: LLMSpec | SearchSpec, where: str) -> None:
     if spec.timeout_s <= 0:
         raise ConfigError(f"{where}.timeout_s: expected a number of seconds above 0, found {spec.timeout_s}")
 

@@ -62,6 +62,19 @@ def setting(text: str, *flags: Mapping[str, Any], **options: Any) -> Any:
     return dataclasses.field(metadata=metadata, **options)
 
 
+def check_least(settings: Any, where: str = "", **least: int) -> None:
+    """Raise ConfigError if a number among the fields of `settings` is below its least value; None is not checked.
+
+    >>> from types import SimpleNamespace
+    >>> check_least(SimpleNamespace(topk=0, depth=None), "search.", topk=1, depth=1)
+    Traceback (most recent call last):
+    agentic_r_plugin.errors.ConfigError: search.topk: expected at least 1, found 0
+    """
+    for name, lowest in least.items():
+        if (value := getattr(settings, name)) is not None and value < lowest:
+            raise ConfigError(f"{where}{name}: expected at least {lowest}, found {value}")
+
+
 def options_of(kind: str, field: str = "backend") -> dict[str, Any]:
     """Metadata of a dictionary with the options of one component; the field `field` holds the component's name.
 

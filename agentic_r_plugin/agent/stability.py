@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agentic_r_plugin.config import setting
+from agentic_r_plugin.config import check_least, setting
 from agentic_r_plugin.errors import ConfigError, TrainingError
 
 WATCHED = {
@@ -57,9 +57,7 @@ class StabilityRule:
     )
 
     def __post_init__(self) -> None:
-        for name in ("window", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"stability.{name}: expected at least 1, found {getattr(self, name)}")
+        check_least(self, "stability.", window=1, patience=1)
         if self.on_collapse not in ACTIONS:
             raise ConfigError(f"stability.on_collapse={self.on_collapse!r}: expected one of {', '.join(ACTIONS)}")
 

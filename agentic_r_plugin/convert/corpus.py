@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.answers import UNSPACED
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, check_least, fingerprint, setting
 from agentic_r_plugin.convert.hub import HubConfig, push_file
 from agentic_r_plugin.convert.passages import context_passage
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
@@ -63,8 +63,7 @@ class CorpusConfig(HubConfig):
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def __post_init__(self) -> None:
-        if self.words < 1:
-            raise ConfigError(f"words: expected at least 1, found {self.words}")
+        check_least(self, words=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
@@ -43,9 +43,7 @@ class CandidatesConfig:
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def __post_init__(self) -> None:
-        for name, least in (("topk", 1), ("max_turn", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"candidates.{name}: expected at least {least}, found {getattr(self, name)}")
+        check_least(self, "candidates.", topk=1, max_turn=0)
 
 
 def check_protocol(stage: str, source: str, protocol: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from agentic_r_plugin.answers import exact_match
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.candidates import check_protocol
 from agentic_r_plugin.data.continuations import Continuations
@@ -89,9 +89,7 @@ class CorrectnessConfig:
         """Raise ConfigError if a value is out of range, or unless one of `relevance` and `exhaustive` is given."""
         if self.exhaustive == bool(self.relevance):
             raise ConfigError("correctness: give either --relevance FILE, for exact pruning, or --exhaustive")
-        for name in ("max_turn", "num_candidates"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"correctness.{name}: expected at least 0, found {getattr(self, name)}")
+        check_least(self, "correctness.", max_turn=0, num_candidates=0)
         for name, known in (("method", ("rollout", "likelihood")), ("order", ("retrieval", "likelihood"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"correctness.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}")

@@ -51,13 +51,6 @@ def fill(prompt: str, **values: object) -> str:
     return _PLACEHOLDER.sub(lambda found: str(values.get(found[0][1:-1], found[0])), prompt)
 
 
-def check_asking(max_tokens: int, max_retries: int, where: str = "") -> None:
-    """Raise ConfigError if no reply could come: no tokens for it, or not even one attempt."""
-    for name, value, least in (("max_tokens", max_tokens, 1), ("max_retries", max_retries, 0)):
-        if value < least:
-            raise ConfigError(f"{where}{name}: expected at least {least}, found {value}")
-
-
 def ask(
     judge: ChatBackend,
     prompts: Sequence[str],

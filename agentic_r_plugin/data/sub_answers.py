@@ -12,8 +12,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from agentic_r_plugin.backends import LLMSpec, open_llm
-from agentic_r_plugin.config import BY_CONTENTS, FREE, fingerprint, setting
-from agentic_r_plugin.data.judge import ask, check_asking, fill, load_prompt, parse_list, unit_result
+from agentic_r_plugin.config import BY_CONTENTS, FREE, check_least, fingerprint, setting
+from agentic_r_plugin.data.judge import ask, fill, load_prompt, parse_list, unit_result
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, for_workers, record_units, run_stage
 from agentic_r_plugin.errors import JudgeError
@@ -38,7 +38,7 @@ class SubAnswersConfig:
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def __post_init__(self) -> None:
-        check_asking(self.max_tokens, self.max_retries)
+        check_least(self, max_tokens=1, max_retries=0)
 
 
 def render(trajectory: Trajectory, prompt: str) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec, open_llm, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, setting
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, setting
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.stages.runner import RunnerSpec, StageWorker
 from agentic_r_plugin.data.stages.stage import Stage, Unit, for_workers, run_stage
-from agentic_r_plugin.errors import ConfigError, RequestRefusedError
+from agentic_r_plugin.errors import RequestRefusedError
 from agentic_r_plugin.llm.base import LLMBackend, Sampling, check_sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
 from agentic_r_plugin.questions import FORMAT, read_questions
@@ -49,8 +49,7 @@ class TrajectoriesConfig:
     runner: RunnerSpec = setting("where it runs", FREE, default_factory=RunnerSpec)
 
     def __post_init__(self) -> None:
-        if self.num_questions < 0:
-            raise ConfigError(f"num_questions: expected at least 0, found {self.num_questions}")
+        check_least(self, num_questions=0)
         check_sampling(self.temperature)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentic_r_plugin.backends import SearchSpec, open_llm, open_search
 from agentic_r_plugin.child import run_side_by_side
-from agentic_r_plugin.config import FREE, entries_of, save_config, setting, to_dict
+from agentic_r_plugin.config import FREE, check_least, entries_of, save_config, setting, to_dict
 from agentic_r_plugin.credentials import refuse_secrets
 from agentic_r_plugin.errors import ConfigError, ManifestMismatchError, SearchError
 from agentic_r_plugin.evaluation.benchmarks import check_questions, split_file
@@ -103,8 +103,7 @@ class EvaluateConfig:
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {number}; leave it out for all questions")
         check_statistics(self.level, self.resamples)
-        if self.processes < 1:
-            raise ConfigError(f"processes: expected at least 1, found {self.processes}")
+        check_least(self, processes=1)
         if self.settings.search.rerank.on:
             raise ConfigError("settings.search.rerank: name the reranker: rerankers={NAME: MODEL}")
         self._check_metrics()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agentic_r_plugin.backends import LLMSpec, SearchSpec
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, load_config, section_of, setting
-from agentic_r_plugin.data.judge import check_asking
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, load_config, section_of, setting
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.base import Sampling, check_sampling
 from agentic_r_plugin.protocol import AgentProtocol, Limits, load_protocol
@@ -60,10 +59,7 @@ class AgenticRSettings:
     search: SearchSpec = setting("the retriever", default_factory=SearchSpec)
 
     def __post_init__(self) -> None:
-        for name, least in (("topk", 1), ("depth", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{KEY}.{name}: expected at least {least}, found {value}")
+        check_least(self, f"{KEY}.", topk=1, depth=0, batch_size=1)
         check_sampling(self.temperature, self.top_p, f"{KEY}.")
 
     def sampling(self) -> Sampling:
@@ -104,7 +100,7 @@ class AnswerJudgeSettings:
     max_error_share: float = setting("fail if more than this share of the judgements fail", FREE, default=0.1)
 
     def __post_init__(self) -> None:
-        check_asking(self.max_tokens, self.max_retries, "judge.")
+        check_least(self, "judge.", max_tokens=1, max_retries=0)
 
 
 @dataclass(frozen=True, kw_only=True)

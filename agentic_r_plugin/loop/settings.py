@@ -7,7 +7,7 @@ from typing import Any
 
 from agentic_r_plugin.agent.settings import TrainAgentConfig
 from agentic_r_plugin.backends import LLMSpec
-from agentic_r_plugin.config import FREE, LATER, section_of, setting
+from agentic_r_plugin.config import FREE, LATER, check_least, section_of, setting
 from agentic_r_plugin.data.candidates import CandidatesConfig
 from agentic_r_plugin.data.correctness import CorrectnessConfig
 from agentic_r_plugin.data.groups import GroupsConfig
@@ -133,8 +133,7 @@ class IterateConfig:
     plan: PlanConfig = setting("assumptions of the forecast", FREE, default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ConfigError(f"iterations: expected at least 1, found {self.iterations}")
+        check_least(self, iterations=1)
         try:
             self.expected()
         except (AttributeError, TypeError, ValueError) as error:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin import __version__
-from agentic_r_plugin.config import setting
-from agentic_r_plugin.errors import ConfigError
+from agentic_r_plugin.config import check_least, setting
 from agentic_r_plugin.evaluation.matrix import cell_name, markdown_table
 from agentic_r_plugin.report import curves, results
 from agentic_r_plugin.report.flips import embed, read_answers
@@ -40,8 +39,7 @@ class ReportConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.num_trajectories < 0:
-            raise ConfigError(f"num_trajectories: expected at least 0, found {self.num_trajectories}")
+        check_least(self, num_trajectories=0)
 
 
 def run(config: ReportConfig, *, resume: bool = False) -> None:

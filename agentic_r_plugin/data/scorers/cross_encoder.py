@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from agentic_r_plugin.config import FREE, fingerprint, load_config
+from agentic_r_plugin.config import FREE, check_least, fingerprint, load_config
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask, check_options
 from agentic_r_plugin.errors import BackendError, ConfigError, JudgeError
 
@@ -66,8 +66,7 @@ class CrossEncoderScorer:
             found = load_config(cls.Options, values=options)
         except ConfigError as error:
             raise ConfigError(f"relevance scorer cross_encoder: {error}") from error
-        if found.batch_size < 1:
-            raise ConfigError(f"cross_encoder: batch_size: expected at least 1, found {found.batch_size}")
+        check_least(found, "cross_encoder: ", batch_size=1)
         return cls(**vars(found))
 
     def score(self, tasks: Sequence[ScoringTask]) -> list[dict[str, int] | JudgeError]:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from agentic_r_plugin.config import setting, to_dict
+from agentic_r_plugin.config import check_least, setting, to_dict
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.errors import BackendError, ConfigError
 from agentic_r_plugin.storage.table import UnitResult
@@ -43,9 +43,7 @@ class RunnerSpec:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"runner.kind={self.kind!r}: expected one of {', '.join(KINDS)}")
-        for name in ("workers", "in_flight", "part_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"runner.{name}: expected at least 1, found {getattr(self, name)}")
+        check_least(self, "runner.", workers=1, in_flight=1, part_size=1)
         if self.forecast < 0:
             raise ConfigError(f"runner.forecast: expected 0 (no forecast) or more, found {self.forecast}")
 
