@@ -65,13 +65,20 @@ def device_name(device: Any) -> str:
 
     if str(device) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return str(device)
+
+
+def check_device(device: Any) -> None:
+    """Raise ConfigError for a device that this torch does not have."""
+    import torch
+
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ConfigError(f"device {str(device)!r}: {str(error).splitlines()[0]}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {str(device)!r}: this torch finds no CUDA device; expected auto or cpu")
-    return str(device)
 
 
 def describe(name: str) -> str:

@@ -97,7 +97,6 @@ def _composed(config: ExperimentConfig) -> tuple[Benchmarks, Retrievers, Evaluat
     benchmarks = Benchmarks(config, SourceRun(config.run, config.iteration))
     retrievers, evaluation = Retrievers(config, benchmarks), Evaluation(config, benchmarks)
     retrievers.check()
-    evaluation.planned()
     evaluation.check_agents()
     benchmarks.check()
     return benchmarks, retrievers, evaluation

@@ -78,8 +78,13 @@ def beir_queries(path: Path) -> Path | None:
     return queries if path.suffix == ".tsv" and path.parent.name == "qrels" and queries.is_file() else None
 
 
+def _is_readable(name: str) -> bool:
+    """Whether a file of this name is not data in a format that is not read."""
+    return not _DATA.search(name) or bool(_READ.search(name))
+
+
 def _check_readable(path: Path) -> None:
-    if _DATA.search(path.name) and not _READ.search(path.name):
+    if not _is_readable(path.name):
         raise RecordError(f"expected {_SHARDS}; convert this file (in a folder of shards, move it away)", path=path)
 
 
@@ -172,8 +177,7 @@ def broken_file(error: Exception, path: Path, line: int | None = None) -> Record
 
 def check_suffix(path: str | Path) -> None:
     """Raise ConfigError if records would not be read again under this name, such as `x.csv`."""
-    name = Path(path).name
-    if _DATA.search(name) and not _READ.search(name):
+    if not _is_readable(Path(path).name):
         raise ConfigError(f"{path}: records are written as {_SHARDS}; choose such a name")
 
 

@@ -54,9 +54,8 @@ class Evaluation:
 
     def check_agents(self) -> None:
         """Raise ConfigError if a folder given as an agent does not exist."""
-        for name, folder in self.agents.items():
-            if self.run.config.llm.backend == "hf" and not Path(folder).is_dir():
-                raise ConfigError(f"agents.{name}: no directory {folder!r}")
+        for config in self.planned():
+            evaluate.check_models(config)
 
     def check_inputs(self) -> None:
         """Check the inputs before anything is trained. The benchmarks must have been gathered.

@@ -282,12 +282,10 @@ def _write(config: ConvertTrajectoriesConfig, out: Path) -> dict[str, Any]:
                 yield record
 
         write_records(out, converted())
-        if not counts["read"]:
-            out.unlink()
-            raise RecordError("no record in it", path=config.in_)
         if not counts["trajectories"]:
             out.unlink()
-            raise RecordError(f"none of {counts['read']} records could be read; first, {first_error}", path=config.in_)
+            unread = f"none of {counts['read']} records could be read; first, {first_error}"
+            raise RecordError(unread if counts["read"] else "no record in it", path=config.in_)
     if first_error is None:
         errors_file.unlink()
     missing, shown = finder.counts["not_found"], sum(finder.counts.values())

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -180,11 +179,12 @@ def copy_finished(cell: Cell, held: Claim, folders: Sequence[str]) -> dict[str, 
     Returns:
         Its result, which keeps the provenance and the cost of the evaluation that made it; None if there is none.
     """
+    mine = _identity(held.output)
     for folder in folders:
         other = cell.output(Path(folder))
         if other.out == held.out or not other.path(RESULT).is_file():
             continue
-        if _identity(other.before() or {}) == _identity(held.output.made_from):
+        if _identity(other) == mine:
             for name in (PER_QUESTION, JUDGEMENTS, SCORES):
                 if (file := other.path(name)).is_file():
                     with atomic_path(held.out / name) as partial:
@@ -195,9 +195,12 @@ def copy_finished(cell: Cell, held: Claim, folders: Sequence[str]) -> dict[str, 
     return None
 
 
-def _identity(made_from: Mapping[str, Any]) -> Any:
-    # An index that was built twice differs in its files (paths, times), not in what it serves: `search_fingerprint`.
-    return json.loads(json.dumps({key: value for key, value in made_from.items() if key != "retriever"}))
+def _identity(output: Output) -> dict[str, Any]:
+    """What a cell was made from, as its manifest says, without the files of its index (`retriever`).
+
+    They hold paths and times, so an index that was built twice differs in them, but not in `search_fingerprint`.
+    """
+    return {key: value for key, value in (output.before() or {}).items() if key != "retriever"}
 
 
 def _answer(pipeline: AgenticSearchPipeline, dataset: Any, table: WorkTable, judge: AnswerJudge | None) -> None:

@@ -210,18 +210,24 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     for folder in config.reuse:
         if not Path(folder).is_dir():
             raise ConfigError(f"reuse: {folder}: no such folder; expected the output of another evaluation")
-    agents, searches = (dict.fromkeys(names) for names in zip(*pairs_of(config), strict=True))
+    check_models(config, later=later)
+    searches = dict.fromkeys(search for _, search in pairs_of(config))
+    for name in (name for name in searches if config.retrievers[name][0] not in later):
+        for benchmark in config.benchmarks:
+            for part in parts_of(search_spec(config, name, benchmark)):
+                if part.backend in ("faiss", "bm25") and not Path(searched_path(part)).exists():
+                    raise ConfigError(f"searches.{name}: {searched_path(part)!r} does not exist")
+
+
+def check_models(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> None:
+    """Raise ConfigError if the folder of the judge, or of an agent that `later` does not name, does not exist."""
+    agents = dict.fromkeys(agent for agent, _ in pairs_of(config))
     models = {f"agents.{name}": llm_spec(config, name) for name in agents if name not in later}
     if config.judge.llm.model:
         models["judge.llm.model"] = config.judge.llm
     for where, spec in models.items():
         if spec.backend == "hf" and not Path(spec.model).is_dir():
             raise ConfigError(f"{where}: no directory {spec.model!r}")
-    for name in (name for name in searches if config.retrievers[name][0] not in later):
-        for benchmark in config.benchmarks:
-            for part in parts_of(search_spec(config, name, benchmark)):
-                if part.backend in ("faiss", "bm25") and not Path(searched_path(part)).exists():
-                    raise ConfigError(f"searches.{name}: {searched_path(part)!r} does not exist")
 
 
 def _run_missing(config: EvaluateConfig, missing: list[Cell], done: dict[str, Any], out: Path) -> None:

@@ -604,6 +604,12 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
     assert not (tmp_path / "out" / "retrievers").exists()
 
 
+def test_an_agent_on_a_server_is_no_missing_folder(finished: Path, tmp_path: Path) -> None:
+    plan = {"retrievers": {"b": {"bm25": True}}, "agents": ["served=http://127.0.0.1:1/v1"]}
+    engine = {"per_agent": {"served": {"llm": {"model": "agent"}}}}
+    Evaluation(*of(experiment(finished, tmp_path / "out", evaluate=engine, **plan))).check_agents()
+
+
 @pytest.mark.parametrize("form", ["corpus.jsonl.gz", "corpus.parquet"])
 def test_a_benchmark_with_a_packed_corpus_is_searched_in_that(finished: Path, tmp_path: Path, form: str) -> None:
     folder = write_benchmark(tmp_path / "other")

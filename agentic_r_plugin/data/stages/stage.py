@@ -352,16 +352,16 @@ def _finish(stage: Stage[Any], table: WorkTable, total: int) -> dict[str, Any]:
         else:
             _write(stage.out, stage.record, counted(0, total))
     # The file was written in any case, since errors are known only after the table was read.
+    kinds = {"refused": table.num_refused, "judge errors": table.num_errors}
+    failed = {kind: count for kind, count in kinds.items() if count}
     if (first := table.first_error()) is None:
         errors_file.unlink()
     else:
-        kinds = ((table.num_refused, "refused"), (table.num_errors, "judge errors"))
-        counts = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
+        counts = " and ".join(f"{count} {kind}" for kind, count in failed.items())
         print(f"{stage.name}: of {total} units {counts}, kept apart in {errors_file}; first, {first}", file=sys.stderr)
     if not records:
-        failed = {"refused": table.num_refused, "judge errors": table.num_errors}
-        reasons = dict(dropped) | {name: count for name, count in failed.items() if count}
-        why = ", ".join(f"{count} {name}" for name, count in sorted(reasons.items())) or "the input is empty"
+        reasons = sorted((dict(dropped) | failed).items())
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons) or "the input is empty"
         print(f"{stage.name}: no record was written for {total} units ({why})", file=sys.stderr)
     return {
         "stage": stage.name,

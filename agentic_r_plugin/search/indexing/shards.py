@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from agentic_r_plugin.child import die_with
+from agentic_r_plugin.compute import check_device
 from agentic_r_plugin.errors import BackendError, ConfigError, IndexMismatchError, RecordError, SearchError
 from agentic_r_plugin.progress import progress
 from agentic_r_plugin.ray_cluster import Pool
@@ -144,12 +145,7 @@ def resolve_devices(text: str) -> list[str]:
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
     devices = [part.strip() for part in text.split(",")]
     for device in devices:
-        try:
-            kind = torch.device(device).type
-        except RuntimeError as error:
-            raise ConfigError(f"device {device!r}: {str(error).splitlines()[0]}") from error
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r}: this torch finds no CUDA device")
+        check_device(device)
     return devices
 
 
