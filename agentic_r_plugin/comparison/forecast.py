@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 from agentic_r_plugin.comparison.settings import Part
@@ -16,6 +17,8 @@ from agentic_r_plugin.search.indexing import index
 
 _RERANKER, _RERANKED = 2.0, 10.0
 """Time of training a reranker relative to a retriever, and of a cell with reranking relative to one without."""
+_FEW = 30
+"""A run's own evaluation of fewer questions does not show how long one takes."""
 _PRUNED = 0.045
 """Share of the exhaustive rollouts that pruned correctness makes (recipes/experiments/README.md)."""
 
@@ -43,12 +46,22 @@ def _took(part: Part) -> dict[tuple[int, str], float]:
 
 def _known_seconds(part: Part) -> dict[str, float]:
     """Seconds of each phase of the experiment's iteration, and of one question of a cell (`question`)."""
-    loop = _settings(part)
-    of_all = loop.expected() | _took(part)
+    loop, took = _settings(part), _took(part)
+    of_all = loop.expected() | took
     known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
-    cells = len(loop.evaluate.get("cells", [])) or (loop.iterations + 1) ** 2  # without a list, all pairs
-    asked = int(loop.evaluate.get("first") or loop.world.test_questions) * cells * len(_of_run(loop))
+    asked = _asked(loop)
+    if part.experiment.loop and (asked < _FEW or not any(phase == "evaluate" for _, phase in took)):
+        # The YAML's seconds are those of its own settings, without `loop_settings`.
+        loop = load_config(IterateConfig, part.experiment.loop)
+        known |= {phase: seconds for (_, phase), seconds in loop.expected().items() if phase == "evaluate"}
+        asked = _asked(loop)
     return known | {"question": known.get("evaluate", 0.0) / asked}
+
+
+def _asked(loop: IterateConfig) -> int:
+    """Questions of all cells of the loop's evaluation."""
+    cells = len(loop.evaluate.get("cells", [])) or (loop.iterations + 1) ** 2  # without a list, all pairs
+    return int(loop.evaluate.get("first") or loop.world.test_questions) * cells * len(_of_run(loop))
 
 
 def _of_run(loop: IterateConfig) -> list[str]:
@@ -89,10 +102,17 @@ def _retrievers_left(part: Part, known: Mapping[str, float]) -> float:
 
 
 def _cells_left(part: Part, known: Mapping[str, float]) -> float:
-    config = part.experiment
+    config, loop = part.experiment, part.loop
     benchmarks = len({*_of_run(_settings(part)), *config.benchmarks, *config.worlds})
-    agents = len(config.agents) * max(len(config.max_searches), 1)
-    of_each = sum(_RERANKED if plan.rerank else 1 for plan in config.retrievers.values())
-    cells = len(config.evaluate.get("cells", ())) or agents * of_each
-    done = len(list(Path(config.out, "evaluation").glob("*/result.json")))
+    pairs = [cell.partition(":")[::2] for cell in config.evaluate.get("cells", ())]
+    pairs = pairs or list(product(config.agents, config.retrievers))
+    if config.evaluate.get("reuse"):  # Cells without a trained part are copied from the first seed's.
+        fixed = loop is not None and not loop.train_agents
+        base = {name for name, plan in config.retrievers.items() if plan.bm25 or plan.model}
+        base |= {name for name, plan in config.retrievers.items() if plan.of_run == "retriever-0"}
+        pairs = [(a, r) for a, r in pairs if r not in base or not (fixed or "=" in a or a == "agent-0")]
+    reranked = {name for name, plan in config.retrievers.items() if plan.rerank}
+    cells = sum(_RERANKED if retriever in reranked else 1 for _, retriever in pairs) * max(len(config.max_searches), 1)
+    of_pairs = (Path(config.out, "evaluation").glob(f"{agent}*-{name}-*/result.json") for agent, name in pairs)
+    done = len(set().union(*of_pairs))
     return max(cells * benchmarks - done, 0) * _num_questions(part) * known["question"]

@@ -214,7 +214,12 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     searches = dict.fromkeys(search for _, search in pairs_of(config))
     for name in (name for name in searches if config.retrievers[name][0] not in later):
         for benchmark in config.benchmarks:
-            for part in parts_of(search_spec(config, name, benchmark)):
+            spec = search_spec(config, name, benchmark)
+            if spec.rerank.reranker == "cross_encoder" and Path(spec.rerank.model or "-").is_dir():
+                from agentic_r_plugin.search.families import require_cross_encoder
+
+                require_cross_encoder(spec.rerank.model, f"searches.{name}: reranker")
+            for part in parts_of(spec):
                 if part.backend in ("faiss", "bm25") and not Path(searched_path(part)).exists():
                     raise ConfigError(f"searches.{name}: {searched_path(part)!r} does not exist")
 

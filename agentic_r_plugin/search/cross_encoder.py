@@ -51,7 +51,7 @@ def load_cross_encoder(
     """
     try:
         if not new_head:
-            _require_cross_encoder(name, who)
+            families.require_cross_encoder(name, who)
         model = CrossEncoder(
             name,
             max_length=max_length or None,
@@ -73,18 +73,6 @@ def load_cross_encoder(
             )
         model.max_seq_length = longest
     return model
-
-
-def _require_cross_encoder(name: str, who: str) -> None:
-    """Raise `ConfigError` for another kind of model: its head would be random, and its scores meaningless."""
-    kind = families.read_json_file(name, "config_sentence_transformers.json", "model_type")
-    architectures = families.read_json_file(name, "config.json", "architectures") or []
-    scores = any(item.endswith(("ForSequenceClassification", "ForCausalLM")) for item in architectures)
-    if kind != "CrossEncoder" and (kind is not None or (architectures and not scores)):
-        raise ConfigError(
-            f"{who}: {name!r} is no cross-encoder ({kind or ', '.join(architectures)}); expected a model that scores "
-            "pairs of texts, such as cross-encoder/ms-marco-MiniLM-L6-v2 or one made by agentic-r train-reranker"
-        )
 
 
 def clipped(text: str, model: CrossEncoder) -> str:

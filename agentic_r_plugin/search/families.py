@@ -103,6 +103,18 @@ def read_json_file(name: str, file: str, key: str | None = None) -> Any:
     return found if key is None or not isinstance(found, dict) else found.get(key)
 
 
+def require_cross_encoder(name: str, who: str) -> None:
+    """Raise `ConfigError` for another kind of model: its head would be random, and its scores meaningless."""
+    kind = read_json_file(name, "config_sentence_transformers.json", "model_type")
+    architectures = read_json_file(name, "config.json", "architectures") or []
+    scores = any(item.endswith(("ForSequenceClassification", "ForCausalLM")) for item in architectures)
+    if kind != "CrossEncoder" and (kind is not None or (architectures and not scores)):
+        raise ConfigError(
+            f"{who}: {name!r} is no cross-encoder ({kind or ', '.join(architectures)}); expected a model that scores "
+            "pairs of texts, such as cross-encoder/ms-marco-MiniLM-L6-v2 or one made by agentic-r train-reranker"
+        )
+
+
 def require_one_vector(name: str, source: str) -> None:
     """Raise `ConfigError` for models that do not give one vector per text."""
     kind = read_json_file(name, "config_sentence_transformers.json", "model_type") or "SentenceTransformer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from agentic_r_plugin.config import FREE, LATER, setting
 from agentic_r_plugin.errors import ConfigError
@@ -53,6 +54,8 @@ class WorldConfig:
     paraphrase: float = setting("share of facts stated without any word of the queries for them", LATER, default=0.0)
 
     def __post_init__(self) -> None:
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ConfigError(f"name: expected the name of a folder in `out`, found {self.name!r}")
         if self.share_one_hop < 0 or self.share_two_hops < 0 or self.share_one_hop + self.share_two_hops > 1:
             raise ConfigError("share_one_hop and share_two_hops: expected two shares that add up to at most 1")
         for name in ("train_questions", "dev_questions", "test_questions", "newspapers", "talk_passages"):

@@ -42,7 +42,7 @@ from agentic_r_plugin.storage.table import WorkTable
 from agentic_r_plugin.store import read_json, read_records, write_json
 from tests.evaluation.evaluation_toy import METRIC_NAMES, PEOPLE, RuleAgent, write_benchmark
 from tests.llm.loopback import chat, serve
-from tests.search.tiny_retriever import make_reranker
+from tests.search.tiny_retriever import make_model, make_reranker
 from tests.test_questions import write_form
 
 
@@ -681,6 +681,11 @@ def test_a_search_with_a_reranker_is_a_retriever_of_the_matrix_with_its_own_name
         config(tmp_path, tiny_agent, settings={"search": {"rerank": {"model": reranker}}})
     with pytest.raises(ConfigError, match=r"'tiny:bm25\+theirs' is not AGENT:SEARCH"):
         config(tmp_path, tiny_agent, **given, cells=["tiny:bm25+theirs"])
+    # A retriever in its place is refused before the first cell is evaluated.
+    wrong = given | {"rerankers": {"ours": make_model(tmp_path / "retriever")}, "out": str(tmp_path / "wrong")}
+    with pytest.raises(ConfigError, match=r"searches\.bm25\+ours: reranker: .* is no cross-encoder"):
+        run(config(tmp_path, tiny_agent, **wrong))
+    assert not (tmp_path / "wrong").exists()
 
 
 # --- Hybrids and the judge --------------------------------------------------------------------------------------------

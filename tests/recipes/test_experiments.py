@@ -177,11 +177,33 @@ def test_the_forecast_counts_what_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "run" / "costs.jsonl").write_bytes(
         b"".join(dump_line({"iteration": 1, "phase": name, "seconds": value}) for name, value in took.items())
     )
-    (tmp_path / "out" / "evaluation" / "a").mkdir(parents=True)
-    (tmp_path / "out" / "evaluation" / "a" / "result.json").write_text("{}")
+    done = tmp_path / "out" / "evaluation" / "agent-1-r-main"
+    done.mkdir(parents=True)
+    (done / "result.json").write_text("{}")
     known = forecast_module._known_seconds(part)
     assert forecast_module._retrievers_left(part, known) == 2 * 70 + 9 + 9 / 0.045
     assert forecast_module._cells_left(part, known) == pytest.approx(2 * 50)
+
+
+def test_the_forecast_knows_copied_cells_and_other_numbers_of_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    # The recipe's `evaluate` takes 110 s for 1,000 questions; the run evaluates one, the experiment 500.
+    fixed = {"train_agents": False, "agent": "recipes/quickstart/agent", "evaluate": {"first": 1}}
+    values = {"run": str(tmp_path / "{seed}"), "out": str(tmp_path / "out"), "loop_settings": fixed}
+    config = load_config(ExperimentConfig, RECIPES / "search_turns.yaml", values=values | {"evaluate": {"first": 500}})
+    first, second, _ = parts(config)
+    (tmp_path / "10").mkdir()
+    (tmp_path / "10" / "costs.jsonl").write_bytes(dump_line({"iteration": 1, "phase": "evaluate", "seconds": 20.0}))
+    for part, cells in ((first, 3 * 5), (second, 1 * 5)):
+        known = forecast_module._known_seconds(part)
+        assert known["question"] == 0.11
+        assert forecast_module._cells_left(part, known) == pytest.approx(cells * 55)
+    # The agents of a loop that trains them differ between the seeds.
+    trains = replace(config, loop_settings={}, agents=["agent-0", "agent-1"], max_searches=[])
+    _, second, _ = parts(trains)
+    assert forecast_module._cells_left(second, {"question": 0.11}) == pytest.approx(4 * 55), "six but agent-0's two"
 
 
 def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:

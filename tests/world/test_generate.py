@@ -165,6 +165,9 @@ def test_impossible_sizes_are_clear_errors_and_leave_nothing_behind(tmp_path: Pa
         WorldConfig(share_one_hop=0.8, share_two_hops=0.4)
     with pytest.raises(ConfigError, match="paraphrase: expected a share from 0 to 1, found 2"):
         WorldConfig(paraphrase=2)
+    for name in ("", "..", "../x", "a/b"):
+        with pytest.raises(ConfigError, match="name: expected the name of a folder"):
+            WorldConfig(name=name)
     with pytest.raises(ConfigError, match="--out"):
         run(WorldConfig())
 
