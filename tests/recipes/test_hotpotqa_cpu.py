@@ -94,6 +94,20 @@ def test_the_matrix_over_both_sets_calls_run_first_and_then_known_commands_with_
     assert config.benchmarks == ["hotpotqa", "2wikimultihopqa"] and list(config.searches) == ["bm25", "base", "trained"]
     assert all("{benchmark}" in place for place in config.searches.values())
     assert (out / "index" / "trained" / "hotpotqa").resolve() == (out / "index_trained").resolve()
+    # A second retriever, before and after training on the same groups, with all questions.
+    log.unlink()
+    more = environment | {"SECOND": "e5=models/e5", "TEST": "all"}
+    subprocess.run([str(RECIPE / "matrix.sh"), str(out)], check=True, env=more, capture_output=True)
+    called = [line.split() for line in log.read_text().splitlines()][-6:]
+    assert [words[0] for words in called] == ["train-retriever", "index", "index", "index", "index", "evaluate"]
+    assert "retriever=models/e5" in called[0] and f"{out}/retriever_e5" in called[0]
+    made = {(words[words.index("--retriever") + 1], words[words.index("--out") + 1]) for words in called[1:5]}
+    assert made == {
+        (model, f"{out}/index/{name}/{place}")
+        for name, model in (("e5", "models/e5"), ("e5_trained", f"{out}/retriever_e5"))
+        for place in ("hotpotqa", "2wikimultihopqa")
+    }
+    assert "--first" not in called[-1] and f"searches.e5_trained={out}/index/e5_trained/{{benchmark}}" in called[-1]
 
 
 class _Words:
