@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from agentic_r_plugin import components
 from agentic_r_plugin.config import load_config
 from agentic_r_plugin.errors import ManifestMismatchError
-from agentic_r_plugin.records import Candidates, Group, Relevance
+from agentic_r_plugin.records import Candidates, Group, Relevance, ScoredPassage
 from agentic_r_plugin.retriever.batches import read_examples
 from agentic_r_plugin.retriever.reranker import TrainRerankerConfig
 from agentic_r_plugin.retriever.settings import TrainRetrieverConfig
@@ -29,7 +29,7 @@ from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.cross_encoder import load_cross_encoder
 from agentic_r_plugin.search.encoder import Retriever
 from agentic_r_plugin.search.families import FAMILIES
-from agentic_r_plugin.store import read_records
+from agentic_r_plugin.store import read_records, write_records
 from tests.search.tiny_retriever import make_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "retriever"
@@ -272,3 +272,36 @@ def test_eight_bit_weights_of_an_onnx_file_become_a_cross_encoder(tmp_path):
     assert model.max_seq_length == 16 and isinstance(model.activation_fn, torch.nn.Identity)
     ids = model.tokenizer("who built", "Bridge")["input_ids"]
     assert model.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "who", "built", "[SEP]", "bridge", "[SEP]"]
+
+
+def test_retrievers_are_compared_on_the_queries_of_the_agent(tmp_path):
+    def candidates(name, found, query="q"):
+        fillers = [f"x{number}" for number in range(20)]
+        items = [
+            Candidates(
+                id=question, turn=turn, question="?", golden_answers=("a",), query=query, history=(), prefix="",
+                passages=tuple(
+                    ScoredPassage(id=id, score=1.0) for id in [*fillers[:rank], *gold, *fillers[rank:]][:20]
+                ),
+            )
+            for question, turn, gold, rank in found
+        ]  # fmt: skip
+        write_records(tmp_path / f"{name}.jsonl", items)
+        return f"{name}={tmp_path / name}.jsonl"
+
+    questions = [{"id": id, "question": "?", "golden_answers": ["a"], "metadata": {"gold_doc_ids": gold}}
+                 for id, gold in (("one", ["g1", "g2"]), ("two", ["g3"]), ("asked nothing", ["g4"]))]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in questions))
+    # one: g1 first, then g2 at rank 6; two: nothing before, found at rank 2 after
+    before = candidates("before", [("one", 1, ["g1"], 0), ("one", 2, ["g2"], 5), ("two", 1, ["g1"], 0)])
+    after = candidates("after", [("one", 1, ["g1"], 0), ("one", 2, ["g2"], 5), ("two", 1, ["g3"], 1)])
+    command = [sys.executable, str(RECIPE / "agent_queries.py"), "--questions", str(tmp_path / "test.jsonl"), before]
+    shown = subprocess.run([*command, after], check=True, capture_output=True, text=True).stdout.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown]
+    assert cells[0] == ["retriever", "questions", "queries", "hit@3", "recall@3", "hit@20", "recall@20"]
+    assert cells[2] == ["before", "2", "3", "25.0", "25.0", "50.0", "50.0"]
+    assert cells[3][:3] == ["after", "2", "3"] and cells[3][3].startswith("75.0 (+50.0 [")
+    assert [cell.split()[0] for cell in cells[3][3:]] == ["75.0", "75.0", "100.0", "100.0"]
+    others = candidates("others", [("one", 1, ["g1"], 0)], query="another")
+    refused = subprocess.run([*command, others], capture_output=True, text=True)
+    assert refused.returncode == 1 and "others.jsonl: holds other queries than" in refused.stderr
