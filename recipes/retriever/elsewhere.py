@@ -63,22 +63,36 @@ def run_cell(args: argparse.Namespace, trained: str, weight: float, left: dict[s
     return lines
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    """A row for each weight and set: mean over the trained retrievers, and the paired difference from weight 0."""
+def report(lines: list[dict[str, Any]], *, each: bool = False) -> str:
+    """A row for each weight and set: mean over the trained retrievers, and the paired difference from weight 0.
+
+    With `each`, a row for each trained retriever; one that has no weight 0 is compared with that of the first that has
+    it, which must start from the same model and read the same input.
+    """
     names = list(dict.fromkeys(line["set"] for line in lines))
-    table = ["| weight | set | recall@3 | from 0 | recall@20 | from 0 |", "|" + "---|" * 6]
-    for weight in sorted({line["weight"] for line in lines}):
-        for name in names:
-            here = {x["trained"]: np.array(x["recall"]) for x in lines if (x["weight"], x["set"]) == (weight, name)}
-            base = {x["trained"]: np.array(x["recall"]) for x in lines if (x["weight"], x["set"]) == (0, name)}
-            if not here:
-                continue
-            cells = []
-            for place in range(len(DEPTHS)):
-                cells.append(f"{np.mean([found[place] for found in here.values()]):.3f}")
-                paired = [here[key][place] - base[key][place] for key in here.keys() & base.keys()]
-                cells.append(interval(np.mean(paired, axis=0)) if paired else "")
-            table.append(f"| {weight:g} | {name} | {' | '.join(cells)} |")
+    head = ["retriever"] * each + ["weight", "set", "recall@3", "from 0", "recall@20", "from 0"]
+    table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    chosen = list(dict.fromkeys(line["trained"] for line in lines))
+    for shown in [[one] for one in chosen] if each else [chosen]:
+        for weight in sorted({line["weight"] for line in lines}):
+            for name in names:
+                of_set = [line for line in lines if line["set"] == name]
+                here = {
+                    x["trained"]: np.array(x["recall"])
+                    for x in of_set
+                    if x["weight"] == weight and x["trained"] in shown
+                }
+                if not here:
+                    continue
+                base = {x["trained"]: np.array(x["recall"]) for x in of_set if x["weight"] == 0}
+                if each and base:
+                    base = {shown[0]: base.get(shown[0], next(iter(base.values())))}
+                cells = [Path(shown[0]).parent.name] * each + [f"{weight:g}", name]
+                for place in range(len(DEPTHS)):
+                    cells.append(f"{np.mean([found[place] for found in here.values()]):.3f}")
+                    paired = [here[key][place] - base[key][place] for key in here.keys() & base.keys()]
+                    cells.append(interval(np.mean(paired, axis=0)) if paired else "")
+                table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
 
@@ -101,6 +115,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", type=float, default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--each", action="store_true", help="a row for each checkpoint, named by its parent folder")
     parser.add_argument("--report", action="store_true", help="print the table of what is there, run nothing")
     args = parser.parse_args()
     results = args.out / "results.jsonl"
@@ -117,7 +132,7 @@ def main() -> None:
                     with results.open("ab") as stream:
                         stream.write(dump_line(line))
                     print(json.dumps(line | {"recall": [np.mean(x) for x in line["recall"]]}), file=sys.stderr)
-    print(report([line for _, line in read_lines(results)]))
+    print(report([line for _, line in read_lines(results)], each=args.each))
 
 
 if __name__ == "__main__":

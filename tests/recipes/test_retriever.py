@@ -180,6 +180,18 @@ def test_gain_and_loss_are_measured_for_every_weight_and_set_once(made, tmp_path
     assert found[0][1] == [1.0, 1.0, 1.0], "all seven passages of the pool are among the best 20"
     table = capsys.readouterr().out.splitlines()[-6:]
     assert table[0].startswith("| 0 | own | ") and "| +0.000 [+0.000, +0.000] |" in table[0]
+    # Another checkpoint gets rows of its own, compared with the first one's weight 0.
+    third = make_model(tmp_path / "third", seed=1)
+    command[command.index("--trained") + 1] = third
+    monkeypatch.setattr("sys.argv", [*command, "--weights", "1", "--each"])
+    elsewhere.main()
+    table = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    first, other = Path(trained).parent.name, Path(third).parent.name
+    assert [row[:3] for row in table] == [
+        *([first, weight, name] for weight in ("0", "0.5", "1") for name in ("own", "other")),
+        *([other, "1", name] for name in ("own", "other")),
+    ]
+    assert table[-2][3:] == table[4][3:], "the same model, and the same base"
 
 
 def test_four_bit_weights_become_a_model_with_e5s_prompts(tmp_path):
