@@ -181,13 +181,14 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a Markdown table; the first row is the header.
+    """Rows of text as a Markdown table; the first row is the header. A `|` in a text is escaped.
 
     >>> print(markdown([["a", "b"], ["1", "long"]]), end="")
     | a | b    |
     |---|------|
     | 1 | long |
     """
+    rows = [[text.replace("|", "\\|") for text in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows

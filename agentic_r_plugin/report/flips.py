@@ -71,6 +71,8 @@ def read_answers(run: RunFolder, *, num_trajectories: int) -> dict[str, Any]:
                 "name": name,
                 "cells": [label(cell) for cell in cells],
                 "flips": _flips(outcomes),
+                "asked": [len(cell) for cell in outcomes],
+                "right": [sum(cell.values()) for cell in outcomes],
                 "first": _first_pair(cells),
                 "questions": [questions[key] for key in chosen if key in questions],
             }

@@ -137,7 +137,7 @@ def _results(run: RunFolder, num_trajectories: int) -> dict[str, Any]:
         "seeds": run.matrix.get("num_seeds", 1) if run.matrix else 1,
         "level": f"{config.get('level', 0.95) * 100:g}",
         "columns": results.columns(cells),
-        "best": [max(mine, key=lambda cell: cell["metrics"]["agentic_em"]["mean"] or 0.0) for mine in groups.values()],
+        "best": [cell for mine in groups.values() for cell in results.best(mine)],
         "many_benchmarks": len(groups) > 1,
         "questions_differ": len({cell["num_questions"] for cell in cells}) > 1,
         "tiles": results.headlines(run, next(iter(groups.values()))) if groups else [],

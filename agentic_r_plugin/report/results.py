@@ -68,6 +68,12 @@ def _mean(cell: Cell, key: str) -> float | None:
     return entry["mean"] if entry else None
 
 
+def best(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell with the highest exact match; none for questions without gold answers."""
+    known = [cell for cell in cells if _mean(cell, "agentic_em") is not None]
+    return [max(known, key=lambda cell: cell["metrics"]["agentic_em"]["mean"])] if known else []
+
+
 def _names(cells: Sequence[Cell]) -> tuple[list[str], list[str]]:
     """Names of the agents and of the retrievers, without duplicates, in order."""
     return list(dict.fromkeys(c["agent"] for c in cells)), list(dict.fromkeys(c["retriever"] for c in cells))
@@ -274,6 +280,7 @@ def plots(cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "charts": [chart for chart in charts if chart["svg"]],
         "retrievers": retrievers,
+        "by_turn": bool(svg),
         "last_agent": agents[-1] if svg and len(agents) > 1 else "",
     }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -307,12 +308,33 @@ def fit(
         callbacks=[Progress(on_log)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
-    return list(trainer.state.log_history)
+    checkpoint = last_whole_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    log = list(trainer.state.log_history)
+    return log if checkpoint is None else _with_earlier(log, int(checkpoint.rpartition("-")[2]))
+
+
+def _with_earlier(log: Sequence[Mapping[str, Any]], resumed: int) -> list[dict[str, Any]]:
+    """The log of a training that went on from step `resumed`, whose last line then is about all steps.
+
+    `Trainer` sums loss and time only of the steps after the checkpoint, but divides by the number of all steps.
+    """
+    *lines, last = (dict(line) for line in log)
+    if before := [line for line in lines if "loss" in line and line["step"] <= resumed]:
+        mean = sum(line["loss"] for line in before) / len(before)
+        last["train_loss"] += mean * resumed / last["step"]
+        seconds = last["train_runtime"] + before[-1].get("seconds", 0.0)  # none in a log of an earlier version
+        for rate in ("train_samples_per_second", "train_steps_per_second"):
+            last[rate] = round(last[rate] * last["train_runtime"] / seconds, 3)
+        last["train_runtime"] = round(seconds, 4)
+    return [*lines, last]
 
 
 class Progress(TrainerCallback):
-    """Progress with an estimate, the log, and an end to training whose loss is not finite."""
+    """Progress with an estimate, the log, and an end to training whose loss is not finite.
+
+    Adds to each line with a loss the `seconds` of training so far, with those before the checkpoint of a resume.
+    """
 
     def __init__(self, log: Callable[[Mapping[str, Any]], None] = lambda line: None) -> None:
         self.log = log
@@ -320,6 +342,8 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shown = progress(total=state.max_steps, desc="training", unit="step", initial=state.global_step)
         self.shown.__enter__()
+        earlier = [line.get("seconds", 0.0) for line in state.log_history if "loss" in line]
+        self.started = time.monotonic() - (earlier[-1] if earlier else 0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.shown.update(1)
@@ -333,6 +357,7 @@ class Progress(TrainerCallback):
                     "broken data"
                 )
         if "loss" in (logs or {}):
+            state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
             self.log({"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -121,6 +121,9 @@ def _train(config: TrainRetrieverConfig, loss: losses.Loss, *, resume: bool, fro
                     _finish(config, training, examples, held)
                 barrier()  # no process returns before the folder is complete
             if held:
+                # Also for a finished run, which may have been killed before this line.
+                for name in (STATE, BEST):
+                    (held.out / name).unlink(missing_ok=True)
                 push_folder(config)
     return output.out
 
@@ -135,15 +138,13 @@ def _begin(config: TrainRetrieverConfig, output: Output, held: Claim | None, ran
 
 
 def _finish(config: TrainRetrieverConfig, training: Training, examples: list[Example], held: Claim) -> None:
-    """Write the retriever, its card and the done file; then remove the checkpoints."""
+    """Write the retriever, its card and the done file."""
     if config.interpolation < 1:
         interpolate(training.model, initial_retriever(config).model, config.interpolation)
     training.retriever.save(held.out)
     done = _summary(config, training, examples)
     write_card(held.out, config, training.retriever.record, done)
     held.finish(done)
-    for name in (STATE, BEST):
-        (held.out / name).unlink(missing_ok=True)
 
 
 def _summary(config: TrainRetrieverConfig, training: Training, examples: list[Any]) -> dict[str, Any]:

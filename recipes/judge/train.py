@@ -85,6 +85,7 @@ def train(args: argparse.Namespace) -> None:
     """Train and write `OUT/model`."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from transformers import set_seed
 
     from agentic_r_plugin.retriever.reranker import fit
 
@@ -96,6 +97,7 @@ def train(args: argparse.Namespace) -> None:
                 rows["query"].append(asked.query if args.text == "query" else f"{asked.question} {asked.query}")
                 rows["passage"].append(f"{passage.title}\n{passage.text}")
                 rows["label"].append(float(passage.id == judged.gold))
+    set_seed(args.seed)  # for the new head
     model = CrossEncoder(resolve(args.base), num_labels=1, max_length=args.max_length, device=args.device)
     fit(
         model,
@@ -160,6 +162,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
+    # `quality` compares the gold passage with others, so one candidate is too few.
+    for name, least in {"worlds": 1, "questions": 1, "candidates": 2}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "device", "save_steps")}
     note = args.out / "settings.json"
     if note.is_file() and read_json(note) != settings:

@@ -303,6 +303,23 @@ def test_the_markdown_holds_the_same_table(finished: Path) -> None:
     assert "| 2 | train-agent | 10 min 20 s | 1,280 | 2,900 | 91,000 |" in text
 
 
+def test_the_markdown_names_the_headlines_benchmark_and_what_was_paid(several: Path, tmp_path: Path) -> None:
+    assert "(bm25 → e5, with other, musique): EM" in (several / "report.md").read_text(encoding="utf-8")
+    folder = tmp_path / "run"
+    shutil.copytree(several, folder)
+    with (folder / "costs.jsonl").open("a") as stream:
+        stream.write('{"iteration": 1, "phase": "relevance", "seconds": 1.0, "usd": 2.5}\n')
+    run(ReportConfig(run=str(folder)), resume=True)
+    assert "in total, and 2.50 USD." in (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_name_does_not_add_columns_to_a_markdown_table(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_questions=6, agents=["a|b", "c"], retrievers=["x"])
+    run(ReportConfig(run=str(folder)))
+    tables = [line for line in (folder / "report.md").read_text(encoding="utf-8").splitlines() if "a\\|b" in line]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in tables if line.startswith("|")] == [10, 6]
+
+
 def test_a_report_is_replaced_only_when_asked_for(finished: Path) -> None:
     with pytest.raises(OutputExistsError, match=r"report\.html already exists"):
         run(ReportConfig(run=str(finished)))
@@ -349,6 +366,30 @@ def test_questions_without_gold_answers_have_a_report(tmp_path: Path) -> None:
     write_json(file, matrix)
     run(ReportConfig(run=str(folder)))
     assert "All 1 comparisons" in page(folder).text and page(folder).open == []
+    assert 'class="best"' not in (folder / "report.html").read_text()
+
+
+def test_without_a_value_to_draw_there_is_a_report(tmp_path: Path) -> None:
+    """As of `evaluate metrics=[agentic_em,agentic_f1]` on questions without gold answers."""
+    folder = write_run(tmp_path / "run", num_questions=10, agents=["a"], retrievers=["x"])
+    file = folder / "evaluation" / "matrix.json"
+    matrix = read_json(file)
+    for cell in matrix["cells"]:
+        cell["metrics"] = {name: {"mean": None} for name in ("agentic_em", "agentic_f1")}
+        cell["by_turn"] = [{"turn": 1, "answer_recall_so_far": None}]
+    write_json(file, matrix)
+    run(ReportConfig(run=str(folder)))
+    assert page(folder).open == [] and "Answer seen, turn by turn" not in page(folder).text
+
+
+def test_the_note_on_answers_seen_is_there_if_any_benchmark_has_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", num_questions=10, agents=["a"], retrievers=["x"], benchmarks=["one", "two"])
+    file = folder / "evaluation" / "matrix.json"
+    matrix = read_json(file)
+    matrix["cells"][0]["by_turn"] = []
+    write_json(file, matrix)
+    run(ReportConfig(run=str(folder)))
+    assert "Answer seen, turn by turn: questions with" in page(folder).text
 
 
 def test_one_cell_alone_shows_its_answers(tmp_path: Path) -> None:
@@ -359,6 +400,10 @@ def test_one_cell_alone_shows_its_answers(tmp_path: Path) -> None:
     assert "Agent by retriever" not in found.text and "What every change gave" not in found.text
     [benchmark] = read_answers(read_run(folder), num_trajectories=100)["benchmarks"]
     assert len(benchmark["questions"]) == 10 and benchmark["first"] == [0, 0]
+    [benchmark] = read_answers(read_run(folder), num_trajectories=4)["benchmarks"]
+    [cell] = read_run(folder).cells
+    assert len(benchmark["questions"]) == 4 and benchmark["asked"] == [10]
+    assert benchmark["right"] == [round(10 * cell["metrics"]["agentic_em"]["mean"])]
 
 
 def test_a_log_that_is_still_written_may_end_in_half_a_line(finished: Path, tmp_path: Path) -> None:

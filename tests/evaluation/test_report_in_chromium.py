@@ -156,3 +156,8 @@ def test_one_cell_alone_is_read_by_outcome(chromium: Browser, tmp_path: Path) ->
     assert len(chromium.texts("#diff-list details[open] .side")) == 1
     assert chromium.evaluate("document.getElementById('diff-first').checkVisibility()") is False
     assert chromium.evaluate("document.querySelectorAll('#agent').length") == 0
+    # The numbers are of all questions, also where the page carries the trajectories of a few.
+    run(ReportConfig(run=str(folder / "evaluation"), num_trajectories=5), resume=True)
+    chromium.open(folder / "evaluation" / "report.html")
+    assert chromium.texts("#diff-kinds button") == [f"right{right}", f"wrong{12 - right}"]
+    assert "a larger num_trajectories" in chromium.texts("#diff-note")[0]

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from agentic_r_plugin.errors import ManifestMismatchError
 from agentic_r_plugin.store import read_json
@@ -59,3 +60,29 @@ def test_a_judge_is_trained_measured_and_left_as_it_is(recipe, tmp_path: Path, m
     monkeypatch.setattr("sys.argv", [*command, "--seed", "1"])
     with pytest.raises(ManifestMismatchError, match="begun with other settings"):
         recipe.main()
+
+
+def test_one_seed_gives_one_judge(recipe, tmp_path: Path, monkeypatch) -> None:
+    base, weights = make_model(tmp_path / "base"), []
+    for number in range(2):
+        torch.manual_seed(number)  # whatever happened before in this process
+        out = tmp_path / str(number)
+        command = [
+            "train.py", "--out", str(out), "--base", base, "--worlds", "1", "--questions", "4", "--candidates", "2",
+            "--max-length", "64", "--device", "cpu", "--world", *WORLD,
+        ]  # fmt: skip
+        monkeypatch.setattr("sys.argv", command)
+        recipe.main()
+        weights.append((out / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--candidates", "1"), ("--questions", "0"), ("--worlds", "0")])
+def test_numbers_that_leave_nothing_to_measure_are_refused_before_training(
+    recipe, tmp_path: Path, monkeypatch, capsys, flag: str, value: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "judge"), flag, value])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert f"{flag}: expected at least" in capsys.readouterr().err
+    assert not (tmp_path / "judge").exists()

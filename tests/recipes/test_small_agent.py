@@ -113,6 +113,14 @@ def test_impossible_settings_are_refused() -> None:
         run(WarmStartConfig())
 
 
+def test_what_an_agent_to_go_on_from_decides_is_not_set_again_and_it_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layers=3 is for a model from scratch"):
+        WarmStartConfig(init=str(SHIPPED), layers=3)
+    with pytest.raises(ConfigError, match=r"init '.*nowhere': expected a folder with \*\.safetensors"):
+        run(WarmStartConfig(init=str(tmp_path / "nowhere"), out=str(tmp_path / "agent")))
+    assert not (tmp_path / "agent").exists()
+
+
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="no shipped weights in this checkout")
 def test_the_shipped_agent_is_small_and_loads() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) <= 12 * 2**20

@@ -203,3 +203,9 @@ def test_two_processes_do_not_train_in_one_folder_and_another_index_is_another_t
         search = SearchSpec(backend="faiss", index=str(index))
         keys.append(warm_start_sft._made_from(_config(inputs, tmp_path / "agent", search=search)))
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["index"]
+
+
+@pytest.mark.parametrize("given", [{"skip": -1}, {"limit": -1}])
+def test_numbers_of_questions_below_0_are_refused(given: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"(skip|limit): expected at least 0, found -1"):
+        WarmStartSFTConfig(**given)  # type: ignore[arg-type]

@@ -243,4 +243,18 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(data, co
         for out in (broken, whole)
     )
     assert ours == theirs and len(ours) == 7
-    assert read_json(broken / "done.json")["measured"] == read_json(whole / "done.json")["measured"]
+    done, expected = (read_json(out / "done.json") for out in (broken, whole))
+    assert done["measured"] == expected["measured"]
+    assert done["train_loss"] == pytest.approx(expected["train_loss"])
+    seconds = [line["seconds"] for _, line in read_lines(broken / "metrics.jsonl") if "loss" in line]
+    assert seconds == sorted(seconds) and len(seconds) == 7
+
+
+def test_the_time_of_a_resumed_training_holds_that_before_its_checkpoint():
+    last = {"step": 40, "train_loss": 1.0, "train_runtime": 2.0, "train_samples_per_second": 40.0,
+            "train_steps_per_second": 20.0}  # fmt: skip
+    lines = [{"step": step, "loss": 3.0, "seconds": step / 5} for step in (10, 20, 30, 40)]
+    *kept, found = training._with_earlier([*lines, last], 20)
+    assert kept == lines
+    assert (found["train_runtime"], found["train_loss"]) == (6.0, 2.5)  # 4 s before, and half of the steps
+    assert (found["train_samples_per_second"], found["train_steps_per_second"]) == (13.333, 6.667)

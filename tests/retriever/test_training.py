@@ -109,6 +109,15 @@ def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(config, tmp_pat
         train(replace(config, learning_rate=1e-4), resume=True)
 
 
+def test_a_run_killed_before_its_checkpoints_were_removed_removes_them_later(config, tmp_path):
+    train(replace(config, max_steps=1))
+    left = [tmp_path / "trained" / name for name in ("checkpoint.pt", "best.pt")]
+    for file in left:
+        file.write_bytes(b"")
+    train(replace(config, max_steps=1), resume=True)
+    assert not any(file.exists() for file in left)
+
+
 def test_interpolation_writes_weights_between_the_start_and_the_trained_ones_and_records_it(config, base, tmp_path):
     train(replace(config, max_steps=3))
     mixed = replace(config, max_steps=3, interpolation=0.25, out=str(tmp_path / "mixed"))

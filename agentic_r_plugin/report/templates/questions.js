@@ -18,11 +18,12 @@ function questionByQuestion({ benchmarks, lines }) {
     return { benchmark, first: +at("first").value, second: +at("second").value };
   };
 
-  // Name, badge, number of all questions of this kind (of a single cell: of those carried), and which are of it.
-  function kinds({ benchmark: { flips, questions }, first, second }) {
+  // Name, badge, number of all questions of this kind (of a cell with itself: of those carried), and which are of it.
+  function kinds({ benchmark: { cells, flips, questions, asked, right }, first, second }) {
+    const alone = cells.length === 1 ? [right[0], asked[0] - right[0]] : [];
     const both = (a, b) => (question) => question.sides[first]?.right === a && question.sides[second]?.right === b;
     const named = first === second
-      ? [["right", "good", both(true, true)], ["wrong", "bad", both(false, false)]]
+      ? [["right", "good", both(true, true), alone[0]], ["wrong", "bad", both(false, false), alone[1]]]
       : [["wrong → right", "good", both(false, true), flips[first][second]],
          ["right → wrong", "bad", both(true, false), flips[second][first]]];
     return named.map(([name, badge, test, total]) => {

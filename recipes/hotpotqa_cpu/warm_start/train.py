@@ -16,7 +16,7 @@ from typing import Any
 
 from agentic_r_plugin import compute
 from agentic_r_plugin.backends import SearchSpec, open_search
-from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, deciding, save_config
+from agentic_r_plugin.config import BY_CONTENTS, FREE, LATER, check_least, deciding, save_config
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.llm.codec import TokenizerCodec
 from agentic_r_plugin.protocol import Limits, load_protocol
@@ -56,6 +56,9 @@ class WarmStartSFTConfig:
     search: SearchSpec = field(default_factory=lambda: SearchSpec(backend="bm25"))
     demonstrations: DemonstrationSettings = field(default_factory=DemonstrationSettings)
     training: FineTuneSettings = field(default_factory=FineTuneSettings)
+
+    def __post_init__(self) -> None:
+        check_least(self, skip=0, limit=0)
 
 
 def run(config: WarmStartSFTConfig, *, resume: bool = False) -> None:

@@ -96,6 +96,8 @@ class WarmStartConfig:
             raise ConfigError("snippet: expected at least 0 characters, and tool_calls=true to open passages")
         if self.layers < 3 or not 0 <= self.elliptic_queries <= 1:
             raise ConfigError("expected layers of at least 3, and elliptic_queries from 0 to 1")
+        if self.init and self.layers != LAYERS:
+            raise ConfigError(f"layers={self.layers} is for a model from scratch; the one in init has its own number")
 
     @property
     def protocol(self) -> AgentProtocol:
@@ -116,13 +118,15 @@ def run(config: WarmStartConfig, *, resume: bool = False) -> None:
     """Train and write weights in bfloat16 and the tokenizer to `OUT`; last `warm_start.json`.
 
     Raises:
-        ConfigError: no `out`.
+        ConfigError: no `out`, or `init` holds no weights.
         OutputExistsError: the folder exists and `resume` is off; with it, a finished folder is left as it is.
         ManifestMismatchError: with `resume`, the folder was begun with other settings.
         TrainingError: the loss is not finite.
     """
     if not config.out:
         raise ConfigError("warm-start: expected --out DIR")
+    if config.init and not any(Path(config.init).glob("*.safetensors")):
+        raise ConfigError(f"init {config.init!r}: expected a folder with *.safetensors")
     out, started = Path(config.out), time.monotonic()
     made_from = deciding(config) | {"init": path_fingerprint(config.init), "precision": fast_type(config.device)}
     with Output(out=out, made_from=made_from, done="warm_start.json", folder=True).claim(resume=resume) as held:
