@@ -45,7 +45,7 @@ FIGURES: dict[str, tuple[str, str, dict[str, list[Point]]]] = {
         "searches allowed",
         {
             name: [(float(n), "search_turns", "", f"agent-1-max-{n}", name) for n in _LIMITS]
-            for name in ("retriever-0", "retriever-1")
+            for name in ("bm25", "retriever-0", "retriever-1")
         },
     ),
     "domain_shift": (
