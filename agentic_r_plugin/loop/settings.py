@@ -87,7 +87,7 @@ class IterateConfig:
 
     out: str = setting("run folder", FREE)
     agent: str = setting("folder of the agent to start from")
-    retriever: str = setting("retriever to start from: folder, or builtin:NAME")
+    retriever: str = setting("retriever to start from: folder, hub name, or builtin:NAME")
     benchmark: str = setting("benchmark in FlashRAG layout; empty: generate one (world)", default="")
     corpus: str = setting("corpus, if it is not the benchmark's corpus.jsonl", default="")
     format: str = field(default="", metadata=FORMAT)

@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 class IndexConfig:
     """Settings of `agentic-r index`."""
 
-    corpus: str = setting("corpus file: jsonl, jsonl.gz or parquet with id and contents", BY_CONTENTS)
+    corpus: str = setting("corpus file or folder, in any form of docs/formats.md", BY_CONTENTS)
     retriever: str = setting("retriever checkpoint folder, hub name, or builtin:minilm", BY_CONTENTS)
     out: str = setting("index folder to write", FREE)
     kind: str = setting("faiss index: Flat, SQ8, fp16, IVF4096,PQ64, HNSW32, …", default="Flat")
