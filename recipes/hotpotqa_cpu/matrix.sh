@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # HotpotQA and 2WikiMultihopQA with SmolLM2-135M on a CPU: BM25, the base and the trained retriever, on both test sets:
-#   AGENTIC_R_DATA=../shared/data recipes/hotpotqa_cpu/matrix.sh [OUT]
+#   AGENTIC_R_DATA=DATA recipes/hotpotqa_cpu/matrix.sh [OUT]
 # Runs run.sh first (agent and retriever come from HotpotQA's training questions; 2WikiMultihopQA is transfer). Stopped
 # at any point, the same command goes on. TEST: the first test questions of each set (default 164, all that 2WikiMultihopQA
 # has), or `all`.
@@ -9,7 +9,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
-data=${AGENTIC_R_DATA:-../shared/data}
+data=${AGENTIC_R_DATA:?the folder that holds hotpotqa/ in FlashRAG layout}
 agentic_r=${AGENTIC_R:-.venv/bin/agentic-r}
 TEST=0 "$here/run.sh" "$out"
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # HotpotQA with SmolLM2-135M on a CPU, from the package on PyPI to the table: recipes/hotpotqa_cpu/run.sh [OUT]
 # Run it from the checkout. Stopped at any point, the same command goes on; what is done is not done again.
-# AGENTIC_R_DATA: folder that holds hotpotqa/ in FlashRAG layout (default ../shared/data).
+# AGENTIC_R_DATA: folder that holds hotpotqa/ in FlashRAG layout (required).
 # QUESTIONS: training questions that data are made from (default 100, at most 240). TEST: test questions (default 100;
 # 0: stop before the evaluation).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${1:-runs/hotpotqa_cpu}
-data=${AGENTIC_R_DATA:-../shared/data}
+data=${AGENTIC_R_DATA:?the folder that holds hotpotqa/ in FlashRAG layout}
 corpus=$data/hotpotqa/corpus.jsonl
 agentic_r=${AGENTIC_R:-.venv/bin/agentic-r}
 python=${PYTHON:-.venv/bin/python}

@@ -1,6 +1,6 @@
 """Our index build against FlashRAG's, same model, precision, lengths and corpus, interleaved in one run.
 
-    AGENTIC_R_DATA=../shared/data python tests/benchmarks/retrieval_index.py [--passages 2000] [--rounds 2]
+    AGENTIC_R_DATA=DATA python tests/benchmarks/retrieval_index.py [--passages 2000] [--rounds 2]
 
 Prints a Markdown table: passages per second from corpus file to index file, their ratio, the lowest cosine between the
 two builders' vectors, how many of 100 questions get the same 20 passages, and the share of the machine's own matrix
