@@ -18,6 +18,7 @@ from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.evaluation.cells import located
 from agentic_r_plugin.records import Relevance
 from agentic_r_plugin.retriever import reranker, training
+from agentic_r_plugin.search.corpus import Corpus
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
 from agentic_r_plugin.storage.claim import Output
@@ -100,7 +101,8 @@ class Retrievers:
     def index(self, name: str, model: str, benchmark: str, *, of_run: str = "") -> Path:
         """Encode the benchmark's corpus with a retriever, or link to the run's index if it is still usable.
 
-        Benchmarks with the same corpus as the run's share its index.
+        Benchmarks with the same corpus as the run's share its index, and the seeds of a series that of a retriever that
+        does not depend on the seed.
         """
         main, indexes = self.benchmarks.main, self.out / "index" / name
         out, corpus = indexes / benchmark, self.benchmarks.corpus(benchmark)
@@ -113,15 +115,21 @@ class Retrievers:
             if out.is_symlink() or (not out.exists() and _usable(built, model)):
                 link(out, built)
                 return out
-        if out.is_symlink():
-            raise ManifestMismatchError(
-                f"{out}: links to {out.resolve()}, but this retriever needs its own index; choose another out"
-            )
         own = self.run.config.index
         if not of_run:
             own = {key: value for key, value in own.items() if key not in _OF_A_RETRIEVER}
         values = {"corpus": str(corpus), "retriever": model, "out": str(out)}
-        index.run(load_config(index.IndexConfig, values=own | values), resume=True)
+        config = load_config(index.IndexConfig, values=own | values)
+        for earlier in self.config.evaluate.get("reuse", ()):
+            built = Path(earlier).parent / "index" / name / benchmark
+            if (out.is_symlink() or not out.exists()) and _same(built, config):
+                link(out, built)
+                return out
+        if out.is_symlink():
+            raise ManifestMismatchError(
+                f"{out}: links to {out.resolve()}, but this retriever needs its own index; choose another out"
+            )
+        index.run(config, resume=True)
         return out
 
     def train(self, trained: TrainedRetriever) -> str:
@@ -178,3 +186,14 @@ def _usable(built: Path, model: str) -> bool:
         return False
     manifest = index.read_manifest(built)
     return Path(manifest.corpus).exists() and (manifest.retriever == model or Path(manifest.retriever).is_dir())
+
+
+def _same(built: Path, config: index.IndexConfig) -> bool:
+    """Whether an index exists that was made with these settings from the same passages, wherever they are."""
+    if not (built / index.MANIFEST).is_file():
+        return False
+    made_with = load_config(index.IndexConfig, built / "config.yaml")
+    if replace(made_with, out=config.out, corpus=config.corpus) != config:
+        return False
+    with Corpus(config.corpus) as corpus:
+        return corpus.fingerprint() == index.read_manifest(built).corpus_fingerprint

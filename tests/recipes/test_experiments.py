@@ -546,6 +546,27 @@ def test_another_retriever_is_indexed_with_its_own_settings(
     assert found == [("question_query", 9, 3), (None, None, 3)]
 
 
+def test_seeds_share_the_index_of_a_retriever_that_does_not_depend_on_them(finished: Path, tmp_path: Path) -> None:
+    first, second = (
+        experiment(
+            finished, tmp_path / seed, retrievers={"b": {"bm25": True}}, worlds={"shifted": SMALL_WORLD},
+            evaluate={"reuse": reuse},
+        )
+        for seed, reuse in (("seed-0", []), ("seed-10", [str(tmp_path / "seed-0" / "evaluation")]))
+    )  # fmt: skip
+    model, other = make_model(tmp_path / "model"), make_model(tmp_path / "other", seed=1)
+    of_seed = []
+    for config in (first, second):
+        benchmarks = Benchmarks(config, SourceRun(config.run, config.iteration))
+        benchmarks.gather()
+        of_seed.append(Retrievers(config, benchmarks))
+    built = of_seed[0].index("fixed", model, "shifted")
+    for _ in range(2):  # also when the link is there
+        assert of_seed[1].index("fixed", model, "shifted").resolve() == built.resolve()
+    of_seed[0].index("trained", model, "shifted")
+    assert not of_seed[1].index("trained", other, "shifted").is_symlink(), "another model"
+
+
 def test_a_limit_of_searches_is_a_separate_agent(finished: Path, tmp_path: Path) -> None:
     config = experiment(finished, tmp_path / "out", retrievers={"bm25": {"bm25": True}}, max_searches=[1, 3])
     found = Evaluation(*of(config)).settings({"bm25": "bm25:x"})
