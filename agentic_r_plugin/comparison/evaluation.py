@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from agentic_r_plugin.comparison.settings import ExperimentConfig
 from agentic_r_plugin.config import load_config, merged, to_dict
 from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation import evaluate
+from agentic_r_plugin.evaluation.benchmarks import split_file
+from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.store import read_json, write_json
 
 _REPLACED = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "benchmarks", "out"})
@@ -101,7 +104,14 @@ class Evaluation:
             raise ConfigError(f"stop_rule: expected agent-1, agent-2, ... among the agents {', '.join(self.agents)}")
         # `splits` of the run would take precedence over `split`.
         given = {"benchmarks": [self.benchmarks.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
-        return self.settings(searches, "stop_rule", **given)
+        settings = self.settings(searches, "stop_rule", **given)
+        file = split_file(self.run.phases.benchmark, self.config.stop_rule)
+        if not file.is_file():  # the check of the inputs says so
+            return settings
+        # This split is often smaller than the test split, whose number of questions is asked of it at most.
+        held = sum(1 for _ in read_questions(file, format=settings.format))
+        first, drawn = (None if n is None else min(n, held) for n in (settings.first, settings.random))
+        return replace(settings, first=first, random=drawn)
 
     def _find_stop(self, searches: Mapping[str, Any]) -> None:
         """Find where the loop should have stopped, on a split other than the test split; writes `stop_rule.json`.

@@ -531,6 +531,10 @@ def test_an_experiment_evaluates_as_the_run_does_and_on_its_benchmarks(finished:
     assert Retrievers(config, benchmarks).index("retriever-1", "x", "musique").resolve() == built.resolve()
     deciding = Evaluation(*of(replace(config, stop_rule="dev"))).stop_settings({"retriever-1": "x"})
     assert (deciding.benchmarks, deciding.split, deciding.splits) == (["toy"], "dev", {})
+    held = len((home / "toy" / "dev.jsonl").read_text().splitlines())
+    for asked, expected in ((1, 1), (held + 400, held)):
+        more = replace(config, stop_rule="dev", evaluate={"first": asked})
+        assert Evaluation(*of(more)).stop_settings({"retriever-1": "x"}).first == expected
 
 
 def test_another_retriever_is_indexed_with_its_own_settings(
