@@ -26,6 +26,7 @@ Every phase is one of the package's commands on files in the run folder, so each
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -158,7 +159,23 @@ class Loop:
             )
         groups, threshold = self.phases.data(k, "groups"), self.phases.planned["groups"].threshold
         data_report.write_report(data_report.DataReportConfig(data=str(groups.parent), threshold=threshold))
+        self.warn_of_collapse(k)
         return str(groups)
+
+    def warn_of_collapse(self, k: int) -> None:
+        """Say so if the share of queries with a positive is less than half of that of the iteration before."""
+        if k == 1:
+            return
+        before, now = (read_json(companion(self.phases.data(j, "groups"), ".report.json")) for j in (k - 1, k))
+        shares = [report["kept"] / max(report["read"], 1) for report in (before, now)]
+        if shares[1] < shares[0] / 2:
+            print(
+                f"[iteration {k}] warning: {now['kept']} of {now['read']} queries have a positive ({shares[1]:.0%}), "
+                f"{shares[0]:.0%} in iteration {k - 1}; {self.phases.data(k, 'groups').parent}/data_report.md says why. "
+                f"Compare retriever {k - 1} with the one before it",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def train_retriever(self, k: int, start: str, training_groups: str) -> str:
         """Contrastive training on iteration k's groups; returns the checkpoint's folder."""

@@ -23,7 +23,8 @@ from agentic_r_plugin.loop.checks import check_files, check_settings
 from agentic_r_plugin.loop.forecast import forecast
 from agentic_r_plugin.loop.phases import Phases
 from agentic_r_plugin.records import Group
-from agentic_r_plugin.store import read_lines, read_records
+from agentic_r_plugin.storage.claim import companion
+from agentic_r_plugin.store import read_lines, read_records, write_json
 from tests.evaluation.evaluation_toy import write_benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,19 @@ def test_a_phase_that_was_killed_is_charged_with_all_its_attempts(tmp_path, monk
         loop.costs.phase(1, "groups", lambda: None)
     first, second = (line["seconds"] for _, line in read_lines(tmp_path / "run" / "costs.jsonl"))
     assert 0.7 <= first < 60 and second < first
+
+
+@pytest.mark.parametrize(("kept", "warns"), [(249, False), (120, True), (0, True)])
+def test_a_share_of_positives_that_collapses_is_said(tmp_path, capsys, kept, warns):
+    with begun(tmp_path) as loop:
+        for k, report in ((1, {"read": 520, "kept": 249}), (2, {"read": 612, "kept": kept})):
+            file = companion(loop.phases.data(k, "groups"), ".report.json")
+            file.parent.mkdir(parents=True)
+            write_json(file, report)
+            loop.warn_of_collapse(k)
+    shown = capsys.readouterr().err
+    assert (f"[iteration 2] warning: {kept} of 612 queries have a positive" in shown) == warns
+    assert ("48% in iteration 1" in shown) == warns
 
 
 def test_seconds_of_another_phase_are_not_taken_over(tmp_path):
