@@ -171,8 +171,8 @@ class Loop:
         if shares[1] < shares[0] / 2:
             print(
                 f"[iteration {k}] warning: {now['kept']} of {now['read']} queries have a positive ({shares[1]:.0%}), "
-                f"{shares[0]:.0%} in iteration {k - 1}; {self.phases.data(k, 'groups').parent}/data_report.md says why. "
-                f"Compare retriever {k - 1} with the one before it",
+                f"{shares[0]:.0%} in iteration {k - 1}; see {self.phases.data(k, 'groups').parent}/data_report.md, and "
+                f"compare retriever {k - 1} with the one before it",
                 file=sys.stderr,
                 flush=True,
             )
