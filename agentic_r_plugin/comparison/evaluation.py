@@ -22,15 +22,15 @@ _REPLACED = frozenset({"agents", "searches", "cells", "per_agent", "data_dir", "
 
 
 def stops_at(scores: Sequence[float]) -> int:
-    """The iteration to keep: the last one before the first without improvement.
+    """The place of the score to keep: the last one before the first without improvement.
 
     Args:
-        scores: scores of iteration 1, 2, ... on questions that were not used for training.
+        scores: scores of successive iterations, on questions that were not used for training.
 
     >>> stops_at([0.40, 0.44, 0.43]), stops_at([0.40, 0.44, 0.45]), stops_at([0.40, 0.40, 0.50])
-    (2, 3, 1)
+    (1, 2, 0)
     """
-    return next((k for k, (now, later) in enumerate(pairwise(scores), start=1) if later <= now), len(scores))
+    return next((k for k, (now, later) in enumerate(pairwise(scores)) if later <= now), len(scores) - 1)
 
 
 class Evaluation:
@@ -94,13 +94,13 @@ class Evaluation:
         return load_config(evaluate.EvaluateConfig, values=values | given | {"out": str(self.out / folder)})
 
     def stop_settings(self, searches: Mapping[str, Any]) -> evaluate.EvaluateConfig:
-        """Each iteration's own agent and retriever on the split of the stop rule.
+        """Each iteration's own agent and retriever on the split of the stop rule, with those before training if given.
 
         Raises:
             ConfigError: none of the agents is one of the run's own, agent-1, agent-2, ...
         """
         cells = [f"agent-{k}:retriever-{k}" for k in self._rounds()]
-        if not cells:  # `evaluate` would take an empty list as all pairs
+        if cells in ([], ["agent-0:retriever-0"]):
             raise ConfigError(f"stop_rule: expected agent-1, agent-2, ... among the agents {', '.join(self.agents)}")
         # `splits` of the run would take precedence over `split`.
         given = {"benchmarks": [self.benchmarks.main], "split": self.config.stop_rule, "splits": {}, "cells": cells}
@@ -124,9 +124,12 @@ class Evaluation:
         scores = [cell["metrics"]["agentic_em"]["mean"] for cell in found]
         if None in scores:
             raise ConfigError(f"stop_rule: split {split!r} has no gold answers to decide by")
-        result = {"split": split, "em": scores, "stops_at": self._rounds()[stops_at(scores) - 1]}
+        rounds = self._rounds()
+        result = {"split": split, "iterations": rounds, "em": scores, "stops_at": rounds[stops_at(scores)]}
         write_json(self.out / "stop_rule.json", result)
         print(f"stop rule on {split}: K = {result['stops_at']}", flush=True)
 
     def _rounds(self) -> list[int]:
-        return [k for k in range(1, self.run.config.iterations + 1) if f"agent-{k}" in self.agents]
+        """The iterations that are compared. 0 is what training started from: the first one may be worse."""
+        start = [0] if "agent-0" in self.agents and "retriever-0" in self.config.retrievers else []
+        return start + [k for k in range(1, self.run.config.iterations + 1) if f"agent-{k}" in self.agents]

@@ -121,7 +121,7 @@ class ExperimentConfig:
     max_searches: list[int] = setting(
         "evaluate each agent under these limits of searches; empty: its own", default_factory=list
     )
-    stop_rule: str = setting("split on which agent-k with retriever-k show where to stop", default="")
+    stop_rule: str = setting("split on which agent-k with retriever-k, from k = 0, show where to stop", default="")
     evaluate: dict[str, Any] = setting(
         "fields of EvaluateConfig: cells, first", section_of(EvaluateConfig), default_factory=dict
     )

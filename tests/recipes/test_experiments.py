@@ -207,7 +207,19 @@ def test_the_forecast_knows_copied_cells_and_other_numbers_of_questions(
 
 
 def test_the_loop_is_kept_at_the_last_iteration_before_the_first_that_brought_nothing() -> None:
-    assert [stops_at(scores) for scores in ([0.4], [0.4, 0.5], [0.5, 0.4, 0.9], [0.4, 0.5, 0.5])] == [1, 2, 1, 2]
+    assert [stops_at(scores) for scores in ([0.4], [0.4, 0.5], [0.5, 0.4, 0.9], [0.4, 0.5, 0.5])] == [0, 1, 0, 1]
+
+
+def test_the_rule_also_considers_what_training_started_from(finished: Path, tmp_path: Path) -> None:
+    given = {"stop_rule": "dev", "retrievers": {name: {"of_run": name} for name in ("retriever-0", "retriever-1")}}
+    for agents, cells in (
+        (["agent-0", "agent-1"], ["agent-0:retriever-0", "agent-1:retriever-1"]),
+        (["agent-1"], ["agent-1:retriever-1"]),
+    ):
+        evaluation = Evaluation(*of(experiment(finished, tmp_path / "out", agents=agents, **given)))
+        assert evaluation.stop_settings(dict.fromkeys(given["retrievers"], "x")).cells == cells
+    with pytest.raises(ConfigError, match="expected agent-1, agent-2"):
+        Evaluation(*of(experiment(finished, tmp_path / "out", agents=["agent-0"], **given))).stop_settings({})
 
 
 @pytest.fixture(scope="module")
