@@ -1,6 +1,7 @@
 """One agent, one protocol: verl's loop, the data stage and the FlashRAG pipeline give the same trajectories.
 
-Greedy on the CPU, with the quick start's agent and MiniLM on generated text. Each way batches in its own manner: verl's
+Greedy in float32 on the CPU, with the quick start's agent and MiniLM on generated text (a barely trained agent has
+near ties, which bfloat16 decides otherwise). Each way batches in its own manner: verl's
 rollout engine as requests come in, the data stage three questions at a time, the pipeline five; the first two search
 through the retrieval service, the third in its own process.
 """
@@ -93,7 +94,7 @@ def through_the_data_stage(agent: Path, shown: dict[str, Any], home: Path, url: 
     settings = {
         "in_": str(home / "test.jsonl"),
         "out": str(home / "trajectories.jsonl"),
-        "llm": {"model": str(agent), "device": "cpu"},
+        "llm": {"model": str(agent), "device": "cpu", "dtype": "float32"},
         "search": {"backend": "service", "url": url},
         "batch_size": 3,
     }
@@ -103,7 +104,7 @@ def through_the_data_stage(agent: Path, shown: dict[str, Any], home: Path, url: 
 
 def through_flashrag(agent: Path, shown: dict[str, Any], home: Path, index: Path) -> list[Trajectory]:
     settings = {
-        "agent": {"model": str(agent), "device": "cpu"},
+        "agent": {"model": str(agent), "device": "cpu", "dtype": "float32"},
         "search": {"index": str(index), "device": "cpu"},
         "batch_size": 5,
     }
