@@ -51,7 +51,7 @@ def _known_seconds(part: Part) -> dict[str, float]:
     known = {phase: of_all[k, phase] for k, phase in of_all if k == part.experiment.iteration or phase == "evaluate"}
     asked = _asked(loop)
     if part.experiment.loop and (asked < _FEW or not any(phase == "evaluate" for _, phase in took)):
-        # The YAML's seconds are those of its own settings, without `loop_settings`.
+        # The seconds in the YAML file were measured with the settings in that file, without `loop_settings`.
         loop = load_config(IterateConfig, part.experiment.loop)
         known |= {phase: seconds for (_, phase), seconds in loop.expected().items() if phase == "evaluate"}
         asked = _asked(loop)
@@ -108,8 +108,8 @@ def _cells_left(part: Part, known: Mapping[str, float]) -> float:
     pairs = pairs or list(product(config.agents, config.retrievers))
     if config.evaluate.get("reuse"):  # Cells without a trained part are copied from the first seed's.
         fixed = loop is not None and not loop.train_agents
-        base = {name for name, plan in config.retrievers.items() if plan.bm25 or plan.model}
-        base |= {name for name, plan in config.retrievers.items() if plan.of_run == "retriever-0"}
+        plans = config.retrievers.items()
+        base = {name for name, plan in plans if plan.bm25 or plan.model or plan.of_run == "retriever-0"}
         pairs = [(a, r) for a, r in pairs if r not in base or not (fixed or "=" in a or a == "agent-0")]
     reranked = {name for name, plan in config.retrievers.items() if plan.rerank}
     cells = sum(_RERANKED if retriever in reranked else 1 for _, retriever in pairs) * max(len(config.max_searches), 1)

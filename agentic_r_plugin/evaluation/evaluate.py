@@ -213,12 +213,13 @@ def check_inputs(config: EvaluateConfig, *, later: Set[str] = frozenset()) -> No
     check_models(config, later=later)
     searches = dict.fromkeys(search for _, search in pairs_of(config))
     for name in (name for name in searches if config.retrievers[name][0] not in later):
-        for benchmark in config.benchmarks:
-            spec = search_spec(config, name, benchmark)
-            if spec.rerank.reranker == "cross_encoder" and Path(spec.rerank.model or "-").is_dir():
-                from agentic_r_plugin.search.families import require_cross_encoder
+        specs = [search_spec(config, name, benchmark) for benchmark in config.benchmarks]
+        rerank = specs[0].rerank  # the same for all benchmarks
+        if rerank.reranker == "cross_encoder" and Path(rerank.model or "-").is_dir():
+            from agentic_r_plugin.search.families import require_cross_encoder
 
-                require_cross_encoder(spec.rerank.model, f"searches.{name}: reranker")
+            require_cross_encoder(rerank.model, f"searches.{name}: reranker")
+        for spec in specs:
             for part in parts_of(spec):
                 if part.backend in ("faiss", "bm25") and not Path(searched_path(part)).exists():
                     raise ConfigError(f"searches.{name}: {searched_path(part)!r} does not exist")

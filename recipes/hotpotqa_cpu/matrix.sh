@@ -4,7 +4,7 @@
 # Runs run.sh first (agent and retriever come from HotpotQA's training questions; 2WikiMultihopQA is transfer). Stopped
 # at any point, the same command goes on. TEST: the first test questions of each set (default 164, all that 2WikiMultihopQA
 # has), or `all`.
-# SECOND: another retriever, as NAME=FOLDER, before and after training on the same groups, in DIR/matrix_NAME:
+# SECOND: another retriever, as NAME=FOLDER, before and after training on the same groups, in OUT/matrix_NAME:
 #   SECOND=e5=runs/e5-small      # made by recipes/retriever/prepare_e5_small.py
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentic_r_plugin.config import load_config
+from agentic_r_plugin.config import check_least, load_config
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
 from agentic_r_plugin.data.scorers.cross_encoder import CrossEncoderScorer
-from agentic_r_plugin.errors import ManifestMismatchError
+from agentic_r_plugin.errors import ConfigError, ManifestMismatchError
 from agentic_r_plugin.records import Candidates, Passage, Question, ScoredPassage
 from agentic_r_plugin.search.backends import BM25Backend
 from agentic_r_plugin.search.base import SearchRequest
@@ -163,9 +163,10 @@ def main() -> None:
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
     # `quality` compares the gold passage with others, so one candidate is too few.
-    for name, least in {"worlds": 1, "questions": 1, "candidates": 2}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name}: expected at least {least}, found {getattr(args, name)}")
+    try:
+        check_least(args, "--", worlds=1, questions=1, candidates=2)
+    except ConfigError as error:
+        parser.error(str(error))
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "device", "save_steps")}
     note = args.out / "settings.json"
     if note.is_file() and read_json(note) != settings:

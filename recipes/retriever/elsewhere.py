@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +70,26 @@ def report(lines: list[dict[str, Any]], *, each: bool = False) -> str:
     With `each`, a row for each trained retriever; one that has no weight 0 is compared with that of the first that has
     it, which must start from the same model and read the same input.
     """
-    names = list(dict.fromkeys(line["set"] for line in lines))
+    found = {(line["trained"], line["weight"], line["set"]): np.array(line["recall"]) for line in lines}
+    trained, weights, names = (list(dict.fromkeys(key[place] for key in found)) for place in range(3))
+    first = next((one for one, weight, _ in found if weight == 0), None)
     head = ["retriever"] * each + ["weight", "set", "recall@3", "from 0", "recall@20", "from 0"]
     table = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    chosen = list(dict.fromkeys(line["trained"] for line in lines))
-    for shown in [[one] for one in chosen] if each else [chosen]:
-        for weight in sorted({line["weight"] for line in lines}):
-            for name in names:
-                of_set = [line for line in lines if line["set"] == name]
-                here = {
-                    x["trained"]: np.array(x["recall"])
-                    for x in of_set
-                    if x["weight"] == weight and x["trained"] in shown
-                }
-                if not here:
-                    continue
-                base = {x["trained"]: np.array(x["recall"]) for x in of_set if x["weight"] == 0}
-                if each and base:
-                    base = {shown[0]: base.get(shown[0], next(iter(base.values())))}
-                cells = [Path(shown[0]).parent.name] * each + [f"{weight:g}", name]
-                for place in range(len(DEPTHS)):
-                    cells.append(f"{np.mean([found[place] for found in here.values()]):.3f}")
-                    paired = [here[key][place] - base[key][place] for key in here.keys() & base.keys()]
-                    cells.append(interval(np.mean(paired, axis=0)) if paired else "")
-                table.append(f"| {' | '.join(cells)} |")
+    for shown, weight, name in product([[one] for one in trained] if each else [trained], sorted(weights), names):
+        here = [one for one in shown if (one, weight, name) in found]
+        if not here:
+            continue
+        # The measurement at this weight and that at weight 0, where there is one.
+        bases = {one: one if (one, 0, name) in found else first if each else None for one in here}
+        pairs = [
+            (found[one, weight, name], found[base, 0, name]) for one, base in bases.items() if (base, 0, name) in found
+        ]
+        cells = [Path(shown[0]).parent.name] * each + [f"{weight:g}", name]
+        for place in range(len(DEPTHS)):
+            cells.append(f"{np.mean([found[one, weight, name][place] for one in here]):.3f}")
+            changes = [now[place] - before[place] for now, before in pairs]
+            cells.append(interval(np.mean(changes, axis=0)) if changes else "")
+        table.append(f"| {' | '.join(cells)} |")
     return "\n".join(table)
 
 

@@ -180,7 +180,7 @@ def test_gain_and_loss_are_measured_for_every_weight_and_set_once(made, tmp_path
     assert found[0][1] == [1.0, 1.0, 1.0], "all seven passages of the pool are among the best 20"
     table = capsys.readouterr().out.splitlines()[-6:]
     assert table[0].startswith("| 0 | own | ") and "| +0.000 [+0.000, +0.000] |" in table[0]
-    # Another checkpoint gets rows of its own, compared with the first one's weight 0.
+    # With --each, another checkpoint has separate rows; its differences are from weight 0 of the first checkpoint.
     third = make_model(tmp_path / "third", seed=1)
     command[command.index("--trained") + 1] = third
     monkeypatch.setattr("sys.argv", [*command, "--weights", "1", "--each"])
