@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from hotpotqa import in_pool, prepare
 
+from agentic_r_plugin.evaluation.statistics import bootstrap_interval
 from agentic_r_plugin.retriever.batches import Example, read_examples
 from agentic_r_plugin.retriever.interpolation import interpolate
 from agentic_r_plugin.search.corpus import Corpus
@@ -95,10 +96,8 @@ def report(lines: list[dict[str, Any]], *, each: bool = False) -> str:
 
 def interval(differences_Q: np.ndarray) -> str:
     """Mean and 95 % bootstrap interval over the queries."""
-    draw = np.random.default_rng(0)
-    means = differences_Q[draw.integers(len(differences_Q), size=(2000, len(differences_Q)))].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return f"{differences_Q.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    found = bootstrap_interval(differences_Q)
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def main() -> None:
