@@ -151,10 +151,13 @@ def _cell(runs: Sequence[_Run], name: str, level: float) -> dict[str, Any]:
         # A metric without an interval is not a mean over questions; it gets the seeds' values and their mean.
         found = _interval([each[metric] for each in scores], level) if "low" in entry else None
         if found is not None:
+            # Student's t does not know the bounds of a score: EM would pass 0 where almost nothing is answered.
+            known = [value for each in scores for value in each[metric] if value is not None]
             metrics[metric] = {key: value for key, value in found.items() if key != "p_value"}
+            metrics[metric] |= {"low": max(found["low"], min(known)), "high": min(found["high"], max(known))}
         else:
-            known = None not in means
-            metrics[metric] = {"mean": sum(means) / len(means) if known else None, "per_seed": means}
+            mean = sum(means) / len(means) if None not in means else None
+            metrics[metric] = {"mean": mean, "per_seed": means}
     kept = [*_KEPT, *(["protocol_options"] if "protocol_options" in first else [])]
     return {key: first[key] for key in kept} | {"num_seeds": len(runs), "metrics": metrics}
 

@@ -116,6 +116,25 @@ def test_the_command_writes_a_matrix_with_the_mean_of_every_seed(seeds: list[Pat
     run(config, resume=True)
 
 
+def test_the_interval_of_a_score_stays_in_its_range(seeds: list[Path], tmp_path: Path) -> None:
+    runs = []
+    for number, each in enumerate(seeds):
+        runs.append(tmp_path / f"seed-{number}")
+        shutil.copytree(each, runs[-1])
+        # One correct answer in the first seed, none in the others; searches are unbounded and keep their interval.
+        for file in runs[-1].glob("evaluation/*/scores.json"):
+            scores = read_json(file)
+            write_json(file, scores | {"agentic_em": [float(number == 0), *[0.0] * 39]})
+    run(aggregate(runs, tmp_path / "out"))
+    matrix = read_json(tmp_path / "out" / "matrix.json")
+    for cell in matrix["cells"]:
+        em, searches = cell["metrics"]["agentic_em"], cell["metrics"]["search_turns"]
+        assert em["low"] == 0.0 < em["mean"] < em["high"] < 1.0
+        rows = [read_json(each / "evaluation" / cell_name(cell) / "scores.json")["search_turns"] for each in runs]
+        free = seeds_interval(rows)
+        assert (searches["low"], searches["high"]) == (pytest.approx(free.low), pytest.approx(free.high))
+
+
 def test_a_metric_that_a_run_does_not_have_is_left_out(seeds: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(seeds[1], other)
