@@ -25,6 +25,11 @@ attention=(
 if "${PYTHON:-python3}" -c 'import flash_attn' 2>/dev/null; then
   attention=()
 fi
+overrides=()
+for argument in "$@"; do
+  # slurm.sh and ray_job.sh add it; verl's resume_mode goes on without.
+  [[ $argument == --resume ]] || overrides+=("$argument")
+done
 exec "${PYTHON:-python3}" -m verl.trainer.main_ppo \
   algorithm.adv_estimator=gae algorithm.gamma=1.0 algorithm.lam=1.0 \
   algorithm.use_kl_in_reward=true algorithm.kl_ctrl.kl_coef=0.001 \
@@ -56,4 +61,4 @@ exec "${PYTHON:-python3}" -m verl.trainer.main_ppo \
   trainer.v1.trainer_mode=sync trainer.project_name=agentic_r trainer.experiment_name="$(basename "$OUT")" \
   trainer.default_local_dir="$OUT/checkpoints" trainer.n_gpus_per_node=8 trainer.nnodes=1 \
   trainer.total_training_steps=500 trainer.total_epochs=100 trainer.save_freq=50 trainer.test_freq=50 \
-  trainer.logger='[console]' "${attention[@]}" "$@"
+  trainer.logger='[console]' "${attention[@]}" ${overrides[@]+"${overrides[@]}"}

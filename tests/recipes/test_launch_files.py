@@ -74,9 +74,9 @@ def test_verls_own_command_composes_and_differs_from_ours_in_the_trainer_only(tm
         "print(json.dumps(sys.argv[1:]))\n"
     )
     noting.chmod(0o755)
-    run = stock(tmp_path, "trainer.nnodes=2", PYTHON=str(noting), MODEL=str(agent_dir))
+    run = stock(tmp_path, "--resume", "trainer.nnodes=2", PYTHON=str(noting), MODEL=str(agent_dir))
     module, *arguments = json.loads(run.stdout)[1:]
-    assert module == "verl.trainer.main_ppo"
+    assert module == "verl.trainer.main_ppo" and "--resume" not in arguments
     config = composed(arguments)
     assert config.trainer.v1.trainer_mode == "sync" and config.trainer.nnodes == 2
     assert config.actor_rollout_ref.rollout.agent.default_agent_loop == "agentic_r"
