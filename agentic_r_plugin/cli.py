@@ -14,7 +14,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -107,15 +108,33 @@ def main(arguments: Sequence[str] | None = None, commands: Mapping[str, Command]
     except Exception as error:
         if debug:
             traceback.print_exc()
-        elif isinstance(error, AgenticRError):
-            print(f"{called}: {redacted(str(error))}", file=sys.stderr)
-        elif isinstance(error, OSError) and error.strerror:  # a full disk, a path that cannot be
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"{called}: {redacted(where + error.strerror)} (--debug shows where)", file=sys.stderr)
         else:
-            said = f"unexpected {type(error).__name__}: {redacted(str(error))} (--debug shows where)"
-            print(f"{called}: {said}", file=sys.stderr)
+            hint = "" if isinstance(error, AgenticRError) else " (--debug shows where)"
+            print(f"{called}: {_paragraph(error)}{hint}", file=sys.stderr)
         return 1
+
+
+def _paragraph(error: Exception) -> str:
+    """What a user reads of an error: no traceback, no secret."""
+    if isinstance(error, AgenticRError):
+        return redacted(str(error))
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a path that cannot be
+        where = f"{error.filename}: " if error.filename else ""
+        return redacted(where + error.strerror)
+    return f"unexpected {type(error).__name__}: {redacted(str(error))}"
+
+
+@contextmanager
+def reported(script: str) -> Iterator[None]:
+    """For a script of a recipe: the errors that a user can mend end it with one paragraph and exit status 1.
+
+    Raises:
+        SystemExit: the body raised AgenticRError or OSError.
+    """
+    try:
+        yield
+    except (AgenticRError, OSError) as error:
+        raise SystemExit(f"{script}: {_paragraph(error)}") from error
 
 
 def _prepare_upstream() -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from agentic_r_plugin import components
 from agentic_r_plugin.agent.dataset import SourcedQuestion, draw, write_parquet
-from agentic_r_plugin.errors import AgenticRError, ConfigError
+from agentic_r_plugin.cli import reported
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.questions import read_questions
 from agentic_r_plugin.storage.claim import require_new
@@ -90,7 +91,5 @@ def load(data_dir: Path, item: str) -> list[SourcedQuestion]:
 
 
 if __name__ == "__main__":
-    try:
+    with reported("prepare_data.py"):
         sys.exit(main())
-    except AgenticRError as error:
-        sys.exit(f"prepare_data: {error}")

@@ -10,7 +10,6 @@ Everything else is in `flashrag.yaml` next to this file, or in another `--config
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 from flashrag.config import Config
 from omegaconf import OmegaConf
 
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.config import load_config, to_dict
-from agentic_r_plugin.errors import AgenticRError, ConfigError
+from agentic_r_plugin.errors import ConfigError
 from agentic_r_plugin.evaluation.pipeline import AgenticSearchPipeline, load_split
 from agentic_r_plugin.evaluation.settings import KEY, AgenticRSettings
 
@@ -49,8 +49,8 @@ def compose(options: argparse.Namespace) -> Config:
     return Config(options.config, given | {name: value for name, value in flags.items() if value is not None})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer the split, print the metrics; exit code 0 only when all of it is done."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Answer the split, print the metrics."""
     parser = argparse.ArgumentParser(description="Run a search agent in FlashRAG.")
     parser.add_argument("--method_name", choices=METHODS, default="agentic-r")
     parser.add_argument("--split", help="train, dev or test; default: as the configuration says")
@@ -59,18 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=str(Path(__file__).with_name("flashrag.yaml")), help="FlashRAG's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="below agentic_r")
     options = parser.parse_intermixed_args(arguments)
+    config = compose(options)
+    pipeline = AgenticSearchPipeline(config)
     try:
-        config = compose(options)
-        pipeline = AgenticSearchPipeline(config)
-        try:
-            pipeline.run(load_split(config, config["split"][0]))
-        finally:
-            pipeline.close()
-    except AgenticRError as error:
-        print(f"run_exp: {error}", file=sys.stderr)
-        return 1
-    return 0
+        pipeline.run(load_split(config, config["split"][0]))
+    finally:
+        pipeline.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reported("run_exp.py"):
+        main()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.config import check_least, load_config
 from agentic_r_plugin.cost import Cost
 from agentic_r_plugin.data.scorers.base import Resources, ScoringTask
@@ -89,6 +90,8 @@ def train(args: argparse.Namespace) -> None:
 
     from agentic_r_plugin.retriever.reranker import fit
 
+    set_seed(args.seed)  # for the new head
+    model = CrossEncoder(resolve(args.base), num_labels=1, max_length=args.max_length, device=args.device)
     rows: dict[str, list[Any]] = {"query": [], "passage": [], "label": []}
     for seed in range(args.first_seed, args.first_seed + args.worlds):
         for judged in judged_queries(args, seed):
@@ -97,8 +100,6 @@ def train(args: argparse.Namespace) -> None:
                 rows["query"].append(asked.query if args.text == "query" else f"{asked.question} {asked.query}")
                 rows["passage"].append(f"{passage.title}\n{passage.text}")
                 rows["label"].append(float(passage.id == judged.gold))
-    set_seed(args.seed)  # for the new head
-    model = CrossEncoder(resolve(args.base), num_labels=1, max_length=args.max_length, device=args.device)
     fit(
         model,
         rows,
@@ -180,4 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("judge/train.py"):
+        main()

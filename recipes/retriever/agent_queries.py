@@ -23,7 +23,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-from agentic_r_plugin.errors import AgenticRError, RecordError
+from agentic_r_plugin.cli import reported
+from agentic_r_plugin.errors import RecordError
 from agentic_r_plugin.evaluation.matrix import markdown
 from agentic_r_plugin.evaluation.statistics import paired_difference
 from agentic_r_plugin.field_values import listed
@@ -115,11 +116,9 @@ def main() -> None:
     pairs = [item.partition("=") for item in args.candidates]
     if any(not name or not path for name, _, path in pairs):
         parser.error("expected NAME=CANDIDATES, such as minilm=runs/q/minilm.jsonl")
-    try:
-        print(report({name: Path(path) for name, _, path in pairs}, args.questions))
-    except (AgenticRError, OSError) as error:
-        raise SystemExit(f"agent_queries: {error}") from error
+    print(report({name: Path(path) for name, _, path in pairs}, args.questions))
 
 
 if __name__ == "__main__":
-    main()
+    with reported("agent_queries.py"):
+        main()

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from hotpotqa import in_pool, prepare
 
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.evaluation.statistics import bootstrap_interval
 from agentic_r_plugin.retriever.batches import Example, read_examples
 from agentic_r_plugin.retriever.interpolation import interpolate
@@ -132,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("elsewhere.py"):
+        main()

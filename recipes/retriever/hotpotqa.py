@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -24,8 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import make_groups
 import torch
 
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.config import fingerprint, load_config, to_dict
 from agentic_r_plugin.errors import ManifestMismatchError, RecordError
 from agentic_r_plugin.retriever.batches import Example, read_examples
@@ -62,9 +63,9 @@ def prepare(folder: Path, name: str, data: Path, split: str, questions: int | No
     # `make_groups.py` refuses existing files, and one file without the other is unfinished.
     for path in (out, pool):
         path.unlink(missing_ok=True)
-    command = [sys.executable, HERE / "make_groups.py", "--data", data, "--split", split, "--out", out, "--pool", pool]
+    arguments = ["--data", data, "--split", split, "--out", out, "--pool", pool]
     limit = [] if questions is None else ["--questions", questions]
-    subprocess.run([str(part) for part in (*command, *limit)], check=True)
+    make_groups.main([str(part) for part in (*arguments, *limit)])
 
 
 def run_cell(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -211,4 +212,5 @@ def begin(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("hotpotqa.py"):
+        main()

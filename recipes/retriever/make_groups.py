@@ -20,6 +20,7 @@ from pathlib import Path
 
 from keywords import keywords
 
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.evaluation.benchmarks import split_file
 from agentic_r_plugin.field_values import listed
 from agentic_r_plugin.questions import read_questions
@@ -87,7 +88,7 @@ def write_pool(questions: Sequence[Question], search: BM25Backend, path: Path) -
     return write_records(path, (CorpusLine(id=item.id, contents=item.contents) for item in passages))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write groups and, if requested, the pool and the scored candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="folder with corpus.jsonl and SPLIT.jsonl")
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="groups file to write")
     parser.add_argument("--pool", type=Path, help="corpus file to write")
     parser.add_argument("--scored", type=Path, help="folder for candidates and relevance to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for path in filter(None, (args.out, args.pool, args.scored)):
         require_new(path, or_else="move it away")
     questions = list(islice(read_questions(split_file(args.data, args.split)), args.questions))
@@ -116,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("make_groups.py"):
+        main()

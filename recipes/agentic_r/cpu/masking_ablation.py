@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from agentic_r_plugin.agent import launch
+from agentic_r_plugin.cli import reported
 from agentic_r_plugin.config import load_config
-from agentic_r_plugin.errors import AgenticRError, TrainingError
+from agentic_r_plugin.errors import TrainingError
 from agentic_r_plugin.report.charts import HEIGHT, WIDTH, Series, line_chart
 from agentic_r_plugin.search.indexing import index
 from agentic_r_plugin.search.service import server
@@ -175,7 +176,5 @@ def _series(lines: Sequence[dict[str, Any]], metric: str) -> Iterable[Series]:
 
 
 if __name__ == "__main__":
-    try:
+    with reported("masking_ablation.py"):
         sys.exit(main())
-    except AgenticRError as error:
-        sys.exit(f"masking_ablation: {error}")
