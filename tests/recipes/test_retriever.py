@@ -116,6 +116,7 @@ def test_the_best_passages_of_a_question_are_candidates_of_which_the_supporting_
 def test_the_table_has_every_model_input_and_seed_once_however_often_the_command_is_run(
     made, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.syspath_prepend(str(RECIPE))  # where a script finds its neighbours
     spec = importlib.util.spec_from_file_location("hotpotqa_recipe", RECIPE / "hotpotqa.py")
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
