@@ -288,13 +288,14 @@ def test_eight_bit_weights_of_an_onnx_file_become_a_cross_encoder(tmp_path):
 
 
 def test_retrievers_are_compared_on_the_queries_of_the_agent(tmp_path):
-    def candidates(name, found, query="q"):
-        fillers = [f"x{number}" for number in range(20)]
+    def candidates(name, found, query="q", topk=20, **shorter):
+        fillers = [f"x{number}" for number in range(topk)]
         items = [
             Candidates(
                 id=question, turn=turn, question="?", golden_answers=("a",), query=query, history=(), prefix="",
                 passages=tuple(
-                    ScoredPassage(id=id, score=1.0) for id in [*fillers[:rank], *gold, *fillers[rank:]][:20]
+                    ScoredPassage(id=id, score=1.0)
+                    for id in [*fillers[:rank], *gold, *fillers[rank:]][: shorter.get(question, topk)]
                 ),
             )
             for question, turn, gold, rank in found
@@ -315,6 +316,13 @@ def test_retrievers_are_compared_on_the_queries_of_the_agent(tmp_path):
     assert cells[2] == ["before", "2", "3", "25.0", "25.0", "50.0", "50.0"]
     assert cells[3][:3] == ["after", "2", "3"] and cells[3][3].startswith("75.0 (+50.0 [")
     assert [cell.split()[0] for cell in cells[3][3:]] == ["75.0", "75.0", "100.0", "100.0"]
+    # BM25 has fewer passages where fewer share a word with the query; a smaller topk shortens every list.
+    short = candidates("short", [("one", 1, ["g1"], 0), ("one", 2, ["g2"], 5), ("two", 1, ["g3"], 1)], two=2)
+    shown = subprocess.run([*command, short], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [cell.split()[0] for cell in shown[3].strip("|").split("|")[3:]] == ["75.0", "75.0", "100.0", "100.0"]
+    cut = candidates("cut", [("one", 1, ["g1"], 0), ("one", 2, ["g2"], 5), ("two", 1, ["g3"], 1)], topk=10)
+    refused = subprocess.run([*command, cut], capture_output=True, text=True)
+    assert refused.returncode == 1 and "cut.jsonl: expected 20 passages of a query, found at most 10" in refused.stderr
     others = candidates("others", [("one", 1, ["g1"], 0)], query="another")
     refused = subprocess.run([*command, others], capture_output=True, text=True)
     assert refused.returncode == 1 and "others.jsonl: holds other queries than" in refused.stderr
