@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ def task(question: Question, hop: int, query: str, passages: tuple[Passage, ...]
 
 def train(args: argparse.Namespace) -> None:
     """Train and write `OUT/model`."""
+    import torch
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
     from transformers import set_seed
@@ -103,7 +105,9 @@ def train(args: argparse.Namespace) -> None:
     fit(
         model,
         rows,
-        BinaryCrossEntropyLoss(model),
+        # Scores are compared with a fixed threshold (POSSIBLE_POSITIVE). Unweighted, a judge in doubt gives the share
+        # of gold passages among the candidates, about 17, and none reaches it.
+        BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(rows["label"].count(0.0) / rows["label"].count(1.0))),
         args.out / "training",
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -177,7 +181,14 @@ def main() -> None:
         if not (args.out / "model").is_dir():
             train(args)
         write_json(args.out / "judge.json", quality(args))
-    print(read_json(args.out / "judge.json"))
+    found = read_json(args.out / "judge.json")
+    print(found)
+    if found["gold_possible_positive"] < 0.5:
+        print(
+            f"few gold passages ({found['gold_possible_positive']:.0%}) reach {POSSIBLE_POSITIVE}, the lowest score of "
+            "a positive: this judge gives few groups; train longer, or from a reranker (--base)",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

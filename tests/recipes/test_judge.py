@@ -86,3 +86,11 @@ def test_numbers_that_leave_nothing_to_measure_are_refused_before_training(
         recipe.main()
     assert f"{flag}: expected at least" in capsys.readouterr().err
     assert not (tmp_path / "judge").exists()
+
+
+def test_a_judge_that_finds_no_positive_is_named(recipe, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "judge" / "model").mkdir(parents=True)  # trained already
+    monkeypatch.setattr(recipe, "quality", lambda args: {"queries": 9, "gold_possible_positive": 0.0})
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(tmp_path / "judge")])
+    recipe.main()
+    assert "few gold passages (0%) reach 60" in capsys.readouterr().err
